@@ -1,0 +1,19 @@
+"""The errors a user can cause. Each carries one sentence: what was expected, what came, how to mend it."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input: a recipe, a path, a text, a plan or a checkpoint that cannot be used. The command line exits with 2."""
+
+
+class UnsupportedModel(InputError):
+    """The model has no attention head that deadhead can prune; the message says why."""
+
+
+class CutError(RuntimeError):
+    """A cut model did not compute what the model with closed gates computes. The model was put back as it was."""
+
+
+class DivergenceError(RuntimeError):
+    """Training met a loss or a gradient that is not finite. The message names the step and what to try."""
