@@ -1,0 +1,119 @@
+"""Files and folders that are complete or absent: everything deadhead writes goes through here."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deadhead.errors import InputError
+
+
+@contextmanager
+def no_space_is_input_error(path: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only place or a missing permission into one sentence that names `path`.
+
+    Libraries that write in native code report a full disk in their own words, so those are recognised too.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"No space is left on the device while writing {path}; free some and try again.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(f"{path} cannot be written: {error.strerror}; choose another place.") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise InputError(f"{path} cannot be made a folder: a file of that name is in the way.") from error
+        raise
+    except Exception as error:
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise InputError(f"No space is left on the device while writing {path}; free some and try again.") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old content or the new one, never a part."""
+    with no_space_is_input_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, *, what: str) -> Any:
+    """Read JSON from `path`.
+
+    Raises:
+        InputError: the file is missing, unreadable or not JSON; `what` says what it should have been.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"A {what} was expected at {path}, but there is no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The {what} {path} cannot be read: {error}.") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"The {what} {path} is not JSON: {error.msg} in line {error.lineno}.") from None
+
+
+def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
+    """Refuse to write a folder over something that is not ours.
+
+    Args:
+        path: where the folder is to be written.
+        markers: files of which one at least is in every such folder of ours.
+
+    Raises:
+        InputError: `path` is a file, or a folder that holds other things.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path} is a file, but a folder is to be written there; choose another place.")
+    if path.is_dir() and any(path.iterdir()) and not any((path / marker).exists() for marker in markers):
+        raise InputError(
+            f"{path} exists and was not written by deadhead (it has none of {', '.join(markers)}); "
+            "choose another place or empty it."
+        )
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; when the block ends well it takes the place of `path`, else it goes.
+
+    A replaced folder is moved aside before the new one is moved in, so that a reader never sees a mixture.
+    """
+    with no_space_is_input_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        old = temporary.with_name(temporary.name + ".old")
+        try:
+            os.chmod(temporary, 0o755)
+            yield temporary
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)

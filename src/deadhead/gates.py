@@ -1,0 +1,319 @@
+"""Hard-concrete gates (Louizos, Welling, Kingma 2018), one for each attention head: the maths, and a model's gates.
+
+With u ~ Uniform(ε, 1 − ε), a gate's value is
+
+    s = σ((ln u − ln(1 − u) + log_alpha) / β)   in training,      s = σ(log_alpha)   in evaluation,
+    z = clamp(s (ζ − γ) + γ, 0, 1),             hard: 1[z ≥ 0.5] forward, the gradient of z backward,
+
+and the L0 sparsity loss sums P(z > 0) = σ(log_alpha − β ln(−γ / ζ)) over the heads. Shim et al. 2021 (arXiv 2110.03252)
+use one such gate for each head, with hard decisions, and scale a layer's output by H / (open gates).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deadhead.errors import InputError
+from deadhead.plan import HeadPlan, Layer, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """What all gates of a model share.
+
+    Args:
+        beta: temperature β of the concrete distribution.
+        gamma: lower end γ of the stretch, below 0.
+        zeta: upper end ζ of the stretch, above 1.
+        init: log_alpha of every gate at the start (the paper's initialisation); 0.0 switches it off.
+        hard: forward values are 0 or 1 (straight-through); False leaves them soft.
+        output_scale: multiply the gated heads' sum by H / (open gates), the paper's attention output scaling.
+        lr_scale: a gate learns this many times as fast as the model (exact for Adam-like optimizers).
+        epsilon: noise is drawn from Uniform(ε, 1 − ε).
+        seed: seed of the gates' own noise.
+    """
+
+    beta: float = 1 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
+    init: float = 2.0
+    hard: bool = True
+    output_scale: bool = False
+    lr_scale: float = 10.0
+    epsilon: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, wrong, rule in (
+            ("beta", self.beta <= 0, "above 0"),
+            ("gamma", self.gamma >= 0, "below 0"),
+            ("zeta", self.zeta <= 1, "above 1"),
+            ("lr_scale", self.lr_scale <= 0, "above 0"),
+            ("epsilon", not 0 < self.epsilon < 0.5, "between 0 and 0.5"),
+        ):
+            if wrong:
+                raise InputError(f"A gate's {name} must be {rule}, but it is {getattr(self, name)}.")
+
+    @property
+    def open_threshold(self) -> float:
+        """log_alpha from which a gate is open in evaluation: z ≥ 0.5 when hard, z > 0 when soft."""
+        if self.hard:
+            return 0.0
+        share = -self.gamma / (self.zeta - self.gamma)
+        return math.log(share / (1 - share))
+
+
+def gate_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None = None) -> Tensor:
+    """Return the values z of gates, shape of `log_alpha`.
+
+    Args:
+        log_alpha: the gates' parameters, any shape.
+        config: the constants.
+        noise: u of a training draw, same shape; None evaluates.
+    """
+    logits = log_alpha if noise is None else (noise.log() - (-noise).log1p() + log_alpha) / config.beta
+    z = (torch.sigmoid(logits) * (config.zeta - config.gamma) + config.gamma).clamp(0.0, 1.0)
+    if not config.hard:
+        return z
+    return (z >= 0.5).to(z.dtype) + z - z.detach()
+
+
+def l0_probability(log_alpha: Tensor, config: GateConfig) -> Tensor:
+    """Return P(z > 0) of each gate, the summand of the L0 sparsity loss, shape of `log_alpha`."""
+    return torch.sigmoid(log_alpha - config.beta * math.log(-config.gamma / config.zeta))
+
+
+class HeadGate(nn.Module):
+    """The gates of one layer's heads.
+
+    The one parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate moves
+    log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It stays
+    float32 whatever the model is cast to.
+
+    Args:
+        num_heads: H, heads this layer has now.
+        config: the gates' constants.
+    """
+
+    noise: Tensor
+    difference: Tensor
+
+    def __init__(self, num_heads: int, config: GateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.log_alpha_bias = nn.Parameter(torch.full((num_heads,), config.init / config.lr_scale))
+        self.register_buffer("noise", torch.full((num_heads,), 0.5), persistent=False)
+        self.register_buffer("difference", torch.zeros(num_heads))
+        self.track_difference = False
+        self.fresh_draw = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadGate:
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor.is_meta else tensor.to(moved.device)
+
+        super()._apply(keep_float32, recurse)
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        """H, the number of gates."""
+        return self.log_alpha_bias.shape[0]
+
+    @property
+    def log_alpha(self) -> Tensor:
+        """The gates' parameters at full scale, shape (H,)."""
+        return self.log_alpha_bias * self.config.lr_scale
+
+    @property
+    def open_probability(self) -> Tensor:
+        """Chance that a head is open in a training draw, shape (H,): σ(log_alpha) for hard gates, P(z > 0) for soft."""
+        log_alpha = self.log_alpha.detach()
+        return torch.sigmoid(log_alpha) if self.config.hard else l0_probability(log_alpha, self.config)
+
+    @property
+    def is_open(self) -> Tensor:
+        """Which heads are open in evaluation, bool, shape (H,)."""
+        return self.log_alpha.detach() >= self.config.open_threshold
+
+    def set_log_alpha(self, values: Tensor) -> None:
+        """Overwrite log_alpha, shape (H,)."""
+        with torch.no_grad():
+            self.log_alpha_bias.copy_(values / self.config.lr_scale)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the gate values z (H,), and the output scale, a constant for the backward pass (0-dimensional)."""
+        z_H = gate_values(self.log_alpha, self.config, self.noise if self.training else None)
+        if not self.config.output_scale:
+            return z_H, z_H.new_ones(())
+        num_open = (z_H.detach() > 0).sum().clamp(min=1)
+        return z_H, self.num_heads / num_open.to(z_H.dtype)
+
+
+class HeadGates:
+    """All gates of one model, in the order of its layers. Made by `deadhead.attach`.
+
+    Args:
+        gates: the gates by layer.
+        heads: by layer, the index in the original dense model of each head there is now.
+        total: heads of each layer of the original dense model; layers that have lost all heads are in it too.
+        unit: what a gate opens and closes.
+        config: the gates' constants.
+    """
+
+    def __init__(
+        self,
+        gates: Mapping[Layer, HeadGate],
+        *,
+        heads: Mapping[Layer, tuple[int, ...]],
+        total: Mapping[Layer, int],
+        unit: Unit,
+        config: GateConfig,
+    ) -> None:
+        self.gates = dict(gates)
+        self.heads = dict(heads)
+        self.total = dict(total)
+        self.unit = unit
+        self.config = config
+        self._step = 0
+        self._micro_batch = 0
+
+    def __iter__(self) -> Iterator[tuple[Layer, HeadGate]]:
+        return iter(self.gates.items())
+
+    def __len__(self) -> int:
+        """Return the number of gates."""
+        return sum(gate.num_heads for gate in self.gates.values())
+
+    def begin_step(self, step: int) -> None:
+        """Tell which optimizer step comes next: noise is a function of seed, step and forward within the step."""
+        self._step, self._micro_batch = step, 0
+
+    def draw(self) -> None:
+        """Draw fresh noise for every gate, equal on all ranks. Every forward in training mode begins with it."""
+        # Two odd multipliers and a prime modulus keep nearby (seed, step, micro-batch) far apart.
+        key = (self.config.seed * 0x9E3779B97F4A7C15 + self._step * 0xBF58476D1CE4E5B9 + self._micro_batch) % (2**61 - 1)
+        generator = torch.Generator().manual_seed(key)
+        epsilon = self.config.epsilon
+        for gate in self.gates.values():
+            noise = torch.rand(gate.num_heads, generator=generator) * (1 - 2 * epsilon) + epsilon
+            gate.noise.copy_(noise)
+            gate.fresh_draw = True
+        self._micro_batch += 1
+
+    def track_difference(self, on: bool = True) -> None:
+        """Measure each head's output difference in every training forward (see `HeadGate.difference`)."""
+        for gate in self.gates.values():
+            gate.track_difference = on
+
+    def log_alpha(self) -> dict[Layer, Tensor]:
+        """Return log_alpha by layer, detached, on the CPU."""
+        return {layer: gate.log_alpha.detach().cpu() for layer, gate in self}
+
+    def open_probability(self) -> dict[Layer, Tensor]:
+        """Return by layer the chance that a head is open in a training draw, on the CPU."""
+        return {layer: gate.open_probability.cpu() for layer, gate in self}
+
+    def difference(self) -> dict[Layer, Tensor]:
+        """Return by layer the running relative output difference d_h of each head, on the CPU; 0 if never measured."""
+        return {layer: gate.difference.cpu() for layer, gate in self}
+
+    def l0(self) -> Tensor:
+        """Return the L0 sparsity loss, Σ over layers and heads of P(z > 0), with gradient (0-dimensional)."""
+        return torch.stack([l0_probability(gate.log_alpha, self.config).sum() for _, gate in self]).sum()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the gates that are closed in evaluation, in [0, 1]."""
+        return 1.0 - sum(int(gate.is_open.sum()) for _, gate in self) / max(len(self), 1)
+
+    def plan(self, *, sparsity: float | None = None) -> HeadPlan:
+        """Return the plan that keeps the heads open now.
+
+        Args:
+            sparsity: close exactly this share of the gates instead, those with the smallest log_alpha.
+        """
+        threshold = self.config.open_threshold
+        is_open = {layer: values >= threshold for layer, values in self.log_alpha().items()}
+        if sparsity is not None:
+            if not 0 <= sparsity <= 1:
+                raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
+            values = torch.cat([*self.log_alpha().values(), torch.empty(0)])
+            closing = set(values.argsort(stable=True)[: round(sparsity * len(values))].tolist())
+            position = iter(range(len(values)))
+            is_open = {
+                layer: torch.tensor([next(position) not in closing for _ in range(gate.num_heads)], dtype=torch.bool)
+                for layer, gate in self
+            }
+        kept = {
+            layer: tuple(head for head, opened in zip(heads, is_open[layer].tolist(), strict=True) if opened)
+            if layer in is_open
+            else ()
+            for layer, heads in self.heads.items()
+        }
+        return HeadPlan(kept=kept, total=self.total, unit=self.unit, output_scale=self.config.output_scale)
+
+    def set_plan(self, plan: HeadPlan) -> None:
+        """Close the gates of the heads that `plan` drops and open the others; take over its output scale.
+
+        Raises:
+            InputError: the plan is of another model or unit, or keeps a head that was cut before.
+        """
+        self.require_plan(plan)
+        config = GateConfig(**{**self.config.__dict__, "output_scale": plan.output_scale})
+        self.config = config
+        for layer, gate in self:
+            kept = set(plan.kept[layer])
+            # At |log_alpha| ≥ 3 soft gates are saturated too, so the plan holds exactly for both kinds.
+            strength = max(abs(config.init), 3.0)
+            values = [strength if head in kept else -strength for head in self.heads[layer]]
+            gate.config = config
+            gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
+
+    def require_plan(self, plan: HeadPlan) -> None:
+        """Check that `plan` is one for this model.
+
+        Raises:
+            InputError: its unit, layers or head counts differ, or it keeps a head that was cut before.
+        """
+        if plan.unit != self.unit:
+            raise InputError(f"The head plan counts in {plan.unit}s, but this model's gates open and close {self.unit}s.")
+        if dict(plan.total) != self.total:
+            raise InputError(
+                f"The head plan is for a model with {_counts(plan.total)} heads a layer, but this one had {_counts(self.total)}."
+            )
+        for layer, heads in self.heads.items():
+            gone = sorted(set(plan.kept[layer]) - set(heads))
+            if gone:
+                raise InputError(f"The head plan keeps head {gone[0]} of layer {layer}, but that head was cut before.")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return log_alpha and the measured output differences of every layer, for saving."""
+        return {
+            f"{layer}.{name}": value.detach().cpu().clone()
+            for layer, gate in self
+            for name, value in (("log_alpha", gate.log_alpha), ("difference", gate.difference))
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            InputError: the state is of other layers or numbers of heads.
+        """
+        expected: dict[str, Any] = {name: value.shape for name, value in self.state_dict().items()}
+        if {name: value.shape for name, value in state.items()} != expected:
+            raise InputError(f"The saved gates do not fit this model, which has {_counts(self.total)} heads a layer.")
+        for layer, gate in self:
+            gate.set_log_alpha(state[f"{layer}.log_alpha"].to(gate.log_alpha_bias.device))
+            gate.difference.copy_(state[f"{layer}.difference"])
+
+
+def _counts(total: Mapping[Layer, int]) -> str:
+    return "[" + ", ".join(str(count) for count in total.values()) + "]"
