@@ -1,0 +1,137 @@
+"""Attach gates to a model through its layout, and take them off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deadhead.errors import InputError
+from deadhead.gates import GateConfig, HeadGate, HeadGates
+from deadhead.layouts import AttentionSite, find_layout
+from deadhead.plan import Unit
+
+_GATE_NAME = "head_gate"
+_GATES_ATTRIBUTE = "_deadhead_gates"
+# Weight of the newest batch in the running output differences.
+_DIFFERENCE_RATE = 0.05
+
+
+class _GateInput:
+    """Multiplies the heads' outputs, side by side in the output projection's input, by their gates.
+
+    An object, not a closure, so that a deep copy of the model points at the copy's gates.
+    """
+
+    def __init__(self, gate: HeadGate, head_dim: int) -> None:
+        self.gate = gate
+        self.head_dim = head_dim
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        gate = self.gate
+        heads_BTHE = hidden.unflatten(-1, (gate.num_heads, self.head_dim))
+        z_H, scale = gate()
+        if gate.track_difference and gate.training and gate.fresh_draw:
+            self._measure(module, heads_BTHE.detach(), z_H.detach())
+        factor_H = (z_H * scale).to(hidden.dtype)
+        return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
+
+    @torch.no_grad()
+    def _measure(self, module: nn.Module, heads_BTHE: Tensor, z_H: Tensor) -> None:
+        """Update d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, before scale and bias.
+
+        ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
+        """
+        gate = self.gate
+        # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
+        gate.fresh_draw = False
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows_RHE = heads_BTHE.flatten(0, -3).float()
+        weight_HED = weight.detach().float().T.unflatten(0, (gate.num_heads, self.head_dim))
+        moment_HEE = torch.einsum("rhe,rhf->hef", rows_RHE, rows_RHE)
+        gram_HEE = weight_HED @ weight_HED.transpose(-1, -2)
+        alone_H = (moment_HEE * gram_HEE).sum((-1, -2))
+        together = ((rows_RHE * z_H[:, None]).flatten(1) @ weight_HED.flatten(0, 1)).square().sum()
+        difference_H = (alone_H / together.clamp(min=1e-12)).clamp(min=0).sqrt().clamp(max=1e3)
+        first = not bool(gate.difference.any())
+        gate.difference.lerp_(difference_H, 1.0 if first else _DIFFERENCE_RATE)
+
+
+class _DrawNoise:
+    """Draws all gates' noise before the first layer, outside checkpointed and compiled regions."""
+
+    def __init__(self, gates: HeadGates) -> None:
+        self.gates = gates
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module.training:
+            self.gates.draw()
+
+
+def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Unit | None = None) -> HeadGates:
+    """Add a trainable gate to every prunable head of `model`.
+
+    Args:
+        model: a model with a layout; changed in place.
+        config: the gates' constants; the default has no output scaling, as pretrained models need it.
+        unit: "head" or "kv_group"; None takes the layout's default.
+
+    Returns:
+        The gates, which learn with the model's other parameters.
+
+    Raises:
+        UnsupportedModel: there is no head that could be pruned; the message says why.
+        InputError: the model has gates already.
+    """
+    if gates_of(model) is not None:
+        raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
+    layout = find_layout(model)
+    if unit is not None and unit != layout.unit:
+        raise InputError(f"Every head of this model has keys and values of its own, so the unit must be {layout.unit!r}.")
+    config = config or GateConfig()
+    sites = layout.sites(model)
+    gates: dict[Any, HeadGate] = {}
+    for site in sites:
+        if site.heads:
+            gate = HeadGate(len(site.heads), config).to(site.output_weight.device)
+            gate.train(model.training)
+            site.module.add_module(_GATE_NAME, gate)
+            site.output.register_forward_pre_hook(_GateInput(gate, site.head_dim))
+            gates[site.layer] = gate
+    head_gates = HeadGates(
+        gates,
+        heads={site.layer: site.heads for site in sites},
+        total={site.layer: site.total for site in sites},
+        unit=layout.unit,
+        config=config,
+    )
+    model.register_forward_pre_hook(_DrawNoise(head_gates))
+    setattr(model, _GATES_ATTRIBUTE, head_gates)
+    return head_gates
+
+
+def gates_of(model: nn.Module) -> HeadGates | None:
+    """Return the gates of `model`, or None if it has none."""
+    return getattr(model, _GATES_ATTRIBUTE, None)
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
+    for module in model.modules():
+        # By type, not by handle: handles of a deep copy would point at the original.
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, (_GateInput, _DrawNoise))]:
+            del module._forward_pre_hooks[key]
+        if isinstance(module._modules.get(_GATE_NAME), HeadGate):
+            del module._modules[_GATE_NAME]
+    if gates_of(model) is not None:
+        delattr(model, _GATES_ATTRIBUTE)
+    return model
+
+
+def gated_sites(model: PreTrainedModel) -> list[AttentionSite]:
+    """Return the attention modules that have heads left."""
+    return [site for site in find_layout(model).sites(model) if site.heads]

@@ -1,0 +1,37 @@
+"""Layouts: one file for each way in which architectures keep their heads, one `register` call for each file."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from deadhead.errors import UnsupportedModel
+from deadhead.layouts.all_attention import AllAttentionLayout
+from deadhead.layouts.base import AttentionSite, HeadSlice, Layout
+
+_LAYOUTS: list[Layout] = []
+
+
+def register(layout: Layout) -> None:
+    """Add a layout; the one registered first wins where several match."""
+    _LAYOUTS.append(layout)
+
+
+def find_layout(model: PreTrainedModel) -> Layout:
+    """Return the layout of `model`.
+
+    Raises:
+        UnsupportedModel: no layout describes it.
+    """
+    for layout in _LAYOUTS:
+        if layout.matches(model):
+            return layout
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    raise UnsupportedModel(
+        f"deadhead cannot prune models of type {kind!r} yet; it knows deadhead's own All-attention Transformer. "
+        "To add an architecture, describe it in a file of deadhead/layouts."
+    )
+
+
+register(AllAttentionLayout())
+
+__all__ = ["AttentionSite", "HeadSlice", "Layout", "find_layout", "register"]

@@ -1,0 +1,87 @@
+"""The layout of our All-attention Transformer: projections, position biases and persistent vectors in every head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedModel
+
+from deadhead.layouts.base import AttentionSite, HeadSlice, Layout, contiguous
+from deadhead.models.all_attention.modeling import AllAttention, AllAttentionPreTrainedModel, OutputBias
+from deadhead.plan import HeadPlan
+
+
+class AllAttentionLayout(Layout):
+    """Heads of `models.all_attention`."""
+
+    def matches(self, model: PreTrainedModel) -> bool:
+        """Tell whether `model` is an All-attention Transformer, with or without its output layer."""
+        # By name, not by class: a checkpoint loaded with remote code brings its own copy of the class.
+        return model.config.model_type == AllAttentionPreTrainedModel.config_class.model_type
+
+    def sites(self, model: PreTrainedModel) -> list[AttentionSite]:
+        """Return the attention module of every layer."""
+        return [
+            AttentionSite(
+                layer=index,
+                module=layer.attention,
+                output_path="o_proj",
+                head_dim=model.config.head_dim,
+                heads=tuple(layer.attention.heads),
+                total=model.config.num_attention_heads,
+            )
+            for index, layer in enumerate(model.base_model.layers)
+        ]
+
+    def slices(self, site: AttentionSite) -> Sequence[HeadSlice]:
+        """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O."""
+        names = {name for name, _ in site.module.named_parameters()}
+        num_heads, width = len(site.heads), site.head_dim
+        rows = [f"{letter}_proj.{kind}" for letter in "qkvr" for kind in ("weight", "bias")]
+        single = ["content_bias", "position_bias", "persistent_k", "persistent_v"]
+        return [
+            *(contiguous(name, 0, num_heads, width) for name in rows if name in names),
+            *(contiguous(name, 0, num_heads, 1) for name in single if name in names),
+            contiguous("o_proj.weight", 1, num_heads, width),
+        ]
+
+    def after_cut(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
+        """Set the heads that are left; a layer without any keeps nothing but the bias b_O."""
+        module = site.module
+        assert isinstance(module, AllAttention) or hasattr(module, "heads")
+        module.heads = heads  # type: ignore[assignment]
+        if heads:
+            return
+        output_bias = OutputBias(site.output_weight.shape[0])
+        output_bias.bias = site.output.bias  # type: ignore[assignment]
+        for name in [name for name, _ in module.named_children()]:
+            delattr(module, name)
+        for name in [name for name, _ in module.named_parameters(recurse=False)]:
+            delattr(module, name)
+        module.o_proj = output_bias
+
+    def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
+        """Write the plan under `head_plan` of the configuration."""
+        model.config.head_plan = plan.to_dict()
+
+    def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
+        """Read `head_plan` of the configuration."""
+        recorded = model.config.head_plan
+        return None if recorded is None else HeadPlan.from_dict(recorded)
+
+    def context_flops(self, site: AttentionSite, length: int) -> Mapping[str, float]:
+        """Count scores and weighted sums: 2 FLOPs a multiply-add, twice for content, once more for positions."""
+        config = site.module.config
+        window = min(length + 1, config.memory_length + 1)
+        width = site.head_dim
+        # Positions are scored for the whole window before those outside the text are left out.
+        position = 0 if config.position == "rotary" else 2 * (config.memory_length + 1) * width
+        return {
+            "context": 4.0 * window * width,
+            "position": float(position),
+            "persistent": 4.0 * config.num_persistent * width,
+        }
+
+    def cache_values(self, site: AttentionSite, length: int) -> int:
+        """Count keys and values of at most M positions."""
+        return 2 * site.head_dim * min(length, site.module.config.memory_length)

@@ -1,0 +1,90 @@
+"""Adaptive input and softmax (Baevski, Auli 2019; Grave et al. 2017): rare words get narrow vectors. Imports torch only.
+
+The vocabulary, ordered by falling frequency, is cut into a shortlist of width D and tails of width D / factor,
+D / factor², …; each tail's logits are conditional on one extra logit of the shortlist. Dimensions: B, T, D, V; R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def _bands(vocab_size: int, cutoffs: Sequence[int]) -> list[tuple[int, int]]:
+    edges = [0, *cutoffs, vocab_size]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Embeddings whose width falls with the rank of the word. (B, T) ids → (B, T, D)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, cutoffs: Sequence[int], factor: int) -> None:
+        super().__init__()
+        self.bands = _bands(vocab_size, cutoffs)
+        self.tables = nn.ModuleList(
+            nn.Embedding(stop - start, hidden_size // factor**rank) for rank, (start, stop) in enumerate(self.bands)
+        )
+        self.projections = nn.ModuleList(
+            nn.Linear(hidden_size // factor**rank, hidden_size, bias=False) for rank in range(len(self.bands))
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Look up and project each band's words."""
+        flat = input_ids.reshape(-1)
+        hidden = flat.new_zeros((len(flat), self.projections[0].out_features), dtype=self.projections[0].weight.dtype)
+        for (start, stop), table, projection in zip(self.bands, self.tables, self.projections, strict=True):
+            rows = ((flat >= start) & (flat < stop)).nonzero().squeeze(-1)
+            if len(rows):
+                hidden = hidden.index_add(0, rows, projection(table(flat[rows] - start)).to(hidden.dtype))
+        return hidden.unflatten(0, input_ids.shape)
+
+
+class AdaptiveSoftmax(nn.Module):
+    """Output layer over the same bands; tables and tail projections may be tied to an `AdaptiveEmbedding`."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, cutoffs: Sequence[int], factor: int, bias: bool) -> None:
+        super().__init__()
+        self.bands = _bands(vocab_size, cutoffs)
+        widths = [hidden_size // factor**rank for rank in range(len(self.bands))]
+        # Stored D_tail → D, like the embedding's, so that tying is sharing a tensor; used transposed.
+        self.projections = nn.ModuleList(nn.Linear(width, hidden_size, bias=False) for width in widths)
+        self.tables = nn.ModuleList(
+            nn.Linear(width, stop - start, bias=bias) for width, (start, stop) in zip(widths, self.bands, strict=True)
+        )
+        self.cluster = nn.Linear(hidden_size, len(self.bands) - 1, bias=bias)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        shortlist = self.tables[0](functional.linear(hidden, self.projections[0].weight))
+        return torch.cat([shortlist, self.cluster(hidden)], dim=-1).float().log_softmax(-1)
+
+    def _tail(self, hidden: Tensor, rank: int) -> Tensor:
+        narrow = functional.linear(hidden, self.projections[rank].weight.T)
+        return self.tables[rank](narrow).float().log_softmax(-1)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Return log-probabilities of all words, (B, T, V), float32."""
+        head = self._head(hidden_BTD)
+        shortlist = self.bands[0][1]
+        parts = [head[..., :shortlist]]
+        for rank in range(1, len(self.bands)):
+            parts.append(head[..., shortlist + rank - 1, None] + self._tail(hidden_BTD, rank))
+        return torch.cat(parts, dim=-1)
+
+    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each target, (B, T), without scoring bands it is not in."""
+        hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.reshape(-1)
+        head = self._head(hidden)
+        shortlist = self.bands[0][1]
+        slot = targets.clamp(max=shortlist - 1)
+        for rank, (start, stop) in enumerate(self.bands[1:]):
+            slot = torch.where((targets >= start) & (targets < stop), shortlist + rank, slot)
+        log_probability = head.gather(-1, slot[:, None]).squeeze(-1)
+        for rank, (start, stop) in enumerate(self.bands[1:], start=1):
+            rows = ((targets >= start) & (targets < stop)).nonzero().squeeze(-1)
+            if len(rows):
+                tail = self._tail(hidden[rows], rank).gather(-1, (targets[rows] - start)[:, None]).squeeze(-1)
+                log_probability = log_probability.index_add(0, rows, tail)
+        return -log_probability.unflatten(0, targets_BT.shape)

@@ -1,0 +1,155 @@
+"""Configuration of the All-attention Transformer. Imports torch and transformers only: it travels with checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+POSITIONS = ("learned", "sinusoidal", "rotary")
+
+
+class AllAttentionConfig(PreTrainedConfig):
+    """An All-attention Transformer language model (Sukhbaatar et al. 2019) with segment memory (Dai et al. 2019).
+
+    Args:
+        vocab_size: V, tokens in the vocabulary.
+        hidden_size: D, width of the model.
+        num_hidden_layers: L.
+        num_attention_heads: H, heads of a layer before any cut; must divide D.
+        num_persistent: N, persistent key/value vectors of each head, in place of a feed-forward layer.
+        memory_length: M; every query attends to itself and the M positions before it ("same length" attention).
+        segment_length: T, tokens a training step reads; evaluation uses it as its stride.
+        position: "learned" or "sinusoidal" relative positions, or "rotary" (our extension).
+        share_position_bias: whether u and v are shared by all layers.
+        attend_initial_memory: whether the M positions before the first token count as zero hidden states that are
+            attended like any other (as in the authors' code), or are left out.
+        projection_bias: whether q, k, v and r projections have biases.
+        final_layer_norm: whether a layer norm stands before the output layer.
+        lm_head_bias: whether the output layer has a bias.
+        adaptive_cutoffs: ranks at which the vocabulary is cut into a shortlist and tails of falling width
+            (adaptive input and softmax), or None for plain embeddings.
+        adaptive_factor: each tail's width is the one before divided by this.
+        attention_dropout: of the attention weights, persistent ones included.
+        hidden_dropout: of each layer's output.
+        embedding_dropout: of the scaled embeddings.
+        output_dropout: of the last hidden states.
+        layer_norm_eps: ε of the layer norms.
+        initializer_range: standard deviation of the projections' and (times √D) embeddings' first values; None
+            stands for 1/√D.
+        head_plan: the plan this model was cut by, as in `head_plan.json`; None for a dense model.
+    """
+
+    model_type = "deadhead_all_attention"
+    keys_to_ignore_at_inference = ["past_key_values", "memory"]
+
+    vocab_size: int = 257
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_persistent: int = 128
+    memory_length: int = 64
+    segment_length: int = 64
+    position: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    share_position_bias: bool = False
+    attend_initial_memory: bool = False
+    projection_bias: bool = False
+    final_layer_norm: bool = True
+    lm_head_bias: bool = False
+    adaptive_cutoffs: list[int] | None = None
+    adaptive_factor: int = 4
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    output_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    head_plan: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.adaptive_cutoffs is not None:
+            self.adaptive_cutoffs = list(self.adaptive_cutoffs)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check the sizes against each other.
+
+        Raises:
+            ValueError: one sentence that names the size that does not fit.
+        """
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_persistent",
+            "memory_length",
+            "segment_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size, but {self.num_attention_heads} does not divide "
+                f"{self.hidden_size}."
+            )
+        if self.position not in POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, but it is {self.position!r}.")
+        even_needed = {"rotary": self.head_dim, "sinusoidal": self.hidden_size}.get(self.position, 0)
+        if even_needed % 2:
+            raise ValueError(f"position {self.position!r} needs an even width, but it is {even_needed}.")
+        for name in ("attention_dropout", "hidden_dropout", "embedding_dropout", "output_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, but it is {getattr(self, name)}.")
+        cutoffs = self.adaptive_cutoffs
+        if cutoffs is not None and (
+            not cutoffs or cutoffs[0] < 1 or cutoffs[-1] >= self.vocab_size or cutoffs != sorted(set(cutoffs))
+        ):
+            raise ValueError(
+                f"adaptive_cutoffs must rise and lie between 1 and the vocabulary's {self.vocab_size}, but are {cutoffs}."
+            )
+        if cutoffs is not None and self.hidden_size // self.adaptive_factor ** len(cutoffs) < 1:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is too small for {len(cutoffs)} tails at adaptive_factor "
+                f"{self.adaptive_factor}."
+            )
+        if self.head_plan is not None:
+            self._validate_plan()
+
+    def _validate_plan(self) -> None:
+        plan = self.head_plan or {}
+        kept, total = plan.get("kept"), plan.get("total")
+        layers = {str(layer) for layer in range(self.num_hidden_layers)}
+        if not isinstance(kept, dict) or not isinstance(total, dict) or set(total) != layers or set(kept) != layers:
+            raise ValueError(f"head_plan must name each of the {self.num_hidden_layers} layers in kept and total.")
+        for layer, heads in kept.items():
+            if any(not isinstance(head, int) or not 0 <= head < self.num_attention_heads for head in heads):
+                raise ValueError(
+                    f"head_plan names a head of layer {layer} that is not among its {self.num_attention_heads}: {heads}."
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """E, width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def sliding_window(self) -> int:
+        """Positions a query attends to, itself included; transformers' caches keep one less."""
+        return self.memory_length + 1
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """None: relative positions and a sliding window set no limit to the length of a text."""
+        return None
+
+    def layer_heads(self, layer: int) -> tuple[int, ...]:
+        """Return the heads that `layer` still has, as indices of the dense model."""
+        if self.head_plan is None:
+            return tuple(range(self.num_attention_heads))
+        return tuple(self.head_plan["kept"][str(layer)])
