@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from deadhead.errors import CutError
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.gating import attach, detach, gates_of
 from deadhead.layouts import AttentionSite, Layout, find_layout
+from deadhead.modes import evaluating
 from deadhead.plan import HeadPlan, Layer
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
@@ -85,7 +85,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
 
 
 def _gate_factors(gates: HeadGates) -> dict[Layer, Tensor]:
-    with _evaluating([gate for _, gate in gates]), torch.no_grad():
+    with evaluating(*(gate for _, gate in gates)), torch.no_grad():
         return {layer: z_H * scale for layer, gate in gates for z_H, scale in [gate()]}
 
 
@@ -135,18 +135,6 @@ def _restore_gates(
         detach(model)
 
 
-@contextmanager
-def _evaluating(modules: list[Any]) -> Iterator[None]:
-    flags = [(module, module.training) for root in modules for module in root.modules()]
-    try:
-        for root in modules:
-            root.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 @torch.no_grad()
 def _check_logits(model: PreTrainedModel) -> Tensor:
     """Return the outputs on a fixed random text: whole, and its second half again from a cache, side by side."""
@@ -154,7 +142,7 @@ def _check_logits(model: PreTrainedModel) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (2, _CHECK_LENGTH), generator=generator).to(model.device)
     half = _CHECK_LENGTH // 2
-    with _evaluating([model]):
+    with evaluating(model):
         first = model(input_ids=ids[:, :half], use_cache=True)
         parts = [model(input_ids=ids, use_cache=False)[0], first[0]]
         parts.append(model(input_ids=ids[:, half:], past_key_values=first.past_key_values, use_cache=True)[0])

@@ -37,12 +37,15 @@ class AllAttentionLayout(Layout):
         """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O."""
         names = {name for name, _ in site.module.named_parameters()}
         num_heads, width = len(site.heads), site.head_dim
-        rows = [f"{letter}_proj.{kind}" for letter in "qkvr" for kind in ("weight", "bias")]
+        projections = ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
+        # W_R is applied once a pass to the table of positions, not to tokens.
+        rows = ["r_proj.weight", *(f"{letter}_proj.bias" for letter in "qkvr")]
         single = ["content_bias", "position_bias", "persistent_k", "persistent_v"]
         return [
+            *(contiguous(name, 0, num_heads, width, per_token=True) for name in projections),
             *(contiguous(name, 0, num_heads, width) for name in rows if name in names),
             *(contiguous(name, 0, num_heads, 1) for name in single if name in names),
-            contiguous("o_proj.weight", 1, num_heads, width),
+            contiguous("o_proj.weight", 1, num_heads, width, per_token=True),
         ]
 
     def after_cut(self, site: AttentionSite, heads: tuple[int, ...]) -> None:

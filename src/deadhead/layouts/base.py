@@ -21,16 +21,19 @@ class HeadSlice:
         path: name of the parameter, from the attention module, such as ``q_proj.weight``.
         dim: the dimension along which heads lie.
         rows: (H, n) indices along `dim`: row h holds those of head h, in the order the module expects.
+        per_token: whether every number in it takes part in one multiply-add for each token, as a projection's do.
     """
 
     path: str
     dim: int
     rows: Tensor
+    per_token: bool
 
 
-def contiguous(path: str, dim: int, num_heads: int, size: int) -> HeadSlice:
+def contiguous(path: str, dim: int, num_heads: int, size: int, *, per_token: bool = False) -> HeadSlice:
     """Return the slice of a tensor in which each head owns `size` neighbouring rows, head after head."""
-    return HeadSlice(path=path, dim=dim, rows=torch.arange(num_heads * size).view(num_heads, size))
+    rows = torch.arange(num_heads * size).view(num_heads, size)
+    return HeadSlice(path=path, dim=dim, rows=rows, per_token=per_token)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,158 @@
+"""Save and load models, dense, gated or cut: safetensors, one folder, complete or absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead.cost import model_cost
+from deadhead.errors import InputError
+from deadhead.files import read_json, replaced_folder, require_replaceable, write_json, write_text
+from deadhead.gates import GateConfig, HeadGates
+from deadhead.gating import attach, gates_of
+from deadhead.layouts import find_layout
+
+PLAN_FILE = "head_plan.json"
+GATES_FILE = "head_gates.safetensors"
+GATES_CONFIG_FILE = "head_gates.json"
+_MARKERS = ("config.json",)
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    It holds the weights, the configuration, the modelling files (for places without deadhead), the head plan of a cut
+    model, the gates of a gated one (whose weights are then those of the ungated model), tokenizer and model card.
+
+    Args:
+        model: dense, gated or cut.
+        path: the folder; a checkpoint that is there already is replaced as a whole.
+        tokenizer: written beside the model if given.
+        metrics: measured numbers for the model card, such as {"perplexity": 5.9}.
+
+    Raises:
+        InputError: `path` holds something else, cannot be written, or the device is full.
+    """
+    path = Path(path)
+    require_replaceable(path, _MARKERS)
+    gates = gates_of(model)
+    with replaced_folder(path) as folder:
+        weights = {name: value for name, value in model.state_dict().items() if ".head_gate." not in f".{name}"}
+        model.save_pretrained(folder, state_dict=weights)
+        plan = find_layout(model).recorded_plan(model)
+        if plan is not None:
+            plan.to_json(folder / PLAN_FILE)
+        if gates is not None:
+            save_file(gates.state_dict(), folder / GATES_FILE)
+            write_json(folder / GATES_CONFIG_FILE, asdict(gates.config))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        write_text(folder / "README.md", _model_card(model, metrics or {}))
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a language model from a checkpoint folder, in evaluation mode; never runs code from it.
+
+    A gated checkpoint gives the ungated model; `load_gated` gives both.
+
+    Raises:
+        InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
+    config = read_json(path / "config.json", what="model configuration")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+        )
+    except SafetensorError as error:
+        raise InputError(f"The weights in {path} are damaged or cut short: {error}.") from error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        raise InputError(f"The weights in {path} do not fit its configuration: {reason}.") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
+        kind = config.get("model_type", "unknown") if isinstance(config, dict) else "unknown"
+        raise InputError(f"The checkpoint {path} (model type {kind!r}) cannot be loaded: {reason}.") from error
+    if any("head_gate." in str(name) for name in info["unexpected_keys"]):
+        raise InputError(
+            f"The checkpoint {path} was saved in the middle of training with gates; resume that run, or load a "
+            "checkpoint that deadhead.save wrote."
+        )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            first = sorted(str(item) for item in info[problem])[0]
+            raise InputError(f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}.")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def is_gated(path: str | Path) -> bool:
+    """Tell whether a checkpoint folder was saved with gates on."""
+    return (Path(path) / GATES_FILE).exists()
+
+
+def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
+    """Load a model and its gates from a folder that was saved with gates on.
+
+    Raises:
+        InputError: the folder has no gates, or it cannot be loaded.
+    """
+    path = Path(path)
+    if path.is_dir() and not is_gated(path):
+        raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
+    model = load(path)
+    values = read_json(path / GATES_CONFIG_FILE, what="gate configuration")
+    try:
+        config = GateConfig(**values)
+        state = load_file(path / GATES_FILE)
+    except TypeError:
+        raise InputError(f"The gate configuration {path / GATES_CONFIG_FILE} has unknown keys: {values!r}.") from None
+    except SafetensorError as error:
+        raise InputError(f"The gates {path / GATES_FILE} are damaged or cut short: {error}.") from error
+    gates = attach(model, config=config)
+    gates.load_state_dict(state)
+    return model, gates
+
+
+def _model_card(model: PreTrainedModel, metrics: Mapping[str, float]) -> str:
+    cost = model_cost(model)
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["deadhead", "pruned-attention-heads"]}
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        f"# {model.config.model_type}",
+        "",
+        "Attention heads of this model were found dead and cut off by deadhead."
+        if find_layout(model).recorded_plan(model) is not None
+        else "A model that deadhead has not cut.",
+        "",
+        f"- heads a layer: {cost.heads}",
+        f"- parameters: {cost.parameters:,}",
+        f"- FLOPs a token: {cost.flops_per_token:,.0f}",
+        *(f"- {name}: {value:.4g}" for name, value in metrics.items()),
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # or import deadhead first',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

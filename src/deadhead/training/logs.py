@@ -1,0 +1,116 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard scalars, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deadhead.gates import HeadGates
+
+# Fields that differ between two runs of the same recipe; everything else is equal bit for bit.
+TIMING_FIELDS = ("seconds",)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends one JSON object to a file for each log: the Trainer's numbers and, with gates, those of every head.
+
+    Args:
+        path: metrics.jsonl.
+        phase: name of the phase, written into each line.
+        gates: the gates being trained, or None.
+    """
+
+    def __init__(self, path: Path, phase: str, gates: HeadGates | None = None) -> None:
+        self.path = path
+        self.phase = phase
+        self.gates = gates
+        self.begin = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop what a stopped run wrote of this phase after the checkpoint it goes on from."""
+        self.begin = time.perf_counter()
+        if not self.path.exists():
+            return
+        kept = [
+            line
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            if _is_before(line, self.phase, state.global_step)
+        ]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a line."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        line: dict[str, Any] = {"phase": self.phase, "step": state.global_step}
+        line |= {name: value for name, value in logs.items() if not name.startswith("heads/")}
+        if self.gates is not None:
+            values = self.gates
+            line["heads"] = [int(gate.is_open.sum()) for _, gate in values]
+            line["open_probability"] = {str(layer): p.tolist() for layer, p in values.open_probability().items()}
+            line["output_difference"] = {str(layer): d.tolist() for layer, d in values.difference().items()}
+        line["seconds"] = round(time.perf_counter() - self.begin, 3)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _is_before(line: str, phase: str, step: int) -> bool:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:
+        return False  # the line that was being written when the run was killed
+    return bool(values["phase"] != phase or values["step"] <= step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl as dictionaries; a last line that was cut short is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class StepReporter(TrainerCallback):
+    """Tells a function how many steps are done, with the last logged loss.
+
+    Args:
+        report: called with steps done, steps in all and a dictionary of the last logged numbers.
+    """
+
+    def __init__(self, report: Callable[[int, int, dict[str, Any]], None]) -> None:
+        self.report = report
+        self.last: dict[str, Any] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the numbers."""
+        self.last = dict(logs or {})
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Report."""
+        self.report(state.global_step, state.max_steps, self.last)

@@ -1,0 +1,148 @@
+"""One phase of training: the Trainer set up for a section of a recipe, run, and resumed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from torch.utils.tensorboard.writer import SummaryWriter
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+
+from deadhead.data import SegmentDataset, TokenStream
+from deadhead.errors import InputError
+from deadhead.gates import GateConfig, HeadGates
+from deadhead.gating import attach
+from deadhead.training.logs import MetricsFile, StepReporter
+from deadhead.training.recipe import PhaseRecipe, PruneRecipe
+from deadhead.training.sparsity import SparsityCallback
+from deadhead.training.trainer import LanguageModelTrainer, last_checkpoint
+
+Report = Callable[[int, int, dict[str, Any]], None]
+
+
+def gate_config(recipe: PruneRecipe, seed: int) -> GateConfig:
+    """Return the gates' constants that a recipe asks for."""
+    return GateConfig(
+        init=recipe.init, hard=recipe.hard, output_scale=recipe.output_scale, lr_scale=recipe.gate_lr_scale, seed=seed
+    )
+
+
+def sparsity_callback(gates: HeadGates, recipe: PruneRecipe) -> SparsityCallback:
+    """Return the callback that trains `gates` as a recipe asks for."""
+    return SparsityCallback(
+        gates,
+        l0=recipe.l0,
+        warmup_steps=recipe.l0_warmup_steps,
+        sparsity=recipe.sparsity,
+        ramp_steps=recipe.ramp_steps or max(1, recipe.steps * 2 // 3),
+        weighting=recipe.weighting,
+    )
+
+
+def run_phase(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PhaseRecipe,
+    *,
+    folder: str | Path,
+    phase: str = "train",
+    seed: int = 0,
+    gates: HeadGates | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    metrics: Path | None = None,
+    report: Report | None = None,
+    resume: bool = False,
+) -> PreTrainedModel:
+    """Train `model` in place for one phase; it ends in evaluation mode.
+
+    Args:
+        model: with gates attached if `gates` is given.
+        text: the training text.
+        recipe: steps, batch, optimizer; a `PruneRecipe` with `gates`.
+        folder: where checkpoints and TensorBoard events go.
+        phase: its name in the metrics.
+        seed: of dropout (data order is the text's own).
+        gates: trained under the sparsity loss that `recipe` describes.
+        callbacks: further callbacks, called after ours.
+        metrics: metrics.jsonl, or None.
+        report: told of every step, for a progress bar.
+        resume: go on from the newest whole checkpoint in `folder`, if there is one.
+
+    Raises:
+        InputError: the text is too short, or bf16 is asked for and not there.
+        DivergenceError: the loss or the gradient is not finite.
+    """
+    folder = Path(folder)
+    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
+    # With many gates closed gradients underflow, and denormal numbers can slow a CPU several times.
+    torch.set_flush_denormal(True)
+    set_seed(seed)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=_SCHEDULERS[recipe.schedule],
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or recipe.steps,
+        seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        average_tokens_across_devices=False,
+    )
+    dataset: Dataset[Any] = SegmentDataset(
+        text.tokens, rows=recipe.batch_size * args.world_size, segment_length=model.config.segment_length
+    )
+    ours: list[TrainerCallback] = []
+    if gates is not None:
+        if not isinstance(recipe, PruneRecipe):
+            raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
+        ours.append(sparsity_callback(gates, recipe))
+    if metrics is not None:
+        ours.append(MetricsFile(metrics, phase, gates))
+    writer = None
+    if metrics is not None and args.process_index == 0:
+        writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
+        ours.append(TensorBoardCallback(writer))
+    if report is not None:
+        ours.append(StepReporter(report))
+    trainer = LanguageModelTrainer(model, args, dataset, callbacks=[*ours, *callbacks])
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(folder) if resume else None
+    with warnings.catch_warnings():
+        # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
+        warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+        if checkpoint is None:
+            trainer.train()
+        else:
+            trainer.resume(checkpoint)
+    if writer is not None:
+        writer.close()
+    return model.eval()
+
+
+_SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+def attach_for(model: PreTrainedModel, recipe: PruneRecipe, seed: int) -> HeadGates:
+    """Attach gates as a recipe asks for."""
+    return attach(model, config=gate_config(recipe, seed))

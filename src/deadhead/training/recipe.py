@@ -1,0 +1,193 @@
+"""Recipes: everything that decides a run, as frozen models that round-trip through TOML and JSON."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deadhead.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelRecipe(_Section):
+    """The All-attention model; see `AllAttentionConfig` for each field."""
+
+    layers: int = Field(4, ge=1, le=1000)
+    width: int = Field(128, ge=1, le=65536)
+    heads: int = Field(8, ge=1, le=1024)
+    persistent: int = Field(128, ge=1, le=65536)
+    memory_length: int = Field(64, ge=1, le=65536)
+    segment_length: int = Field(64, ge=1, le=65536)
+    position: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    adaptive_cutoffs: list[int] | None = None
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    embedding_dropout: float = Field(0.0, ge=0, lt=1)
+    output_dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class DataRecipe(_Section):
+    """The text: where it comes from and how it becomes tokens."""
+
+    source: str = "stdlib"
+    tokenizer: Literal["byte", "bpe", "word"] = "byte"
+    vocab_size: int | None = Field(None, ge=1)
+    column: str | None = None
+    split: str | None = None
+
+
+class PhaseRecipe(_Section):
+    """One phase of training.
+
+    Args: steps of the optimizer; batch_size rows on each process; learning rate, its schedule and warm-up; AdamW's
+    weight decay and second beta; clipping norm; accumulated batches; bf16 mixed precision; steps between two logged
+    lines and between two checkpoints (0: only at the end of the phase).
+    """
+
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0)
+    gradient_accumulation: int = Field(1, ge=1)
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(0, ge=0)
+
+
+class PruneRecipe(PhaseRecipe):
+    """The phase with gates: λ or a target sparsity, and the paper's three stabilisers.
+
+    Args: l0 is λ; sparsity, if given, is steered to, along a ramp over `ramp_steps` (0: two thirds of the phase);
+    l0_warmup_steps, init and output_scale are the stabilisers; gate_lr_scale how many times as fast gates learn;
+    weighting the plain or output-difference-weighted loss; the rest are the gates' constants.
+    """
+
+    l0: float = Field(0.03, ge=0)
+    sparsity: float | None = Field(None, ge=0, lt=1)
+    ramp_steps: int = Field(0, ge=0)
+    l0_warmup_steps: int = Field(0, ge=0)
+    gate_lr_scale: float = Field(10.0, gt=0)
+    init: float = 2.0
+    output_scale: bool = True
+    hard: bool = True
+    weighting: Literal["plain", "output_difference"] = "plain"
+
+
+class Recipe(_Section):
+    """A run: dense training, training with gates, cut, fine-tuning.
+
+    With `control` the dense model is trained on for as many steps in all as the pruned one, without gates, so that the
+    two can be compared fairly.
+    """
+
+    name: str = "run"
+    seed: int = Field(0, ge=0, lt=2**31)
+    control: bool = False
+    evaluation_tokens: int | None = Field(None, ge=1)
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
+    train: PhaseRecipe = PhaseRecipe()
+    prune: PruneRecipe = PruneRecipe()
+    finetune: PhaseRecipe = PhaseRecipe()
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a TOML file.
+
+    Raises:
+        InputError: the file is missing or not TOML, or a key or value is not one of a recipe.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"A recipe was expected at {path}, but there is no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The recipe {path} cannot be read as text: {error}.") from None
+    return parse_recipe(text, name=str(path))
+
+
+def parse_recipe(text: str, *, name: str) -> Recipe:
+    """Read a recipe from TOML text; `name` says in messages where it came from.
+
+    Raises:
+        InputError: the text is not TOML, or a key or value is not one of a recipe.
+    """
+    try:
+        return Recipe.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"The recipe {name} is not TOML: {error}.") from None
+    except ValidationError as error:
+        raise InputError(f"The recipe {name} {_explain(error, Recipe)}.") from None
+
+
+def changed(section: Any, **values: Any) -> Any:
+    """Return a copy of a recipe or section with some values changed (None leaves a value as it is).
+
+    Raises:
+        InputError: a value is not allowed.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return type(section).model_validate({**section.model_dump(), **given})
+    except ValidationError as error:
+        raise InputError(f"This run's setting {_explain(error, type(section))}.") from None
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """Say in one clause what the first problem is; an unknown key gets the nearest known one."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = list(_section(root, where[:-1]).model_fields)
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"has an unknown key {'.'.join(where)!r}; {hint}"
+    expected = first["msg"][0].lower() + first["msg"][1:]
+    return f"has a wrong value for {'.'.join(where)!r}: {expected}, but it is {first['input']!r}"
+
+
+def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    for name in path:
+        inner = root.model_fields[name].annotation if name in root.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return root
+        root = inner
+    return root
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Write a recipe as TOML; values that are None are left out, as TOML has none."""
+
+    def value(item: Any) -> str:
+        if isinstance(item, bool):
+            return str(item).lower()
+        if isinstance(item, str):
+            # A JSON string is a TOML basic string but for the one character JSON leaves unescaped.
+            return json.dumps(item).replace("\x7f", "\\u007f")
+        return repr(item)
+
+    dumped = recipe.model_dump(exclude_none=True)
+    lines = [f"{name} = {value(item)}" for name, item in dumped.items() if not isinstance(item, dict)]
+    for name, section in dumped.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {value(item)}" for key, item in section.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,126 @@
+"""A callback that trains gates under the sparsity loss with any transformers Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from deadhead.errors import InputError
+from deadhead.gates import HeadGates
+from deadhead.penalty import SparsityTarget, Weighting, add_penalty_gradient, linear_warmup
+
+
+class SparsityCallback(TrainerCallback, ExportableState):
+    """Adds the gradient of λ·L0 to the gates before each optimizer step, and draws their noise from the step's number.
+
+    The sparsity loss does not depend on the batch, so the language-modelling loss stays as it is: reported losses are
+    pure, clipping sees the language model's gradient only, and gradient accumulation counts the penalty once. Gates
+    learn `GateConfig.lr_scale` times as fast as the model and are kept out of weight decay without any change to the
+    Trainer's optimizer.
+
+    Args:
+        gates: what `deadhead.attach` returned for the model being trained.
+        l0: λ; with `sparsity` the value steering starts from.
+        warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off.
+        sparsity: close this share of the gates: λ is steered along a ramp to it, instead of being fixed.
+        ramp_steps: steps until the ramp reaches `sparsity`.
+        weighting: "plain" L0, or "output_difference": heads whose removal changes their layer's output least are
+            pushed hardest.
+
+    Raises:
+        InputError: an argument is out of range; at the start of training: the gates are not among the parameters that
+            the optimizer trains, or DeepSpeed steps inside backward, where no gradient can be added.
+    """
+
+    def __init__(
+        self,
+        gates: HeadGates,
+        *,
+        l0: float = 0.01,
+        warmup_steps: int = 1000,
+        sparsity: float | None = None,
+        ramp_steps: int = 1000,
+        weighting: Weighting = "plain",
+    ) -> None:
+        if l0 < 0:
+            raise InputError(f"l0 (λ of the sparsity loss) must not be negative, but it is {l0}.")
+        if weighting not in ("plain", "output_difference"):
+            raise InputError(f"weighting must be 'plain' or 'output_difference', but it is {weighting!r}.")
+        self.gates = gates
+        self.l0 = l0
+        self.warmup_steps = warmup_steps
+        self.weighting: Weighting = weighting
+        self.target = (
+            None if sparsity is None else SparsityTarget(sparsity, ramp_steps=ramp_steps, initial=l0)
+        )
+        self.strength = 0.0
+        self.last_l0 = float("nan")
+        # The difference costs about 1/H of the output projection's work; it weights the loss and it is a diagnostic.
+        gates.track_difference()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold; transformers writes it into trainer_state.json."""
+        return {"args": {}, "attributes": {"target": None if self.target is None else self.target.state()}}
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of the last step: λ, L0, share of closed gates, heads open in each layer."""
+        values = {"lambda": self.strength, "l0": self.last_l0, "sparsity": self.gates.sparsity}
+        values |= {f"heads/layer_{layer}": float(gate.is_open.sum()) for layer, gate in self.gates}
+        return values
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the gates will learn, and go on where a checkpoint left off."""
+        if args.deepspeed is not None:
+            raise InputError("SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP or FSDP.")
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and self.target is not None and saved and saved["attributes"]["target"]:
+            self.target.load_state(saved["attributes"]["target"])
+        trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
+        for layer, gate in self.gates:
+            if id(gate.log_alpha_bias) not in trained:
+                raise InputError(
+                    f"The gates of layer {layer} are not among the parameters that the optimizer trains; attach the "
+                    "gates to the very model that the Trainer gets, before it makes its optimizer."
+                )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the noise of this step depend on its number alone."""
+        self.gates.begin_step(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add λ(t) · ∂L0 to the gates' gradients, after clipping."""
+        if state.global_step == 0 and all(gate.log_alpha_bias.grad is None for _, gate in self.gates):
+            raise InputError(
+                "No gradient of the loss reached the gates; train the model that the gates were attached to, not a copy."
+            )
+        strength = self.l0 if self.target is None else self.target.l0
+        self.strength = strength * linear_warmup(state.global_step, self.warmup_steps)
+        self.last_l0 = add_penalty_gradient(self.gates, self.strength, self.weighting)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Steer λ."""
+        if self.target is not None:
+            self.target.update(state.global_step, self.gates.log_alpha().values())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the gates' numbers to training logs; callbacks that come later in the list see them."""
+        if logs is not None and "loss" in logs:
+            logs.update(self.metrics())
+            state.log_history[-1].update(self.metrics())

@@ -1,0 +1,142 @@
+"""transformers' Trainer with segment memory, guards against divergence, and checkpoints that are known to be whole."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from deadhead.errors import DivergenceError
+from deadhead.files import no_space_is_input_error, read_json, write_json
+
+_MEMORY_FILE = "segment_memory_rank{rank}.safetensors"
+# Written last: a checkpoint without it, or with files of other sizes, was cut short.
+_COMPLETE_FILE = "complete.json"
+
+
+class LanguageModelTrainer(Trainer):
+    """Trains a language model on contiguous segments, each after the true text before it.
+
+    Args:
+        model: a causal language model; those of ours get the memory of the segment before.
+        args: transformers' arguments.
+        train_dataset: a `deadhead.data.SegmentDataset` with as many rows as a batch over all processes.
+        kwargs: what transformers' Trainer takes.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, args: TrainingArguments, train_dataset: Dataset[Any], **kwargs: Any
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        # All segments have the same length, so the mean over accumulated batches is the mean of their means.
+        self.model_accepts_loss_kwargs = False
+        self.has_memory = hasattr(model.config, "memory_length")
+        self.memory: tuple[Tensor, ...] | None = None
+        self.clipped_steps = 0
+        self.steps_since_log = 0
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        # The dataset is laid out so that reading it in order continues every row of the batch.
+        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states."""
+        extra: dict[str, Any] = {}
+        if self.has_memory:
+            extra["memory"] = None if bool(inputs["is_first"].any()) else self.memory
+        outputs = model(
+            input_ids=inputs["input_ids"], labels=inputs["labels"], shift_labels=inputs["labels"], use_cache=False, **extra
+        )
+        if self.has_memory:
+            self.memory = outputs.memory
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward of one batch.
+
+        Raises:
+            DivergenceError: the loss is NaN or infinite.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            raise self._divergence("loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = float(norm)
+        if not math.isfinite(value) and self.accelerator.scaler is None:
+            raise self._divergence("gradient norm", value)
+        self.steps_since_log += 1
+        self.clipped_steps += bool(self.args.max_grad_norm and value > self.args.max_grad_norm)
+        return norm
+
+    def _divergence(self, what: str, value: float) -> DivergenceError:
+        step = self.state.global_step + 1
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = "no checkpoint had been written yet" if last is None else f"the last good checkpoint is {last}"
+        return DivergenceError(
+            f"Training stopped at step {step}: the {what} is {value}; {kept}. "
+            "Try a smaller learning rate, more warm-up steps or a smaller max_grad_norm."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as transformers does, with the share of steps whose gradient was clipped since the last time."""
+        if "loss" in logs and self.steps_since_log:
+            logs["clipped"] = self.clipped_steps / self.steps_since_log
+            self.clipped_steps = self.steps_since_log = 0
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with no_space_is_input_error(folder):
+            super()._save_checkpoint(model, trial)
+            if self.memory is not None:
+                tensors = {str(layer): states.contiguous() for layer, states in enumerate(self.memory)}
+                save_file(tensors, folder / _MEMORY_FILE.format(rank=self.args.process_index))
+        if self.args.distributed_state is not None:
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+            sizes.pop(_COMPLETE_FILE, None)
+            write_json(folder / _COMPLETE_FILE, sizes)
+            for old in checkpoints(output_dir):
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped."""
+        memory = checkpoint / _MEMORY_FILE.format(rank=self.args.process_index)
+        if memory.exists():
+            states = load_file(memory, device=str(self.args.device))
+            self.memory = tuple(states[str(layer)] for layer in range(len(states)))
+        self.train(resume_from_checkpoint=str(checkpoint))
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoint folders in `output_dir`, whole or not, oldest first."""
+    found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """Return the newest checkpoint in `output_dir` whose files are all there in full, or None."""
+    for folder in reversed(checkpoints(output_dir)):
+        marker = folder / _COMPLETE_FILE
+        if not marker.exists():
+            continue
+        sizes = read_json(marker, what="list of a checkpoint's files")
+        if all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
+            return folder
+    return None
