@@ -71,6 +71,8 @@ def read_json(path: Path, *, what: str) -> Any:
         raise InputError(f"A {what} was expected at {path}, but there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The {what} {path} cannot be read: {error}.") from None
+    except RecursionError:
+        raise InputError(f"The {what} {path} is not JSON that can be read: it is nested too deep.") from None
     except json.JSONDecodeError as error:
         raise InputError(f"The {what} {path} is not JSON: {error.msg} in line {error.lineno}.") from None
 

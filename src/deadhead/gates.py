@@ -62,10 +62,16 @@ class GateConfig:
 
     @property
     def open_threshold(self) -> float:
-        """log_alpha from which a gate is open in evaluation: z ≥ 0.5 when hard, z > 0 when soft."""
-        if self.hard:
-            return 0.0
-        share = -self.gamma / (self.zeta - self.gamma)
+        """log_alpha from which a gate is open in evaluation: z ≥ 0.5 when hard (0 by default), z > 0 when soft."""
+        return self._log_alpha_at(0.5 if self.hard else 0.0)
+
+    @property
+    def saturation(self) -> float:
+        """|log_alpha| from which a gate's evaluation value is exactly 0 or 1, soft ones included."""
+        return max(-self._log_alpha_at(0.0), self._log_alpha_at(1.0))
+
+    def _log_alpha_at(self, z: float) -> float:
+        share = (z - self.gamma) / (self.zeta - self.gamma)
         return math.log(share / (1 - share))
 
 
@@ -81,7 +87,8 @@ def gate_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None = No
     z = (torch.sigmoid(logits) * (config.zeta - config.gamma) + config.gamma).clamp(0.0, 1.0)
     if not config.hard:
         return z
-    return (z >= 0.5).to(z.dtype) + z - z.detach()
+    # In this order the rounding cancels: the forward value is exactly 0 or 1.
+    return z + ((z >= 0.5).to(z.dtype) - z).detach()
 
 
 def l0_probability(log_alpha: Tensor, config: GateConfig) -> Tensor:
@@ -134,13 +141,13 @@ class HeadGate(nn.Module):
     @property
     def open_probability(self) -> Tensor:
         """Chance that a head is open in a training draw, shape (H,): σ(log_alpha) for hard gates, P(z > 0) for soft."""
-        log_alpha = self.log_alpha.detach()
-        return torch.sigmoid(log_alpha) if self.config.hard else l0_probability(log_alpha, self.config)
+        return torch.sigmoid(self.log_alpha.detach() - self.config.beta * self.config.open_threshold)
 
     @property
     def is_open(self) -> Tensor:
         """Which heads are open in evaluation, bool, shape (H,)."""
-        return self.log_alpha.detach() >= self.config.open_threshold
+        # By the value itself, so that rounding at the threshold cannot make the plan differ from the forward pass.
+        return gate_values(self.log_alpha.detach(), self.config) > 0
 
     def set_log_alpha(self, values: Tensor) -> None:
         """Overwrite log_alpha, shape (H,)."""
@@ -226,7 +233,8 @@ class HeadGates:
 
     def l0(self) -> Tensor:
         """Return the L0 sparsity loss, Σ over layers and heads of P(z > 0), with gradient (0-dimensional)."""
-        return torch.stack([l0_probability(gate.log_alpha, self.config).sum() for _, gate in self]).sum()
+        summands = [l0_probability(gate.log_alpha, self.config).sum() for _, gate in self]
+        return torch.stack(summands).sum() if summands else torch.zeros(())
 
     @property
     def sparsity(self) -> float:
@@ -239,8 +247,7 @@ class HeadGates:
         Args:
             sparsity: close exactly this share of the gates instead, those with the smallest log_alpha.
         """
-        threshold = self.config.open_threshold
-        is_open = {layer: values >= threshold for layer, values in self.log_alpha().items()}
+        is_open = {layer: gate.is_open.cpu() for layer, gate in self}
         if sparsity is not None:
             if not 0 <= sparsity <= 1:
                 raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
@@ -270,8 +277,8 @@ class HeadGates:
         self.config = config
         for layer, gate in self:
             kept = set(plan.kept[layer])
-            # At |log_alpha| ≥ 3 soft gates are saturated too, so the plan holds exactly for both kinds.
-            strength = max(abs(config.init), 3.0)
+            # Beyond saturation soft gates are exactly 0 or 1 too, so the plan holds exactly for both kinds.
+            strength = max(abs(config.init), 3.0, config.saturation + 0.5)
             values = [strength if head in kept else -strength for head in self.heads[layer]]
             gate.config = config
             gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))

@@ -35,7 +35,9 @@ class _GateInput:
         heads_BTHE = hidden.unflatten(-1, (gate.num_heads, self.head_dim))
         z_H, scale = gate()
         if gate.track_difference and gate.training and gate.fresh_draw:
-            self._measure(module, heads_BTHE.detach(), z_H.detach())
+            # Autocast would turn the products to half precision.
+            with torch.autocast(hidden.device.type, enabled=False):
+                self._measure(module, heads_BTHE.detach(), z_H.detach())
         factor_H = (z_H * scale).to(hidden.dtype)
         return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
 

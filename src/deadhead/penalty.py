@@ -31,7 +31,7 @@ def difference_weights(difference_H: Tensor) -> Tensor:
 
 def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
     """Return Σ w P(z > 0) over all heads (paper, the L0 term), with gradient (0-dimensional)."""
-    if weighting == "plain":
+    if weighting == "plain" or not len(gates):
         return gates.l0()
     return torch.stack(
         [
@@ -105,6 +105,8 @@ def add_penalty_gradient(gates: HeadGates, strength: float, weighting: Weighting
     and the reported loss stays the language model's own. `torch.autograd.grad` leaves hooks of data parallelism alone.
     """
     parameters = [gate.log_alpha_bias for _, gate in gates]
+    if not parameters:
+        return 0.0
     gradients = torch.autograd.grad(l0_loss(gates, weighting) * strength, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from deadhead.errors import InputError
+from deadhead.files import read_json, write_json
 
 Layer = int | str
 """A layer's index, or its module path where a model has more than one stack of layers."""
@@ -21,6 +22,16 @@ _KEYS = {"version", "unit", "total", "kept", "output_scale"}
 
 def _layer(key: Layer) -> Layer:
     return int(key) if isinstance(key, str) and key.lstrip("-").isdigit() else key
+
+
+def _by_layer(values: Mapping[Layer, Any], what: str) -> dict[Layer, Any]:
+    found: dict[Layer, Any] = {}
+    for key, value in values.items():
+        layer = _layer(key)
+        if layer in found:
+            raise InputError(f"A head plan's {what} name layer {layer} twice.")
+        found[layer] = value
+    return found
 
 
 def _is_count(value: Any) -> bool:
@@ -52,13 +63,14 @@ class HeadPlan:
             raise InputError(f"A head plan's unit must be 'head' or 'kv_group', but it is {self.unit!r}.")
         if not isinstance(self.output_scale, bool):
             raise InputError(f"A head plan's output_scale must be true or false, but it is {self.output_scale!r}.")
-        total = {_layer(layer): count for layer, count in self.total.items()}
+        total = _by_layer(self.total, "totals")
+        if not total:
+            raise InputError("A head plan's totals must name at least one layer, but they are empty.")
         for layer, count in total.items():
             if not _is_count(count) or count == 0:
                 raise InputError(f"A head plan must give layer {layer} at least one head in all, but gives {count!r}.")
         kept: dict[Layer, tuple[int, ...]] = {layer: tuple(range(count)) for layer, count in total.items()}
-        for key, heads in self.kept.items():
-            layer = _layer(key)
+        for layer, heads in _by_layer(self.kept, "kept heads").items():
             if layer not in total:
                 names = ", ".join(str(name) for name in total)
                 raise InputError(f"The head plan names layer {layer}, but its totals have only: {names}.")
@@ -138,8 +150,6 @@ class HeadPlan:
 
     def to_json(self, path: str | Path) -> None:
         """Write the plan to a file, whole or not at all."""
-        from deadhead.files import write_json
-
         write_json(Path(path), self.to_dict())
 
     @classmethod
@@ -149,8 +159,6 @@ class HeadPlan:
         Raises:
             InputError: the file is missing, is not JSON or is not a head plan.
         """
-        from deadhead.files import read_json
-
         return cls.from_dict(read_json(Path(path), what="head plan"))
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,12 @@ from transformers.trainer_callback import PrinterCallback
 from deadhead.data import SegmentDataset, TokenStream
 from deadhead.errors import InputError
 from deadhead.gates import GateConfig, HeadGates
-from deadhead.gating import attach
 from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe
 from deadhead.training.sparsity import SparsityCallback
 from deadhead.training.trainer import LanguageModelTrainer, last_checkpoint
+
+_SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 Report = Callable[[int, int, dict[str, Any]], None]
 
@@ -45,17 +47,19 @@ def sparsity_callback(gates: HeadGates, recipe: PruneRecipe) -> SparsityCallback
     )
 
 
-def run_phase(
+def train(
     model: PreTrainedModel,
     text: TokenStream,
     recipe: PhaseRecipe,
     *,
-    folder: str | Path,
+    folder: str | Path | None = None,
     phase: str = "train",
     seed: int = 0,
+    first_segment: int = 0,
     gates: HeadGates | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     report: Report | None = None,
     resume: bool = False,
 ) -> PreTrainedModel:
@@ -65,12 +69,14 @@ def run_phase(
         model: with gates attached if `gates` is given.
         text: the training text.
         recipe: steps, batch, optimizer; a `PruneRecipe` with `gates`.
-        folder: where checkpoints and TensorBoard events go.
+        folder: where checkpoints go; None keeps none.
         phase: its name in the metrics.
         seed: of dropout (data order is the text's own).
+        first_segment: where in the text to begin, in segments read of each row before.
         gates: trained under the sparsity loss that `recipe` describes.
         callbacks: further callbacks, called after ours.
         metrics: metrics.jsonl, or None.
+        tensorboard: where TensorBoard events go, or None.
         report: told of every step, for a progress bar.
         resume: go on from the newest whole checkpoint in `folder`, if there is one.
 
@@ -78,6 +84,12 @@ def run_phase(
         InputError: the text is too short, or bf16 is asked for and not there.
         DivergenceError: the loss or the gradient is not finite.
     """
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            settings: dict[str, Any] = {"phase": phase, "seed": seed, "first_segment": first_segment}
+            settings |= {"gates": gates, "callbacks": callbacks}
+            settings |= {"metrics": metrics, "tensorboard": tensorboard, "report": report}
+            return train(model, text, recipe, folder=temporary, **settings)
     folder = Path(folder)
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
@@ -96,8 +108,6 @@ def run_phase(
         adam_beta2=recipe.adam_beta2,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps" if recipe.save_every else "no",
@@ -109,8 +119,13 @@ def run_phase(
         dataloader_pin_memory=torch.cuda.is_available(),
         average_tokens_across_devices=False,
     )
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dataset: Dataset[Any] = SegmentDataset(
-        text.tokens, rows=recipe.batch_size * args.world_size, segment_length=model.config.segment_length
+        text.tokens,
+        rows=recipe.batch_size * args.world_size,
+        segment_length=model.config.segment_length,
+        first_segment=first_segment,
     )
     ours: list[TrainerCallback] = []
     if gates is not None:
@@ -119,15 +134,17 @@ def run_phase(
         ours.append(sparsity_callback(gates, recipe))
     if metrics is not None:
         ours.append(MetricsFile(metrics, phase, gates))
+    checkpoint = last_checkpoint(folder) if resume else None
     writer = None
-    if metrics is not None and args.process_index == 0:
-        writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
+    if tensorboard is not None and args.process_index == 0:
+        # What a stopped run wrote after its checkpoint is hidden.
+        step = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+        writer = SummaryWriter(log_dir=str(tensorboard), purge_step=step + 1)
         ours.append(TensorBoardCallback(writer))
     if report is not None:
         ours.append(StepReporter(report))
     trainer = LanguageModelTrainer(model, args, dataset, callbacks=[*ours, *callbacks])
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(folder) if resume else None
     with warnings.catch_warnings():
         # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
         warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
@@ -137,12 +154,6 @@ def run_phase(
             trainer.resume(checkpoint)
     if writer is not None:
         writer.close()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     return model.eval()
-
-
-_SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
-
-
-def attach_for(model: PreTrainedModel, recipe: PruneRecipe, seed: int) -> HeadGates:
-    """Attach gates as a recipe asks for."""
-    return attach(model, config=gate_config(recipe, seed))

@@ -32,6 +32,7 @@ def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
 
 def eager_attention(
     q_BHTE: Tensor,
+    persistent_q_BHTE: Tensor,
     k_BHSE: Tensor,
     v_BHSE: Tensor,
     bias_BHTS: Tensor,
@@ -45,7 +46,8 @@ def eager_attention(
     """Attend to context and persistent vectors in one softmax, differentiable in every argument.
 
     Scores are ((q + u)·k + bias·√E) / √E over the context and q·m^k over the persistent vectors (the √E of the
-    paper's √E·m^k cancels); values are v and √N·m^v. The two parts are exponentiated under a common maximum and
+    paper's √E·m^k cancels); values are v and √N·m^v. The persistent vectors have no position, so with rotary positions
+    they get the queries as they were before the rotation. The two parts are exponentiated under a common maximum and
     share one denominator, which spares concatenating keys, values and scores; the persistent part folds the batch
     into its rows.
 
@@ -56,7 +58,7 @@ def eager_attention(
     num_persistent = persistent_k_HNE.shape[1]
     content_q = q_BHTE if content_bias_HE is None else q_BHTE + content_bias_HE[:, None]
     context_BHTS = torch.matmul(content_q * width**-0.5, k_BHSE.transpose(-1, -2)) + bias_BHTS
-    q_rows = q_BHTE.transpose(0, 1).reshape(heads, batch * num_queries, width)
+    q_rows = persistent_q_BHTE.transpose(0, 1).reshape(heads, batch * num_queries, width)
     persistent_HRN = torch.bmm(q_rows, persistent_k_HNE.transpose(-1, -2))
 
     top_HR1 = context_BHTS.detach().amax(-1, keepdim=True).transpose(0, 1).reshape(heads, -1, 1)
@@ -82,6 +84,7 @@ def eager_attention(
 
 def sdpa_attention(
     q_BHTE: Tensor,
+    persistent_q_BHTE: Tensor,
     k_BHSE: Tensor,
     v_BHSE: Tensor,
     bias_BHTS: Tensor,
@@ -93,13 +96,20 @@ def sdpa_attention(
 ) -> Tensor:
     """Compute the same through PyTorch's fused attention, keys and values concatenated. Returns (B, H, T, E).
 
-    u·k is the same for all queries, so it goes into the additive bias and one query serves both parts.
+    u·k is the same for all queries, so it goes into the additive bias and one query serves both parts. Rotated queries
+    serve the context only: both kinds of queries then lie side by side, with zeros opposite them in the keys.
     """
     batch, heads, num_queries, width = q_BHTE.shape
     num_persistent = persistent_k_HNE.shape[1]
     if content_bias_HE is not None:
         bias_BHTS = bias_BHTS + (torch.matmul(k_BHSE, content_bias_HE[:, :, None]) * width**-0.5).transpose(-1, -2)
     bias = functional.pad(bias_BHTS, (num_persistent, 0)).expand(batch, -1, -1, -1)
-    keys = torch.cat([(persistent_k_HNE * width**0.5).expand(batch, -1, -1, -1), k_BHSE], dim=2)
+    persistent_k_HNE = persistent_k_HNE * width**0.5
+    if persistent_q_BHTE is not q_BHTE:
+        q_BHTE = torch.cat([q_BHTE, persistent_q_BHTE], dim=-1)
+        k_BHSE, persistent_k_HNE = functional.pad(k_BHSE, (0, width)), functional.pad(persistent_k_HNE, (width, 0))
+    keys = torch.cat([persistent_k_HNE.expand(batch, -1, -1, -1), k_BHSE], dim=2)
     values = torch.cat([(persistent_v_HNE * num_persistent**0.5).expand(batch, -1, -1, -1), v_BHSE], dim=2)
-    return functional.scaled_dot_product_attention(q_BHTE, keys, values, attn_mask=bias, dropout_p=dropout)
+    return functional.scaled_dot_product_attention(
+        q_BHTE, keys, values, attn_mask=bias, dropout_p=dropout, scale=width**-0.5
+    )

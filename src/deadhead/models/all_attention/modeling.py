@@ -34,6 +34,9 @@ from .attention import band, eager_attention, sdpa_attention
 from .configuration import AllAttentionConfig
 from .positions import rotate, sinusoidal_table
 
+# Bytes; torch allocates every tensor at a multiple of it.
+_ALIGNMENT = 64
+
 
 @dataclass
 class AllAttentionOutput(ModelOutput):
@@ -134,6 +137,8 @@ class AllAttention(nn.Module):
             self._split(self.k_proj(context_BSD)),
             self._split(self.v_proj(context_BSD)),
         )
+        # Persistent vectors have no position: they meet the queries as they are before any rotation.
+        persistent_q_BHTE = q_BHTE
         start = 0
         if past_key_values is not None:
             start = past_key_values.get_seq_length(self.layer)
@@ -158,11 +163,12 @@ class AllAttention(nn.Module):
         if padding_BS is not None and not config.attend_initial_memory:
             bias_BHTS = bias_BHTS.masked_fill(padding_BS[:, None, None, -k_BHSE.shape[2] :], float("-inf"))
 
-        operands = (q_BHTE, k_BHSE, v_BHSE, bias_BHTS, self.persistent_k, self.persistent_v)
+        operands = (q_BHTE, persistent_q_BHTE, k_BHSE, v_BHSE, bias_BHTS, self.persistent_k, self.persistent_v)
         dropout = config.attention_dropout if self.training else 0.0
         weights = None
-        # On the CPU the fused kernels give no gradient for the position bias, and fall back to slower code.
-        slow_fused = torch.is_grad_enabled() and q_BHTE.device.type == "cpu"
+        # On the CPU the fused kernels give no gradient for the position bias, and fall back to slower code. Reentrant
+        # checkpointing trains without gradients first, and must meet the same dropout again when it recomputes.
+        slow_fused = (torch.is_grad_enabled() or self.training) and q_BHTE.device.type == "cpu"
         if need_weights or slow_fused or config._attn_implementation == "eager":
             attended_BHTE, weights = eager_attention(
                 *operands, content_bias_HE=content_bias_HE, dropout=dropout, need_weights=need_weights
@@ -253,6 +259,20 @@ class AllAttentionPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         # transformers looks for its own dispatch in the source; ours chooses in `AllAttention.forward`.
         return True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does; then the model computes what the saved one did, bit for bit.
+
+        Tensors lie in the file's memory map at any address, but the last bit of a product depends on whether its
+        operands are aligned as torch's own are. Those that are not are copied, one at a time.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+                parameter.data = parameter.data.clone()
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

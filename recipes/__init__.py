@@ -1,0 +1,1 @@
+"""The recipes, installed as the package `deadhead.recipes`, so that the commands find them without a checkout."""

@@ -1,0 +1,110 @@
+"""How fast models are on this machine: interleaved in one run, medians, so that noise hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from deadhead.errors import InputError
+from deadhead.modes import evaluating
+
+Workload = Literal["prefill", "decode", "train"]
+WORKLOADS: tuple[Workload, ...] = ("prefill", "decode", "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Time of one workload on one model.
+
+    Args:
+        workload: "prefill" (a forward over batch × length tokens), "decode" (one token for each text at a time, after
+            a context of `length`) or "train" (forward and backward over batch × length tokens).
+        seconds: median of one repetition.
+        tokens_per_second: tokens of the workload over `seconds`.
+    """
+
+    workload: Workload
+    seconds: float
+    tokens_per_second: float
+
+
+def bench(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    workload: Workload = "prefill",
+    batch_size: int = 8,
+    length: int = 128,
+    new_tokens: int = 16,
+    repeats: int = 10,
+) -> dict[str, Timing]:
+    """Time a workload on several models, one repetition of each in turn.
+
+    Args:
+        models: by name; the first is what others are compared with.
+        workload: what to time.
+        batch_size: B, texts at once.
+        length: T, tokens of each text.
+        new_tokens: tokens that "decode" adds to each text.
+        repeats: repetitions that count, after one that doesn't.
+
+    Raises:
+        InputError: a number is below 1, or the workload is not known.
+    """
+    for name, value in (("batch size", batch_size), ("length", length), ("new tokens", new_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise InputError(f"A benchmark's {name} must be at least 1, but it is {value}.")
+    if workload not in WORKLOADS:
+        raise InputError(f"A benchmark's workload must be one of {', '.join(WORKLOADS)}, but it is {workload!r}.")
+    runs: dict[str, Callable[[], None]] = {}
+    for name, model in models.items():
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.get_text_config().vocab_size, (batch_size, length + 1), generator=generator)
+        runs[name] = _run(model, ids.to(model.device), workload, new_tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(repeats + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            if models[name].device.type == "cuda":
+                torch.cuda.synchronize()
+            if repetition:
+                seconds[name].append(time.perf_counter() - begin)
+    tokens = batch_size * (new_tokens if workload == "decode" else length)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        name: Timing(workload=workload, seconds=median, tokens_per_second=tokens / median)
+        for name, median in medians.items()
+    }
+
+
+def _run(model: PreTrainedModel, ids: torch.Tensor, workload: Workload, new_tokens: int) -> Callable[[], None]:
+    def prefill() -> None:
+        with evaluating(model), torch.inference_mode():
+            model(input_ids=ids[:, :-1], use_cache=True)
+
+    def decode() -> None:
+        # The context's own time is in every model's alike; its share falls with the number of new tokens.
+        with evaluating(model), torch.inference_mode():
+            outputs = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
+            for _ in range(new_tokens):
+                outputs = model(input_ids=ids[:, -1:], past_key_values=outputs.past_key_values, use_cache=True)
+
+    def train() -> None:
+        was_training = model.training
+        model.train()
+        model(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+
+    return {"prefill": prefill, "decode": decode, "train": train}[workload]
+
+
+def efficiency(dense_seconds: float, pruned_seconds: float, dense_flops: float, pruned_flops: float) -> float:
+    """Return measured speedup ÷ the speedup that the removed FLOPs allow; 1.0 means all of it was gained."""
+    return (dense_seconds / pruned_seconds) / (dense_flops / pruned_flops)

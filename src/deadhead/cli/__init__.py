@@ -1,0 +1,50 @@
+"""The command line. Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(execute(sys.argv[1:]))
+
+
+def execute(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    # Imported here, so that Ctrl-C while torch loads is caught too.
+    try:
+        import typer
+        from transformers.utils import logging as transformers_logging
+
+        from deadhead.cli.app import app
+        from deadhead.errors import DivergenceError, InputError
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
+        try:
+            code = app(arguments, prog_name="deadhead", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+        except (InputError, DivergenceError) as error:
+            return _fail(str(error).rstrip("."), 2)
+        except BrokenPipeError:
+            # The reader of our output went away, as `head` does; the interpreter must not try to flush it again.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            return 0
+        except Exception as error:
+            # A wrong command or option. Some versions of typer raise click's own exceptions, others a private copy.
+            if not hasattr(error, "format_message"):
+                raise
+            return _fail(error.format_message().rstrip("."), 2)
+    except KeyboardInterrupt:
+        return _fail("Interrupted; whole checkpoints are kept, and --resume goes on from the last", 130)
+
+
+def _fail(sentence: str, code: int) -> int:
+    sys.stderr.write(f"deadhead: {sentence}.\n")
+    return code

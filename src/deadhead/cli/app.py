@@ -1,0 +1,41 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from deadhead import __version__
+from deadhead.cli import measure, model, phases, run
+
+app = typer.Typer(
+    name="deadhead",
+    help="Find the dead heads of a Transformer language model and cut them off.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"deadhead {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Find the dead heads of a Transformer language model and cut them off."""
+
+
+for command in (run.demo, run.run, phases.train, phases.prune, phases.finetune, model.cut, model.inspect):
+    app.command()(command)
+app.command("eval")(measure.evaluate)
+app.command()(measure.generate)
+app.command()(measure.bench)

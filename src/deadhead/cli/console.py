@@ -1,0 +1,59 @@
+"""What the commands share: the console, progress bars, options, and how errors leave."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from deadhead.training.run import Progress as Report
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder.", show_default=False)]
+Data = Annotated[
+    str, typer.Option("--data", help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].", show_default=True)
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Report]:
+    """Yield a function that shows progress with rate and time left; silent with `quiet` or without a terminal."""
+    if quiet or not errors.is_terminal:
+        yield lambda *_: None
+        return
+    columns = (
+        TextColumn("{task.description:>20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(name: str, done: int, total: int, logs: dict[str, Any]) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, numbers="")
+            shown = {"loss": "loss {:.3f}", "sparsity": "closed {:.0%}"}
+            numbers = "  ".join(text.format(logs[key]) for key, text in shown.items() if key in logs)
+            bars.update(tasks[name], completed=done, total=total, numbers=numbers)
+
+        yield report
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,111 @@
+"""`deadhead eval`, `generate` and `bench`: what a model is worth and how fast it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from deadhead import checkpoint
+from deadhead.bench import bench as run_bench
+from deadhead.bench import efficiency
+from deadhead.cli.console import AsJson, Data, Model, Quiet, Seed, console, print_json, progress
+from deadhead.cost import model_cost
+from deadhead.data import load_text, load_tokenizer
+from deadhead.evaluate import evaluate as measure
+from deadhead.generate import generate_text
+
+
+def evaluate(
+    model: Model,
+    data: Data = "stdlib",
+    on: Annotated[Literal["train", "valid", "test"], typer.Option("--on", help="Which part of the text.")] = "valid",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score only so many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows read side by side.")] = 8,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity and bits per byte on a text; every token is scored once."""
+    network = checkpoint.load(model)
+    text, _ = load_text(data, tokenizer=load_tokenizer(model))
+    with progress(quiet) as report:
+        result = measure(
+            network,
+            text.splits[on],
+            batch_size=batch_size,
+            limit=limit,
+            progress=lambda done, total: report("evaluating", done, total, {}),
+        )
+    if as_json:
+        print_json(asdict(result))
+        return
+    console.print(
+        f"perplexity {result.perplexity:.4f} a token, {result.word_perplexity:.4g} a word; "
+        f"{result.bits_per_byte:.4f} bits/byte; {result.tokens:,} tokens at {result.tokens_per_second:,.0f}/s"
+    )
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")] = "def ",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 200,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.8,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text."""
+    network = checkpoint.load(model)
+    text = generate_text(
+        network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    if as_json:
+        print_json({"prompt": prompt, "text": text})
+    else:
+        console.print(escape(text))
+
+
+def bench(
+    model: Model,
+    dense: Annotated[Path | None, typer.Option("--dense", help="The model to compare with.", show_default=False)] = None,
+    workload: Annotated[Literal["prefill", "decode", "train"], typer.Option("--workload")] = "prefill",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of each text.")] = 128,
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
+    models = {"model": checkpoint.load(model)}
+    if dense is not None:
+        models = {"dense": checkpoint.load(dense), **models}
+    costs = {name: model_cost(network) for name, network in models.items()}
+    timings = run_bench(models, workload=workload, batch_size=batch_size, length=length, repeats=repeats)
+    result: dict[str, object] = {
+        name: {**asdict(timing), "flops_per_token": costs[name].flops_per_token} for name, timing in timings.items()
+    }
+    if dense is not None:
+        seconds = timings["dense"].seconds, timings["model"].seconds
+        flops = costs["dense"].flops_per_token, costs["model"].flops_per_token
+        result |= {
+            "speedup": seconds[0] / seconds[1],
+            "speedup_the_flops_allow": flops[0] / flops[1],
+            "efficiency": efficiency(*seconds, *flops),
+        }
+    if as_json:
+        print_json(result)
+        return
+    table = Table(title=f"{workload}, {batch_size} × {length} tokens, median of {repeats}")
+    for column in ("", "ms", "tokens/s", "FLOPs/token"):
+        table.add_column(column, justify="right")
+    for name, timing in timings.items():
+        flops_per_token = f"{costs[name].flops_per_token:,.0f}"
+        table.add_row(name, f"{timing.seconds * 1e3:.2f}", f"{timing.tokens_per_second:,.0f}", flops_per_token)
+    console.print(table)
+    if dense is not None:
+        console.print(
+            f"speedup {result['speedup']:.2f}; the removed FLOPs allow {result['speedup_the_flops_allow']:.2f}: "
+            f"efficiency {result['efficiency']:.2f}"
+        )

@@ -1,0 +1,191 @@
+"""`deadhead train`, `prune` and `finetune`: one phase at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from deadhead.cli.console import AsJson, Data, Quiet, Seed, console, print_json, progress
+from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe, changed, load_recipe
+from deadhead.training.single import Phase, run_single
+
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", help="The checkpoint folder to start from.", show_default=False)
+]
+RequiredModel = Annotated[Path, typer.Option("--model", help="The checkpoint folder to start from.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the checkpoint to write.", show_default=False)]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", help="Take settings that are not given here from this recipe.")
+]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the optimizer.")]
+Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows of a batch.")]
+Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
+Schedule = Annotated[Literal["constant", "cosine", "linear"] | None, typer.Option("--schedule", help="Of the rate.")]
+Accumulation = Annotated[int | None, typer.Option("--gradient-accumulation", min=1, help="Batches for each step.")]
+SaveEvery = Annotated[int | None, typer.Option("--save-every", min=0, help="Steps between checkpoints to resume from.")]
+Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 mixed precision.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")]
+Column = Annotated[str | None, typer.Option("--column", help="Text column of an hf: data set.")]
+Split = Annotated[str | None, typer.Option("--split", help="The one split of an hf: data set to use.")]
+
+
+def train(
+    out: Out,
+    data: Data = "stdlib",
+    model: ModelOption = None,
+    recipe: RecipeOption = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1)] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="D, must be a multiple of the heads.")] = None,
+    heads: Annotated[int | None, typer.Option("--heads", min=1)] = None,
+    persistent: Annotated[int | None, typer.Option("--persistent", min=1, help="Persistent vectors a head.")] = None,
+    segment_length: Annotated[int | None, typer.Option("--segment-length", min=1)] = None,
+    memory_length: Annotated[int | None, typer.Option("--memory-length", min=1)] = None,
+    tokenizer: Annotated[Literal["byte", "bpe", "word"] | None, typer.Option("--tokenizer")] = None,
+    vocab_size: Annotated[int | None, typer.Option("--vocab-size", min=1)] = None,
+    steps: Steps = None,
+    batch_size: Batch = None,
+    learning_rate: Rate = None,
+    schedule: Schedule = None,
+    gradient_accumulation: Accumulation = None,
+    save_every: SaveEvery = None,
+    bf16: Bf16 = None,
+    column: Column = None,
+    split: Split = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a dense All-attention model from scratch, or go on with one."""
+    base = _base(recipe)
+    shape: ModelRecipe = changed(
+        base.model,
+        layers=layers,
+        width=width,
+        heads=heads,
+        persistent=persistent,
+        segment_length=segment_length,
+        memory_length=memory_length,
+    )
+    text: DataRecipe = changed(base.data, tokenizer=tokenizer, vocab_size=vocab_size, column=column, split=split)
+    phase: PhaseRecipe = changed(base.train, **_common(locals()))
+    _run("train", phase, out, model, data, text, seed, resume, quiet, as_json, shape=shape)
+
+
+def prune(
+    out: Out,
+    model: RequiredModel,
+    data: Data = "stdlib",
+    recipe: RecipeOption = None,
+    l0: Annotated[float | None, typer.Option("--l0", min=0, help="λ of the sparsity loss: the ratio is learned.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", min=0, max=0.999, help="Steer λ to close this share of the heads.")
+    ] = None,
+    l0_warmup_steps: Annotated[int | None, typer.Option("--l0-warmup-steps", min=0)] = None,
+    gate_lr_scale: Annotated[float | None, typer.Option("--gate-lr-scale", help="Gates learn so many times as fast.")] = None,
+    init: Annotated[float | None, typer.Option("--init", help="log_alpha of every gate at the start.")] = None,
+    output_scale: Annotated[bool | None, typer.Option("--output-scale/--no-output-scale")] = None,
+    weighting: Annotated[Literal["plain", "output_difference"] | None, typer.Option("--weighting")] = None,
+    cut: Annotated[bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.")] = True,
+    steps: Steps = None,
+    batch_size: Batch = None,
+    learning_rate: Rate = None,
+    schedule: Schedule = None,
+    gradient_accumulation: Accumulation = None,
+    save_every: SaveEvery = None,
+    bf16: Bf16 = None,
+    column: Column = None,
+    split: Split = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train gates on a model's heads and cut the heads whose gates close."""
+    base = _base(recipe)
+    phase: PruneRecipe = changed(
+        base.prune,
+        l0=l0,
+        sparsity=sparsity,
+        l0_warmup_steps=l0_warmup_steps,
+        gate_lr_scale=gate_lr_scale,
+        init=init,
+        output_scale=output_scale,
+        weighting=weighting,
+        **_common(locals()),
+    )
+    text: DataRecipe = changed(base.data, column=column, split=split)
+    _run("prune", phase, out, model, data, text, seed, resume, quiet, as_json, cut=cut)
+
+
+def finetune(
+    out: Out,
+    model: RequiredModel,
+    data: Data = "stdlib",
+    recipe: RecipeOption = None,
+    steps: Steps = None,
+    batch_size: Batch = None,
+    learning_rate: Rate = None,
+    schedule: Schedule = None,
+    gradient_accumulation: Accumulation = None,
+    save_every: SaveEvery = None,
+    bf16: Bf16 = None,
+    column: Column = None,
+    split: Split = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a cut model on, to recover what the cut cost."""
+    base = _base(recipe)
+    phase: PhaseRecipe = changed(base.finetune, **_common(locals()))
+    text: DataRecipe = changed(base.data, column=column, split=split)
+    _run("finetune", phase, out, model, data, text, seed, resume, quiet, as_json)
+
+
+def _base(recipe: Path | None) -> Recipe:
+    return Recipe() if recipe is None else load_recipe(recipe)
+
+
+def _common(given: dict[str, Any]) -> dict[str, Any]:
+    names = ("steps", "batch_size", "learning_rate", "schedule", "gradient_accumulation", "save_every", "bf16")
+    return {name: given[name] for name in names}
+
+
+def _run(
+    name: Phase,
+    phase: PhaseRecipe,
+    out: Path,
+    model: Path | None,
+    source: str,
+    text: DataRecipe,
+    seed: int,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    with progress(quiet) as report:
+        result = run_single(
+            name,
+            phase,
+            out,
+            model=model,
+            data=changed(text, source=source),
+            seed=seed,
+            resume=resume,
+            progress=report,
+            **options,
+        )
+    if as_json:
+        print_json(result)
+        return
+    heads = " ".join(str(count) for count in result["heads"])
+    console.print(
+        f"{escape(str(out))}: heads a layer {heads}, {result['parameters']:,} parameters, "
+        f"perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.3f} bits/byte"
+    )

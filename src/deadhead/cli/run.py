@@ -1,0 +1,83 @@
+"""`deadhead demo` and `deadhead run`: whole runs of a recipe."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from deadhead import checkpoint
+from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
+from deadhead.plan import HeadPlan
+from deadhead.report.head_map import head_map_text, save_head_map
+from deadhead.report.stages import stages_table, verdict
+from deadhead.training.logs import read_metrics
+from deadhead.training.recipe import Recipe, changed, load_recipe, parse_recipe
+from deadhead.training.run import METRICS_FILE, Run
+
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
+Steps = Annotated[
+    float | None, typer.Option("--scale-steps", min=0.001, max=1000, help="Multiply every phase's steps by this.")
+]
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
+    resume: Resume = False,
+    scale_steps: Steps = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the whole story on the Python standard library's own source, in minutes on two cores."""
+    text = (importlib.resources.files("deadhead.recipes") / "demo.toml").read_text(encoding="utf-8")
+    _execute(_scaled(parse_recipe(text, name="demo"), scale_steps), out, resume=resume, quiet=quiet, as_json=as_json)
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to do.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; by default runs/NAME.")] = None,
+    resume: Resume = False,
+    scale_steps: Steps = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run all phases of a recipe: dense training, gates, cut, fine-tuning."""
+    loaded = _scaled(load_recipe(recipe), scale_steps)
+    _execute(loaded, out or Path("runs") / loaded.name, resume=resume, quiet=quiet, as_json=as_json)
+
+
+def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
+    if factor is None:
+        return recipe
+
+    def scaled(section: Any) -> dict[str, Any]:
+        values = section.model_dump()
+        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps")
+        return values | {
+            name: max(1 if name == "steps" else 0, round(values[name] * factor)) for name in names if name in values
+        }
+
+    sections = {name: scaled(getattr(recipe, name)) for name in ("train", "prune", "finetune")}
+    result: Recipe = changed(recipe, **sections)
+    return result
+
+
+def _execute(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool, as_json: bool) -> None:
+    with progress(quiet) as report:
+        summary = Run.start(recipe, folder, resume=resume, progress=report).execute()
+    plan = HeadPlan.from_json(folder / checkpoint.PLAN_FILE)
+    picture = folder / "head_map.png"
+    save_head_map(plan, read_metrics(folder / METRICS_FILE), picture)
+    if as_json:
+        print_json(summary)
+        return
+    console.print(stages_table(summary))
+    console.print(verdict(summary))
+    console.print(f"\n{head_map_text(plan)}\n")
+    for name, text in summary["samples"].items():
+        console.print(f"[bold]{name} model continues:[/bold]\n{escape(text)}\n")
+    console.print(f"Head map and gates over time: {escape(str(picture))}")
+    console.print(f"The pruned model: {escape(str(folder / 'pruned'))}")

@@ -1,0 +1,19 @@
+"""The data's path: a corpus, a tokenizer, token ids on disk, and segments in the order of the text."""
+
+from deadhead.data.corpus import Corpus, open_corpus
+from deadhead.data.segments import SegmentDataset
+from deadhead.data.text import load_text
+from deadhead.data.tokenizer import build_tokenizer, load_tokenizer
+from deadhead.data.tokens import TokenizedCorpus, TokenStream, tokenize_corpus
+
+__all__ = [
+    "Corpus",
+    "SegmentDataset",
+    "TokenStream",
+    "TokenizedCorpus",
+    "build_tokenizer",
+    "load_text",
+    "load_tokenizer",
+    "open_corpus",
+    "tokenize_corpus",
+]

@@ -1,0 +1,155 @@
+"""Text from a data set of the Hugging Face hub, or of a local folder that the `datasets` library can read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from deadhead.data.pieces import PIECE_BYTES, Document, Piece, document_pieces, text_document
+from deadhead.errors import InputError
+
+if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
+    from datasets import Dataset  # type: ignore[import-untyped]
+
+_OWN_NAMES = {"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_ROWS_READ_AT_ONCE = 256
+
+
+class Rows:
+    """The rows of one column of a data set, each a document.
+
+    Args:
+        dataset: the data set, memory-mapped from disk.
+        column: a column of strings. Rows that are null are passed over.
+        label: what to call it in an error.
+    """
+
+    def __init__(self, dataset: Dataset, column: str, label: str) -> None:
+        self._dataset = dataset.select_columns([column])
+        self._column = column
+        self._label = label
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the text of all rows; each row ends a document if there is more than one."""
+        separated = len(self) > 1
+        for batch in self._dataset.with_format("arrow").iter(_ROWS_READ_AT_ONCE):
+            for text in batch.column(self._column).to_pylist():
+                if text is None:
+                    continue
+                if 4 * len(text) <= PIECE_BYTES:
+                    yield Piece(text, separated)
+                else:
+                    yield from document_pieces([text_document(self._label, text)], separated=separated)
+
+    def select(self, indices: np.ndarray) -> Rows:
+        """The rows of these indices."""
+        return Rows(self._dataset.select(indices), self._column, self._label)
+
+    def documents(self) -> list[Document]:
+        """One document a row that is not empty, for data sets of few rows: each is read when it is opened."""
+        documents = []
+        for row in range(len(self)):
+            size = len(self._encoded(row))
+            if size:
+                label = f"row {row} of {self._label}"
+                documents.append(Document(label=label, open=partial(self._open, row), size=size))
+        return documents
+
+    def _encoded(self, row: int) -> bytes:
+        return (self._dataset[row][self._column] or "").encode()
+
+    def _open(self, row: int) -> BinaryIO:
+        return BytesIO(self._encoded(row))
+
+
+def hub_rows(source: str, *, column: str | None, split: str | None) -> tuple[dict[str, Rows], Rows | None]:
+    """Load a data set: the splits it has, or else the rows that are to be divided.
+
+    Args:
+        source: `hf:NAME[:CONFIG]`. NAME may be a local folder; code of a data set is never run.
+        column: the column with the text; None takes "text", or the only one of strings.
+        split: one split of the data set, to be divided.
+
+    Returns:
+        Rows by split, and rows without one. One of the two is empty.
+
+    Raises:
+        InputError: the source has another form, or can't be loaded, or has no such column or split, or no text.
+    """
+    name, _, config = source.removeprefix("hf:").partition(":")
+    if not name or ":" in config or source.endswith(":"):
+        raise InputError(f"hf:NAME or hf:NAME:CONFIG was expected, but {source!r} came.")
+    loaded = _load(source, name, config or None)
+    if split is None:
+        found = {ours: _first(loaded, names) for ours, names in _OWN_NAMES.items()}
+        own = {ours: dataset for ours, dataset in found.items() if dataset is not None}
+        if "train" not in own and len(loaded) > 1:
+            raise InputError(
+                f"A split named train was expected in {source}, but it has {_names(loaded)}; choose one with split."
+            )
+    elif split in loaded:
+        own = {}
+        loaded = {split: loaded[split]}
+    else:
+        raise InputError(f"A split of {source} was expected ({_names(loaded)}), but {split!r} came.")
+    chosen = own if len(own) > 1 else {"train": own["train"]} if "train" in own else loaded
+    rows = {ours: Rows(dataset, _text_column(dataset, column, source), source) for ours, dataset in chosen.items()}
+    for ours, part in rows.items():
+        if not any(piece.text for piece in part.pieces()):
+            raise InputError(f"Text was expected in {source}, but its split {ours} has none; choose another split.")
+    if len(own) > 1:
+        return rows, None
+    return {}, next(iter(rows.values()))
+
+
+def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
+    """All splits of a data set by name."""
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    load: Callable[[], Dataset | Mapping[str, Dataset]] = partial(load_dataset, name, config)
+    if any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+        load = partial(load_from_disk, name)
+    try:
+        loaded = load()
+    except Exception as error:  # the library raises many kinds, down to those of the file formats
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].strip().rstrip(".:")
+        raise InputError(f"The data set {source} could not be loaded: {reason}.") from error
+    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+
+
+def _first(loaded: Mapping[str, Dataset], names: Sequence[str]) -> Dataset | None:
+    return next((loaded[name] for name in names if name in loaded), None)
+
+
+def _names(loaded: Mapping[str, Dataset]) -> str:
+    return ", ".join(sorted(loaded))
+
+
+def _text_column(dataset: Dataset, column: str | None, source: str) -> str:
+    """The column with the text."""
+    strings: list[str] = [
+        name
+        for name, feature in dataset.features.items()
+        if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
+    if column is None:
+        if "text" in strings:
+            return "text"
+        if len(strings) == 1:
+            return strings[0]
+        what = "A column named text, or only one of strings, was expected"
+    elif column in strings:
+        return column
+    else:
+        what = f"A column of strings named {column} was expected"
+    columns = ", ".join(dataset.column_names) or "none"
+    raise InputError(f"{what} in {source}, but its columns are {columns}; name one that holds strings with column.")

@@ -1,0 +1,216 @@
+"""Text on this machine: a file, a directory, and the Python standard library's own source."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import sysconfig
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from deadhead.data.pieces import Document
+from deadhead.errors import InputError
+
+_BINARY_PROBE_BYTES = 8192
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "test": "test",
+}
+
+# Top-level names, fixed so that the text depends on Python's version only. Left out: what Python 3.13 no longer has,
+# what is made by the build of one platform, aliases of a few lines, and programs that only come along (idlelib,
+# turtledemo, lib2to3, ensurepip).
+_STDLIB_NAMES = """
+    __future__ _collections_abc _compat_pickle _compression _markupbase _osx_support _py_abc _pydecimal _pyio
+    _sitebuiltins _strptime _threading_local _weakrefset abc antigravity argparse ast asyncio base64 bdb bisect bz2
+    cProfile calendar cmd code codecs codeop collections colorsys compileall concurrent configparser contextlib
+    contextvars copy copyreg csv ctypes curses dataclasses datetime dbm decimal difflib dis doctest email encodings
+    enum filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext glob graphlib gzip
+    hashlib heapq hmac html http imaplib importlib inspect io ipaddress json keyword linecache locale logging lzma
+    mailbox mimetypes modulefinder multiprocessing netrc ntpath nturl2path numbers opcode operator optparse os pathlib
+    pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc
+    pydoc_data queue quopri random re reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site
+    smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sysconfig
+    tabnanny tarfile tempfile textwrap this threading timeit tkinter token tokenize tomllib trace traceback tracemalloc
+    tty turtle types typing unittest urllib uuid venv warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile
+    zipimport zoneinfo
+"""
+_STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"}
+
+
+def path_documents(path: Path) -> tuple[dict[str, list[Document]], list[Document]]:
+    """Find the documents at a path: those of splits that the files' names tell, or else all in one list.
+
+    Args:
+        path: a text file, or a directory. Of a directory, all files below it that are UTF-8 text, sorted by their
+            relative path; hidden ones, and symbolic links back to a folder already seen, are skipped.
+
+    Returns:
+        Documents by split, and documents without one. One of the two is empty. A directory's own splits count when
+        there is one for training and another, and the files whose names tell no split are the smaller part of all
+        bytes (a licence, a note): those are then left out.
+
+    Raises:
+        InputError: nothing there, no permission, empty, or not text.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(_missing(path)) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"A text file or a directory was expected at {path}, but it cannot be read: {reason}."
+        ) from None
+    if stat.S_ISREG(mode):
+        return {}, [_checked(path)]
+    if not stat.S_ISDIR(mode):
+        raise InputError(
+            f"A text file or a directory was expected, but {path} is neither; write the text to a file first."
+        )
+    documents = _text_files(sorted(_files_below(path), key=lambda file: file.relative_to(path).as_posix()), path)
+    return _own_splits(documents)
+
+
+def stdlib_documents() -> list[Document]:
+    """Find the source files of the standard library, sorted by relative path; tests are left out, as is what is absent.
+
+    Raises:
+        InputError: this Python came without its source.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files: list[Path] = []
+    for name in _STDLIB_NAMES.split():
+        module, package = root / f"{name}.py", root / name
+        if module.is_file():
+            files.append(module)
+        elif package.is_dir():
+            below = (file for file in package.rglob("*.py") if file.is_file())
+            files += [file for file in below if not _STDLIB_SKIPPED_FOLDERS.intersection(file.relative_to(root).parts)]
+    documents = []
+    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
+        try:
+            documents.append(_checked(file))
+        except InputError:  # a few files hold another encoding on purpose, and some packages an empty __init__.py
+            continue
+    if not documents:
+        raise InputError(
+            f"The standard library's source was expected in {root}, but there is none; name a text file instead."
+        )
+    return documents
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"Text was expected in {path}, but it cannot be read: {error.strerror}.") from None
+
+
+def _checked(path: Path) -> Document:
+    """A document of a whole file, after reading it once to see that it is text.
+
+    Raises:
+        InputError: it is empty, binary, not UTF-8, or can't be read.
+    """
+    with _open(path) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            head = stream.read(_BINARY_PROBE_BYTES)
+        except OSError as error:
+            raise InputError(f"Text was expected in {path}, but it cannot be read: {error.strerror}.") from None
+    if not head:
+        raise InputError(f"Text was expected in {path}, but the file is empty; name one with text in it.")
+    if b"\0" in head:
+        raise InputError(
+            f"UTF-8 text was expected in {path}, but it looks binary (byte {head.index(0)} is NUL); "
+            "name a text file, or convert it to UTF-8 if it holds text in another encoding."
+        )
+    document = Document(label=str(path), open=partial(_open, path), size=size)
+    for _ in document.texts():
+        pass
+    return document
+
+
+def _text_files(files: Sequence[Path], root: Path) -> list[Document]:
+    """The documents of those files that can be read and are text.
+
+    Raises:
+        InputError: there is none.
+    """
+    documents = []
+    for file in files:
+        try:
+            documents.append(_checked(file))
+        except InputError:
+            continue
+    if documents:
+        return documents
+    if not files:
+        raise InputError(f"Text files were expected below {root}, but it has no files that are not hidden.")
+    raise InputError(
+        f"Text files were expected below {root}, but of its {len(files)} files none is UTF-8 text with something in it, "
+        f"{files[0].name} for one; name a directory with text files."
+    )
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Regular files below a directory that are not hidden; each folder once, so that links can't make a loop."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            if folder == root:
+                raise InputError(f"The directory {root} cannot be read: {error.strerror}.") from None
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry):  # unlike Path.is_dir, no error where permission lacks
+                waiting.append(entry)
+            elif os.path.isfile(entry):
+                yield entry
+
+
+def _own_splits(documents: list[Document]) -> tuple[dict[str, list[Document]], list[Document]]:
+    """Sort documents by the split that their file names tell, if those are the greater part of the text."""
+    splits: dict[str, list[Document]] = {}
+    for document in documents:
+        words = re.split(r"[^a-z]+", Path(document.label).name.lower())
+        found = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
+        if len(found) == 1:
+            splits.setdefault(found.pop(), []).append(document)
+    marked = sum(document.size for part in splits.values() for document in part)
+    if "train" in splits and len(splits) > 1 and 2 * marked > sum(document.size for document in documents):
+        return splits, []
+    return {}, documents
+
+
+def _missing(path: Path) -> str:
+    """The sentence for a path where nothing is, with the nearest name there is."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        names = []
+    candidates = [*names, "stdlib"] if path.parent == Path() else names
+    near = difflib.get_close_matches(path.name, candidates, n=1)
+    what = f"A text file, a directory, stdlib or hf:NAME was expected, but there is no {path}"
+    if not near:
+        return f"{what}; check the path."
+    return f"{what}; did you mean {near[0] if near[0] == 'stdlib' else path.parent / near[0]}?"

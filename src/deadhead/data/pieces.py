@@ -1,0 +1,194 @@
+"""Text as a stream of pieces: documents read in bounded memory, cut where a cut does no harm.
+
+A document is a range of bytes of a UTF-8 file (or of a string in memory). It is read as pieces of at most
+`PIECE_BYTES` whose concatenation is the document's text, unchanged. All cuts are made on bytes, where a line end is one
+byte and the first byte of a character is recognised without decoding what stands before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import BinaryIO, NamedTuple
+
+from deadhead.errors import InputError
+
+PIECE_BYTES = 1 << 18
+_SCAN_BYTES = 1 << 16
+
+
+class Piece(NamedTuple):
+    """A piece of text.
+
+    Attributes:
+        text: at most `PIECE_BYTES` of UTF-8, decoded.
+        ends_document: whether another document may follow in the same split, so that a separator belongs here. The
+            pieces of a text that stands alone never say so.
+    """
+
+    text: str
+    ends_document: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A range of bytes of something that can be opened again and again.
+
+    Attributes:
+        label: what to call it in an error.
+        open: opens it for reading at byte 0; raises InputError where that fails.
+        size: bytes of the whole, of which this document is `start` to `stop`.
+        start: first byte.
+        stop: one past the last byte; the size if None.
+    """
+
+    label: str
+    open: Callable[[], BinaryIO]
+    size: int
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def end(self) -> int:
+        """One past the last byte."""
+        return self.size if self.stop is None else self.stop
+
+    def texts(self) -> Iterator[str]:
+        """Yield the text in pieces.
+
+        Raises:
+            InputError: the bytes can't be read, or are not UTF-8 (the message gives the offset).
+        """
+        with self.open() as stream:
+            try:
+                stream.seek(self.start)
+                yield from _decoded(stream, self.start, self.end, self.label)
+            except OSError as error:
+                raise InputError(
+                    f"Text was expected in {self.label}, but it cannot be read: {error.strerror}."
+                ) from error
+
+    def cut(self, valid_share: float, test_share: float) -> tuple[Document, Document, Document]:
+        """Cut in three contiguous documents: for training, validation and test, the latter two of the shares given."""
+        length = self.end - self.start
+        with self.open() as stream:
+            valid_target = self._character_at(stream, self.end - int(length * (valid_share + test_share)))
+            test_target = self._character_at(stream, self.end - int(length * test_share))
+            if valid_target == test_target:
+                valid = test = self._cut_near(stream, test_target, first=self.start, last=self.end)
+            else:
+                valid = self._cut_near(stream, valid_target, first=self.start, last=test_target)
+                test = self._cut_near(stream, test_target, first=valid, last=self.end)
+        return (
+            replace(self, stop=valid),
+            replace(self, start=valid, stop=test),
+            replace(self, start=test, stop=self.end),
+        )
+
+    def _cut_near(self, stream: BinaryIO, target: int, *, first: int, last: int) -> int:
+        """Where to cut: the first line end from `target` on, or the last one before it, or at the target itself.
+
+        Line ends count between `first` and `last`, but not at these, where a part would be empty. The target is the
+        beginning of a character; where it is the document's beginning or end, an empty part is what is wanted.
+        """
+        if target in (self.start, self.end):
+            return target
+        position = max(target - 1, first)  # the cut is after the line end
+        stream.seek(position)
+        while position < last and (block := stream.read(min(_SCAN_BYTES, last - position))):
+            found = block.find(b"\n")
+            if found >= 0 and position + found + 1 < last:
+                return position + found + 1
+            position += len(block)
+        low = max(first, target - _SCAN_BYTES)
+        stream.seek(low)
+        found = stream.read(target - low).rfind(b"\n")
+        return low + found + 1 if found >= 0 else target
+
+    def _character_at(self, stream: BinaryIO, position: int) -> int:
+        """The beginning of a character at `position` or after."""
+        stream.seek(position)
+        data = stream.read(min(4, self.end - position))
+        return position + next((skipped for skipped, byte in enumerate(data) if not _is_continuation(byte)), len(data))
+
+
+def text_document(label: str, text: str) -> Document:
+    """A document of a text in memory."""
+    data = text.encode()
+    return Document(label=label, open=lambda: BytesIO(data), size=len(data))
+
+
+def document_pieces(documents: Iterable[Document], *, separated: bool) -> Iterator[Piece]:
+    """Yield the pieces of several documents; the last of each says that it ends one if they are to be `separated`."""
+    for document in documents:
+        held: str | None = None
+        for text in document.texts():
+            if held is not None:
+                yield Piece(held, False)
+            held = text
+        if held is not None:
+            yield Piece(held, separated)
+
+
+def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield the same text cut so that no word (no run of characters without whitespace) lies in two pieces.
+
+    A word that is longer than a piece makes a longer piece.
+    """
+    held: list[str] = []
+    for text, ends_document in pieces:
+        words = text.rsplit(None, 1)
+        cut = len(text) - len(words[-1]) if words and text.endswith(words[-1]) else len(text)
+        if ends_document:
+            yield Piece("".join([*held, text]), True)
+            held = []
+        elif cut == 0:
+            held.append(text)
+        else:
+            yield Piece("".join([*held, text[:cut]]), False)
+            held = [text[cut:]]
+    if any(held):
+        yield Piece("".join(held), False)
+
+
+def _decoded(stream: BinaryIO, start: int, stop: int, label: str) -> Iterator[str]:
+    """Decode the bytes from `start` (where the stream stands) to `stop`."""
+    carry = b""
+    position = start  # of the first byte of `carry`
+    while True:
+        wanted = min(PIECE_BYTES - len(carry), stop - position - len(carry))
+        chunk = stream.read(wanted) if wanted else b""
+        block = carry + chunk
+        if not block:
+            return
+        at_end = len(chunk) < wanted or position + len(block) == stop
+        cut = len(block) if at_end else _last_cut(block)
+        try:
+            text = block[:cut].decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"UTF-8 text was expected in {label}, but byte {position + error.start} cannot be decoded; "
+                "convert the text to UTF-8."
+            ) from None
+        yield text
+        if at_end:
+            return
+        carry = block[cut:]
+        position += cut
+
+
+def _last_cut(block: bytes) -> int:
+    """The last line end in a block, or, where there is none, the beginning of its last character."""
+    cut = block.rfind(b"\n") + 1
+    if cut:
+        return cut
+    cut = len(block) - 1
+    while cut > max(len(block) - 4, 0) and _is_continuation(block[cut]):
+        cut -= 1
+    # A cut of 0 would never end: such a block is shorter than one character, or is not UTF-8, which decoding reports.
+    return cut or len(block)
+
+
+def _is_continuation(byte: int) -> bool:
+    return byte & 0xC0 == 0x80

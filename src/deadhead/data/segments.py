@@ -1,0 +1,66 @@
+"""One long text as rows of segments, so that each batch continues the one before it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from deadhead.errors import InputError
+
+
+class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
+    """Cuts a flat stream into contiguous rows of equal length, and each row into consecutive segments.
+
+    Item i is segment i // rows of row i % rows. So where batches of B items are read in order by W processes (batch b
+    by process b % W) and rows = B · W, each row of a batch is the true continuation of the same row of the batch that
+    the process had before: the hidden states of that one are this one's memory.
+
+    Args:
+        tokens: (n,), ids. What is left after the last whole segment of all rows is dropped.
+        rows: rows that are read side by side, the batch size over all processes.
+        segment_length: T, tokens that a model sees at once.
+        first_segment: begin with this segment of every row, so that a later phase of training goes on in the text
+            where the one before stopped; after the last segment come those before it.
+
+    Raises:
+        InputError: the text is shorter than one segment a row, or a number is not positive.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, rows: int, segment_length: int, first_segment: int = 0) -> None:
+        if rows < 1 or segment_length < 1:
+            raise InputError(
+                "At least 1 row and a segment_length of at least 1 were expected, "
+                f"but {rows} rows and a segment_length of {segment_length} came."
+            )
+        needed = rows * segment_length + 1  # each token has a next one for its label
+        if len(tokens) < needed:
+            raise InputError(
+                f"At least {needed} tokens were expected for {rows} rows of segments of {segment_length}, but the text "
+                f"has {len(tokens)}; shorten segment_length or the batch size, or use more text."
+            )
+        self._tokens = tokens
+        self._rows = rows
+        self._segment_length = segment_length
+        self._segments_per_row = (len(tokens) - 1) // (rows * segment_length)
+        self._first_segment = first_segment
+
+    def __len__(self) -> int:
+        return self._rows * self._segments_per_row
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One segment: `input_ids` (T,), `labels` (T,), the token after each, and `is_first` (), bool: no text before.
+
+        A row's first segment has no text before it; nor has item 0, for whoever reads in order, but that needs no flag.
+
+        Raises:
+            IndexError: there is no such segment.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"segment {index} of {len(self)}")
+        position, row = divmod(index, self._rows)
+        segment = (position + self._first_segment) % self._segments_per_row
+        start = (row * self._segments_per_row + segment) * self._segment_length
+        # One conversion of T + 1 ids; input_ids and labels are views of it.
+        ids = torch.from_numpy(self._tokens[start : start + self._segment_length + 1].astype(np.int64))
+        return {"input_ids": ids[:-1], "labels": ids[1:], "is_first": torch.tensor(segment == 0)}

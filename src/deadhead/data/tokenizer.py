@@ -1,0 +1,159 @@
+"""Tokenizers made from a text: bytes, byte pairs, and the words of the WikiText papers.
+
+All three are ordinary fast tokenizers of transformers, saved and loaded by its own functions. A text can't forge an end
+of document: "<eos>" within it is cut like any other text (of words, see `_word`), so byte and bpe give every string
+back exactly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from deadhead.data.corpus import Corpus
+from deadhead.data.pieces import whole_words
+from deadhead.errors import InputError
+
+KINDS = ("byte", "bpe", "word")
+EOS, UNK = "<eos>", "<unk>"
+_BYTES = 256
+_BPE_VOCABULARY = 8192
+
+
+def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Make a tokenizer, from the text for training where it has to learn.
+
+    Args:
+        kind: "byte" (the 256 bytes and `<eos>`), "bpe" (byte pairs, learned) or "word" (what stands between
+            whitespace; `<eos>` for each line end, `<unk>` for words that are not in the vocabulary).
+        corpus: the text; it is streamed.
+        vocab_size: tokens in all, special ones included. None: 8192 for bpe, every word for word. A text too short
+            gives fewer.
+
+    Returns:
+        The same tokenizer for the same text, always. Its `<eos>` also serves as padding and as beginning.
+
+    Raises:
+        InputError: an unknown kind, a vocabulary too small for the kind, or a text without a word.
+    """
+    if kind == "byte":
+        if vocab_size not in (None, _BYTES + 1):
+            raise InputError(
+                f"A byte tokenizer has {_BYTES + 1} tokens, but vocab_size {vocab_size} came; leave vocab_size out."
+            )
+        return _wrapped(_byte())
+    if kind == "bpe":
+        return _wrapped(_bpe(corpus, _required(vocab_size, _BPE_VOCABULARY, least=_BYTES + 2, kind=kind)))
+    if kind == "word":
+        return _wrapped(
+            _word(corpus, None if vocab_size is None else _required(vocab_size, 0, least=3, kind=kind)), UNK
+        )
+    raise InputError(f"A kind of tokenizer was expected ({', '.join(KINDS)}), but {kind!r} came.")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a saved tokenizer, or one of the hub by its name.
+
+    Raises:
+        InputError: there is none, or it can't be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].strip().rstrip(".:")
+        raise InputError(f"A tokenizer was expected at {path}, but it could not be loaded: {reason}.") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"A tokenizer was expected at {path}, but {type(tokenizer).__name__} came; check the folder.")
+    return tokenizer
+
+
+def word_normalizer() -> normalizers.Normalizer:
+    """Makes each line end a word of its own, and the whitespace of `str.split` that of the splitting that follows.
+
+    The latter differ in four control characters only. What the two together do is `text.replace("\\n", " <eos> ")
+    .split()`, and so it may be computed.
+    """
+    separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
+    return normalizers.Sequence([separators, normalizers.Replace("\n", f" {EOS} ")])
+
+
+def _required(vocab_size: int | None, default: int, *, least: int, kind: str) -> int:
+    size = default if vocab_size is None else vocab_size
+    if size < least:
+        raise InputError(f"A vocab_size of at least {least} was expected for a {kind} tokenizer, but {size} came.")
+    return size
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte, in the order of the bytes.
+
+    Byte-level tokenizers write a byte as the character of the same number where that is printable, and take the
+    characters from U+0100 on for the others, in order.
+    """
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    replacements = iter(sorted(character for character in alphabet if ord(character) >= _BYTES))
+    return [chr(byte) if chr(byte) in alphabet else next(replacements) for byte in range(_BYTES)]
+
+
+def _byte() -> Tokenizer:
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: _BYTES}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _bpe(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus.documents("train"), trainer)
+    return tokenizer
+
+
+def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
+    """A vocabulary in the order of falling frequency (then of the alphabet), so that a token's number is its rank.
+
+    The special tokens take the ranks that their frequency gives them: `<eos>` counts line ends, `<unk>` what is left
+    out. Where the text has "<unk>" or "<eos>" for a word, as WikiText does, that is the special token.
+    """
+    counts: Counter[str] = Counter()
+    for text, _ in whole_words(corpus.pieces("train")):
+        counts.update(text.split())
+        counts[EOS] += text.count("\n")
+    if not any(word not in (EOS, UNK) for word in counts):
+        raise InputError(
+            f"Words were expected in the text for training of {corpus.name}, but it has none; use more text."
+        )
+    words = sorted((word for word in counts if word not in (EOS, UNK)), key=lambda word: (-counts[word], word))
+    kept = words if vocab_size is None else words[: vocab_size - 2]
+    counts[UNK] += sum(counts[word] for word in words[len(kept) :])
+    ranked = sorted([*kept, EOS, UNK], key=lambda word: (-counts[word], word))
+    tokenizer = Tokenizer(models.WordLevel({word: rank for rank, word in enumerate(ranked)}, unk_token=UNK))
+    tokenizer.normalizer = word_normalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def _wrapped(tokenizer: Tokenizer, unk: str | None = None) -> PreTrainedTokenizerFast:
+    special = {"unk_token": unk} if unk else {}
+    wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        bos_token=EOS,
+        split_special_tokens=True,  # special tokens within a text are not looked for
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+    return wrapped

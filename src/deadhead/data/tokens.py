@@ -1,0 +1,196 @@
+"""A corpus as token ids on disk: one flat file a split, mapped into memory, made once and used again.
+
+A folder of the cache holds `train.bin`, `valid.bin`, `test.bin` (little-endian, 16 bits an id if the vocabulary fits,
+else 32) and `meta.json`. Its name comes from the text and the tokenizer; it is written beside and moved in whole, so
+that several processes may make the same one at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from deadhead.data.corpus import SPLITS, Corpus
+from deadhead.data.encoders import Encoder, encode_pieces, encoder_of, fingerprint_of
+from deadhead.data.pieces import Piece
+from deadhead.errors import InputError
+from deadhead.files import no_space_is_input_error, read_json, write_json
+
+_FORMAT = 1
+_META = "meta.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenStream:
+    """The tokens of one split.
+
+    Attributes:
+        tokens: (n,), mapped from a file, not to be written to.
+        num_bytes: of the text in UTF-8, for bits per byte. Separators between documents are no text.
+        num_words: of the text, for perplexity per word: what stands between whitespace. With a tokenizer of words it
+            is the number of tokens, since the WikiText papers count a line end as a word.
+    """
+
+    tokens: np.ndarray
+    num_bytes: int
+    num_words: int
+
+
+class TokenizedCorpus:
+    """Token streams of the three splits.
+
+    Args:
+        folder: a finished folder of the cache, with the meta.json that goes with it.
+        temporary: whether the folder goes when this object does.
+
+    Attributes:
+        splits: "train", "valid" and "test"; a stream may be empty.
+        sha256: the hash of the text.
+    """
+
+    splits: Mapping[str, TokenStream]
+    sha256: str
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any], *, temporary: bool = False) -> None:
+        if temporary:
+            # Not tempfile.TemporaryDirectory, which warns when it is left to be collected.
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.sha256 = meta["sha256"]
+        self.splits = {
+            name: TokenStream(
+                tokens=_mapped(folder / f"{name}.bin", meta["dtype"]),
+                num_bytes=meta["splits"][name]["bytes"],
+                num_words=meta["splits"][name]["words"],
+            )
+            for name in SPLITS
+        }
+
+
+def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path | None) -> TokenizedCorpus:
+    """Turn a corpus into token ids, streaming, unless the cache has them.
+
+    Where a split has several documents, each is followed by the tokenizer's end-of-text token, if it has one.
+
+    Args:
+        corpus: the text.
+        tokenizer: any tokenizer of transformers.
+        cache_dir: where token ids are kept, several texts side by side. None: in a temporary folder, which goes with
+            the object returned.
+
+    Raises:
+        InputError: the text can't be read, or the folder can't be written; then nothing half-written is left.
+    """
+    sha256 = corpus.sha256()
+    separator = tokenizer.eos_token_id
+    separator = separator if isinstance(separator, int) else None
+    fingerprint = hashlib.sha256(f"{_FORMAT}\n{sha256}\n{fingerprint_of(tokenizer)}".encode()).hexdigest()
+    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+    meta = {"format": _FORMAT, "fingerprint": fingerprint, "sha256": sha256, "dtype": dtype}
+    if cache_dir is None:
+        folder = Path(tempfile.mkdtemp(prefix="deadhead-"))
+        try:
+            with no_space_is_input_error(folder):
+                meta["splits"] = _write_splits(folder, corpus, encoder_of(tokenizer), separator, dtype)
+            return TokenizedCorpus(folder, meta, temporary=True)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    folder = Path(cache_dir) / fingerprint[:16]
+    if (found := _usable(folder, fingerprint)) is not None:
+        return found
+    with no_space_is_input_error(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            temporary.chmod(0o755)
+            meta["splits"] = _write_splits(temporary, corpus, encoder_of(tokenizer), separator, dtype)
+            write_json(temporary / _META, meta)
+            _move_in(temporary, folder, fingerprint)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return TokenizedCorpus(folder, meta)
+
+
+def _write_splits(
+    folder: Path, corpus: Corpus, encoder: Encoder, separator: int | None, dtype: str
+) -> dict[str, dict[str, int]]:
+    """Write the files of all splits; return the numbers of tokens, bytes and words of each."""
+    counts = {}
+    for name in SPLITS:
+        counter = _TextCounter()
+        tokens = 0
+        with (folder / f"{name}.bin").open("wb") as file:
+            for ids in encode_pieces(encoder, counter.counted(corpus.pieces(name)), separator):
+                _append(file, ids.astype(dtype))
+                tokens += len(ids)
+        words = tokens if encoder.tokens_are_words else counter.words
+        counts[name] = {"tokens": tokens, "bytes": counter.bytes, "words": words}
+    return counts
+
+
+def _append(file: BinaryIO, ids: np.ndarray) -> None:
+    file.write(ids.data)  # unlike ndarray.tofile, this says why it fails
+
+
+def _move_in(temporary: Path, folder: Path, fingerprint: str) -> None:
+    """Give a finished folder its place, unless another process was first or the place holds something damaged."""
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if _usable(folder, fingerprint) is None:
+            shutil.rmtree(folder)
+            temporary.rename(folder)
+
+
+def _usable(folder: Path, fingerprint: str) -> TokenizedCorpus | None:
+    """What a folder of the cache holds, if it is whole and of this text and tokenizer."""
+    if not folder.is_dir():
+        return None
+    with suppress(InputError, OSError, KeyError, TypeError, ValueError):
+        meta = read_json(folder / _META, what="description of token files")
+        expected = {name: meta["splits"][name]["tokens"] * np.dtype(meta["dtype"]).itemsize for name in SPLITS}
+        actual = {name: os.path.getsize(folder / f"{name}.bin") for name in SPLITS}
+        if meta["fingerprint"] == fingerprint and expected == actual:
+            return TokenizedCorpus(folder, meta)
+    return None
+
+
+def _mapped(path: Path, dtype: str) -> np.ndarray:
+    """Map a file of ids, (n,); an empty file can't be mapped."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+class _TextCounter:
+    """Counts bytes and words of pieces that pass through; a word cut in two by a piece's end counts once."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.words = 0
+        self._within_word = False
+
+    def counted(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            text = piece.text
+            if text:
+                self.bytes += len(text.encode())
+                self.words += len(text.split()) - (self._within_word and not text[0].isspace())
+                self._within_word = not text[-1].isspace()
+            if piece.ends_document:
+                self._within_word = False
+            yield piece

@@ -1,0 +1,62 @@
+"""The table of a run's stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from deadhead.training.run import STAGES
+
+_NAMES = {"control": "dense, as many steps"}
+
+
+def stages_table(summary: Mapping[str, Any]) -> Table:
+    """Return dense, gated, cut, fine-tuned and, if it was trained, the dense control, side by side.
+
+    Args:
+        summary: what `summary.json` holds.
+    """
+    table = Table(title="What was cut, and what it cost")
+    table.add_column("")
+    for name in ("steps", "heads a layer", "parameters", "FLOPs/token", "perplexity", "bits/byte", "tokens/s"):
+        table.add_column(name, justify="right")
+    for stage in (*STAGES, "control"):
+        if stage not in summary:
+            continue
+        values = summary[stage]
+        rate = "" if stage == "control" else f"{values['tokens_per_second']:,.0f}"
+        table.add_row(
+            _NAMES.get(stage, stage),
+            f"{values['steps']:,}",
+            " ".join(str(count) for count in values["heads"]),
+            f"{values['parameters']:,}",
+            f"{values['flops_per_token']:,.0f}",
+            f"{values['perplexity']:.3f}",
+            f"{values['bits_per_byte']:.3f}",
+            rate,
+        )
+    return table
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """Say in a few lines what was gained and lost: heads, FLOPs against measured speed, perplexity against control."""
+    dense, final = summary["dense"], summary["finetuned"]
+    gone = 1 - sum(final["heads"]) / sum(dense["heads"])
+    flops = 1 - final["flops_per_token"] / dense["flops_per_token"]
+    speedup = final["tokens_per_second"] / dense["tokens_per_second"]
+    possible = dense["flops_per_token"] / final["flops_per_token"]
+    lines = [
+        f"{gone:.0%} of the heads and {1 - final['parameters'] / dense['parameters']:.0%} of the parameters are gone.",
+        f"{flops:.0%} of the FLOPs are gone, which allows {possible:.2f} times the speed; "
+        f"measured: {speedup:.2f} times (efficiency {speedup / possible:.2f}).",
+    ]
+    if "control" in summary:
+        control = summary["control"]["perplexity"]
+        change = final["perplexity"] / control - 1
+        lines.append(
+            f"Perplexity {final['perplexity']:.3f}, {abs(change):.1%} {'above' if change > 0 else 'below'} the "
+            f"{control:.3f} of the dense model trained for as many steps."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,270 @@
+"""A run: a folder in which a recipe's phases leave dense, gated and pruned models, and what was measured of them."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from deadhead import checkpoint
+from deadhead.bench import bench
+from deadhead.cost import model_cost
+from deadhead.cut import cut
+from deadhead.data import TokenizedCorpus, load_text, load_tokenizer
+from deadhead.errors import InputError
+from deadhead.evaluate import evaluate
+from deadhead.files import read_json, replaced_folder, require_replaceable, write_json, write_text
+from deadhead.gates import HeadGates
+from deadhead.gating import attach
+from deadhead.generate import generate_text
+from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
+from deadhead.plan import HeadPlan
+from deadhead.training.phases import gate_config, train
+from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
+
+STAGES = ("dense", "gated", "cut", "finetuned")
+RECIPE_FILE = "recipe.toml"
+SUMMARY_FILE = "summary.json"
+METRICS_FILE = "metrics.jsonl"
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+"""Told of the name of what goes on, how much is done, how much there is, and the last numbers."""
+
+
+def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """Return a fresh All-attention model for a tokenizer's vocabulary.
+
+    Raises:
+        InputError: the sizes do not fit each other.
+    """
+    try:
+        config = AllAttentionConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.width,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_persistent=recipe.persistent,
+            memory_length=recipe.memory_length,
+            segment_length=recipe.segment_length,
+            position=recipe.position,
+            adaptive_cutoffs=recipe.adaptive_cutoffs,
+            attention_dropout=recipe.attention_dropout,
+            hidden_dropout=recipe.hidden_dropout,
+            embedding_dropout=recipe.embedding_dropout,
+            output_dropout=recipe.output_dropout,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except ValueError as error:
+        # transformers wraps the sentence of our own check in a line of its own.
+        sentence = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+        raise InputError(f"The recipe's model does not fit together: {sentence}") from None
+    set_seed(seed)
+    return AllAttentionForCausalLM(config)
+
+
+@dataclass
+class Run:
+    """A run's folder and recipe. `Run.start` makes or reopens one, `execute` does whatever is left of it."""
+
+    folder: Path
+    recipe: Recipe
+    progress: Progress = lambda *_: None
+
+    @classmethod
+    def start(cls, recipe: Recipe, folder: str | Path, *, resume: bool = False, progress: Progress | None = None) -> Run:
+        """Make a run's folder, or reopen it.
+
+        Raises:
+            InputError: the folder holds something else, holds a run and `resume` was not asked for, or holds a run of
+                another recipe.
+        """
+        folder = Path(folder)
+        require_replaceable(folder, (RECIPE_FILE,))
+        if (folder / RECIPE_FILE).exists():
+            if not resume:
+                raise InputError(f"{folder} holds a run already; go on with --resume, or choose another place with --out.")
+            if load_recipe(folder / RECIPE_FILE) != recipe:
+                raise InputError(f"{folder} holds a run of another recipe; resume it with {folder / RECIPE_FILE}.")
+        else:
+            write_text(folder / RECIPE_FILE, to_toml(recipe))
+        return cls(folder, recipe, progress or (lambda *_: None))
+
+    def execute(self) -> dict[str, Any]:
+        """Run what is left of dense training, gates, cut and fine-tuning; return the summary.
+
+        Every stage starts from what the one before left on disk, so a run that was stopped goes on to the same weights.
+
+        Raises:
+            InputError: the text or a checkpoint cannot be used.
+            DivergenceError: training diverged.
+        """
+        recipe = self.recipe
+        self.progress("reading text", 0, 1, {})
+        kept, data = self.folder / "tokenizer", recipe.data
+        text, tokenizer = load_text(
+            data.source,
+            tokenizer=load_tokenizer(kept) if kept.exists() else data.tokenizer,
+            vocab_size=data.vocab_size,
+            column=data.column,
+            split=data.split,
+            cache_dir=self.folder / "tokens",
+        )
+        if not kept.exists():
+            with replaced_folder(kept) as folder:
+                tokenizer.save_pretrained(str(folder))
+        self._note("data", {"source": data.source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)})
+        self._note("versions", _versions())
+
+        steps = recipe.train.steps
+        if not self._done("dense"):
+            model = build_model(recipe.model, tokenizer, seed=recipe.seed)
+            self._train(model, text, "train", recipe.train, after=())
+            self._finish(model, "dense", steps, text, tokenizer)
+        steps += recipe.prune.steps
+        if not self._done("gated"):
+            model = checkpoint.load(self.folder / "dense")
+            gates = attach(model, config=gate_config(recipe.prune, recipe.seed))
+            self._train(model, text, "prune", recipe.prune, after=(recipe.train,), gates=gates)
+            if recipe.prune.sparsity is not None:
+                # Steering comes close to the target; ranking by log_alpha meets it.
+                plan = gates.plan(sparsity=recipe.prune.sparsity)
+                if plan != gates.plan():
+                    gates.set_plan(plan)
+            gates.plan().to_json(self.folder / checkpoint.PLAN_FILE)
+            self._finish(model, "gated", steps, text, tokenizer)
+        plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
+        if not self._done("pruned"):
+            model, _ = checkpoint.load_gated(self.folder / "gated")
+            cut(model, plan)
+            self._measure(model, "cut", steps, text)
+            self._train(model, text, "finetune", recipe.finetune, after=(recipe.train, recipe.prune))
+            self._finish(model, "pruned", steps + recipe.finetune.steps, text, tokenizer, stage="finetuned")
+        if recipe.control and not self._done("control"):
+            model = checkpoint.load(self.folder / "dense")
+            # The same steps on the same text under the same schedules, only without gates and with every head.
+            self._train(model, text, "control_prune", recipe.prune, after=(recipe.train,))
+            self._train(model, text, "control_finetune", recipe.finetune, after=(recipe.train, recipe.prune))
+            self._finish(model, "control", steps + recipe.finetune.steps, text, tokenizer)
+        self._compare(plan, tokenizer)
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """Return summary.json."""
+        path = self.folder / SUMMARY_FILE
+        return dict(read_json(path, what="summary of a run")) if path.exists() else {}
+
+    def _done(self, name: str) -> bool:
+        return (self.folder / name / "config.json").exists()
+
+    def _note(self, key: str, value: Any) -> None:
+        write_json(self.folder / SUMMARY_FILE, {**self.summary(), key: value})
+
+    def _train(
+        self,
+        model: PreTrainedModel,
+        text: TokenizedCorpus,
+        phase: str,
+        recipe: PhaseRecipe,
+        *,
+        after: tuple[PhaseRecipe, ...],
+        gates: HeadGates | None = None,
+    ) -> None:
+        # Each phase goes on in the text where those before it stopped, so that none gains from reading twice.
+        segments_read = sum(phase.steps * phase.gradient_accumulation * phase.batch_size for phase in after)
+        train(
+            model,
+            text.splits["train"],
+            recipe,
+            folder=self.folder / "checkpoints" / phase,
+            phase=phase,
+            seed=self.recipe.seed,
+            first_segment=segments_read // recipe.batch_size,
+            gates=gates,
+            metrics=self.folder / METRICS_FILE,
+            tensorboard=self.folder / "tensorboard" / phase,
+            report=lambda done, total, logs: self.progress(phase, done, total, logs),
+            resume=True,
+        )
+
+    def _finish(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        steps: int,
+        text: TokenizedCorpus,
+        tokenizer: PreTrainedTokenizerBase,
+        stage: str | None = None,
+    ) -> None:
+        """Measure and save a model. Its folder appears last: whoever sees it finds the summary complete too."""
+        measured = self._measure(model, stage or name, steps, text)
+        checkpoint.save(
+            model, self.folder / name, tokenizer=tokenizer, metrics={"validation perplexity a token": measured["perplexity"]}
+        )
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _measure(self, model: PreTrainedModel, stage: str, steps: int, text: TokenizedCorpus) -> dict[str, Any]:
+        result = evaluate(
+            model,
+            text.splits["valid"],
+            limit=self.recipe.evaluation_tokens,
+            progress=lambda done, total: self.progress(f"evaluating {stage}", done, total, {}),
+        )
+        cost = model_cost(model)
+        heads = cost.heads
+        if stage == "gated":
+            heads = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE).heads
+        values = {
+            "heads": heads,
+            "parameters": cost.parameters,
+            "flops_per_token": cost.flops_per_token,
+            "perplexity": result.perplexity,
+            "word_perplexity": result.word_perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens_per_second": result.tokens_per_second,
+            "steps": steps,
+        }
+        self._note(stage, values)
+        return values
+
+    def _compare(self, plan: HeadPlan, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Time the stages side by side, and let dense and pruned model continue the same text."""
+        self.progress("timing", 0, 1, {})
+        dense = checkpoint.load(self.folder / "dense")
+        gated, _ = checkpoint.load_gated(self.folder / "gated")
+        finetuned = checkpoint.load(self.folder / "pruned")
+        models = {"dense": dense, "gated": gated, "finetuned": finetuned}
+        length = dense.config.segment_length
+        timings = bench(models, batch_size=16, length=length, repeats=15)
+        for stage in STAGES:
+            # A cut model and its fine-tuned self have the same shapes.
+            rate = timings["finetuned" if stage == "cut" else stage].tokens_per_second
+            self._note(stage, {**self.summary()[stage], "tokens_per_second": round(rate, 1)})
+        prompt = _PROMPTS.get(self.recipe.data.source, "The ")
+        after = {"dense": checkpoint.load(self.folder / "control") if self.recipe.control else dense, "pruned": finetuned}
+        self._note(
+            "samples", {name: generate_text(model, tokenizer, prompt, max_new_tokens=160) for name, model in after.items()}
+        )
+
+
+_PROMPTS = {"stdlib": "def read(self, "}
+
+
+def _versions() -> dict[str, str]:
+    from deadhead import __version__
+
+    return {
+        "deadhead": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,121 @@
+"""One phase on its own: a checkpoint (or nothing) in, a checkpoint out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from deadhead import checkpoint
+from deadhead.cost import model_cost
+from deadhead.cut import cut as cut_heads
+from deadhead.data import load_text, load_tokenizer
+from deadhead.errors import InputError
+from deadhead.evaluate import evaluate
+from deadhead.files import require_replaceable
+from deadhead.gating import attach
+from deadhead.training.phases import gate_config, train
+from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
+from deadhead.training.run import METRICS_FILE, build_model
+
+Phase = Literal["train", "prune", "finetune"]
+
+
+def run_single(
+    phase: Phase,
+    recipe: PhaseRecipe,
+    out: Path,
+    *,
+    model: Path | None,
+    data: DataRecipe,
+    seed: int = 0,
+    shape: ModelRecipe | None = None,
+    cut: bool = True,
+    resume: bool = False,
+    progress: Callable[[str, int, int, dict[str, Any]], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Run one phase and write its checkpoint; return what was measured.
+
+    Checkpoints to resume from lie in `OUT.work` beside it until the phase is done.
+
+    Args:
+        phase: which.
+        recipe: its settings; a `PruneRecipe` for "prune".
+        out: folder of the checkpoint to write.
+        model: checkpoint to start from; None, in "train" only, makes a fresh model of `shape`.
+        data: the text.
+        seed: of first weights, dropout and gate noise.
+        shape: sizes of a fresh model.
+        cut: whether "prune" cuts the heads whose gates closed, or saves the gated model.
+        resume: go on from the last checkpoint in `OUT.work`.
+        progress: told of what goes on.
+
+    Raises:
+        InputError: something given cannot be used.
+        DivergenceError: training diverged.
+    """
+    work = out.with_name(out.name + ".work")
+    require_replaceable(out, ("config.json",))
+    if work.exists() and not resume:
+        raise InputError(f"{work} is left of a phase that was stopped; go on with --resume, or delete it.")
+    progress("reading text", 0, 1, {})
+    if model is None:
+        text, tokenizer = load_text(
+            data.source,
+            tokenizer=data.tokenizer,
+            vocab_size=data.vocab_size,
+            column=data.column,
+            split=data.split,
+            cache_dir=work / "tokens",
+        )
+        network = build_model(shape or ModelRecipe(), tokenizer, seed=seed)
+    else:
+        network = checkpoint.load(model)
+        text, tokenizer = load_text(
+            data.source,
+            tokenizer=load_tokenizer(model),
+            column=data.column,
+            split=data.split,
+            cache_dir=work / "tokens",
+        )
+    gates = attach(network, config=gate_config(recipe, seed)) if isinstance(recipe, PruneRecipe) else None
+    train(
+        network,
+        text.splits["train"],
+        recipe,
+        folder=work / "checkpoints",
+        phase=phase,
+        seed=seed,
+        gates=gates,
+        metrics=work / METRICS_FILE,
+        tensorboard=work / "tensorboard",
+        report=lambda done, total, logs: progress(phase, done, total, logs),
+        resume=resume,
+    )
+    if gates is not None and isinstance(recipe, PruneRecipe):
+        plan = gates.plan(sparsity=recipe.sparsity)
+        if cut:
+            cut_heads(network, plan)
+        elif plan != gates.plan():
+            gates.set_plan(plan)
+    measured = evaluate(
+        network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
+    )
+    checkpoint.save(
+        network, out, tokenizer=tokenizer, metrics={"validation perplexity a token": measured.perplexity}
+    )
+    for name in (METRICS_FILE, "tensorboard"):
+        if (work / name).exists():
+            shutil.move(work / name, out / name)
+    shutil.rmtree(work, ignore_errors=True)
+    cost = model_cost(network)
+    return {
+        "heads": gates.plan().heads if gates is not None and not cut else cost.heads,
+        "parameters": cost.parameters,
+        "flops_per_token": cost.flops_per_token,
+        "perplexity": measured.perplexity,
+        "word_perplexity": measured.word_perplexity,
+        "bits_per_byte": measured.bits_per_byte,
+        "steps": recipe.steps,
+    }

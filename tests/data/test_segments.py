@@ -1,0 +1,69 @@
+"""Segments: each row of a batch continues the same row of the batch before."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from deadhead.data import SegmentDataset
+from deadhead.errors import InputError
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(0, 40))
+def test_rows_are_contiguous_and_labels_are_next_tokens(rows: int, length: int, segments: int, tail: int) -> None:
+    tail %= rows * length
+    tokens = np.arange(rows * length * segments + 1 + tail, dtype=np.uint16)
+    dataset = SegmentDataset(tokens, rows=rows, segment_length=length)
+    assert len(dataset) == rows * segments
+    for row in range(rows):
+        items = [dataset[segment * rows + row] for segment in range(segments)]
+        ids = torch.cat([item["input_ids"] for item in items]).tolist()
+        start = row * length * segments
+        assert ids == list(range(start, start + length * segments))
+        assert torch.cat([item["labels"] for item in items]).tolist() == [token + 1 for token in ids]
+        assert [bool(item["is_first"]) for item in items] == [True] + [False] * (segments - 1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sequential_loader_continues_each_row(processes: int) -> None:
+    batch_size, length = 2, 3
+    dataset = SegmentDataset(np.arange(61, dtype=np.uint16), rows=batch_size * processes, segment_length=length)
+    batches = list(DataLoader(dataset, batch_size=batch_size))
+    for process in range(processes):
+        own = batches[process::processes]
+        assert own[0]["is_first"].tolist() == [True] * batch_size
+        for before, after in pairwise(own):
+            assert not after["is_first"].any()
+            assert torch.equal(after["input_ids"][:, 0], before["labels"][:, -1])
+
+
+def test_items() -> None:
+    item = SegmentDataset(np.array([65_535, 1, 2], dtype="<u2"), rows=1, segment_length=2)[0]
+    assert item["input_ids"].tolist() == [65_535, 1]
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in item.items()} == {
+        "input_ids": (torch.int64, (2,)),
+        "labels": (torch.int64, (2,)),
+        "is_first": (torch.bool, ()),
+    }
+
+
+def test_it_ends() -> None:
+    dataset = SegmentDataset(np.arange(7), rows=2, segment_length=3)
+    assert [dataset[index]["input_ids"].tolist() for index in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    for index in (-1, 2):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_too_short_a_text_is_refused() -> None:
+    with pytest.raises(InputError, match="At least 33 tokens .* has 32; shorten segment_length or the batch size"):
+        SegmentDataset(np.arange(32), rows=4, segment_length=8)
+    assert len(SegmentDataset(np.arange(33), rows=4, segment_length=8)) == 4
+    with pytest.raises(InputError, match="At least 1 row"):
+        SegmentDataset(np.arange(32), rows=0, segment_length=8)

@@ -1,0 +1,207 @@
+"""Tiny random models whose every parameter is random, random plans and texts, and the one measure of difference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
+from deadhead.plan import HeadPlan
+
+
+def difference(values: Tensor, reference: Tensor) -> float:
+    """Return max|Δ| / max|reference| in float64; shapes must agree, and a number that is not finite is infinitely far."""
+    assert values.shape == reference.shape, (values.shape, reference.shape)
+    values, reference = values.detach().double(), reference.detach().double()
+    result = float((values - reference).abs().max() / reference.abs().max().clamp(min=1e-30))
+    return result if result == result else float("inf")
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int) -> None:
+    """Give every parameter random values: biases, norms, u, v and persistent vectors too, so that none is neutral."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "head_gate" in name:
+            continue
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        last = name.rsplit(".", 1)[-1]
+        if "norm" in name and last == "weight":
+            values = 1 + 0.3 * noise
+        elif last == "weight":
+            values = noise * parameter.shape[-1] ** -0.5
+        else:
+            values = 0.5 * noise
+        parameter.copy_(values)
+
+
+def tiny_config(**overrides: Any) -> AllAttentionConfig:
+    """Return the configuration of a tiny model: 3 layers, 4 heads of 4, window 6."""
+    values: dict[str, Any] = {
+        "vocab_size": 29,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_persistent": 5,
+        "memory_length": 5,
+        "segment_length": 6,
+    }
+    return AllAttentionConfig(**{**values, **overrides})
+
+
+def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> AllAttentionForCausalLM:
+    """Return a tiny model in evaluation mode whose every parameter is random."""
+    return random_model(tiny_config(**overrides), seed, dtype)
+
+
+def random_model(config: AllAttentionConfig, seed: int, dtype: torch.dtype = torch.float32) -> AllAttentionForCausalLM:
+    """Return a model in evaluation mode whose every parameter is random."""
+    model = AllAttentionForCausalLM(config)
+    randomise(model, seed)
+    model = model.to(dtype)
+    assert isinstance(model, AllAttentionForCausalLM)
+    return model.eval()
+
+
+def random_config(draw: random.Random) -> AllAttentionConfig:
+    """Return a random small configuration that reaches every switch of the architecture."""
+    heads = draw.randint(1, 8)
+    # A layer norm over fewer than 8 numbers saturates: heads then hardly matter, and gradients are mere rounding.
+    head_dim = draw.choice([dim for dim in (2, 4, 6, 8, 10) if 8 <= heads * dim <= 48])
+    adaptive = draw.random() < 0.25
+    return AllAttentionConfig(
+        vocab_size=draw.randint(17, 31),
+        hidden_size=heads * head_dim,
+        num_hidden_layers=draw.randint(1, 4),
+        num_attention_heads=heads,
+        num_persistent=draw.randint(1, 6),
+        memory_length=draw.randint(1, 7),
+        segment_length=draw.randint(1, 6),
+        position=draw.choice(["learned", "sinusoidal", "rotary"]),
+        share_position_bias=draw.random() < 0.3,
+        attend_initial_memory=draw.random() < 0.4,
+        projection_bias=draw.random() < 0.4,
+        final_layer_norm=draw.random() < 0.6,
+        lm_head_bias=draw.random() < 0.4,
+        tie_word_embeddings=draw.random() < 0.6,
+        adaptive_cutoffs=[5] if adaptive else None,
+        adaptive_factor=2,
+        attn_implementation=draw.choice(["eager", "sdpa"]),
+    )
+
+
+def random_plan(
+    draw: random.Random, kept: Mapping[int, Sequence[int]], total: Mapping[int, int], *, output_scale: bool
+) -> HeadPlan:
+    """Return a plan that keeps some of `kept` and cuts one head at least; layers are emptied often, also all of them."""
+    left = {layer: list(heads) for layer, heads in kept.items()}
+    if draw.random() < 0.05:
+        left = dict.fromkeys(left, [])
+    for layer, heads in left.items():
+        count = 0 if draw.random() < 0.2 else draw.randint(0, len(heads))
+        left[layer] = draw.sample(heads, count)
+    if all(len(left[layer]) == len(kept[layer]) for layer in left):
+        layer = draw.choice([layer for layer in left if kept[layer]])
+        left[layer] = left[layer][1:]
+    return HeadPlan(kept={layer: tuple(heads) for layer, heads in left.items()}, total=total, output_scale=output_scale)
+
+
+def random_text(draw: random.Random, config: AllAttentionConfig, *, padded: bool) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask (B, T) of a text that may be several windows long, left-padded if asked."""
+    batch, length = draw.randint(1, 3), draw.randint(2, 4 * (config.memory_length + 1))
+    ids = torch.tensor([[draw.randrange(config.vocab_size) for _ in range(length)] for _ in range(batch)])
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(batch):
+            mask[row, : draw.randint(0, length - 1)] = 0
+    return ids, mask
+
+
+def chunks(draw: random.Random, length: int) -> list[int]:
+    """Return random chunk lengths that add up to `length`."""
+    sizes: list[int] = []
+    while sum(sizes) < length:
+        sizes.append(draw.randint(1, length - sum(sizes)))
+    return sizes
+
+
+@torch.no_grad()
+def cached_logits(model: PreTrainedModel, ids: Tensor, sizes: Sequence[int], mask: Tensor | None = None) -> Tensor:
+    """Return the logits of `ids`, read in chunks of the given sizes through the cache."""
+    parts, cache, start = [], None, 0
+    for size in sizes:
+        stop = start + size
+        output = model(
+            input_ids=ids[:, start:stop],
+            attention_mask=None if mask is None else mask[:, :stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        parts.append(output.logits)
+        cache, start = output.past_key_values, stop
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def segment_logits(model: PreTrainedModel, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the logits of `ids`, read in segments with the hidden states of the segments before."""
+    parts, memory, start = [], None, 0
+    for size in sizes:
+        output = model(input_ids=ids[:, start : start + size], memory=memory, use_cache=False)
+        parts.append(output.logits)
+        memory, start = output.memory, start + size
+    return torch.cat(parts, dim=1)
+
+
+def gradients(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the gradient of the language-modelling loss for every parameter that is not a gate's; none means zero."""
+    model.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+    found = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if "head_gate" not in name
+    }
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def kept_part(name: str, tensor: Tensor, kept: Sequence[int], head_dim: int) -> Tensor:
+    """Return the part of an attention parameter that belongs to heads `kept`, written down without the layout."""
+    rows = [head * head_dim + i for head in kept for i in range(head_dim)]
+    if name.endswith("o_proj.weight"):
+        return tensor[:, rows]
+    if name.endswith("o_proj.bias"):
+        return tensor
+    return tensor[rows] if "_proj" in name else tensor[list(kept)]
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Any]:
+    """Return all of a model's state that a failed change must leave alone: tensors, hooks, attributes, configuration."""
+    return {
+        "tensors": {name: value.clone() for name, value in model.state_dict().items()},
+        "identities": {name: id(value) for name, value in model.named_parameters()},
+        "requires_grad": {name: value.requires_grad for name, value in model.named_parameters()},
+        "hooks": {name: len(module._forward_pre_hooks) for name, module in model.named_modules()},
+        "attributes": {
+            name: {key: value for key, value in module.__dict__.items() if isinstance(value, (int, str, tuple))}
+            for name, module in model.named_modules()
+        },
+        "config": model.config.to_dict(),
+    }
+
+
+def assert_unchanged(model: PreTrainedModel, before: Mapping[str, Any]) -> None:
+    """Assert that `model` is bit for bit as it was when `before` was taken by `snapshot`."""
+    now = snapshot(model)
+    assert now["tensors"].keys() == before["tensors"].keys()
+    for name, value in before["tensors"].items():
+        assert torch.equal(now["tensors"][name], value), name
+    for part in ("identities", "requires_grad", "hooks", "attributes", "config"):
+        assert now[part] == before[part], part

@@ -1,0 +1,408 @@
+"""The cut for good: parameters, configuration, failure, and checkpoints that reload anywhere bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import deadhead.models
+from deadhead.cut import cut
+from deadhead.errors import CutError, InputError
+from deadhead.gates import GateConfig
+from deadhead.gating import attach, gates_of
+from deadhead.layouts import find_layout
+from deadhead.layouts.all_attention import AllAttentionLayout
+from deadhead.models import AllAttentionForCausalLM
+from deadhead.plan import HeadPlan
+from tests.helpers import assert_unchanged, difference, gradients, snapshot, tiny_model
+
+# The package exports the function under the module's name.
+cutting = importlib.import_module("deadhead.cut")
+
+TOTAL = dict.fromkeys(range(3), 4)
+PLAN = HeadPlan(kept={0: [1, 3], 1: [], 2: [2]}, total=TOTAL, output_scale=True)  # type: ignore[dict-item]
+IDS = torch.randint(29, (2, 13), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_parameters_fall_by_what_each_head_owns(position: str, shared: bool, bias: bool) -> None:
+    model = tiny_model(position=position, share_position_bias=shared, projection_bias=bias)
+    width, head_dim, persistent = 16, 4, 5
+    projections = 3 if position == "rotary" else 4
+    each = (projections + 1) * width * head_dim + 2 * persistent * head_dim
+    each += projections * head_dim * bias
+    each += 2 * head_dim * (position != "rotary" and not shared)
+    before = count(model)
+    assert cut(model, PLAN) is model
+    assert before - count(model) == each * (12 - 3)
+
+
+def test_a_layer_keeps_the_shapes_of_its_heads_and_its_bias() -> None:
+    model = tiny_model(projection_bias=True)
+    biases = [layer.attention.o_proj.bias.detach().clone() for layer in model.model.layers]
+    dense = copy.deepcopy(model)
+    cut(model, PLAN)
+    first, second, third = (layer.attention for layer in model.model.layers)
+    assert first.heads == (1, 3) and second.heads == () and third.heads == (2,)
+    assert first.q_proj.weight.shape == (8, 16) and first.q_proj.out_features == 8
+    assert first.o_proj.weight.shape == (16, 8) and first.o_proj.in_features == 8
+    assert third.persistent_k.shape == third.persistent_v.shape == (1, 5, 4)
+    assert [name for name, _ in second.named_parameters()] == ["o_proj.bias"]
+    for layer, bias in zip(model.model.layers, biases, strict=True):
+        assert torch.equal(layer.attention.o_proj.bias, bias), "b_O is neither cut nor scaled"
+    rows = [4, 5, 6, 7, 12, 13, 14, 15]
+    old = dense.model.layers[0].attention
+    assert torch.equal(first.q_proj.weight, old.q_proj.weight[rows])
+    assert torch.equal(first.k_proj.bias, old.k_proj.bias[rows])
+    assert torch.equal(first.content_bias, old.content_bias[[1, 3]])
+    # H / kept = 4 / 2: exact in floating point.
+    assert torch.equal(first.o_proj.weight, 2 * old.o_proj.weight[:, rows])
+
+
+def test_without_output_scale_weights_are_copied_bit_for_bit() -> None:
+    model = tiny_model()
+    dense = copy.deepcopy(model)
+    cut(model, HeadPlan(kept={0: [0, 1, 3]}, total=TOTAL))  # type: ignore[dict-item]
+    rows = [*range(8), *range(12, 16)]
+    assert torch.equal(
+        model.model.layers[0].attention.o_proj.weight, dense.model.layers[0].attention.o_proj.weight[:, rows]
+    )
+    for name, value in dense.model.layers[1].state_dict().items():
+        assert torch.equal(model.model.layers[1].state_dict()[name], value)
+
+
+def test_a_plan_that_cuts_nothing_changes_no_number() -> None:
+    model = tiny_model()
+    before, state = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    cut(model, HeadPlan.keep_all(TOTAL))
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.config.head_plan == HeadPlan.keep_all(TOTAL).to_dict()
+
+
+def test_what_was_frozen_stays_frozen_and_the_mode_stays() -> None:
+    model = tiny_model().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("o_proj" in name or "persistent_k" in name)
+    cut(model, PLAN)
+    assert model.training and all(module.training for module in model.modules())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("o_proj" in name or "persistent_k" in name), name
+        assert parameter.is_leaf and parameter.grad is None
+
+
+def test_an_emptied_layer_adds_its_bias_with_dropout_and_nothing_else() -> None:
+    model = tiny_model(num_hidden_layers=1, hidden_dropout=0.5)
+    cut(model, HeadPlan(kept={0: []}, total={0: 4}))  # type: ignore[dict-item]
+    layer = model.model.layers[0]
+    hidden = torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(0))
+    bias = layer.attention.o_proj.bias
+    with torch.no_grad():
+        added = layer(hidden, None, None, None)[0] - hidden
+        assert difference(added, bias.expand_as(added)) <= 1e-6
+        added = layer.train()(hidden, None, None, None)[0] - hidden
+    share = (added.abs() < 1e-6).float().mean()
+    assert float(share) == pytest.approx(0.5, abs=0.05), "in training its dropout stays"
+    kept = added.abs() > 1e-6
+    assert difference(added[kept], (2 * bias).expand_as(added)[kept]) <= 1e-5
+    found = gradients(model, IDS)
+    assert found["model.layers.0.attention.o_proj.bias"].abs().max() > 0
+
+
+def test_the_plan_is_recorded_and_gates_are_gone() -> None:
+    model = tiny_model()
+    attach(model).set_plan(HeadPlan(kept={0: [0]}, total=TOTAL))  # type: ignore[dict-item]
+    # Gates that say something else are set to the plan.
+    cut(model, PLAN)
+    assert gates_of(model) is None and not any("head_gate" in name for name, _ in model.named_modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model.config.head_plan == PLAN.to_dict()
+    assert model.model.config is model.config is model.model.layers[0].attention.config
+    assert find_layout(model).recorded_plan(model) == PLAN
+    assert find_layout(tiny_model()).recorded_plan(tiny_model()) is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (HeadPlan(kept={}, total={0: 4, 1: 4}), "heads a layer"),
+        (HeadPlan(kept={}, total=TOTAL, unit="kv_group"), "kv_group"),
+    ],
+)
+@pytest.mark.parametrize("given_gates", [False, True])
+def test_a_plan_of_another_model_is_refused_and_nothing_changes(
+    plan: HeadPlan, message: str, given_gates: bool
+) -> None:
+    model = tiny_model()
+    if given_gates:
+        attach(model).set_plan(PLAN)
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        cut(model, plan)
+    assert_unchanged(model, before)
+    assert (gates_of(model) is not None) == given_gates
+
+
+def test_a_head_that_was_cut_cannot_come_back() -> None:
+    model = cut(tiny_model(), PLAN)
+    before = snapshot(model)
+    with pytest.raises(InputError, match="head 0 of layer 0, but that head was cut before"):
+        cut(model, HeadPlan(kept={0: [0], 1: [], 2: []}, total=TOTAL))  # type: ignore[dict-item]
+    assert_unchanged(model, before)
+
+
+@dataclass
+class Failure:
+    """A place in the cut where something can go wrong."""
+
+    target: Any
+    name: str
+    on_call: int
+
+
+FAILURES = {
+    "slices of the last layer": Failure(AllAttentionLayout, "slices", 3),
+    "after the first layer": Failure(AllAttentionLayout, "after_cut", 1),
+    "after the last layer": Failure(AllAttentionLayout, "after_cut", 3),
+    "recording the plan": Failure(AllAttentionLayout, "record_plan", 1),
+    "logits of the gated model": Failure(cutting, "_check_logits", 1),
+    "logits of the cut model": Failure(cutting, "_check_logits", 2),
+}
+
+
+@pytest.mark.parametrize("given_gates", [False, True])
+@pytest.mark.parametrize("error", [MemoryError("no memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+def test_whatever_fails_the_model_is_as_before(
+    failure: Failure, error: BaseException, given_gates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model().train()
+    if given_gates:
+        gates = attach(model, config=GateConfig(hard=False))
+        gates.track_difference()
+        gates.gates[0].set_log_alpha(torch.tensor([-0.3, 0.2, 5.0, -5.0]))
+        model(input_ids=IDS)
+    model.config.head_plan = None
+    before, config = snapshot(model), copy.deepcopy(model.config)
+    states = None if not given_gates else gates.state_dict()
+    original, calls = getattr(failure.target, failure.name), []
+
+    def fail(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == failure.on_call:
+            raise error
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failure.target, failure.name, fail)
+        with pytest.raises(type(error)):
+            cut(model, PLAN)
+    assert len(calls) == failure.on_call
+    assert_unchanged(model, before)
+    assert model.config == config
+    assert model.model.config is model.config is model.model.layers[1].attention.config
+    if given_gates:
+        assert gates_of(model) is gates and gates.config == GateConfig(hard=False)
+        assert states is not None and all(torch.equal(value, states[name]) for name, value in gates.state_dict().items())
+    else:
+        assert gates_of(model) is None
+    # And it can still be cut.
+    cut(model, PLAN)
+    assert model.model.layers[1].attention.heads == ()
+
+
+def test_a_cut_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    expected, original = logits(model), AllAttentionLayout.after_cut
+
+    def spoil(self: Any, site: Any, heads: tuple[int, ...]) -> None:
+        original(self, site, heads)
+        if heads:
+            site.module.q_proj.weight.mul_(1.001)
+
+    before = snapshot(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(AllAttentionLayout, "after_cut", spoil)
+        with pytest.raises(CutError, match=r"differs .* by .*, but at most 1e-05 is allowed; nothing was cut"):
+            cut(model, PLAN)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_nan_is_not_taken_for_agreement() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].norm.weight[0] = float("nan")
+    with pytest.raises(CutError):
+        cut(model, PLAN)
+    assert model.model.layers[0].attention.heads == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_cut_and_kept(dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype)
+    cut(model, PLAN)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert logits(model).isfinite().all()
+
+
+def test_the_base_model_can_be_cut() -> None:
+    whole, base = tiny_model(seed=2), tiny_model(seed=2).model
+    cut(whole, PLAN)
+    cut(base, PLAN)
+    with torch.no_grad():
+        expected = whole.model(input_ids=IDS, use_cache=False).last_hidden_state
+        assert torch.equal(base(input_ids=IDS, use_cache=False).last_hidden_state, expected)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, tuple[dict[str, Any], HeadPlan | None]] = {
+    "dense": ({}, None),
+    "cut": ({"projection_bias": True}, PLAN),
+    "untied": ({"tie_word_embeddings": False, "lm_head_bias": True, "attend_initial_memory": True}, PLAN),
+    "layer 0 empty": ({"position": "sinusoidal"}, HeadPlan(kept={0: []}, total=TOTAL)),  # type: ignore[dict-item]
+    "all empty": ({}, HeadPlan(kept={0: [], 1: [], 2: []}, total=TOTAL)),  # type: ignore[dict-item]
+    "shared u and v": ({"share_position_bias": True}, PLAN),
+    "rotary": ({"position": "rotary", "final_layer_norm": False}, PLAN),
+    "adaptive": ({"adaptive_cutoffs": [9, 17], "adaptive_factor": 2}, PLAN),
+}
+
+# Run in a fresh process: NAME → {NAME.logits, NAME.tokens} of every checkpoint below the folder given.
+_RELOAD = """
+import sys, torch
+from pathlib import Path
+folder, out, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+if how == "with deadhead":
+    import deadhead
+    options = {}
+else:
+    sys.modules["deadhead"] = None  # importing it raises ImportError, wherever it may be installed
+    options = {"trust_remote_code": True}
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+ids = torch.load(folder / "ids.pt")
+found = {}
+for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, local_files_only=True, **options)
+    assert not any(info.values()), (path.name, info)
+    assert type(model).__module__.startswith("deadhead." if how == "with deadhead" else "transformers_modules."), type(model)
+    with torch.no_grad():
+        found[path.name + ".logits"] = model(input_ids=ids).logits.contiguous()
+    found[path.name + ".tokens"] = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+save_file(found, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    expected: dict[str, Tensor] = {}
+    for name, (overrides, plan) in VARIANTS.items():
+        model = tiny_model(seed=7, **overrides)
+        if plan is not None:
+            cut(model, plan)
+        model.save_pretrained(folder / name)
+        with torch.no_grad():
+            expected[f"{name}.logits"] = model(input_ids=IDS).logits
+        expected[f"{name}.tokens"] = model.generate(input_ids=IDS, max_new_tokens=12, do_sample=False)
+    torch.save(IDS, folder / "ids.pt")
+    return folder, expected
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_checkpoint_reloads_bit_for_bit_in_this_process(name: str, checkpoints: Any) -> None:
+    folder, expected = checkpoints
+    model, info = AutoModelForCausalLM.from_pretrained(folder / name, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(model) is AllAttentionForCausalLM
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, expected[f"{name}.logits"])
+    plan = VARIANTS[name][1]
+    assert model.config.head_plan == (None if plan is None else plan.to_dict())
+    base = AutoModel.from_pretrained(folder / name)
+    with torch.no_grad():
+        states = [m(input_ids=IDS).last_hidden_state for m in (base, model.model)]
+    assert torch.equal(*states)
+
+
+def test_a_reloaded_model_can_be_cut_further(checkpoints: Any) -> None:
+    folder, _ = checkpoints
+    model = AutoModelForCausalLM.from_pretrained(folder / "cut")
+    again = HeadPlan(kept={0: [3], 1: [], 2: []}, total=TOTAL)  # type: ignore[dict-item]
+    gates = attach(model)
+    assert gates.plan().kept == PLAN.kept
+    cut(model, again)
+    assert model.config.head_plan == again.to_dict()
+
+
+def test_a_checkpoint_holds_all_it_needs(checkpoints: Any) -> None:
+    folder, _ = checkpoints
+    for name in VARIANTS:
+        files = {path.name for path in (folder / name).iterdir()}
+        code = {"modeling.py", "configuration.py", "attention.py", "positions.py", "adaptive.py"}
+        assert files >= {"config.json", "model.safetensors", *code}, name
+        assert not [file for file in files if file.endswith((".bin", ".pt"))], "safetensors only"
+        for file in code:
+            source = (folder / name / file).read_text()
+            assert "import deadhead" not in source and "from deadhead" not in source, file
+        config = AutoConfig.from_pretrained(folder / name)
+        assert set(config.auto_map) >= {"AutoConfig", "AutoModelForCausalLM"}
+        assert load_file(folder / name / "model.safetensors").keys() <= tiny_names(name)
+
+
+def tiny_names(name: str) -> set[str]:
+    overrides, plan = VARIANTS[name]
+    model = tiny_model(**overrides)
+    return set((model if plan is None else cut(model, plan)).state_dict())
+
+
+@pytest.mark.parametrize("how", ["with deadhead", "without deadhead"])
+def test_checkpoints_reload_in_a_fresh_process_bit_for_bit(how: str, checkpoints: Any, tmp_path: Path) -> None:
+    folder, expected = checkpoints
+    source = str(Path(deadhead.models.__file__).parents[2])
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    if how == "with deadhead":
+        environment["PYTHONPATH"] = source
+    isolated = [] if how == "with deadhead" else ["-I"]
+    done = subprocess.run(
+        [sys.executable, *isolated, "-c", _RELOAD, str(folder), str(tmp_path / "out.safetensors"), how],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    # transformers warns of missing, unexpected or newly initialised weights on stderr.
+    for word in ("warn", "missing", "unexpected", "newly initialized"):
+        assert word not in done.stderr.lower(), done.stderr
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
