@@ -1,4 +1,4 @@
-"""Where the packages lie: pyproject.toml can map recipes/ to deadhead.recipes, or find the packages in src/, not both."""
+"""Where the packages lie: pyproject.toml can find those in src/ or map recipes/ to deadhead.recipes, but not both."""
 
 from setuptools import find_packages, setup
 

@@ -15,7 +15,7 @@ from deadhead.plan import HeadPlan
 
 
 def difference(values: Tensor, reference: Tensor) -> float:
-    """Return max|Δ| / max|reference| in float64; shapes must agree, and a number that is not finite is infinitely far."""
+    """Return max|Δ| / max|reference| in float64; NaN is infinitely far, and shapes must agree."""
     assert values.shape == reference.shape, (values.shape, reference.shape)
     values, reference = values.detach().double(), reference.detach().double()
     result = float((values - reference).abs().max() / reference.abs().max().clamp(min=1e-30))
@@ -54,18 +54,16 @@ def tiny_config(**overrides: Any) -> AllAttentionConfig:
     return AllAttentionConfig(**{**values, **overrides})
 
 
-def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> AllAttentionForCausalLM:
+def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """Return a tiny model in evaluation mode whose every parameter is random."""
     return random_model(tiny_config(**overrides), seed, dtype)
 
 
-def random_model(config: AllAttentionConfig, seed: int, dtype: torch.dtype = torch.float32) -> AllAttentionForCausalLM:
+def random_model(config: AllAttentionConfig, seed: int, dtype: torch.dtype = torch.float32) -> Any:
     """Return a model in evaluation mode whose every parameter is random."""
     model = AllAttentionForCausalLM(config)
     randomise(model, seed)
-    model = model.to(dtype)
-    assert isinstance(model, AllAttentionForCausalLM)
-    return model.eval()
+    return model.eval().to(dtype=dtype)
 
 
 def random_config(draw: random.Random) -> AllAttentionConfig:
@@ -74,7 +72,8 @@ def random_config(draw: random.Random) -> AllAttentionConfig:
     # A layer norm over fewer than 8 numbers saturates: heads then hardly matter, and gradients are mere rounding.
     head_dim = draw.choice([dim for dim in (2, 4, 6, 8, 10) if 8 <= heads * dim <= 48])
     adaptive = draw.random() < 0.25
-    return AllAttentionConfig(
+    config: Any = AllAttentionConfig
+    return config(
         vocab_size=draw.randint(17, 31),
         hidden_size=heads * head_dim,
         num_hidden_layers=draw.randint(1, 4),
@@ -98,10 +97,10 @@ def random_config(draw: random.Random) -> AllAttentionConfig:
 def random_plan(
     draw: random.Random, kept: Mapping[int, Sequence[int]], total: Mapping[int, int], *, output_scale: bool
 ) -> HeadPlan:
-    """Return a plan that keeps some of `kept` and cuts one head at least; layers are emptied often, also all of them."""
+    """Return a plan that keeps some of `kept` and cuts at least one; layers are emptied often, also all of them."""
     left = {layer: list(heads) for layer, heads in kept.items()}
     if draw.random() < 0.05:
-        left = dict.fromkeys(left, [])
+        left = {layer: [] for layer in left}
     for layer, heads in left.items():
         count = 0 if draw.random() < 0.2 else draw.randint(0, len(heads))
         left[layer] = draw.sample(heads, count)
@@ -183,7 +182,7 @@ def kept_part(name: str, tensor: Tensor, kept: Sequence[int], head_dim: int) -> 
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:
-    """Return all of a model's state that a failed change must leave alone: tensors, hooks, attributes, configuration."""
+    """Return what a failed change must leave alone: tensors, hooks, attributes, configuration."""
     return {
         "tensors": {name: value.clone() for name, value in model.state_dict().items()},
         "identities": {name: id(value) for name, value in model.named_parameters()},

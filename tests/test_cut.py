@@ -31,14 +31,17 @@ from tests.helpers import assert_unchanged, difference, gradients, snapshot, tin
 # The package exports the function under the module's name.
 cutting = importlib.import_module("deadhead.cut")
 
+# transformers types this for one of its return values only.
+load_model: Any = AutoModelForCausalLM.from_pretrained
+
 TOTAL = dict.fromkeys(range(3), 4)
-PLAN = HeadPlan(kept={0: [1, 3], 1: [], 2: [2]}, total=TOTAL, output_scale=True)  # type: ignore[dict-item]
+PLAN = HeadPlan(kept={0: [1, 3], 1: [], 2: [2]}, total=TOTAL, output_scale=True)
 IDS = torch.randint(29, (2, 13), generator=torch.Generator().manual_seed(1))
 
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits  # type: ignore[no-any-return]
+        return model(input_ids=IDS, use_cache=False).logits
 
 
 def count(model: torch.nn.Module) -> int:
@@ -85,7 +88,7 @@ def test_a_layer_keeps_the_shapes_of_its_heads_and_its_bias() -> None:
 def test_without_output_scale_weights_are_copied_bit_for_bit() -> None:
     model = tiny_model()
     dense = copy.deepcopy(model)
-    cut(model, HeadPlan(kept={0: [0, 1, 3]}, total=TOTAL))  # type: ignore[dict-item]
+    cut(model, HeadPlan(kept={0: [0, 1, 3]}, total=TOTAL))
     rows = [*range(8), *range(12, 16)]
     assert torch.equal(
         model.model.layers[0].attention.o_proj.weight, dense.model.layers[0].attention.o_proj.weight[:, rows]
@@ -116,7 +119,7 @@ def test_what_was_frozen_stays_frozen_and_the_mode_stays() -> None:
 
 def test_an_emptied_layer_adds_its_bias_with_dropout_and_nothing_else() -> None:
     model = tiny_model(num_hidden_layers=1, hidden_dropout=0.5)
-    cut(model, HeadPlan(kept={0: []}, total={0: 4}))  # type: ignore[dict-item]
+    cut(model, HeadPlan(kept={0: []}, total={0: 4}))
     layer = model.model.layers[0]
     hidden = torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(0))
     bias = layer.attention.o_proj.bias
@@ -134,7 +137,7 @@ def test_an_emptied_layer_adds_its_bias_with_dropout_and_nothing_else() -> None:
 
 def test_the_plan_is_recorded_and_gates_are_gone() -> None:
     model = tiny_model()
-    attach(model).set_plan(HeadPlan(kept={0: [0]}, total=TOTAL))  # type: ignore[dict-item]
+    attach(model).set_plan(HeadPlan(kept={0: [0]}, total=TOTAL))
     # Gates that say something else are set to the plan.
     cut(model, PLAN)
     assert gates_of(model) is None and not any("head_gate" in name for name, _ in model.named_modules())
@@ -170,7 +173,7 @@ def test_a_head_that_was_cut_cannot_come_back() -> None:
     model = cut(tiny_model(), PLAN)
     before = snapshot(model)
     with pytest.raises(InputError, match="head 0 of layer 0, but that head was cut before"):
-        cut(model, HeadPlan(kept={0: [0], 1: [], 2: []}, total=TOTAL))  # type: ignore[dict-item]
+        cut(model, HeadPlan(kept={0: [0], 1: [], 2: []}, total=TOTAL))
     assert_unchanged(model, before)
 
 
@@ -226,7 +229,9 @@ def test_whatever_fails_the_model_is_as_before(
     assert model.model.config is model.config is model.model.layers[1].attention.config
     if given_gates:
         assert gates_of(model) is gates and gates.config == GateConfig(hard=False)
-        assert states is not None and all(torch.equal(value, states[name]) for name, value in gates.state_dict().items())
+        assert states is not None and all(
+            torch.equal(value, states[name]) for name, value in gates.state_dict().items()
+        )
     else:
         assert gates_of(model) is None
     # And it can still be cut.
@@ -284,8 +289,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], HeadPlan | None]] = {
     "dense": ({}, None),
     "cut": ({"projection_bias": True}, PLAN),
     "untied": ({"tie_word_embeddings": False, "lm_head_bias": True, "attend_initial_memory": True}, PLAN),
-    "layer 0 empty": ({"position": "sinusoidal"}, HeadPlan(kept={0: []}, total=TOTAL)),  # type: ignore[dict-item]
-    "all empty": ({}, HeadPlan(kept={0: [], 1: [], 2: []}, total=TOTAL)),  # type: ignore[dict-item]
+    "layer 0 empty": ({"position": "sinusoidal"}, HeadPlan(kept={0: []}, total=TOTAL)),
+    "all empty": ({}, HeadPlan(kept={0: [], 1: [], 2: []}, total=TOTAL)),
     "shared u and v": ({"share_position_bias": True}, PLAN),
     "rotary": ({"position": "rotary", "final_layer_norm": False}, PLAN),
     "adaptive": ({"adaptive_cutoffs": [9, 17], "adaptive_factor": 2}, PLAN),
@@ -310,7 +315,8 @@ found = {}
 for path in sorted(path for path in folder.iterdir() if path.is_dir()):
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, local_files_only=True, **options)
     assert not any(info.values()), (path.name, info)
-    assert type(model).__module__.startswith("deadhead." if how == "with deadhead" else "transformers_modules."), type(model)
+    package = "deadhead." if how == "with deadhead" else "transformers_modules."
+    assert type(model).__module__.startswith(package), type(model)
     with torch.no_grad():
         found[path.name + ".logits"] = model(input_ids=ids).logits.contiguous()
     found[path.name + ".tokens"] = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
@@ -337,7 +343,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_checkpoint_reloads_bit_for_bit_in_this_process(name: str, checkpoints: Any) -> None:
     folder, expected = checkpoints
-    model, info = AutoModelForCausalLM.from_pretrained(folder / name, output_loading_info=True)
+    model, info = load_model(folder / name, output_loading_info=True)
     assert not any(info.values()), info
     assert type(model) is AllAttentionForCausalLM
     with torch.no_grad():
@@ -352,8 +358,8 @@ def test_a_checkpoint_reloads_bit_for_bit_in_this_process(name: str, checkpoints
 
 def test_a_reloaded_model_can_be_cut_further(checkpoints: Any) -> None:
     folder, _ = checkpoints
-    model = AutoModelForCausalLM.from_pretrained(folder / "cut")
-    again = HeadPlan(kept={0: [3], 1: [], 2: []}, total=TOTAL)  # type: ignore[dict-item]
+    model = load_model(folder / "cut")
+    again = HeadPlan(kept={0: [3], 1: [], 2: []}, total=TOTAL)
     gates = attach(model)
     assert gates.plan().kept == PLAN.kept
     cut(model, again)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,11 +105,11 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_move_in(
     (path / "one").write_text("1")
     replace = os.replace
 
-    def fail_on_second(source: object, target: object, calls: list[object] = []) -> None:  # noqa: B006
+    def fail_on_second(source: str | Path, target: str | Path, calls: list[Any] = []) -> None:  # noqa: B006
         calls.append(target)
         if len(calls) == 2:
             raise OSError(errno.EIO, "input/output error")
-        replace(source, target)  # type: ignore[call-overload]
+        replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail_on_second)
     with pytest.raises(OSError, match="input/output error"), replaced_folder(path) as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def make_gates(config: GateConfig | None = None, seed: int = 0) -> HeadGates:
     return gates
 
 
-def analytic(gates: HeadGates, weights: dict[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
+def analytic(gates: HeadGates, weights: dict[Any, Tensor]) -> tuple[float, dict[Any, Tensor]]:
     """Return Σ w σ(x) and its gradient by log_alpha, w σ(x)(1 − σ(x)), with x = log_alpha − β ln(−γ / ζ)."""
     shift = gates.config.beta * math.log(-gates.config.gamma / gates.config.zeta)
     total, slopes = 0.0, {}
@@ -72,8 +73,9 @@ def test_the_added_gradient_is_what_a_penalty_in_the_loss_would_give() -> None:
     add_penalty_gradient(one, 0.3)
     (0.3 * other.l0()).backward()
     for layer, gate in one:
-        assert gate.log_alpha_bias.grad is not None and other.gates[layer].log_alpha_bias.grad is not None
-        assert difference(gate.log_alpha_bias.grad, other.gates[layer].log_alpha_bias.grad) <= 1e-6
+        added, expected = gate.log_alpha_bias.grad, other.gates[layer].log_alpha_bias.grad
+        assert added is not None and expected is not None
+        assert difference(added, expected) <= 1e-6
 
 
 @given(values=st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=16))

@@ -16,12 +16,14 @@ from deadhead.plan import HeadPlan
 
 @st.composite
 def plans(draw: st.DrawFn) -> HeadPlan:
-    layers = draw(st.lists(st.integers(0, 99) | st.sampled_from(["encoder.0", "decoder.layers.1"]), unique=True, min_size=1))
+    layers = draw(
+        st.lists(st.integers(0, 99) | st.sampled_from(["encoder.0", "decoder.layers.1"]), unique=True, min_size=1)
+    )
     total = {layer: draw(st.integers(1, 12)) for layer in layers}
     named = draw(st.sets(st.sampled_from(layers)))
     kept = {layer: draw(st.permutations(sorted(draw(st.sets(st.integers(0, total[layer] - 1)))))) for layer in named}
     return HeadPlan(
-        kept=kept,  # type: ignore[arg-type]
+        kept=kept,
         total=total,
         unit=draw(st.sampled_from(["head", "kv_group"])),
         output_scale=draw(st.booleans()),
@@ -49,7 +51,7 @@ def test_kept_and_cut_share_out_the_heads(plan: HeadPlan) -> None:
 
 
 def test_the_file_is_the_documented_one(tmp_path: Path) -> None:
-    HeadPlan(kept={1: [], 0: [5, 0, 2]}, total={0: 8, 1: 8}).to_json(tmp_path / "plan.json")  # type: ignore[dict-item]
+    HeadPlan(kept={1: [], 0: [5, 0, 2]}, total={0: 8, 1: 8}).to_json(tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text()) == {
         "version": 1,
         "unit": "head",
@@ -150,7 +152,9 @@ def test_bad_plans_are_refused_in_one_sentence(values: Any, message: str, tmp_pa
     ],
     ids=["missing", "empty", "cut short", "not text", "nested too deep"],
 )
-def test_files_that_hold_no_plan_are_refused_in_one_sentence(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_files_that_hold_no_plan_are_refused_in_one_sentence(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "plan.json"
     if content is not None:
         path.write_bytes(content)

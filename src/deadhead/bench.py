@@ -56,7 +56,12 @@ def bench(
     Raises:
         InputError: a number is below 1, or the workload is not known.
     """
-    for name, value in (("batch size", batch_size), ("length", length), ("new tokens", new_tokens), ("repeats", repeats)):
+    for name, value in (
+        ("batch size", batch_size),
+        ("length", length),
+        ("new tokens", new_tokens),
+        ("repeats", repeats),
+    ):
         if value < 1:
             raise InputError(f"A benchmark's {name} must be at least 1, but it is {value}.")
     if workload not in WORKLOADS:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -77,7 +77,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     config = read_json(path / "config.json", what="model configuration")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     except SafetensorError as error:
@@ -89,6 +89,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
         kind = config.get("model_type", "unknown") if isinstance(config, dict) else "unknown"
         raise InputError(f"The checkpoint {path} (model type {kind!r}) cannot be loaded: {reason}.") from error
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if any("head_gate." in str(name) for name in info["unexpected_keys"]):
         raise InputError(
             f"The checkpoint {path} was saved in the middle of training with gates; resume that run, or load a "
@@ -97,9 +98,11 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             first = sorted(str(item) for item in info[problem])[0]
-            raise InputError(f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}.")
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+            raise InputError(
+                f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}."
+            )
+    model.eval()
+    return model
 
 
 def is_gated(path: str | Path) -> bool:

@@ -64,7 +64,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     try:
         detach(model)
         for site in sites:
-            _shrink(layout, site, plan.kept[site.layer], factors.get(site.layer))
+            _shrink(layout, site, tuple(plan.kept[site.layer]), factors.get(site.layer))
         layout.record_plan(model, plan)
         difference = _relative_difference(_check_logits(model), expected)
         allowed = _TOLERANCE.get(model.dtype, _TOLERANCE_HALF)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input: a recipe, a path, a text, a plan or a checkpoint that cannot be used. The command line exits with 2."""
+    """Bad input: a recipe, path, text, plan or checkpoint that cannot be used. The command line exits with 2."""
 
 
 class UnsupportedModel(InputError):

@@ -97,7 +97,9 @@ def evaluate(
             cache = outputs.past_key_values
             wanted = torch.from_numpy(labels[:, part]).to(model.device)
             logits = outputs.logits.float().flatten(0, 1)
-            total += torch.nn.functional.cross_entropy(logits, wanted.flatten(), ignore_index=-100, reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits, wanted.flatten(), ignore_index=-100, reduction="sum"
+            ).item()
             if progress is not None:
                 progress(done + 1, len(starts))
     seconds = time.perf_counter() - begin

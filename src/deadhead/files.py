@@ -25,7 +25,9 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"No space is left on the device while writing {path}; free some and try again.") from error
+            raise InputError(
+                f"No space is left on the device while writing {path}; free some and try again."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"{path} cannot be written: {error.strerror}; choose another place.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
@@ -33,7 +35,9 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise InputError(f"No space is left on the device while writing {path}; free some and try again.") from error
+            raise InputError(
+                f"No space is left on the device while writing {path}; free some and try again."
+            ) from error
         raise
 
 

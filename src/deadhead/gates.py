@@ -205,7 +205,9 @@ class HeadGates:
     def draw(self) -> None:
         """Draw fresh noise for every gate, equal on all ranks. Every forward in training mode begins with it."""
         # Two odd multipliers and a prime modulus keep nearby (seed, step, micro-batch) far apart.
-        key = (self.config.seed * 0x9E3779B97F4A7C15 + self._step * 0xBF58476D1CE4E5B9 + self._micro_batch) % (2**61 - 1)
+        key = (self.config.seed * 0x9E3779B97F4A7C15 + self._step * 0xBF58476D1CE4E5B9 + self._micro_batch) % (
+            2**61 - 1
+        )
         generator = torch.Generator().manual_seed(key)
         epsilon = self.config.epsilon
         for gate in self.gates.values():
@@ -290,10 +292,12 @@ class HeadGates:
             InputError: its unit, layers or head counts differ, or it keeps a head that was cut before.
         """
         if plan.unit != self.unit:
-            raise InputError(f"The head plan counts in {plan.unit}s, but this model's gates open and close {self.unit}s.")
+            raise InputError(
+                f"The head plan counts in {plan.unit}s, but this model's gates open and close {self.unit}s."
+            )
         if dict(plan.total) != self.total:
             raise InputError(
-                f"The head plan is for a model with {_counts(plan.total)} heads a layer, but this one had {_counts(self.total)}."
+                f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(self.total)}."
             )
         for layer, heads in self.heads.items():
             gone = sorted(set(plan.kept[layer]) - set(heads))

@@ -93,7 +93,9 @@ def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Un
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
     layout = find_layout(model)
     if unit is not None and unit != layout.unit:
-        raise InputError(f"Every head of this model has keys and values of its own, so the unit must be {layout.unit!r}.")
+        raise InputError(
+            f"Every head of this model has keys and values of its own, so the unit must be {layout.unit!r}."
+        )
     config = config or GateConfig()
     sites = layout.sites(model)
     gates: dict[Any, HeadGate] = {}
@@ -125,7 +127,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
     for module in model.modules():
         # By type, not by handle: handles of a deep copy would point at the original.
-        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, (_GateInput, _DrawNoise))]:
+        for key in [
+            key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, (_GateInput, _DrawNoise))
+        ]:
             del module._forward_pre_hooks[key]
         if isinstance(module._modules.get(_GATE_NAME), HeadGate):
             del module._modules[_GATE_NAME]

@@ -34,10 +34,7 @@ def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
     if weighting == "plain" or not len(gates):
         return gates.l0()
     return torch.stack(
-        [
-            (difference_weights(gate.difference) * l0_probability(gate.log_alpha, gate.config)).sum()
-            for _, gate in gates
-        ]
+        [(difference_weights(gate.difference) * l0_probability(gate.log_alpha, gate.config)).sum() for _, gate in gates]
     ).sum()
 
 
@@ -62,7 +59,7 @@ class SparsityTarget:
     """
 
     def __init__(
-        self, sparsity: float, *, ramp_steps: int, initial: float, horizon: int = 20, gain: float = 0.3
+        self, sparsity: float, *, ramp_steps: int, initial: float, horizon: int = 50, gain: float = 0.2
     ) -> None:
         if not 0 <= sparsity < 1:
             raise InputError(f"The target sparsity must be at least 0 and below 1, but it is {sparsity}.")
@@ -112,5 +109,3 @@ def add_penalty_gradient(gates: HeadGates, strength: float, weighting: Weighting
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     with torch.no_grad():
         return float(gates.l0())
-
-

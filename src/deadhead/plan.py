@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -53,8 +53,9 @@ class HeadPlan:
         InputError: a layer or a head is named that the totals don't have, or a head is named twice.
     """
 
-    kept: Mapping[Layer, tuple[int, ...]]
-    total: Mapping[Layer, int]
+    # Mappings are invariant in their keys: with `Layer` a type checker would refuse a plain dict[int, list[int]].
+    kept: Mapping[Any, Sequence[int]]
+    total: Mapping[Any, int]
     unit: Unit = "head"
     output_scale: bool = field(default=False)
 
@@ -96,7 +97,7 @@ class HeadPlan:
         return hash((tuple(self.kept.items()), tuple(self.total.items()), self.unit, self.output_scale))
 
     @classmethod
-    def keep_all(cls, total: Mapping[Layer, int], *, unit: Unit = "head") -> HeadPlan:
+    def keep_all(cls, total: Mapping[Any, int], *, unit: Unit = "head") -> HeadPlan:
         """Return the plan that cuts nothing."""
         return cls(kept={}, total=total, unit=unit)
 

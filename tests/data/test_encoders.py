@@ -81,7 +81,7 @@ def test_ids_do_not_depend_on_where_pieces_are_cut(
 ) -> None:
     encoder = encoder_of(make(kind))
     whole = encoder(["".join(parts)])[0]
-    cut = [ids for ids in encode_pieces(encoder, [Piece(part, False) for part in parts], None)]
+    cut = list(encode_pieces(encoder, [Piece(part, False) for part in parts], None))
     np.testing.assert_array_equal(np.concatenate([np.zeros(0, dtype=np.uint32), *cut]), whole)
 
 

@@ -22,7 +22,7 @@ def test_sites_name_the_heads_there_are_and_those_there_were() -> None:
         assert site.module is model.model.layers[layer].attention
         assert site.output is model.model.layers[layer].attention.o_proj
         assert site.output_weight.shape == (16, 16)
-    cut(model, HeadPlan(kept={0: [3, 1], 2: []}, total=dict.fromkeys(range(3), 4)))  # type: ignore[dict-item]
+    cut(model, HeadPlan(kept={0: [3, 1], 2: []}, total=dict.fromkeys(range(3), 4)))
     sites = AllAttentionLayout().sites(model)
     assert [site.heads for site in sites] == [(1, 3), (0, 1, 2, 3), ()]
     assert [site.total for site in sites] == [4, 4, 4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ def reference(reference_dir: Path) -> Reference:
 
 @pytest.fixture(params=["eager", "sdpa"])
 def model(request: pytest.FixtureRequest, reference: Reference) -> AllAttentionForCausalLM:
-    config = AllAttentionConfig(
+    make: Any = AllAttentionConfig
+    config = make(
         vocab_size=100,
         hidden_size=64,
         num_hidden_layers=LAYERS,
@@ -195,7 +197,9 @@ def test_training_with_gates_and_given_noise(
     gates = _attach(model, reference["gateA/gate_params"])
     # The forward asks for a draw; here it gets theirs.
     monkeypatch.setattr(
-        gates, "draw", lambda: [gate.noise.copy_(u) for (_, gate), u in zip(gates, reference["train_gateA/u"], strict=True)]
+        gates,
+        "draw",
+        lambda: [gate.noise.copy_(u) for (_, gate), u in zip(gates, reference["train_gateA/u"], strict=True)],
     )
     output = model.train()(
         input_ids=ids[:, SEGMENT : 2 * SEGMENT],

@@ -70,7 +70,9 @@ def generate(
 
 def bench(
     model: Model,
-    dense: Annotated[Path | None, typer.Option("--dense", help="The model to compare with.", show_default=False)] = None,
+    dense: Annotated[
+        Path | None, typer.Option("--dense", help="The model to compare with.", show_default=False)
+    ] = None,
     workload: Annotated[Literal["prefill", "decode", "train"], typer.Option("--workload")] = "prefill",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens of each text.")] = 128,

@@ -50,7 +50,9 @@ def cut(
 
 def inspect(
     model: Model,
-    length: Annotated[int | None, typer.Option("--length", min=1, help="Positions before the token that is counted.")] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, help="Positions before the token that is counted.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show layers × heads, parameters, FLOPs and key/value cache, without loading the weights."""
@@ -69,9 +71,7 @@ def inspect(
         print_json({**asdict(cost), "gated": gated, "prunable": True})
         return
     recorded = getattr(config, "head_plan", None)
-    plan = (
-        HeadPlan.keep_all(dict(enumerate(cost.total_heads))) if recorded is None else HeadPlan.from_dict(recorded)
-    )
+    plan = HeadPlan.keep_all(dict(enumerate(cost.total_heads))) if recorded is None else HeadPlan.from_dict(recorded)
     console.print(head_map_text(plan))
     table = Table(show_header=False)
     table.add_column()
@@ -90,5 +90,3 @@ def inspect(
     console.print(table)
     if gated:
         console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")
-
-

@@ -15,7 +15,9 @@ from deadhead.training.single import Phase, run_single
 ModelOption = Annotated[
     Path | None, typer.Option("--model", help="The checkpoint folder to start from.", show_default=False)
 ]
-RequiredModel = Annotated[Path, typer.Option("--model", help="The checkpoint folder to start from.", show_default=False)]
+RequiredModel = Annotated[
+    Path, typer.Option("--model", help="The checkpoint folder to start from.", show_default=False)
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the checkpoint to write.", show_default=False)]
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", help="Take settings that are not given here from this recipe.")
@@ -80,12 +82,16 @@ def prune(
     model: RequiredModel,
     data: Data = "stdlib",
     recipe: RecipeOption = None,
-    l0: Annotated[float | None, typer.Option("--l0", min=0, help="λ of the sparsity loss: the ratio is learned.")] = None,
+    l0: Annotated[
+        float | None, typer.Option("--l0", min=0, help="λ of the sparsity loss: the ratio is learned.")
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option("--sparsity", min=0, max=0.999, help="Steer λ to close this share of the heads.")
     ] = None,
     l0_warmup_steps: Annotated[int | None, typer.Option("--l0-warmup-steps", min=0)] = None,
-    gate_lr_scale: Annotated[float | None, typer.Option("--gate-lr-scale", help="Gates learn so many times as fast.")] = None,
+    gate_lr_scale: Annotated[
+        float | None, typer.Option("--gate-lr-scale", help="Gates learn so many times as fast.")
+    ] = None,
     init: Annotated[float | None, typer.Option("--init", help="log_alpha of every gate at the start.")] = None,
     output_scale: Annotated[bool | None, typer.Option("--output-scale/--no-output-scale")] = None,
     weighting: Annotated[Literal["plain", "output_difference"] | None, typer.Option("--weighting")] = None,

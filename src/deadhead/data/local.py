@@ -158,7 +158,7 @@ def _text_files(files: Sequence[Path], root: Path) -> list[Document]:
     if not files:
         raise InputError(f"Text files were expected below {root}, but it has no files that are not hidden.")
     raise InputError(
-        f"Text files were expected below {root}, but of its {len(files)} files none is UTF-8 text with something in it, "
+        f"Text files were expected below {root}, but of its {len(files)} files none is UTF-8 text that isn't empty, "
         f"{files[0].name} for one; name a directory with text files."
     )
 

@@ -72,9 +72,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def word_normalizer() -> normalizers.Normalizer:
-    """Makes each line end a word of its own, and the whitespace of `str.split` that of the splitting that follows.
+    r"""Makes each line end a word of its own, and the whitespace of `str.split` that of the splitting that follows.
 
-    The latter differ in four control characters only. What the two together do is `text.replace("\\n", " <eos> ")
+    The latter differ in four control characters only. What the two together do is `text.replace("\n", " <eos> ")
     .split()`, and so it may be computed.
     """
     separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
@@ -147,7 +147,7 @@ def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
 
 def _wrapped(tokenizer: Tokenizer, unk: str | None = None) -> PreTrainedTokenizerFast:
     special = {"unk_token": unk} if unk else {}
-    wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=EOS,

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from transformers import PreTrainedModel
 
 from deadhead.layouts.base import AttentionSite, HeadSlice, Layout, contiguous
-from deadhead.models.all_attention.modeling import AllAttention, AllAttentionPreTrainedModel, OutputBias
+from deadhead.models.all_attention.modeling import (
+    AllAttention,
+    AllAttentionLayer,
+    AllAttentionModel,
+    AllAttentionPreTrainedModel,
+    OutputBias,
+)
 from deadhead.plan import HeadPlan
 
 
@@ -24,13 +31,13 @@ class AllAttentionLayout(Layout):
         return [
             AttentionSite(
                 layer=index,
-                module=layer.attention,
+                module=attention,
                 output_path="o_proj",
                 head_dim=model.config.head_dim,
-                heads=tuple(layer.attention.heads),
+                heads=attention.heads,
                 total=model.config.num_attention_heads,
             )
-            for index, layer in enumerate(model.base_model.layers)
+            for index, attention in enumerate(_attentions(model))
         ]
 
     def slices(self, site: AttentionSite) -> Sequence[HeadSlice]:
@@ -50,9 +57,8 @@ class AllAttentionLayout(Layout):
 
     def after_cut(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
         """Set the heads that are left; a layer without any keeps nothing but the bias b_O."""
-        module = site.module
-        assert isinstance(module, AllAttention) or hasattr(module, "heads")
-        module.heads = heads  # type: ignore[assignment]
+        module = _attention(site)
+        module.heads = heads
         if heads:
             return
         output_bias = OutputBias(site.output_weight.shape[0])
@@ -74,7 +80,7 @@ class AllAttentionLayout(Layout):
 
     def context_flops(self, site: AttentionSite, length: int) -> Mapping[str, float]:
         """Count scores and weighted sums: 2 FLOPs a multiply-add, twice for content, once more for positions."""
-        config = site.module.config
+        config = _attention(site).config
         window = min(length + 1, config.memory_length + 1)
         width = site.head_dim
         # Positions are scored for the whole window before those outside the text are left out.
@@ -87,4 +93,14 @@ class AllAttentionLayout(Layout):
 
     def cache_values(self, site: AttentionSite, length: int) -> int:
         """Count keys and values of at most M positions."""
-        return 2 * site.head_dim * min(length, site.module.config.memory_length)
+        return 2 * site.head_dim * min(length, _attention(site).config.memory_length)
+
+
+def _attentions(model: PreTrainedModel) -> list[AllAttention]:
+    layers = cast(AllAttentionModel, model.base_model).layers
+    return [cast(AllAttentionLayer, layer).attention for layer in layers]
+
+
+def _attention(site: AttentionSite) -> AllAttention:
+    # A cast, not a check: a checkpoint loaded with remote code brings its own copy of the class.
+    return cast(AllAttention, site.module)

@@ -68,7 +68,9 @@ def save_head_map(plan: HeadPlan, metrics: Sequence[Mapping[str, Any]], path: Pa
     heads.tick_params(length=0)
     for spine in heads.spines.values():
         spine.set_visible(False)
-    heads.set_title(f"{sum(plan.heads)} of {sum(plan.total.values())} heads stay (filled), the others are cut (hatched)")
+    heads.set_title(
+        f"{sum(plan.heads)} of {sum(plan.total.values())} heads stay (filled), the others are cut (hatched)"
+    )
 
     shared = None
     for row, layer in enumerate(layers):

@@ -109,8 +109,6 @@ class StepReporter(TrainerCallback):
         """Remember the numbers."""
         self.last = dict(logs or {})
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report."""
         self.report(state.global_step, state.max_steps, self.last)

@@ -80,7 +80,9 @@ class Run:
     progress: Progress = lambda *_: None
 
     @classmethod
-    def start(cls, recipe: Recipe, folder: str | Path, *, resume: bool = False, progress: Progress | None = None) -> Run:
+    def start(
+        cls, recipe: Recipe, folder: str | Path, *, resume: bool = False, progress: Progress | None = None
+    ) -> Run:
         """Make a run's folder, or reopen it.
 
         Raises:
@@ -91,7 +93,9 @@ class Run:
         require_replaceable(folder, (RECIPE_FILE,))
         if (folder / RECIPE_FILE).exists():
             if not resume:
-                raise InputError(f"{folder} holds a run already; go on with --resume, or choose another place with --out.")
+                raise InputError(
+                    f"{folder} holds a run already; go on with --resume, or choose another place with --out."
+                )
             if load_recipe(folder / RECIPE_FILE) != recipe:
                 raise InputError(f"{folder} holds a run of another recipe; resume it with {folder / RECIPE_FILE}.")
         else:
@@ -207,7 +211,10 @@ class Run:
         """Measure and save a model. Its folder appears last: whoever sees it finds the summary complete too."""
         measured = self._measure(model, stage or name, steps, text)
         checkpoint.save(
-            model, self.folder / name, tokenizer=tokenizer, metrics={"validation perplexity a token": measured["perplexity"]}
+            model,
+            self.folder / name,
+            tokenizer=tokenizer,
+            metrics={"validation perplexity a token": measured["perplexity"]},
         )
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
@@ -249,9 +256,13 @@ class Run:
             rate = timings["finetuned" if stage == "cut" else stage].tokens_per_second
             self._note(stage, {**self.summary()[stage], "tokens_per_second": round(rate, 1)})
         prompt = _PROMPTS.get(self.recipe.data.source, "The ")
-        after = {"dense": checkpoint.load(self.folder / "control") if self.recipe.control else dense, "pruned": finetuned}
+        after = {
+            "dense": checkpoint.load(self.folder / "control") if self.recipe.control else dense,
+            "pruned": finetuned,
+        }
         self._note(
-            "samples", {name: generate_text(model, tokenizer, prompt, max_new_tokens=160) for name, model in after.items()}
+            "samples",
+            {name: generate_text(model, tokenizer, prompt, max_new_tokens=160) for name, model in after.items()},
         )
 
 

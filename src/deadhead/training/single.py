@@ -102,9 +102,7 @@ def run_single(
     measured = evaluate(
         network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
     )
-    checkpoint.save(
-        network, out, tokenizer=tokenizer, metrics={"validation perplexity a token": measured.perplexity}
-    )
+    checkpoint.save(network, out, tokenizer=tokenizer, metrics={"validation perplexity a token": measured.perplexity})
     for name in (METRICS_FILE, "tensorboard"):
         if (work / name).exists():
             shutil.move(work / name, out / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -44,17 +44,17 @@ class SparsityCallback(TrainerCallback, ExportableState):
         ramp_steps: int = 1000,
         weighting: Weighting = "plain",
     ) -> None:
-        if l0 < 0:
-            raise InputError(f"l0 (λ of the sparsity loss) must not be negative, but it is {l0}.")
+        if not 0 <= l0 < math.inf:
+            raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but it is {l0}.")
+        if sparsity and not l0:
+            raise InputError("l0 must be above 0 with a target sparsity, which steers it up or down by factors.")
         if weighting not in ("plain", "output_difference"):
             raise InputError(f"weighting must be 'plain' or 'output_difference', but it is {weighting!r}.")
         self.gates = gates
         self.l0 = l0
         self.warmup_steps = warmup_steps
         self.weighting: Weighting = weighting
-        self.target = (
-            None if sparsity is None else SparsityTarget(sparsity, ramp_steps=ramp_steps, initial=l0)
-        )
+        self.target = None if sparsity is None else SparsityTarget(sparsity, ramp_steps=ramp_steps, initial=l0)
         self.strength = 0.0
         self.last_l0 = float("nan")
         # The difference costs about 1/H of the output projection's work; it weights the loss and it is a diagnostic.
@@ -75,8 +75,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Check that the gates will learn, and go on where a checkpoint left off."""
         if args.deepspeed is not None:
-            raise InputError("SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP or FSDP.")
-        saved = state.stateful_callbacks.get(type(self).__name__)
+            raise InputError(
+                "SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP or FSDP."
+            )
+        # A dictionary when it was read from a checkpoint; declared as the list it is made of.
+        saved = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and self.target is not None and saved and saved["attributes"]["target"]:
             self.target.load_state(saved["attributes"]["target"])
         trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
@@ -99,15 +102,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Add λ(t) · ∂L0 to the gates' gradients, after clipping."""
         if state.global_step == 0 and all(gate.log_alpha_bias.grad is None for _, gate in self.gates):
             raise InputError(
-                "No gradient of the loss reached the gates; train the model that the gates were attached to, not a copy."
+                "No gradient of the loss reached the gates; train the model they were attached to, not a copy."
             )
         strength = self.l0 if self.target is None else self.target.l0
         self.strength = strength * linear_warmup(state.global_step, self.warmup_steps)
         self.last_l0 = add_penalty_gradient(self.gates, self.strength, self.weighting)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Steer λ."""
         if self.target is not None:
             self.target.update(state.global_step, self.gates.log_alpha().values())

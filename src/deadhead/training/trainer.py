@@ -55,7 +55,11 @@ class LanguageModelTrainer(Trainer):
         if self.has_memory:
             extra["memory"] = None if bool(inputs["is_first"].any()) else self.memory
         outputs = model(
-            input_ids=inputs["input_ids"], labels=inputs["labels"], shift_labels=inputs["labels"], use_cache=False, **extra
+            input_ids=inputs["input_ids"],
+            labels=inputs["labels"],
+            shift_labels=inputs["labels"],
+            use_cache=False,
+            **extra,
         )
         if self.has_memory:
             self.memory = outputs.memory
@@ -83,7 +87,7 @@ class LanguageModelTrainer(Trainer):
 
     def _divergence(self, what: str, value: float) -> DivergenceError:
         step = self.state.global_step + 1
-        last = last_checkpoint(Path(self.args.output_dir))
+        last = last_checkpoint(Path(str(self.args.output_dir)))
         kept = "no checkpoint had been written yet" if last is None else f"the last good checkpoint is {last}"
         return DivergenceError(
             f"Training stopped at step {step}: the {what} is {value}; {kept}. "
@@ -98,7 +102,7 @@ class LanguageModelTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with no_space_is_input_error(folder):
             super()._save_checkpoint(model, trial)

@@ -1,4 +1,6 @@
-"""Adaptive input and softmax (Baevski, Auli 2019; Grave et al. 2017): rare words get narrow vectors. Imports torch only.
+"""Adaptive input and softmax (Baevski, Auli 2019; Grave et al. 2017): rare words get narrow vectors.
+
+Imports torch only.
 
 The vocabulary, ordered by falling frequency, is cut into a shortlist of width D and tails of width D / factor,
 D / factor², …; each tail's logits are conditional on one extra logit of the shortlist. Dimensions: B, T, D, V; R rows.
@@ -7,6 +9,7 @@ D / factor², …; each tail's logits are conditional on one extra logit of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,11 @@ from torch.nn import functional
 
 def _bands(vocab_size: int, cutoffs: Sequence[int]) -> list[tuple[int, int]]:
     edges = [0, *cutoffs, vocab_size]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
+
+
+def _weight(projection: nn.Module) -> Tensor:
+    return projection.get_parameter("weight")
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -34,7 +41,8 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up and project each band's words."""
         flat = input_ids.reshape(-1)
-        hidden = flat.new_zeros((len(flat), self.projections[0].out_features), dtype=self.projections[0].weight.dtype)
+        weight = _weight(self.projections[0])
+        hidden = weight.new_zeros((len(flat), weight.shape[0]))
         for (start, stop), table, projection in zip(self.bands, self.tables, self.projections, strict=True):
             rows = ((flat >= start) & (flat < stop)).nonzero().squeeze(-1)
             if len(rows):
@@ -57,11 +65,11 @@ class AdaptiveSoftmax(nn.Module):
         self.cluster = nn.Linear(hidden_size, len(self.bands) - 1, bias=bias)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        shortlist = self.tables[0](functional.linear(hidden, self.projections[0].weight))
+        shortlist = self.tables[0](functional.linear(hidden, _weight(self.projections[0])))
         return torch.cat([shortlist, self.cluster(hidden)], dim=-1).float().log_softmax(-1)
 
     def _tail(self, hidden: Tensor, rank: int) -> Tensor:
-        narrow = functional.linear(hidden, self.projections[rank].weight.T)
+        narrow = functional.linear(hidden, _weight(self.projections[rank]).T)
         return self.tables[rank](narrow).float().log_softmax(-1)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def sdpa_attention(
     u·k is the same for all queries, so it goes into the additive bias and one query serves both parts. Rotated queries
     serve the context only: both kinds of queries then lie side by side, with zeros opposite them in the keys.
     """
-    batch, heads, num_queries, width = q_BHTE.shape
+    batch, _, _, width = q_BHTE.shape
     num_persistent = persistent_k_HNE.shape[1]
     if content_bias_HE is not None:
         bias_BHTS = bias_BHTS + (torch.matmul(k_BHSE, content_bias_HE[:, :, None]) * width**-0.5).transpose(-1, -2)

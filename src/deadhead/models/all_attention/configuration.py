@@ -75,6 +75,8 @@ class AllAttentionConfig(PreTrainedConfig):
         if self.adaptive_cutoffs is not None:
             self.adaptive_cutoffs = list(self.adaptive_cutoffs)
         super().__post_init__(**kwargs)
+        # transformers runs validators of classes under its `strict` decorator only, and wraps their sentences.
+        self.validate_architecture()
 
     def validate_architecture(self) -> None:
         """Check the sizes against each other.
@@ -111,7 +113,7 @@ class AllAttentionConfig(PreTrainedConfig):
             not cutoffs or cutoffs[0] < 1 or cutoffs[-1] >= self.vocab_size or cutoffs != sorted(set(cutoffs))
         ):
             raise ValueError(
-                f"adaptive_cutoffs must rise and lie between 1 and the vocabulary's {self.vocab_size}, but are {cutoffs}."
+                f"adaptive_cutoffs must rise and lie between 1 and vocab_size {self.vocab_size}, but are {cutoffs}."
             )
         if cutoffs is not None and self.hidden_size // self.adaptive_factor ** len(cutoffs) < 1:
             raise ValueError(
@@ -130,7 +132,7 @@ class AllAttentionConfig(PreTrainedConfig):
         for layer, heads in kept.items():
             if any(not isinstance(head, int) or not 0 <= head < self.num_attention_heads for head in heads):
                 raise ValueError(
-                    f"head_plan names a head of layer {layer} that is not among its {self.num_attention_heads}: {heads}."
+                    f"head_plan names a head of layer {layer} that is not one of {self.num_attention_heads}: {heads}."
                 )
 
     @property

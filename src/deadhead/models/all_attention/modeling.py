@@ -296,8 +296,8 @@ class AllAttentionPreTrainedModel(PreTrainedModel):
         for name in ("content_bias", "position_bias"):
             if isinstance(getattr(module, name, None), nn.Parameter):
                 init.zeros_(getattr(module, name))
-        if isinstance(getattr(module, "position_table", None), nn.Parameter):
-            init.normal_(module.position_table, std=1.0)
+        if isinstance(table := getattr(module, "position_table", None), nn.Parameter):
+            init.normal_(table, std=1.0)
 
 
 class AllAttentionModel(AllAttentionPreTrainedModel):
@@ -318,9 +318,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
         self.layers = nn.ModuleList(AllAttentionLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = (
-            nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
-        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
         self.output_dropout = nn.Dropout(config.output_dropout)
         self.gradient_checkpointing = False
         self.post_init()

@@ -1,0 +1,69 @@
+# The repository's commands; `make` alone lists them. What needs an environment makes it first, in .venv.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?= --quick
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Stands from the first to the last step of an installation, so that an interrupted one is seen and done anew.
+INCOMPLETE := .venv/.incomplete
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-full lint bench wheel clean
+
+help: ## list these targets
+	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## make .venv with deadhead and all it needs, at the versions in constraints.txt
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@command -v '$(PYTHON)' >/dev/null || { echo \
+		"There is no '$(PYTHON)' here: install Python 3.10 or newer, or name one, as in: make install PYTHON=python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
+		"deadhead needs Python 3.10 or newer, and '$(PYTHON)' is $$('$(PYTHON)' --version 2>&1); name another, as in: make install PYTHON=python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { echo \
+		"'$(PYTHON)' cannot make virtual environments, as its venv or ensurepip module is missing; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@if [ -e $(INCOMPLETE) ]; then echo 'The last installation did not end; starting anew.'; rm -rf .venv; fi
+	@mkdir -p .venv && touch $(INCOMPLETE)
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || '$(PYTHON)' -m venv .venv
+	@echo 'Installing into .venv; the first time this takes some minutes …'
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@rm $(INCOMPLETE) && touch $@
+
+demo: $(INSTALLED) ## train, prune and cut a small model in minutes (DEMO_ARGS)
+	$(BIN)/deadhead demo $(DEMO_ARGS)
+
+test: $(INSTALLED) ## run the tests (PYTEST_ARGS, WORKERS)
+	$(PYTEST) -m 'not full and not gpu' $(PYTEST_ARGS)
+
+test-full: $(INSTALLED) ## run the tests with their larger tables, on the GPU too where there is one
+	$(PYTEST) $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check style, format, docstrings of all that is public, and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## run the programs in benchmarks/ in their quick form (BENCH_ARGS= for the long one)
+	@set -e; for program in benchmarks/[!_]*.py; do \
+		[ -e "$$program" ] || { echo 'There is no program in benchmarks/.' >&2; exit 1; }; \
+		echo "== $$program $(BENCH_ARGS)"; $(BIN)/python "$$program" $(BENCH_ARGS); done
+
+wheel: $(INSTALLED) ## build a wheel in dist/
+	@rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation
+	@rm -rf build
+
+clean: ## remove .venv and everything that was built
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests recipes -name __pycache__ -type d -exec rm -rf {} +

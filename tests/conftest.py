@@ -1,0 +1,43 @@
+"""What every test stands on: no network, no progress bars, one thread per worker, and the reference tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Set before torch and the Hugging Face libraries, which read them once, are imported. Tests' own processes inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+    TQDM_DISABLE="1",
+)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a core of its own; with torch's usual threads they would wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("This test needs a GPU, and torch sees none.")
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Return the folder of the tensors that the paper authors' released code computed."""
+    folder = Path(os.environ.get("DEADHEAD_REFERENCE_DIR") or ROOT.parent / "shared" / "peer")
+    if not folder.is_dir():
+        pytest.skip(
+            f"There are no reference tensors at {folder}; set DEADHEAD_REFERENCE_DIR to the folder that holds them."
+        )
+    return folder
