@@ -363,8 +363,8 @@ def test_a_sparsity_that_is_no_share_is_refused(sparsity: float) -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (HeadPlan(kept={}, total={0: 4, 1: 4}), r"with \[4, 4\] heads a layer, but this one had \[4, 4, 4\]"),
-        (HeadPlan(kept={}, total={0: 4, 1: 4, 2: 5}), r"with \[4, 4, 5\] heads"),
+        (HeadPlan(kept={}, total={0: 4, 1: 4}), r"for \[4, 4\] heads a layer, but this model had \[4, 4, 4\]"),
+        (HeadPlan(kept={}, total={0: 4, 1: 4, 2: 5}), r"for \[4, 4, 5\] heads"),
         (HeadPlan(kept={}, total={0: 4, 1: 4, "deep": 4}), "heads a layer"),
         (HeadPlan(kept={}, total=dict.fromkeys(range(3), 4), unit="kv_group"), "kv_group"),
     ],

@@ -120,8 +120,9 @@ def _rows(tokens: np.ndarray, rows: int, warm_up: int) -> tuple[np.ndarray, np.n
     width = -(-targets // rows)
     position = np.arange(-warm_up if rows > 1 else 0, width) + (np.arange(rows) * width)[:, None]
     valid = (position >= 0) & (position < targets)
-    ids = np.where(valid, tokens[np.clip(position, 0, targets)], 0).astype(np.int64)
-    labels = np.where(valid, tokens[np.clip(position + 1, 0, targets)], -100).astype(np.int64)
+    # In 64 bits first: stored tokens have no sign, and −100 would wrap round.
+    ids = np.where(valid, tokens[np.clip(position, 0, targets)].astype(np.int64), 0)
+    labels = np.where(valid, tokens[np.clip(position + 1, 0, targets)].astype(np.int64), -100)
     labels[:, : position.shape[1] - width] = -100
     return ids, labels, valid
 

@@ -432,7 +432,7 @@ def _log_probability(model: AllAttentionForCausalLM, tokens: Tensor) -> Tensor:
         ({"adaptive_cutoffs": []}, "adaptive_cutoffs must rise"),
         ({"adaptive_cutoffs": [0, 5]}, "adaptive_cutoffs must rise"),
         ({"adaptive_cutoffs": [9, 5]}, "adaptive_cutoffs must rise"),
-        ({"adaptive_cutoffs": [5, 29]}, "adaptive_cutoffs must rise and lie between 1 and the vocabulary's 29"),
+        ({"adaptive_cutoffs": [5, 29]}, "adaptive_cutoffs must rise and lie between 1 and vocab_size 29"),
         ({"adaptive_cutoffs": [5, 9, 20]}, "too small for 3 tails at adaptive_factor 4"),
         ({"head_plan": {"total": {"0": 4}, "kept": {"0": [0]}}}, "must name each of the 3 layers"),
         ({"head_plan": {"kept": {}}}, "must name each of the 3 layers"),

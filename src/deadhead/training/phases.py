@@ -86,6 +86,7 @@ def train(
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
+            recipe = recipe.model_copy(update={"save_every": 0})
             settings: dict[str, Any] = {"phase": phase, "seed": seed, "first_segment": first_segment}
             settings |= {"gates": gates, "callbacks": callbacks}
             settings |= {"metrics": metrics, "tensorboard": tensorboard, "report": report}
@@ -118,9 +119,9 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         average_tokens_across_devices=False,
+        # transformers refuses bf16 on a CPU unless it is told that the CPU is meant.
+        use_cpu=not torch.accelerator.is_available(),
     )
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dataset: Dataset[Any] = SegmentDataset(
         text.tokens,
         rows=recipe.batch_size * args.world_size,
@@ -145,15 +146,30 @@ def train(
         ours.append(StepReporter(report))
     trainer = LanguageModelTrainer(model, args, dataset, callbacks=[*ours, *callbacks])
     trainer.remove_callback(PrinterCallback)
-    with warnings.catch_warnings():
-        # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
-        warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
-        if checkpoint is None:
-            trainer.train()
-        else:
-            trainer.resume(checkpoint)
-    if writer is not None:
-        writer.close()
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    return model.eval()
+        _checkpoint_activations(model, True)
+    try:
+        with warnings.catch_warnings():
+            # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
+            warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+            if checkpoint is None:
+                trainer.train()
+            else:
+                trainer.resume(checkpoint)
+    finally:
+        if writer is not None:
+            writer.close()
+        if recipe.gradient_checkpointing:
+            _checkpoint_activations(model, False)
+        model.eval()
+    return model
+
+
+def _checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
+    """Switch gradient checkpointing on or off, under the name that this version of transformers has for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        settings = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{name}_checkpointing_enable")(**settings)
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deadhead.errors import DivergenceError
+from deadhead.errors import DivergenceError, InputError
 from deadhead.files import no_space_is_input_error, read_json, write_json
 
 _MEMORY_FILE = "segment_memory_rank{rank}.safetensors"
@@ -125,13 +125,21 @@ class LanguageModelTrainer(Trainer):
         if memory.exists():
             states = load_file(memory, device=str(self.args.device))
             self.memory = tuple(states[str(layer)] for layer in range(len(states)))
-        self.train(resume_from_checkpoint=str(checkpoint))
+        if _step(checkpoint) >= self.args.max_steps:
+            # All steps are done; transformers would do one more.
+            self._load_from_checkpoint(str(checkpoint))
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint))
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoint folders in `output_dir`, whole or not, oldest first."""
     found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -140,7 +148,10 @@ def last_checkpoint(output_dir: Path) -> Path | None:
         marker = folder / _COMPLETE_FILE
         if not marker.exists():
             continue
-        sizes = read_json(marker, what="list of a checkpoint's files")
+        try:
+            sizes = dict(read_json(marker, what="list of a checkpoint's files"))
+        except (InputError, TypeError, ValueError):
+            continue
         if all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
             return folder
     return None
