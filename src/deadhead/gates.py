@@ -11,6 +11,7 @@ use one such gate for each head, with hard decisions, and scale a layer's output
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -204,11 +205,10 @@ class HeadGates:
 
     def draw(self) -> None:
         """Draw fresh noise for every gate, equal on all ranks. Every forward in training mode begins with it."""
-        # Two odd multipliers and a prime modulus keep nearby (seed, step, micro-batch) far apart.
-        key = (self.config.seed * 0x9E3779B97F4A7C15 + self._step * 0xBF58476D1CE4E5B9 + self._micro_batch) % (
-            2**61 - 1
-        )
-        generator = torch.Generator().manual_seed(key)
+        # torch's CPU generator takes 32 bits of a seed, so the three numbers are hashed into as many.
+        key = f"{self.config.seed} {self._step} {self._micro_batch}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+        generator = torch.Generator().manual_seed(seed)
         epsilon = self.config.epsilon
         for gate in self.gates.values():
             noise = torch.rand(gate.num_heads, generator=generator) * (1 - 2 * epsilon) + epsilon

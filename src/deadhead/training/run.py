@@ -28,6 +28,7 @@ from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
 from deadhead.plan import HeadPlan
 from deadhead.training.phases import gate_config, train
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
+from deadhead.training.trainer import last_checkpoint
 
 STAGES = ("dense", "gated", "cut", "finetuned")
 RECIPE_FILE = "recipe.toml"
@@ -73,11 +74,19 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed
 
 @dataclass
 class Run:
-    """A run's folder and recipe. `Run.start` makes or reopens one, `execute` does whatever is left of it."""
+    """A run's folder and recipe. `Run.start` makes or reopens one, `execute` does whatever is left of it.
+
+    Args:
+        folder: where everything goes.
+        recipe: what to do.
+        progress: told of what goes on.
+        fresh: whether the folder was made just now.
+    """
 
     folder: Path
     recipe: Recipe
     progress: Progress = lambda *_: None
+    fresh: bool = False
 
     @classmethod
     def start(
@@ -91,7 +100,8 @@ class Run:
         """
         folder = Path(folder)
         require_replaceable(folder, (RECIPE_FILE,))
-        if (folder / RECIPE_FILE).exists():
+        fresh = not (folder / RECIPE_FILE).exists()
+        if not fresh:
             if not resume:
                 raise InputError(
                     f"{folder} holds a run already; go on with --resume, or choose another place with --out."
@@ -100,7 +110,7 @@ class Run:
                 raise InputError(f"{folder} holds a run of another recipe; resume it with {folder / RECIPE_FILE}.")
         else:
             write_text(folder / RECIPE_FILE, to_toml(recipe))
-        return cls(folder, recipe, progress or (lambda *_: None))
+        return cls(folder, recipe, progress or (lambda *_: None), fresh)
 
     def execute(self) -> dict[str, Any]:
         """Run what is left of dense training, gates, cut and fine-tuning; return the summary.
@@ -108,9 +118,18 @@ class Run:
         Every stage starts from what the one before left on disk, so a run that was stopped goes on to the same weights.
 
         Raises:
-            InputError: the text or a checkpoint cannot be used.
+            InputError: the text or a checkpoint cannot be used. A folder of which nothing was used yet is gone again.
             DivergenceError: training diverged.
         """
+        try:
+            return self._execute()
+        except InputError:
+            begun = self._done("dense") or last_checkpoint(self.folder / "checkpoints" / "train") is not None
+            if self.fresh and not begun:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _execute(self) -> dict[str, Any]:
         recipe = self.recipe
         self.progress("reading text", 0, 1, {})
         kept, data = self.folder / "tokenizer", recipe.data

@@ -381,8 +381,10 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
         shared_bias = (self.content_bias, self.position_bias) if hasattr(self, "content_bias") else None
         if memory is None and past_key_values is None and config.attend_initial_memory:
             memory = (hidden.new_zeros((hidden.shape[0], config.memory_length, config.hidden_size)),) * len(self.layers)
-            if padding_BS is not None:
-                padding_BS = nn.functional.pad(padding_BS, (config.memory_length, 0))
+        if memory is not None and padding_BS is not None:
+            # Columns that the mask does not speak of lie before the text, in the memory.
+            columns = memory[0].shape[1] + hidden.shape[1]
+            padding_BS = nn.functional.pad(padding_BS, (max(0, columns - padding_BS.shape[1]), 0))
         next_memory: list[Tensor] = []
         all_hidden, all_weights = [hidden], []
         for index, layer in enumerate(self.layers):
