@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Set before torch and the Hugging Face libraries, which read them once, are imported. Tests' own processes inherit them.
+# Set before torch and the Hugging Face libraries are imported, as they read them once. Processes of tests inherit them.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",

@@ -8,13 +8,9 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from deadhead.layouts.base import AttentionSite, HeadSlice, Layout, contiguous
-from deadhead.models.all_attention.modeling import (
-    AllAttention,
-    AllAttentionLayer,
-    AllAttentionModel,
-    AllAttentionPreTrainedModel,
-    OutputBias,
-)
+from deadhead.models.all_attention.configuration import AllAttentionConfig
+from deadhead.models.all_attention.layer import AllAttention, AllAttentionLayer, OutputBias
+from deadhead.models.all_attention.modeling import AllAttentionModel
 from deadhead.plan import HeadPlan
 
 
@@ -24,7 +20,7 @@ class AllAttentionLayout(Layout):
     def matches(self, model: PreTrainedModel) -> bool:
         """Tell whether `model` is an All-attention Transformer, with or without its output layer."""
         # By name, not by class: a checkpoint loaded with remote code brings its own copy of the class.
-        return model.config.model_type == AllAttentionPreTrainedModel.config_class.model_type
+        return model.config.model_type == AllAttentionConfig.model_type
 
     def sites(self, model: PreTrainedModel) -> list[AttentionSite]:
         """Return the attention module of every layer."""

@@ -45,9 +45,7 @@ class MetricsFile(TrainerCallback):
         ]
         self.path.write_text("".join(kept), encoding="utf-8")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before a checkpoint: the means of a resumed run begin there, so those of every run must end there."""
         if control.should_save:
             control.should_log = True

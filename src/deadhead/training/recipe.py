@@ -182,7 +182,8 @@ def to_toml(recipe: Recipe) -> str:
             return str(item).lower()
         if isinstance(item, str):
             # A JSON string is a TOML basic string but for the one character JSON leaves unescaped.
-            return json.dumps(item).replace("\x7f", "\\u007f")
+            # Escaped, characters beyond U+FFFF would become two surrogates, which TOML refuses.
+            return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
         return repr(item)
 
     dumped = recipe.model_dump(exclude_none=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from deadhead.gating import attach
 from deadhead.training.phases import gate_config, train
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.run import METRICS_FILE, build_model
+from deadhead.training.trainer import last_checkpoint
 
 Phase = Literal["train", "prune", "finetune"]
 
@@ -59,61 +61,76 @@ def run_single(
     require_replaceable(out, ("config.json",))
     if work.exists() and not resume:
         raise InputError(f"{work} is left of a phase that was stopped; go on with --resume, or delete it.")
-    progress("reading text", 0, 1, {})
-    if model is None:
-        text, tokenizer = load_text(
-            data.source,
-            tokenizer=data.tokenizer,
-            vocab_size=data.vocab_size,
-            column=data.column,
-            split=data.split,
-            cache_dir=work / "tokens",
+    with _gone_if_unused(work):
+        progress("reading text", 0, 1, {})
+        if model is None:
+            text, tokenizer = load_text(
+                data.source,
+                tokenizer=data.tokenizer,
+                vocab_size=data.vocab_size,
+                column=data.column,
+                split=data.split,
+                cache_dir=work / "tokens",
+            )
+            network = build_model(shape or ModelRecipe(), tokenizer, seed=seed)
+        else:
+            network = checkpoint.load(model)
+            text, tokenizer = load_text(
+                data.source,
+                tokenizer=load_tokenizer(model),
+                column=data.column,
+                split=data.split,
+                cache_dir=work / "tokens",
+            )
+        gates = attach(network, config=gate_config(recipe, seed)) if isinstance(recipe, PruneRecipe) else None
+        train(
+            network,
+            text.splits["train"],
+            recipe,
+            folder=work / "checkpoints",
+            phase=phase,
+            seed=seed,
+            gates=gates,
+            metrics=work / METRICS_FILE,
+            tensorboard=work / "tensorboard",
+            report=lambda done, total, logs: progress(phase, done, total, logs),
+            resume=resume,
         )
-        network = build_model(shape or ModelRecipe(), tokenizer, seed=seed)
-    else:
-        network = checkpoint.load(model)
-        text, tokenizer = load_text(
-            data.source,
-            tokenizer=load_tokenizer(model),
-            column=data.column,
-            split=data.split,
-            cache_dir=work / "tokens",
+        if gates is not None and isinstance(recipe, PruneRecipe):
+            plan = gates.plan(sparsity=recipe.sparsity)
+            if cut:
+                cut_heads(network, plan)
+            elif plan != gates.plan():
+                gates.set_plan(plan)
+        measured = evaluate(
+            network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
         )
-    gates = attach(network, config=gate_config(recipe, seed)) if isinstance(recipe, PruneRecipe) else None
-    train(
-        network,
-        text.splits["train"],
-        recipe,
-        folder=work / "checkpoints",
-        phase=phase,
-        seed=seed,
-        gates=gates,
-        metrics=work / METRICS_FILE,
-        tensorboard=work / "tensorboard",
-        report=lambda done, total, logs: progress(phase, done, total, logs),
-        resume=resume,
-    )
-    if gates is not None and isinstance(recipe, PruneRecipe):
-        plan = gates.plan(sparsity=recipe.sparsity)
-        if cut:
-            cut_heads(network, plan)
-        elif plan != gates.plan():
-            gates.set_plan(plan)
-    measured = evaluate(
-        network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
-    )
-    checkpoint.save(network, out, tokenizer=tokenizer, metrics={"validation perplexity a token": measured.perplexity})
-    for name in (METRICS_FILE, "tensorboard"):
-        if (work / name).exists():
-            shutil.move(work / name, out / name)
-    shutil.rmtree(work, ignore_errors=True)
-    cost = model_cost(network)
-    return {
-        "heads": gates.plan().heads if gates is not None and not cut else cost.heads,
-        "parameters": cost.parameters,
-        "flops_per_token": cost.flops_per_token,
-        "perplexity": measured.perplexity,
-        "word_perplexity": measured.word_perplexity,
-        "bits_per_byte": measured.bits_per_byte,
-        "steps": recipe.steps,
-    }
+        checkpoint.save(
+            network, out, tokenizer=tokenizer, metrics={"validation perplexity a token": measured.perplexity}
+        )
+        for name in (METRICS_FILE, "tensorboard"):
+            if (work / name).exists():
+                shutil.move(work / name, out / name)
+        shutil.rmtree(work, ignore_errors=True)
+        cost = model_cost(network)
+        return {
+            "heads": gates.plan().heads if gates is not None and not cut else cost.heads,
+            "parameters": cost.parameters,
+            "flops_per_token": cost.flops_per_token,
+            "perplexity": measured.perplexity,
+            "word_perplexity": measured.word_perplexity,
+            "bits_per_byte": measured.bits_per_byte,
+            "steps": recipe.steps,
+        }
+
+
+@contextmanager
+def _gone_if_unused(work: Path) -> Iterator[None]:
+    """Remove `work` again after bad input, if it was made in the block and holds no checkpoint to resume from."""
+    fresh = not work.exists()
+    try:
+        yield
+    except InputError:
+        if fresh and last_checkpoint(work / "checkpoints") is None:
+            shutil.rmtree(work, ignore_errors=True)
+        raise

@@ -1,0 +1,198 @@
+"""One layer of the All-attention Transformer: its heads, norm and residual. Imports torch and transformers only.
+
+Dimensions: B batch, T queries, P past, S context = P + T, W window, H heads left, D width, E head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import band, eager_attention, sdpa_attention
+from .configuration import AllAttentionConfig
+from .positions import rotate
+
+
+class OutputBias(nn.Module):
+    """What is left of the output projection of a layer without heads: its bias b_O (D,)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the bias at every position, (B, T, D)."""
+        return self.bias.expand_as(hidden_BTD)
+
+
+class AllAttention(nn.Module):
+    """One layer's heads. `heads` are those that are left, as indices of the dense model."""
+
+    def __init__(self, config: AllAttentionConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.heads = config.layer_heads(layer)
+        width, num_heads = config.hidden_size, len(self.heads)
+        if not num_heads:
+            self.o_proj: nn.Module = OutputBias(width)
+            return
+        inner, bias = num_heads * config.head_dim, config.projection_bias
+        self.q_proj = nn.Linear(width, inner, bias=bias)
+        self.k_proj = nn.Linear(width, inner, bias=bias)
+        self.v_proj = nn.Linear(width, inner, bias=bias)
+        self.o_proj = nn.Linear(inner, width)
+        self.persistent_k = nn.Parameter(torch.empty(num_heads, config.num_persistent, config.head_dim))
+        self.persistent_v = nn.Parameter(torch.empty(num_heads, config.num_persistent, config.head_dim))
+        if config.position != "rotary":
+            self.r_proj = nn.Linear(width, inner, bias=bias)
+            if not config.share_position_bias:
+                self.content_bias = nn.Parameter(torch.zeros(num_heads, config.head_dim))
+                self.position_bias = nn.Parameter(torch.zeros(num_heads, config.head_dim))
+
+    def _split(self, hidden: Tensor) -> Tensor:
+        return hidden.unflatten(-1, (len(self.heads), self.config.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        normed_BTD: Tensor,
+        context_BSD: Tensor,
+        blank_D: Tensor,
+        positions_WD: Tensor | None,
+        shared_bias: tuple[Tensor, Tensor] | None,
+        padding_BS: Tensor | None,
+        past_key_values: Cache | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend and project.
+
+        Args:
+            normed_BTD: normed hidden states of the queries.
+            context_BSD: normed hidden states whose keys and values are needed: memory and queries.
+            blank_D: the normed zero state, which stands before the first token if initial memory is attended.
+            positions_WD: p, oldest distance first; None for rotary positions.
+            shared_bias: u and v (H of the dense model, E), if they are shared by the layers.
+            padding_BS: True where a column of the context is padding; None if none is.
+            past_key_values: the cache, which this layer's keys and values join.
+            need_weights: whether to return the attention weights.
+        """
+        batch, num_queries, _ = normed_BTD.shape
+        if not self.heads:
+            if past_key_values is not None:
+                # Lengths are read off the layers' caches, so an empty layer must count its positions too.
+                placeholder = normed_BTD.new_zeros((batch, 1, num_queries, 1))
+                past_key_values.update(placeholder, placeholder, self.layer)
+            return self.o_proj(normed_BTD), None
+        config = self.config
+        q_BHTE, k_BHSE, v_BHSE = (
+            self._split(self.q_proj(normed_BTD)),
+            self._split(self.k_proj(context_BSD)),
+            self._split(self.v_proj(context_BSD)),
+        )
+        # Persistent vectors have no position: they meet the queries as they are before any rotation.
+        persistent_q_BHTE = q_BHTE
+        start = 0
+        if past_key_values is not None:
+            start = past_key_values.get_seq_length(self.layer)
+        if config.position == "rotary":
+            offset = start + context_BSD.shape[1] - num_queries
+            q_BHTE, k_BHSE = rotate(q_BHTE, offset), rotate(k_BHSE, start)
+        if past_key_values is not None:
+            k_BHSE, v_BHSE = past_key_values.update(k_BHSE, v_BHSE, self.layer)
+            start -= k_BHSE.shape[2] - num_queries
+        if config.attend_initial_memory:
+            k_BHSE, v_BHSE = self._with_blanks(k_BHSE, v_BHSE, blank_D, padding_BS, num_queries, start)
+
+        content_bias_HE = None
+        if positions_WD is None:
+            window_W = q_BHTE.new_zeros((1, 1, num_queries, config.sliding_window))
+            bias_BHTS = band(window_W, k_BHSE.shape[2])
+        else:
+            content_bias_HE, position_bias_HE = self._biases(shared_bias)
+            r_HWE = self.r_proj(positions_WD).unflatten(-1, (len(self.heads), config.head_dim)).transpose(0, 1)
+            position_q = (q_BHTE + position_bias_HE[:, None]) * config.head_dim**-0.5
+            bias_BHTS = band(torch.matmul(position_q, r_HWE.transpose(-1, -2)), k_BHSE.shape[2])
+        if padding_BS is not None and not config.attend_initial_memory:
+            bias_BHTS = bias_BHTS.masked_fill(padding_BS[:, None, None, -k_BHSE.shape[2] :], float("-inf"))
+
+        operands = (q_BHTE, persistent_q_BHTE, k_BHSE, v_BHSE, bias_BHTS, self.persistent_k, self.persistent_v)
+        dropout = config.attention_dropout if self.training else 0.0
+        weights = None
+        # On the CPU the fused kernels give no gradient for the position bias, and fall back to slower code. Reentrant
+        # checkpointing trains without gradients first, and must meet the same dropout again when it recomputes.
+        slow_fused = (torch.is_grad_enabled() or self.training) and q_BHTE.device.type == "cpu"
+        if need_weights or slow_fused or config._attn_implementation == "eager":
+            attended_BHTE, weights = eager_attention(
+                *operands, content_bias_HE=content_bias_HE, dropout=dropout, need_weights=need_weights
+            )
+        else:
+            attended_BHTE = sdpa_attention(*operands, content_bias_HE=content_bias_HE, dropout=dropout)
+        return self.o_proj(attended_BHTE.transpose(1, 2).flatten(-2)), weights
+
+    def _biases(self, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if shared is None:
+            return self.content_bias, self.position_bias
+        heads = list(self.heads)
+        return shared[0][heads], shared[1][heads]
+
+    def _with_blanks(
+        self,
+        k_BHSE: Tensor,
+        v_BHSE: Tensor,
+        blank_D: Tensor,
+        padding_BS: Tensor | None,
+        num_queries: int,
+        start: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Let every column before a row's first token hold the keys and values of a zero hidden state."""
+        missing = self.config.memory_length + num_queries - k_BHSE.shape[2]
+        if not missing and padding_BS is None:
+            return k_BHSE, v_BHSE
+        columns = missing + k_BHSE.shape[2]
+        blank_k = self._split(self.k_proj(blank_D).expand(1, columns, -1))
+        blank_v = self._split(self.v_proj(blank_D).expand(1, columns, -1))
+        if self.config.position == "rotary":
+            blank_k = rotate(blank_k, start - missing)
+        shape = (k_BHSE.shape[0], -1, -1, -1)
+        k = torch.cat([blank_k[:, :, :missing].expand(shape), k_BHSE], dim=2)
+        v = torch.cat([blank_v[:, :, :missing].expand(shape), v_BHSE], dim=2)
+        if padding_BS is not None:
+            is_blank = nn.functional.pad(padding_BS[:, -k_BHSE.shape[2] :], (missing, 0))[:, None, :, None]
+            k, v = torch.where(is_blank, blank_k, k), torch.where(is_blank, blank_v, v)
+        return k, v
+
+
+class AllAttentionLayer(GradientCheckpointingLayer):
+    """Pre-norm, attention, dropout, residual."""
+
+    def __init__(self, config: AllAttentionConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = AllAttention(config, layer)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        memory_BPD: Tensor | None,
+        positions_WD: Tensor | None,
+        shared_bias: tuple[Tensor, Tensor] | None,
+        padding_BS: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the layer's output (B, T, D) and its attention weights if they were asked for."""
+        context = self.norm(hidden_BTD if memory_BPD is None else torch.cat([memory_BPD, hidden_BTD], dim=1))
+        attended, weights = self.attention(
+            context[:, -hidden_BTD.shape[1] :],
+            context,
+            self.norm(torch.zeros_like(hidden_BTD[0, 0])),
+            positions_WD,
+            shared_bias,
+            padding_BS,
+            past_key_values,
+            need_weights,
+        )
+        return hidden_BTD + self.dropout(attended), weights
