@@ -85,7 +85,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:")
         raise InputError(f"The weights in {path} do not fit its configuration: {reason}.") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
         kind = config.get("model_type", "unknown") if isinstance(config, dict) else "unknown"
         raise InputError(f"The checkpoint {path} (model type {kind!r}) cannot be loaded: {reason}.") from error

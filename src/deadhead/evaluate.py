@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
@@ -73,32 +74,33 @@ def evaluate(
     if targets < 1:
         raise InputError(f"A text of at least 2 tokens is needed to measure perplexity, but it has {len(text.tokens)}.")
     segment, memory = config.segment_length, config.memory_length
-    rows = max(1, min(batch_size, targets // (4 * (segment + memory))))
-    ids, labels, mask = _rows(text.tokens[: targets + 1], rows, memory)
-    # One label at least is real; a token outside the vocabulary would crash or, on a GPU, corrupt the process.
-    if int(ids.max()) >= config.vocab_size:
+    # A token outside the vocabulary would crash or, on a GPU, corrupt the process.
+    largest = int(text.tokens[: targets + 1].max())
+    if largest >= config.vocab_size:
         raise InputError(
-            f"The text has token {int(ids.max())}, but the model's vocabulary ends at {config.vocab_size - 1}; "
+            f"The text has token {largest}, but the model's vocabulary ends at {config.vocab_size - 1}; "
             "use the tokenizer the model was trained with."
         )
+    rows = max(1, min(batch_size, targets // (4 * (segment + memory))))
+    layout = _Rows(text.tokens[: targets + 1], rows, warm_up=memory if rows > 1 else 0)
+    starts = range(0, layout.num_columns, segment)
     total, cache = 0.0, None
-    starts = range(0, ids.shape[1], segment)
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
         for done, start in enumerate(starts):
-            part = slice(start, start + segment)
-            seen = mask[:, : start + segment]
+            stop = min(start + segment, layout.num_columns)
+            # The cache reaches back one memory length; so must the mask.
+            seen = layout.valid(max(0, start - memory), stop)
             outputs = model(
-                input_ids=torch.from_numpy(ids[:, part]).to(model.device),
-                attention_mask=None if seen.all() else torch.from_numpy(seen).to(model.device),
+                input_ids=layout.inputs(start, stop).to(model.device),
+                attention_mask=None if seen.all() else seen.to(model.device),
                 past_key_values=cache,
                 use_cache=True,
             )
             cache = outputs.past_key_values
-            wanted = torch.from_numpy(labels[:, part]).to(model.device)
-            logits = outputs.logits.float().flatten(0, 1)
-            total += torch.nn.functional.cross_entropy(
-                logits, wanted.flatten(), ignore_index=-100, reduction="sum"
+            wanted = layout.labels(start, stop).to(model.device)
+            total += cross_entropy(
+                outputs.logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
             ).item()
             if progress is not None:
                 progress(done + 1, len(starts))
@@ -114,17 +116,39 @@ def evaluate(
     )
 
 
-def _rows(tokens: np.ndarray, rows: int, warm_up: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lay the text out in rows: inputs, next tokens (−100 where not scored), and a mask that is 0 on padding."""
-    targets = len(tokens) - 1
-    width = -(-targets // rows)
-    position = np.arange(-warm_up if rows > 1 else 0, width) + (np.arange(rows) * width)[:, None]
-    valid = (position >= 0) & (position < targets)
-    # In 64 bits first: stored tokens have no sign, and −100 would wrap round.
-    ids = np.where(valid, tokens[np.clip(position, 0, targets)].astype(np.int64), 0)
-    labels = np.where(valid, tokens[np.clip(position + 1, 0, targets)].astype(np.int64), -100)
-    labels[:, : position.shape[1] - width] = -100
-    return ids, labels, valid
+class _Rows:
+    """A text laid out in contiguous rows that are read side by side, a few columns at a time.
+
+    Row r holds inputs r·width … (r + 1)·width − 1; `warm_up` columns before them are read but not scored.
+    """
+
+    def __init__(self, tokens: np.ndarray, rows: int, *, warm_up: int) -> None:
+        self.tokens = tokens
+        self.num_targets = len(tokens) - 1
+        self.width = -(-self.num_targets // rows)
+        self.warm_up = warm_up
+        self.num_columns = warm_up + self.width
+        self.first = (np.arange(rows) * self.width - warm_up)[:, None]
+
+    def _positions(self, start: int, stop: int) -> np.ndarray:
+        return self.first + np.arange(start, stop)
+
+    def _take(self, position: np.ndarray, where: np.ndarray, otherwise: int) -> torch.Tensor:
+        taken = self.tokens[np.clip(position, 0, self.num_targets)].astype(np.int64)
+        return torch.from_numpy(np.where(where, taken, otherwise))
+
+    def inputs(self, start: int, stop: int) -> torch.Tensor:
+        position = self._positions(start, stop)
+        return self._take(position, (position >= 0) & (position < self.num_targets), 0)
+
+    def labels(self, start: int, stop: int) -> torch.Tensor:
+        position = self._positions(start, stop)
+        scored = (position < self.num_targets) & (np.arange(start, stop) >= self.warm_up)
+        return self._take(position + 1, scored, -100)
+
+    def valid(self, start: int, stop: int) -> torch.Tensor:
+        position = self._positions(start, stop)
+        return torch.from_numpy((position >= 0) & (position < self.num_targets))
 
 
 def _exp(value: float) -> float:

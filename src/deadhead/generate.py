@@ -28,12 +28,18 @@ def generate_text(
         seed: of the sampling.
 
     Raises:
-        InputError: the prompt is empty or the temperature negative.
+        InputError: the prompt is empty or has tokens that the model doesn't have, or a number is out of range.
     """
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[-1] == 0:
         raise InputError("A prompt of at least one token was expected, but it is empty.")
-    if temperature < 0:
+    vocabulary = model.config.get_text_config().vocab_size
+    if int(ids.max()) >= vocabulary:
+        raise InputError(
+            f"The prompt has token {int(ids.max())}, but the model's vocabulary ends at {vocabulary - 1}; "
+            "use the tokenizer the model was trained with."
+        )
+    if not temperature >= 0:
         raise InputError(f"The temperature must not be negative, but it is {temperature}.")
     if max_new_tokens < 1:
         raise InputError(f"At least one new token must be asked for, but {max_new_tokens} were.")

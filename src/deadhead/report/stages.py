@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from deadhead.training.run import STAGES
-
-_NAMES = {"control": "dense, as many steps"}
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
@@ -18,25 +17,26 @@ def stages_table(summary: Mapping[str, Any]) -> Table:
     Args:
         summary: what `summary.json` holds.
     """
-    table = Table(title="What was cut, and what it cost")
+    table = Table(title="What was cut, and what it cost", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("")
-    for name in ("steps", "heads a layer", "parameters", "FLOPs/token", "perplexity", "bits/byte", "tokens/s"):
+    for name in ("steps", "heads", "parameters", "MFLOP/tok", "perplexity", "bits/byte", "tokens/s"):
         table.add_column(name, justify="right")
     for stage in (*STAGES, "control"):
         if stage not in summary:
             continue
         values = summary[stage]
-        rate = "" if stage == "control" else f"{values['tokens_per_second']:,.0f}"
         table.add_row(
-            _NAMES.get(stage, stage),
+            stage,
             f"{values['steps']:,}",
             " ".join(str(count) for count in values["heads"]),
             f"{values['parameters']:,}",
-            f"{values['flops_per_token']:,.0f}",
+            f"{values['flops_per_token'] / 1e6:.3f}",
             f"{values['perplexity']:.3f}",
             f"{values['bits_per_byte']:.3f}",
-            rate,
+            f"{values['tokens_per_second']:,.0f}",
         )
+    if "control" in summary:
+        table.caption = "control: the dense model, trained for as many steps in all as the pruned one"
     return table
 
 
@@ -55,8 +55,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
     if "control" in summary:
         control = summary["control"]["perplexity"]
         change = final["perplexity"] / control - 1
+        side = "equal to" if abs(change) < 5e-4 else f"{abs(change):.1%} {'above' if change > 0 else 'below'}"
         lines.append(
-            f"Perplexity {final['perplexity']:.3f}, {abs(change):.1%} {'above' if change > 0 else 'below'} the "
+            f"Perplexity {final['perplexity']:.3f}, {side} the "
             f"{control:.3f} of the dense model trained for as many steps."
         )
     return "\n".join(lines)

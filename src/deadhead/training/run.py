@@ -270,9 +270,10 @@ class Run:
         models = {"dense": dense, "gated": gated, "finetuned": finetuned}
         length = dense.config.segment_length
         timings = bench(models, batch_size=16, length=length, repeats=15)
-        for stage in STAGES:
-            # A cut model and its fine-tuned self have the same shapes.
-            rate = timings["finetuned" if stage == "cut" else stage].tokens_per_second
+        # Models of the same shapes take the same time.
+        timed = {"cut": "finetuned", "control": "dense"}
+        for stage in (*STAGES, *(["control"] if self.recipe.control else [])):
+            rate = timings[timed.get(stage, stage)].tokens_per_second
             self._note(stage, {**self.summary()[stage], "tokens_per_second": round(rate, 1)})
         prompt = _PROMPTS.get(self.recipe.data.source, "The ")
         after = {

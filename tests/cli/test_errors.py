@@ -1,0 +1,315 @@
+"""Bad command lines and bad input: exit code 2, one sentence, no traceback, nothing written. Ctrl-C: 130."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from deadhead.cli import execute
+from deadhead.plan import HeadPlan
+from deadhead.training.recipe import to_toml
+from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, write_prose
+
+_TRAIN = "train --data {text} --out {out} --steps 2 --batch-size 2 --layers 2 --width 32 --heads 4 --segment-length 8"
+_PRUNE = "prune --model {model} --data {text} --out {out} --steps 2 --batch-size 2"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A command line, what its sentence must match, and how the folder it runs in is prepared."""
+
+    command: str
+    message: str
+    prepare: Callable[[Path], object] = lambda folder: None
+
+
+def _write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def _folder_of(name: str, file: str = "letter.txt") -> Callable[[Path], object]:
+    def prepare(folder: Path) -> None:
+        (folder / name).mkdir()
+        (folder / name / file).write_text("dear")
+
+    return prepare
+
+
+def _damaged(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    def prepare(folder: Path) -> None:
+        shutil.copytree(folder.parent / "given" / "model", folder / "damaged")
+        change(folder / "damaged")
+
+    return prepare
+
+
+def _cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _config(**values: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def _other_architecture(folder: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+    model.save_pretrained(folder / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder.parent / "given" / "model" / name, folder / "gpt2")
+
+
+def _recipe(**sections: object) -> Callable[[Path], object]:
+    def prepare(folder: Path) -> None:
+        recipe = small_recipe(folder.parent / "given" / "prose.txt", **sections)
+        (folder / "r.toml").write_text(to_toml(recipe))
+
+    return prepare
+
+
+def _edited(old: str, new: str) -> Callable[[Path], object]:
+    def prepare(folder: Path) -> None:
+        _recipe()(folder)
+        text = (folder / "r.toml").read_text()
+        assert old in text
+        (folder / "r.toml").write_text(text.replace(old, new))
+
+    return prepare
+
+
+def _plan(kept: str, total: str = '{"0": 4, "1": 4}', unit: str = "head") -> Callable[[Path], object]:
+    return _write("p.json", f'{{"version": 1, "unit": "{unit}", "total": {total}, "kept": {kept}}}')
+
+
+def _two(*prepares: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: [prepare(folder) for prepare in prepares]
+
+
+_CUT = "cut {model} --plan p.json --out {out}"
+_CASES = {
+    # The command line itself.
+    "unknown command": _Case("prunе --out {out}", "No such command"),
+    "near command": _Case("trian --out {out}", "No such command 'trian'"),
+    "unknown option": _Case("train --out {out} --setps 3", "No such option: --setps"),
+    "unknown option of the program": _Case("--colour", "No such option: --colour"),
+    "option without a value": _Case("train --out", "Option '--out' requires an argument"),
+    "without out": _Case("train --data {text}", "Missing option '--out'"),
+    "without model": _Case("inspect", "Missing argument 'MODEL'"),
+    "without recipe": _Case("run", "Missing argument 'RECIPE.toml'"),
+    "too many arguments": _Case("inspect {model} {model}", "unexpected extra argument"),
+    "steps not a number": _Case(_TRAIN + " --steps many", "'many' is not a valid int"),
+    "negative steps": _Case(_TRAIN + " --steps -5", "-5 is not in the range x>=1"),
+    "no steps": _Case(_TRAIN + " --steps 0", "0 is not in the range x>=1"),
+    "negative seed": _Case(_TRAIN + " --seed -1", "-1 is not in the range x>=0"),
+    "unknown schedule": _Case(_TRAIN + " --schedule step", "'step' is not one of 'constant', 'cosine', 'linear'"),
+    "unknown tokenizer": _Case(_TRAIN + " --tokenizer char", "'char' is not one of 'byte', 'bpe', 'word'"),
+    "negative rate": _Case(_TRAIN + " --learning-rate -1", "wrong value for 'learning_rate'"),
+    "rate not a number": _Case(_TRAIN + " --learning-rate nan", "wrong value for 'learning_rate'"),
+    "negative l0": _Case(_PRUNE + " --l0 -1", "-1.0 is not in the range x>=0"),
+    "l0 not a number": _Case(_PRUNE + " --l0 nan", "wrong value for 'l0'"),
+    "sparsity above one": _Case(_PRUNE + " --sparsity 1.5", "1.5 is not in the range 0<=x<=0.999"),
+    "sparsity without pressure": _Case(_PRUNE + " --sparsity 0.5 --l0 0", "l0 must be above 0 with a target sparsity"),
+    "no gate rate": _Case(_PRUNE + " --gate-lr-scale 0", "wrong value for 'gate_lr_scale'"),
+    "prune without model": _Case("prune --data {text} --out {out}", "Missing option '--model'"),
+    "scale by nothing": _Case("demo --scale-steps 0 --out {out}", "0.0 is not in the range"),
+    # Text.
+    "missing text": _Case(_TRAIN.replace("{text}", "nothing.txt"), "nothing.txt"),
+    "empty text": _Case(_TRAIN.replace("{text}", "t"), "empty", _write("t", "")),
+    "binary text": _Case(_TRAIN.replace("{text}", "t"), "text", _write("t", b"\x00\x01\x02" * 99)),
+    "text not UTF-8": _Case(_TRAIN.replace("{text}", "t"), "UTF-8", _write("t", "naïve ".encode("latin-1") * 99)),
+    "text too short": _Case(_TRAIN.replace("{text}", "t"), "17 tokens were expected", _write("t", "short")),
+    "text too short to go on": _Case(_PRUNE.replace("{text}", "t"), "17 tokens were expected", _write("t", "short")),
+    "empty folder of texts": _Case(_TRAIN.replace("{text}", "."), "text"),
+    "column of a file": _Case(_TRAIN + " --column text", "column is for data sets"),
+    "data set that cannot be loaded": _Case(_TRAIN.replace("{text}", "hf:no/such"), "no/such"),
+    "data set without a name": _Case(_TRAIN.replace("{text}", "hf:"), "hf:"),
+    "vocabulary of bytes": _Case(_TRAIN + " --vocab-size 99", "A byte tokenizer has 257 tokens"),
+    "vocabulary too small": _Case(_TRAIN + " --tokenizer bpe --vocab-size 9", "vocab_size of at least 258"),
+    # Sizes and places.
+    "heads not dividing width": _Case(_TRAIN + " --heads 5", "num_attention_heads must divide hidden_size"),
+    "out is a file": _Case(_TRAIN.replace("{out}", "f"), "f is a file", _write("f", "")),
+    "out is below a file": _Case(_TRAIN.replace("{out}", "f/m"), "f", _write("f", "")),
+    "out is not ours": _Case(_TRAIN.replace("{out}", "d"), "not written by deadhead", _folder_of("d")),
+    "run out is not ours": _Case("run r.toml --out d", "not written by deadhead", _two(_recipe(), _folder_of("d"))),
+    "demo out is not ours": _Case("demo --out d", "not written by deadhead", _folder_of("d")),
+    "a run that was begun": _Case("run r.toml --out d", "go on with --resume", _two(_recipe(), _folder_of("d", "recipe.toml"))),
+    "a phase that was stopped": _Case(_TRAIN.replace("{out}", "d"), "d.work is left of", _folder_of("d.work")),
+    # Recipes.
+    "missing recipe": _Case("run none.toml --out {out}", "there is no such file"),
+    "recipe is a folder": _Case("run . --out {out}", "cannot be read as text"),
+    "recipe not TOML": _Case("run r.toml --out {out}", "is not TOML", _write("r.toml", "a = [")),
+    "binary recipe": _Case("run r.toml --out {out}", "cannot be read as text", _write("r.toml", b"\xff\x00")),
+    "unknown key": _Case("run r.toml --out {out}", "did you mean 'l0'?", _edited("l0 =", "l_0 =")),
+    "unknown section": _Case("run r.toml --out {out}", "did you mean 'finetune'?", _edited("[finetune]", "[finetuen]")),
+    "wrong type": _Case("run r.toml --out {out}", "wrong value for 'train.steps'", _edited("steps = 3", 'steps = "3"')),
+    "recipe's heads": _Case("run r.toml --out {out}", "must divide hidden_size", _recipe(model={"heads": 3})),
+    "recipe's text": _Case("run r.toml --out {out}", "nothing.txt", _recipe(data={"source": "nothing.txt"})),
+    "recipe for a phase": _Case(_TRAIN + " --recipe none.toml", "A recipe was expected at none.toml"),
+    # Models.
+    "missing model": _Case("inspect nothing", "A checkpoint folder was expected at nothing"),
+    "model is a file": _Case("eval {text} --data {text}", "A checkpoint folder was expected"),
+    "model is a folder of something": _Case("generate d", "d/config.json, but there is no such file", _folder_of("d")),
+    "model is a name": _Case("bench gpt2", "A checkpoint folder was expected at gpt2"),
+    "model cut short": _Case("eval damaged --data {text}", "damaged or cut short", _damaged(_cut_short)),
+    "model cut short to prune": _Case(_PRUNE.replace("{model}", "damaged"), "cut short", _damaged(_cut_short)),
+    "weights missing": _Case(
+        "generate damaged", "no file named", _damaged(lambda folder: (folder / "model.safetensors").unlink())
+    ),
+    "configuration not JSON": _Case("inspect damaged", "JSON", _damaged(lambda d: (d / "config.json").write_text("{"))),
+    "configuration a list": _Case("inspect damaged", "configuration", _damaged(lambda d: (d / "config.json").write_text("[]"))),
+    "configuration of text": _Case("inspect damaged", "configuration", _damaged(_config(head_plan="all"))),
+    "configuration does not fit": _Case("inspect damaged", "must divide", _damaged(_config(num_attention_heads=7))),
+    "configuration of more layers": _Case("eval damaged --data {text}", "missing tensor", _damaged(_config(num_hidden_layers=3))),
+    "another architecture": _Case("inspect gpt2", "cannot prune models of type 'gpt2'", _other_architecture),
+    "another architecture to cut": _Case("cut gpt2 --plan {plan} --out {out}", "of type 'gpt2'", _other_architecture),
+    "another architecture to prune": _Case(_PRUNE.replace("{model}", "gpt2"), "of type 'gpt2'", _other_architecture),
+    "another architecture to measure": _Case("eval gpt2 --data {text}", "of type 'gpt2'", _other_architecture),
+    "without a tokenizer": _Case(
+        "eval damaged --data {text}",
+        "A tokenizer was expected",
+        _damaged(lambda folder: [path.unlink() for path in folder.glob("tokenizer*")]),
+    ),
+    "text of nothing to validate": _Case("eval {model} --data t --on test", "at least 2 tokens|empty", _write("t", "a")),
+    "dense model missing": _Case("bench {model} --dense nothing", "A checkpoint folder was expected at nothing"),
+    # Plans.
+    "missing plan": _Case(_CUT, "A head plan was expected at p.json"),
+    "plan not JSON": _Case(_CUT, "is not JSON", _write("p.json", "{")),
+    "plan without totals": _Case(_CUT, "A head plan must be a JSON object", _write("p.json", '{"kept": {}}')),
+    "head that is not there": _Case(_CUT, "keeps head 7 of layer 0", _plan('{"0": [7]}')),
+    "layer that is not there": _Case(_CUT, "names layer 5", _plan('{"5": [0]}')),
+    "plan of another model": _Case(_CUT, "is for a model with .* heads a layer", _plan("{}", '{"0": 8, "1": 8}')),
+    "plan of fewer layers": _Case(_CUT, "is for a model with", _plan("{}", '{"0": 4}')),
+    "plan of another unit": _Case(_CUT, "counts in kv_groups", _plan("{}", unit="kv_group")),
+    "cut over its own model": _Case("cut damaged --plan {plan} --out ./damaged", "must not overwrite", _damaged(lambda _: None)),
+    "cut over something": _Case("cut {model} --plan {plan} --out d", "not written by deadhead", _folder_of("d")),
+    # Generation and benchmarks.
+    "empty prompt": _Case("generate {model} --prompt=", "A prompt of at least one token was expected"),
+    "negative temperature": _Case("generate {model} --temperature -1", "-1.0 is not in the range x>=0"),
+    "temperature not a number": _Case("generate {model} --temperature nan", "temperature must not be negative"),
+    "no new tokens": _Case("generate {model} --max-new-tokens 0", "0 is not in the range x>=1"),
+    "unknown workload": _Case("bench {model} --workload sleep", "'sleep' is not one of"),
+    "no repeats": _Case("bench {model} --repeats 0", "0 is not in the range x>=1"),
+    "no limit": _Case("eval {model} --data {text} --limit 0", "0 is not in the range x>=1"),
+    "unknown part": _Case("eval {model} --data {text} --on all", "'all' is not one of"),
+}
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_one_sentence_and_nothing_written(
+    name: str, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = _CASES[name]
+    (tmp_path / "given").symlink_to(given)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    case.prepare(folder)
+    monkeypatch.chdir(folder)
+    names = {"text": given / "prose.txt", "model": given / "model", "plan": given / "plan.json", "out": "out"}
+    before, given_before = tree(folder), tree(given)
+    capfd.readouterr()
+    code = execute([word.format(**names) for word in case.command.split()])
+    output, errors = capfd.readouterr()
+    assert code == 2, errors
+    assert output == ""
+    assert errors.startswith("deadhead: ")
+    assert errors.endswith(".\n")
+    assert errors.count("\n") == 1, errors
+    assert "Traceback" not in errors
+    pytest.raises(ValueError, match=case.message).__enter__  # noqa: B018
+    assert _matches(case.message, errors), errors
+    assert tree(folder) == before
+    assert tree(given) == given_before
+
+
+def _matches(pattern: str, text: str) -> bool:
+    import re
+
+    return re.search(pattern, text) is not None
+
+
+def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute([]) in (0, 2)
+    output = "".join(capsys.readouterr())
+    assert "Usage: deadhead" in output
+    for command in ("demo", "run", "train", "prune", "finetune", "cut", "inspect", "eval", "generate", "bench"):
+        assert command in output
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["prune", "--help"]) == 0
+    output, errors = capsys.readouterr()
+    assert "--sparsity" in output
+    assert errors == ""
+    assert execute(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("deadhead 0.")
+
+
+def test_a_fault_of_ours_is_not_hidden(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a user can cause becomes a sentence; a bug keeps its traceback and its exit code 1."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("deadhead.cli.model.config_cost", fail)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        execute(["inspect", str(given / "model")])
+
+
+_MAIN = "from deadhead.cli import main; main()"
+
+
+def test_in_a_process_of_its_own(given: Path, tmp_path: Path) -> None:
+    processes = {
+        "good": child(_MAIN, "inspect", str(given / "model"), "--json", cwd=tmp_path),
+        "bad": child(_MAIN, "inspect", "nothing", cwd=tmp_path),
+    }
+    results = {name: (*process.communicate(timeout=120), process.returncode) for name, process in processes.items()}
+    output, errors, code = results["good"]
+    assert (code, errors) == (0, "")
+    assert json.loads(output)["heads"] == [4, 4]
+    expected = "deadhead: A checkpoint folder was expected at nothing, but it has no config.json.\n"
+    assert results["bad"] == ("", expected, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_and_resumed(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C in the middle of a run: 130, one sentence, whole checkpoints only, and it goes on to the same weights."""
+    recipe = small_recipe(write_prose(tmp_path), train={"steps": 400, "save_every": 20}, finetune={"steps": 2})
+    (tmp_path / "r.toml").write_text(to_toml(recipe))
+    process = child(_MAIN, "run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run"))
+    checkpoints = tmp_path / "run" / "checkpoints" / "train"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/complete.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == "deadhead: Interrupted; whole checkpoints are kept, and --resume goes on from the last.\n"
+    assert output == ""
+    run = tmp_path / "run"
+    assert not (run / "dense").exists()
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    assert [path for path in checkpoints.iterdir() if (path / "complete.json").exists()]
+
+    assert execute(["run", str(tmp_path / "r.toml"), "--out", str(run), "--resume", "--quiet"]) == 0
+    assert execute(["run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "whole"), "--quiet"]) == 0
+    capsys.readouterr()
+    for name in ("dense", "gated", "pruned"):
+        assert_same_tensors(weights(run / name), weights(tmp_path / "whole" / name))
+    assert metrics(run) == metrics(tmp_path / "whole")
+    assert HeadPlan.from_json(run / "head_plan.json") == HeadPlan.from_json(tmp_path / "whole" / "head_plan.json")
