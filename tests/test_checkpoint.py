@@ -125,7 +125,8 @@ def test_plain_from_pretrained_of_a_gated_folder_is_ungated_and_silent(
     model = _gated()
     deadhead.save(model, tmp_path / "gated")
     heard.clear()
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "gated", output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "gated", output_loading_info=True)
+    loaded, info = both
     assert [record.message for record in heard.records if record.levelno >= logging.WARNING] == []
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert deadhead.gates_of(loaded) is None
@@ -379,7 +380,9 @@ def test_gates_that_are_not_there_or_damaged(tmp_path: Path) -> None:
     damaged("head_gates.safetensors", b"\x00" * 50, "damaged or cut short")
     other = deadhead.attach(tiny_model(num_attention_heads=2)).state_dict()
     save_file(other, tmp_path / "other.safetensors")
-    damaged("head_gates.safetensors", (tmp_path / "other.safetensors").read_bytes(), "saved gates do not fit this model")
+    damaged(
+        "head_gates.safetensors", (tmp_path / "other.safetensors").read_bytes(), "saved gates do not fit this model"
+    )
 
 
 def test_the_trainers_own_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_flops_fall_in_proportion_to_the_heads(length: int | None) -> None:
     model = tiny_model()
     dense = model_cost(model, length=length)
     for kept in range(5):
-        plan = HeadPlan(kept={0: range(kept), 1: (), 2: range(4 - kept)}, total=dict.fromkeys(range(3), 4))  # type: ignore[dict-item]
+        plan = HeadPlan(kept={0: range(kept), 1: (), 2: range(4 - kept)}, total=dict.fromkeys(range(3), 4))
         cost = model_cost(model, plan, length=length)
         assert cost.attention_flops_per_token == pytest.approx(dense.attention_flops_per_token * 4 / 12, rel=1e-12)
         assert cost.attention_parameters * 12 == dense.attention_parameters * 4
@@ -108,7 +109,7 @@ def test_gates_are_not_counted() -> None:
 
 
 @pytest.mark.parametrize("overrides", [{}, {"adaptive_cutoffs": [5]}, {"tie_word_embeddings": False}])
-def test_on_the_meta_device(overrides: dict[str, object]) -> None:
+def test_on_the_meta_device(overrides: dict[str, Any]) -> None:
     config = tiny_config(**overrides)
     plan = HeadPlan(kept={1: (0,)}, total=dict.fromkeys(range(3), 4))
     model = tiny_model(**overrides)

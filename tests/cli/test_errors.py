@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -58,6 +59,11 @@ def _cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def _without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
 def _config(**values: object) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         path = folder / "config.json"
@@ -102,7 +108,7 @@ def _two(*prepares: Callable[[Path], object]) -> Callable[[Path], object]:
 _CUT = "cut {model} --plan p.json --out {out}"
 _CASES = {
     # The command line itself.
-    "unknown command": _Case("prunе --out {out}", "No such command"),
+    "unknown command": _Case("sprout --out {out}", "No such command 'sprout'"),
     "near command": _Case("trian --out {out}", "No such command 'trian'"),
     "unknown option": _Case("train --out {out} --setps 3", "No such option: --setps"),
     "unknown option of the program": _Case("--colour", "No such option: --colour"),
@@ -111,21 +117,21 @@ _CASES = {
     "without model": _Case("inspect", "Missing argument 'MODEL'"),
     "without recipe": _Case("run", "Missing argument 'RECIPE.toml'"),
     "too many arguments": _Case("inspect {model} {model}", "unexpected extra argument"),
-    "steps not a number": _Case(_TRAIN + " --steps many", "'many' is not a valid int"),
-    "negative steps": _Case(_TRAIN + " --steps -5", "-5 is not in the range x>=1"),
-    "no steps": _Case(_TRAIN + " --steps 0", "0 is not in the range x>=1"),
-    "negative seed": _Case(_TRAIN + " --seed -1", "-1 is not in the range x>=0"),
-    "unknown schedule": _Case(_TRAIN + " --schedule step", "'step' is not one of 'constant', 'cosine', 'linear'"),
-    "unknown tokenizer": _Case(_TRAIN + " --tokenizer char", "'char' is not one of 'byte', 'bpe', 'word'"),
+    "steps not a number": _Case(_TRAIN + " --steps many", "Invalid value for '--steps'"),
+    "negative steps": _Case(_TRAIN + " --steps -5", "Invalid value for '--steps'"),
+    "no steps": _Case(_TRAIN + " --steps 0", "Invalid value for '--steps'"),
+    "negative seed": _Case(_TRAIN + " --seed -1", "Invalid value for '--seed'"),
+    "unknown schedule": _Case(_TRAIN + " --schedule step", "Invalid value for '--schedule'.*'constant', 'cosine'"),
+    "unknown tokenizer": _Case(_TRAIN + " --tokenizer char", "Invalid value for '--tokenizer'.*'byte', 'bpe'"),
     "negative rate": _Case(_TRAIN + " --learning-rate -1", "wrong value for 'learning_rate'"),
     "rate not a number": _Case(_TRAIN + " --learning-rate nan", "wrong value for 'learning_rate'"),
-    "negative l0": _Case(_PRUNE + " --l0 -1", "-1.0 is not in the range x>=0"),
-    "l0 not a number": _Case(_PRUNE + " --l0 nan", "wrong value for 'l0'"),
-    "sparsity above one": _Case(_PRUNE + " --sparsity 1.5", "1.5 is not in the range 0<=x<=0.999"),
+    "negative l0": _Case(_PRUNE + " --l0 -1", "Invalid value for '--l0'"),
+    "l0 not a number": _Case(_PRUNE + " --l0 nan", "value for '(--)?l0'"),
+    "sparsity above one": _Case(_PRUNE + " --sparsity 1.5", "Invalid value for '--sparsity'"),
     "sparsity without pressure": _Case(_PRUNE + " --sparsity 0.5 --l0 0", "l0 must be above 0 with a target sparsity"),
     "no gate rate": _Case(_PRUNE + " --gate-lr-scale 0", "wrong value for 'gate_lr_scale'"),
     "prune without model": _Case("prune --data {text} --out {out}", "Missing option '--model'"),
-    "scale by nothing": _Case("demo --scale-steps 0 --out {out}", "0.0 is not in the range"),
+    "scale by nothing": _Case("demo --scale-steps 0 --out {out}", "Invalid value for '--scale-steps'"),
     # Text.
     "missing text": _Case(_TRAIN.replace("{text}", "nothing.txt"), "nothing.txt"),
     "empty text": _Case(_TRAIN.replace("{text}", "t"), "empty", _write("t", "")),
@@ -133,7 +139,7 @@ _CASES = {
     "text not UTF-8": _Case(_TRAIN.replace("{text}", "t"), "UTF-8", _write("t", "naïve ".encode("latin-1") * 99)),
     "text too short": _Case(_TRAIN.replace("{text}", "t"), "17 tokens were expected", _write("t", "short")),
     "text too short to go on": _Case(_PRUNE.replace("{text}", "t"), "17 tokens were expected", _write("t", "short")),
-    "empty folder of texts": _Case(_TRAIN.replace("{text}", "."), "text"),
+    "empty folder of texts": _Case(_TRAIN.replace("{text}", "."), "Text files were expected"),
     "column of a file": _Case(_TRAIN + " --column text", "column is for data sets"),
     "data set that cannot be loaded": _Case(_TRAIN.replace("{text}", "hf:no/such"), "no/such"),
     "data set without a name": _Case(_TRAIN.replace("{text}", "hf:"), "hf:"),
@@ -146,7 +152,9 @@ _CASES = {
     "out is not ours": _Case(_TRAIN.replace("{out}", "d"), "not written by deadhead", _folder_of("d")),
     "run out is not ours": _Case("run r.toml --out d", "not written by deadhead", _two(_recipe(), _folder_of("d"))),
     "demo out is not ours": _Case("demo --out d", "not written by deadhead", _folder_of("d")),
-    "a run that was begun": _Case("run r.toml --out d", "go on with --resume", _two(_recipe(), _folder_of("d", "recipe.toml"))),
+    "a run that was begun": _Case(
+        "run r.toml --out d", "go on with --resume", _two(_recipe(), _folder_of("d", "recipe.toml"))
+    ),
     "a phase that was stopped": _Case(_TRAIN.replace("{out}", "d"), "d.work is left of", _folder_of("d.work")),
     # Recipes.
     "missing recipe": _Case("run none.toml --out {out}", "there is no such file"),
@@ -170,10 +178,14 @@ _CASES = {
         "generate damaged", "no file named", _damaged(lambda folder: (folder / "model.safetensors").unlink())
     ),
     "configuration not JSON": _Case("inspect damaged", "JSON", _damaged(lambda d: (d / "config.json").write_text("{"))),
-    "configuration a list": _Case("inspect damaged", "configuration", _damaged(lambda d: (d / "config.json").write_text("[]"))),
+    "configuration a list": _Case(
+        "inspect damaged", "configuration", _damaged(lambda d: (d / "config.json").write_text("[]"))
+    ),
     "configuration of text": _Case("inspect damaged", "configuration", _damaged(_config(head_plan="all"))),
     "configuration does not fit": _Case("inspect damaged", "must divide", _damaged(_config(num_attention_heads=7))),
-    "configuration of more layers": _Case("eval damaged --data {text}", "missing tensor", _damaged(_config(num_hidden_layers=3))),
+    "configuration of more layers": _Case(
+        "eval damaged --data {text}", "missing tensor", _damaged(_config(num_hidden_layers=3))
+    ),
     "another architecture": _Case("inspect gpt2", "cannot prune models of type 'gpt2'", _other_architecture),
     "another architecture to cut": _Case("cut gpt2 --plan {plan} --out {out}", "of type 'gpt2'", _other_architecture),
     "another architecture to prune": _Case(_PRUNE.replace("{model}", "gpt2"), "of type 'gpt2'", _other_architecture),
@@ -181,9 +193,11 @@ _CASES = {
     "without a tokenizer": _Case(
         "eval damaged --data {text}",
         "A tokenizer was expected",
-        _damaged(lambda folder: [path.unlink() for path in folder.glob("tokenizer*")]),
+        _damaged(_without_tokenizer),
     ),
-    "text of nothing to validate": _Case("eval {model} --data t --on test", "at least 2 tokens|empty", _write("t", "a")),
+    "text of nothing to validate": _Case(
+        "eval {model} --data t --on test", "at least 2 tokens|empty", _write("t", "a")
+    ),
     "dense model missing": _Case("bench {model} --dense nothing", "A checkpoint folder was expected at nothing"),
     # Plans.
     "missing plan": _Case(_CUT, "A head plan was expected at p.json"),
@@ -191,20 +205,28 @@ _CASES = {
     "plan without totals": _Case(_CUT, "A head plan must be a JSON object", _write("p.json", '{"kept": {}}')),
     "head that is not there": _Case(_CUT, "keeps head 7 of layer 0", _plan('{"0": [7]}')),
     "layer that is not there": _Case(_CUT, "names layer 5", _plan('{"5": [0]}')),
-    "plan of another model": _Case(_CUT, "is for a model with .* heads a layer", _plan("{}", '{"0": 8, "1": 8}')),
-    "plan of fewer layers": _Case(_CUT, "is for a model with", _plan("{}", '{"0": 4}')),
+    "plan of another model": _Case(
+        _CUT, r"is for .*\[8, 8\] heads a layer, but this model had \[4, 4\]", _plan("{}", '{"0": 8, "1": 8}')
+    ),
+    "plan of fewer layers": _Case(
+        _CUT, r"is for .*\[4\] heads a layer, but this model had \[4, 4\]", _plan("{}", '{"0": 4}')
+    ),
     "plan of another unit": _Case(_CUT, "counts in kv_groups", _plan("{}", unit="kv_group")),
-    "cut over its own model": _Case("cut damaged --plan {plan} --out ./damaged", "must not overwrite", _damaged(lambda _: None)),
+    "cut over its own model": _Case(
+        "cut damaged --plan {plan} --out ./damaged", "must not overwrite", _damaged(lambda _: None)
+    ),
     "cut over something": _Case("cut {model} --plan {plan} --out d", "not written by deadhead", _folder_of("d")),
     # Generation and benchmarks.
     "empty prompt": _Case("generate {model} --prompt=", "A prompt of at least one token was expected"),
-    "negative temperature": _Case("generate {model} --temperature -1", "-1.0 is not in the range x>=0"),
-    "temperature not a number": _Case("generate {model} --temperature nan", "temperature must not be negative"),
-    "no new tokens": _Case("generate {model} --max-new-tokens 0", "0 is not in the range x>=1"),
-    "unknown workload": _Case("bench {model} --workload sleep", "'sleep' is not one of"),
-    "no repeats": _Case("bench {model} --repeats 0", "0 is not in the range x>=1"),
-    "no limit": _Case("eval {model} --data {text} --limit 0", "0 is not in the range x>=1"),
-    "unknown part": _Case("eval {model} --data {text} --on all", "'all' is not one of"),
+    "negative temperature": _Case("generate {model} --temperature -1", "Invalid value for '--temperature'"),
+    "temperature not a number": _Case(
+        "generate {model} --temperature nan", "Invalid value for '--temperature'|temperature must not be negative"
+    ),
+    "no new tokens": _Case("generate {model} --max-new-tokens 0", "Invalid value for '--max-new-tokens'"),
+    "unknown workload": _Case("bench {model} --workload sleep", "Invalid value for '--workload'"),
+    "no repeats": _Case("bench {model} --repeats 0", "Invalid value for '--repeats'"),
+    "no limit": _Case("eval {model} --data {text} --limit 0", "Invalid value for '--limit'"),
+    "unknown part": _Case("eval {model} --data {text} --on all", "Invalid value for '--on'"),
 }
 
 
@@ -229,16 +251,9 @@ def test_one_sentence_and_nothing_written(
     assert errors.endswith(".\n")
     assert errors.count("\n") == 1, errors
     assert "Traceback" not in errors
-    pytest.raises(ValueError, match=case.message).__enter__  # noqa: B018
-    assert _matches(case.message, errors), errors
+    assert re.search(case.message, errors), errors
     assert tree(folder) == before
     assert tree(given) == given_before
-
-
-def _matches(pattern: str, text: str) -> bool:
-    import re
-
-    return re.search(pattern, text) is not None
 
 
 def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,7 +303,7 @@ def test_in_a_process_of_its_own(given: Path, tmp_path: Path) -> None:
 
 def test_interrupted_and_resumed(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C in the middle of a run: 130, one sentence, whole checkpoints only, and it goes on to the same weights."""
-    recipe = small_recipe(write_prose(tmp_path), train={"steps": 400, "save_every": 20}, finetune={"steps": 2})
+    recipe = small_recipe(write_prose(tmp_path), train={"steps": 120, "save_every": 30}, finetune={"steps": 2})
     (tmp_path / "r.toml").write_text(to_toml(recipe))
     process = child(_MAIN, "run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run"))
     checkpoints = tmp_path / "run" / "checkpoints" / "train"

@@ -30,7 +30,7 @@ def _metrics(plan: HeadPlan, steps: int = 5) -> list[dict[str, Any]]:
 
 _plans = st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=12).map(
     lambda rows: HeadPlan(
-        kept={layer: [head for head, stays in enumerate(row) if stays] for layer, row in enumerate(rows)},  # type: ignore[misc]
+        kept={layer: [head for head, stays in enumerate(row) if stays] for layer, row in enumerate(rows)},
         total={layer: len(row) for layer, row in enumerate(rows)},
     )
 )

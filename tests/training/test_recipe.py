@@ -34,7 +34,8 @@ _recipes = st.fixed_dictionaries(
         "control": st.booleans(),
         "evaluation_tokens": st.none() | st.integers(1, 10**12),
         "model": st.fixed_dictionaries(
-            {}, optional={"adaptive_cutoffs": st.none() | st.lists(st.integers(1, 10**6)), "hidden_dropout": st.just(0.1)}
+            {},
+            optional={"adaptive_cutoffs": st.none() | st.lists(st.integers(1, 10**6)), "hidden_dropout": st.just(0.1)},
         ),
         "data": st.fixed_dictionaries({}, optional={"source": _names, "column": st.none() | _names}),
         "train": st.fixed_dictionaries({}, optional=_phases),
@@ -83,7 +84,10 @@ def test_recipes_are_frozen() -> None:
         ("[trian]\nsteps = 3", "has an unknown key 'trian'; did you mean 'train'?"),
         ("[data]\nzzzz = 3", "has an unknown key 'data.zzzz'; known are source, tokenizer, vocab_size, column, split"),
         ("[train]\nl0 = 0.1", "has an unknown key 'train.l0'"),
-        ("[train]\nsteps = 0", "wrong value for 'train.steps': input should be greater than or equal to 1, but it is 0"),
+        (
+            "[train]\nsteps = 0",
+            "wrong value for 'train.steps': input should be greater than or equal to 1, but it is 0",
+        ),
         ("[train]\nsteps = -3", "wrong value for 'train.steps': .*, but it is -3"),
         ("[train]\nsteps = 1.5", "wrong value for 'train.steps': .*integer, but it is 1.5"),
         ('[train]\nsteps = "3"', "wrong value for 'train.steps': .*integer, but it is '3'"),
@@ -91,8 +95,14 @@ def test_recipes_are_frozen() -> None:
         ("[train]\nlearning_rate = nan", "wrong value for 'train.learning_rate': .*finite"),
         ("[train]\nlearning_rate = inf", "wrong value for 'train.learning_rate': .*finite"),
         ("[train]\nlearning_rate = 0", "wrong value for 'train.learning_rate'"),
-        ('[train]\nschedule = "step"', "wrong value for 'train.schedule': .*'constant', 'cosine' or 'linear', but it is 'step'"),
-        ("[prune]\nl0 = -0.1", "wrong value for 'prune.l0': input should be greater than or equal to 0, but it is -0.1"),
+        (
+            '[train]\nschedule = "step"',
+            "wrong value for 'train.schedule': .*'constant', 'cosine' or 'linear', but it is 'step'",
+        ),
+        (
+            "[prune]\nl0 = -0.1",
+            "wrong value for 'prune.l0': input should be greater than or equal to 0, but it is -0.1",
+        ),
         ("[prune]\nsparsity = 1.0", "wrong value for 'prune.sparsity': input should be less than 1, but it is 1.0"),
         ("[model]\nheads = 0", "wrong value for 'model.heads'"),
         ("[model]\nhidden_dropout = 1.0", "wrong value for 'model.hidden_dropout': input should be less than 1"),

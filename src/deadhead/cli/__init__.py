@@ -27,6 +27,9 @@ def execute(arguments: list[str]) -> int:
         warnings.simplefilter("ignore")
         try:
             code = app(arguments, prog_name="deadhead", standalone_mode=False)
+            if code == 130:
+                # Newer versions of typer make an exit code of Ctrl-C themselves, without a word.
+                raise KeyboardInterrupt
             return code if isinstance(code, int) else 0
         except typer.Abort:
             raise KeyboardInterrupt from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +62,7 @@ def inspect(
         cost = config_cost(config, length=length)
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise InputError(f"The configuration in {model} cannot be used: {reason}.") from error
     gated = checkpoint.is_gated(model)

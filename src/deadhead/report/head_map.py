@@ -86,7 +86,7 @@ def save_head_map(plan: HeadPlan, metrics: Sequence[Mapping[str, Any]], path: Pa
         course.set(ylim=(-0.03, 1.03), yticks=[0, 1], ylabel=f"layer {layer}")
         course.tick_params(labelbottom=row == len(layers) - 1)
         if row == 0:
-            course.set_title("chance that each head is open in a training draw")
+            course.set_title("chance that each head is open in a training draw (dashed: cut)", fontsize=11)
         if row == len(layers) - 1:
             course.set_xlabel("step of the phase with gates")
     with no_space_is_input_error(path):

@@ -17,10 +17,11 @@ def stages_table(summary: Mapping[str, Any]) -> Table:
     Args:
         summary: what `summary.json` holds.
     """
-    table = Table(title="What was cut, and what it cost", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("")
+    table = Table(title="What was cut, and what it cost", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("", no_wrap=True)
     for name in ("steps", "heads", "parameters", "MFLOP/tok", "perplexity", "bits/byte", "tokens/s"):
-        table.add_column(name, justify="right")
+        # Where the terminal is narrow the list of heads is folded; numbers would be cut off.
+        table.add_column(name, justify="right", no_wrap=name != "heads")
     for stage in (*STAGES, "control"):
         if stage not in summary:
             continue

@@ -46,8 +46,8 @@ class MetricsFile(TrainerCallback):
         self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log before a checkpoint: the means of a resumed run begin there, so those of every run must end there."""
-        if control.should_save:
+        """Log at the end of a phase and before a checkpoint: where a resumed run's means begin, every run's must end."""
+        if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(

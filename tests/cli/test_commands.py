@@ -1,0 +1,231 @@
+"""Every command on a tiny text, one after the other, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import deadhead
+from deadhead import HeadPlan
+from deadhead.cli import execute
+from deadhead.training.recipe import changed, parse_recipe, to_toml
+from tests.small import assert_same_tensors, small_recipe, weights
+
+_STEPS = ("--steps", "3", "--batch-size", "2")
+
+
+class _Command:
+    """Runs a command that must succeed, and returns what it printed."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
+
+    def __call__(self, *arguments: object) -> str:
+        self.capfd.readouterr()
+        code = execute([str(argument) for argument in arguments])
+        output, errors = self.capfd.readouterr()
+        assert (code, errors) == (0, "")
+        return output
+
+    def json(self, *arguments: object) -> dict[str, Any]:
+        """Run a command with --json."""
+        result = json.loads(self(*arguments, "--json"))
+        assert isinstance(result, dict)
+        return result
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> _Command:
+    return _Command(capfd)
+
+
+def test_from_nothing_to_a_tuned_model(given: Path, tmp_path: Path, command: _Command) -> None:
+    text = given / "prose.txt"
+    shape = ("--layers", 2, "--width", 32, "--heads", 4, "--persistent", 8, "--segment-length", 8, "--memory-length", 8)
+    dense = command.json("train", "--data", text, "--out", tmp_path / "dense", *shape, *_STEPS)
+    assert (dense["heads"], dense["steps"]) == ([4, 4], 3)
+    assert deadhead.load(tmp_path / "dense").config.num_persistent == 8
+    assert (tmp_path / "dense" / "metrics.jsonl").exists()
+    assert list((tmp_path / "dense" / "tensorboard").glob("events*"))
+
+    pruned = command.json(
+        *("prune", "--model", tmp_path / "dense", "--data", text, "--out", tmp_path / "pruned", "--sparsity", 0.5),
+        *(*_STEPS, "--gate-lr-scale", 100),
+    )
+    assert sum(pruned["heads"]) == 4
+    assert pruned["parameters"] < dense["parameters"]
+    plan = HeadPlan.from_json(tmp_path / "pruned" / "head_plan.json")
+    assert plan.heads == pruned["heads"]
+
+    tuned = command.json(
+        "finetune", "--model", tmp_path / "pruned", "--data", text, "--out", tmp_path / "tuned", *_STEPS
+    )
+    assert tuned["heads"] == pruned["heads"]
+    assert tuned["perplexity"] != pruned["perplexity"]
+    assert HeadPlan.from_json(tmp_path / "tuned" / "head_plan.json") == plan
+
+    measured = command.json("eval", tmp_path / "tuned", "--data", text)
+    assert measured["perplexity"] == pytest.approx(tuned["perplexity"], rel=1e-5)
+    assert set(measured) == {
+        *("loss", "perplexity", "word_perplexity", "bits_per_byte", "tokens", "tokens_per_second"),
+    }
+    inspected = command.json("inspect", tmp_path / "tuned")
+    assert inspected["heads"] == plan.heads
+    assert inspected["total_heads"] == [4, 4]
+    assert inspected["parameters"] == tuned["parameters"]
+    assert inspected["gated"] is False
+
+    timed = command.json("bench", tmp_path / "tuned", "--dense", tmp_path / "dense", "--repeats", 2, "--length", 16)
+    assert timed["speedup_the_flops_allow"] == dense["flops_per_token"] / tuned["flops_per_token"] > 1
+    assert timed["efficiency"] == pytest.approx(timed["speedup"] / timed["speedup_the_flops_allow"])
+    assert timed["speedup"] == pytest.approx(timed["dense"]["seconds"] / timed["model"]["seconds"])
+
+    words = command.json("generate", tmp_path / "tuned", "--prompt", "the cat", "--max-new-tokens", 5)
+    assert words["text"].startswith("the cat")
+    # No work is left behind, and no half-written folder.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "pruned", "tuned"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert_same_tensors(loaded.state_dict(), deadhead.load(tmp_path / "tuned").state_dict())
+
+
+def test_learned_ratio(given: Path, tmp_path: Path, command: _Command) -> None:
+    """With λ far too large every gate closes, with none every gate stays open."""
+    common = ("prune", "--model", given / "model", "--data", given / "prose.txt", "--gate-lr-scale", 1000, *_STEPS)
+    closed = command.json(*common, "--out", tmp_path / "closed", "--l0", 50, "--l0-warmup-steps", 0)
+    assert closed["heads"] == [0, 0]
+    assert command.json("inspect", tmp_path / "closed")["kv_cache_bytes"] == 0
+    opened = command.json(*common, "--out", tmp_path / "open", "--l0", 0, "--init", 50)
+    assert opened["heads"] == [4, 4]
+
+
+def test_gates_kept(given: Path, tmp_path: Path, command: _Command) -> None:
+    result = command.json(
+        *("prune", "--model", given / "model", "--data", given / "prose.txt", "--out", tmp_path / "gated"),
+        *("--sparsity", 0.25, "--no-cut", "--no-output-scale", "--weighting", "output_difference", *_STEPS),
+    )
+    assert sum(result["heads"]) == 6
+    model, gates = deadhead.load_gated(tmp_path / "gated")
+    assert gates.plan().heads == result["heads"]
+    assert not gates.config.output_scale
+    assert float(gates.difference()[0].min()) > 0
+    assert command.json("inspect", tmp_path / "gated")["gated"] is True
+    assert "saved with gates on" in command("inspect", tmp_path / "gated")
+    # Cut later, by the plan the gates have learned.
+    gates.plan().to_json(tmp_path / "plan.json")
+    command("cut", tmp_path / "gated", "--plan", tmp_path / "plan.json", "--out", tmp_path / "cut")
+    deadhead.cut(model, gates.plan())
+    ids = torch.arange(24).view(1, 24)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(
+            deadhead.load(tmp_path / "cut")(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_cut_by_a_plan(given: Path, tmp_path: Path, command: _Command) -> None:
+    result = command.json("cut", given / "model", "--plan", given / "plan.json", "--out", tmp_path / "cut")
+    assert result["before"]["heads"] == [4, 4]
+    assert result["after"]["heads"] == [2, 0]
+    assert deadhead.model_cost(deadhead.load(tmp_path / "cut")).heads == [2, 0]
+    text = command("cut", given / "model", "--plan", given / "plan.json", "--out", tmp_path / "cut")
+    assert "layer 0  · ■ ■ ·  2/4\nlayer 1  · · · ·  0/4\n" in text
+    assert f"{result['before']['parameters']:,} → {result['after']['parameters']:,} parameters" in text
+    # It has its tokenizer, and can be used at once.
+    assert command("generate", tmp_path / "cut", "--prompt", "a", "--max-new-tokens", 2).startswith("a")
+
+
+def test_tables(given: Path, command: _Command) -> None:
+    inspected = command("inspect", given / "model")
+    assert inspected.startswith("layer 0  ■ ■ ■ ■  4/4\n")
+    assert f"{deadhead.model_cost(deadhead.load(given / 'model')).parameters:,}" in inspected
+    measured = command("eval", given / "model", "--data", given / "prose.txt", "--limit", 50, "--on", "test")
+    assert measured.startswith("perplexity ")
+    assert "; 50 tokens at " in measured
+    timed = command("bench", given / "model", "--dense", given / "model", "--repeats", 1, "--length", 8)
+    assert "the removed FLOPs allow 1.00" in timed
+
+
+def test_generation_is_seeded(given: Path, command: _Command) -> None:
+    texts = [
+        command("generate", given / "model", "--max-new-tokens", 9, "--seed", seed, "--prompt", "[bold]x")
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    # Square brackets are text, not markup.
+    assert texts[0].startswith("[bold]x")
+
+
+def test_a_phase_goes_on(given: Path, tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after its steps and before its checkpoint was written, `--resume` ends in the same weights."""
+    common = ("finetune", "--model", given / "model", "--data", given / "prose.txt", "--save-every", 2, *_STEPS)
+    command(*common, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+
+        def stop(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("deadhead.training.single.evaluate", stop)
+        assert execute([str(word) for word in (*common, "--out", tmp_path / "stopped")]) == 130
+    assert (tmp_path / "stopped.work" / "checkpoints").is_dir()
+    assert not (tmp_path / "stopped").exists()
+    command(*common, "--out", tmp_path / "stopped", "--resume")
+    assert_same_tensors(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert not (tmp_path / "stopped.work").exists()
+
+
+def test_a_recipe_gives_what_the_options_do_not(given: Path, tmp_path: Path, command: _Command) -> None:
+    recipe = small_recipe(given / "prose.txt", model={"layers": 1, "persistent": 3})
+    (tmp_path / "r.toml").write_text(to_toml(recipe))
+    result = command.json(
+        *("train", "--recipe", tmp_path / "r.toml", "--data", given / "prose.txt", "--out", tmp_path / "model"),
+        *("--heads", 2, "--steps", 1),
+    )
+    assert (result["heads"], result["steps"]) == ([2], 1)
+    assert deadhead.load(tmp_path / "model").config.num_persistent == 3
+
+
+def _assert_picture(path: Path) -> None:
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = matplotlib.image.imread(path)
+    assert pixels.shape[0] > 100
+    assert pixels.shape[1] > 500
+    assert len({tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, pixels.shape[2]).tolist()}) > 3
+
+
+def test_a_whole_run(given: Path, tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe(given / "prose.txt", prune={"sparsity": 0.5}, control=True)
+    (tmp_path / "r.toml").write_text(to_toml(recipe))
+    monkeypatch.chdir(tmp_path)
+    text = command("run", "r.toml", "--quiet", "--scale-steps", 0.7)
+    for words in ("What was cut, and what it cost", "control", "50% of the heads", "model continues:"):
+        assert words in text
+    run = tmp_path / "runs" / "small"
+    summary = json.loads((run / "summary.json").read_text())
+    # 3, 5 and 3 steps by 0.7, rounded.
+    assert [summary[stage]["steps"] for stage in ("dense", "gated", "finetuned")] == [2, 6, 8]
+    _assert_picture(run / "head_map.png")
+    # Once more with --resume: nothing is trained again, the numbers are the same.
+    again = command.json("run", "r.toml", "--scale-steps", 0.7, "--resume")
+    assert again["finetuned"]["perplexity"] == summary["finetuned"]["perplexity"]
+
+
+def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole story from the recipe that is installed: a hundredth of its steps, short measurements."""
+    pytest.importorskip("deadhead.recipes", reason="deadhead is not installed, so its recipes are not where it looks.")
+    monkeypatch.setattr(
+        "deadhead.cli.run.parse_recipe",
+        lambda text, name: changed(parse_recipe(text, name=name), evaluation_tokens=2000),
+    )
+    summary = command.json("demo", "--scale-steps", 0.01, "--out", tmp_path / "demo")
+    assert set(summary) >= {"dense", "gated", "cut", "finetuned", "data", "versions", "samples"}
+    assert summary["data"]["source"] == "stdlib"
+    assert summary["cut"]["perplexity"] == pytest.approx(summary["gated"]["perplexity"], rel=1e-4)
+    assert 0 < summary["finetuned"]["perplexity"] < 1000
+    _assert_picture(tmp_path / "demo" / "head_map.png")
+    assert HeadPlan.from_json(tmp_path / "demo" / "head_plan.json").heads == summary["cut"]["heads"]
