@@ -46,7 +46,7 @@ class MetricsFile(TrainerCallback):
         self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log at the end of a phase and before a checkpoint: where a resumed run's means begin, every run's must end."""
+        """Log at the end of a phase and before a checkpoint: where one resumed begins to average, all must end."""
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
