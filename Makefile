@@ -40,8 +40,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@rm $(INCOMPLETE) && touch $@
 
-demo: $(INSTALLED) ## train, prune and cut a small model in minutes (DEMO_ARGS)
-	$(BIN)/deadhead demo $(DEMO_ARGS)
+demo: $(INSTALLED) ## train, prune and cut a small model in minutes, or go on where it stopped (DEMO_ARGS)
+	$(BIN)/deadhead demo --resume $(DEMO_ARGS)
 
 test: $(INSTALLED) ## run the tests (PYTEST_ARGS, WORKERS)
 	$(PYTEST) -m 'not full and not gpu' $(PYTEST_ARGS)

@@ -113,7 +113,16 @@ def main() -> None:
             for key, model in models.items()
         }
         table = Table(title=f"{name}: {shape['batch']} × {shape['segment']} tokens")
-        columns = ("workload", "heads kept", "FLOPs removed", "ms", "speedup", "FLOPs allow", "efficiency", "time/floor")
+        columns = (
+            "workload",
+            "heads kept",
+            "FLOPs removed",
+            "ms",
+            "speedup",
+            "FLOPs allow",
+            "efficiency",
+            "time/floor",
+        )
         for column in columns:
             table.add_column(column, justify="right")
         for workload in WORKLOADS:

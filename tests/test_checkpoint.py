@@ -392,3 +392,25 @@ def test_the_trainers_own_checkpoint_is_refused(tmp_path: Path) -> None:
     assert any("head_gate" in name for name in weights(tmp_path / "checkpoint-5"))
     with pytest.raises(InputError, match="was saved in the middle of training with gates; resume that run"):
         deadhead.load(tmp_path / "checkpoint-5")
+
+
+def test_another_programs_model_is_left_alone(tmp_path: Path) -> None:
+    """A folder with a config.json is a model, but only one whose card names deadhead is ours to replace."""
+    theirs = tmp_path / "theirs"
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)).save_pretrained(theirs)
+    before = tree(theirs)
+    with pytest.raises(InputError, match="deadhead did not write"):
+        deadhead.save(tiny_model(), theirs)
+    assert tree(theirs) == before
+
+
+def test_code_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
+    """The message says why, and nothing of the folder is run."""
+    folder = tmp_path / "unknown"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard_of", "auto_map": auto_map}))
+    with pytest.raises(InputError, match="would run code"):
+        deadhead.load(folder)
+    assert not (tmp_path / "ran").exists()

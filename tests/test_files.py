@@ -14,6 +14,7 @@ from deadhead.errors import InputError
 from deadhead.files import (
     no_space_is_input_error,
     read_json,
+    remove_left_overs,
     replaced_folder,
     require_replaceable,
     write_json,
@@ -167,3 +168,16 @@ def test_only_what_is_ours_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(ours)
     with pytest.raises(InputError, match="choose another place"):
         require_replaceable(tmp_path / "link", markers)
+
+
+def test_left_overs_of_a_killed_process(tmp_path: Path) -> None:
+    """They don't make a folder foreign, and can be removed by the names they were to get."""
+    (tmp_path / ".recipe.toml.x1").write_text("half")
+    require_replaceable(tmp_path, ("recipe.toml",))
+    (tmp_path / ".dense.x2").mkdir()
+    (tmp_path / ".dense.x2" / "model.safetensors").write_text("half")
+    (tmp_path / ".git").mkdir()
+    remove_left_overs(tmp_path, ("recipe.toml", "dense"))
+    assert [path.name for path in tmp_path.iterdir()] == [".git"]
+    with pytest.raises(InputError, match="was not written by deadhead"):
+        require_replaceable(tmp_path, ("recipe.toml",))

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.cost import model_cost
 from deadhead.errors import InputError
@@ -23,7 +23,8 @@ from deadhead.layouts import find_layout
 PLAN_FILE = "head_plan.json"
 GATES_FILE = "head_gates.safetensors"
 GATES_CONFIG_FILE = "head_gates.json"
-_MARKERS = ("config.json",)
+# In every model card of ours; a folder without it is not overwritten.
+_TAG = "deadhead"
 
 
 def save(
@@ -48,7 +49,7 @@ def save(
         InputError: `path` holds something else, cannot be written, or the device is full.
     """
     path = Path(path)
-    require_replaceable(path, _MARKERS)
+    require_ours_or_free(path)
     gates = gates_of(model)
     with replaced_folder(path) as folder:
         weights = {name: value for name, value in model.state_dict().items() if ".head_gate." not in f".{name}"}
@@ -64,6 +65,18 @@ def save(
         write_text(folder / "README.md", _model_card(model, metrics or {}))
 
 
+def require_ours_or_free(path: Path) -> None:
+    """Check that a checkpoint may be written to `path`: nothing is there, or a checkpoint that deadhead wrote.
+
+    Raises:
+        InputError: something else is there, other programs' models included.
+    """
+    require_replaceable(path, ("config.json",))
+    card = path / "README.md"
+    if (path / "config.json").exists() and not (card.is_file() and _TAG in card.read_text("utf-8", errors="replace")):
+        raise InputError(f"{path} holds a model that deadhead did not write; choose another place.")
+
+
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a language model from a checkpoint folder, in evaluation mode; never runs code from it.
 
@@ -76,6 +89,12 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     if not path.is_dir():
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     config = read_json(path / "config.json", what="model configuration")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING:
+        raise InputError(
+            f"The checkpoint {path} has model type {kind!r}, which neither deadhead nor transformers knows; loading it "
+            "would run code that it brings along, and deadhead never does that."
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
@@ -87,7 +106,6 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         raise InputError(f"The weights in {path} do not fit its configuration: {reason}.") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
-        kind = config.get("model_type", "unknown") if isinstance(config, dict) else "unknown"
         raise InputError(f"The checkpoint {path} (model type {kind!r}) cannot be loaded: {reason}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if any("head_gate." in str(name) for name in info["unexpected_keys"]):
@@ -135,7 +153,7 @@ def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
 
 def _model_card(model: PreTrainedModel, metrics: Mapping[str, float]) -> str:
     cost = model_cost(model)
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["deadhead", "pruned-attention-heads"]}
+    front: dict[str, Any] = {"library_name": "transformers", "tags": [_TAG, "pruned-attention-heads"]}
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),

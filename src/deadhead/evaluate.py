@@ -53,6 +53,7 @@ def evaluate(
 
     The text is cut into `batch_size` contiguous rows that are read segment by segment with a sliding cache; every row
     but the first begins one memory length early, without being scored there, so that it starts with a full memory.
+    (What deeper layers know of the text before that is missing there; with `batch_size` 1 nothing is.)
 
     Args:
         model: an All-attention model; switched to evaluation for the time.

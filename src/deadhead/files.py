@@ -93,11 +93,27 @@ def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path} is a file, but a folder is to be written there; choose another place.")
-    if path.is_dir() and any(path.iterdir()) and not any((path / marker).exists() for marker in markers):
+    if (
+        path.is_dir()
+        and any(not _is_left_over(entry, markers) for entry in path.iterdir())
+        and not any((path / marker).exists() for marker in markers)
+    ):
         raise InputError(
             f"{path} exists and was not written by deadhead (it has none of {', '.join(markers)}); "
             "choose another place or empty it."
         )
+
+
+def _is_left_over(entry: Path, names: tuple[str, ...]) -> bool:
+    # What was being written when the process was killed.
+    return any(entry.name.startswith(f".{name}.") for name in names)
+
+
+def remove_left_overs(folder: Path, names: tuple[str, ...]) -> None:
+    """Remove what a killed process was writing in `folder` under one of `names`, files and folders."""
+    for entry in folder.iterdir():
+        if _is_left_over(entry, names):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 @contextmanager

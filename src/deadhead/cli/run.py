@@ -60,7 +60,10 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
             name: max(1 if name == "steps" else 0, round(values[name] * factor)) for name in names if name in values
         }
 
-    sections = {name: scaled(getattr(recipe, name)) for name in ("train", "prune", "finetune")}
+    sections: dict[str, Any] = {name: scaled(getattr(recipe, name)) for name in ("train", "prune", "finetune")}
+    tokens = recipe.evaluation_tokens
+    if tokens is not None and factor < 1:
+        sections["evaluation_tokens"] = max(1000, round(tokens * factor))
     result: Recipe = changed(recipe, **sections)
     return result
 

@@ -20,7 +20,7 @@ from deadhead.cut import cut
 from deadhead.data import TokenizedCorpus, load_text, load_tokenizer
 from deadhead.errors import InputError
 from deadhead.evaluate import evaluate
-from deadhead.files import read_json, replaced_folder, require_replaceable, write_json, write_text
+from deadhead.files import read_json, remove_left_overs, replaced_folder, require_replaceable, write_json, write_text
 from deadhead.gates import HeadGates
 from deadhead.gating import attach
 from deadhead.generate import generate_text
@@ -34,6 +34,7 @@ STAGES = ("dense", "gated", "cut", "finetuned")
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
+_FOLDERS = ("dense", "gated", "pruned", "control", "tokenizer")
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Told of the name of what goes on, how much is done, how much there is, and the last numbers."""
@@ -108,6 +109,7 @@ class Run:
                 )
             if load_recipe(folder / RECIPE_FILE) != recipe:
                 raise InputError(f"{folder} holds a run of another recipe; resume it with {folder / RECIPE_FILE}.")
+            remove_left_overs(folder, (*_FOLDERS, RECIPE_FILE, SUMMARY_FILE, checkpoint.PLAN_FILE))
         else:
             write_text(folder / RECIPE_FILE, to_toml(recipe))
         return cls(folder, recipe, progress or (lambda *_: None), fresh)

@@ -14,12 +14,14 @@ from deadhead.cut import cut as cut_heads
 from deadhead.data import load_text, load_tokenizer
 from deadhead.errors import InputError
 from deadhead.evaluate import evaluate
-from deadhead.files import require_replaceable
+from deadhead.files import read_json, write_json
 from deadhead.gating import attach
 from deadhead.training.phases import gate_config, train
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.run import METRICS_FILE, build_model
 from deadhead.training.trainer import last_checkpoint
+
+_SETTINGS_FILE = "settings.json"
 
 Phase = Literal["train", "prune", "finetune"]
 
@@ -58,10 +60,27 @@ def run_single(
         DivergenceError: training diverged.
     """
     work = out.with_name(out.name + ".work")
-    require_replaceable(out, ("config.json",))
+    checkpoint.require_ours_or_free(out)
     if work.exists() and not resume:
         raise InputError(f"{work} is left of a phase that was stopped; go on with --resume, or delete it.")
+    if resume and not work.exists():
+        raise InputError(
+            f"There is nothing to resume: {work}, where a stopped phase leaves its checkpoints, is not there."
+        )
+    settings = {
+        "phase": phase,
+        "recipe": recipe.model_dump(),
+        "data": data.model_dump(),
+        "model": None if model is None else str(model.resolve()),
+        "shape": None if shape is None else shape.model_dump(),
+        "seed": seed,
+    }
     with _gone_if_unused(work):
+        if (work / _SETTINGS_FILE).exists():
+            if read_json(work / _SETTINGS_FILE, what="list of a phase's settings") != settings:
+                raise InputError(f"{work} is left of a phase with other settings; resume with those, or delete it.")
+        else:
+            write_json(work / _SETTINGS_FILE, settings)
         progress("reading text", 0, 1, {})
         if model is None:
             text, tokenizer = load_text(

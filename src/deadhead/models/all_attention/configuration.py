@@ -124,7 +124,7 @@ class AllAttentionConfig(PreTrainedConfig):
             self._validate_plan()
 
     def _validate_plan(self) -> None:
-        plan = self.head_plan or {}
+        plan = self.head_plan if isinstance(self.head_plan, dict) else {}
         kept, total = plan.get("kept"), plan.get("total")
         layers = {str(layer) for layer in range(self.num_hidden_layers)}
         if not isinstance(kept, dict) or not isinstance(total, dict) or set(total) != layers or set(kept) != layers:
