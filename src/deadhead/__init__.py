@@ -18,7 +18,7 @@ from deadhead.gates import GateConfig, HeadGates
 from deadhead.gating import attach, detach, gates_of
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
 from deadhead.plan import HeadPlan
-from deadhead.training import PhaseRecipe, PruneRecipe, SparsityCallback, train
+from deadhead.training import PhaseRecipe, PruneRecipe, SparsityCallback, gate_config, train
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "cut",
     "detach",
     "evaluate",
+    "gate_config",
     "gates_of",
     "load",
     "load_gated",

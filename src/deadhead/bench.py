@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ class Timing:
 
     Args:
         workload: "prefill" (a forward over batch × length tokens), "decode" (one token for each text at a time, after
-            a context of `length`) or "train" (forward and backward over batch × length tokens).
+            a context of `length` that is not timed) or "train" (forward and backward over batch × length tokens).
         seconds: median of one repetition.
         tokens_per_second: tokens of the workload over `seconds`.
     """
@@ -66,16 +66,17 @@ def bench(
             raise InputError(f"A benchmark's {name} must be at least 1, but it is {value}.")
     if workload not in WORKLOADS:
         raise InputError(f"A benchmark's workload must be one of {', '.join(WORKLOADS)}, but it is {workload!r}.")
-    runs: dict[str, Callable[[], None]] = {}
+    runs: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
     for name, model in models.items():
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.get_text_config().vocab_size, (batch_size, length + 1), generator=generator)
         runs[name] = _run(model, ids.to(model.device), workload, new_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repeats + 1):
-        for name, run in runs.items():
+        for name, (prepare, run) in runs.items():
+            prepared = prepare()
             begin = time.perf_counter()
-            run()
+            run(prepared)
             if models[name].device.type == "cuda":
                 torch.cuda.synchronize()
             if repetition:
@@ -88,26 +89,38 @@ def bench(
     }
 
 
-def _run(model: PreTrainedModel, ids: torch.Tensor, workload: Workload, new_tokens: int) -> Callable[[], None]:
-    def prefill() -> None:
+def _run(
+    model: PreTrainedModel, ids: torch.Tensor, workload: Workload, new_tokens: int
+) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Return what comes before a repetition, untimed, and the repetition, which takes what that returned."""
+
+    def read() -> Any:
+        with evaluating(model), torch.inference_mode():
+            return model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+
+    def prefill(_: Any) -> None:
         with evaluating(model), torch.inference_mode():
             model(input_ids=ids[:, :-1], use_cache=True)
 
-    def decode() -> None:
-        # The context's own time is in every model's alike; its share falls with the number of new tokens.
+    def decode(cache: Any) -> None:
         with evaluating(model), torch.inference_mode():
-            outputs = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
             for _ in range(new_tokens):
-                outputs = model(input_ids=ids[:, -1:], past_key_values=outputs.past_key_values, use_cache=True)
+                model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
 
-    def train() -> None:
-        was_training = model.training
+    def train(_: Any) -> None:
+        modes = [(module, module.training) for module in model.modules()]
         model.train()
-        model(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
-        model.train(was_training)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Gradients are returned, not stored, so that the caller's stay as they are.
+        torch.autograd.grad(
+            model(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss, parameters, allow_unused=True
+        )
+        for module, training in modes:
+            module.training = training
 
-    return {"prefill": prefill, "decode": decode, "train": train}[workload]
+    if workload == "decode":
+        return read, decode
+    return lambda: None, prefill if workload == "prefill" else train
 
 
 def efficiency(dense_seconds: float, pruned_seconds: float, dense_flops: float, pruned_flops: float) -> float:

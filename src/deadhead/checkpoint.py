@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,8 @@ PLAN_FILE = "head_plan.json"
 GATES_FILE = "head_gates.safetensors"
 GATES_CONFIG_FILE = "head_gates.json"
 # In every model card of ours; a folder without it is not overwritten.
-_TAG = "deadhead"
+_TAG = '"deadhead", "pruned-attention-heads"'
+_ENDINGS = {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt", ".model"}
 
 
 def save(
@@ -33,6 +35,7 @@ def save(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     metrics: Mapping[str, float] | None = None,
+    files: Sequence[Path] = (),
 ) -> None:
     """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -44,6 +47,7 @@ def save(
         path: the folder; a checkpoint that is there already is replaced as a whole.
         tokenizer: written beside the model if given.
         metrics: measured numbers for the model card, such as {"perplexity": 5.9}.
+        files: files and folders to copy beside the model; those that don't exist are left out.
 
     Raises:
         InputError: `path` holds something else, cannot be written, or the device is full.
@@ -62,6 +66,11 @@ def save(
             write_json(folder / GATES_CONFIG_FILE, asdict(gates.config))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+        for file in files:
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name)
+            elif file.exists():
+                shutil.copy2(file, folder / file.name)
         write_text(folder / "README.md", _model_card(model, metrics or {}))
 
 
@@ -75,6 +84,9 @@ def require_ours_or_free(path: Path) -> None:
     card = path / "README.md"
     if (path / "config.json").exists() and not (card.is_file() and _TAG in card.read_text("utf-8", errors="replace")):
         raise InputError(f"{path} holds a model that deadhead did not write; choose another place.")
+    for entry in path.iterdir() if path.is_dir() else ():
+        if entry.name != "tensorboard" and entry.suffix not in _ENDINGS:
+            raise InputError(f"{path} holds {entry.name} beside a checkpoint of deadhead; choose another place.")
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -153,7 +165,7 @@ def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
 
 def _model_card(model: PreTrainedModel, metrics: Mapping[str, float]) -> str:
     cost = model_cost(model)
-    front: dict[str, Any] = {"library_name": "transformers", "tags": [_TAG, "pruned-attention-heads"]}
+    front: dict[str, Any] = {"library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),

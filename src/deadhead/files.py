@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -30,6 +31,8 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"{path} cannot be written: {error.strerror}; choose another place.") from error
+        if error.errno in (errno.EBUSY, errno.EINVAL):
+            raise InputError(f"{path} cannot be replaced by another folder; choose another place.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise InputError(f"{path} cannot be made a folder: a file of that name is in the way.") from error
         raise
@@ -60,7 +63,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """Return `value` as indented JSON; numbers that are not finite, which JSON does not have, become null."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(inner) for key, inner in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [finite(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=2, allow_nan=False)
 
 
 def read_json(path: Path, *, what: str) -> Any:
@@ -122,6 +138,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
     A replaced folder is moved aside before the new one is moved in, so that a reader never sees a mixture.
     """
+    path = path.resolve()  # "." has no name to write beside
     with no_space_is_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

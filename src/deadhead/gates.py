@@ -221,6 +221,13 @@ class HeadGates:
         for gate in self.gates.values():
             gate.track_difference = on
 
+    def average_difference(self) -> None:
+        """Take the mean of the output differences over all processes, each of which measured its own batches."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for gate in self.gates.values():
+                torch.distributed.all_reduce(gate.difference)
+                gate.difference /= torch.distributed.get_world_size()
+
     def log_alpha(self) -> dict[Layer, Tensor]:
         """Return log_alpha by layer, detached, on the CPU."""
         return {layer: gate.log_alpha.detach().cpu() for layer, gate in self}

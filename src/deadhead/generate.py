@@ -39,8 +39,8 @@ def generate_text(
             f"The prompt has token {int(ids.max())}, but the model's vocabulary ends at {vocabulary - 1}; "
             "use the tokenizer the model was trained with."
         )
-    if not temperature >= 0:
-        raise InputError(f"The temperature must not be negative, but it is {temperature}.")
+    if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+        raise InputError(f"The temperature must be 0 or lie between 0.001 and 1000, but it is {temperature}.")
     if max_new_tokens < 1:
         raise InputError(f"At least one new token must be asked for, but {max_new_tokens} were.")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ Layer = int | str
 Unit = Literal["head", "kv_group"]
 
 _VERSION = 1
-_KEYS = {"version", "unit", "total", "kept", "output_scale"}
+# Version 2 adds "blocks", which name parts of feed-forward layers.
+_KEYS = {"version", "unit", "total", "kept", "output_scale", "blocks"}
+_MOST_HEADS = 100_000
 
 
 def _layer(key: Layer) -> Layer:
-    return int(key) if isinstance(key, str) and key.lstrip("-").isdigit() else key
+    return int(key) if isinstance(key, str) and re.fullmatch("[0-9]+", key) else key
 
 
 def _by_layer(values: Mapping[Layer, Any], what: str) -> dict[Layer, Any]:
@@ -70,6 +73,8 @@ class HeadPlan:
         for layer, count in total.items():
             if not _is_count(count) or count == 0:
                 raise InputError(f"A head plan must give layer {layer} at least one head in all, but gives {count!r}.")
+            if count > _MOST_HEADS:
+                raise InputError(f"A head plan gives layer {layer} {count} heads, but no model has over {_MOST_HEADS}.")
         kept: dict[Layer, tuple[int, ...]] = {layer: tuple(range(count)) for layer, count in total.items()}
         for layer, heads in _by_layer(self.kept, "kept heads").items():
             if layer not in total:
@@ -138,8 +143,11 @@ class HeadPlan:
         unknown = sorted(set(values) - _KEYS)
         if unknown:
             raise InputError(f"The head plan has an unknown key {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}.")
-        if values.get("version", _VERSION) != _VERSION:
-            raise InputError(f"The head plan has version {values['version']!r}, but this deadhead reads {_VERSION}.")
+        version = values.get("version", _VERSION)
+        if isinstance(version, bool) or version not in (_VERSION, 2):
+            raise InputError(f"The head plan has version {version!r}, but this deadhead reads 1 and 2.")
+        if values.get("blocks"):
+            raise InputError("The head plan also names feed-forward blocks to cut, which this deadhead cannot do yet.")
         if not isinstance(values["total"], dict) or not isinstance(values["kept"], dict):
             raise InputError('A head plan\'s "total" and "kept" must be JSON objects with one entry a layer.')
         return cls(

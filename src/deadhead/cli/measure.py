@@ -83,7 +83,9 @@ def bench(
     models = {"model": checkpoint.load(model)}
     if dense is not None:
         models = {"dense": checkpoint.load(dense), **models}
-    costs = {name: model_cost(network) for name, network in models.items()}
+    # Without a past every token of a text sees half of it on average.
+    past = length if workload == "decode" else length // 2
+    costs = {name: model_cost(network, length=past) for name, network in models.items()}
     timings = run_bench(models, workload=workload, batch_size=batch_size, length=length, repeats=repeats)
     result: dict[str, object] = {
         name: {**asdict(timing), "flops_per_token": costs[name].flops_per_token} for name, timing in timings.items()

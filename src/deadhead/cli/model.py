@@ -62,12 +62,12 @@ def inspect(
         cost = config_cost(config, length=length)
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise InputError(f"The configuration in {model} cannot be used: {reason}.") from error
     gated = checkpoint.is_gated(model)
     if as_json:
-        print_json({**asdict(cost), "gated": gated, "prunable": True})
+        print_json({**asdict(cost), "gated": gated})
         return
     recorded = getattr(config, "head_plan", None)
     plan = HeadPlan.keep_all(dict(enumerate(cost.total_heads))) if recorded is None else HeadPlan.from_dict(recorded)

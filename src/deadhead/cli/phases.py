@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Data, Quiet, Seed, console, print_json, progress
+from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe, changed, load_recipe
 from deadhead.training.single import Phase, run_single
 
@@ -22,6 +22,11 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the checkpoint to wr
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", help="Take settings that are not given here from this recipe.")
 ]
+PhaseData = Annotated[
+    str | None,
+    typer.Option("--data", help="A text file, a directory, 'stdlib' (the default), or hf:NAME[:CONFIG]."),
+]
+PhaseSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the optimizer.")]
 Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows of a batch.")]
 Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
@@ -36,7 +41,7 @@ Split = Annotated[str | None, typer.Option("--split", help="The one split of an 
 
 def train(
     out: Out,
-    data: Data = "stdlib",
+    data: PhaseData = None,
     model: ModelOption = None,
     recipe: RecipeOption = None,
     layers: Annotated[int | None, typer.Option("--layers", min=1)] = None,
@@ -56,7 +61,7 @@ def train(
     bf16: Bf16 = None,
     column: Column = None,
     split: Split = None,
-    seed: Seed = 0,
+    seed: PhaseSeed = None,
     resume: Resume = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -74,13 +79,13 @@ def train(
     )
     text: DataRecipe = changed(base.data, tokenizer=tokenizer, vocab_size=vocab_size, column=column, split=split)
     phase: PhaseRecipe = changed(base.train, **_common(locals()))
-    _run("train", phase, out, model, data, text, seed, resume, quiet, as_json, shape=shape)
+    _run("train", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, shape=shape)
 
 
 def prune(
     out: Out,
     model: RequiredModel,
-    data: Data = "stdlib",
+    data: PhaseData = None,
     recipe: RecipeOption = None,
     l0: Annotated[
         float | None, typer.Option("--l0", min=0, help="λ of the sparsity loss: the ratio is learned.")
@@ -105,7 +110,7 @@ def prune(
     bf16: Bf16 = None,
     column: Column = None,
     split: Split = None,
-    seed: Seed = 0,
+    seed: PhaseSeed = None,
     resume: Resume = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -124,13 +129,13 @@ def prune(
         **_common(locals()),
     )
     text: DataRecipe = changed(base.data, column=column, split=split)
-    _run("prune", phase, out, model, data, text, seed, resume, quiet, as_json, cut=cut)
+    _run("prune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, cut=cut)
 
 
 def finetune(
     out: Out,
     model: RequiredModel,
-    data: Data = "stdlib",
+    data: PhaseData = None,
     recipe: RecipeOption = None,
     steps: Steps = None,
     batch_size: Batch = None,
@@ -141,7 +146,7 @@ def finetune(
     bf16: Bf16 = None,
     column: Column = None,
     split: Split = None,
-    seed: Seed = 0,
+    seed: PhaseSeed = None,
     resume: Resume = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -150,11 +155,15 @@ def finetune(
     base = _base(recipe)
     phase: PhaseRecipe = changed(base.finetune, **_common(locals()))
     text: DataRecipe = changed(base.data, column=column, split=split)
-    _run("finetune", phase, out, model, data, text, seed, resume, quiet, as_json)
+    _run("finetune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json)
 
 
 def _base(recipe: Path | None) -> Recipe:
     return Recipe() if recipe is None else load_recipe(recipe)
+
+
+def _seed(given: int | None, base: Recipe) -> int:
+    return base.seed if given is None else given
 
 
 def _common(given: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def _run(
     phase: PhaseRecipe,
     out: Path,
     model: Path | None,
-    source: str,
+    source: str | None,
     text: DataRecipe,
     seed: int,
     resume: bool,

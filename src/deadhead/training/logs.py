@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deadhead.files import no_space_is_input_error, write_text
 from deadhead.gates import HeadGates
 
 # Fields that differ between two runs of the same recipe; everything else is equal bit for bit.
@@ -36,14 +37,14 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Drop what a stopped run wrote of this phase after the checkpoint it goes on from."""
         self.begin = time.perf_counter()
-        if not self.path.exists():
+        if not state.is_world_process_zero or not self.path.exists():
             return
         kept = [
             line
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             if _is_before(line, self.phase, state.global_step)
         ]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_text(self.path, "".join(kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log at the end of a phase and before a checkpoint: where one resumed begins to average, all must end."""
@@ -69,7 +70,7 @@ class MetricsFile(TrainerCallback):
             line["open_probability"] = {str(layer): p.tolist() for layer, p in values.open_probability().items()}
             line["output_difference"] = {str(layer): d.tolist() for layer, d in values.difference().items()}
         line["seconds"] = round(time.perf_counter() - self.begin, 3)
-        with self.path.open("a", encoding="utf-8") as file:
+        with no_space_is_input_error(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 

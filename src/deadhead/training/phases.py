@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from deadhead.data import SegmentDataset, TokenStream
 from deadhead.errors import InputError
+from deadhead.files import no_space_is_input_error
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe
@@ -28,11 +29,20 @@ _SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear":
 Report = Callable[[int, int, dict[str, Any]], None]
 
 
-def gate_config(recipe: PruneRecipe, seed: int) -> GateConfig:
+def gate_config(recipe: PruneRecipe, seed: int = 0) -> GateConfig:
     """Return the gates' constants that a recipe asks for."""
     return GateConfig(
         init=recipe.init, hard=recipe.hard, output_scale=recipe.output_scale, lr_scale=recipe.gate_lr_scale, seed=seed
     )
+
+
+def _require_same_gates(attached: GateConfig, asked: GateConfig) -> None:
+    for name in ("init", "hard", "output_scale", "lr_scale"):
+        if getattr(attached, name) != getattr(asked, name):
+            raise InputError(
+                f"The prune recipe asks for gates with {name} = {getattr(asked, name)}, but those attached have "
+                f"{getattr(attached, name)}; attach them with deadhead.gate_config(recipe)."
+            )
 
 
 def sparsity_callback(gates: HeadGates, recipe: PruneRecipe) -> SparsityCallback:
@@ -122,6 +132,11 @@ def train(
         # transformers refuses bf16 on a CPU unless it is told that the CPU is meant.
         use_cpu=not torch.accelerator.is_available(),
     )
+    if args.n_gpu > 1:
+        raise InputError(
+            f"Training in one process would spread batches over {args.n_gpu} GPUs and mix up the segments' memories; "
+            "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
+        )
     dataset: Dataset[Any] = SegmentDataset(
         text.tokens,
         rows=recipe.batch_size * args.world_size,
@@ -132,6 +147,7 @@ def train(
     if gates is not None:
         if not isinstance(recipe, PruneRecipe):
             raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
+        _require_same_gates(gates.config, gate_config(recipe, seed))
         ours.append(sparsity_callback(gates, recipe))
     if metrics is not None:
         ours.append(MetricsFile(metrics, phase, gates))
@@ -149,7 +165,7 @@ def train(
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model, True)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_space_is_input_error(folder):
             # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
             warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
             if checkpoint is None:

@@ -54,7 +54,7 @@ class PhaseRecipe(_Section):
 
     Args: steps of the optimizer; batch_size rows on each process; learning rate, its schedule and warm-up; AdamW's
     weight decay and second beta; clipping norm; accumulated batches; bf16 mixed precision; steps between two logged
-    lines and between two checkpoints (0: only at the end of the phase).
+    lines and between two checkpoints to resume from (0: none).
     """
 
     steps: int = Field(300, ge=1)
@@ -69,7 +69,7 @@ class PhaseRecipe(_Section):
     gradient_checkpointing: bool = False
     bf16: bool = False
     log_every: int = Field(10, ge=1)
-    save_every: int = Field(0, ge=0)
+    save_every: int = Field(100, ge=0)
 
 
 class PruneRecipe(PhaseRecipe):
@@ -98,7 +98,7 @@ class Recipe(_Section):
     two can be compared fairly.
     """
 
-    name: str = "run"
+    name: str = Field("run", pattern=r"^\w[\w.-]*$")
     seed: int = Field(0, ge=0, lt=2**31)
     control: bool = False
     evaluation_tokens: int | None = Field(None, ge=1)

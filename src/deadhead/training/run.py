@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -108,7 +109,10 @@ class Run:
                     f"{folder} holds a run already; go on with --resume, or choose another place with --out."
                 )
             if load_recipe(folder / RECIPE_FILE) != recipe:
-                raise InputError(f"{folder} holds a run of another recipe; resume it with {folder / RECIPE_FILE}.")
+                raise InputError(
+                    f"{folder} holds a run of another recipe; resume it with: "
+                    f"deadhead run {folder / RECIPE_FILE} --out {folder} --resume."
+                )
             remove_left_overs(folder, (*_FOLDERS, RECIPE_FILE, SUMMARY_FILE, checkpoint.PLAN_FILE))
         else:
             write_text(folder / RECIPE_FILE, to_toml(recipe))
@@ -123,9 +127,15 @@ class Run:
             InputError: the text or a checkpoint cannot be used. A folder of which nothing was used yet is gone again.
             DivergenceError: training diverged.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(
+                "A run writes its folder from one process; under torchrun train with deadhead.train instead."
+            )
+        # Models compute the same in every phase, whichever of them a resumed process still has to train.
+        torch.set_flush_denormal(True)
         try:
             return self._execute()
-        except InputError:
+        except BaseException:
             begun = self._done("dense") or last_checkpoint(self.folder / "checkpoints" / "train") is not None
             if self.fresh and not begun:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -146,6 +156,12 @@ class Run:
         if not kept.exists():
             with replaced_folder(kept) as folder:
                 tokenizer.save_pretrained(str(folder))
+        before = self.summary().get("data", {}).get("sha256", text.sha256)
+        if before != text.sha256:
+            raise InputError(
+                f"The text {data.source} is not the one this run began with (its hash was {before[:12]}… and is "
+                f"{text.sha256[:12]}…); begin a new run with --out, or bring the old text back."
+            )
         self._note("data", {"source": data.source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)})
         self._note("versions", _versions())
 
@@ -179,6 +195,7 @@ class Run:
             self._train(model, text, "control_prune", recipe.prune, after=(recipe.train,))
             self._train(model, text, "control_finetune", recipe.finetune, after=(recipe.train, recipe.prune))
             self._finish(model, "control", steps + recipe.finetune.steps, text, tokenizer)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self._compare(plan, tokenizer)
         return self.summary()
 

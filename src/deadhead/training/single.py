@@ -59,7 +59,10 @@ def run_single(
         InputError: something given cannot be used.
         DivergenceError: training diverged.
     """
+    out = out.resolve()
     work = out.with_name(out.name + ".work")
+    if model is not None and model.resolve() == out:
+        raise InputError(f"The checkpoint must not overwrite the model it is made of, {model}; choose another --out.")
     checkpoint.require_ours_or_free(out)
     if work.exists() and not resume:
         raise InputError(f"{work} is left of a phase that was stopped; go on with --resume, or delete it.")
@@ -76,11 +79,6 @@ def run_single(
         "seed": seed,
     }
     with _gone_if_unused(work):
-        if (work / _SETTINGS_FILE).exists():
-            if read_json(work / _SETTINGS_FILE, what="list of a phase's settings") != settings:
-                raise InputError(f"{work} is left of a phase with other settings; resume with those, or delete it.")
-        else:
-            write_json(work / _SETTINGS_FILE, settings)
         progress("reading text", 0, 1, {})
         if model is None:
             text, tokenizer = load_text(
@@ -101,6 +99,14 @@ def run_single(
                 split=data.split,
                 cache_dir=work / "tokens",
             )
+        settings["sha256"] = text.sha256
+        if (work / _SETTINGS_FILE).exists():
+            if read_json(work / _SETTINGS_FILE, what="list of a phase's settings") != settings:
+                raise InputError(
+                    f"{work} is left of a phase with other settings or another text; resume with those, or delete it."
+                )
+        else:
+            write_json(work / _SETTINGS_FILE, settings)
         gates = attach(network, config=gate_config(recipe, seed)) if isinstance(recipe, PruneRecipe) else None
         train(
             network,
@@ -125,11 +131,12 @@ def run_single(
             network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
         )
         checkpoint.save(
-            network, out, tokenizer=tokenizer, metrics={"validation perplexity a token": measured.perplexity}
+            network,
+            out,
+            tokenizer=tokenizer,
+            metrics={"validation perplexity a token": measured.perplexity},
+            files=(work / METRICS_FILE, work / "tensorboard"),
         )
-        for name in (METRICS_FILE, "tensorboard"):
-            if (work / name).exists():
-                shutil.move(work / name, out / name)
         shutil.rmtree(work, ignore_errors=True)
         cost = model_cost(network)
         return {
@@ -145,11 +152,11 @@ def run_single(
 
 @contextmanager
 def _gone_if_unused(work: Path) -> Iterator[None]:
-    """Remove `work` again after bad input, if it was made in the block and holds no checkpoint to resume from."""
+    """Remove `work` after bad input or an interruption, if it was made in the block and there is nothing to resume."""
     fresh = not work.exists()
     try:
         yield
-    except InputError:
+    except BaseException:
         if fresh and last_checkpoint(work / "checkpoints") is None:
             shutil.rmtree(work, ignore_errors=True)
         raise

@@ -107,6 +107,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             )
         strength = self.l0 if self.target is None else self.target.l0
         self.strength = strength * linear_warmup(state.global_step, self.warmup_steps)
+        if self.weighting == "output_difference":
+            self.gates.average_difference()
         self.last_l0 = add_penalty_gradient(self.gates, self.strength, self.weighting)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

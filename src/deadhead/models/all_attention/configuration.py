@@ -108,6 +108,11 @@ class AllAttentionConfig(PreTrainedConfig):
         for name in ("attention_dropout", "hidden_dropout", "embedding_dropout", "output_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, but it is {getattr(self, name)}.")
+        if self.adaptive_factor < 1 or not self.layer_norm_eps > 0:
+            raise ValueError(
+                f"adaptive_factor must be at least 1 and layer_norm_eps above 0, but they are {self.adaptive_factor} "
+                f"and {self.layer_norm_eps}."
+            )
         cutoffs = self.adaptive_cutoffs
         if cutoffs is not None and (
             not cutoffs or cutoffs[0] < 1 or cutoffs[-1] >= self.vocab_size or cutoffs != sorted(set(cutoffs))
