@@ -24,7 +24,7 @@ import deadhead
 from deadhead.bench import WORKLOADS, bench, efficiency
 
 SHAPES = {
-    "demo": {"hidden_size": 128, "num_hidden_layers": 4, "num_persistent": 128, "segment": 64, "batch": 16},
+    "demo": {"hidden_size": 192, "num_hidden_layers": 4, "num_persistent": 128, "segment": 64, "batch": 16},
     "paper, 4 of its 16 layers": {
         "hidden_size": 512,
         "num_hidden_layers": 4,

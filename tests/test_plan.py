@@ -93,7 +93,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "a number": (3, "must be a JSON object"),
     "no total": ({"version": 1, "kept": {}}, "must be a JSON object with"),
     "no kept": ({"version": 1, "total": {"0": 4}}, "must be a JSON object with"),
-    "version 2": (valid(version=2), "version 2, but this deadhead reads 1"),
+    "version 3": (valid(version=3), "version 3, but this deadhead reads 1 and 2"),
+    "version true": (valid(version=True), "version True"),
+    "blocks": (valid(version=2, blocks={"0": [1]}), "feed-forward blocks"),
+    "heads beyond measure": (valid(total={"0": 10**12, "1": 4}), "no model has over"),
+    "a key that is nearly a number": (valid(kept={"--1": [0]}), "names layer --1"),
     "version as text": (valid(version="1"), "version '1'"),
     "version null": (valid(version=None), "version None"),
     "unknown key": (valid(blocks={}), "unknown key 'blocks'"),
@@ -166,6 +170,10 @@ def test_files_that_hold_no_plan_are_refused_in_one_sentence(
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         HeadPlan.from_json(tmp_path)
+
+
+def test_version_2_without_blocks_is_read() -> None:
+    assert HeadPlan.from_dict(valid(version=2, blocks={})) == HeadPlan.from_dict(valid())
 
 
 def test_without_a_version_a_plan_is_read_as_the_first() -> None:

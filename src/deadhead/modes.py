@@ -1,11 +1,18 @@
-"""Switch modules to evaluation for a while."""
+"""Where and how modules run: the device there is, and evaluation for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+def best_device() -> torch.device:
+    """Return the accelerator of this machine, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 @contextmanager

@@ -220,7 +220,7 @@ _CASES = {
     "empty prompt": _Case("generate {model} --prompt=", "A prompt of at least one token was expected"),
     "negative temperature": _Case("generate {model} --temperature -1", "Invalid value for '--temperature'"),
     "temperature not a number": _Case(
-        "generate {model} --temperature nan", "Invalid value for '--temperature'|temperature must not be negative"
+        "generate {model} --temperature nan", "Invalid value for '--temperature'|temperature must be 0 or lie"
     ),
     "no new tokens": _Case("generate {model} --max-new-tokens 0", "Invalid value for '--max-new-tokens'"),
     "unknown workload": _Case("bench {model} --workload sleep", "Invalid value for '--workload'"),

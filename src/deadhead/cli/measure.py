@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from deadhead import checkpoint
 from deadhead.bench import bench as run_bench
@@ -18,6 +19,11 @@ from deadhead.cost import model_cost
 from deadhead.data import load_text, load_tokenizer
 from deadhead.evaluate import evaluate as measure
 from deadhead.generate import generate_text
+from deadhead.modes import best_device
+
+
+def _load(path: Path) -> PreTrainedModel:
+    return checkpoint.load(path).to(best_device())  # type: ignore[arg-type]
 
 
 def evaluate(
@@ -30,7 +36,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity and bits per byte on a text; every token is scored once."""
-    network = checkpoint.load(model)
+    network = _load(model)
     text, _ = load_text(data, tokenizer=load_tokenizer(model))
     with progress(quiet) as report:
         result = measure(
@@ -58,7 +64,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
-    network = checkpoint.load(model)
+    network = _load(model)
     text = generate_text(
         network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
@@ -80,9 +86,9 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
-    models = {"model": checkpoint.load(model)}
+    models = {"model": _load(model)}
     if dense is not None:
-        models = {"dense": checkpoint.load(dense), **models}
+        models = {"dense": _load(dense), **models}
     # Without a past every token of a text sees half of it on average.
     past = length if workload == "decode" else length // 2
     costs = {name: model_cost(network, length=past) for name, network in models.items()}

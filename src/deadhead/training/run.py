@@ -26,6 +26,7 @@ from deadhead.gates import HeadGates
 from deadhead.gating import attach
 from deadhead.generate import generate_text
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
+from deadhead.modes import best_device
 from deadhead.plan import HeadPlan
 from deadhead.training.phases import gate_config, train
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
@@ -185,7 +186,7 @@ class Run:
         plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
         if not self._done("pruned"):
             model, _ = checkpoint.load_gated(self.folder / "gated")
-            cut(model, plan)
+            cut(model, plan).to(best_device())  # type: ignore[arg-type]
             self._measure(model, "cut", steps, text)
             self._train(model, text, "finetune", recipe.finetune, after=(recipe.train, recipe.prune))
             self._finish(model, "pruned", steps + recipe.finetune.steps, text, tokenizer, stage="finetuned")
@@ -287,8 +288,10 @@ class Run:
         gated, _ = checkpoint.load_gated(self.folder / "gated")
         finetuned = checkpoint.load(self.folder / "pruned")
         models = {"dense": dense, "gated": gated, "finetuned": finetuned}
-        length = dense.config.segment_length
-        timings = bench(models, batch_size=16, length=length, repeats=15)
+        for model in models.values():
+            model.to(best_device())  # type: ignore[arg-type]
+        # Several windows long, so that nearly every token sees a full one, as `flops_per_token` counts it.
+        timings = bench(models, batch_size=4, length=4 * dense.config.memory_length, repeats=15)
         # Models of the same shapes take the same time.
         timed = {"cut": "finetuned", "control": "dense"}
         for stage in (*STAGES, *(["control"] if self.recipe.control else [])):
@@ -296,8 +299,8 @@ class Run:
             self._note(stage, {**self.summary()[stage], "tokens_per_second": round(rate, 1)})
         prompt = _PROMPTS.get(self.recipe.data.source, "The ")
         after = {
-            "dense": checkpoint.load(self.folder / "control") if self.recipe.control else dense,
-            "pruned": finetuned,
+            "dense": checkpoint.load(self.folder / "control") if self.recipe.control else dense.cpu(),
+            "pruned": finetuned.cpu(),
         }
         self._note(
             "samples",
