@@ -1,4 +1,4 @@
-"""Two processes: gates learn the same on all ranks, also where each rank measures output differences of its own batches."""
+"""Two processes: gates learn the same on all ranks, though each measures output differences of its own batches."""
 
 from __future__ import annotations
 

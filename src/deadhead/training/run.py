@@ -75,6 +75,16 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed
     return AllAttentionForCausalLM(config)
 
 
+def require_one_process() -> None:
+    """Refuse to write a run's or a checkpoint's folder from several processes at once.
+
+    Raises:
+        InputError: this is one of several processes that torchrun or accelerate started.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("Its folder is written by one process; under torchrun train with deadhead.train from Python.")
+
+
 @dataclass
 class Run:
     """A run's folder and recipe. `Run.start` makes or reopens one, `execute` does whatever is left of it.
@@ -128,10 +138,7 @@ class Run:
             InputError: the text or a checkpoint cannot be used. A folder of which nothing was used yet is gone again.
             DivergenceError: training diverged.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(
-                "A run writes its folder from one process; under torchrun train with deadhead.train instead."
-            )
+        require_one_process()
         # Models compute the same in every phase, whichever of them a resumed process still has to train.
         torch.set_flush_denormal(True)
         try:

@@ -18,7 +18,7 @@ from deadhead.files import read_json, write_json
 from deadhead.gating import attach
 from deadhead.training.phases import gate_config, train
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.run import METRICS_FILE, build_model
+from deadhead.training.run import METRICS_FILE, build_model, require_one_process
 from deadhead.training.trainer import last_checkpoint
 
 _SETTINGS_FILE = "settings.json"
@@ -59,6 +59,7 @@ def run_single(
         InputError: something given cannot be used.
         DivergenceError: training diverged.
     """
+    require_one_process()
     out = out.resolve()
     work = out.with_name(out.name + ".work")
     if model is not None and model.resolve() == out:
