@@ -104,8 +104,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     kind = config.get("model_type") if isinstance(config, dict) else None
     if isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING:
         raise InputError(
-            f"The checkpoint {path} has model type {kind!r}, which neither deadhead nor transformers knows; loading it "
-            "would run code that it brings along, and deadhead never does that."
+            f"The checkpoint {path} has model type {kind!r} and cannot be loaded: neither deadhead nor transformers "
+            "knows it, and deadhead never runs code that a checkpoint brings along."
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

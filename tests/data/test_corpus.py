@@ -201,7 +201,7 @@ def test_a_directory_without_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no files that are not hidden"):
         open_corpus(str(tmp_path))
     (tmp_path / "a.bin").write_bytes(b"\0")
-    with pytest.raises(InputError, match=r"of its 1 files none is UTF-8 text with something in it, a\.bin for one"):
+    with pytest.raises(InputError, match=r"of its 1 files none is UTF-8 text that isn't empty, a\.bin for one"):
         open_corpus(str(tmp_path))
 
 

@@ -16,7 +16,8 @@ from deadhead.training.recipe import PruneRecipe, Recipe, changed, load_recipe, 
 from deadhead.training.run import build_model
 from tests.small import small_recipe, write_prose
 
-_names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+_texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+_names = st.from_regex(r"\w[\w.-]*", fullmatch=True)
 _rates = st.floats(1e-12, 1e12)
 _phases: dict[str, st.SearchStrategy[Any]] = {
     "steps": st.integers(1, 10**9),
@@ -37,7 +38,7 @@ _recipes = st.fixed_dictionaries(
             {},
             optional={"adaptive_cutoffs": st.none() | st.lists(st.integers(1, 10**6)), "hidden_dropout": st.just(0.1)},
         ),
-        "data": st.fixed_dictionaries({}, optional={"source": _names, "column": st.none() | _names}),
+        "data": st.fixed_dictionaries({}, optional={"source": _texts, "column": st.none() | _texts}),
         "train": st.fixed_dictionaries({}, optional=_phases),
         "prune": st.fixed_dictionaries(
             {}, optional={**_phases, "sparsity": st.none() | st.floats(0, 0.999), "init": st.floats(-1e300, 1e300)}

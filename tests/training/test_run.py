@@ -175,7 +175,10 @@ def test_resuming_a_finished_run_changes_no_model(whole: Path, recipe: Recipe) -
 def test_another_recipe_is_not_resumed(whole: Path, recipe: Recipe) -> None:
     other = recipe.model_copy(update={"seed": 1})
     before = tree(whole)
-    with pytest.raises(InputError, match=r"holds a run of another recipe; resume it with .*recipe\.toml"):
+    with pytest.raises(
+        InputError,
+        match=r"holds a run of another recipe; resume it with: deadhead run .*recipe\.toml --out .* --resume",
+    ):
         Run.start(other, whole, resume=True)
     assert tree(whole) == before
 

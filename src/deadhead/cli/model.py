@@ -62,7 +62,7 @@ def inspect(
         cost = config_cost(config, length=length)
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise InputError(f"The configuration in {model} cannot be used: {reason}.") from error
     gated = checkpoint.is_gated(model)

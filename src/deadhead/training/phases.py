@@ -19,6 +19,7 @@ from deadhead.data import SegmentDataset, TokenStream
 from deadhead.errors import InputError
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import GateConfig, HeadGates
+from deadhead.modes import flushing_denormals
 from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe
 from deadhead.training.sparsity import SparsityCallback
@@ -104,8 +105,6 @@ def train(
     folder = Path(folder)
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
-    # With many gates closed gradients underflow, and denormal numbers can slow a CPU several times.
-    torch.set_flush_denormal(True)
     set_seed(seed)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -165,7 +164,8 @@ def train(
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model, True)
     try:
-        with warnings.catch_warnings(), no_space_is_input_error(folder):
+        # With many gates closed gradients underflow.
+        with warnings.catch_warnings(), no_space_is_input_error(folder), flushing_denormals():
             # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
             warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
             if checkpoint is None:

@@ -26,7 +26,7 @@ from deadhead.gates import HeadGates
 from deadhead.gating import attach
 from deadhead.generate import generate_text
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
-from deadhead.modes import best_device
+from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.training.phases import gate_config, train
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
@@ -139,10 +139,10 @@ class Run:
             DivergenceError: training diverged.
         """
         require_one_process()
-        # Models compute the same in every phase, whichever of them a resumed process still has to train.
-        torch.set_flush_denormal(True)
         try:
-            return self._execute()
+            # From the beginning, so that a resumed process computes the same whichever phases it still has to train.
+            with flushing_denormals():
+                return self._execute()
         except BaseException:
             begun = self._done("dense") or last_checkpoint(self.folder / "checkpoints" / "train") is not None
             if self.fresh and not begun:
