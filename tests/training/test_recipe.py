@@ -17,7 +17,7 @@ from deadhead.training.run import build_model
 from tests.small import small_recipe, write_prose
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-_names = st.from_regex(r"\w[\w.-]*", fullmatch=True)
+_names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", fullmatch=True)
 _rates = st.floats(1e-12, 1e12)
 _phases: dict[str, st.SearchStrategy[Any]] = {
     "steps": st.integers(1, 10**9),

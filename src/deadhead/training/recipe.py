@@ -98,7 +98,7 @@ class Recipe(_Section):
     two can be compared fairly.
     """
 
-    name: str = Field("run", pattern=r"^\w[\w.-]*$")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0, lt=2**31)
     control: bool = False
     evaluation_tokens: int | None = Field(None, ge=1)
