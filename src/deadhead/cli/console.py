@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from deadhead.files import json_text
 from deadhead.training.run import Progress as Report
@@ -27,6 +37,11 @@ Data = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
 
 
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s")
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
     """Yield a function that shows progress with rate and time left; silent with `quiet` or without a terminal."""
@@ -37,6 +52,7 @@ def progress(quiet: bool) -> Iterator[Report]:
         TextColumn("{task.description:>20}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _Rate(),
         TextColumn("{task.fields[numbers]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
