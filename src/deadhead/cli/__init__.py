@@ -49,5 +49,6 @@ def execute(arguments: list[str]) -> int:
 
 
 def _fail(sentence: str, code: int) -> int:
-    sys.stderr.write(f"deadhead: {sentence}.\n")
+    end = "" if sentence.endswith(("?", "!")) else "."
+    sys.stderr.write(f"deadhead: {sentence}{end}\n")
     return code
