@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from deadhead.cut import cut
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates import GateConfig, HeadGate
-from deadhead.gating import attach, detach, gated_sites, gates_of
+from deadhead.gating import attach, detach, gates_of
+from deadhead.layouts import find_layout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.penalty import add_penalty_gradient, l0_loss
 from deadhead.plan import HeadPlan
@@ -117,7 +118,7 @@ def test_the_base_model_can_be_gated_too() -> None:
 def test_layers_without_heads_get_no_gate() -> None:
     model = tiny_model()
     cut(model, HeadPlan(kept={1: []}, total=TOTAL))
-    assert [site.layer for site in gated_sites(model)] == [0, 2]
+    assert [site.layer for site in find_layout(model).sites(model) if site.heads] == [0, 2]
     gates = attach(model)
     assert list(gates.gates) == [0, 2] and len(gates) == 8
     assert not any(isinstance(module, HeadGate) for module in model.model.layers[1].modules())

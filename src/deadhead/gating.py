@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.gates import GateConfig, HeadGate, HeadGates
-from deadhead.layouts import AttentionSite, find_layout
+from deadhead.layouts import find_layout
 from deadhead.plan import Unit
 
 _GATE_NAME = "head_gate"
@@ -136,8 +136,3 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if gates_of(model) is not None:
         delattr(model, _GATES_ATTRIBUTE)
     return model
-
-
-def gated_sites(model: PreTrainedModel) -> list[AttentionSite]:
-    """Return the attention modules that have heads left."""
-    return [site for site in find_layout(model).sites(model) if site.heads]

@@ -204,7 +204,7 @@ class Run:
             self._train(model, text, "control_finetune", recipe.finetune, after=(recipe.train, recipe.prune))
             self._finish(model, "control", steps + recipe.finetune.steps, text, tokenizer)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        self._compare(plan, tokenizer)
+        self._compare(tokenizer)
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
@@ -288,7 +288,7 @@ class Run:
         self._note(stage, values)
         return values
 
-    def _compare(self, plan: HeadPlan, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _compare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Time the stages side by side, and let dense and pruned model continue the same text."""
         self.progress("timing", 0, 1, {})
         dense = checkpoint.load(self.folder / "dense")

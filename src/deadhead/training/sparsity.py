@@ -126,5 +126,6 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Add the gates' numbers to training logs; callbacks that come later in the list see them."""
         if logs is not None and "loss" in logs:
-            logs.update(self.metrics())
-            state.log_history[-1].update(self.metrics())
+            metrics = self.metrics()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
