@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from deadhead.layouts import AttentionSite, Layout, find_layout
+from deadhead.gating import detach
+from deadhead.layouts import Layout, find_layout
 from deadhead.plan import HeadPlan
 
 
@@ -50,7 +54,9 @@ def model_cost(model: PreTrainedModel, plan: HeadPlan | None = None, *, length: 
         UnsupportedModel: the model has no layout.
     """
     layout = find_layout(model)
-    sites = layout.sites(model)
+    if plan is not None:
+        model = _skeleton(layout, model, plan)
+    sites = layout.sites(model, layout.units(model)[0])
     if length is None:
         length = getattr(model.config, "memory_length", 1024)
     embeddings = [*model.get_input_embeddings().parameters()]
@@ -58,43 +64,58 @@ def model_cost(model: PreTrainedModel, plan: HeadPlan | None = None, *, length: 
         embeddings += output.parameters()
     seen = {id(parameter): parameter.numel() for parameter in embeddings}
     embedding_parameters = sum(seen.values())
+    inputs = set(seen) if output is None else set(seen) - {id(p) for p in output.parameters()}
     seen |= {id(p): p.numel() for name, p in model.named_parameters() if "head_gate." not in name}
-    parameters = sum(seen.values())
-    inside = {id(module) for site in sites for module in site.module.modules()}
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
-    other_flops = 2.0 * sum(module.weight.numel() for module in linear)
-
-    heads: list[int] = []
-    attention_parameters, attention_flops, cache_values = 0, 0.0, 0
+    heads_parameters, heads_flops, cache_values = 0, 0.0, 0
+    inside: set[int] = set()
     for site in sites:
-        kept = site.heads if plan is None else plan.kept[site.layer]
-        heads.append(len(kept))
         if not site.heads:
             continue
-        per_head_parameters, per_head_flops = _per_head(layout, site, length)
-        parameters -= per_head_parameters * (len(site.heads) - len(kept))
-        attention_parameters += per_head_parameters * len(kept)
-        attention_flops += per_head_flops * len(kept)
-        cache_values += layout.cache_values(site, length) * len(kept)
+        for part in layout.selections(site, site.heads):
+            parameter = site.module.get_parameter(part.path)
+            heads_parameters += parameter.numel()
+            heads_flops += 2.0 * parameter.numel() if part.per_token else 0.0
+            inside.add(id(parameter))
+        heads_flops += sum(layout.context_flops(site, length).values())
+        cache_values += layout.cache_values(site, length)
+    other_flops = _other_flops(model, inside | inputs)
     return Cost(
-        heads=heads,
+        heads=[len(site.heads) for site in sites],
         total_heads=[site.total for site in sites],
-        parameters=parameters,
+        parameters=sum(seen.values()),
         embedding_parameters=embedding_parameters,
-        attention_parameters=attention_parameters,
-        flops_per_token=other_flops + attention_flops,
-        attention_flops_per_token=attention_flops,
+        attention_parameters=heads_parameters,
+        flops_per_token=other_flops + heads_flops,
+        attention_flops_per_token=heads_flops,
         kv_cache_bytes=cache_values * model.dtype.itemsize,
     )
 
 
-def _per_head(layout: Layout, site: AttentionSite, length: int) -> tuple[int, float]:
-    parameters, multiply_adds = 0, 0
-    for part in layout.slices(site):
-        size = site.module.get_parameter(part.path).numel() // len(site.heads)
-        parameters += size
-        multiply_adds += size if part.per_token else 0
-    return parameters, 2.0 * multiply_adds + sum(layout.context_flops(site, length).values())
+def _skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
+    """Return a copy of `model` without its weights, cut by `plan`."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
+    copied = detach(copy.deepcopy(model, memo))
+    for site in layout.sites(copied, plan.unit):
+        if site.heads and site.heads != plan.kept[site.layer]:
+            layout.shrink(site, tuple(plan.kept[site.layer]))
+    layout.record_plan(copied, plan)
+    return copied
+
+
+def _other_flops(model: PreTrainedModel, counted: set[int]) -> float:
+    """Count the multiply-adds of all matrices that are not counted yet, of experts those that a token goes through."""
+    total = 0.0
+    config: Any = model.config.get_text_config()
+    for name, module in model.named_modules():
+        weights = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+        if isinstance(module, (nn.Linear, Conv1D)):
+            total += 2.0 * sum(weight.numel() for weight in weights if weight.ndim == 2)
+        elif name.rpartition(".")[2] == "experts":
+            # Experts' matrices are stacked in one tensor.
+            stacked = [weight for weight in weights if weight.ndim == 3]
+            used = getattr(config, "num_experts_per_tok", None) or 1
+            total += sum(2.0 * weight.numel() * min(1.0, used / weight.shape[0]) for weight in stacked)
+    return total
 
 
 def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, length: int | None = None) -> Cost:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates import GateConfig, HeadGate, HeadGates
-from deadhead.layouts import find_layout
+from deadhead.layouts import find_layout, head_columns
+from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Unit
 
 _GATE_NAME = "head_gate"
@@ -50,10 +51,8 @@ class _GateInput:
         gate = self.gate
         # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
         gate.fresh_draw = False
-        weight = module.weight
-        assert isinstance(weight, Tensor)
         rows_RHE = heads_BTHE.flatten(0, -3).float()
-        weight_HED = weight.detach().float().T.unflatten(0, (gate.num_heads, self.head_dim))
+        weight_HED = head_columns(module).detach().float().T.unflatten(0, (gate.num_heads, self.head_dim))
         moment_HEE = torch.einsum("rhe,rhf->hef", rows_RHE, rows_RHE)
         gram_HEE = weight_HED @ weight_HED.transpose(-1, -2)
         alone_H = (moment_HEE * gram_HEE).sum((-1, -2))
@@ -80,7 +79,7 @@ def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Un
     Args:
         model: a model with a layout; changed in place.
         config: the gates' constants; the default has no output scaling, as pretrained models need it.
-        unit: "head" or "kv_group"; None takes the layout's default.
+        unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
 
     Returns:
         The gates, which learn with the model's other parameters.
@@ -92,16 +91,22 @@ def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Un
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
     layout = find_layout(model)
-    if unit is not None and unit != layout.unit:
-        raise InputError(
-            f"Every head of this model has keys and values of its own, so the unit must be {layout.unit!r}."
-        )
+    units = layout.units(model)
+    if unit is not None and unit not in units:
+        raise InputError(f"This model's gates open and close {' or '.join(units)}, but the unit {unit!r} was asked for.")
+    unit = unit or units[0]
     config = config or GateConfig()
-    sites = layout.sites(model)
+    sites = layout.sites(model, unit)
+    for site in sites:
+        if site.heads and not head_columns(site.output).is_floating_point():
+            raise UnsupportedModel(
+                f"The weights of layer {site.layer} are quantised to {head_columns(site.output).dtype}, so heads "
+                "cannot be cut out of them; load the model in its full precision, prune it, and quantise it then."
+            )
     gates: dict[Any, HeadGate] = {}
     for site in sites:
         if site.heads:
-            gate = HeadGate(len(site.heads), config).to(site.output_weight.device)
+            gate = HeadGate(len(site.heads), config).to(head_columns(site.output).device)
             gate.train(model.training)
             site.module.add_module(_GATE_NAME, gate)
             site.output.register_forward_pre_hook(_GateInput(gate, site.head_dim))
@@ -110,10 +115,11 @@ def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Un
         gates,
         heads={site.layer: site.heads for site in sites},
         total={site.layer: site.total for site in sites},
-        unit=layout.unit,
+        unit=unit,
         config=config,
     )
-    model.register_forward_pre_hook(_DrawNoise(head_gates))
+    # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
+    text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
     setattr(model, _GATES_ATTRIBUTE, head_gates)
     return head_gates
 

@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts.all_attention import AllAttentionLayout
-from deadhead.layouts.base import AttentionSite, HeadSlice, Layout
+from deadhead.layouts.base import AttentionSite, Layout, Selection, head_columns
+from deadhead.layouts.hugging_face import HuggingFaceLayout
 
 _LAYOUTS: list[Layout] = []
 
@@ -27,11 +28,12 @@ def find_layout(model: PreTrainedModel) -> Layout:
             return layout
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     raise UnsupportedModel(
-        f"deadhead cannot prune models of type {kind!r} yet; it knows deadhead's own All-attention Transformer. "
-        "To add an architecture, describe it in a file of deadhead/layouts."
+        f"A PreTrainedModel of transformers was expected, but a model of type {kind!r} came; to add an architecture, "
+        "describe it in a file of deadhead/layouts."
     )
 
 
 register(AllAttentionLayout())
+register(HuggingFaceLayout())
 
-__all__ = ["AttentionSite", "HeadSlice", "Layout", "find_layout", "register"]
+__all__ = ["AttentionSite", "Layout", "Selection", "find_layout", "head_columns", "register"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from deadhead.layouts.base import AttentionSite, HeadSlice, Layout, contiguous
+from deadhead.layouts.base import AttentionSite, Layout, Selection, head_columns
 from deadhead.models.all_attention.configuration import AllAttentionConfig
 from deadhead.models.all_attention.layer import AllAttention, AllAttentionLayer, OutputBias
 from deadhead.models.all_attention.modeling import AllAttentionModel
-from deadhead.plan import HeadPlan
+from deadhead.plan import HeadPlan, Unit
 
 
 class AllAttentionLayout(Layout):
@@ -22,7 +24,7 @@ class AllAttentionLayout(Layout):
         # By name, not by class: a checkpoint loaded with remote code brings its own copy of the class.
         return model.config.model_type == AllAttentionConfig.model_type
 
-    def sites(self, model: PreTrainedModel) -> list[AttentionSite]:
+    def sites(self, model: PreTrainedModel, unit: Unit) -> list[AttentionSite]:
         """Return the attention module of every layer."""
         return [
             AttentionSite(
@@ -36,28 +38,38 @@ class AllAttentionLayout(Layout):
             for index, attention in enumerate(_attentions(model))
         ]
 
-    def slices(self, site: AttentionSite) -> Sequence[HeadSlice]:
+    def selections(self, site: AttentionSite, heads: tuple[int, ...]) -> Sequence[Selection]:
         """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O."""
         names = {name for name, _ in site.module.named_parameters()}
-        num_heads, width = len(site.heads), site.head_dim
-        projections = ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
+        width = site.head_dim
+        local = torch.tensor([site.heads.index(head) for head in heads], dtype=torch.long)
+        wide = (local[:, None] * width + torch.arange(width)).flatten()
         # W_R is applied once a pass to the table of positions, not to tokens.
         rows = ["r_proj.weight", *(f"{letter}_proj.bias" for letter in "qkvr")]
         single = ["content_bias", "position_bias", "persistent_k", "persistent_v"]
+        projections = [(f"{letter}_proj.weight", 0) for letter in "qkv"] + [("o_proj.weight", 1)]
         return [
-            *(contiguous(name, 0, num_heads, width, per_token=True) for name in projections),
-            *(contiguous(name, 0, num_heads, width) for name in rows if name in names),
-            *(contiguous(name, 0, num_heads, 1) for name in single if name in names),
-            contiguous("o_proj.weight", 1, num_heads, width, per_token=True),
+            *(Selection(path=name, dim=dim, index=wide, per_token=True) for name, dim in projections),
+            *(Selection(path=name, dim=0, index=wide, per_token=False) for name in rows if name in names),
+            *(Selection(path=name, dim=0, index=local, per_token=False) for name in single if name in names),
         ]
 
-    def after_cut(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
-        """Set the heads that are left; a layer without any keeps nothing but the bias b_O."""
+    @torch.no_grad()
+    def shrink(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
+        """Select the rows that are left; a layer without any keeps nothing but the bias b_O."""
         module = _attention(site)
+        for part in self.selections(site, heads):
+            owner_path, _, name = part.path.rpartition(".")
+            owner = module.get_submodule(owner_path)
+            old = getattr(owner, name)
+            new = old.index_select(part.dim, part.index.to(old.device))
+            setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
+            if isinstance(owner, nn.Linear):
+                owner.out_features, owner.in_features = owner.weight.shape
         module.heads = heads
         if heads:
             return
-        output_bias = OutputBias(site.output_weight.shape[0])
+        output_bias = OutputBias(head_columns(site.output).shape[0])
         output_bias.bias = site.output.bias  # type: ignore[assignment]
         for name in [name for name, _ in module.named_children()]:
             delattr(module, name)
@@ -78,7 +90,7 @@ class AllAttentionLayout(Layout):
         """Count scores and weighted sums: 2 FLOPs a multiply-add, twice for content, once more for positions."""
         config = _attention(site).config
         window = min(length + 1, config.memory_length + 1)
-        width = site.head_dim
+        width = site.head_dim * len(site.heads)
         # Positions are scored for the whole window before those outside the text are left out.
         position = 0 if config.position == "rotary" else 2 * (config.memory_length + 1) * width
         return {
@@ -89,7 +101,7 @@ class AllAttentionLayout(Layout):
 
     def cache_values(self, site: AttentionSite, length: int) -> int:
         """Count keys and values of at most M positions."""
-        return 2 * site.head_dim * min(length, _attention(site).config.memory_length)
+        return 2 * site.head_dim * len(site.heads) * min(length, _attention(site).config.memory_length)
 
 
 def _attentions(model: PreTrainedModel) -> list[AllAttention]:

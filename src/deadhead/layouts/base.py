@@ -6,34 +6,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deadhead.models.pruned.structure import output_dim, weight_of
 from deadhead.plan import HeadPlan, Layer, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadSlice:
-    """Part of one tensor that belongs to the heads of an attention module.
+class Selection:
+    """What is left of one tensor of an attention module when some of its heads go.
 
     Args:
         path: name of the parameter, from the attention module, such as ``q_proj.weight``.
         dim: the dimension along which heads lie.
-        rows: (H, n) indices along `dim`: row h holds those of head h, in the order the module expects.
+        index: (n,) the rows along `dim` that stay, in their new order.
         per_token: whether every number in it takes part in one multiply-add for each token, as a projection's do.
     """
 
     path: str
     dim: int
-    rows: Tensor
+    index: Tensor
     per_token: bool
-
-
-def contiguous(path: str, dim: int, num_heads: int, size: int, *, per_token: bool = False) -> HeadSlice:
-    """Return the slice of a tensor in which each head owns `size` neighbouring rows, head after head."""
-    rows = torch.arange(num_heads * size).view(num_heads, size)
-    return HeadSlice(path=path, dim=dim, rows=rows, per_token=per_token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +39,8 @@ class AttentionSite:
         module: the attention module.
         output_path: name of the output projection in `module`; its input is the heads' outputs side by side.
         head_dim: E, width of one gated unit in that input.
-        heads: indices, in the original dense model, of the heads there are now; () for an emptied layer.
-        total: heads of the original dense model.
+        heads: indices, in the original dense model, of the units there are now; () for an emptied layer.
+        total: units of the original dense model.
     """
 
     layer: Layer
@@ -61,34 +55,39 @@ class AttentionSite:
         """The output projection."""
         return self.module.get_submodule(self.output_path)
 
-    @property
-    def output_weight(self) -> Tensor:
-        """W_O, (D, H·E)."""
-        weight = self.output.weight
-        assert isinstance(weight, Tensor)
-        return weight
+
+def head_columns(output: nn.Module) -> Tensor:
+    """Return an output projection's weight W_O as (D, H·E), a view where the module keeps it the other way round."""
+    weight = weight_of(output)
+    return weight.T if output_dim(output, heads=True) == 0 else weight
 
 
 class Layout(ABC):
     """One way in which architectures keep their heads. A subclass is registered in `deadhead.layouts`."""
 
-    unit: Unit = "head"
-
     @abstractmethod
     def matches(self, model: PreTrainedModel) -> bool:
         """Tell whether this layout describes `model`."""
 
-    @abstractmethod
-    def sites(self, model: PreTrainedModel) -> list[AttentionSite]:
-        """Return the attention modules of `model`, one a layer, emptied ones included."""
+    def units(self, model: PreTrainedModel) -> tuple[Unit, ...]:
+        """Return what a gate of this model can open and close, the default first."""
+        return ("head",)
 
     @abstractmethod
-    def slices(self, site: AttentionSite) -> Sequence[HeadSlice]:
-        """Return every part of every tensor that belongs to the heads, the output projection's columns included."""
+    def sites(self, model: PreTrainedModel, unit: Unit) -> list[AttentionSite]:
+        """Return the attention modules of `model`, one a layer, emptied ones included.
+
+        Raises:
+            UnsupportedModel: none can be pruned; the message says why.
+        """
 
     @abstractmethod
-    def after_cut(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
-        """Tell the module which heads of the dense model it has left, when its tensors have shrunk."""
+    def selections(self, site: AttentionSite, heads: tuple[int, ...]) -> Sequence[Selection]:
+        """Return what is left of every tensor with heads in it, the output projection included, if `heads` stay."""
+
+    @abstractmethod
+    def shrink(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
+        """Take all but `heads` out of the module, in place."""
 
     @abstractmethod
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
@@ -100,7 +99,7 @@ class Layout(ABC):
 
     @abstractmethod
     def context_flops(self, site: AttentionSite, length: int) -> Mapping[str, float]:
-        """Return the FLOPs one head spends for one query outside its projections, by the part that spends them.
+        """Return the FLOPs all heads spend for one query outside their projections, by the part that spends them.
 
         Args:
             site: the attention module.
@@ -109,4 +108,4 @@ class Layout(ABC):
 
     @abstractmethod
     def cache_values(self, site: AttentionSite, length: int) -> int:
-        """Return how many numbers one head keeps in the key/value cache after `length` positions."""
+        """Return how many numbers the module keeps in the key/value cache after `length` positions."""

@@ -1,0 +1,131 @@
+"""Transformers' own models with heads cut off: a class of ours for each of theirs, made when it is asked for.
+
+`DeadheadLlamaForCausalLM` is `LlamaForCausalLM` whose `__init__` takes out the heads that the plan in its configuration
+drops; so for every model and configuration class of transformers. This file travels with checkpoints, where the
+names in `auto_map` are looked up in it, and imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .shrinking import apply_plan
+
+PREFIX = "Deadhead"
+TYPE_PREFIX = "deadhead_"
+# Bytes; torch allocates every tensor at a multiple of it.
+_ALIGNMENT = 64
+_AUTO_NAMES: Mapping[str, Mapping[str, Any]] = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+}
+_classes: dict[str, type] = {}
+
+
+class PrunedModel:
+    """What our class adds to transformers'."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does; then the model computes what the saved one did, bit for bit.
+
+        Tensors lie in the file's memory map at any address, but the last bit of a product depends on whether its
+        operands are aligned as torch's own are. Those that are not are copied, one at a time.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+                parameter.data = parameter.data.clone()
+        return loaded
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if config.head_plan is not None:
+            apply_plan(self, config.head_plan)  # type: ignore[arg-type]
+
+
+def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return our subclass of a configuration class of transformers.
+
+    Its instances also have `head_plan`, the JSON values of a head plan, or None for a dense model.
+    """
+    if stock.__name__.startswith(PREFIX):
+        return stock
+    name = PREFIX + stock.__name__
+    if name not in _classes:
+        fields: dict[str, Any] = {
+            "__module__": __name__,
+            "__doc__": f"Configuration of a `{stock.__name__.removesuffix('Config')}` model with heads cut off.",
+            "__annotations__": {"head_plan": "dict | None"},
+            "head_plan": None,
+            "model_type": TYPE_PREFIX + stock.model_type,
+        }
+        made: Any = type(name, (stock,), fields)
+        _classes[name] = made
+        made.register_for_auto_class()
+        for auto, names in _AUTO_NAMES.items():
+            for stock_name in _names(names.get(stock.model_type)):
+                model_class = getattr(transformers, stock_name, None)
+                # Some classes are listed for a configuration that is not the one they declare.
+                if model_class is not None and model_class.config_class is stock:
+                    getattr(transformers, auto).register(made, pruned_class(model_class), exist_ok=True)
+                    break
+    return _classes[name]
+
+
+def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return our subclass of a model class of transformers."""
+    if stock.__name__.startswith(PREFIX):
+        return stock
+    name = PREFIX + stock.__name__
+    # Making the configuration's class registers model classes for it, this one perhaps among them.
+    config = pruned_config_class(stock.config_class)  # type: ignore[arg-type]
+    if name not in _classes:
+        fields = {
+            "__module__": __name__,
+            "__doc__": f"A `{stock.__name__}` with heads cut off.",
+            "config_class": config,
+        }
+        _classes[name] = type(name, (PrunedModel, stock), fields)
+        autos = [
+            auto for auto, names in _AUTO_NAMES.items() if any(stock.__name__ in _names(v) for v in names.values())
+        ]
+        if autos:
+            _classes[name].register_for_auto_class(autos[0])  # type: ignore[attr-defined]
+    return _classes[name]
+
+
+def auto_map(stock: type[PreTrainedConfig]) -> dict[str, str]:
+    """Return the `auto_map` of a checkpoint: for each Auto class the name of ours for a configuration class."""
+    file = __name__.rpartition(".")[2]
+    found = {"AutoConfig": f"{file}.{PREFIX}{stock.__name__}"}
+    for auto, names in _AUTO_NAMES.items():
+        for name in _names(names.get(stock.model_type))[:1]:
+            found[auto] = f"{file}.{PREFIX}{name}"
+    return found
+
+
+def __getattr__(name: str) -> type:
+    """Make `DeadheadX` for the class X of transformers."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
+        return pruned_config_class(stock)
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        return pruned_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)

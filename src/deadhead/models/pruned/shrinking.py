@@ -1,0 +1,256 @@
+"""Take heads out of an attention module: which rows stay, what the module must be told, what an empty one does.
+
+This file travels with checkpoints and imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from .structure import Attention, config_head_names, emptied, find_attentions, head_order, output_dim, weight_of
+
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads")
+_KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_REPEATS = ("num_key_value_groups", "num_kv_groups", "n_rep")
+_WIDTHS = ("embed_dim", "all_head_size", "split_size", "hidden_size", "inner_dim", "attention_dim", "d_model", "n_embd")
+_KV_WIDTHS = ("kv_dim", "kv_size")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads and the key/value head of each equal share of them, by index.
+
+    Args:
+        queries: query heads, in order.
+        kv: key/value heads, in order; one may stand several times, each for an equal share of the queries.
+    """
+
+    queries: tuple[int, ...]
+    kv: tuple[int, ...]
+
+
+def heads_of(unit: str, kept: Sequence[int], num_heads: int, num_kv_heads: int) -> Heads:
+    """Return the heads that stay of H query and G key/value heads where `kept` units do.
+
+    Transformers' attention repeats every key/value head for as many query heads. Where single query heads go, groups
+    are left with different numbers of them; then key/value heads are kept several times, so that each serves the
+    greatest common divisor of those numbers.
+
+    Args:
+        unit: "kv_group" or "head": what `kept` names.
+        kept: indices of units, ascending.
+        num_heads: H.
+        num_kv_heads: G.
+    """
+    repeat = num_heads // num_kv_heads
+    if unit == "kv_group":
+        return Heads(tuple(group * repeat + i for group in kept for i in range(repeat)), tuple(kept))
+    counts = [sum(head // repeat == group for head in kept) for group in range(num_kv_heads)]
+    share = math.gcd(*counts) or 1
+    return Heads(tuple(kept), tuple(group for group, count in enumerate(counts) for _ in range(count // share)))
+
+
+def rows_of(attention: Attention, order: str, size: int, heads: Heads) -> Tensor:
+    """Return the indices of a tensor's rows that stay, in their new order.
+
+    Args:
+        attention: the module as it is now.
+        order: the part's order of heads.
+        size: rows there are now.
+        heads: heads that stay, by their present index.
+    """
+    now = head_order(order, attention.num_heads, attention.num_kv_heads)
+    if not heads.queries:
+        return torch.empty(0, dtype=torch.long)
+    position = {head: place for place, head in enumerate(now)}
+    later = head_order(order, len(heads.queries), len(heads.kv))
+    places = [position[kind, heads.queries[index] if kind == "q" else heads.kv[index]] for kind, index in later]
+    each = size // len(now)
+    return (torch.tensor(places)[:, None] * each + torch.arange(each)).flatten()
+
+
+@torch.no_grad()
+def shrink(attention: Attention, heads: Heads) -> None:
+    """Keep only `heads`, given by their present index, in place.
+
+    Args:
+        attention: a module that `find_attentions` found.
+        heads: those that stay; none empties the module.
+    """
+    inner, module = attention.inner, attention.module
+    if not heads.queries:
+        _empty(attention)
+        return
+    for part in attention.parts:
+        owner_path, _, name = part.path.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        old = getattr(owner, name)
+        rows = rows_of(attention, part.order, old.shape[part.dim], heads).to(old.device)
+        new = old.index_select(part.dim, rows)
+        setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        _tell_sizes(owner)
+    num_heads, num_kv_heads, width = len(heads.queries), len(heads.kv), attention.head_dim
+    numbers = {name: (attention.num_heads, num_heads) for name in _HEAD_COUNTS}
+    numbers |= {name: (attention.num_kv_heads, num_kv_heads) for name in _KV_HEAD_COUNTS}
+    numbers |= {name: (attention.num_heads // attention.num_kv_heads, num_heads // num_kv_heads) for name in _REPEATS}
+    numbers |= {name: (attention.num_heads * width, num_heads * width) for name in _WIDTHS}
+    numbers |= {name: (attention.num_kv_heads * width, num_kv_heads * width) for name in _KV_WIDTHS}
+    for owner in {id(inner): inner, id(module): module}.values():
+        for name, (before, after) in numbers.items():
+            if vars(owner).get(name) == before:
+                setattr(owner, name, after)
+        if "config" in vars(owner):
+            shared = owner.config.shared if isinstance(owner.config, LayerConfig) else owner.config
+            own = {name: num_kv_heads if is_kv else num_heads for name, is_kv in config_head_names(shared)}
+            owner.config = LayerConfig(shared, own)
+
+
+def apply_plan(model: nn.Module, plan: Mapping[str, Any]) -> None:
+    """Shrink a model as big as the dense one, on any device, to what a recorded head plan keeps.
+
+    Args:
+        model: with all its heads.
+        plan: the JSON values of a head plan.
+
+    Raises:
+        ValueError: the model's attention modules are not those of the plan.
+    """
+    attentions = {str(attention.key): attention for attention in find_attentions(model)[0]}
+    if missing := [key for key in plan["total"] if key not in attentions]:
+        raise ValueError(f"the head plan in the configuration names layer {missing[0]}, which the model does not have")
+    for key, kept in plan["kept"].items():
+        attention = attentions[key]
+        total = attention.num_heads if plan["unit"] == "head" else attention.num_kv_heads
+        if plan["total"][key] != total:
+            raise ValueError(
+                f"the head plan in the configuration gives layer {key} {plan['total'][key]} heads, not its {total}"
+            )
+        remember_dense(attention)
+        if len(kept) != total:
+            shrink(attention, heads_of(plan["unit"], kept, attention.num_heads, attention.num_kv_heads))
+
+
+def remember_dense(attention: Attention) -> None:
+    """Note in a module how many heads it had in the dense model, unless it knows."""
+    if not hasattr(attention.module, "dense_heads"):
+        attention.module.dense_heads = (attention.num_heads, attention.num_kv_heads)  # type: ignore[assignment]
+
+
+class LayerConfig:
+    """One layer's view of the shared configuration, with its own numbers of heads; all else reads and writes through.
+
+    Args:
+        shared: the model's configuration.
+        own: what differs in this layer, by name.
+    """
+
+    def __init__(self, shared: Any, own: Mapping[str, Any]) -> None:
+        self.__dict__.update(shared=shared, own=dict(own))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "own" not in self.__dict__:
+            raise AttributeError(name)
+        return self.own[name] if name in self.own else getattr(self.shared, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["shared"], name, value)
+
+
+class OutputBias(nn.Module):
+    """What is left of an output projection without inputs: its bias.
+
+    Args:
+        width: D.
+        bias: the projection's bias (D,), or None.
+    """
+
+    def __init__(self, width: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.width = width
+        self.bias = bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the bias for every position of `hidden` (..., any), shape (..., D)."""
+        output = hidden.new_zeros((*hidden.shape[:-1], self.width))
+        return output if self.bias is None else output + self.bias
+
+
+class EmptyAttention(nn.Module):
+    """What an attention module without heads does: nothing, but that the cache goes on counting positions.
+
+    The module keeps its attributes and takes over this class. Transformers reads the length of the text so far from the
+    cache of the first layer, so an empty layer must go on adding to its own, with one number a position.
+    """
+
+    # None in the part of an attention module in two, as BERT's, that leaves the projection to the other.
+    output_path: str | None
+    num_outputs: int
+    layer_idx: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output projection's bias for every position, in the form of the module's dense self."""
+        values = [*args, *kwargs.values()]
+        hidden = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is not None:
+            nothing = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], 1))
+            cache.update(nothing, nothing, self.layer_idx)
+        if self.output_path is None:
+            output = hidden[..., :0]
+        else:
+            output = self.get_submodule(self.output_path)(hidden)
+        return (output, *(None,) * (self.num_outputs - 1)) if self.num_outputs else output
+
+
+def _empty(attention: Attention) -> None:
+    module, inner = attention.module, attention.inner
+    output = module.get_submodule(attention.output_path)
+    owner_path, _, name = attention.output_path.rpartition(".")
+    bias = getattr(output, "bias", None)
+    setattr(module.get_submodule(owner_path), name, OutputBias(weight_of(output).shape[output_dim(output)], bias))
+    keep = {attention.output_path.split(".")[0]} if inner is module else set()
+    for table in (inner._modules, inner._parameters, inner._buffers):
+        for child in [child for child in table if child not in keep]:
+            del table[child]
+    layer_idx = getattr(inner, "layer_idx", getattr(module, "layer_idx", attention.key))
+    num_outputs = _num_outputs(type(inner))
+    inner.__class__ = EmptyAttention
+    inner.output_path = attention.output_path if inner is module else None
+    inner.num_outputs = num_outputs
+    inner.layer_idx = layer_idx
+    module.is_emptied = True  # type: ignore[assignment]
+
+
+def _num_outputs(kind: type[nn.Module]) -> int:
+    """Return how many values a module's forward declares to return, 0 for one tensor.
+
+    Most return output and weights, also where they declare a tuple of one.
+    """
+    annotation = typing.get_type_hints(kind.forward).get("return")
+    if annotation is Tensor:
+        return 0
+    members = typing.get_args(annotation) if typing.get_origin(annotation) is tuple else ()
+    return max(len(members), 2)
+
+
+def _tell_sizes(owner: nn.Module) -> None:
+    weight = getattr(owner, "weight", None)
+    if weight is None or weight.ndim != 2:
+        return
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = weight.shape
+    elif type(owner).__name__ == "Conv1D":
+        owner.nx, owner.nf = weight.shape  # type: ignore[assignment]
+
+
+__all__ = ["Heads", "apply_plan", "emptied", "heads_of", "remember_dense", "rows_of", "shrink"]

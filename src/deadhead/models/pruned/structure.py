@@ -1,0 +1,340 @@
+"""Find the attention modules of a Hugging Face model by their structure: projections, heads, key/value heads.
+
+This file travels with checkpoints and imports torch and transformers only.
+
+Dimensions: D model width, H query heads, G key/value heads (G divides H), E width of a head's output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+# Names of the projections of queries, keys and values where each has one of its own.
+_SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("Wq", "Wk", "Wv"),
+    ("q", "k", "v"),
+)
+# Names of one projection for all three, and the order of heads in it (see `head_order`).
+_FUSED = {
+    "qkv_proj": "blocks",
+    "Wqkv": "blocks",
+    "c_attn": "blocks",
+    "query_key_value": "groups",
+    "qkv": "blocks",
+}
+_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "projection_layer", "proj")
+# Multi-head latent attention: each head's queries, keys and values are expanded from compressed ones.
+_LATENT_QUERY = ("q_b_proj", "q_proj")
+_LATENT_KEY_VALUE = "kv_b_proj"
+# Further parameters of attention modules, by the first part of their name.
+_PER_QUERY_HEAD = ("sinks", "gate_proj", "g_proj")
+_SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "indexer")
+# Attention to something else than the text itself is left alone.
+_CROSS = ("crossattention", "cross_attention", "encoder_attn", "cross_attn", "encoder_attention")
+
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads")
+_KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_HEAD_WIDTHS = ("v_head_dim", "head_dim", "attention_head_size", "head_size")
+
+Key = int | str
+
+
+class UnknownStructure(Exception):
+    """An attention module that cannot be cut; the message is a clause that says why."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor with heads in it.
+
+    Args:
+        path: the parameter's name, from the attention module.
+        dim: the dimension along which heads lie.
+        order: which heads, in which order; see `head_order`.
+        per_token: whether it is a projection's weight, with one multiply-add a number and token.
+    """
+
+    path: str
+    dim: int
+    order: str
+    per_token: bool
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention module, as it is now.
+
+    Args:
+        key: its layer's index, or its path where a model has more than one stack of layers.
+        path: name of `module` in the model that was searched.
+        module: the module that holds everything, the output projection included.
+        inner: the module that computes attention: `module` itself, or its child `self` as in BERT.
+        output_path: name of the output projection in `module`.
+        parts: every tensor with heads in it, but for the output projection's bias.
+        num_heads: H.
+        num_kv_heads: G.
+        head_dim: E.
+    """
+
+    key: Key
+    path: str
+    module: nn.Module
+    inner: nn.Module
+    output_path: str
+    parts: tuple[Part, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def head_order(order: str, num_heads: int, num_kv_heads: int) -> list[tuple[str, int]]:
+    """Return the heads whose rows lie side by side in a tensor, as pairs of "q", "k" or "v" and the head's index.
+
+    Args:
+        order: "query" or "kv" for the heads of one kind, "blocks" for all queries, then keys, then values, "groups"
+            for each key/value head's queries, key and value together.
+        num_heads: H.
+        num_kv_heads: G.
+    """
+    queries = [("q", head) for head in range(num_heads)]
+    keys, values = ([(kind, head) for head in range(num_kv_heads)] for kind in "kv")
+    if order == "query":
+        return queries
+    if order == "kv":
+        return keys
+    if order == "blocks":
+        return queries + keys + values
+    repeat = num_heads // num_kv_heads
+    groups = [[*queries[g * repeat : (g + 1) * repeat], keys[g], values[g]] for g in range(num_kv_heads)]
+    return [head for group in groups for head in group]
+
+
+def find_attentions(model: nn.Module) -> tuple[list[Attention], dict[str, str]]:
+    """Return the attention modules whose heads can be cut, and for each of the others its path and the reason why not.
+
+    Emptied modules (see `shrinking`) are not among them.
+    """
+    found: list[tuple[str, Attention]] = []
+    refused: dict[str, str] = {}
+    for path, module in text_stack(model).named_modules():
+        if any(part in _CROSS for part in path.split(".")):
+            continue
+        try:
+            attention = _describe(path, module)
+        except UnknownStructure as reason:
+            refused[path] = str(reason)
+        else:
+            if attention is not None:
+                found.append((path, attention))
+    keys = layer_keys([path for path, _ in found] + list(emptied(model)) + list(refused))
+    return [_with_key(attention, keys[path]) for path, attention in found], refused
+
+
+def emptied(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention modules that have lost all heads, by path."""
+    modules = text_stack(model).named_modules()
+    return {path: module for path, module in modules if getattr(module, "is_emptied", False)}
+
+
+def layer_keys(paths: list[str]) -> dict[str, Key]:
+    """Return the layer's index for each module path, or the paths themselves where an index is not enough."""
+    indices = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", path) for path in paths]
+    if all(indices):
+        numbers = [int(match[1]) for match in indices if match]
+        stacks = {path[: match.start()] for path, match in zip(paths, indices, strict=True) if match}
+        if len(stacks) == 1 and len(set(numbers)) == len(numbers):
+            return dict(zip(paths, numbers, strict=True))
+    return {path: path for path in paths}
+
+
+def text_stack(model: nn.Module) -> nn.Module:
+    """Return the part of a model that reads text: the decoder of a language model, alone or in a larger model."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(decoder, nn.Module):
+        return decoder
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def _with_key(attention: Attention, key: Key) -> Attention:
+    return Attention(**{**attention.__dict__, "key": key})
+
+
+def _describe(path: str, module: nn.Module) -> Attention | None:
+    """Return what `module` is, or None if it is no attention module.
+
+    Raises:
+        UnknownStructure: it is one, but not one that can be cut.
+    """
+    inner, output_path = module, next((name for name in _OUTPUT if _is_projection(module, name)), None)
+    own = getattr(module, "self", None)
+    if output_path is None and isinstance(own, nn.Module) and _is_projection(getattr(module, "output", None), "dense"):
+        inner, output_path = own, "output.dense"
+    if output_path is None:
+        return None
+    parts = _projections(inner)
+    if parts is None:
+        return None
+    output = module.get_submodule(output_path)
+    width = weight_of(output).shape[1 - output_dim(output)]
+    num_heads, num_kv_heads = _counts(inner, parts, width)
+    prefix = "self." if inner is not module else ""
+    covered = {part.path.rpartition(".")[0] for part in parts} | {output_path}
+    parts += _extras(inner, covered, num_heads, num_kv_heads, width // num_heads)
+    for part in parts:
+        if _tensor(inner, part.path).shape[part.dim] % len(head_order(part.order, num_heads, num_kv_heads)):
+            raise UnknownStructure(f"{part.path} does not divide evenly among {num_heads} heads")
+    if getattr(inner, "is_kv_shared_layer", False) or getattr(inner, "store_full_length_kv", False):
+        raise UnknownStructure("its keys and values are shared between layers")
+    named = [Part(prefix + part.path, part.dim, part.order, part.per_token) for part in parts]
+    named.append(Part(f"{output_path}.weight", output_dim(output, heads=True), "query", True))
+    return Attention(path, path, module, inner, output_path, tuple(named), num_heads, num_kv_heads, width // num_heads)
+
+
+def _projections(inner: nn.Module) -> list[Part] | None:
+    """Return the weights and biases of the projections of queries, keys and values, or None if there are none."""
+    if _is_projection(inner, _LATENT_KEY_VALUE):
+        query = next((name for name in _LATENT_QUERY if _is_projection(inner, name)), None)
+        if query is None:
+            return None
+        return [*_linear(inner, query, "query"), *_linear(inner, _LATENT_KEY_VALUE, "query")]
+    for names in _SEPARATE:
+        if all(_is_projection(inner, name) for name in names):
+            query, key, value = names
+            return [*_linear(inner, query, "query"), *_linear(inner, key, "kv"), *_linear(inner, value, "kv")]
+    for name, order in _FUSED.items():
+        if _is_projection(inner, name):
+            # One key and value head for all queries always follows the queries (GPT-BigCode, Falcon); GPT-BigCode's
+            # other form keeps each head's three together.
+            if getattr(inner, "multi_query", None) is not None and not getattr(inner, "new_decoder_architecture", False):
+                order = "blocks" if inner.multi_query else "groups"
+            return _linear(inner, name, order)
+    return None
+
+
+def _counts(inner: nn.Module, parts: list[Part], width: int) -> tuple[int, int]:
+    """Return H and G, from the module's own numbers, its shared configuration's, and the projections' shapes."""
+    config = getattr(inner, "config", None)
+    num_heads = _number(inner, _HEAD_COUNTS)
+    head_dim = _number(inner, _HEAD_WIDTHS)
+    if num_heads is None and head_dim is not None:
+        num_heads = width // head_dim
+    if num_heads is None:
+        num_heads = _number(config, _HEAD_COUNTS)
+    if not num_heads or width % num_heads:
+        raise UnknownStructure(f"the number of heads cannot be told from its output projection's {width} inputs")
+    sizes = {part.order: _tensor(inner, part.path).shape[part.dim] for part in reversed(parts)}
+    num_kv_heads = _number(inner, _KV_HEAD_COUNTS)
+    if num_kv_heads is None and isinstance(repeat := getattr(inner, "num_key_value_groups", None), int):
+        num_kv_heads = num_heads // repeat
+    if getattr(inner, "multi_query", False) and not getattr(inner, "new_decoder_architecture", False):
+        num_kv_heads = 1
+    if "kv" not in sizes and "query" in sizes:
+        num_kv_heads = num_heads
+    if num_kv_heads is None and sizes.get("kv") == sizes.get("query"):
+        num_kv_heads = num_heads
+    if num_kv_heads is None and config is not None:
+        num_kv_heads = _number(config, _KV_HEAD_COUNTS)
+    num_kv_heads = num_kv_heads or num_heads
+    if num_heads % num_kv_heads:
+        raise UnknownStructure(f"its {num_heads} query heads do not divide evenly among {num_kv_heads} key/value heads")
+    return num_heads, num_kv_heads
+
+
+def _extras(inner: nn.Module, covered: set[str], num_heads: int, num_kv_heads: int, head_dim: int) -> list[Part]:
+    """Account for every further parameter: those with heads in them are returned, shared ones are not.
+
+    Raises:
+        UnknownStructure: a parameter whose part in the heads is not known.
+    """
+    parts: list[Part] = []
+    for path, tensor in inner.named_parameters():
+        owner = path.rpartition(".")[0]
+        first = path.split(".")[0]
+        if any(path == name or path.startswith(f"{name}.") for name in covered) or first == "head_gate":
+            continue
+        if "norm" in type(inner.get_submodule(owner)).__name__.lower() or "norm" in owner.lower():
+            order = _norm_order(path, tensor, num_heads, num_kv_heads, head_dim)
+            if order is not None:
+                parts.append(Part(path, 0, order, False))
+        elif first in _PER_QUERY_HEAD and not tensor.shape[0] % num_heads:
+            parts.append(Part(path, 0, "query", tensor.ndim == 2))
+        elif first not in _SHARED:
+            raise UnknownStructure(f"it has a parameter {path} whose part in each head is not known")
+    return parts
+
+
+def _norm_order(path: str, tensor: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> str | None:
+    """Return which heads a norm's weights belong to, or None where all heads share them."""
+    if tensor.ndim == 2 and tensor.shape[0] in (num_heads, num_kv_heads):
+        is_key = path.startswith("k") and tensor.shape[0] == num_kv_heads
+        return "kv" if is_key or tensor.shape[0] != num_heads else "query"
+    latent = path.startswith(("q_a_", "kv_a_"))
+    if not latent and tensor.numel() != head_dim and tensor.numel() in (num_heads * head_dim, num_kv_heads * head_dim):
+        raise UnknownStructure(f"its norm {path} runs over all heads at once, so that none can go without the others")
+    return None
+
+
+def _linear(inner: nn.Module, name: str, order: str) -> list[Part]:
+    module = inner.get_submodule(name)
+    dim = output_dim(module)
+    parts = [Part(f"{name}.weight", dim, order, True)]
+    if getattr(module, "bias", None) is not None:
+        parts.append(Part(f"{name}.bias", 0, order, False))
+    return parts
+
+
+def _is_projection(module: Any, name: str) -> bool:
+    child = getattr(module, "_modules", {}).get(name)
+    weight = getattr(child, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(child, nn.Embedding)
+
+
+def output_dim(module: nn.Module, *, heads: bool = False) -> int:
+    """Return the dimension of a projection's weight that holds its outputs, or with `heads` its inputs.
+
+    torch's Linear keeps (outputs, inputs), transformers' Conv1D (inputs, outputs).
+    """
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    transposed = type(base).__name__ == "Conv1D"
+    return int(transposed != heads)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return a projection's weight, the base layer's where PEFT wraps it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _tensor(inner: nn.Module, path: str) -> Tensor:
+    value: Any = inner
+    for name in path.split("."):
+        value = getattr(value, name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _number(owner: Any, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = getattr(owner, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def config_head_names(config: Any) -> Iterator[tuple[str, bool]]:
+    """Yield the names under which a configuration keeps its numbers of heads, and whether it is key/value heads'."""
+    for is_kv, names in ((False, _HEAD_COUNTS), (True, _KV_HEAD_COUNTS)):
+        for name in names:
+            if isinstance(getattr(config, name, None), int):
+                yield name, is_kv
