@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 import deadhead
 from deadhead import HeadPlan, InputError
@@ -347,11 +354,11 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_another_architecture_loads_and_is_refused_later(tmp_path: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=29, n_embd=8, n_layer=1, n_head=2, n_positions=16))
-    model.save_pretrained(tmp_path / "gpt2")
-    loaded = deadhead.load(tmp_path / "gpt2")
+    model = MambaForCausalLM(MambaConfig(vocab_size=29, hidden_size=8, num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "mamba")
+    loaded = deadhead.load(tmp_path / "mamba")
     for use in (deadhead.attach, deadhead.model_cost, lambda m: deadhead.save(m, tmp_path / "out")):
-        with pytest.raises(deadhead.UnsupportedModel, match="cannot prune models of type 'gpt2' yet"):
+        with pytest.raises(deadhead.UnsupportedModel, match="cannot prune heads of models of type 'mamba'"):
             use(loaded)
     assert not (tmp_path / "out").exists()
 

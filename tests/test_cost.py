@@ -134,7 +134,7 @@ def test_embeddings_tied_and_not() -> None:
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import MambaConfig, MambaForCausalLM
 
-    with pytest.raises(UnsupportedModel, match="cannot prune models of type 'gpt2'"):
-        model_cost(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8)))
+    with pytest.raises(UnsupportedModel, match="cannot prune heads of models of type 'mamba'"):
+        model_cost(MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)))

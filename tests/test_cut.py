@@ -187,12 +187,12 @@ class Failure:
 
 
 FAILURES = {
-    "slices of the last layer": Failure(AllAttentionLayout, "slices", 3),
-    "after the first layer": Failure(AllAttentionLayout, "after_cut", 1),
-    "after the last layer": Failure(AllAttentionLayout, "after_cut", 3),
+    "selections of the last layer": Failure(AllAttentionLayout, "selections", 3),
+    "after the first layer": Failure(AllAttentionLayout, "shrink", 1),
+    "after the last layer": Failure(AllAttentionLayout, "shrink", 3),
     "recording the plan": Failure(AllAttentionLayout, "record_plan", 1),
-    "logits of the gated model": Failure(cutting, "_check_logits", 1),
-    "logits of the cut model": Failure(cutting, "_check_logits", 2),
+    "logits of the gated model": Failure(cutting, "_check_outputs", 1),
+    "logits of the cut model": Failure(cutting, "_check_outputs", 2),
 }
 
 
@@ -241,16 +241,16 @@ def test_whatever_fails_the_model_is_as_before(
 
 def test_a_cut_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    expected, original = logits(model), AllAttentionLayout.after_cut
+    expected, original = logits(model), AllAttentionLayout.shrink
 
     def spoil(self: Any, site: Any, heads: tuple[int, ...]) -> None:
         original(self, site, heads)
         if heads:
-            site.module.q_proj.weight.mul_(1.001)
+            site.module.q_proj.weight.data.mul_(1.001)
 
     before = snapshot(model)
     with monkeypatch.context() as patch:
-        patch.setattr(AllAttentionLayout, "after_cut", spoil)
+        patch.setattr(AllAttentionLayout, "shrink", spoil)
         with pytest.raises(CutError, match=r"differs .* by .*, but at most 1e-05 is allowed; nothing was cut"):
             cut(model, PLAN)
     assert_unchanged(model, before)

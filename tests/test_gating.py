@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import MambaConfig, MambaForCausalLM
 
 from deadhead.cut import cut
 from deadhead.errors import InputError, UnsupportedModel
@@ -82,7 +82,7 @@ def test_attaching_twice_is_refused_and_keeps_the_first() -> None:
 def test_another_unit_is_refused_and_changes_nothing() -> None:
     model = tiny_model()
     before = snapshot(model)
-    with pytest.raises(InputError, match="the unit must be 'head'"):
+    with pytest.raises(InputError, match="open and close head, but the unit 'kv_group'"):
         attach(model, unit="kv_group")
     assert gates_of(model) is None
     assert_unchanged(model, before)
@@ -90,10 +90,10 @@ def test_another_unit_is_refused_and_changes_nothing() -> None:
 
 
 def test_a_model_without_a_layout_is_refused_in_one_sentence() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    model = MambaForCausalLM(MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1))
     before = snapshot(model)
     for change in (attach, lambda m: cut(m, HeadPlan.keep_all({0: 2}))):
-        with pytest.raises(UnsupportedModel, match="'gpt2'") as caught:
+        with pytest.raises(UnsupportedModel, match="'mamba'") as caught:
             change(model)
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
         assert isinstance(caught.value, InputError)
@@ -118,7 +118,7 @@ def test_the_base_model_can_be_gated_too() -> None:
 def test_layers_without_heads_get_no_gate() -> None:
     model = tiny_model()
     cut(model, HeadPlan(kept={1: []}, total=TOTAL))
-    assert [site.layer for site in find_layout(model).sites(model) if site.heads] == [0, 2]
+    assert [site.layer for site in find_layout(model).sites(model, "head") if site.heads] == [0, 2]
     gates = attach(model)
     assert list(gates.gates) == [0, 2] and len(gates) == 8
     assert not any(isinstance(module, HeadGate) for module in model.model.layers[1].modules())

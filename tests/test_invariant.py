@@ -12,7 +12,8 @@ import os
 import random
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from deadhead.cut import cut
 from deadhead.errors import CutError
 from deadhead.gates import GateConfig
 from deadhead.gating import attach, detach, gates_of
-from deadhead.layouts import HeadSlice
+from deadhead.layouts import Selection
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plan import HeadPlan
@@ -298,14 +299,17 @@ class ShiftedLayout(AllAttentionLayout):
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def slices(self, site: Any) -> list[HeadSlice]:
-        """Return the slices, those of `path` shifted."""
+    def selections(self, site: Any, heads: tuple[int, ...]) -> list[Selection]:
+        """Return the selections, those of `path` shifted."""
+        size = {part.path: site.module.get_parameter(part.path).shape[part.dim] for part in _parts(site)}
         return [
-            HeadSlice(path=part.path, dim=part.dim, rows=(part.rows + 1) % part.rows.numel(), per_token=part.per_token)
-            if part.path == self.path
-            else part
-            for part in super().slices(site)
+            replace(part, index=(part.index + 1) % size[part.path]) if part.path == self.path else part
+            for part in super().selections(site, heads)
         ]
+
+
+def _parts(site: Any) -> Sequence[Selection]:
+    return AllAttentionLayout().selections(site, site.heads)
 
 
 def _all_slices() -> list[tuple[str, str, bool]]:
@@ -314,7 +318,7 @@ def _all_slices() -> list[tuple[str, str, bool]]:
         for bias in (False, True):
             model = tiny_model(position=position, projection_bias=bias)
             layout = AllAttentionLayout()
-            found += [(part.path, position, bias) for part in layout.slices(layout.sites(model)[0])]
+            found += [(part.path, position, bias) for part in _parts(layout.sites(model, "head")[0])]
     return found
 
 
@@ -349,13 +353,13 @@ def test_every_parameter_of_the_attention_is_in_a_slice_but_the_output_bias() ->
     for position in ("learned", "rotary"):
         model = random_model(tiny_config(position=position, projection_bias=True), 0)
         layout = AllAttentionLayout()
-        for site in layout.sites(model):
-            parts = layout.slices(site)
+        for site in layout.sites(model, "head"):
+            parts = layout.selections(site, site.heads)
             named = {name for name, _ in site.module.named_parameters()}
             assert {part.path for part in parts} == named - {"o_proj.bias"}
             for part in parts:
                 size = site.module.get_parameter(part.path).shape[part.dim]
-                assert sorted(part.rows.flatten().tolist()) == list(range(size)), part.path
+                assert part.index.tolist() == list(range(size)), part.path
 
 
 if __name__ == "__main__":

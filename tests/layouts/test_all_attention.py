@@ -8,41 +8,34 @@ import torch
 import deadhead.layouts
 from deadhead.cut import cut
 from deadhead.errors import UnsupportedModel
-from deadhead.layouts import AttentionSite, Layout, find_layout, register
+from deadhead.layouts import AttentionSite, Layout, find_layout, head_columns, register
 from deadhead.layouts.all_attention import AllAttentionLayout
-from deadhead.layouts.base import contiguous
 from deadhead.plan import HeadPlan
 from tests.helpers import tiny_model
 
 
 def test_sites_name_the_heads_there_are_and_those_there_were() -> None:
     model = tiny_model()
-    for layer, site in enumerate(AllAttentionLayout().sites(model)):
+    for layer, site in enumerate(AllAttentionLayout().sites(model, "head")):
         assert (site.layer, site.heads, site.total, site.head_dim) == (layer, (0, 1, 2, 3), 4, 4)
         assert site.module is model.model.layers[layer].attention
         assert site.output is model.model.layers[layer].attention.o_proj
-        assert site.output_weight.shape == (16, 16)
+        assert head_columns(site.output).shape == (16, 16)
     cut(model, HeadPlan(kept={0: [3, 1], 2: []}, total=dict.fromkeys(range(3), 4)))
-    sites = AllAttentionLayout().sites(model)
+    sites = AllAttentionLayout().sites(model, "head")
     assert [site.heads for site in sites] == [(1, 3), (0, 1, 2, 3), ()]
     assert [site.total for site in sites] == [4, 4, 4]
-    for part in AllAttentionLayout().slices(sites[0]):
-        assert part.rows.shape[0] == 2
-        assert part.rows.numel() == sites[0].module.get_parameter(part.path).shape[part.dim]
+    for part in AllAttentionLayout().selections(sites[0], (3,)):
+        assert 2 * len(part.index) == sites[0].module.get_parameter(part.path).shape[part.dim]
 
 
 def test_both_model_classes_have_the_layout() -> None:
     model = tiny_model()
     assert isinstance(find_layout(model), AllAttentionLayout)
     assert isinstance(find_layout(model.model), AllAttentionLayout)
-    assert [site.module for site in find_layout(model.model).sites(model.model)] == [
+    assert [site.module for site in find_layout(model.model).sites(model.model, "head")] == [
         layer.attention for layer in model.model.layers
     ]
-
-
-def test_rows_of_a_contiguous_slice() -> None:
-    part = contiguous("q_proj.weight", 0, 3, 2)
-    assert part.rows.tolist() == [[0, 1], [2, 3], [4, 5]] and part.dim == 0
 
 
 def test_the_layout_registered_first_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +55,8 @@ def test_a_layout_must_answer_every_question() -> None:
 
 def test_per_token_slices_are_the_projections_of_tokens() -> None:
     model = tiny_model(projection_bias=True)
-    (site, *_) = AllAttentionLayout().sites(model)
+    (site, *_) = AllAttentionLayout().sites(model, "head")
     assert isinstance(site, AttentionSite)
-    per_token = {part.path for part in AllAttentionLayout().slices(site) if part.per_token}
+    per_token = {part.path for part in AllAttentionLayout().selections(site, site.heads) if part.per_token}
     assert per_token == {f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    assert torch.equal(site.output_weight, model.model.layers[0].attention.o_proj.weight)
+    assert torch.equal(head_columns(site.output), model.model.layers[0].attention.o_proj.weight)
