@@ -72,7 +72,19 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_
 # What the general rule does not do.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 8},
-    "mpt": {},
+    "mpt": {"no_bias": False},
+    "dbrx": {"attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "full_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "dots3_note": {"adapter_in_dim": 64},
+    "dots3_note_text": {"adapter_in_dim": 64},
+    "bamba": {"attn_layer_indices": [1]},
+    "mamba2": {"head_dim": 16, "num_heads": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False},
     "gpt_bigcode": {"multi_query": True},
     "phi": {"partial_rotary_factor": 0.5},
@@ -96,13 +108,16 @@ def _tiny(kind: type[PreTrainedConfig], exceptions: dict[str, Any]) -> PreTraine
     if "qk_rope_head_dim" in fields:
         # Multi-head latent attention works its widths out itself.
         given.pop("head_dim", None)
-        given.pop("num_key_value_heads", None)
-    given |= {name: 0.0 for name in fields if name.endswith(_DROPOUTS) and "router" not in name}
+        given["num_key_value_heads"] = given.get("num_attention_heads", 8)
     default = kind()
+    for name in fields:
+        if name.endswith(_DROPOUTS) and isinstance(value := getattr(default, name, None), (int, float)):
+            given[name] = type(value)(0)
     layers = next((given[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if n in given), _LAYERS)
     for name in _PER_LAYER:
         value = getattr(default, name, None)
-        settable = not isinstance(getattr(kind, name, None), property)
+        own_name = kind.attribute_map.get(name, name)
+        settable = not isinstance(inspect.getattr_static(kind, own_name, None), property)
         if name in fields and settable and isinstance(value, (list, tuple)) and value:
             given[name] = _few(list(value), layers)
     for name, sub in (getattr(kind, "sub_configs", None) or {}).items():

@@ -37,7 +37,7 @@ from benchmarks._tiny_models import CAUSAL_TYPES, VOCABULARY, tiny_model
 
 _QUICK = ("llama", "gpt2", "gpt_neox", "phi3", "bert", "deepseek_v3", "mamba")
 _TOLERANCE = 1e-5
-_MEMORY = 8 << 30
+_MEMORY = 16 << 30
 
 
 @dataclass(kw_only=True)

@@ -23,6 +23,8 @@ from deadhead.plan import HeadPlan, Layer
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 _TOLERANCE_HALF = 5e-2
 _CHECK_LENGTH = 16
+# What a module raises whose numbers do not fit its tensors.
+_FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, ArithmeticError)
 
 
 def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
@@ -55,12 +57,17 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         if gates.plan() != plan:
             gates.set_plan(plan)
         factors = _gate_factors(gates)
-        expected = _check_outputs(model)
+        sites = layout.sites(model, plan.unit)
+        watching = [layout.observe(site) for site in sites]
+        try:
+            expected = _check_outputs(model)
+        finally:
+            for stop in watching:
+                stop()
     except BaseException:
         _restore_gates(model, gates, before, keep=given_gates)
         raise
 
-    sites = layout.sites(model, plan.unit)
     old_modules = [(module, type(module), _snapshot(module)) for module in model.modules()]
     old_config = type(model.config), dict(vars(model.config))
     try:
@@ -70,7 +77,15 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
                 kept = tuple(plan.kept[site.layer])
                 _fold(site, kept, factors[site.layer])
                 layout.shrink(site, kept)
-        difference = _relative_difference(_check_outputs(model), expected)
+        try:
+            found = _check_outputs(model)
+        except _FAULTS as error:
+            raise CutError(
+                f"The model does not run any more with those heads cut off ({type(error).__name__}: "
+                f"{str(error).strip().partition(chr(10))[0]}); nothing was cut. Please report this model's type, "
+                f"{model.config.model_type!r}."
+            ) from error
+        difference = _relative_difference(found, expected)
         allowed = _TOLERANCE.get(model.dtype, _TOLERANCE_HALF)
         if not difference <= allowed:
             raise CutError(

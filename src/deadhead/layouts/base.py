@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -84,6 +84,10 @@ class Layout(ABC):
     @abstractmethod
     def selections(self, site: AttentionSite, heads: tuple[int, ...]) -> Sequence[Selection]:
         """Return what is left of every tensor with heads in it, the output projection included, if `heads` stay."""
+
+    def observe(self, site: AttentionSite) -> Callable[[], None]:
+        """Begin to watch a module that is about to run, for what `shrink` must know; return what ends it."""
+        return lambda: None
 
     @abstractmethod
     def shrink(self, site: AttentionSite, heads: tuple[int, ...]) -> None:

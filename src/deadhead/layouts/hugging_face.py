@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
@@ -125,7 +126,19 @@ class HuggingFaceLayout(Layout):
         """Shrink the module as the checkpoint's own code does when it is loaded."""
         found = cast(HuggingFaceSite, site)
         assert found.attention is not None
-        shrink(found.attention, found.present(heads))
+        shrink(found.attention, found.present(heads), getattr(found.attention.inner, "num_outputs", 2))
+
+    def observe(self, site: AttentionSite) -> Callable[[], None]:
+        """Note in the module, when it runs next, how many values it returns: an emptied one must return as many."""
+        attention = cast(HuggingFaceSite, site).attention
+        if attention is None:
+            return lambda: None
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            count = len(output) if isinstance(output, (tuple, list)) else 0
+            module.num_outputs = -count if isinstance(output, list) else count  # type: ignore[assignment]
+
+        return attention.inner.register_forward_hook(note).remove
 
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
         """Give model and configuration our classes, in place, and write the plan under `head_plan`.
@@ -146,6 +159,7 @@ class HuggingFaceLayout(Layout):
         config.__class__ = pruned_config_class(type(config))
         config.model_type = type(config).model_type
         config.head_plan = plan.to_dict()
+        config.attention_outputs = next((m.num_outputs for m in model.modules() if hasattr(m, "num_outputs")), 2)
         model.__class__ = pruned_class(type(model))
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:

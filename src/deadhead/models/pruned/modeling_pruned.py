@@ -53,13 +53,14 @@ class PrunedModel:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if config.head_plan is not None:
-            apply_plan(self, config.head_plan)  # type: ignore[arg-type]
+            apply_plan(self, config.head_plan, config.attention_outputs)  # type: ignore[arg-type]
 
 
 def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Return our subclass of a configuration class of transformers.
 
-    Its instances also have `head_plan`, the JSON values of a head plan, or None for a dense model.
+    Its instances also have `head_plan`, the JSON values of a head plan (None for a dense model), and
+    `attention_outputs`, how many values an attention module returns (see `shrink`).
     """
     if stock.__name__.startswith(PREFIX):
         return stock
@@ -68,8 +69,9 @@ def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]
         fields: dict[str, Any] = {
             "__module__": __name__,
             "__doc__": f"Configuration of a `{stock.__name__.removesuffix('Config')}` model with heads cut off.",
-            "__annotations__": {"head_plan": "dict | None"},
+            "__annotations__": {"head_plan": "dict | None", "attention_outputs": "int"},
             "head_plan": None,
+            "attention_outputs": 2,
             "model_type": TYPE_PREFIX + stock.model_type,
         }
         made: Any = type(name, (stock,), fields)

@@ -6,7 +6,6 @@ This file travels with checkpoints and imports torch and transformers only.
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,16 +77,18 @@ def rows_of(attention: Attention, order: str, size: int, heads: Heads) -> Tensor
 
 
 @torch.no_grad()
-def shrink(attention: Attention, heads: Heads) -> None:
+def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
     """Keep only `heads`, given by their present index, in place.
 
     Args:
         attention: a module that `find_attentions` found.
         heads: those that stay; none empties the module.
+        outputs: how many values the module returns in a tuple, 0 for one tensor, negative for a list; an emptied one
+            returns as many.
     """
     inner, module = attention.inner, attention.module
     if not heads.queries:
-        _empty(attention)
+        _empty(attention, outputs)
         return
     for part in attention.parts:
         owner_path, _, name = part.path.rpartition(".")
@@ -113,12 +114,13 @@ def shrink(attention: Attention, heads: Heads) -> None:
             owner.config = LayerConfig(shared, own)
 
 
-def apply_plan(model: nn.Module, plan: Mapping[str, Any]) -> None:
+def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
     """Shrink a model as big as the dense one, on any device, to what a recorded head plan keeps.
 
     Args:
         model: with all its heads.
         plan: the JSON values of a head plan.
+        outputs: see `shrink`.
 
     Raises:
         ValueError: the model's attention modules are not those of the plan.
@@ -135,7 +137,8 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any]) -> None:
             )
         remember_dense(attention)
         if len(kept) != total:
-            shrink(attention, heads_of(plan["unit"], kept, attention.num_heads, attention.num_kv_heads))
+            heads = heads_of(plan["unit"], kept, attention.num_heads, attention.num_kv_heads)
+            shrink(attention, heads, outputs)
 
 
 def remember_dense(attention: Attention) -> None:
@@ -209,10 +212,13 @@ class EmptyAttention(nn.Module):
             output = hidden[..., :0]
         else:
             output = self.get_submodule(self.output_path)(hidden)
-        return (output, *(None,) * (self.num_outputs - 1)) if self.num_outputs else output
+        if not self.num_outputs:
+            return output
+        outputs = [output, *[None] * (abs(self.num_outputs) - 1)]
+        return tuple(outputs) if self.num_outputs > 0 else outputs
 
 
-def _empty(attention: Attention) -> None:
+def _empty(attention: Attention, outputs: int) -> None:
     module, inner = attention.module, attention.inner
     output = module.get_submodule(attention.output_path)
     owner_path, _, name = attention.output_path.rpartition(".")
@@ -223,24 +229,11 @@ def _empty(attention: Attention) -> None:
         for child in [child for child in table if child not in keep]:
             del table[child]
     layer_idx = getattr(inner, "layer_idx", getattr(module, "layer_idx", attention.key))
-    num_outputs = _num_outputs(type(inner))
     inner.__class__ = EmptyAttention
     inner.output_path = attention.output_path if inner is module else None
-    inner.num_outputs = num_outputs
+    inner.num_outputs = outputs
     inner.layer_idx = layer_idx
     module.is_emptied = True  # type: ignore[assignment]
-
-
-def _num_outputs(kind: type[nn.Module]) -> int:
-    """Return how many values a module's forward declares to return, 0 for one tensor.
-
-    Most return output and weights, also where they declare a tuple of one.
-    """
-    annotation = typing.get_type_hints(kind.forward).get("return")
-    if annotation is Tensor:
-        return 0
-    members = typing.get_args(annotation) if typing.get_origin(annotation) is tuple else ()
-    return max(len(members), 2)
 
 
 def _tell_sizes(owner: nn.Module) -> None:

@@ -7,12 +7,14 @@ Dimensions: D model width, H query heads, G key/value heads (G divides H), E wid
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # Names of the projections of queries, keys and values where each has one of its own.
 _SEPARATE = (
@@ -33,10 +35,11 @@ _FUSED = {
 }
 _OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "projection_layer", "proj")
 # Multi-head latent attention: each head's queries, keys and values are expanded from compressed ones.
-_LATENT_QUERY = ("q_b_proj", "q_proj")
+_LATENT_QUERY = ("q_b_proj", "q_gate_proj", "q_proj")
 _LATENT_KEY_VALUE = "kv_b_proj"
 # Further parameters of attention modules, by the first part of their name.
-_PER_QUERY_HEAD = ("sinks", "gate_proj", "g_proj")
+_PER_QUERY_HEAD = ("sinks", "gate_proj", "gate_bias", "g_proj", "r_proj", "sink_proj")
+_PER_KV_HEAD = ("A", "dt_proj")
 _SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "indexer")
 # Attention to something else than the text itself is left alone.
 _CROSS = ("crossattention", "cross_attention", "encoder_attn", "cross_attn", "encoder_attention")
@@ -159,7 +162,8 @@ def layer_keys(paths: list[str]) -> dict[str, Key]:
 def text_stack(model: nn.Module) -> nn.Module:
     """Return the part of a model that reads text: the decoder of a language model, alone or in a larger model."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if isinstance(decoder, nn.Module):
+    # Some keep their output layer under the name that others give the decoder.
+    if isinstance(decoder, PreTrainedModel):
         return decoder
     base = getattr(model, "base_model", model)
     return base if isinstance(base, nn.Module) else model
@@ -184,6 +188,11 @@ def _describe(path: str, module: nn.Module) -> Attention | None:
     parts = _projections(inner)
     if parts is None:
         return None
+    given = inspect.signature(inner.forward).parameters
+    if "position_bias" in given or ("alibi" in given and getattr(_config(inner), "alibi", True)):
+        raise UnknownStructure("the model itself makes a position bias for every head, whatever heads are left")
+    if hasattr(module, "set_attention_type"):
+        raise UnknownStructure("it exchanges its attention modules while it runs")
     output = module.get_submodule(output_path)
     width = weight_of(output).shape[1 - output_dim(output)]
     num_heads, num_kv_heads = _counts(inner, parts, width)
@@ -234,7 +243,7 @@ def _counts(inner: nn.Module, parts: list[Part], width: int) -> tuple[int, int]:
         raise UnknownStructure(f"the number of heads cannot be told from its output projection's {width} inputs")
     sizes = {part.order: _tensor(inner, part.path).shape[part.dim] for part in reversed(parts)}
     num_kv_heads = _number(inner, _KV_HEAD_COUNTS)
-    if num_kv_heads is None and isinstance(repeat := getattr(inner, "num_key_value_groups", None), int):
+    if num_kv_heads is None and (repeat := _number(inner, ("num_key_value_groups",))) is not None:
         num_kv_heads = num_heads // repeat
     if getattr(inner, "multi_query", False) and not getattr(inner, "new_decoder_architecture", False):
         num_kv_heads = 1
@@ -268,6 +277,8 @@ def _extras(inner: nn.Module, covered: set[str], num_heads: int, num_kv_heads: i
                 parts.append(Part(path, 0, order, False))
         elif first in _PER_QUERY_HEAD and not tensor.shape[0] % num_heads:
             parts.append(Part(path, 0, "query", tensor.ndim == 2))
+        elif first in _PER_KV_HEAD:
+            parts += [Part(path, dim, "kv", tensor.ndim == 2 and dim == 0) for dim in range(tensor.ndim)]
         elif first not in _SHARED:
             raise UnknownStructure(f"it has a parameter {path} whose part in each head is not known")
     return parts
@@ -322,6 +333,10 @@ def _tensor(inner: nn.Module, path: str) -> Tensor:
         value = getattr(value, name)
     assert isinstance(value, Tensor)
     return value
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
 
 
 def _number(owner: Any, names: tuple[str, ...]) -> int | None:
