@@ -50,6 +50,11 @@ class PrunedModel:
                 parameter.data = parameter.data.clone()
         return loaded
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Answer no: transformers' own code fills in the buffers of these models, those of custom code it skips."""
+        return False
+
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if config.head_plan is not None:

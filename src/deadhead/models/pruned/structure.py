@@ -39,7 +39,6 @@ _LATENT_QUERY = ("q_b_proj", "q_gate_proj", "q_proj")
 _LATENT_KEY_VALUE = "kv_b_proj"
 # Further parameters of attention modules, by the first part of their name.
 _PER_QUERY_HEAD = ("sinks", "gate_proj", "gate_bias", "g_proj", "r_proj", "sink_proj")
-_PER_KV_HEAD = ("A", "dt_proj")
 _SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "indexer")
 # Attention to something else than the text itself is left alone.
 _CROSS = ("crossattention", "cross_attention", "encoder_attn", "cross_attn", "encoder_attention")
@@ -277,8 +276,6 @@ def _extras(inner: nn.Module, covered: set[str], num_heads: int, num_kv_heads: i
                 parts.append(Part(path, 0, order, False))
         elif first in _PER_QUERY_HEAD and not tensor.shape[0] % num_heads:
             parts.append(Part(path, 0, "query", tensor.ndim == 2))
-        elif first in _PER_KV_HEAD:
-            parts += [Part(path, dim, "kv", tensor.ndim == 2 and dim == 0) for dim in range(tensor.ndim)]
         elif first not in _SHARED:
             raise UnknownStructure(f"it has a parameter {path} whose part in each head is not known")
     return parts
@@ -341,15 +338,23 @@ def _config(module: nn.Module) -> Any:
 
 def _number(owner: Any, names: tuple[str, ...]) -> int | None:
     for name in names:
-        value = getattr(owner, name, None)
+        value = _value(owner, name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def _value(owner: Any, name: str) -> Any:
+    try:
+        return getattr(owner, name, None)
+    except RuntimeError:
+        # A configuration whose layers differ refuses to name one number for all of them.
+        return None
 
 
 def config_head_names(config: Any) -> Iterator[tuple[str, bool]]:
     """Yield the names under which a configuration keeps its numbers of heads, and whether it is key/value heads'."""
     for is_kv, names in ((False, _HEAD_COUNTS), (True, _KV_HEAD_COUNTS)):
         for name in names:
-            if isinstance(getattr(config, name, None), int):
+            if isinstance(_value(config, name), int):
                 yield name, is_kv
