@@ -17,7 +17,9 @@ _LAYERS = 3
 # What a field of any configuration is set to, where it has one of that name.
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "dim", "emb_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "embedding_size", "dim", "emb_dim", "word_embed_proj_dim"), 64
+    ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), _LAYERS),
     **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers"), _LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 8),
@@ -73,7 +75,10 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 8},
     "mpt": {"no_bias": False},
-    "dbrx": {"attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "full_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
@@ -121,9 +126,9 @@ def _tiny(kind: type[PreTrainedConfig], exceptions: dict[str, Any]) -> PreTraine
         if name in fields and settable and isinstance(value, (list, tuple)) and value:
             given[name] = _few(list(value), layers)
     for name, sub in (getattr(kind, "sub_configs", None) or {}).items():
-        if isinstance(sub, type) and issubclass(sub, PreTrainedConfig) and hasattr(sub, "model_type"):
-            if getattr(default, name, None) is not None:
-                given[name] = _tiny(sub if sub.model_type else type(getattr(default, name)), {})
+        is_config = isinstance(sub, type) and issubclass(sub, PreTrainedConfig) and hasattr(sub, "model_type")
+        if is_config and getattr(default, name, None) is not None:
+            given[name] = _tiny(sub if sub.model_type else type(getattr(default, name)), {})
     return kind(**(given | exceptions))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -90,26 +91,29 @@ def require_ours_or_free(path: Path) -> None:
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a language model from a checkpoint folder, in evaluation mode; never runs code from it.
+    """Load a language model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
 
-    A gated checkpoint gives the ungated model; `load_gated` gives both.
+    It never runs code that a checkpoint brings along. A gated checkpoint gives the ungated model; `load_gated` gives
+    both.
 
     Raises:
         InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
     """
-    path = Path(path)
-    if not path.is_dir():
+    name = str(path)
+    local = Path(path).is_dir()
+    if not local and not looks_like_a_name(path):
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
-    config = read_json(path / "config.json", what="model configuration")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING:
-        raise InputError(
-            f"The checkpoint {path} has model type {kind!r} and cannot be loaded: neither deadhead nor transformers "
-            "knows it, and deadhead never runs code that a checkpoint brings along."
-        )
+    if local:
+        config = read_json(Path(path) / "config.json", what="model configuration")
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        if isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING:
+            raise InputError(
+                f"The checkpoint {path} has model type {kind!r} and cannot be loaded: neither deadhead nor "
+                "transformers knows it, and deadhead never runs code that a checkpoint brings along."
+            )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            name, dtype=dtype, output_loading_info=True, local_files_only=local, trust_remote_code=False
         )
     except SafetensorError as error:
         raise InputError(f"The weights in {path} are damaged or cut short: {error}.") from error
@@ -118,6 +122,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         raise InputError(f"The weights in {path} do not fit its configuration: {reason}.") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
+        if not local:
+            raise InputError(
+                f"There is no folder {path}, and the Hugging Face hub gave no model of that name: {reason}."
+            ) from error
         raise InputError(f"The checkpoint {path} (model type {kind!r}) cannot be loaded: {reason}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if any("head_gate." in str(name) for name in info["unexpected_keys"]):
@@ -133,6 +141,11 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
             )
     model.eval()
     return model
+
+
+def looks_like_a_name(path: str | Path) -> bool:
+    """Tell whether `path`, which is no folder, may be the name of a model on the Hugging Face hub: NAME or ORG/NAME."""
+    return not Path(path).exists() and bool(re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(path)))
 
 
 def is_gated(path: str | Path) -> bool:

@@ -13,11 +13,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError, UnsupportedModel
+from deadhead.errors import InputError
 from deadhead.modes import evaluating
 
 if TYPE_CHECKING:
     from deadhead.data import TokenStream
+
+_WINDOW = 512
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,64 +50,51 @@ def evaluate(
     *,
     batch_size: int = 8,
     limit: int | None = None,
+    window: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score every token of `text` but the first once, each after the true text before it.
 
-    The text is cut into `batch_size` contiguous rows that are read segment by segment with a sliding cache; every row
-    but the first begins one memory length early, without being scored there, so that it starts with a full memory.
+    A model with segment memory: the text is cut into `batch_size` contiguous rows that are read segment by segment
+    with a sliding cache; every row but the first begins one memory length early, without being scored there, so that
+    it starts with a full memory.
     (What deeper layers know of the text before that is missing there; with `batch_size` 1 nothing is.)
 
+    Any other causal language model: a window slides along the text by half its length, and each token is scored in the
+    first window that reaches it, so after at least half a window of text where there is as much.
+
     Args:
-        model: an All-attention model; switched to evaluation for the time.
+        model: a causal language model; switched to evaluation for the time.
         text: tokens and the numbers of bytes and words they stand for.
         batch_size: rows read side by side; short texts take fewer.
         limit: score only this many tokens, from the beginning.
+        window: tokens seen at once by a model without memory; by default 512, or all its positions if it has fewer.
         progress: called with the number of segments done and to do.
 
     Raises:
-        InputError: the text has fewer than two tokens, or tokens that the model doesn't have.
-        UnsupportedModel: the model has no segment memory.
+        InputError: the text has fewer than two tokens, or tokens that the model doesn't have, or the window does not
+            fit the model.
     """
-    config = model.config
-    if not hasattr(config, "memory_length"):
-        raise UnsupportedModel(
-            f"Evaluation slides a memory along the text, which a model of type {config.model_type!r} does not have."
-        )
     targets = len(text.tokens) - 1 if limit is None else min(limit, len(text.tokens) - 1)
     if targets < 1:
         raise InputError(f"A text of at least 2 tokens is needed to measure perplexity, but it has {len(text.tokens)}.")
-    segment, memory = config.segment_length, config.memory_length
     # A token outside the vocabulary would crash or, on a GPU, corrupt the process.
     largest = int(text.tokens[: targets + 1].max())
-    if largest >= config.vocab_size:
+    vocabulary = model.config.get_text_config().vocab_size
+    if largest >= vocabulary:
         raise InputError(
-            f"The text has token {largest}, but the model's vocabulary ends at {config.vocab_size - 1}; "
+            f"The text has token {largest}, but the model's vocabulary ends at {vocabulary - 1}; "
             "use the tokenizer the model was trained with."
         )
-    rows = max(1, min(batch_size, targets // (4 * (segment + memory))))
-    layout = _Rows(text.tokens[: targets + 1], rows, warm_up=memory if rows > 1 else 0)
-    starts = range(0, layout.num_columns, segment)
-    total, cache = 0.0, None
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
-        for done, start in enumerate(starts):
-            stop = min(start + segment, layout.num_columns)
-            # The cache reaches back one memory length; so must the mask.
-            seen = layout.valid(max(0, start - memory), stop)
-            outputs = model(
-                input_ids=layout.inputs(start, stop).to(model.device),
-                attention_mask=None if seen.all() else seen.to(model.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = outputs.past_key_values
-            wanted = layout.labels(start, stop).to(model.device)
-            total += cross_entropy(
-                outputs.logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
-            ).item()
-            if progress is not None:
-                progress(done + 1, len(starts))
+        if hasattr(model.config, "memory_length"):
+            if window is not None:
+                raise InputError("This model reads the text with a memory of its own length; leave the window out.")
+            total = _slide_memory(model, text.tokens[: targets + 1], batch_size, progress)
+        else:
+            window = evaluation_window(model, window)
+            total = _slide_window(model, text.tokens[: targets + 1], window, batch_size, progress)
     seconds = time.perf_counter() - begin
     share = targets / max(len(text.tokens) - 1, 1)
     return Evaluation(
@@ -115,6 +105,97 @@ def evaluate(
         tokens=targets,
         tokens_per_second=targets / seconds,
     )
+
+
+def evaluation_window(model: PreTrainedModel, window: int | None = None) -> int:
+    """Return the number of tokens that a model without memory sees at once in evaluation.
+
+    Args:
+        model: it.
+        window: the number asked for; None takes 512, or all the positions there are.
+
+    Raises:
+        InputError: the model does not have so many positions, or the window is below 2.
+    """
+    most = max_positions(model)
+    if window is None:
+        return min(_WINDOW, most or _WINDOW)
+    if window < 2 or (most is not None and window > most):
+        raise InputError(f"The window must have 2 to {most or 'any number of'} tokens, but {window} were asked for.")
+    return window
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has, or None if its configuration does not say."""
+    config = model.config.get_text_config()
+    return next((n for name in _POSITIONS if isinstance(n := getattr(config, name, None), int) and n > 0), None)
+
+
+def _slide_window(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    window: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> float:
+    """Return the nats of all tokens but the first, each scored once, in the first window that reaches it."""
+    stride = window // 2
+    targets = len(tokens) - 1
+    # Each window but the first scores its second half: the inputs before `scored` are there to be seen only.
+    windows = [(0, min(window, targets), 0)]
+    while windows[-1][1] < targets:
+        stop = min(windows[-1][1] + stride, targets)
+        windows.append((max(0, stop - window), stop, windows[-1][1]))
+    total = 0.0
+    # Windows of one length can be stacked; all but the first and the last have the same.
+    for done in range(0, len(windows), batch_size):
+        for group in _same_length(windows[done : done + batch_size]):
+            ids = torch.from_numpy(np.stack([tokens[start : stop + 1] for start, stop, _ in group]).astype(np.int64))
+            logits = model(input_ids=ids[:, :-1].to(model.device)).logits.float()
+            wanted = ids[:, 1:].clone()
+            for row, (start, _, scored) in enumerate(group):
+                wanted[row, : scored - start] = -100
+            wanted = wanted.to(logits.device)
+            total += cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum").item()
+        if progress is not None:
+            progress(min(done + batch_size, len(windows)), len(windows))
+    return total
+
+
+def _same_length(windows: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    groups: dict[int, list[tuple[int, int, int]]] = {}
+    for window in windows:
+        groups.setdefault(window[1] - window[0], []).append(window)
+    return list(groups.values())
+
+
+def _slide_memory(
+    model: PreTrainedModel, tokens: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None
+) -> float:
+    """Return the nats of all tokens but the first, read in rows with a sliding cache."""
+    segment, memory = model.config.segment_length, model.config.memory_length
+    rows = max(1, min(batch_size, (len(tokens) - 1) // (4 * (segment + memory))))
+    layout = _Rows(tokens, rows, warm_up=memory if rows > 1 else 0)
+    starts = range(0, layout.num_columns, segment)
+    total, cache = 0.0, None
+    for done, start in enumerate(starts):
+        stop = min(start + segment, layout.num_columns)
+        # The cache reaches back one memory length; so must the mask.
+        seen = layout.valid(max(0, start - memory), stop)
+        outputs = model(
+            input_ids=layout.inputs(start, stop).to(model.device),
+            attention_mask=None if seen.all() else seen.to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = outputs.past_key_values
+        wanted = layout.labels(start, stop).to(model.device)
+        total += cross_entropy(
+            outputs.logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
+        ).item()
+        if progress is not None:
+            progress(done + 1, len(starts))
+    return total
 
 
 class _Rows:

@@ -93,7 +93,9 @@ def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Un
     layout = find_layout(model)
     units = layout.units(model)
     if unit is not None and unit not in units:
-        raise InputError(f"This model's gates open and close {' or '.join(units)}, but the unit {unit!r} was asked for.")
+        raise InputError(
+            f"This model's gates open and close {' or '.join(units)}, but the unit {unit!r} was asked for."
+        )
     unit = unit or units[0]
     config = config or GateConfig()
     sites = layout.sites(model, unit)

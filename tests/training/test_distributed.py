@@ -23,7 +23,7 @@ config = deadhead.AllAttentionConfig(
 )
 model = deadhead.AllAttentionForCausalLM(config)
 recipe = deadhead.PruneRecipe(steps=6, batch_size=2, weighting="output_difference", sparsity=0.5, gate_lr_scale=50.0)
-gates = deadhead.attach(model, config=deadhead.gate_config(recipe))
+gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model))
 deadhead.train(model, text.splits["train"], recipe, gates=gates)
 values = {str(layer): row.tolist() for layer, row in gates.log_alpha().items()}
 values["weights"] = sum(float(p.double().sum()) for p in model.parameters())

@@ -122,7 +122,7 @@ def test_seeded_loss_does_not_change(tmp_path: Path) -> None:
     """The losses of a short run with gates, to the digits that machines agree on. A change of meaning changes them."""
     torch.manual_seed(0)
     model = AllAttentionForCausalLM(tiny_config())
-    gates = deadhead.attach(model, config=gate_config(_prune_recipe(), seed=0))
+    gates = deadhead.attach(model, config=gate_config(_prune_recipe(), model, seed=0))
     deadhead.train(model, stream(400), _prune_recipe(steps=8), gates=gates, metrics=tmp_path / "metrics.jsonl")
     lines = metrics(tmp_path)
     assert [line["loss"] for line in lines] == pytest.approx(_SEEDED_LOSSES, abs=1e-3)
@@ -145,7 +145,7 @@ def _phase(
     model = tiny_model(hidden_dropout=0.2, attention_dropout=0.1)
     gates = None
     if isinstance(recipe, PruneRecipe):
-        gates = deadhead.attach(model, config=gate_config(recipe, seed=1))
+        gates = deadhead.attach(model, config=gate_config(recipe, model, seed=1))
     stops = () if kill is None else (_At(kill, _kill),)
     try:
         deadhead.train(

@@ -29,7 +29,14 @@ PhaseData = Annotated[
 PhaseSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the optimizer.")]
 Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows of a batch.")]
-Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
+Rate = Annotated[
+    float | None,
+    typer.Option("--learning-rate", help="Peak learning rate: 2e-3 for deadhead's own models, 5e-5 for others."),
+]
+Length = Annotated[
+    int | None,
+    typer.Option("--sequence-length", min=2, help="Tokens of a row, for models without segment memory (256)."),
+]
 Schedule = Annotated[Literal["constant", "cosine", "linear"] | None, typer.Option("--schedule", help="Of the rate.")]
 Accumulation = Annotated[int | None, typer.Option("--gradient-accumulation", min=1, help="Batches for each step.")]
 SaveEvery = Annotated[int | None, typer.Option("--save-every", min=0, help="Steps between checkpoints to resume from.")]
@@ -54,6 +61,7 @@ def train(
     vocab_size: Annotated[int | None, typer.Option("--vocab-size", min=1)] = None,
     steps: Steps = None,
     batch_size: Batch = None,
+    sequence_length: Length = None,
     learning_rate: Rate = None,
     schedule: Schedule = None,
     gradient_accumulation: Accumulation = None,
@@ -95,14 +103,21 @@ def prune(
     ] = None,
     l0_warmup_steps: Annotated[int | None, typer.Option("--l0-warmup-steps", min=0)] = None,
     gate_lr_scale: Annotated[
-        float | None, typer.Option("--gate-lr-scale", help="Gates learn so many times as fast.")
+        float | None,
+        typer.Option(
+            "--gate-lr-scale", help="Gates learn so many times as fast: 10, or a rate of 0.02 for other models."
+        ),
     ] = None,
     init: Annotated[float | None, typer.Option("--init", help="log_alpha of every gate at the start.")] = None,
-    output_scale: Annotated[bool | None, typer.Option("--output-scale/--no-output-scale")] = None,
+    output_scale: Annotated[
+        bool | None,
+        typer.Option("--output-scale/--no-output-scale", help="On for deadhead's own models, off for others."),
+    ] = None,
     weighting: Annotated[Literal["plain", "output_difference"] | None, typer.Option("--weighting")] = None,
     cut: Annotated[bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.")] = True,
     steps: Steps = None,
     batch_size: Batch = None,
+    sequence_length: Length = None,
     learning_rate: Rate = None,
     schedule: Schedule = None,
     gradient_accumulation: Accumulation = None,
@@ -139,6 +154,7 @@ def finetune(
     recipe: RecipeOption = None,
     steps: Steps = None,
     batch_size: Batch = None,
+    sequence_length: Length = None,
     learning_rate: Rate = None,
     schedule: Schedule = None,
     gradient_accumulation: Accumulation = None,
@@ -167,7 +183,10 @@ def _seed(given: int | None, base: Recipe) -> int:
 
 
 def _common(given: dict[str, Any]) -> dict[str, Any]:
-    names = ("steps", "batch_size", "learning_rate", "schedule", "gradient_accumulation", "save_every", "bf16")
+    names = (
+        *("steps", "batch_size", "sequence_length", "learning_rate", "schedule", "gradient_accumulation"),
+        *("save_every", "bf16"),
+    )
     return {name: given[name] for name in names}
 
 

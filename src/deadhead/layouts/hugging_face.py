@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts.base import AttentionSite, Layout, Selection
 from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class
-from deadhead.models.pruned.shrinking import Heads, heads_of, remember_dense, rows_of, shrink
+from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, remember_dense, rows_of, shrink
 from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
 from deadhead.plan import HeadPlan, Unit
 
@@ -28,7 +28,7 @@ class HuggingFaceSite(AttentionSite):
     def present(self, kept: tuple[int, ...]) -> Heads:
         """Return the heads of units `kept` by the index they have in the module now."""
         assert self.attention is not None
-        dense = self.attention.module.dense_heads
+        dense = dense_heads(self.attention.module)
         now = heads_of(self.unit, self.heads, *dense)
         later = heads_of(self.unit, kept, *dense)
         return Heads(
@@ -75,23 +75,21 @@ class HuggingFaceLayout(Layout):
         sites: dict[Any, AttentionSite] = {}
         for attention in attentions:
             remember_dense(attention)
-            # A layer with the heads of query and key/value in other numbers than its neighbours is itself a group.
-            dense_heads, dense_kv_heads = attention.module.dense_heads
-            total = dense_heads if unit == "head" else dense_kv_heads
-            heads = tuple(range(total)) if plan is None else plan.kept[attention.key]
-            output_dim = attention.head_dim * attention.num_heads
+            num_heads, num_kv_heads = dense_heads(attention.module)
+            total = num_heads if unit == "head" else num_kv_heads
+            heads = tuple(range(total)) if plan is None else tuple(plan.kept[attention.key])
             sites[attention.path] = HuggingFaceSite(
                 layer=attention.key,
                 module=attention.module,
                 output_path=attention.output_path,
-                head_dim=output_dim // len(heads),
+                head_dim=attention.head_dim * attention.num_heads // len(heads),
                 heads=heads,
                 total=total,
                 attention=attention,
                 unit=unit,
             )
         for path, module in emptied(model).items():
-            dense_heads, dense_kv_heads = module.dense_heads
+            num_heads, num_kv_heads = dense_heads(module)
             key = layer_keys(paths)[path]
             sites[path] = HuggingFaceSite(
                 layer=key,
@@ -99,7 +97,7 @@ class HuggingFaceLayout(Layout):
                 output_path="",
                 head_dim=1,
                 heads=(),
-                total=dense_heads if unit == "head" else dense_kv_heads,
+                total=num_heads if unit == "head" else num_kv_heads,
                 attention=None,
                 unit=unit,
             )
@@ -157,7 +155,6 @@ class HuggingFaceLayout(Layout):
         stock = cast(type[PreTrainedConfig], getattr(transformers, type(config).__name__.removeprefix("Deadhead")))
         config.auto_map = auto_map(stock)
         config.__class__ = pruned_config_class(type(config))
-        config.model_type = type(config).model_type
         config.head_plan = plan.to_dict()
         config.attention_outputs = next((m.num_outputs for m in model.modules() if hasattr(m, "num_outputs")), 2)
         model.__class__ = pruned_class(type(model))
@@ -183,6 +180,3 @@ def _window(site: AttentionSite) -> int | None:
     inner = cast(HuggingFaceSite, site).attention
     window = getattr(inner.inner, "sliding_window", None) if inner is not None else None
     return window if isinstance(window, int) and window > 0 else None
-
-
-

@@ -17,23 +17,29 @@ from transformers.trainer_callback import PrinterCallback
 
 from deadhead.data import SegmentDataset, TokenStream
 from deadhead.errors import InputError
+from deadhead.evaluate import max_positions
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.modes import flushing_denormals
 from deadhead.training.logs import MetricsFile, StepReporter
-from deadhead.training.recipe import PhaseRecipe, PruneRecipe
+from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.sparsity import SparsityCallback
 from deadhead.training.trainer import LanguageModelTrainer, last_checkpoint
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
+# Tokens of a row of a model without memory, unless the recipe says otherwise.
+_SEQUENCE = 256
+
 Report = Callable[[int, int, dict[str, Any]], None]
 
 
-def gate_config(recipe: PruneRecipe, seed: int = 0) -> GateConfig:
-    """Return the gates' constants that a recipe asks for."""
+def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> GateConfig:
+    """Return the gates' constants that a recipe asks for; what it leaves open depends on the model."""
+    filled = with_defaults(recipe, model)
+    assert filled.gate_lr_scale is not None and filled.output_scale is not None
     return GateConfig(
-        init=recipe.init, hard=recipe.hard, output_scale=recipe.output_scale, lr_scale=recipe.gate_lr_scale, seed=seed
+        init=filled.init, hard=filled.hard, output_scale=filled.output_scale, lr_scale=filled.gate_lr_scale, seed=seed
     )
 
 
@@ -42,7 +48,7 @@ def _require_same_gates(attached: GateConfig, asked: GateConfig) -> None:
         if getattr(attached, name) != getattr(asked, name):
             raise InputError(
                 f"The prune recipe asks for gates with {name} = {getattr(asked, name)}, but those attached have "
-                f"{getattr(attached, name)}; attach them with deadhead.gate_config(recipe)."
+                f"{getattr(attached, name)}; attach them with deadhead.gate_config(recipe, model)."
             )
 
 
@@ -105,6 +111,8 @@ def train(
     folder = Path(folder)
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
+    recipe = with_defaults(recipe, model)
+    assert recipe.learning_rate is not None
     set_seed(seed)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -136,17 +144,19 @@ def train(
             f"Training in one process would spread batches over {args.n_gpu} GPUs and mix up the segments' memories; "
             "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
         )
+    has_memory = hasattr(model.config, "memory_length")
     dataset: Dataset[Any] = SegmentDataset(
         text.tokens,
-        rows=recipe.batch_size * args.world_size,
-        segment_length=model.config.segment_length,
-        first_segment=first_segment,
+        # Without memory the rows of a batch need not go on where those of the last one ended.
+        rows=recipe.batch_size * args.world_size if has_memory else 1,
+        segment_length=_segment_length(model, recipe),
+        first_segment=first_segment if has_memory else 0,
     )
     ours: list[TrainerCallback] = []
     if gates is not None:
         if not isinstance(recipe, PruneRecipe):
             raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
-        _require_same_gates(gates.config, gate_config(recipe, seed))
+        _require_same_gates(gates.config, gate_config(recipe, model, seed))
         ours.append(sparsity_callback(gates, recipe))
     if metrics is not None:
         ours.append(MetricsFile(metrics, phase, gates))
@@ -179,6 +189,22 @@ def train(
             _checkpoint_activations(model, False)
         model.eval()
     return model
+
+
+def _segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
+    """Return the tokens of a row."""
+    if hasattr(model.config, "memory_length"):
+        if recipe.sequence_length not in (None, model.config.segment_length):
+            raise InputError(
+                f"This model reads segments of {model.config.segment_length} tokens, so a sequence_length of "
+                f"{recipe.sequence_length} cannot be had; leave it out."
+            )
+        return int(model.config.segment_length)
+    most = max_positions(model)
+    length = recipe.sequence_length or min(_SEQUENCE, most or _SEQUENCE)
+    if most is not None and length > most:
+        raise InputError(f"The model has {most} positions, but a sequence_length of {length} was asked for.")
+    return length
 
 
 def _checkpoint_activations(model: PreTrainedModel, on: bool) -> None:

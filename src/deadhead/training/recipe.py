@@ -6,16 +6,22 @@ import difflib
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
+from deadhead.models import AllAttentionConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+# log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
+_GATE_RATE = 0.02
 
 
 class _Section(BaseModel):
@@ -52,14 +58,16 @@ class DataRecipe(_Section):
 class PhaseRecipe(_Section):
     """One phase of training.
 
-    Args: steps of the optimizer; batch_size rows on each process; learning rate, its schedule and warm-up; AdamW's
-    weight decay and second beta; clipping norm; accumulated batches; bf16 mixed precision; steps between two logged
-    lines and between two checkpoints to resume from (0: none).
+    Args: steps of the optimizer; batch_size rows on each process; sequence_length, tokens of a row of a model without
+    segment memory (by default 256, or all its positions); learning rate (see `with_defaults`), its schedule and
+    warm-up; AdamW's weight decay and second beta; clipping norm; accumulated batches; bf16 mixed precision; steps
+    between two logged lines and between two checkpoints to resume from (0: none).
     """
 
     steps: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
+    sequence_length: int | None = Field(None, ge=2)
+    learning_rate: float | None = Field(None, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -84,11 +92,29 @@ class PruneRecipe(PhaseRecipe):
     sparsity: float | None = Field(None, ge=0, lt=1)
     ramp_steps: int = Field(0, ge=0)
     l0_warmup_steps: int = Field(0, ge=0)
-    gate_lr_scale: float = Field(10.0, gt=0)
+    gate_lr_scale: float | None = Field(None, gt=0)
     init: float = 2.0
-    output_scale: bool = True
+    output_scale: bool | None = None
     hard: bool = True
     weighting: Literal["plain", "output_difference"] = "plain"
+
+
+_P = TypeVar("_P", bound=PhaseRecipe)
+
+
+def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
+    """Return a phase's recipe with what it leaves to the model filled in.
+
+    Deadhead's own models are trained from scratch, with the paper's output scale. Others come pretrained: the weights
+    take small steps, the gates do not for that, and what is left of a layer is not scaled up.
+    """
+    ours = model.config.model_type == AllAttentionConfig.model_type
+    rate = phase.learning_rate or (2e-3 if ours else 5e-5)
+    filled: dict[str, Any] = {"learning_rate": rate}
+    if isinstance(phase, PruneRecipe):
+        filled["gate_lr_scale"] = phase.gate_lr_scale or (10.0 if ours else _GATE_RATE / rate)
+        filled["output_scale"] = ours if phase.output_scale is None else phase.output_scale
+    return phase.model_copy(update=filled)
 
 
 class Recipe(_Section):

@@ -108,7 +108,7 @@ def run_single(
                 )
         else:
             write_json(work / _SETTINGS_FILE, settings)
-        gates = attach(network, config=gate_config(recipe, seed)) if isinstance(recipe, PruneRecipe) else None
+        gates = attach(network, config=gate_config(recipe, network, seed)) if isinstance(recipe, PruneRecipe) else None
         train(
             network,
             text.splits["train"],

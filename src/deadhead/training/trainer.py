@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,6 +44,8 @@ class LanguageModelTrainer(Trainer):
         self.steps_since_log = 0
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        if not self.has_memory:
+            return cast(Sampler[int], super()._get_train_sampler(train_dataset))
         # The dataset is laid out so that reading it in order continues every row of the batch.
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
 
@@ -51,18 +53,15 @@ class LanguageModelTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states."""
-        extra: dict[str, Any] = {}
+        ids = inputs["input_ids"]
         if self.has_memory:
-            extra["memory"] = None if bool(inputs["is_first"].any()) else self.memory
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            labels=inputs["labels"],
-            shift_labels=inputs["labels"],
-            use_cache=False,
-            **extra,
-        )
-        if self.has_memory:
+            memory = None if bool(inputs["is_first"].any()) else self.memory
+            labels = inputs["labels"]
+            outputs = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False, memory=memory)
             self.memory = outputs.memory
+        else:
+            # Every language model shifts the labels itself; not all take labels that are shifted.
+            outputs = model(input_ids=ids, labels=ids, use_cache=False)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

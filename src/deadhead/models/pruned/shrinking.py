@@ -6,6 +6,7 @@ This file travels with checkpoints and imports torch and transformers only.
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,11 +100,11 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
         setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
         _tell_sizes(owner)
     num_heads, num_kv_heads, width = len(heads.queries), len(heads.kv), attention.head_dim
-    numbers = {name: (attention.num_heads, num_heads) for name in _HEAD_COUNTS}
-    numbers |= {name: (attention.num_kv_heads, num_kv_heads) for name in _KV_HEAD_COUNTS}
-    numbers |= {name: (attention.num_heads // attention.num_kv_heads, num_heads // num_kv_heads) for name in _REPEATS}
-    numbers |= {name: (attention.num_heads * width, num_heads * width) for name in _WIDTHS}
-    numbers |= {name: (attention.num_kv_heads * width, num_kv_heads * width) for name in _KV_WIDTHS}
+    numbers = dict.fromkeys(_HEAD_COUNTS, (attention.num_heads, num_heads))
+    numbers |= dict.fromkeys(_KV_HEAD_COUNTS, (attention.num_kv_heads, num_kv_heads))
+    numbers |= dict.fromkeys(_REPEATS, (attention.num_heads // attention.num_kv_heads, num_heads // num_kv_heads))
+    numbers |= dict.fromkeys(_WIDTHS, (attention.num_heads * width, num_heads * width))
+    numbers |= dict.fromkeys(_KV_WIDTHS, (attention.num_kv_heads * width, num_kv_heads * width))
     for owner in {id(inner): inner, id(module): module}.values():
         for name, (before, after) in numbers.items():
             if vars(owner).get(name) == before:
@@ -111,7 +112,7 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
         if "config" in vars(owner):
             shared = owner.config.shared if isinstance(owner.config, LayerConfig) else owner.config
             own = {name: num_kv_heads if is_kv else num_heads for name, is_kv in config_head_names(shared)}
-            owner.config = LayerConfig(shared, own)
+            vars(owner)["config"] = LayerConfig(shared, own)
 
 
 def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
@@ -145,6 +146,12 @@ def remember_dense(attention: Attention) -> None:
     """Note in a module how many heads it had in the dense model, unless it knows."""
     if not hasattr(attention.module, "dense_heads"):
         attention.module.dense_heads = (attention.num_heads, attention.num_kv_heads)  # type: ignore[assignment]
+
+
+def dense_heads(module: nn.Module) -> tuple[int, int]:
+    """Return what `remember_dense` noted: H and G of the dense model."""
+    noted: Any = module.dense_heads
+    return int(noted[0]), int(noted[1])
 
 
 class LayerConfig:
@@ -208,10 +215,7 @@ class EmptyAttention(nn.Module):
         if cache is not None:
             nothing = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], 1))
             cache.update(nothing, nothing, self.layer_idx)
-        if self.output_path is None:
-            output = hidden[..., :0]
-        else:
-            output = self.get_submodule(self.output_path)(hidden)
+        output = hidden[..., :0] if self.output_path is None else self.get_submodule(self.output_path)(hidden)
         if not self.num_outputs:
             return output
         outputs = [output, *[None] * (abs(self.num_outputs) - 1)]
@@ -228,11 +232,12 @@ def _empty(attention: Attention, outputs: int) -> None:
     for table in (inner._modules, inner._parameters, inner._buffers):
         for child in [child for child in table if child not in keep]:
             del table[child]
-    layer_idx = getattr(inner, "layer_idx", getattr(module, "layer_idx", attention.key))
-    inner.__class__ = EmptyAttention
-    inner.output_path = attention.output_path if inner is module else None
-    inner.num_outputs = outputs
-    inner.layer_idx = layer_idx
+    layer_idx: Any = getattr(inner, "layer_idx", getattr(module, "layer_idx", attention.key))
+    empty = typing.cast(EmptyAttention, inner)
+    empty.layer_idx = layer_idx
+    empty.__class__ = EmptyAttention
+    empty.output_path = attention.output_path if inner is module else None
+    empty.num_outputs = outputs
     module.is_emptied = True  # type: ignore[assignment]
 
 
@@ -243,7 +248,7 @@ def _tell_sizes(owner: nn.Module) -> None:
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = weight.shape
     elif type(owner).__name__ == "Conv1D":
-        owner.nx, owner.nf = weight.shape  # type: ignore[assignment]
+        owner.nx, owner.nf = weight.shape
 
 
 __all__ = ["Heads", "apply_plan", "emptied", "heads_of", "remember_dense", "rows_of", "shrink"]

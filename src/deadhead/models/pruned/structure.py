@@ -160,7 +160,8 @@ def layer_keys(paths: list[str]) -> dict[str, Key]:
 
 def text_stack(model: nn.Module) -> nn.Module:
     """Return the part of a model that reads text: the decoder of a language model, alone or in a larger model."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    owner: Any = model
+    decoder = owner.get_decoder() if hasattr(model, "get_decoder") else None
     # Some keep their output layer under the name that others give the decoder.
     if isinstance(decoder, PreTrainedModel):
         return decoder
@@ -223,7 +224,9 @@ def _projections(inner: nn.Module) -> list[Part] | None:
         if _is_projection(inner, name):
             # One key and value head for all queries always follows the queries (GPT-BigCode, Falcon); GPT-BigCode's
             # other form keeps each head's three together.
-            if getattr(inner, "multi_query", None) is not None and not getattr(inner, "new_decoder_architecture", False):
+            if getattr(inner, "multi_query", None) is not None and not getattr(
+                inner, "new_decoder_architecture", False
+            ):
                 order = "blocks" if inner.multi_query else "groups"
             return _linear(inner, name, order)
     return None
@@ -312,7 +315,8 @@ def output_dim(module: nn.Module, *, heads: bool = False) -> int:
 
     torch's Linear keeps (outputs, inputs), transformers' Conv1D (inputs, outputs).
     """
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    wrapper: Any = module
+    base = wrapper.get_base_layer() if hasattr(module, "get_base_layer") else module
     transposed = type(base).__name__ == "Conv1D"
     return int(transposed != heads)
 
