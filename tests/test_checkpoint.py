@@ -348,9 +348,12 @@ def test_damage_is_said_in_one_sentence(damage: Any, tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    for path in (tmp_path / "missing", tmp_path / "file", Path("gpt2")):
+    for path in (tmp_path / "missing", tmp_path / "file"):
         with pytest.raises(InputError, match="A checkpoint folder was expected at .*, but there is none"):
             deadhead.load(path)
+    for name in ("gpt2", "no/such-model"):
+        with pytest.raises(InputError, match=f"There is no folder {name}, and the Hugging Face hub gave no model"):
+            deadhead.load(name)
 
 
 def test_another_architecture_loads_and_is_refused_later(tmp_path: Path) -> None:

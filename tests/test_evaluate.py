@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import deadhead
-from deadhead import HeadPlan, InputError, UnsupportedModel
+from deadhead import HeadPlan, InputError
 from deadhead.data import TokenStream
 from deadhead.evaluate import evaluate
 from tests.helpers import tiny_model
@@ -142,7 +142,36 @@ def test_hopeless_models_have_infinite_perplexity() -> None:
     assert math.isfinite(result.loss)
 
 
-def test_a_model_without_memory_is_refused() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=29, n_embd=8, n_layer=1, n_head=2, n_positions=8))
-    with pytest.raises(UnsupportedModel, match="a model of type 'gpt2' does not have"):
-        evaluate(model, stream(30))
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 40])
+@pytest.mark.parametrize("window", [2, 7, 8])
+def test_without_memory_a_window_scores_every_token_once_after_at_least_half_a_window(length: int, window: int) -> None:
+    model = without_memory()
+    tokens = stream(length).tokens
+    result = evaluate(model, stream(length), window=window, batch_size=3)
+    expected = 0.0
+    done = 0
+    with torch.no_grad():
+        while done < length - 1:
+            stop = min(window if done == 0 else done + window // 2, length - 1)
+            start = max(0, stop - window)
+            ids = torch.from_numpy(tokens[start : stop + 1].astype("int64"))
+            log_p = model(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
+            nll = -log_p[torch.arange(len(ids) - 1), ids[1:]]
+            expected += float(nll[done - start :].sum())
+            done = stop
+    assert result.tokens == length - 1
+    assert result.loss == pytest.approx(expected / (length - 1), rel=1e-5)
+
+
+def test_a_window_must_fit_the_model() -> None:
+    for window in (1, 9):
+        with pytest.raises(InputError, match=f"must have 2 to 8 tokens, but {window} were asked for"):
+            evaluate(without_memory(), stream(30), window=window)
+    assert evaluate(without_memory(), stream(30)).tokens == 29
+
+
+def without_memory() -> GPT2LMHeadModel:
+    """Return a model of 8 positions."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=29, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=1)
+    return GPT2LMHeadModel(config).eval()

@@ -13,7 +13,14 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from deadhead.cost import model_cost
 from deadhead.errors import InputError
@@ -101,7 +108,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     """
     name = str(path)
     local = Path(path).is_dir()
-    if not local and not looks_like_a_name(path):
+    if not local and not _looks_like_a_name(path):
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     if local:
         config = read_json(Path(path) / "config.json", what="model configuration")
@@ -123,9 +130,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
         if not local:
-            raise InputError(
-                f"There is no folder {path}, and the Hugging Face hub gave no model of that name: {reason}."
-            ) from error
+            raise _no_such_name(path, error) from error
         raise InputError(f"The checkpoint {path} (model type {kind!r}) cannot be loaded: {reason}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if any("head_gate." in str(name) for name in info["unexpected_keys"]):
@@ -143,7 +148,32 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     return model
 
 
-def looks_like_a_name(path: str | Path) -> bool:
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """Load a model's configuration from a checkpoint folder or by its name on the Hugging Face hub.
+
+    Raises:
+        InputError: there is none.
+    """
+    local = not _looks_like_a_name(path)
+    if local and not (Path(path) / "config.json").is_file():
+        raise InputError(f"A checkpoint folder was expected at {path}, but it has no config.json.")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(path), local_files_only=local, trust_remote_code=False
+        )
+    except OSError as error:
+        if local:
+            raise
+        raise _no_such_name(path, error) from error
+    return config
+
+
+def _no_such_name(path: str | Path, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    return InputError(f"There is no folder {path}, and the Hugging Face hub gave no model of that name: {reason}.")
+
+
+def _looks_like_a_name(path: str | Path) -> bool:
     """Tell whether `path`, which is no folder, may be the name of a model on the Hugging Face hub: NAME or ORG/NAME."""
     return not Path(path).exists() and bool(re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(path)))
 

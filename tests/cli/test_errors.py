@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import MambaConfig, MambaForCausalLM
 
 from deadhead.cli import execute
 from deadhead.plan import HeadPlan
@@ -73,10 +73,10 @@ def _config(**values: object) -> Callable[[Path], object]:
 
 
 def _other_architecture(folder: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=8, n_layer=1, n_head=2, n_positions=16))
-    model.save_pretrained(folder / "gpt2")
+    model = MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=8, num_hidden_layers=1))
+    model.save_pretrained(folder / "mamba")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder.parent / "given" / "model" / name, folder / "gpt2")
+        shutil.copy(folder.parent / "given" / "model" / name, folder / "mamba")
 
 
 def _recipe(**sections: object) -> Callable[[Path], object]:
@@ -168,10 +168,10 @@ _CASES = {
     "recipe's text": _Case("run r.toml --out {out}", "nothing.txt", _recipe(data={"source": "nothing.txt"})),
     "recipe for a phase": _Case(_TRAIN + " --recipe none.toml", "A recipe was expected at none.toml"),
     # Models.
-    "missing model": _Case("inspect nothing", "A checkpoint folder was expected at nothing"),
+    "missing model": _Case("inspect nothing", "There is no folder nothing"),
     "model is a file": _Case("eval {text} --data {text}", "A checkpoint folder was expected"),
     "model is a folder of something": _Case("generate d", "d/config.json, but there is no such file", _folder_of("d")),
-    "model is a name": _Case("bench gpt2", "A checkpoint folder was expected at gpt2"),
+    "model is a name": _Case("bench gpt2", "no folder gpt2, and the Hugging Face hub gave no model of that name"),
     "model cut short": _Case("eval damaged --data {text}", "damaged or cut short", _damaged(_cut_short)),
     "model cut short to prune": _Case(_PRUNE.replace("{model}", "damaged"), "cut short", _damaged(_cut_short)),
     "weights missing": _Case(
@@ -186,10 +186,12 @@ _CASES = {
     "configuration of more layers": _Case(
         "eval damaged --data {text}", "missing tensor", _damaged(_config(num_hidden_layers=3))
     ),
-    "another architecture": _Case("inspect gpt2", "cannot prune models of type 'gpt2'", _other_architecture),
-    "another architecture to cut": _Case("cut gpt2 --plan {plan} --out {out}", "of type 'gpt2'", _other_architecture),
-    "another architecture to prune": _Case(_PRUNE.replace("{model}", "gpt2"), "of type 'gpt2'", _other_architecture),
-    "another architecture to measure": _Case("eval gpt2 --data {text}", "of type 'gpt2'", _other_architecture),
+    "another architecture": _Case("inspect mamba", "cannot prune heads of models of type 'mamba'", _other_architecture),
+    "another architecture to cut": _Case("cut mamba --plan {plan} --out {out}", "of type 'mamba'", _other_architecture),
+    "another architecture to prune": _Case(_PRUNE.replace("{model}", "mamba"), "of type 'mamba'", _other_architecture),
+    "window for a model with memory": _Case("eval {model} --data {text} --window 8", "leave the window out"),
+    "sequence length for a model with memory": _Case(_PRUNE + " --sequence-length 9", "leave it out"),
+    "name of no model to inspect": _Case("inspect no/model", "the Hugging Face hub gave no model of that name"),
     "without a tokenizer": _Case(
         "eval damaged --data {text}",
         "A tokenizer was expected",
@@ -198,7 +200,7 @@ _CASES = {
     "text of nothing to validate": _Case(
         "eval {model} --data t --on test", "at least 2 tokens|empty", _write("t", "a")
     ),
-    "dense model missing": _Case("bench {model} --dense nothing", "A checkpoint folder was expected at nothing"),
+    "dense model missing": _Case("bench {model} --dense nothing", "There is no folder nothing"),
     # Plans.
     "missing plan": _Case(_CUT, "A head plan was expected at p.json"),
     "plan not JSON": _Case(_CUT, "is not JSON", _write("p.json", "{")),
@@ -211,7 +213,7 @@ _CASES = {
     "plan of fewer layers": _Case(
         _CUT, r"is for .*\[4\] heads a layer, but this model had \[4, 4\]", _plan("{}", '{"0": 4}')
     ),
-    "plan of another unit": _Case(_CUT, "counts in kv_groups", _plan("{}", unit="kv_group")),
+    "plan of another unit": _Case(_CUT, "the unit 'kv_group' was asked for", _plan("{}", unit="kv_group")),
     "cut over its own model": _Case(
         "cut damaged --plan {plan} --out ./damaged", "must not overwrite", _damaged(lambda _: None)
     ),
@@ -296,8 +298,9 @@ def test_in_a_process_of_its_own(given: Path, tmp_path: Path) -> None:
     output, errors, code = results["good"]
     assert (code, errors) == (0, "")
     assert json.loads(output)["heads"] == [4, 4]
-    expected = "deadhead: A checkpoint folder was expected at nothing, but it has no config.json.\n"
-    assert results["bad"] == ("", expected, 2)
+    output, errors, code = results["bad"]
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("deadhead: There is no folder nothing, and the Hugging Face hub gave no model of that name")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -30,7 +30,10 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder.", show_default=False)]
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name on the Hugging Face hub.", show_default=False),
+]
 Data = Annotated[
     str, typer.Option("--data", help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].", show_default=True)
 ]

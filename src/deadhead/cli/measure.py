@@ -32,6 +32,9 @@ def evaluate(
     on: Annotated[Literal["train", "valid", "test"], typer.Option("--on", help="Which part of the text.")] = "valid",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score only so many tokens.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows read side by side.")] = 8,
+    window: Annotated[
+        int | None, typer.Option("--window", min=2, help="Tokens seen at once by a model without memory (512).")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -44,6 +47,7 @@ def evaluate(
             text.splits[on],
             batch_size=batch_size,
             limit=limit,
+            window=window,
             progress=lambda done, total: report("evaluating", done, total, {}),
         )
     if as_json:

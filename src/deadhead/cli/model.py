@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig
 
 from deadhead import checkpoint
 from deadhead.cli.console import AsJson, Model, console, print_json
@@ -34,7 +33,8 @@ def cut(
     network = checkpoint.load(model)
     before = model_cost(network)
     cut_heads(network, head_plan)
-    tokenizer = load_tokenizer(model) if (model / "tokenizer_config.json").exists() else None
+    has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(model) if has_tokenizer else None
     checkpoint.save(network, out, tokenizer=tokenizer)
     after = model_cost(network)
     if as_json:
@@ -55,10 +55,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show layers × heads, parameters, FLOPs and key/value cache, without loading the weights."""
-    if not (model / "config.json").is_file():
-        raise InputError(f"A checkpoint folder was expected at {model}, but it has no config.json.")
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        config = checkpoint.load_config(model)
         cost = config_cost(config, length=length)
     except InputError:
         raise

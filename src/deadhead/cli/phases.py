@@ -13,10 +13,11 @@ from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, Prune
 from deadhead.training.single import Phase, run_single
 
 ModelOption = Annotated[
-    Path | None, typer.Option("--model", help="The checkpoint folder to start from.", show_default=False)
+    Path | None,
+    typer.Option("--model", help="The checkpoint folder, or name on the hub, to start from.", show_default=False),
 ]
 RequiredModel = Annotated[
-    Path, typer.Option("--model", help="The checkpoint folder to start from.", show_default=False)
+    Path, typer.Option("--model", help="The checkpoint folder, or name on the hub, to start from.", show_default=False)
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the checkpoint to write.", show_default=False)]
 RecipeOption = Annotated[
