@@ -103,9 +103,19 @@ def try_type(model_type: str, seed: int = 0) -> Outcome:
     if outcome.difference > _TOLERANCE or _relative(dense, expected) < 1e-3:
         outcome.state = "wrong"
         outcome.reason = f"differs by {outcome.difference:.1e}; the cut shows by {_relative(dense, expected):.1e}"
+    elif not outcome.reloads and not _stock_reloads(model_type, seed, ids):
+        outcome.state, outcome.reason = "not built", "transformers' own model does not reload as it was saved"
     elif not (outcome.reloads and outcome.generates):
         outcome.state, outcome.reason = "wrong", "does not reload or generate as it should"
     return outcome
+
+
+def _stock_reloads(model_type: str, seed: int, ids: Tensor) -> bool:
+    model: Any = tiny_model(model_type, seed=seed)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder).eval()
+        return torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def _random_plan(gates: deadhead.HeadGates, seed: int) -> deadhead.HeadPlan:

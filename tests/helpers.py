@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
-from deadhead.plan import HeadPlan
+from deadhead.plan import HeadPlan, Unit
 
 
 def difference(values: Tensor, reference: Tensor) -> float:
@@ -95,7 +95,12 @@ def random_config(draw: random.Random) -> AllAttentionConfig:
 
 
 def random_plan(
-    draw: random.Random, kept: Mapping[int, Sequence[int]], total: Mapping[int, int], *, output_scale: bool
+    draw: random.Random,
+    kept: Mapping[Any, Sequence[int]],
+    total: Mapping[Any, int],
+    *,
+    output_scale: bool,
+    unit: Unit = "head",
 ) -> HeadPlan:
     """Return a plan that keeps some of `kept` and cuts at least one; layers are emptied often, also all of them."""
     left = {layer: list(heads) for layer, heads in kept.items()}
@@ -107,7 +112,8 @@ def random_plan(
     if all(len(left[layer]) == len(kept[layer]) for layer in left):
         layer = draw.choice([layer for layer in left if kept[layer]])
         left[layer] = left[layer][1:]
-    return HeadPlan(kept={layer: tuple(heads) for layer, heads in left.items()}, total=total, output_scale=output_scale)
+    kept = {layer: tuple(heads) for layer, heads in left.items()}
+    return HeadPlan(kept=kept, total=total, unit=unit, output_scale=output_scale)
 
 
 def random_text(draw: random.Random, config: AllAttentionConfig, *, padded: bool) -> tuple[Tensor, Tensor]:

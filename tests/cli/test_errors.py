@@ -300,7 +300,7 @@ def test_in_a_process_of_its_own(given: Path, tmp_path: Path) -> None:
     assert json.loads(output)["heads"] == [4, 4]
     output, errors, code = results["bad"]
     assert (code, output, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith("deadhead: There is no folder nothing, and the Hugging Face hub gave no model of that name")
+    assert errors.startswith("deadhead: There is no folder nothing, and the Hugging Face hub gave no model")
     assert list(tmp_path.iterdir()) == []
 
 

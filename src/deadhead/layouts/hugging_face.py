@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts.base import AttentionSite, Layout, Selection
-from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class
+from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
 from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, remember_dense, rows_of, shrink
 from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
 from deadhead.plan import HeadPlan, Unit
@@ -145,19 +145,18 @@ class HuggingFaceLayout(Layout):
             UnsupportedModel: the model's class is not one of transformers' own, so that a checkpoint could not name it.
         """
         config = model.config
-        for found in (type(model), type(config)):
-            name = found.__name__.removeprefix("Deadhead")
-            if not hasattr(transformers, name):
+        stock_model, stock_config = stock_class(type(model)), stock_class(type(config))
+        for stock in (stock_model, stock_config):
+            if getattr(transformers, stock.__name__, None) is not stock:
                 raise UnsupportedModel(
-                    f"The class {name} is not one of transformers' own, so a checkpoint of the cut model could not "
-                    "be loaded again; deadhead cannot cut it."
+                    f"The class {stock.__name__} is not one of transformers' own, so a checkpoint of the cut model "
+                    "could not be loaded again; deadhead cannot cut it."
                 )
-        stock = cast(type[PreTrainedConfig], getattr(transformers, type(config).__name__.removeprefix("Deadhead")))
-        config.auto_map = auto_map(stock)
-        config.__class__ = pruned_config_class(type(config))
+        config.auto_map = auto_map(stock_config)
+        config.__class__ = pruned_config_class(stock_config)
         config.head_plan = plan.to_dict()
         config.attention_outputs = next((m.num_outputs for m in model.modules() if hasattr(m, "num_outputs")), 2)
-        model.__class__ = pruned_class(type(model))
+        model.__class__ = pruned_class(stock_model, stock_config)
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
         """Read `head_plan` of the configuration."""

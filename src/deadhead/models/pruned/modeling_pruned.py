@@ -7,6 +7,7 @@ names in `auto_map` are looked up in it, and imports torch and transformers only
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from .shrinking import apply_plan
 
 PREFIX = "Deadhead"
 TYPE_PREFIX = "deadhead_"
+# Between the names of a model's class and of a configuration's class that is not the one it declares.
+_OF = "__"
 # Bytes; torch allocates every tensor at a multiple of it.
 _ALIGNMENT = 64
 _AUTO_NAMES: Mapping[str, Mapping[str, Any]] = {
@@ -82,23 +85,27 @@ def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]
         made: Any = type(name, (stock,), fields)
         _classes[name] = made
         made.register_for_auto_class()
-        for auto, names in _AUTO_NAMES.items():
-            for stock_name in _names(names.get(stock.model_type)):
-                model_class = getattr(transformers, stock_name, None)
-                # Some classes are listed for a configuration that is not the one they declare.
-                if model_class is not None and model_class.config_class is stock:
-                    getattr(transformers, auto).register(made, pruned_class(model_class), exist_ok=True)
-                    break
+        for auto in _AUTO_NAMES:
+            if (model_class := _model_class(auto, stock)) is not None:
+                getattr(transformers, auto).register(made, pruned_class(model_class, stock), exist_ok=True)
     return _classes[name]
 
 
-def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return our subclass of a model class of transformers."""
+def pruned_class(
+    stock: type[PreTrainedModel], stock_config: type[PreTrainedConfig] | None = None
+) -> type[PreTrainedModel]:
+    """Return our subclass of a model class of transformers.
+
+    Args:
+        stock: the model class.
+        stock_config: the class of its configuration where that is not the one that `stock` declares: InternLM3, for
+            one, has a configuration of its own for Llama's classes.
+    """
     if stock.__name__.startswith(PREFIX):
         return stock
-    name = PREFIX + stock.__name__
+    name = _class_name(stock, stock_config)
     # Making the configuration's class registers model classes for it, this one perhaps among them.
-    config = pruned_config_class(stock.config_class)  # type: ignore[arg-type]
+    config = pruned_config_class(stock_config or stock.config_class)  # type: ignore[arg-type]
     if name not in _classes:
         fields = {
             "__module__": __name__,
@@ -114,24 +121,51 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return _classes[name]
 
 
+def stock_class(found: type) -> type:
+    """Return the class of transformers that a class of ours is made of; any other class itself."""
+    return next(base for base in found.__mro__ if not base.__name__.startswith(PREFIX) and base is not PrunedModel)
+
+
 def auto_map(stock: type[PreTrainedConfig]) -> dict[str, str]:
     """Return the `auto_map` of a checkpoint: for each Auto class the name of ours for a configuration class."""
     file = __name__.rpartition(".")[2]
     found = {"AutoConfig": f"{file}.{PREFIX}{stock.__name__}"}
-    for auto, names in _AUTO_NAMES.items():
-        for name in _names(names.get(stock.model_type))[:1]:
-            found[auto] = f"{file}.{PREFIX}{name}"
+    for auto in _AUTO_NAMES:
+        if (model_class := _model_class(auto, stock)) is not None:
+            found[auto] = f"{file}.{_class_name(model_class, stock)}"
     return found
 
 
 def __getattr__(name: str) -> type:
     """Make `DeadheadX` for the class X of transformers."""
-    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    stock_name, _, config_name = name.removeprefix(PREFIX).partition(_OF)
+    stock = getattr(transformers, stock_name, None) if name.startswith(PREFIX) else None
     if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
         return pruned_config_class(stock)
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
-        return pruned_class(stock)
+        return pruned_class(stock, getattr(transformers, config_name) if config_name else None)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _model_class(auto: str, stock: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
+    """Return the class that an Auto class of transformers has for a configuration class, or None."""
+    listed = _names(_AUTO_NAMES[auto].get(stock.model_type))
+    if listed:
+        return getattr(transformers, listed[0], None)
+    # Text models of larger ones (Mllama's, Emu3's) are listed under the larger model's type.
+    every = {name for value in _AUTO_NAMES[auto].values() for name in _names(value)}
+    try:
+        modeling = importlib.import_module(stock.__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return None
+    declared = [getattr(modeling, name) for name in sorted(every) if hasattr(modeling, name)]
+    return next((found for found in declared if found.config_class is stock), None)
+
+
+def _class_name(stock: type[PreTrainedModel], stock_config: type[PreTrainedConfig] | None) -> str:
+    declared: Any = stock.config_class
+    own = stock_config is None or stock_config is declared
+    return PREFIX + stock.__name__ + ("" if own or stock_config is None else _OF + stock_config.__name__)
 
 
 def _names(value: Any) -> tuple[str, ...]:
