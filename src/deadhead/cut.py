@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from deadhead.errors import CutError
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.gating import attach, detach, gates_of
-from deadhead.layouts import AttentionSite, find_layout, head_columns
+from deadhead.layouts import AttentionSite, Layout, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
 from deadhead.plan import HeadPlan, Layer
@@ -45,6 +46,9 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         InputError: the plan is not one for this model.
         UnsupportedModel: the model has no prunable heads.
         CutError: the cut model computed something else; the model was put back as it was.
+
+    Warns:
+        UserWarning: the key/value cache grows, as single query heads are cut out of groups that share keys and values.
     """
     layout = find_layout(model)
     gates = gates_of(model)
@@ -68,6 +72,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         _restore_gates(model, gates, before, keep=given_gates)
         raise
 
+    cache_before = _cache_values(layout, sites)
     old_modules = [(module, type(module), _snapshot(module)) for module in model.modules()]
     old_config = type(model.config), dict(vars(model.config))
     try:
@@ -101,7 +106,19 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         model.config.__class__, model.config.__dict__ = old_config
         _restore_gates(model, gates, before, keep=given_gates)
         raise
+    cache_now = _cache_values(layout, layout.sites(model, plan.unit))
+    if cache_now > cache_before:
+        warnings.warn(
+            f"The key/value cache grows by {cache_now / cache_before - 1:.0%}: where groups are left with different "
+            "numbers of query heads, their keys and values are repeated. Plans of whole groups (unit 'kv_group') keep "
+            "it small.",
+            stacklevel=2,
+        )
     return model
+
+
+def _cache_values(layout: Layout, sites: Sequence[AttentionSite]) -> int:
+    return sum(layout.cache_values(site, 1) for site in sites)
 
 
 def _gate_factors(gates: HeadGates) -> dict[Layer, Tensor]:

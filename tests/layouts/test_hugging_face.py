@@ -28,7 +28,8 @@ from deadhead.gating import attach, detach, gates_of
 from deadhead.layouts import find_layout
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.models.pruned import shrinking
-from deadhead.plan import HeadPlan
+from deadhead.plan import HeadPlan, Unit
+from deadhead.training.phases import _checkpoint_activations
 from tests.helpers import assert_unchanged, cached_logits, chunks, difference, gradients, random_plan, snapshot
 
 # One of each kind: separate projections with groups, biases, norms and sinks; fused ones in every order; one key/value
@@ -37,6 +38,8 @@ ARCHITECTURES = (
     *("llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "mistral", "opt", "gpt2", "gpt_neox", "phi3", "falcon"),
     *("gpt_bigcode", "bert", "deepseek_v3", "jamba"),
 )
+# torch's grouped product of experts takes no float64.
+_FLOAT32_ONLY = ("gpt_oss", "deepseek_v3", "jamba")
 CASES = int(os.environ.get("DEADHEAD_CASES", "40")) // 20
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-6}
 VISIBLE = 1e-2
@@ -50,6 +53,8 @@ def invariant_case(model_type: str, seed: int) -> dict[str, float]:
     """Build a random case of an architecture and return its differences; see `tests.test_invariant`."""
     draw = random.Random(f"{model_type} {seed}")
     dtype = draw.choice([torch.float32, torch.float64])
+    if model_type in _FLOAT32_ONLY:
+        dtype = torch.float32
     model: Any = tiny_model(model_type, seed=seed, dtype=dtype)
     unit = draw.choice(HuggingFaceLayout().units(model))
     gated = copy.deepcopy(model)
@@ -126,9 +131,266 @@ def test_closed_gates_equal_cut(model_type: str, seed: int) -> None:
     found = invariant_case(model_type, seed)
     assert found.pop("visible") > VISIBLE
     for kind, value in found.items():
-        allowed = ALLOWED[getattr(torch, kind.rsplit(" ", 1)[1])]
-        # Gradients through float32 softmaxes and norms keep their rounding in float64 models too.
-        assert value <= (2e-5 if kind.startswith("gradients") else allowed), (kind, value)
+        assert value <= ALLOWED[getattr(torch, kind.rsplit(" ", 1)[1])], (kind, value)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_closed_gates_equal_cut_in_many_cases(model_type: str) -> None:
+    for seed in range(1000, 1020):
+        test_closed_gates_equal_cut(model_type, seed)
+
+
+def _plan(model: Any, seed: int = 0, unit: Unit | None = None) -> HeadPlan:
+    """Return a plan that empties the first layer, keeps the last, and cuts about half of the others."""
+    gates = attach(model, unit=unit)
+    detach(model)
+    draw = random.Random(seed)
+    kept = {layer: tuple(draw.sample(heads, len(heads) // 2)) for layer, heads in gates.heads.items()}
+    first, *_, last = kept
+    return HeadPlan(kept={**kept, first: (), last: gates.heads[last]}, total=gates.total, unit=gates.unit)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gpt_oss", "deepseek_v3", "bert"])
+def test_bfloat16_cut_is_as_near_to_float32_as_the_gated_model(model_type: str) -> None:
+    gated_errors, cut_errors = [], []
+    for seed in range(4):
+        half: Any = tiny_model(model_type, seed=seed, dtype=torch.bfloat16)
+        reference = copy.deepcopy(half).float()
+        gates = attach(reference)
+        plan = random_plan(random.Random(seed), gates.heads, gates.total, output_scale=False, unit=gates.unit)
+        gates.set_plan(plan)
+        attach(half).set_plan(plan)
+        ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            models = (reference, half, cut(copy.deepcopy(half), plan))
+            expected, gated, small = (m(input_ids=ids).logits.float() for m in models)
+        scale = expected.square().mean().sqrt()
+        gated_errors.append(float((gated - expected).square().mean().sqrt() / scale))
+        cut_errors.append(float((small - expected).square().mean().sqrt() / scale))
+    assert max(gated_errors) > 1e-4, "the reference must be more precise than bfloat16"
+    assert statistics.mean(cut_errors) <= 1.5 * statistics.mean(gated_errors)
+
+
+def _all_parts() -> list[tuple[str, str]]:
+    found = []
+    for model_type in ARCHITECTURES:
+        model = tiny_model(model_type)
+        layout = HuggingFaceLayout()
+        site = layout.sites(model, layout.units(model)[0])[-1]
+        found += [(model_type, part.path) for part in layout.selections(site, site.heads)]
+    # Without rotary positions a key's bias adds the same to all scores of a query, and the softmax takes it away.
+    return [pair for pair in found if pair not in (("opt", "k_proj.bias"), ("bert", "self.key.bias"))]
+
+
+@pytest.mark.parametrize(("model_type", "path"), _all_parts())
+def test_a_tensor_whose_rows_are_shifted_is_found_out_and_nothing_changes(
+    model_type: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = tiny_model(model_type, seed=3)
+    layout = HuggingFaceLayout()
+    unit = layout.units(model)[0]
+    sites = layout.sites(model, unit)
+    plan = HeadPlan(
+        kept={site.layer: site.heads[: len(site.heads) // 2] for site in sites},
+        total={site.layer: site.total for site in sites},
+        unit=unit,
+    )
+    site: Any = sites[-1]
+    each = {part.path: part for part in site.attention.parts}[path]
+    size = site.module.get_parameter(path).shape[each.dim]
+    heads = len(shrinking.head_order(each.order, site.attention.num_heads, site.attention.num_kv_heads))
+    original = shrinking.rows_of
+    ids = torch.arange(3, 23).view(2, 10)
+
+    def shifted(attention: Any, order: str, rows: int, kept: Any) -> Tensor:
+        found = original(attention, order, rows, kept)
+        # By a whole head, so that every size still fits; in one tensor of one layer only.
+        is_it = attention.key == site.layer and calls.count(attention.key) == place
+        calls.append(attention.key)
+        return (found + size // heads) % size if is_it else found
+
+    calls: list[Any] = []
+    place = [part.path for part in site.attention.parts].index(path)
+    before = snapshot(model)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(shrinking, "rows_of", shifted)
+        with pytest.raises(CutError):
+            cut(model, plan)
+    assert_unchanged(model, before)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    cut(model, plan)
+    assert model.config.head_plan == plan.to_dict()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "bert"])
+def test_left_padded_generation_with_an_empty_first_layer(model_type: str) -> None:
+    model: Any = tiny_model(model_type, seed=5)
+    plan = _plan(model)
+    attach(model).set_plan(plan)
+    ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[2, :7] = 0, 0
+
+    def generate() -> Any:
+        return model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+    before = generate()
+    cut(model, plan)
+    after = generate()
+    assert difference(torch.stack(after.logits), torch.stack(before.logits)) <= 1e-5
+    assert torch.equal(after.sequences, before.sequences)
+
+
+def test_groups_by_default_and_query_heads_as_an_option() -> None:
+    model: Any = tiny_model("llama")
+    assert attach(model).total == {0: 4, 1: 4, 2: 4}
+    detach(model)
+    gates = attach(model, unit="head")
+    assert gates.total == {0: 8, 1: 8, 2: 8}
+    detach(model)
+    with pytest.raises(InputError, match="open and close head, but the unit 'kv_group'"):
+        attach(tiny_model("gpt2"), unit="kv_group")
+    assert attach(tiny_model("gpt_bigcode")).unit == "head", "one key/value head for all queries is never cut"
+
+
+def test_ragged_groups_repeat_keys_and_values_and_say_so() -> None:
+    model: Any = tiny_model("llama", seed=1)
+    # Groups of two queries: one is left whole, one loses a query.
+    plan = HeadPlan(kept={0: (0, 1, 2)}, total={0: 8, 1: 8, 2: 8}, unit="head")
+    attach(model, unit="head").set_plan(plan)
+    ids = torch.arange(3, 15).view(1, 12)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        cut(model, plan)
+        assert difference(model(input_ids=ids).logits, expected) <= 1e-5
+    attention = model.model.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (3 * 8, 3 * 8)
+    assert torch.equal(attention.k_proj.weight[:8], attention.k_proj.weight[8:16])
+    ragged = HeadPlan(kept={0: (0, 1, 2), 1: (0, 1, 2, 3, 4, 5, 6)}, total=plan.total, unit="head")
+    with pytest.warns(UserWarning, match="key/value cache grows by"):
+        cut(model, ragged)
+
+
+def test_the_rest_of_a_hybrid_is_left_alone() -> None:
+    model: Any = tiny_model("jamba")
+    others = {name: value.clone() for name, value in model.state_dict().items() if "self_attn" not in name}
+    gates = attach(model)
+    assert list(gates.total) == [1]
+    cut(model, HeadPlan(kept={1: ()}, total=gates.total, unit=gates.unit))
+    state = model.state_dict()
+    assert {name for name in state if "self_attn" not in name} == others.keys()
+    assert all(torch.equal(state[name], value) for name, value in others.items())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("mamba", "no attention with query, key, value and output projections"),
+        ("olmo2", "its norm q_norm.weight runs over all heads at once"),
+        ("bloom", "the model itself makes a position bias for every head"),
+        ("diffllama", "a parameter lambda_q1 whose part in each head is not known"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_the_reason(model_type: str, message: str) -> None:
+    model: Any = tiny_model(model_type)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModel, match=f"of type '{model_type}': .*{message}"):
+        attach(model)
+    assert_unchanged(model, before)
+
+
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    with pytest.raises(UnsupportedModel, match="'t5' has an encoder and a decoder"):
+        attach(T5ForConditionalGeneration(T5Config(**sizes)))
+
+
+def test_quantised_weights_are_refused() -> None:
+    model: Any = tiny_model("llama")
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    model.model.layers[0].self_attn.o_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"quantised to torch.int8.*prune it, and quantise it then"):
+        attach(model)
+    assert gates_of(model) is None
+
+
+def test_a_class_that_no_checkpoint_could_name_is_refused_and_nothing_changes() -> None:
+    class Mine(GPT2LMHeadModel):
+        """A user's own."""
+
+    config: Any = tiny_config("gpt2")
+    model = Mine(config).eval()
+    scramble(model, 0)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModel, match="The class Mine is not one of transformers' own"):
+        cut(model, _plan(model))
+    assert_unchanged(model, before)
+    assert type(model) is Mine and type(model.config) is GPT2Config
+
+
+def test_a_cut_that_fails_puts_classes_and_configuration_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("llama")
+    plan, before, kind, config = _plan(model), snapshot(model), type(model), model.config
+    kinds = [type(module) for module in model.modules()]
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deadhead.layouts.hugging_face.pruned_class", fail)
+        with pytest.raises(MemoryError):
+            cut(model, plan)
+    assert_unchanged(model, before)
+    assert type(model) is kind and model.config is config and [type(module) for module in model.modules()] == kinds
+    cut(model, plan)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_gradient_checkpointing_changes_no_gradient(model_type: str) -> None:
+    model: Any = tiny_model(model_type).train()
+    gates = attach(model, config=GateConfig(init=0.5))
+    ids = torch.arange(3, 23).view(2, 10)
+
+    def gate_gradients() -> dict[Any, Tensor]:
+        gates.begin_step(3)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found: dict[Any, Tensor] = {layer: gate.log_alpha_bias.grad for layer, gate in gates}
+        return {layer: gradient.clone() for layer, gradient in found.items()}
+
+    plain = gate_gradients()
+    _checkpoint_activations(model, True)
+    checkpointed = gate_gradients()
+    assert any(bool(gradient.any()) for gradient in plain.values())
+    for layer, gradient in plain.items():
+        assert torch.equal(checkpointed[layer], gradient)
+
+
+def test_gated_and_cut_models_compile() -> None:
+    model: Any = tiny_model("llama", seed=2)
+    plan = _plan(model)
+    attach(model).set_plan(plan)
+    ids = torch.arange(3, 23).view(2, 10)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model(input_ids=ids, use_cache=False).logits
+        for _ in range(2):
+            compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+            assert difference(compiled(input_ids=ids, use_cache=False).logits, expected) <= 1e-5
+            torch._dynamo.reset()
+            cut(model, plan)
 
 
 if __name__ == "__main__":
@@ -139,7 +401,7 @@ if __name__ == "__main__":
             for _kind, _value in invariant_case(_type, _seed).items():
                 _pick = min if _kind == "visible" else max
                 _largest[_kind] = _pick(_largest.get(_kind, _value), _value)
-                if _kind == "visible" and _value < VISIBLE or _kind != "visible" and _value > 1e-5:
+                if _value < VISIBLE if _kind == "visible" else _value > 1e-5:
                     print(_type, _seed, _kind, f"{_value:.2e}")
     for _kind, _value in sorted(_largest.items()):
         print(f"{_kind:28} {_value:.2e}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import transformers
@@ -13,22 +13,29 @@ from transformers import PreTrainedModel
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts.base import AttentionSite, Layout, Selection
 from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
-from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, remember_dense, rows_of, shrink
+from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, rows_of, shrink
 from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
 from deadhead.plan import HeadPlan, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceSite(AttentionSite):
-    """A site with what is known of its structure; None for an emptied one."""
+    """A site with what is known of its structure.
+
+    Args:
+        attention: what was found; None for an emptied module.
+        unit: what a gate opens and closes.
+        outputs: how many values the module returns (see `shrink`), once it was observed.
+    """
 
     attention: Attention | None
     unit: Unit
+    outputs: list[int] = field(default_factory=list)
 
     def present(self, kept: tuple[int, ...]) -> Heads:
         """Return the heads of units `kept` by the index they have in the module now."""
         assert self.attention is not None
-        dense = dense_heads(self.attention.module)
+        dense = dense_heads(self.attention)
         now = heads_of(self.unit, self.heads, *dense)
         later = heads_of(self.unit, kept, *dense)
         return Heads(
@@ -74,8 +81,7 @@ class HuggingFaceLayout(Layout):
         paths = [attention.path for attention in attentions] + list(emptied(model)) + list(refused)
         sites: dict[Any, AttentionSite] = {}
         for attention in attentions:
-            remember_dense(attention)
-            num_heads, num_kv_heads = dense_heads(attention.module)
+            num_heads, num_kv_heads = dense_heads(attention)
             total = num_heads if unit == "head" else num_kv_heads
             heads = tuple(range(total)) if plan is None else tuple(plan.kept[attention.key])
             sites[attention.path] = HuggingFaceSite(
@@ -124,19 +130,19 @@ class HuggingFaceLayout(Layout):
         """Shrink the module as the checkpoint's own code does when it is loaded."""
         found = cast(HuggingFaceSite, site)
         assert found.attention is not None
-        shrink(found.attention, found.present(heads), getattr(found.attention.inner, "num_outputs", 2))
+        shrink(found.attention, found.present(heads), found.outputs[-1] if found.outputs else 2)
 
     def observe(self, site: AttentionSite) -> Callable[[], None]:
-        """Note in the module, when it runs next, how many values it returns: an emptied one must return as many."""
-        attention = cast(HuggingFaceSite, site).attention
-        if attention is None:
+        """Note, when the module runs next, how many values it returns: an emptied one must return as many."""
+        found = cast(HuggingFaceSite, site)
+        if found.attention is None:
             return lambda: None
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
             count = len(output) if isinstance(output, (tuple, list)) else 0
-            module.num_outputs = -count if isinstance(output, list) else count  # type: ignore[assignment]
+            found.outputs.append(-count if isinstance(output, list) else count)
 
-        return attention.inner.register_forward_hook(note).remove
+        return found.attention.inner.register_forward_hook(note).remove
 
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
         """Give model and configuration our classes, in place, and write the plan under `head_plan`.

@@ -88,6 +88,7 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
             returns as many.
     """
     inner, module = attention.inner, attention.module
+    module.dense_heads = dense_heads(attention)  # type: ignore[assignment]
     if not heads.queries:
         _empty(attention, outputs)
         return
@@ -136,21 +137,18 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
             raise ValueError(
                 f"the head plan in the configuration gives layer {key} {plan['total'][key]} heads, not its {total}"
             )
-        remember_dense(attention)
         if len(kept) != total:
             heads = heads_of(plan["unit"], kept, attention.num_heads, attention.num_kv_heads)
             shrink(attention, heads, outputs)
 
 
-def remember_dense(attention: Attention) -> None:
-    """Note in a module how many heads it had in the dense model, unless it knows."""
-    if not hasattr(attention.module, "dense_heads"):
-        attention.module.dense_heads = (attention.num_heads, attention.num_kv_heads)  # type: ignore[assignment]
-
-
-def dense_heads(module: nn.Module) -> tuple[int, int]:
-    """Return what `remember_dense` noted: H and G of the dense model."""
-    noted: Any = module.dense_heads
+def dense_heads(found: Attention | nn.Module) -> tuple[int, int]:
+    """Return H and G in the dense model of an attention module, which `shrink` notes in the module before a cut."""
+    module = found.module if isinstance(found, Attention) else found
+    noted: Any = getattr(module, "dense_heads", None)
+    if noted is None:
+        assert isinstance(found, Attention), "an emptied module was shrunk"
+        return found.num_heads, found.num_kv_heads
     return int(noted[0]), int(noted[1])
 
 
@@ -251,4 +249,4 @@ def _tell_sizes(owner: nn.Module) -> None:
         owner.nx, owner.nf = weight.shape
 
 
-__all__ = ["Heads", "apply_plan", "emptied", "heads_of", "remember_dense", "rows_of", "shrink"]
+__all__ = ["Heads", "apply_plan", "dense_heads", "emptied", "heads_of", "rows_of", "shrink"]
