@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-import deadhead.models
 from deadhead.cut import cut
 from deadhead.errors import CutError, InputError
 from deadhead.gates import GateConfig
@@ -27,6 +23,8 @@ from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plan import HeadPlan
 from tests.helpers import assert_unchanged, difference, gradients, snapshot, tiny_model
+from tests.reload import WAYS, in_a_fresh_process
+from tests.small import assert_same_tensors
 
 # The package exports the function under the module's name.
 cutting = importlib.import_module("deadhead.cut")
@@ -296,33 +294,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], HeadPlan | None]] = {
     "adaptive": ({"adaptive_cutoffs": [9, 17], "adaptive_factor": 2}, PLAN),
 }
 
-# Run in a fresh process: NAME → {NAME.logits, NAME.tokens} of every checkpoint below the folder given.
-_RELOAD = """
-import sys, torch
-from pathlib import Path
-folder, out, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-if how == "with deadhead":
-    import deadhead
-    options = {}
-else:
-    sys.modules["deadhead"] = None  # importing it raises ImportError, wherever it may be installed
-    options = {"trust_remote_code": True}
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-ids = torch.load(folder / "ids.pt")
-found = {}
-for path in sorted(path for path in folder.iterdir() if path.is_dir()):
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, local_files_only=True, **options)
-    assert not any(info.values()), (path.name, info)
-    package = "deadhead." if how == "with deadhead" else "transformers_modules."
-    assert type(model).__module__.startswith(package), type(model)
-    with torch.no_grad():
-        found[path.name + ".logits"] = model(input_ids=ids).logits.contiguous()
-    found[path.name + ".tokens"] = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
-save_file(found, out)
-"""
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
@@ -387,28 +358,7 @@ def tiny_names(name: str) -> set[str]:
     return set((model if plan is None else cut(model, plan)).state_dict())
 
 
-@pytest.mark.parametrize("how", ["with deadhead", "without deadhead"])
+@pytest.mark.parametrize("how", WAYS)
 def test_checkpoints_reload_in_a_fresh_process_bit_for_bit(how: str, checkpoints: Any, tmp_path: Path) -> None:
     folder, expected = checkpoints
-    source = str(Path(deadhead.models.__file__).parents[2])
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    if how == "with deadhead":
-        environment["PYTHONPATH"] = source
-    isolated = [] if how == "with deadhead" else ["-I"]
-    done = subprocess.run(
-        [sys.executable, *isolated, "-c", _RELOAD, str(folder), str(tmp_path / "out.safetensors"), how],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    # transformers warns of missing, unexpected or newly initialised weights on stderr.
-    for word in ("warn", "missing", "unexpected", "newly initialized"):
-        assert word not in done.stderr.lower(), done.stderr
-    found = load_file(tmp_path / "out.safetensors")
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    assert_same_tensors(in_a_fresh_process(folder, how, tmp_path), expected)

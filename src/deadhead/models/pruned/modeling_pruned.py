@@ -60,7 +60,9 @@ class PrunedModel:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if config.head_plan is not None:
+        # Some classes make their base model by AutoModel, which gives one of ours, cut already.
+        is_cut = any(isinstance(child, PrunedModel) for child in self.children())  # type: ignore[attr-defined]
+        if config.head_plan is not None and not is_cut:
             apply_plan(self, config.head_plan, config.attention_outputs)  # type: ignore[arg-type]
 
 
