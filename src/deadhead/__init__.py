@@ -14,6 +14,7 @@ from deadhead.cut import cut
 from deadhead.data import load_text
 from deadhead.errors import CutError, DivergenceError, InputError, UnsupportedModel
 from deadhead.evaluate import Evaluation, evaluate
+from deadhead.gate_files import load_gates, save_gates
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.gating import attach, detach, gates_of
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
@@ -46,8 +47,10 @@ __all__ = [
     "gates_of",
     "load",
     "load_gated",
+    "load_gates",
     "load_text",
     "model_cost",
     "save",
+    "save_gates",
     "train",
 ]

@@ -6,13 +6,13 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -24,16 +24,18 @@ from transformers import (
 
 from deadhead.cost import model_cost
 from deadhead.errors import InputError
-from deadhead.files import read_json, replaced_folder, require_replaceable, write_json, write_text
-from deadhead.gates import GateConfig, HeadGates
-from deadhead.gating import attach, gates_of
+from deadhead.files import read_json, replaced_folder, require_replaceable, write_text
+from deadhead.gate_files import GATES_FILE, has_gates, load_gates, save_gates
+from deadhead.gates import HeadGates
+from deadhead.gating import gates_of, is_gate
 from deadhead.layouts import find_layout
 
 PLAN_FILE = "head_plan.json"
-GATES_FILE = "head_gates.safetensors"
-GATES_CONFIG_FILE = "head_gates.json"
 # In every model card of ours; a folder without it is not overwritten.
 _TAG = '"deadhead", "pruned-attention-heads"'
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+# What of the base model's card stays true of the cut model.
+_KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
 _ENDINGS = {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt", ".model"}
 
 
@@ -43,6 +45,7 @@ def save(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     metrics: Mapping[str, float] | None = None,
+    base: str | Path | None = None,
     files: Sequence[Path] = (),
 ) -> None:
     """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -55,6 +58,8 @@ def save(
         path: the folder; a checkpoint that is there already is replaced as a whole.
         tokenizer: written beside the model if given.
         metrics: measured numbers for the model card, such as {"perplexity": 5.9}.
+        base: folder or name of the model it was made of; its licence and name go into the model card, and its licence
+            files beside it.
         files: files and folders to copy beside the model; those that don't exist are left out.
 
     Raises:
@@ -64,22 +69,21 @@ def save(
     require_ours_or_free(path)
     gates = gates_of(model)
     with replaced_folder(path) as folder:
-        weights = {name: value for name, value in model.state_dict().items() if ".head_gate." not in f".{name}"}
+        weights = {name: value for name, value in model.state_dict().items() if not is_gate(name)}
         model.save_pretrained(folder, state_dict=weights)
         plan = find_layout(model).recorded_plan(model)
         if plan is not None:
             plan.to_json(folder / PLAN_FILE)
         if gates is not None:
-            save_file(gates.state_dict(), folder / GATES_FILE)
-            write_json(folder / GATES_CONFIG_FILE, asdict(gates.config))
+            save_gates(gates, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-        for file in files:
+        for file in (*files, *_licence_files(base)):
             if file.is_dir():
                 shutil.copytree(file, folder / file.name)
             elif file.exists():
                 shutil.copy2(file, folder / file.name)
-        write_text(folder / "README.md", _model_card(model, metrics or {}))
+        write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base)))
 
 
 def require_ours_or_free(path: Path) -> None:
@@ -93,7 +97,8 @@ def require_ours_or_free(path: Path) -> None:
     if (path / "config.json").exists() and not (card.is_file() and _TAG in card.read_text("utf-8", errors="replace")):
         raise InputError(f"{path} holds a model that deadhead did not write; choose another place.")
     for entry in path.iterdir() if path.is_dir() else ():
-        if entry.name != "tensorboard" and entry.suffix not in _ENDINGS:
+        known = entry.name == "tensorboard" or entry.name.upper().startswith(_LICENCES)
+        if not known and entry.suffix not in _ENDINGS:
             raise InputError(f"{path} holds {entry.name} beside a checkpoint of deadhead; choose another place.")
 
 
@@ -133,7 +138,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
             raise _no_such_name(path, error) from error
         raise InputError(f"The checkpoint {path} (model type {kind!r}) cannot be loaded: {reason}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    if any("head_gate." in str(name) for name in info["unexpected_keys"]):
+    if any(is_gate(str(name)) for name in info["unexpected_keys"]):
         raise InputError(
             f"The checkpoint {path} was saved in the middle of training with gates; resume that run, or load a "
             "checkpoint that deadhead.save wrote."
@@ -178,11 +183,6 @@ def _looks_like_a_name(path: str | Path) -> bool:
     return not Path(path).exists() and bool(re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(path)))
 
 
-def is_gated(path: str | Path) -> bool:
-    """Tell whether a checkpoint folder was saved with gates on."""
-    return (Path(path) / GATES_FILE).exists()
-
-
 def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
     """Load a model and its gates from a folder that was saved with gates on.
 
@@ -190,25 +190,42 @@ def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
         InputError: the folder has no gates, or it cannot be loaded.
     """
     path = Path(path)
-    if path.is_dir() and not is_gated(path):
+    if path.is_dir() and not has_gates(path):
         raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
     model = load(path)
-    values = read_json(path / GATES_CONFIG_FILE, what="gate configuration")
+    return model, load_gates(model, path)
+
+
+def _licence_files(base: str | Path | None) -> list[Path]:
+    folder = Path(base) if base is not None else None
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.upper().startswith(_LICENCES) and path.is_file())
+
+
+def _origin(base: str | Path | None) -> dict[str, Any]:
+    """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
+    if base is None:
+        return {}
+    card: Path | str = Path(base) / "README.md"
+    name = None if Path(base).is_dir() else str(base)
+    if name is not None:
+        try:
+            card = hf_hub_download(name, "README.md")
+        except Exception:
+            # A card that cannot be had is no reason to lose a model that was trained.
+            return {"base_model": name}
     try:
-        config = GateConfig(**values)
-        state = load_file(path / GATES_FILE)
-    except TypeError:
-        raise InputError(f"The gate configuration {path / GATES_CONFIG_FILE} has unknown keys: {values!r}.") from None
-    except SafetensorError as error:
-        raise InputError(f"The gates {path / GATES_FILE} are damaged or cut short: {error}.") from error
-    gates = attach(model, config=config)
-    gates.load_state_dict(state)
-    return model, gates
+        metadata: dict[str, Any] = metadata_load(card) or {} if Path(card).is_file() else {}
+    except ValueError:
+        metadata = {}
+    kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
+    return kept | ({} if name is None else {"base_model": name})
 
 
-def _model_card(model: PreTrainedModel, metrics: Mapping[str, float]) -> str:
+def _model_card(model: PreTrainedModel, metrics: Mapping[str, float], origin: Mapping[str, Any]) -> str:
     cost = model_cost(model)
-    front: dict[str, Any] = {"library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
+    front: dict[str, Any] = {**origin, "library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),

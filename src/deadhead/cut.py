@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import CutError
+from deadhead.errors import CutError, InputError
 from deadhead.gates import GateConfig, HeadGates
-from deadhead.gating import attach, detach, gates_of
+from deadhead.gating import attach, detach, gates_of, rehang
 from deadhead.layouts import AttentionSite, Layout, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
@@ -50,8 +50,15 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     Warns:
         UserWarning: the key/value cache grows, as single query heads are cut out of groups that share keys and values.
     """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise InputError(
+            "The model still has PEFT adapters, whose tensors a cut would not fit; merge them first: "
+            "model = model.merge_and_unload()."
+        )
     layout = find_layout(model)
     gates = gates_of(model)
+    # Merging adapters replaces the output projections that the gates hang on.
+    rehang(model)
     given_gates = gates is not None
     if gates is None:
         gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates import GateConfig, HeadGate, HeadGates
-from deadhead.layouts import find_layout, head_columns
+from deadhead.layouts import AttentionSite, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Unit
 
@@ -73,11 +74,14 @@ class _DrawNoise:
             self.gates.draw()
 
 
-def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Unit | None = None) -> HeadGates:
+def attach(
+    model: PreTrainedModel | nn.Module, *, config: GateConfig | None = None, unit: Unit | None = None
+) -> HeadGates:
     """Add a trainable gate to every prunable head of `model`.
 
     Args:
-        model: a model with a layout; changed in place.
+        model: a model with a layout, or PEFT's wrapper of one; changed in place. With adapters, wrap first: PEFT
+            freezes what it finds, gates too.
         config: the gates' constants; the default has no output scaling, as pretrained models need it.
         unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
 
@@ -88,6 +92,7 @@ def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Un
         UnsupportedModel: there is no head that could be pruned; the message says why.
         InputError: the model has gates already.
     """
+    model = unwrapped(model)
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
     layout = find_layout(model)
@@ -111,7 +116,6 @@ def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Un
             gate = HeadGate(len(site.heads), config).to(head_columns(site.output).device)
             gate.train(model.training)
             site.module.add_module(_GATE_NAME, gate)
-            site.output.register_forward_pre_hook(_GateInput(gate, site.head_dim))
             gates[site.layer] = gate
     head_gates = HeadGates(
         gates,
@@ -120,10 +124,51 @@ def attach(model: PreTrainedModel, *, config: GateConfig | None = None, unit: Un
         unit=unit,
         config=config,
     )
+    _hang(sites)
     # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
     text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
     setattr(model, _GATES_ATTRIBUTE, head_gates)
     return head_gates
+
+
+def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
+    """Return the model of transformers in PEFT's wrapper, or `model` itself."""
+    wrapper: Any = model
+    return cast(PreTrainedModel, wrapper.get_base_model() if hasattr(model, "get_base_model") else model)
+
+
+def rehang(model: PreTrainedModel | nn.Module) -> None:
+    """Move the gates to the output projections there are now, after PEFT has put adapters around them or merged them.
+
+    Does nothing to a model without gates.
+    """
+    model = unwrapped(model)
+    gates = gates_of(model)
+    if gates is None:
+        return
+    for module in model.modules():
+        _remove_hooks(module, _GateInput)
+    _hang(find_layout(model).sites(model, gates.unit))
+    for _, gate in gates:
+        gate.log_alpha_bias.requires_grad_()
+
+
+def _hang(sites: Sequence[AttentionSite]) -> None:
+    for site in sites:
+        gate = site.module._modules.get(_GATE_NAME)
+        if isinstance(gate, HeadGate):
+            site.output.register_forward_pre_hook(_GateInput(gate, site.head_dim))
+
+
+def _remove_hooks(module: nn.Module, *kinds: type) -> None:
+    # By type, not by handle: handles of a deep copy would point at the original.
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)]:
+        del module._forward_pre_hooks[key]
+
+
+def is_gate(name: str) -> bool:
+    """Tell whether a parameter or buffer of a gated model, by its name, is a gate's."""
+    return _GATE_NAME in name.split(".")
 
 
 def gates_of(model: nn.Module) -> HeadGates | None:
@@ -134,11 +179,7 @@ def gates_of(model: nn.Module) -> HeadGates | None:
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
     for module in model.modules():
-        # By type, not by handle: handles of a deep copy would point at the original.
-        for key in [
-            key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, (_GateInput, _DrawNoise))
-        ]:
-            del module._forward_pre_hooks[key]
+        _remove_hooks(module, _GateInput, _DrawNoise)
         if isinstance(module._modules.get(_GATE_NAME), HeadGate):
             del module._modules[_GATE_NAME]
     if gates_of(model) is not None:

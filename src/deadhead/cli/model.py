@@ -16,6 +16,7 @@ from deadhead.cost import config_cost, model_cost
 from deadhead.cut import cut as cut_heads
 from deadhead.data import load_tokenizer
 from deadhead.errors import InputError
+from deadhead.gate_files import has_gates
 from deadhead.plan import HeadPlan
 from deadhead.report.head_map import head_map_text
 
@@ -35,7 +36,7 @@ def cut(
     cut_heads(network, head_plan)
     has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(model) if has_tokenizer else None
-    checkpoint.save(network, out, tokenizer=tokenizer)
+    checkpoint.save(network, out, tokenizer=tokenizer, base=model)
     after = model_cost(network)
     if as_json:
         print_json({"before": asdict(before), "after": asdict(after)})
@@ -63,7 +64,7 @@ def inspect(
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise InputError(f"The configuration in {model} cannot be used: {reason}.") from error
-    gated = checkpoint.is_gated(model)
+    gated = has_gates(model)
     if as_json:
         print_json({**asdict(cost), "gated": gated})
         return

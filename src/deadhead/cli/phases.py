@@ -42,6 +42,20 @@ Schedule = Annotated[Literal["constant", "cosine", "linear"] | None, typer.Optio
 Accumulation = Annotated[int | None, typer.Option("--gradient-accumulation", min=1, help="Batches for each step.")]
 SaveEvery = Annotated[int | None, typer.Option("--save-every", min=0, help="Steps between checkpoints to resume from.")]
 Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 mixed precision.")]
+Checkpointing = Annotated[
+    bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
+]
+Lora = Annotated[
+    int | None,
+    typer.Option("--lora-rank", min=0, help="Train LoRA adapters of this rank, merged at the end, not the weights."),
+]
+Distill = Annotated[
+    float | None, typer.Option("--distill", min=0, max=1, help="Weight of a teacher's distribution in the loss.")
+]
+Temperature = Annotated[float | None, typer.Option("--distill-temperature", help="Of both distributions (2).")]
+Teacher = Annotated[
+    Path | None, typer.Option("--teacher", help="The model to distil from: a folder, or a name on the hub.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")]
 Column = Annotated[str | None, typer.Option("--column", help="Text column of an hf: data set.")]
 Split = Annotated[str | None, typer.Option("--split", help="The one split of an hf: data set to use.")]
@@ -68,6 +82,7 @@ def train(
     gradient_accumulation: Accumulation = None,
     save_every: SaveEvery = None,
     bf16: Bf16 = None,
+    gradient_checkpointing: Checkpointing = None,
     column: Column = None,
     split: Split = None,
     seed: PhaseSeed = None,
@@ -115,6 +130,10 @@ def prune(
         typer.Option("--output-scale/--no-output-scale", help="On for deadhead's own models, off for others."),
     ] = None,
     weighting: Annotated[Literal["plain", "output_difference"] | None, typer.Option("--weighting")] = None,
+    freeze_weights: Annotated[
+        bool | None,
+        typer.Option("--freeze-weights/--no-freeze-weights", help="Train the gates alone: a probe for dead heads."),
+    ] = None,
     cut: Annotated[bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.")] = True,
     steps: Steps = None,
     batch_size: Batch = None,
@@ -124,6 +143,11 @@ def prune(
     gradient_accumulation: Accumulation = None,
     save_every: SaveEvery = None,
     bf16: Bf16 = None,
+    gradient_checkpointing: Checkpointing = None,
+    lora_rank: Lora = None,
+    distill: Distill = None,
+    distill_temperature: Temperature = None,
+    teacher: Teacher = None,
     column: Column = None,
     split: Split = None,
     seed: PhaseSeed = None,
@@ -131,7 +155,10 @@ def prune(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train gates on a model's heads and cut the heads whose gates close."""
+    """Train gates on a model's heads and cut the heads whose gates close.
+
+    The teacher of --distill is the model itself, unless --teacher names another.
+    """
     base = _base(recipe)
     phase: PruneRecipe = changed(
         base.prune,
@@ -142,10 +169,11 @@ def prune(
         init=init,
         output_scale=output_scale,
         weighting=weighting,
+        freeze_weights=freeze_weights,
         **_common(locals()),
     )
     text: DataRecipe = changed(base.data, column=column, split=split)
-    _run("prune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, cut=cut)
+    _run("prune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, cut=cut, teacher=teacher)
 
 
 def finetune(
@@ -161,6 +189,11 @@ def finetune(
     gradient_accumulation: Accumulation = None,
     save_every: SaveEvery = None,
     bf16: Bf16 = None,
+    gradient_checkpointing: Checkpointing = None,
+    lora_rank: Lora = None,
+    distill: Distill = None,
+    distill_temperature: Temperature = None,
+    teacher: Teacher = None,
     column: Column = None,
     split: Split = None,
     seed: PhaseSeed = None,
@@ -172,7 +205,7 @@ def finetune(
     base = _base(recipe)
     phase: PhaseRecipe = changed(base.finetune, **_common(locals()))
     text: DataRecipe = changed(base.data, column=column, split=split)
-    _run("finetune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json)
+    _run("finetune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, teacher=teacher)
 
 
 def _base(recipe: Path | None) -> Recipe:
@@ -186,9 +219,9 @@ def _seed(given: int | None, base: Recipe) -> int:
 def _common(given: dict[str, Any]) -> dict[str, Any]:
     names = (
         *("steps", "batch_size", "sequence_length", "learning_rate", "schedule", "gradient_accumulation"),
-        *("save_every", "bf16"),
+        *("save_every", "bf16", "gradient_checkpointing", "lora_rank", "distill", "distill_temperature"),
     )
-    return {name: given[name] for name in names}
+    return {name: given.get(name) for name in names}
 
 
 def _run(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from deadhead.errors import InputError
 from deadhead.evaluate import max_positions
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import GateConfig, HeadGates
+from deadhead.gating import is_gate
 from deadhead.modes import flushing_denormals
+from deadhead.training.adapters import lora
+from deadhead.training.distillation import Distillation
 from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.sparsity import SparsityCallback
@@ -74,6 +78,7 @@ def train(
     seed: int = 0,
     first_segment: int = 0,
     gates: HeadGates | None = None,
+    teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Path | None = None,
     tensorboard: Path | None = None,
@@ -91,6 +96,7 @@ def train(
         seed: of dropout (data order is the text's own).
         first_segment: where in the text to begin, in segments read of each row before.
         gates: trained under the sparsity loss that `recipe` describes.
+        teacher: the model to distil from, with the weight that the recipe's `distill` gives it.
         callbacks: further callbacks, called after ours.
         metrics: metrics.jsonl, or None.
         tensorboard: where TensorBoard events go, or None.
@@ -98,19 +104,24 @@ def train(
         resume: go on from the newest whole checkpoint in `folder`, if there is one.
 
     Raises:
-        InputError: the text is too short, or bf16 is asked for and not there.
+        InputError: the text is too short, or something is asked for that is not there: bf16, PEFT, a teacher.
         DivergenceError: the loss or the gradient is not finite.
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             recipe = recipe.model_copy(update={"save_every": 0})
             settings: dict[str, Any] = {"phase": phase, "seed": seed, "first_segment": first_segment}
-            settings |= {"gates": gates, "callbacks": callbacks}
+            settings |= {"gates": gates, "teacher": teacher, "callbacks": callbacks}
             settings |= {"metrics": metrics, "tensorboard": tensorboard, "report": report}
             return train(model, text, recipe, folder=temporary, **settings)
     folder = Path(folder)
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
+    if recipe.distill and teacher is None:
+        raise InputError("The recipe's distill asks for a teacher to learn from, but none was given.")
+    freeze = isinstance(recipe, PruneRecipe) and recipe.freeze_weights
+    if freeze and recipe.lora_rank:
+        raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
     recipe = with_defaults(recipe, model)
     assert recipe.learning_rate is not None
     set_seed(seed)
@@ -169,19 +180,23 @@ def train(
         ours.append(TensorBoardCallback(writer))
     if report is not None:
         ours.append(StepReporter(report))
-    trainer = LanguageModelTrainer(model, args, dataset, callbacks=[*ours, *callbacks])
-    trainer.remove_callback(PrinterCallback)
+    distillation = None
+    if teacher is not None:
+        distillation = Distillation(teacher, weight=recipe.distill, temperature=recipe.distill_temperature)
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model, True)
     try:
-        # With many gates closed gradients underflow.
-        with warnings.catch_warnings(), no_space_is_input_error(folder), flushing_denormals():
-            # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
-            warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
-            if checkpoint is None:
-                trainer.train()
-            else:
-                trainer.resume(checkpoint)
+        with _only_gates_learn(model) if freeze else lora(model, recipe.lora_rank) as trainee:
+            trainer = LanguageModelTrainer(trainee, args, dataset, distillation, callbacks=[*ours, *callbacks])
+            trainer.remove_callback(PrinterCallback)
+            # With many gates closed gradients underflow.
+            with warnings.catch_warnings(), no_space_is_input_error(folder), flushing_denormals():
+                # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
+                warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+                if checkpoint is None:
+                    trainer.train()
+                else:
+                    trainer.resume(checkpoint)
     finally:
         if writer is not None:
             writer.close()
@@ -189,6 +204,19 @@ def train(
             _checkpoint_activations(model, False)
         model.eval()
     return model
+
+
+@contextmanager
+def _only_gates_learn(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Freeze everything but the gates while the block runs."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_gate(name))
+        yield model
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
 
 
 def _segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:

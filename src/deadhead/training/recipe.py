@@ -60,8 +60,10 @@ class PhaseRecipe(_Section):
 
     Args: steps of the optimizer; batch_size rows on each process; sequence_length, tokens of a row of a model without
     segment memory (by default 256, or all its positions); learning rate (see `with_defaults`), its schedule and
-    warm-up; AdamW's weight decay and second beta; clipping norm; accumulated batches; bf16 mixed precision; steps
-    between two logged lines and between two checkpoints to resume from (0: none).
+    warm-up; AdamW's weight decay and second beta; clipping norm; accumulated batches; bf16 mixed precision; rank of the
+    LoRA adapters that learn in place of the weights (0: the weights learn); distill, the weight in the loss of what a
+    teacher says (0: none), and its temperature; steps between two logged lines and between two checkpoints to resume
+    from (0: none).
     """
 
     steps: int = Field(300, ge=1)
@@ -76,6 +78,9 @@ class PhaseRecipe(_Section):
     gradient_accumulation: int = Field(1, ge=1)
     gradient_checkpointing: bool = False
     bf16: bool = False
+    lora_rank: int = Field(0, ge=0)
+    distill: float = Field(0.0, ge=0, le=1)
+    distill_temperature: float = Field(2.0, gt=0)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(100, ge=0)
 
@@ -85,7 +90,8 @@ class PruneRecipe(PhaseRecipe):
 
     Args: l0 is λ; sparsity, if given, is steered to, along a ramp over `ramp_steps` (0: two thirds of the phase);
     l0_warmup_steps, init and output_scale are the stabilisers; gate_lr_scale how many times as fast gates learn;
-    weighting the plain or output-difference-weighted loss; the rest are the gates' constants.
+    freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; the rest are the
+    gates' constants.
     """
 
     l0: float = Field(0.03, ge=0)
@@ -97,6 +103,7 @@ class PruneRecipe(PhaseRecipe):
     output_scale: bool | None = None
     hard: bool = True
     weighting: Literal["plain", "output_difference"] = "plain"
+    freeze_weights: bool = False
 
 
 _P = TypeVar("_P", bound=PhaseRecipe)

@@ -239,6 +239,8 @@ class Run:
             seed=self.recipe.seed,
             first_segment=segments_read // recipe.batch_size,
             gates=gates,
+            # The dense model, before gates and cuts, is what the pruned one is to stay near to.
+            teacher=checkpoint.load(self.folder / "dense") if recipe.distill and phase != "train" else None,
             metrics=self.folder / METRICS_FILE,
             tensorboard=self.folder / "tensorboard" / phase,
             report=lambda done, total, logs: self.progress(phase, done, total, logs),

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedModel
+
 from deadhead import checkpoint
 from deadhead.cost import model_cost
 from deadhead.cut import cut as cut_heads
@@ -36,6 +38,7 @@ def run_single(
     seed: int = 0,
     shape: ModelRecipe | None = None,
     cut: bool = True,
+    teacher: Path | None = None,
     resume: bool = False,
     progress: Callable[[str, int, int, dict[str, Any]], None] = lambda *_: None,
 ) -> dict[str, Any]:
@@ -52,6 +55,8 @@ def run_single(
         seed: of first weights, dropout and gate noise.
         shape: sizes of a fresh model.
         cut: whether "prune" cuts the heads whose gates closed, or saves the gated model.
+        teacher: checkpoint to distil from with the recipe's `distill`; None takes `model` itself in "prune", as it is
+            at the start, and no teacher in other phases.
         resume: go on from the last checkpoint in `OUT.work`.
         progress: told of what goes on.
 
@@ -78,7 +83,10 @@ def run_single(
         "model": None if model is None else str(model.resolve()),
         "shape": None if shape is None else shape.model_dump(),
         "seed": seed,
+        "teacher": None if teacher is None else str(teacher.resolve()),
     }
+    if teacher is not None and not recipe.distill:
+        raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
     with _gone_if_unused(work):
         progress("reading text", 0, 1, {})
         if model is None:
@@ -117,6 +125,7 @@ def run_single(
             phase=phase,
             seed=seed,
             gates=gates,
+            teacher=_load_teacher(teacher or (model if phase == "prune" else None)) if recipe.distill else None,
             metrics=work / METRICS_FILE,
             tensorboard=work / "tensorboard",
             report=lambda done, total, logs: progress(phase, done, total, logs),
@@ -136,6 +145,7 @@ def run_single(
             out,
             tokenizer=tokenizer,
             metrics={"validation perplexity a token": measured.perplexity},
+            base=model,
             files=(work / METRICS_FILE, work / "tensorboard"),
         )
         shutil.rmtree(work, ignore_errors=True)
@@ -149,6 +159,12 @@ def run_single(
             "bits_per_byte": measured.bits_per_byte,
             "steps": recipe.steps,
         }
+
+
+def _load_teacher(path: Path | None) -> PreTrainedModel:
+    if path is None:
+        raise InputError("distill asks for a teacher to learn from; name one with --teacher, say the dense model.")
+    return checkpoint.load(path)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -62,8 +63,16 @@ class SparsityCallback(TrainerCallback, ExportableState):
         gates.track_difference()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold; transformers writes it into trainer_state.json."""
-        return {"args": {}, "attributes": {"target": None if self.target is None else self.target.state()}}
+        """Return what a checkpoint must hold; transformers writes it into trainer_state.json.
+
+        The gates are in it too: PEFT's checkpoints hold adapters only. JSON keeps every bit of a float32.
+        """
+        values = {
+            str(layer): {"log_alpha_bias": gate.log_alpha_bias.tolist(), "difference": gate.difference.tolist()}
+            for layer, gate in self.gates
+        }
+        target = None if self.target is None else self.target.state()
+        return {"args": {}, "attributes": {"target": target, "gates": values}}
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers of the last step: λ, L0, share of closed gates, heads open in each layer."""
@@ -81,14 +90,21 @@ class SparsityCallback(TrainerCallback, ExportableState):
             )
         # A dictionary when it was read from a checkpoint; declared as the list it is made of.
         saved = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
-        if state.global_step and self.target is not None and saved and saved["attributes"]["target"]:
-            self.target.load_state(saved["attributes"]["target"])
+        if state.global_step and saved:
+            attributes = saved["attributes"]
+            if self.target is not None and attributes["target"]:
+                self.target.load_state(attributes["target"])
+            with torch.no_grad():
+                for layer, gate in self.gates:
+                    for name, values in attributes["gates"][str(layer)].items():
+                        getattr(gate, name).copy_(torch.tensor(values))
         trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
         for layer, gate in self.gates:
             if id(gate.log_alpha_bias) not in trained:
                 raise InputError(
                     f"The gates of layer {layer} are not among the parameters that the optimizer trains; attach the "
-                    "gates to the very model that the Trainer gets, before it makes its optimizer."
+                    "gates to the very model that the Trainer gets, after PEFT has wrapped it and before the Trainer "
+                    "makes its optimizer."
                 )
 
     def on_step_begin(

@@ -16,8 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deadhead.errors import DivergenceError, InputError
 from deadhead.files import no_space_is_input_error, read_json, write_json
+from deadhead.training.distillation import Distillation
 
-_MEMORY_FILE = "segment_memory_rank{rank}.safetensors"
+_MEMORY_FILE = "{whose}_memory_rank{rank}.safetensors"
 # Written last: a checkpoint without it, or with files of other sizes, was cut short.
 _COMPLETE_FILE = "complete.json"
 
@@ -29,13 +30,20 @@ class LanguageModelTrainer(Trainer):
         model: a causal language model; those of ours get the memory of the segment before.
         args: transformers' arguments.
         train_dataset: a `deadhead.data.SegmentDataset` with as many rows as a batch over all processes.
+        distillation: what a teacher adds to the loss, or None.
         kwargs: what transformers' Trainer takes.
     """
 
     def __init__(
-        self, model: PreTrainedModel, args: TrainingArguments, train_dataset: Dataset[Any], **kwargs: Any
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingArguments,
+        train_dataset: Dataset[Any],
+        distillation: Distillation | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.distillation = distillation
         # All segments have the same length, so the mean over accumulated batches is the mean of their means.
         self.model_accepts_loss_kwargs = False
         self.has_memory = hasattr(model.config, "memory_length")
@@ -62,7 +70,10 @@ class LanguageModelTrainer(Trainer):
         else:
             # Every language model shifts the labels itself; not all take labels that are shifted.
             outputs = model(input_ids=ids, labels=ids, use_cache=False)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        loss = outputs.loss
+        if self.distillation is not None:
+            loss = self.distillation.loss(loss, outputs.logits, inputs)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of one batch.
@@ -98,6 +109,8 @@ class LanguageModelTrainer(Trainer):
         if "loss" in logs and self.steps_since_log:
             logs["clipped"] = self.clipped_steps / self.steps_since_log
             self.clipped_steps = self.steps_since_log = 0
+            if self.distillation is not None:
+                logs["teacher_divergence"] = self.distillation.mean_divergence()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -105,9 +118,10 @@ class LanguageModelTrainer(Trainer):
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with no_space_is_input_error(folder):
             super()._save_checkpoint(model, trial)
-            if self.memory is not None:
-                tensors = {str(layer): states.contiguous() for layer, states in enumerate(self.memory)}
-                save_file(tensors, folder / _MEMORY_FILE.format(rank=self.args.process_index))
+            for whose, memory in self._memories().items():
+                if memory is not None:
+                    tensors = {str(layer): states.contiguous() for layer, states in enumerate(memory)}
+                    save_file(tensors, folder / self._memory_file(whose))
         if self.args.distributed_state is not None:
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -118,12 +132,24 @@ class LanguageModelTrainer(Trainer):
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
 
+    def _memories(self) -> dict[str, tuple[Tensor, ...] | None]:
+        teacher = {} if self.distillation is None else {"teacher": self.distillation.memory}
+        return {"segment": self.memory, **teacher}
+
+    def _memory_file(self, whose: str) -> str:
+        return _MEMORY_FILE.format(whose=whose, rank=self.args.process_index)
+
     def resume(self, checkpoint: Path) -> None:
         """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped."""
-        memory = checkpoint / _MEMORY_FILE.format(rank=self.args.process_index)
-        if memory.exists():
-            states = load_file(memory, device=str(self.args.device))
-            self.memory = tuple(states[str(layer)] for layer in range(len(states)))
+        for whose in self._memories():
+            path = checkpoint / self._memory_file(whose)
+            if path.exists():
+                states = load_file(path, device=str(self.args.device))
+                memory = tuple(states[str(layer)] for layer in range(len(states)))
+                if whose == "segment":
+                    self.memory = memory
+                elif self.distillation is not None:
+                    self.distillation.memory = memory
         if _step(checkpoint) >= self.args.max_steps:
             # All steps are done; transformers would do one more.
             self._load_from_checkpoint(str(checkpoint))

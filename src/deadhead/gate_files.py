@@ -1,0 +1,65 @@
+"""Gates alone in a folder: values as safetensors, constants as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from transformers import PreTrainedModel
+
+from deadhead.errors import InputError
+from deadhead.files import read_json, write_bytes, write_json
+from deadhead.gates import GateConfig, HeadGates
+from deadhead.gating import attach
+
+GATES_FILE = "head_gates.safetensors"
+GATES_CONFIG_FILE = "head_gates.json"
+
+
+def save_gates(gates: HeadGates, path: str | Path) -> None:
+    """Write the gates, without the model they were trained on, into a folder of a few kilobytes.
+
+    Args:
+        gates: what `deadhead.attach` returned.
+        path: the folder; other files in it stay.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    folder = Path(path)
+    write_bytes(folder / GATES_FILE, save(gates.state_dict()))
+    write_json(folder / GATES_CONFIG_FILE, {**asdict(gates.config), "unit": gates.unit})
+
+
+def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
+    """Attach gates that `save_gates` wrote to `model`, the one they were trained on.
+
+    Args:
+        model: without gates.
+        path: the folder.
+
+    Raises:
+        InputError: the folder has no gates, they are damaged, or they are another model's.
+    """
+    folder = Path(path)
+    if not has_gates(folder):
+        raise InputError(f"Gates were expected in {folder}, but there is no {GATES_FILE}.")
+    values = read_json(folder / GATES_CONFIG_FILE, what="gate configuration")
+    try:
+        unit = values.pop("unit", None)
+        config = GateConfig(**values)
+        state = load_file(folder / GATES_FILE)
+    except (TypeError, AttributeError):
+        raise InputError(f"The gate configuration {folder / GATES_CONFIG_FILE} has unknown keys: {values!r}.") from None
+    except SafetensorError as error:
+        raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
+    gates = attach(model, config=config, unit=unit)
+    gates.load_state_dict(state)
+    return gates
+
+
+def has_gates(path: str | Path) -> bool:
+    """Tell whether there are saved gates in a folder."""
+    return (Path(path) / GATES_FILE).exists()

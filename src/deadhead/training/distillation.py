@@ -1,0 +1,88 @@
+"""Distillation: a model learns from the output distribution of another, the teacher, beside the text itself.
+
+    loss = (1 − α) · NLL + α · T² · KL(softmax(teacher / T) ‖ softmax(model / T)),
+
+with weight α and temperature T (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), means over all tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from deadhead.errors import InputError
+
+
+class Distillation:
+    """The teacher, and what it says of each batch.
+
+    Args:
+        teacher: of the same vocabulary; set to evaluation mode, and never changed.
+        weight: α, in (0, 1].
+        temperature: T, above 0.
+
+    Raises:
+        InputError: the weight is 0.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, *, weight: float, temperature: float) -> None:
+        if not weight:
+            raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
+        self.teacher = teacher.eval()
+        self.weight = weight
+        self.temperature = temperature
+        # Hidden states of the segment before, for teachers with segment memory.
+        self.memory: tuple[Tensor, ...] | None = None
+        self.divergence = 0.0
+        self.batches = 0
+
+    def loss(self, nll: Tensor, logits: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+        """Return the mixed loss of a batch (0-dimensional).
+
+        Args:
+            nll: the model's own loss on the text.
+            logits: of the model, (B, T, V).
+            inputs: the batch: `input_ids`, and `is_first` where rows begin anew.
+
+        Raises:
+            InputError: the two vocabularies differ, or an adaptive softmax keeps the logits to itself.
+        """
+        expected = self._teacher_logits(inputs)
+        if logits is None or expected is None:
+            raise InputError("Distillation compares whole distributions, which an adaptive softmax does not compute.")
+        if logits.shape[-1] != expected.shape[-1]:
+            raise InputError(
+                f"A teacher of the same vocabulary was expected, but the model has {logits.shape[-1]} tokens and the "
+                f"teacher {expected.shape[-1]}."
+            )
+        found_NV, wanted_NV = (
+            F.log_softmax(values.flatten(0, -2).float() / self.temperature, dim=-1) for values in (logits, expected)
+        )
+        divergence = F.kl_div(found_NV, wanted_NV, reduction="batchmean", log_target=True)
+        self.divergence += float(divergence.detach())
+        self.batches += 1
+        return (1 - self.weight) * nll + self.weight * self.temperature**2 * divergence
+
+    def mean_divergence(self) -> float:
+        """Return the mean of KL(teacher ‖ model) over the batches since the last call, in nats a token."""
+        mean = self.divergence / max(self.batches, 1)
+        self.divergence, self.batches = 0.0, 0
+        return mean
+
+    @torch.no_grad()
+    def _teacher_logits(self, inputs: dict[str, Any]) -> Tensor | None:
+        ids = inputs["input_ids"]
+        if self.teacher.device != ids.device:
+            self.teacher.to(ids.device)
+        if not hasattr(self.teacher.config, "memory_length"):
+            logits: Tensor = self.teacher(input_ids=ids, use_cache=False).logits
+            return logits
+        memory = None if bool(inputs["is_first"].any()) else self.memory
+        outputs = self.teacher(input_ids=ids, use_cache=False, memory=memory)
+        self.memory = outputs.memory
+        found: Tensor | None = outputs.logits
+        return found
