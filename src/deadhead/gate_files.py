@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from deadhead.errors import InputError
 from deadhead.files import read_json, write_bytes, write_json
 from deadhead.gates import GateConfig, HeadGates
-from deadhead.gating import attach
+from deadhead.gating import attach, detach
 
 GATES_FILE = "head_gates.safetensors"
 GATES_CONFIG_FILE = "head_gates.json"
@@ -56,7 +56,11 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     except SafetensorError as error:
         raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
     gates = attach(model, config=config, unit=unit)
-    gates.load_state_dict(state)
+    try:
+        gates.load_state_dict(state)
+    except InputError:
+        detach(model)
+        raise
     return gates
 
 

@@ -96,7 +96,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 self.target.load_state(attributes["target"])
             with torch.no_grad():
                 for layer, gate in self.gates:
-                    for name, values in attributes["gates"][str(layer)].items():
+                    for name, values in attributes.get("gates", {}).get(str(layer), {}).items():
                         getattr(gate, name).copy_(torch.tensor(values))
         trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
         for layer, gate in self.gates:
