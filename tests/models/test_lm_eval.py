@@ -1,0 +1,103 @@
+"""EleutherAI's lm-eval loads a cut checkpoint by its `hf` model and scores a task of local files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import deadhead
+from benchmarks._tiny_models import scramble
+from deadhead import HeadPlan
+from tests.small import write_prose
+
+pytest.importorskip("lm_eval")
+
+_QUESTIONS = [
+    {"question": "the cat", "choices": [" sleeps", " dog", " near"], "answer": 0},
+    {"question": "a small bird", "choices": [" sees", " over", " and then"], "answer": 2},
+    {"question": "the old", "choices": [" red dog", " cat"], "answer": 1},
+]
+_TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+# Where deadhead is not to be had, the checkpoint's own code is trusted and run.
+_WITHOUT = "import sys; sys.modules['deadhead'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+_WITH = "import deadhead; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+
+
+def _checkpoint(folder: Path) -> tuple[Any, Any]:
+    """Save a cut Llama with a byte tokenizer, its first layer empty."""
+    _, tokenizer = deadhead.load_text(str(write_prose(folder)), tokenizer="byte")
+    config: Any = LlamaConfig
+    model = LlamaForCausalLM(
+        config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    scramble(model, 0)
+    plan = HeadPlan(kept={0: (), 1: (1,), 2: (0, 1)}, total={0: 2, 1: 2, 2: 2}, unit="kv_group")
+    deadhead.cut(model.eval(), plan)
+    deadhead.save(model, folder / "small", tokenizer=tokenizer)
+    return model, tokenizer
+
+
+def _log_likelihood(model: Any, tokenizer: Any, question: str, choice: str) -> float:
+    """Return log p(choice | question), written down without lm-eval."""
+    start, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, question + choice))
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
+    return sum(float(log_p[index - 1, ids[index]]) for index in range(len(start), len(ids)))
+
+
+@pytest.mark.parametrize("how", ["with deadhead", "without deadhead"])
+def test_scores_are_the_models_own(how: str, tmp_path: Path) -> None:
+    model, tokenizer = _checkpoint(tmp_path)
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(line) for line in _QUESTIONS) + "\n")
+    (tmp_path / "tasks").mkdir()
+    task = _TASK.format(name="birds", data=tmp_path / "questions.jsonl")
+    (tmp_path / "tasks" / "birds.yaml").write_text(task)
+    trusted = "" if how == "with deadhead" else ",trust_remote_code=True"
+    command = [sys.executable, "-c", _WITH if how == "with deadhead" else _WITHOUT]
+    command += ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'small'},dtype=float32{trusted}"]
+    command += ["--tasks", "birds", "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "2"]
+    command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    (samples,) = (tmp_path / "out").rglob("samples_birds*.jsonl")
+    lines = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda line: line["doc_id"])
+    assert len(lines) == len(_QUESTIONS)
+    best: list[bool] = []
+    for line, question in zip(lines, _QUESTIONS, strict=True):
+        found = [float(answer[0][0]) for answer in line["resps"]]
+        expected = [_log_likelihood(model, tokenizer, question["question"], text) for text in question["choices"]]
+        assert found == pytest.approx(expected, rel=1e-4)
+        best.append(expected.index(max(expected)) == question["answer"])
+    (results,) = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(results.read_text())["results"]["birds"]["acc,none"] == pytest.approx(sum(best) / len(best))
