@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks._tiny_models import scramble
 from deadhead import checkpoint
 from deadhead.data import TokenStream, load_text
 from deadhead.training.recipe import Recipe
@@ -95,6 +97,29 @@ def save_small_model(folder: Path, text: Path, *, seed: int = 0, **model: Any) -
     _, tokenizer = load_text(str(text), tokenizer="byte")
     checkpoint.save(build_model(recipe.model, tokenizer, seed=seed), folder, tokenizer=tokenizer)
     return folder
+
+
+def save_small_llama(folder: Path, text: Path) -> Any:
+    """Write a Llama of 3 layers × 4 heads in 2 groups, all of it random, with a byte tokenizer; return both."""
+    _, tokenizer = load_text(str(text), tokenizer="byte")
+    config: Any = LlamaConfig
+    model = LlamaForCausalLM(
+        config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    scramble(model, 0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    return model.eval(), tokenizer
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deadhead.gating import detach
 from deadhead.layouts import Layout, find_layout
-from deadhead.plan import HeadPlan
+from deadhead.plan import HeadPlan, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Cost:
     """Cost of a model with some of its heads.
 
     Args:
-        heads: heads left, one number a layer.
+        heads: heads left, one number a layer; key/value groups where the model has them and was not cut by heads.
         total_heads: heads of the original dense model, one number a layer.
         parameters: all parameters, shared tensors counted once.
         embedding_parameters: those of embeddings and output layer.
@@ -42,13 +42,16 @@ class Cost:
     kv_cache_bytes: int
 
 
-def model_cost(model: PreTrainedModel, plan: HeadPlan | None = None, *, length: int | None = None) -> Cost:
+def model_cost(
+    model: PreTrainedModel, plan: HeadPlan | None = None, *, length: int | None = None, unit: Unit | None = None
+) -> Cost:
     """Count what `model` costs, as it is or once `plan` were applied.
 
     Args:
         model: on any device, meta included; attached gates are not counted.
         plan: heads that stay; None counts the heads there are.
         length: positions before the token; by default the model's window, or 1024.
+        unit: what `heads` counts; by default what the model was cut by, else key/value groups where there are any.
 
     Raises:
         UnsupportedModel: the model has no layout.
@@ -56,7 +59,7 @@ def model_cost(model: PreTrainedModel, plan: HeadPlan | None = None, *, length: 
     layout = find_layout(model)
     if plan is not None:
         model = _skeleton(layout, model, plan)
-    sites = layout.sites(model, layout.units(model)[0])
+    sites = layout.sites(model, unit or layout.units(model)[0])
     if length is None:
         length = getattr(model.config, "memory_length", 1024)
     embeddings = [*model.get_input_embeddings().parameters()]

@@ -11,7 +11,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers.utils import logging as transformers_logging
 
 from deadhead.plan import HeadPlan
-from tests.small import save_small_model, write_prose
+from tests.small import save_small_llama, save_small_model, write_prose
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +31,10 @@ def same_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a text, a dense model made of it, and plans for it."""
+    """Return a folder with a text, a dense model of ours and a Llama made of it, and a plan for ours."""
     folder = tmp_path_factory.mktemp("given")
     text = write_prose(folder)
     save_small_model(folder / "model", text)
+    save_small_llama(folder / "llama", text)
     HeadPlan(kept={0: (1, 2), 1: ()}, total={0: 4, 1: 4}).to_json(folder / "plan.json")
     return folder

@@ -22,6 +22,8 @@ from tests.small import assert_same_tensors, child, metrics, small_recipe, tree,
 
 _TRAIN = "train --data {text} --out {out} --steps 2 --batch-size 2 --layers 2 --width 32 --heads 4 --segment-length 8"
 _PRUNE = "prune --model {model} --data {text} --out {out} --steps 2 --batch-size 2"
+_LLAMA = _PRUNE.replace("{model}", "{llama}")
+_TUNE = "finetune --model {llama} --data {text} --out {out} --steps 2 --batch-size 2"
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,20 @@ _CASES = {
     "another architecture to prune": _Case(_PRUNE.replace("{model}", "mamba"), "of type 'mamba'", _other_architecture),
     "window for a model with memory": _Case("eval {model} --data {text} --window 8", "leave the window out"),
     "sequence length for a model with memory": _Case(_PRUNE + " --sequence-length 9", "leave it out"),
+    "LoRA of a model of ours": _Case(_PRUNE + " --lora-rank 4", "leave the LoRA rank out"),
+    "groups of a model without": _Case(_PRUNE + " --unit kv_group", "kv_group"),
+    "unknown unit": _Case(_PRUNE + " --unit layer", "Invalid value for '--unit'"),
+    "sequence longer than positions": _Case(_LLAMA + " --sequence-length 300", "The model has 128 positions"),
+    "window longer than positions": _Case("eval {llama} --data {text} --window 300", "128"),
+    "probe with adapters": _Case(_LLAMA + " --freeze-weights --lora-rank 4", "leave out one of the two"),
+    "negative rank": _Case(_LLAMA + " --lora-rank -1", "Invalid value for '--lora-rank'"),
+    "too much distillation": _Case(_LLAMA + " --distill 1.5", "Invalid value for '--distill'"),
+    "cold distillation": _Case(_LLAMA + " --distill 0.5 --distill-temperature 0", "distill_temperature"),
+    "teacher without weight": _Case(_LLAMA + " --teacher {llama}", "distill, is 0; set it"),
+    "distillation without teacher": _Case(_TUNE + " --distill 0.5", "name one with --teacher"),
+    "teacher that is not there": _Case(
+        _TUNE + " --distill 0.5 --teacher nothing/at/all", "A checkpoint folder was expected at nothing/at/all"
+    ),
     "name of no model to inspect": _Case("inspect no/model", "the Hugging Face hub gave no model of that name"),
     "without a tokenizer": _Case(
         "eval damaged --data {text}",
@@ -242,7 +258,13 @@ def test_one_sentence_and_nothing_written(
     folder.mkdir()
     case.prepare(folder)
     monkeypatch.chdir(folder)
-    names = {"text": given / "prose.txt", "model": given / "model", "plan": given / "plan.json", "out": "out"}
+    names = {
+        "text": given / "prose.txt",
+        "model": given / "model",
+        "llama": given / "llama",
+        "plan": given / "plan.json",
+        "out": "out",
+    }
     before, given_before = tree(folder), tree(given)
     capfd.readouterr()
     code = execute([word.format(**names) for word in case.command.split()])

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import deadhead
-from benchmarks._tiny_models import scramble
 from deadhead import HeadPlan
-from tests.small import write_prose
+from tests.small import save_small_llama, write_prose
 
 pytest.importorskip("lm_eval")
 
@@ -44,24 +42,9 @@ _WITH = "import deadhead; from lm_eval.__main__ import cli_evaluate; cli_evaluat
 
 def _checkpoint(folder: Path) -> tuple[Any, Any]:
     """Save a cut Llama with a byte tokenizer, its first layer empty."""
-    _, tokenizer = deadhead.load_text(str(write_prose(folder)), tokenizer="byte")
-    config: Any = LlamaConfig
-    model = LlamaForCausalLM(
-        config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-    scramble(model, 0)
+    model, tokenizer = save_small_llama(folder / "dense", write_prose(folder))
     plan = HeadPlan(kept={0: (), 1: (1,), 2: (0, 1)}, total={0: 2, 1: 2, 2: 2}, unit="kv_group")
-    deadhead.cut(model.eval(), plan)
+    deadhead.cut(model, plan)
     deadhead.save(model, folder / "small", tokenizer=tokenizer)
     return model, tokenizer
 

@@ -32,7 +32,7 @@ def cut(
     if out.resolve() == model.resolve():
         raise InputError(f"The cut model must not overwrite the model it is made of, {model}; choose another --out.")
     network = checkpoint.load(model)
-    before = model_cost(network)
+    before = model_cost(network, unit=head_plan.unit)
     cut_heads(network, head_plan)
     has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(model) if has_tokenizer else None

@@ -130,6 +130,10 @@ def prune(
         typer.Option("--output-scale/--no-output-scale", help="On for deadhead's own models, off for others."),
     ] = None,
     weighting: Annotated[Literal["plain", "output_difference"] | None, typer.Option("--weighting")] = None,
+    unit: Annotated[
+        Literal["head", "kv_group"] | None,
+        typer.Option("--unit", help="What a gate closes: a query head, or a key/value head with its query heads."),
+    ] = None,
     freeze_weights: Annotated[
         bool | None,
         typer.Option("--freeze-weights/--no-freeze-weights", help="Train the gates alone: a probe for dead heads."),
@@ -169,6 +173,7 @@ def prune(
         init=init,
         output_scale=output_scale,
         weighting=weighting,
+        unit=unit,
         freeze_weights=freeze_weights,
         **_common(locals()),
     )

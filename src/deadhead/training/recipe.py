@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.models import AllAttentionConfig
+from deadhead.plan import Unit
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -90,8 +91,8 @@ class PruneRecipe(PhaseRecipe):
 
     Args: l0 is λ; sparsity, if given, is steered to, along a ramp over `ramp_steps` (0: two thirds of the phase);
     l0_warmup_steps, init and output_scale are the stabilisers; gate_lr_scale how many times as fast gates learn;
-    freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; the rest are the
-    gates' constants.
+    freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit what a gate
+    opens and closes (None: key/value groups where there are any, else heads); the rest are the gates' constants.
     """
 
     l0: float = Field(0.03, ge=0)
@@ -104,6 +105,7 @@ class PruneRecipe(PhaseRecipe):
     hard: bool = True
     weighting: Literal["plain", "output_difference"] = "plain"
     freeze_weights: bool = False
+    unit: Unit | None = None
 
 
 _P = TypeVar("_P", bound=PhaseRecipe)

@@ -181,7 +181,7 @@ class Run:
         steps += recipe.prune.steps
         if not self._done("gated"):
             model = checkpoint.load(self.folder / "dense")
-            gates = attach(model, config=gate_config(recipe.prune, model, recipe.seed))
+            gates = attach(model, config=gate_config(recipe.prune, model, recipe.seed), unit=recipe.prune.unit)
             self._train(model, text, "prune", recipe.prune, after=(recipe.train,), gates=gates)
             if recipe.prune.sparsity is not None:
                 # Steering comes close to the target; ranking by log_alpha meets it.

@@ -116,7 +116,9 @@ def run_single(
                 )
         else:
             write_json(work / _SETTINGS_FILE, settings)
-        gates = attach(network, config=gate_config(recipe, network, seed)) if isinstance(recipe, PruneRecipe) else None
+        gates = None
+        if isinstance(recipe, PruneRecipe):
+            gates = attach(network, config=gate_config(recipe, network, seed), unit=recipe.unit)
         train(
             network,
             text.splits["train"],
