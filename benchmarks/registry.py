@@ -163,12 +163,15 @@ def _markdown(outcomes: list[Outcome], counts: Counter[str]) -> str:
         f"{len(outcomes)} model types of transformers {transformers.__version__}: {total}. Largest difference of "
         f"logits {max((o.difference for o in outcomes if o.state == 'works'), default=0):.1e}.",
         "",
-        "| type | state | unit | layers | reason |",
-        "|---|---|---|---|---|",
+        "| type | state | gates on | layers | largest difference | reloads | generates | why not |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    marks = {True: "yes", False: "no"}
     for o in outcomes:
-        reason = re.sub(r"[|`]", " ", o.reason)
-        lines.append(f"| {o.model_type} | {o.state} | {o.unit} | {o.layers or ''} | {reason} |")
+        tried = o.state in ("works", "wrong")
+        found = (f"{o.difference:.0e}", marks[o.reloads], marks[o.generates]) if tried else ("", "", "")
+        cells = (o.model_type, o.state, o.unit, str(o.layers or ""), *found, re.sub(r"[|`]", " ", o.reason))
+        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -147,6 +148,50 @@ def test_tokenizer_travels(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -
     deadhead.save(tiny_model(vocab_size=257), tmp_path / "model", tokenizer=tokenizer)
     loaded = load_tokenizer(tmp_path / "model")
     assert loaded("the cat <eos>\n")["input_ids"] == tokenizer("the cat <eos>\n")["input_ids"]
+
+
+def _base(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "LICENSE.md").write_text("You may.")
+    (folder / "NOTICE").write_text("Made by others.")
+    (folder / "notes.txt").write_text("not a licence")
+    (folder / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: open-ish\nlanguage: [en, fr]\npipeline_tag: text-generation\n---\n# Theirs\n"
+    )
+    return folder
+
+
+def test_licences_of_the_base_model_stay(tmp_path: Path) -> None:
+    """Its licence files and what its card says of licence and language; a second cut hands them on; nothing else."""
+    deadhead.save(tiny_model(), tmp_path / "first", base=_base(tmp_path / "base"))
+    deadhead.save(tiny_model(1), tmp_path / "second", base=tmp_path / "first")
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        assert (folder / "LICENSE.md").read_text() == "You may."
+        assert (folder / "NOTICE").read_text() == "Made by others."
+        assert not (folder / "notes.txt").exists()
+        found = metadata_load(folder / "README.md")
+        kept = {key: found[key] for key in ("license", "license_name", "language")}
+        assert kept == {"license": "other", "license_name": "open-ish", "language": ["en", "fr"]}
+        assert (found["library_name"], "pipeline_tag" in found) == ("transformers", False)
+        assert "# Theirs" not in (folder / "README.md").read_text()
+    # It is ours: written over without a word.
+    deadhead.save(tiny_model(), tmp_path / "second")
+    assert not (tmp_path / "second" / "NOTICE").exists()
+
+
+def test_a_base_on_the_hub_is_named(tmp_path: Path) -> None:
+    """Its card cannot be had here, without a network; that loses nothing."""
+    deadhead.save(tiny_model(), tmp_path / "model", base="someone/something")
+    assert metadata_load(tmp_path / "model" / "README.md")["base_model"] == "someone/something"
+
+
+@pytest.mark.parametrize("card", ["no front matter", "---\n- a list\n---\n", "---\n{: broken\n---\n"])
+def test_a_card_that_cannot_be_read_is_no_hindrance(card: str, tmp_path: Path) -> None:
+    base = _base(tmp_path / "base")
+    (base / "README.md").write_text(card)
+    deadhead.save(tiny_model(), tmp_path / "model", base=base)
+    assert "license" not in metadata_load(tmp_path / "model" / "README.md")
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from deadhead.files import (
     remove_left_overs,
     replaced_folder,
     require_replaceable,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -32,6 +33,13 @@ def test_text_is_written_into_folders_that_are_made(tmp_path: Path) -> None:
     write_text(path, "new\n")
     assert contents(tmp_path) == {"a/b/text.txt": "new\n"}
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_bytes_are_written_as_they_are(tmp_path: Path) -> None:
+    data = bytes(range(256)) + b"\r\n"
+    write_bytes(tmp_path / "new" / "data.bin", data)
+    assert (tmp_path / "new" / "data.bin").read_bytes() == data
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["data.bin"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

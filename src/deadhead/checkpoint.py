@@ -207,17 +207,14 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
     """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
     if base is None:
         return {}
-    card: Path | str = Path(base) / "README.md"
     name = None if Path(base).is_dir() else str(base)
-    if name is not None:
-        try:
-            card = hf_hub_download(name, "README.md")
-        except Exception:
-            # A card that cannot be had is no reason to lose a model that was trained.
-            return {"base_model": name}
+    metadata: dict[str, Any] = {}
     try:
-        metadata: dict[str, Any] = metadata_load(card) or {} if Path(card).is_file() else {}
-    except ValueError:
+        card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
+        if card.is_file():
+            metadata = metadata_load(card) or {}
+    except Exception:
+        # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
         metadata = {}
     kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
     return kept | ({} if name is None else {"base_model": name})
