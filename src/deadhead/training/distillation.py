@@ -37,7 +37,7 @@ class Distillation:
         self.temperature = temperature
         # Hidden states of the segment before, for teachers with segment memory.
         self.memory: tuple[Tensor, ...] | None = None
-        self.divergence = 0.0
+        self.divergence: Tensor | float = 0.0
         self.batches = 0
 
     def loss(self, nll: Tensor, logits: Tensor | None, inputs: dict[str, Any]) -> Tensor:
@@ -63,13 +63,13 @@ class Distillation:
             F.log_softmax(values.flatten(0, -2).float() / self.temperature, dim=-1) for values in (logits, expected)
         )
         divergence = F.kl_div(found_NV, wanted_NV, reduction="batchmean", log_target=True)
-        self.divergence += float(divergence.detach())
+        self.divergence = self.divergence + divergence.detach()
         self.batches += 1
         return (1 - self.weight) * nll + self.weight * self.temperature**2 * divergence
 
     def mean_divergence(self) -> float:
         """Return the mean of KL(teacher ‖ model) over the batches since the last call, in nats a token."""
-        mean = self.divergence / max(self.batches, 1)
+        mean = float(self.divergence) / max(self.batches, 1)
         self.divergence, self.batches = 0.0, 0
         return mean
 
