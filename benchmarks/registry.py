@@ -81,7 +81,11 @@ def try_type(model_type: str, seed: int = 0) -> Outcome:
         gated = copy.deepcopy(model)
         deadhead.cut(model, plan)
     except deadhead.CutError:
-        return Outcome(model_type=model_type, state="refused", reason="gated and cut model differ: the cut noticed, and put the model back")
+        return Outcome(
+            model_type=model_type,
+            state="refused",
+            reason="gated and cut model differ: the cut noticed, and put the model back",
+        )
     except deadhead.UnsupportedModel as error:
         return Outcome(model_type=model_type, state="refused", reason=str(error).partition(": ")[2] or str(error))
     outcome = Outcome(model_type=model_type, state="works", unit=gates.unit, layers=len(gates.total))

@@ -88,7 +88,9 @@ def test_killed_and_resumed_is_as_if_never_stopped(kind: str, tmp_path: Path) ->
         settings: dict[str, Any] = {"folder": folder / "checkpoints", "metrics": folder / "metrics.jsonl"}
         try:
             callbacks = (_Kill(),) if kill else ()
-            deadhead.train(student, text, _recipe(log_every=2), teacher=teacher, resume=resume, callbacks=callbacks, **settings)
+            deadhead.train(
+                student, text, _recipe(log_every=2), teacher=teacher, resume=resume, callbacks=callbacks, **settings
+            )
         except _Killed:
             assert kill
         return student
