@@ -156,7 +156,7 @@ def _base(folder: Path) -> Path:
     (folder / "NOTICE").write_text("Made by others.")
     (folder / "notes.txt").write_text("not a licence")
     (folder / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: open-ish\nlanguage: [en, fr]\npipeline_tag: text-generation\n---\n# Theirs\n"
+        "---\nlicense: other\nlicense_name: open-ish\nlanguage: [en, fr]\npipeline_tag: x\n---\n# Theirs\n"
     )
     return folder
 
