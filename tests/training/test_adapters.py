@@ -91,12 +91,6 @@ def test_an_exception_takes_the_adapters_off_and_leaves_the_weights() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_no_rank_is_no_adapter() -> None:
-    model = tiny_model("llama")
-    with lora(model, 0) as same:
-        assert same is model
-
-
 def test_our_own_models_take_no_adapters() -> None:
     with pytest.raises(InputError, match="leave the LoRA rank out"), lora(all_attention(), 2):
         pass

@@ -201,6 +201,23 @@ def test_the_loss_is_the_models_own_on_rows_of_the_text(tmp_path: Path) -> None:
     assert metrics(tmp_path)[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_learn_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Steps far smaller than a rounding of bfloat16 add up, the losses are float32's, the precision is given back."""
+    recipe = PhaseRecipe(steps=40, batch_size=2, sequence_length=12, learning_rate=1e-4, log_every=40)
+    half: Any = tiny_model("llama").to(dtype)
+    full: Any = tiny_model("llama").to(dtype).float()
+    before = {name: value.clone() for name, value in half.state_dict().items()}
+    deadhead.train(half, _TEXT, recipe, metrics=tmp_path / "half" / "metrics.jsonl")
+    deadhead.train(full, _TEXT, recipe, metrics=tmp_path / "full" / "metrics.jsonl")
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    assert metrics(tmp_path / "half") == metrics(tmp_path / "full")
+    for name, value in full.state_dict().items():
+        assert torch.equal(half.state_dict()[name], value.to(dtype)), name
+    moved = [float((half.state_dict()[name] != value).float().mean()) for name, value in before.items()]
+    assert sum(moved) / len(moved) > 0.3
+
+
 def test_defaults_of_pretrained_models() -> None:
     """A learning rate and gates' output scaling that a pretrained model bears; ours keep the paper's."""
     theirs = with_defaults(PruneRecipe(), tiny_model("llama"))

@@ -18,18 +18,15 @@ from deadhead.gating import rehang
 def lora(model: PreTrainedModel, rank: int) -> Iterator[nn.Module]:
     """Yield PEFT's wrapper of `model` with LoRA adapters on every linear layer; merge them when the block ends well.
 
-    Gates stay trainable and see the adapters' output too. With a rank of 0 the model itself is yielded.
+    Gates stay trainable and see the adapters' output too.
 
     Args:
         model: gated or not; in place.
-        rank: of the adapters.
+        rank: of the adapters, 1 or more.
 
     Raises:
         InputError: PEFT is not installed, or the model keeps segment memory, whose layers adapters would miss.
     """
-    if not rank:
-        yield model
-        return
     try:
         import peft
     except ImportError:

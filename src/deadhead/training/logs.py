@@ -37,7 +37,10 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Drop what a stopped run wrote of this phase after the checkpoint it goes on from."""
         self.begin = time.perf_counter()
-        if not state.is_world_process_zero or not self.path.exists():
+        if not state.is_world_process_zero:
+            return
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             return
         kept = [
             line

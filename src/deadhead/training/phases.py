@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
@@ -119,8 +120,7 @@ def train(
         raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
     if recipe.distill and teacher is None:
         raise InputError("The recipe's distill asks for a teacher to learn from, but none was given.")
-    freeze = isinstance(recipe, PruneRecipe) and recipe.freeze_weights
-    if freeze and recipe.lora_rank:
+    if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
         raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
     recipe = with_defaults(recipe, model)
     assert recipe.learning_rate is not None
@@ -186,7 +186,7 @@ def train(
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model, True)
     try:
-        with _only_gates_learn(model) if freeze else lora(model, recipe.lora_rank) as trainee:
+        with _trainee(model, recipe) as trainee:
             trainer = LanguageModelTrainer(trainee, args, dataset, distillation, callbacks=[*ours, *callbacks])
             trainer.remove_callback(PrinterCallback)
             # With many gates closed gradients underflow.
@@ -204,6 +204,27 @@ def train(
             _checkpoint_activations(model, False)
         model.eval()
     return model
+
+
+def _trainee(model: PreTrainedModel, recipe: PhaseRecipe) -> AbstractContextManager[nn.Module]:
+    """Return what learns while the block runs: the gates alone, adapters, or the weights."""
+    if isinstance(recipe, PruneRecipe) and recipe.freeze_weights:
+        return _only_gates_learn(model)
+    return lora(model, recipe.lora_rank) if recipe.lora_rank else _in_float32(model)
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Hold weights in float32 while the block runs: in bfloat16 a small step is rounded away."""
+    precisions = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        yield model
+    finally:
+        for name, parameter in model.named_parameters():
+            # Parameter by parameter: buffers such as rotary frequencies are in float32 for good.
+            parameter.data = parameter.data.to(precisions[name])
 
 
 @contextmanager
