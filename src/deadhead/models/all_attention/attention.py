@@ -1,13 +1,85 @@
-"""One softmax over a sliding window of context and a head's persistent vectors. Imports torch only.
+"""One softmax over a sliding window of context and a head's persistent vectors, plainly written. Imports torch only.
 
 Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width, N persistent vectors.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+_ALL = slice(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """What the heads of a layer attend with.
+
+    Scores are ((q + u)·k + (q + v)·r) / √E over the context and q·m^k over the persistent vectors (the √E of the
+    paper's √E·m^k cancels), in one softmax; values are the context's and √N·m^v.
+
+    Args:
+        q_BHTE: queries for the context.
+        persistent_q_BHTE: queries for the persistent vectors, which have no position: the same tensor, or with rotary
+            positions the queries before the rotation.
+        k_BHSE: keys of the context; the queries stand at its last T positions.
+        v_BHSE: values of the context.
+        r_HWE: keys of the relative positions, oldest first; None with rotary positions.
+        content_bias_HE: u; None with rotary positions.
+        position_bias_HE: v; None with rotary positions.
+        persistent_k_HNE: m^k.
+        persistent_v_HNE: m^v.
+        window: W, positions that a query sees, its own included.
+        padding_BS: True where a position of the context is padding; None if none is.
+        dropout: share of the weights that are dropped.
+    """
+
+    q_BHTE: Tensor
+    persistent_q_BHTE: Tensor
+    k_BHSE: Tensor
+    v_BHSE: Tensor
+    r_HWE: Tensor | None
+    content_bias_HE: Tensor | None
+    position_bias_HE: Tensor | None
+    persistent_k_HNE: Tensor
+    persistent_v_HNE: Tensor
+    window: int
+    padding_BS: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """1 / √E."""
+        return float(self.q_BHTE.shape[-1] ** -0.5)
+
+    @property
+    def content_q_BHTE(self) -> Tensor:
+        """Queries that meet the keys of the context: q + u."""
+        return self.q_BHTE if self.content_bias_HE is None else self.q_BHTE + self.content_bias_HE[:, None]
+
+    def position_scores(self, texts: slice = _ALL, queries: slice = _ALL) -> Tensor:
+        """Return (q + v)·r / √E of some texts and queries by distance, oldest first.
+
+        Returns:
+            (B, H, T, W), or with rotary positions zeros, (1, 1, T, W)
+        """
+        q_BHTE = self.q_BHTE[texts, :, queries]
+        if self.r_HWE is None or self.position_bias_HE is None:
+            return q_BHTE.new_zeros((1, 1, q_BHTE.shape[2], self.window))
+        position_q = (q_BHTE + self.position_bias_HE[:, None]) * self.scale
+        return torch.matmul(position_q, self.r_HWE.transpose(-1, -2))
+
+    def context_bias(self) -> Tensor:
+        """Return what the position adds to the scores of the context, −inf outside the window and at padding.
+
+        Returns:
+            (B, H, T, S), or without positions and padding (1, 1, T, S)
+        """
+        bias = band(self.position_scores(), self.k_BHSE.shape[2])
+        return bias if self.padding_BS is None else bias.masked_fill(self.padding_BS[:, None, None], float("-inf"))
 
 
 def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
@@ -30,36 +102,21 @@ def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
     return shifted[..., columns - num_context :]
 
 
-def eager_attention(
-    q_BHTE: Tensor,
-    persistent_q_BHTE: Tensor,
-    k_BHSE: Tensor,
-    v_BHSE: Tensor,
-    bias_BHTS: Tensor,
-    persistent_k_HNE: Tensor,
-    persistent_v_HNE: Tensor,
-    *,
-    content_bias_HE: Tensor | None,
-    dropout: float,
-    need_weights: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Attend to context and persistent vectors in one softmax, differentiable in every argument.
+def eager_attention(operands: Operands, *, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Attend, differentiable in every tensor as often as one likes.
 
-    Scores are ((q + u)·k + bias·√E) / √E over the context and q·m^k over the persistent vectors (the √E of the
-    paper's √E·m^k cancels); values are v and √N·m^v. The persistent vectors have no position, so with rotary positions
-    they get the queries as they were before the rotation. The two parts are exponentiated under a common maximum and
-    share one denominator, which spares concatenating keys, values and scores; the persistent part folds the batch
-    into its rows.
+    The two parts are exponentiated under a common maximum and share one denominator, which spares concatenating keys,
+    values and scores; the persistent part folds the batch into its rows.
 
     Returns:
-        attended (B, H, T, E); with `need_weights` the weights (B, H, T, S + N) before dropout, else None.
+        attended (B, T, H, E); with `need_weights` the weights (B, H, T, S + N) before dropout, else None.
     """
-    batch, heads, num_queries, width = q_BHTE.shape
-    num_persistent = persistent_k_HNE.shape[1]
-    content_q = q_BHTE if content_bias_HE is None else q_BHTE + content_bias_HE[:, None]
-    context_BHTS = torch.matmul(content_q * width**-0.5, k_BHSE.transpose(-1, -2)) + bias_BHTS
-    q_rows = persistent_q_BHTE.transpose(0, 1).reshape(heads, batch * num_queries, width)
-    persistent_HRN = torch.bmm(q_rows, persistent_k_HNE.transpose(-1, -2))
+    batch, heads, num_queries, width = operands.q_BHTE.shape
+    num_persistent = operands.persistent_k_HNE.shape[1]
+    keys_BHES = operands.k_BHSE.transpose(-1, -2)
+    context_BHTS = torch.matmul(operands.content_q_BHTE * operands.scale, keys_BHES) + operands.context_bias()
+    q_rows = operands.persistent_q_BHTE.transpose(0, 1).reshape(heads, batch * num_queries, width)
+    persistent_HRN = torch.bmm(q_rows, operands.persistent_k_HNE.transpose(-1, -2))
 
     top_HR1 = context_BHTS.detach().amax(-1, keepdim=True).transpose(0, 1).reshape(heads, -1, 1)
     top_HR1 = torch.maximum(top_HR1, persistent_HRN.detach().amax(-1, keepdim=True))
@@ -73,43 +130,37 @@ def eager_attention(
     if need_weights:
         persistent_BHTN = persistent_HRN.unflatten(1, (batch, num_queries)).transpose(0, 1)
         weights = torch.cat([context_BHTS, persistent_BHTN], dim=-1) / total_BHT1
-    if dropout:
-        context_BHTS = functional.dropout(context_BHTS, dropout)
-        persistent_HRN = functional.dropout(persistent_HRN, dropout)
-    from_persistent = torch.bmm(persistent_HRN, persistent_v_HNE * num_persistent**0.5)
-    attended = torch.matmul(context_BHTS, v_BHSE)
+    if operands.dropout:
+        context_BHTS = functional.dropout(context_BHTS, operands.dropout)
+        persistent_HRN = functional.dropout(persistent_HRN, operands.dropout)
+    from_persistent = torch.bmm(persistent_HRN, operands.persistent_v_HNE * num_persistent**0.5)
+    attended = torch.matmul(context_BHTS, operands.v_BHSE)
     attended = attended + from_persistent.unflatten(1, (batch, num_queries)).transpose(0, 1)
-    return attended / total_BHT1, weights
+    return (attended / total_BHT1).transpose(1, 2), weights
 
 
-def sdpa_attention(
-    q_BHTE: Tensor,
-    persistent_q_BHTE: Tensor,
-    k_BHSE: Tensor,
-    v_BHSE: Tensor,
-    bias_BHTS: Tensor,
-    persistent_k_HNE: Tensor,
-    persistent_v_HNE: Tensor,
-    *,
-    content_bias_HE: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """Compute the same through PyTorch's fused attention, keys and values concatenated. Returns (B, H, T, E).
+def sdpa_attention(operands: Operands) -> Tensor:
+    """Compute the same through PyTorch's fused attention, keys and values concatenated. Returns (B, T, H, E).
 
     u·k is the same for all queries, so it goes into the additive bias and one query serves both parts. Rotated queries
     serve the context only: both kinds of queries then lie side by side, with zeros opposite them in the keys.
     """
+    q_BHTE, k_BHSE = operands.q_BHTE, operands.k_BHSE
     batch, _, _, width = q_BHTE.shape
-    num_persistent = persistent_k_HNE.shape[1]
-    if content_bias_HE is not None:
-        bias_BHTS = bias_BHTS + (torch.matmul(k_BHSE, content_bias_HE[:, :, None]) * width**-0.5).transpose(-1, -2)
+    num_persistent = operands.persistent_k_HNE.shape[1]
+    bias_BHTS = operands.context_bias()
+    if operands.content_bias_HE is not None:
+        content = torch.matmul(k_BHSE, operands.content_bias_HE[:, :, None]) * operands.scale
+        bias_BHTS = bias_BHTS + content.transpose(-1, -2)
     bias = functional.pad(bias_BHTS, (num_persistent, 0)).expand(batch, -1, -1, -1)
-    persistent_k_HNE = persistent_k_HNE * width**0.5
-    if persistent_q_BHTE is not q_BHTE:
-        q_BHTE = torch.cat([q_BHTE, persistent_q_BHTE], dim=-1)
+    persistent_k_HNE = operands.persistent_k_HNE * width**0.5
+    if operands.persistent_q_BHTE is not q_BHTE:
+        q_BHTE = torch.cat([q_BHTE, operands.persistent_q_BHTE], dim=-1)
         k_BHSE, persistent_k_HNE = functional.pad(k_BHSE, (0, width)), functional.pad(persistent_k_HNE, (width, 0))
+    persistent_v_HNE = operands.persistent_v_HNE * num_persistent**0.5
     keys = torch.cat([persistent_k_HNE.expand(batch, -1, -1, -1), k_BHSE], dim=2)
-    values = torch.cat([(persistent_v_HNE * num_persistent**0.5).expand(batch, -1, -1, -1), v_BHSE], dim=2)
-    return functional.scaled_dot_product_attention(
-        q_BHTE, keys, values, attn_mask=bias, dropout_p=dropout, scale=width**-0.5
+    values = torch.cat([persistent_v_HNE.expand(batch, -1, -1, -1), operands.v_BHSE], dim=2)
+    attended = functional.scaled_dot_product_attention(
+        q_BHTE, keys, values, attn_mask=bias, dropout_p=operands.dropout, scale=operands.scale
     )
+    return attended.transpose(1, 2)

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import band, eager_attention, sdpa_attention
+from .attention import Operands, eager_attention, sdpa_attention
+from .blocked import blocked_attention
 from .configuration import AllAttentionConfig
+from .merged import merged_attention
 from .positions import rotate
+
+# PyTorch's fused CPU kernel multiplies these at the speed of float32; its plain products take half the time.
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class OutputBias(nn.Module):
@@ -105,31 +110,38 @@ class AllAttention(nn.Module):
         if config.attend_initial_memory:
             k_BHSE, v_BHSE = self._with_blanks(k_BHSE, v_BHSE, blank_D, padding_BS, num_queries, start)
 
-        content_bias_HE = None
-        if positions_WD is None:
-            window_W = q_BHTE.new_zeros((1, 1, num_queries, config.sliding_window))
-            bias_BHTS = band(window_W, k_BHSE.shape[2])
-        else:
+        content_bias_HE = position_bias_HE = r_HWE = None
+        if positions_WD is not None:
             content_bias_HE, position_bias_HE = self._biases(shared_bias)
             r_HWE = self.r_proj(positions_WD).unflatten(-1, (len(self.heads), config.head_dim)).transpose(0, 1)
-            position_q = (q_BHTE + position_bias_HE[:, None]) * config.head_dim**-0.5
-            bias_BHTS = band(torch.matmul(position_q, r_HWE.transpose(-1, -2)), k_BHSE.shape[2])
-        if padding_BS is not None and not config.attend_initial_memory:
-            bias_BHTS = bias_BHTS.masked_fill(padding_BS[:, None, None, -k_BHSE.shape[2] :], float("-inf"))
+        has_padding = padding_BS is not None and not config.attend_initial_memory
+        operands = Operands(
+            q_BHTE=q_BHTE,
+            persistent_q_BHTE=persistent_q_BHTE,
+            k_BHSE=k_BHSE,
+            v_BHSE=v_BHSE,
+            r_HWE=r_HWE,
+            content_bias_HE=content_bias_HE,
+            position_bias_HE=position_bias_HE,
+            persistent_k_HNE=self.persistent_k,
+            persistent_v_HNE=self.persistent_v,
+            window=config.sliding_window,
+            padding_BS=padding_BS[:, -k_BHSE.shape[2] :] if padding_BS is not None and has_padding else None,
+            dropout=config.attention_dropout if self.training else 0.0,
+        )
+        attended_BTHE, weights = self._attend(operands, need_weights)
+        return self.o_proj(attended_BTHE.flatten(-2)), weights
 
-        operands = (q_BHTE, persistent_q_BHTE, k_BHSE, v_BHSE, bias_BHTS, self.persistent_k, self.persistent_v)
-        dropout = config.attention_dropout if self.training else 0.0
-        weights = None
-        # On the CPU the fused kernels give no gradient for the position bias, and fall back to slower code. Reentrant
-        # checkpointing trains without gradients first, and must meet the same dropout again when it recomputes.
-        slow_fused = (torch.is_grad_enabled() or self.training) and q_BHTE.device.type == "cpu"
-        if need_weights or slow_fused or config._attn_implementation == "eager":
-            attended_BHTE, weights = eager_attention(
-                *operands, content_bias_HE=content_bias_HE, dropout=dropout, need_weights=need_weights
-            )
-        else:
-            attended_BHTE = sdpa_attention(*operands, content_bias_HE=content_bias_HE, dropout=dropout)
-        return self.o_proj(attended_BHTE.transpose(1, 2).flatten(-2)), weights
+    def _attend(self, operands: Operands, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Attend by the fastest code for the device, the mode and the precision."""
+        if need_weights or self.config._attn_implementation == "eager" or torch.compiler.is_compiling():
+            return eager_attention(operands, need_weights=need_weights)
+        if operands.q_BHTE.device.type != "cpu":
+            return sdpa_attention(operands), None
+        # Reentrant checkpointing trains without gradients first, and must meet the same dropout when it recomputes.
+        if torch.is_grad_enabled() or self.training or operands.q_BHTE.dtype in _HALF:
+            return blocked_attention(operands), None
+        return merged_attention(operands), None
 
     def _biases(self, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if shared is None:

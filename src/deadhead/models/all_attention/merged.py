@@ -1,0 +1,92 @@
+"""The same attention as two calls of PyTorch's fused CPU kernel, merged by their log-sum-exp. For evaluation.
+
+Imports torch only. Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
+N persistent vectors; of a block n texts, t queries, c = W + t − 1 columns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import Operands
+from .blocks import Blocking, by_distance
+
+# The kernel behind `scaled_dot_product_attention` on a CPU; it also returns the log-sum-exp that merging needs.
+_flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# Numbers in the buffer of position scores.
+_CAPACITY = 2**20
+
+
+def merged_attention(operands: Operands) -> Tensor:
+    """Attend without gradients and without dropout. Returns (B, T, H, E).
+
+    The persistent vectors are the same for all texts, so the batch is folded into the rows of one call, without a mask.
+    Nothing has the size B · H · T · (S + N).
+    """
+    batch, heads, num_queries, width = operands.q_BHTE.shape
+    q_rows = operands.persistent_q_BHTE.transpose(0, 1).reshape(1, heads, batch * num_queries, width)
+    persistent, persistent_lse = _flash(
+        _with_rows(q_rows), operands.persistent_k_HNE[None], operands.persistent_v_HNE[None], 0.0, False, scale=1.0
+    )
+    persistent_BHTE = persistent.view(heads, batch, num_queries, width).transpose(0, 1)
+    persistent_BHT = persistent_lse.view(heads, batch, num_queries).transpose(0, 1)
+    context_BHTE, context_BHT = _context(operands)
+    share_BHT1 = torch.sigmoid(context_BHT - persistent_BHT)[..., None].to(context_BHTE.dtype)
+    scaled_BHTE = persistent_BHTE * operands.persistent_v_HNE.shape[1] ** 0.5
+    return torch.lerp(scaled_BHTE, context_BHTE, share_BHT1).transpose(1, 2)
+
+
+def _context(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Return what the context alone gives, (B, H, T, E), and its log-sum-exp, (B, H, T).
+
+    Position scores are written through a view by distance into a buffer that is −inf outside the window: nothing is
+    shifted, and nothing masked but padding.
+    """
+    content_q_BHTE, window = operands.content_q_BHTE, operands.window
+    batch, heads, num_queries, _ = content_q_BHTE.shape
+    blocking = Blocking(
+        batch=batch,
+        queries=num_queries,
+        context=operands.k_BHSE.shape[2],
+        window=window,
+        others=0,
+        capacity=_CAPACITY // heads,
+    )
+    buffer = content_q_BHTE.new_empty(heads * blocking.size)
+    attended_BHTE = torch.empty_like(content_q_BHTE)
+    lse_BHT = content_q_BHTE.new_empty((batch, heads, num_queries))
+    columns = 0
+    for block in blocking:
+        shape = (block.num_texts, heads, block.num_queries, block.columns)
+        bias = buffer[: math.prod(shape)].view(shape)
+        if block.columns != columns:
+            # Every block writes the same places, so that the others need to be filled once.
+            columns = block.columns
+            buffer.fill_(-math.inf)
+        by_distance(bias, window).copy_(operands.position_scores(block.texts, block.queries))
+        seen = bias[..., block.num_missing :]
+        if operands.padding_BS is not None:
+            seen.masked_fill_(operands.padding_BS[block.texts, None, None, block.context], -math.inf)
+        part = (block.texts, slice(None), block.queries)
+        attended_BHTE[part], lse_BHT[part] = _flash(
+            _with_rows(content_q_BHTE[part]),
+            _with_rows(operands.k_BHSE[block.texts, :, block.context]),
+            _with_rows(operands.v_BHSE[block.texts, :, block.context]),
+            0.0,
+            False,
+            attn_mask=seen,
+            scale=operands.scale,
+        )
+        if operands.padding_BS is not None:
+            # The kernel's sum for a query that sees nothing but padding is not to be relied on.
+            lse_BHT[part].masked_fill_(seen.amax(-1) == -math.inf, -math.inf)
+    return attended_BHTE, lse_BHT
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    """Return the tensor with its last dimension contiguous, which the kernel takes for granted."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
