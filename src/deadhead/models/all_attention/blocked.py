@@ -6,13 +6,14 @@ and again: a block is scored, exponentiated, dropped out and multiplied by the v
 scored again in the backward pass. Of that size only dropout's choices are kept, a byte for each weight.
 
 Imports torch only. Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
-N persistent vectors; of a block n texts, t queries, c = W + t − 1 columns, R = n · t rows.
+N persistent vectors; of a block h heads, n texts, t queries, s positions of c = W + t − 1 columns; P = h · n pairs of
+head and text, R = n · t rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,17 @@ def blocked_attention(operands: Operands) -> Tensor:
     def like_q(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(operands.q_BHTE.dtype)
 
+    # Heads come first, so that a head's texts lie together and one product serves several heads.
+    def heads_first(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1).to(operands.q_BHTE.dtype).contiguous()
+
+    has_own = operands.persistent_q_BHTE is not operands.q_BHTE
     with torch.autocast(operands.q_BHTE.device.type, enabled=False):
         attended: Tensor = _BlockedAttention.apply(
-            operands.q_BHTE,
-            None if operands.persistent_q_BHTE is operands.q_BHTE else operands.persistent_q_BHTE,
-            like_q(operands.k_BHSE),
-            like_q(operands.v_BHSE),
+            heads_first(operands.q_BHTE),
+            heads_first(operands.persistent_q_BHTE) if has_own else None,
+            heads_first(operands.k_BHSE),
+            heads_first(operands.v_BHSE),
             like_q(operands.r_HWE),
             like_q(operands.content_bias_HE),
             like_q(operands.position_bias_HE),
@@ -57,96 +63,122 @@ def blocked_attention(operands: Operands) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One head's scores or weights of a block, as views of one buffer."""
+class _Call:
+    """One call's tensors."""
 
-    whole_ntx: Tensor  # all columns: context, then persistent
-    context_ntc: Tensor
-    seen_nts: Tensor  # the columns of the context that exist
-    window_ntw: Tensor  # the context by distance
-    persistent_RN: Tensor
+    q_HBTE: Tensor
+    persistent_q_HBTE: Tensor | None
+    k_HBSE: Tensor
+    v_HBSE: Tensor
+    r_HWE: Tensor | None
+    content_bias_HE: Tensor | None
+    position_bias_HE: Tensor | None
+    persistent_k_HNE: Tensor
+    persistent_v_HNE: Tensor
+    padding_BS: Tensor | None
+    window: int
 
+    @property
+    def scale(self) -> float:
+        """1 / √E."""
+        return float(self.q_HBTE.shape[-1] ** -0.5)
 
-@dataclass(frozen=True)
-class _Queries:
-    """One head's queries of a block."""
+    @property
+    def root(self) -> float:
+        """√N."""
+        return float(self.persistent_v_HNE.shape[1] ** 0.5)
 
-    content_nte: Tensor
-    position_RE: Tensor | None
-    persistent_RE: Tensor
-
-
-class _Work:
-    """One call's operands, block by block."""
-
-    def __init__(self, operands: Operands) -> None:
-        self.operands = operands
-        self.batch, self.heads, self.num_queries, self.width = operands.q_BHTE.shape
-        self.blocking = Blocking(
-            batch=self.batch,
-            queries=self.num_queries,
-            context=operands.k_BHSE.shape[2],
-            window=operands.window,
-            others=operands.persistent_k_HNE.shape[1],
+    @property
+    def blocking(self) -> Blocking:
+        """How the call is done in pieces."""
+        heads, batch, queries, _ = self.q_HBTE.shape
+        return Blocking(
+            heads=heads,
+            batch=batch,
+            queries=queries,
+            context=self.k_HBSE.shape[2],
+            window=self.window,
+            others=self.persistent_k_HNE.shape[1],
             capacity=_CAPACITY,
         )
 
-    def __iter__(self) -> Iterator[tuple[int, Block]]:
-        for head in range(self.heads):
-            for block in self.blocking:
-                yield head, block
-
     def buffer(self) -> Tensor:
         """Return memory for the scores of a block."""
-        return self.operands.q_BHTE.new_empty(self.blocking.size)
-
-    def empty(self, length: int) -> Tensor:
-        """Return (B, H, length, E) without values, laid out as (B, length, H, E), as the projections are."""
-        return self.operands.q_BHTE.new_empty((self.batch, length, self.heads, self.width)).transpose(1, 2)
+        return self.q_HBTE.new_empty(self.blocking.size)
 
     def part(self, buffer: Tensor, block: Block) -> _Part:
         """View the buffer as scores of a block."""
-        row = block.columns + self.blocking.others
-        shape = (block.num_texts, block.num_queries, row)
-        whole = buffer[: math.prod(shape)].view(shape)
+        heads, texts, queries = block.shape
+        row = block.columns + self.persistent_k_HNE.shape[1]
+        whole = buffer[: heads * texts * queries * row].view(heads * texts, queries, row)
         context = whole[..., : block.columns]
         return _Part(
-            whole,
-            context,
-            context[..., block.num_missing :],
-            by_distance(context, self.operands.window),
-            whole.flatten(0, 1)[:, block.columns :],
+            whole_Ptx=whole,
+            context_Ptc=context,
+            seen_Pts=context[..., block.num_missing :],
+            window_PtW=by_distance(context, self.window),
+            persistent_hRN=whole.view(heads, texts * queries, row)[..., block.columns :],
         )
 
-    def queries(self, head: int, block: Block) -> _Queries:
+    def queries(self, block: Block) -> _Queries:
         """Return the three kinds of queries: scaled q + u, scaled q + v, and q."""
-        operands = self.operands
-        q_nte = operands.q_BHTE[block.texts, head, block.queries]
-        content_nte, position_nte = q_nte, None
-        if operands.content_bias_HE is not None and operands.position_bias_HE is not None:
-            content_nte = q_nte + operands.content_bias_HE[head]
-            position_nte = (q_nte + operands.position_bias_HE[head]).mul_(operands.scale).flatten(0, 1)
-        persistent_RE = operands.persistent_q_BHTE[block.texts, head, block.queries].flatten(0, 1)
-        return _Queries(content_nte * operands.scale, position_nte, persistent_RE)
+        q_hntE = self.q_HBTE[block.heads, block.texts, block.queries]
+        content_hntE, position_hRE = q_hntE, None
+        if self.content_bias_HE is not None and self.position_bias_HE is not None:
+            content_hntE = q_hntE + self.content_bias_HE[block.heads, None, None]
+            position_hntE = (q_hntE + self.position_bias_HE[block.heads, None, None]).mul_(self.scale)
+            position_hRE = position_hntE.flatten(1, 2)
+        persistent = self.q_HBTE if self.persistent_q_HBTE is None else self.persistent_q_HBTE
+        return _Queries(
+            content_PtE=(content_hntE * self.scale).flatten(0, 1),
+            position_hRE=position_hRE,
+            persistent_hRE=persistent[block.heads, block.texts, block.queries].flatten(1, 2),
+        )
 
-    def weights(self, buffer: Tensor, head: int, block: Block) -> tuple[_Part, _Queries]:
+    def context(self, tensor_HBSE: Tensor, block: Block) -> Tensor:
+        """Return a block's part of keys or values, (P, s, E), as a view."""
+        heads, texts, _ = block.shape
+        part = tensor_HBSE[block.heads, block.texts, block.context]
+        return part.view(heads * texts, *part.shape[2:])
+
+    def weights(self, buffer: Tensor, block: Block) -> tuple[_Part, _Queries]:
         """Return the attention weights of a block, before dropout, in `buffer`."""
-        operands = self.operands
-        part, queries = self.part(buffer, block), self.queries(head, block)
-        part.context_ntc.fill_(-math.inf)
-        if queries.position_RE is None or operands.r_HWE is None:
-            part.window_ntw.zero_()
+        part, queries = self.part(buffer, block), self.queries(block)
+        part.context_Ptc.fill_(-math.inf)
+        if queries.position_hRE is None or self.r_HWE is None:
+            part.window_PtW.zero_()
         else:
-            position_RW = torch.mm(queries.position_RE, operands.r_HWE[head].T)
-            part.window_ntw.copy_(position_RW.view(part.window_ntw.shape))
-        part.context_ntc[..., : block.num_missing] = -math.inf
-        keys = operands.k_BHSE[block.texts, head, block.context]
-        part.seen_nts.baddbmm_(queries.content_nte, keys.transpose(1, 2))
-        if operands.padding_BS is not None:
-            part.seen_nts.masked_fill_(operands.padding_BS[block.texts, None, block.context], -math.inf)
-        torch.mm(queries.persistent_RE, operands.persistent_k_HNE[head].T, out=part.persistent_RN)
-        torch.softmax(part.whole_ntx, -1, out=part.whole_ntx)
+            position_hRW = torch.bmm(queries.position_hRE, self.r_HWE[block.heads].transpose(1, 2))
+            part.window_PtW.copy_(position_hRW.view(part.window_PtW.shape))
+        part.context_Ptc[..., : block.num_missing] = -math.inf
+        part.seen_Pts.baddbmm_(queries.content_PtE, self.context(self.k_HBSE, block).transpose(1, 2))
+        if self.padding_BS is not None:
+            padding_nts = self.padding_BS[block.texts, None, block.context]
+            part.seen_Pts.unflatten(0, block.shape[:2]).masked_fill_(padding_nts, -math.inf)
+        persistent_hEN = self.persistent_k_HNE[block.heads].transpose(1, 2)
+        _multiply(queries.persistent_hRE, persistent_hEN, out=part.persistent_hRN)
+        torch.softmax(part.whole_Ptx, -1, out=part.whole_Ptx)
         return part, queries
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Scores or weights of a block, as views of one buffer."""
+
+    whole_Ptx: Tensor  # all columns: context, then persistent
+    context_Ptc: Tensor
+    seen_Pts: Tensor  # the columns of the context that exist
+    window_PtW: Tensor  # the context by distance
+    persistent_hRN: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Queries:
+    """Queries of a block."""
+
+    content_PtE: Tensor
+    position_hRE: Tensor | None
+    persistent_hRE: Tensor
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -154,174 +186,157 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, padding_BS, window, dropout = arguments
-        work = _Work(_operands(tensors, padding_BS, window))
-        attended_BHTE = work.empty(work.num_queries)
-        scores, floats = work.buffer(), work.buffer() if dropout else None
-        root = work.blocking.others**0.5
+        *tensors, dropout = arguments
+        call = _Call(*tensors)
+        heads, batch, num_queries, width = call.q_HBTE.shape
+        attended_BTHE = call.q_HBTE.new_empty((batch, num_queries, heads, width))
+        scores, floats = call.buffer(), call.buffer() if dropout else None
         kept: list[Tensor] = []
-        for head, block in work:
-            part, _ = work.weights(scores, head, block)
+        for block in call.blocking:
+            part, _ = call.weights(scores, block)
             if floats is not None:
-                kept.append(_kept(part.whole_ntx, dropout))
-                part.whole_ntx.mul_(_as_floats(kept[-1], floats))
-            sum_nte = torch.mm(part.persistent_RN, work.operands.persistent_v_HNE[head]).mul_(root)
-            sum_nte = sum_nte.view(block.num_texts, block.num_queries, work.width)
-            sum_nte.baddbmm_(part.seen_nts, work.operands.v_BHSE[block.texts, head, block.context])
-            attended_BHTE[block.texts, head, block.queries] = sum_nte
+                kept.append(_kept(part.whole_Ptx, dropout))
+                part.whole_Ptx.mul_(_as_floats(kept[-1], floats))
+            sum_hRE = torch.bmm(part.persistent_hRN, call.persistent_v_HNE[block.heads]).mul_(call.root)
+            sum_PtE = sum_hRE.view(len(part.seen_Pts), -1, width)
+            sum_PtE.baddbmm_(part.seen_Pts, call.context(call.v_HBSE, block))
+            target_hntE = attended_BTHE[block.texts, block.queries, block.heads].permute(2, 0, 1, 3)
+            target_hntE.copy_(sum_PtE.view(target_hntE.shape))
         if dropout:
-            attended_BHTE.div_(1 - dropout)
-        ctx.save_for_backward(*tensors, padding_BS, *kept)
-        ctx.window, ctx.dropout = window, dropout
-        return attended_BHTE.transpose(1, 2)
+            attended_BTHE.div_(1 - dropout)
+        ctx.save_for_backward(*tensors[:-1], *kept)
+        ctx.window, ctx.dropout = call.window, dropout
+        return attended_BTHE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHE: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
-        padding_BS, *kept = saved[len(_NAMES) :]
-        work = _Work(_operands(saved[: len(_NAMES)], padding_BS, ctx.window))
-        gradients = _Gradients(work, ctx.needs_input_grad)
-        scores, gradient_scores = work.buffer(), work.buffer()
-        floats = work.buffer() if kept else None
-        grad_BHTE = (grad_BTHE / (1 - ctx.dropout) if kept else grad_BTHE).transpose(1, 2)
-        for index, (head, block) in enumerate(work):
-            part, queries = work.weights(scores, head, block)
-            upstream_nte = grad_BHTE[block.texts, head, block.queries]
-            slopes = gradients.of_weights(gradient_scores, head, block, upstream_nte)
+        num_tensors = len(_NAMES) + 1
+        call, kept = _Call(*saved[:num_tensors], ctx.window), saved[num_tensors:]
+        gradients = _Gradients(call, ctx.needs_input_grad)
+        scores, slope_scores = call.buffer(), call.buffer()
+        floats = call.buffer() if kept else None
+        grad_HBTE = (grad_BTHE / (1 - ctx.dropout) if kept else grad_BTHE).permute(2, 0, 1, 3).contiguous()
+        for index, block in enumerate(call.blocking):
+            part, queries = call.weights(scores, block)
+            upstream_hntE = grad_HBTE[block.heads, block.texts, block.queries]
+            slopes = gradients.of_weights(slope_scores, block, upstream_hntE)
             if floats is not None:
-                kept_ntx = _as_floats(kept[index], floats)
-                slopes.whole_ntx.mul_(kept_ntx)
+                kept_Ptx = _as_floats(kept[index], floats)
+                slopes.whole_Ptx.mul_(kept_Ptx)
             # In place: the gradient of the weights becomes that of the scores.
             torch._softmax_backward_data(
-                slopes.whole_ntx, part.whole_ntx, -1, part.whole_ntx.dtype, grad_input=slopes.whole_ntx
+                slopes.whole_Ptx, part.whole_Ptx, -1, part.whole_Ptx.dtype, grad_input=slopes.whole_Ptx
             )
             if floats is not None:
-                part.whole_ntx.mul_(kept_ntx)
-            gradients.add_values(part, head, block, upstream_nte)
-            gradients.add_scores(slopes, queries, head, block)
+                part.whole_Ptx.mul_(kept_Ptx)
+            gradients.add_values(part, block, upstream_hntE)
+            gradients.add_scores(slopes, queries, block)
         return gradients.result()
 
 
 class _Gradients:
-    """Gradients of one call's operands, summed block by block."""
+    """Gradients of one call's tensors, summed block by block."""
 
-    def __init__(self, work: _Work, needed: tuple[bool, ...]) -> None:
-        self.work = work
+    def __init__(self, call: _Call, needed: tuple[bool, ...]) -> None:
+        self.call = call
         self.needed = dict(zip(_NAMES, needed, strict=False))
-        operands = work.operands
-        self.q = work.empty(work.num_queries)
-        self.is_rotary = operands.persistent_q_BHTE is not operands.q_BHTE
-        self.persistent_q = work.empty(work.num_queries) if self.is_rotary else None
+        self.q = torch.empty_like(call.q_HBTE)
+        self.persistent_q = None if call.persistent_q_HBTE is None else torch.empty_like(self.q)
         # A block that has all queries has the whole context too, and writes; several blocks of a text add.
-        self.adds_context = work.blocking.step < work.num_queries
-        length = work.blocking.context
-        self.k, self.v = work.empty(length), work.empty(length)
-        if self.adds_context:
-            self.k.zero_(), self.v.zero_()
-        self.r = None if operands.r_HWE is None else torch.zeros_like(operands.r_HWE)
-        bias = operands.content_bias_HE
-        self.content_bias = None if bias is None else torch.zeros_like(bias)
-        self.position_bias = None if bias is None else torch.zeros_like(bias)
-        self.persistent_k = torch.empty_like(operands.persistent_k_HNE)
-        self.persistent_v = torch.empty_like(operands.persistent_v_HNE)
-        self.root = work.blocking.others**0.5
+        self.adds_context = call.blocking.num_queries < call.blocking.queries
+        new = torch.zeros_like if self.adds_context else torch.empty_like
+        self.k, self.v = new(call.k_HBSE), new(call.v_HBSE)
+        small = (call.r_HWE, call.content_bias_HE, call.position_bias_HE)
+        self.r, self.content_bias, self.position_bias = (
+            None if tensor is None else torch.zeros_like(tensor) for tensor in small
+        )
+        self.persistent_k = torch.empty_like(call.persistent_k_HNE)
+        self.persistent_v = torch.empty_like(call.persistent_v_HNE)
 
-    def of_weights(self, buffer: Tensor, head: int, block: Block, upstream_nte: Tensor) -> _Part:
+    def of_weights(self, buffer: Tensor, block: Block, upstream_hntE: Tensor) -> _Part:
         """Return the gradient of the weights, in `buffer`."""
-        operands, slopes = self.work.operands, self.work.part(buffer, block)
-        slopes.context_ntc[..., : block.num_missing] = 0
-        values = operands.v_BHSE[block.texts, head, block.context]
-        torch.bmm(upstream_nte, values.transpose(1, 2), out=slopes.seen_nts)
-        persistent_EN = (operands.persistent_v_HNE[head] * self.root).T
-        torch.mm(upstream_nte.flatten(0, 1), persistent_EN, out=slopes.persistent_RN)
+        call, slopes = self.call, self.call.part(buffer, block)
+        slopes.context_Ptc[..., : block.num_missing] = 0
+        values_PEs = call.context(call.v_HBSE, block).transpose(1, 2)
+        torch.bmm(upstream_hntE.flatten(0, 1), values_PEs, out=slopes.seen_Pts)
+        persistent_hEN = (call.persistent_v_HNE[block.heads] * call.root).transpose(1, 2)
+        _multiply(upstream_hntE.flatten(1, 2), persistent_hEN, out=slopes.persistent_hRN)
         return slopes
 
-    def add_values(self, part: _Part, head: int, block: Block, upstream_nte: Tensor) -> None:
+    def add_values(self, part: _Part, block: Block, upstream_hntE: Tensor) -> None:
         """Add the gradients of the values, given the weights after dropout."""
-        self._add_context(self.v, part.seen_nts, upstream_nte, head, block)
+        self._add_context(self.v, part.seen_Pts, upstream_hntE.flatten(0, 1), block)
         if self.needed["persistent_v"]:
-            rows_RE = upstream_nte.flatten(0, 1)
-            self._add_persistent(self.persistent_v, part.persistent_RN, rows_RE, head, block, self.root)
+            rows_hRE = upstream_hntE.flatten(1, 2)
+            self._add_persistent(self.persistent_v, part.persistent_hRN, rows_hRE, block, self.call.root)
 
-    def add_scores(self, slopes: _Part, queries: _Queries, head: int, block: Block) -> None:
+    def add_scores(self, slopes: _Part, queries: _Queries, block: Block) -> None:
         """Add the gradients of queries, keys, positions and biases, given those of the scores."""
-        operands, scale = self.work.operands, self.work.operands.scale
-        self._add_context(self.k, slopes.seen_nts, queries.content_nte, head, block)
+        call, heads = self.call, block.heads
+        self._add_context(self.k, slopes.seen_Pts, queries.content_PtE, block)
         if self.needed["persistent_k"]:
-            rows_RE = queries.persistent_RE
-            self._add_persistent(self.persistent_k, slopes.persistent_RN, rows_RE, head, block, 1.0)
-        q_nte = torch.bmm(slopes.seen_nts, operands.k_BHSE[block.texts, head, block.context])
+            self._add_persistent(self.persistent_k, slopes.persistent_hRN, queries.persistent_hRE, block, 1.0)
+        rows = (block.shape[0], -1, call.q_HBTE.shape[-1])
+        q_hRE = torch.bmm(slopes.seen_Pts, call.context(call.k_HBSE, block)).view(rows)
         if self.content_bias is not None:
-            self.content_bias[head].add_(q_nte.sum((0, 1)), alpha=scale)
-        if operands.r_HWE is not None and queries.position_RE is not None:
-            window_RW = slopes.window_ntw.flatten(0, 1)
-            position_nte = torch.mm(window_RW, operands.r_HWE[head]).view(q_nte.shape)
-            if self.r is not None:
-                self.r[head].addmm_(window_RW.T, queries.position_RE)
+            self.content_bias[heads].add_(q_hRE.sum(1), alpha=call.scale)
+        if self.r is not None and call.r_HWE is not None and queries.position_hRE is not None:
+            window_hRW = slopes.window_PtW.reshape(block.shape[0], -1, call.window)
+            position_hRE = torch.bmm(window_hRW, call.r_HWE[heads])
+            self.r[heads].baddbmm_(window_hRW.transpose(1, 2), queries.position_hRE)
             if self.position_bias is not None:
-                self.position_bias[head].add_(position_nte.sum((0, 1)), alpha=scale)
-            q_nte += position_nte
-        q_nte *= scale
-        persistent_nte = torch.mm(slopes.persistent_RN, operands.persistent_k_HNE[head]).view(q_nte.shape)
+                self.position_bias[heads].add_(position_hRE.sum(1), alpha=call.scale)
+            q_hRE += position_hRE
+        q_hRE *= call.scale
+        persistent_hRE = torch.bmm(slopes.persistent_hRN, call.persistent_k_HNE[heads])
+        target_hntE = self.q[heads, block.texts, block.queries]
         if self.persistent_q is None:
-            q_nte += persistent_nte
+            q_hRE += persistent_hRE
         else:
-            self.persistent_q[block.texts, head, block.queries] = persistent_nte
-        self.q[block.texts, head, block.queries] = q_nte
+            self.persistent_q[heads, block.texts, block.queries] = persistent_hRE.view(target_hntE.shape)
+        target_hntE.copy_(q_hRE.view(target_hntE.shape))
 
-    def _add_context(self, total: Tensor, scores_nts: Tensor, rows_nte: Tensor, head: int, block: Block) -> None:
-        target = total[block.texts, head, block.context]
+    def _add_context(self, total: Tensor, scores_Pts: Tensor, rows_PtE: Tensor, block: Block) -> None:
+        target_PsE = self.call.context(total, block)
         if self.adds_context:
-            target.baddbmm_(scores_nts.transpose(1, 2), rows_nte)
+            target_PsE.baddbmm_(scores_Pts.transpose(1, 2), rows_PtE)
         else:
-            torch.bmm(scores_nts.transpose(1, 2), rows_nte, out=target)
+            torch.bmm(scores_Pts.transpose(1, 2), rows_PtE, out=target_PsE)
 
     @staticmethod
-    def _add_persistent(
-        total: Tensor, scores_RN: Tensor, rows_RE: Tensor, head: int, block: Block, factor: float
-    ) -> None:
-        is_first = block.texts.start == block.queries.start == 0
-        total[head].addmm_(scores_RN.T, rows_RE, beta=0.0 if is_first else 1.0, alpha=factor)
+    def _add_persistent(total: Tensor, scores_hRN: Tensor, rows_hRE: Tensor, block: Block, factor: float) -> None:
+        beta = 0.0 if block.is_first else 1.0
+        total[block.heads].baddbmm_(scores_hRN.transpose(1, 2), rows_hRE, beta=beta, alpha=factor)
 
     def result(self) -> tuple[Tensor | None, ...]:
         """Return the gradients in the order of the arguments."""
-        return tuple(getattr(self, name) if self.needed[name] else None for name in _NAMES) + (None, None, None)
+        return (*(getattr(self, name) if self.needed[name] else None for name in _NAMES), None, None, None)
 
 
-def _operands(tensors: Sequence[Any], padding_BS: Tensor | None, window: int) -> Operands:
-    q, persistent_q, k, v, r, content_bias, position_bias, persistent_k, persistent_v = tensors
-    return Operands(
-        q_BHTE=q,
-        persistent_q_BHTE=q if persistent_q is None else persistent_q,
-        k_BHSE=k,
-        v_BHSE=v,
-        r_HWE=r,
-        content_bias_HE=content_bias,
-        position_bias_HE=position_bias,
-        persistent_k_HNE=persistent_k,
-        persistent_v_HNE=persistent_v,
-        window=window,
-        padding_BS=padding_BS,
-    )
+def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """Write the product of each matrix on the left with the one on the right."""
+    torch.bmm(left, right, out=out)
 
 
-def _kept(weights_ntx: Tensor, dropout: float) -> Tensor:
+def _kept(weights: Tensor, dropout: float) -> Tensor:
     """Draw which weights stay: 1 or 0, uint8, same shape; each is dropped with exactly the asked-for probability.
 
     One random byte a weight, compared with a threshold. Where the probability is not a multiple of 1/256, each row
     takes the threshold above or below it, by a draw that makes the mean exact.
     """
-    rows, columns = weights_ntx.shape[0] * weights_ntx.shape[1], weights_ntx.shape[2]
-    words = torch.empty((rows * columns + 7) // 8, dtype=torch.int64, device=weights_ntx.device)
-    random_bytes = words.random_(-(2**63), None).view(torch.uint8)[: rows * columns].view(rows, columns)
+    shape = weights.flatten(0, -2).shape
+    count = shape[0] * shape[1]
+    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=weights.device)
+    random_bytes = words.random_(-(2**63), None).view(torch.uint8)[:count].view(shape)
     level = math.floor(dropout * _LEVELS)
-    is_above = torch.rand((rows, 1), device=words.device) < dropout * _LEVELS - level
+    is_above = torch.rand((shape[0], 1), device=weights.device) < dropout * _LEVELS - level
     # 256 does not fit into a byte, but then the comparison need not be fast.
     threshold = (level + is_above).to(torch.uint8 if level + 1 < _LEVELS else torch.int16)
-    return torch.ge(random_bytes, threshold, out=random_bytes).view(weights_ntx.shape)
+    return torch.ge(random_bytes, threshold, out=random_bytes).view(weights.shape)
 
 
-def _as_floats(kept_ntx: Tensor, buffer: Tensor) -> Tensor:
+def _as_floats(kept: Tensor, buffer: Tensor) -> Tensor:
     """Write zeros and ones as floats: converting and multiplying are each fast, a mixed product is not."""
-    return buffer[: kept_ntx.numel()].view(kept_ntx.shape).copy_(kept_ntx)
+    return buffer[: kept.numel()].view(kept.shape).copy_(kept)

@@ -49,6 +49,7 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
     content_q_BHTE, window = operands.content_q_BHTE, operands.window
     batch, heads, num_queries, _ = content_q_BHTE.shape
     blocking = Blocking(
+        heads=1,
         batch=batch,
         queries=num_queries,
         context=operands.k_BHSE.shape[2],
@@ -61,7 +62,8 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
     lse_BHT = content_q_BHTE.new_empty((batch, heads, num_queries))
     columns = 0
     for block in blocking:
-        shape = (block.num_texts, heads, block.num_queries, block.columns)
+        _, num_texts, t = block.shape
+        shape = (num_texts, heads, t, block.columns)
         bias = buffer[: math.prod(shape)].view(shape)
         if block.columns != columns:
             # Every block writes the same places, so that the others need to be filled once.
