@@ -307,8 +307,11 @@ class _Gradients:
 
     @staticmethod
     def _add_persistent(total: Tensor, scores_hRN: Tensor, rows_hRE: Tensor, block: Block, factor: float) -> None:
-        beta = 0.0 if block.is_first else 1.0
-        total[block.heads].baddbmm_(scores_hRN.transpose(1, 2), rows_hRE, beta=beta, alpha=factor)
+        beta, target_hNE, scores_hNR = float(not block.is_first), total[block.heads], scores_hRN.transpose(1, 2)
+        if len(target_hNE) == 1:
+            target_hNE[0].addmm_(scores_hNR[0], rows_hRE[0], beta=beta, alpha=factor)
+        else:
+            target_hNE.baddbmm_(scores_hNR, rows_hRE, beta=beta, alpha=factor)
 
     def result(self) -> tuple[Tensor | None, ...]:
         """Return the gradients in the order of the arguments."""
@@ -316,8 +319,11 @@ class _Gradients:
 
 
 def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """Write the product of each matrix on the left with the one on the right."""
-    torch.bmm(left, right, out=out)
+    """Write the product of each head's matrices; a single pair is spread over the cores better by `mm`."""
+    if len(left) == 1:
+        torch.mm(left[0], right[0], out=out[0])
+    else:
+        torch.bmm(left, right, out=out)
 
 
 def _kept(weights: Tensor, dropout: float) -> Tensor:
