@@ -178,16 +178,20 @@ def test_output_differences_are_those_of_brute_force(output_scale: bool) -> None
         gate.set_log_alpha(torch.tensor([0.4, 0.0, -0.4, 9.0]))
     expected: dict[Any, Tensor] = {}
     some_closed = 0
-    for step in range(3):
+    for step in range(0, 30, 5):
         gates.begin_step(step)
         probe.inputs.clear()
+        before = gates.difference()
         model(input_ids=torch.roll(IDS, step, dims=1))
+        if step % 10:
+            assert all(torch.equal(values, before[layer]) for layer, values in gates.difference().items())
+            continue
         for (layer, gate), heads in zip(gates, probe.inputs, strict=True):
             is_open = gate()[0] > 0
             some_closed += int((~is_open).sum())
             weight = model.model.layers[layer].attention.o_proj.weight.detach()
             now = brute_force(weight, heads, is_open)
-            expected[layer] = now if step == 0 else expected[layer].lerp(now, 0.05)
+            expected[layer] = now if step == 0 else expected[layer].lerp(now, 0.4)
             assert difference(gate.difference, expected[layer]) <= 1e-5, (step, layer)
     assert some_closed > 3, "closed heads count as what they would add"
     assert all(torch.equal(gates.difference()[layer], gate.difference) for layer, gate in gates)
@@ -199,12 +203,14 @@ def test_output_differences_are_only_measured_on_request_and_in_training() -> No
     model.train()(input_ids=IDS)
     assert not any(values.any() for values in gates.difference().values())
     gates.track_difference()
+    gates.begin_step(0)
     logits(model.eval())
     assert not any(values.any() for values in gates.difference().values())
     model.train()(input_ids=IDS)
     measured = gates.difference()
     assert all(bool((values > 0).all()) for values in measured.values())
     gates.track_difference(False)
+    gates.begin_step(10)
     model(input_ids=torch.roll(IDS, 3, dims=1))
     assert all(torch.equal(values, measured[layer]) for layer, values in gates.difference().items())
 

@@ -24,6 +24,10 @@ from deadhead.errors import InputError
 from deadhead.plan import HeadPlan, Layer, Unit
 
 
+# Forwards from one measurement of the output differences to the next: measuring costs as much as a projection.
+_MEASURE_EVERY = 10
+
+
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """What all gates of a model share.
@@ -84,12 +88,16 @@ def gate_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None = No
         config: the constants.
         noise: u of a training draw, same shape; None evaluates.
     """
-    logits = log_alpha if noise is None else (noise.log() - (-noise).log1p() + log_alpha) / config.beta
-    z = (torch.sigmoid(logits) * (config.zeta - config.gamma) + config.gamma).clamp(0.0, 1.0)
+    z = _soft_values(log_alpha, config, noise)
     if not config.hard:
         return z
     # In this order the rounding cancels: the forward value is exactly 0 or 1.
     return z + ((z >= 0.5).to(z.dtype) - z).detach()
+
+
+def _soft_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None) -> Tensor:
+    logits = log_alpha if noise is None else (noise.log() - (-noise).log1p() + log_alpha) / config.beta
+    return (torch.sigmoid(logits) * (config.zeta - config.gamma) + config.gamma).clamp(0.0, 1.0)
 
 
 def l0_probability(log_alpha: Tensor, config: GateConfig) -> Tensor:
@@ -119,7 +127,8 @@ class HeadGate(nn.Module):
         self.register_buffer("noise", torch.full((num_heads,), 0.5), persistent=False)
         self.register_buffer("difference", torch.zeros(num_heads))
         self.track_difference = False
-        self.fresh_draw = False
+        self.measures_now = False
+        self._idle: tuple[int, ...] | None = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadGate:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -149,6 +158,27 @@ class HeadGate(nn.Module):
         """Which heads are open in evaluation, bool, shape (H,)."""
         # By the value itself, so that rounding at the threshold cannot make the plan differ from the forward pass.
         return gate_values(self.log_alpha.detach(), self.config) > 0
+
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """Heads that need not be computed in this forward: in this training draw z is 0 and has no gradient."""
+        if not self.training:
+            return ()
+        if self._idle is None:
+            z_H = _soft_values(self.log_alpha.detach(), self.config, self.noise)
+            self._idle = tuple((z_H == 0).nonzero().flatten().tolist())
+        return self._idle
+
+    def draw(self, noise: Tensor, *, measure: bool) -> None:
+        """Take over the noise of a training draw, uniform in (0, 1), shape (H,).
+
+        Args:
+            noise: u.
+            measure: whether this forward updates the output differences, for which every head is computed.
+        """
+        self.noise.copy_(noise)
+        self.measures_now = measure and self.track_difference
+        self._idle = () if self.measures_now else None
 
     def set_log_alpha(self, values: Tensor) -> None:
         """Overwrite log_alpha, shape (H,)."""
@@ -212,12 +242,11 @@ class HeadGates:
         epsilon = self.config.epsilon
         for gate in self.gates.values():
             noise = torch.rand(gate.num_heads, generator=generator) * (1 - 2 * epsilon) + epsilon
-            gate.noise.copy_(noise)
-            gate.fresh_draw = True
+            gate.draw(noise, measure=(self._step + self._micro_batch) % _MEASURE_EVERY == 0)
         self._micro_batch += 1
 
     def track_difference(self, on: bool = True) -> None:
-        """Measure each head's output difference in every training forward (see `HeadGate.difference`)."""
+        """Measure each head's output difference in one training forward of ten (see `HeadGate.difference`)."""
         for gate in self.gates.values():
             gate.track_difference = on
 

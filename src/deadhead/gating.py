@@ -17,8 +17,8 @@ from deadhead.plan import Unit
 
 _GATE_NAME = "head_gate"
 _GATES_ATTRIBUTE = "_deadhead_gates"
-# Weight of the newest batch in the running output differences.
-_DIFFERENCE_RATE = 0.05
+# Weight of the newest measurement in the running output differences.
+_DIFFERENCE_RATE = 0.4
 
 
 class _GateInput:
@@ -36,7 +36,7 @@ class _GateInput:
         gate = self.gate
         heads_BTHE = hidden.unflatten(-1, (gate.num_heads, self.head_dim))
         z_H, scale = gate()
-        if gate.track_difference and gate.training and gate.fresh_draw:
+        if gate.measures_now and gate.training:
             # Autocast would turn the products to half precision.
             with torch.autocast(hidden.device.type, enabled=False):
                 self._measure(module, heads_BTHE.detach(), z_H.detach())
@@ -51,7 +51,7 @@ class _GateInput:
         """
         gate = self.gate
         # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
-        gate.fresh_draw = False
+        gate.measures_now = False
         rows_RHE = heads_BTHE.flatten(0, -3).float()
         weight_HED = head_columns(module).detach().float().T.unflatten(0, (gate.num_heads, self.head_dim))
         moment_HEE = torch.einsum("rhe,rhf->hef", rows_RHE, rows_RHE)

@@ -23,11 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from .attention import Operands
 from .blocks import Block, Blocking, by_distance
+from .dropout import draw_kept
 
 # Scores in a block: a few MB. Smaller blocks lose more to the many calls, larger ones more to memory.
-_CAPACITY = 2**21
-# Values of a random byte, which decides about one weight's dropout.
-_LEVELS = 256
+_CAPACITY = 2**20
 # Tensors of a call that may need gradients, in the order of the arguments.
 _NAMES = ("q", "persistent_q", "k", "v", "r", "content_bias", "position_bias", "persistent_k", "persistent_v")
 
@@ -151,7 +150,8 @@ class _Call:
             position_hRW = torch.bmm(queries.position_hRE, self.r_HWE[block.heads].transpose(1, 2))
             part.window_PtW.copy_(position_hRW.view(part.window_PtW.shape))
         part.context_Ptc[..., : block.num_missing] = -math.inf
-        part.seen_Pts.baddbmm_(queries.content_PtE, self.context(self.k_HBSE, block).transpose(1, 2))
+        # Into a tensor of its own: many small products straight into rows of the buffer run one after the other.
+        part.seen_Pts.add_(torch.bmm(queries.content_PtE, self.context(self.k_HBSE, block).transpose(1, 2)))
         if self.padding_BS is not None:
             padding_nts = self.padding_BS[block.texts, None, block.context]
             part.seen_Pts.unflatten(0, block.shape[:2]).masked_fill_(padding_nts, -math.inf)
@@ -195,7 +195,7 @@ class _BlockedAttention(torch.autograd.Function):
         for block in call.blocking:
             part, _ = call.weights(scores, block)
             if floats is not None:
-                kept.append(_kept(part.whole_Ptx, dropout))
+                kept.append(draw_kept(part.whole_Ptx.shape, dropout))
                 part.whole_Ptx.mul_(_as_floats(kept[-1], floats))
             sum_hRE = torch.bmm(part.persistent_hRN, call.persistent_v_HNE[block.heads]).mul_(call.root)
             sum_PtE = sum_hRE.view(len(part.seen_Pts), -1, width)
@@ -260,9 +260,9 @@ class _Gradients:
         call, slopes = self.call, self.call.part(buffer, block)
         slopes.context_Ptc[..., : block.num_missing] = 0
         values_PEs = call.context(call.v_HBSE, block).transpose(1, 2)
-        torch.bmm(upstream_hntE.flatten(0, 1), values_PEs, out=slopes.seen_Pts)
-        persistent_hEN = (call.persistent_v_HNE[block.heads] * call.root).transpose(1, 2)
-        _multiply(upstream_hntE.flatten(1, 2), persistent_hEN, out=slopes.persistent_hRN)
+        slopes.seen_Pts.copy_(torch.bmm(upstream_hntE.flatten(0, 1), values_PEs))
+        persistent_hEN = call.persistent_v_HNE[block.heads].transpose(1, 2)
+        _multiply((upstream_hntE * call.root).flatten(1, 2), persistent_hEN, out=slopes.persistent_hRN)
         return slopes
 
     def add_values(self, part: _Part, block: Block, upstream_hntE: Tensor) -> None:
@@ -324,23 +324,6 @@ def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
         torch.mm(left[0], right[0], out=out[0])
     else:
         torch.bmm(left, right, out=out)
-
-
-def _kept(weights: Tensor, dropout: float) -> Tensor:
-    """Draw which weights stay: 1 or 0, uint8, same shape; each is dropped with exactly the asked-for probability.
-
-    One random byte a weight, compared with a threshold. Where the probability is not a multiple of 1/256, each row
-    takes the threshold above or below it, by a draw that makes the mean exact.
-    """
-    shape = weights.flatten(0, -2).shape
-    count = shape[0] * shape[1]
-    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=weights.device)
-    random_bytes = words.random_(-(2**63), None).view(torch.uint8)[:count].view(shape)
-    level = math.floor(dropout * _LEVELS)
-    is_above = torch.rand((shape[0], 1), device=weights.device) < dropout * _LEVELS - level
-    # 256 does not fit into a byte, but then the comparison need not be fast.
-    threshold = (level + is_above).to(torch.uint8 if level + 1 < _LEVELS else torch.int16)
-    return torch.ge(random_bytes, threshold, out=random_bytes).view(weights.shape)
 
 
 def _as_floats(kept: Tensor, buffer: Tensor) -> Tensor:

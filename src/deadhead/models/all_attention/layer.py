@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import Operands, eager_attention, sdpa_attention
 from .blocked import blocked_attention
 from .configuration import AllAttentionConfig
+from .dropout import Dropout
 from .merged import merged_attention
 from .positions import rotate
 
@@ -57,14 +58,36 @@ class AllAttention(nn.Module):
                 self.content_bias = nn.Parameter(torch.zeros(num_heads, config.head_dim))
                 self.position_bias = nn.Parameter(torch.zeros(num_heads, config.head_dim))
 
-    def _split(self, hidden: Tensor) -> Tensor:
-        return hidden.unflatten(-1, (len(self.heads), self.config.head_dim)).transpose(1, 2)
+    def _active_heads(self) -> Tensor | None:
+        """Return the positions of the heads to compute, or None for all.
+
+        A gate that deadhead has put into this module knows which heads it multiplies by 0 in this forward, with no
+        gradient for the gate: they change neither the output nor any gradient.
+        """
+        idle = getattr(getattr(self, "head_gate", None), "idle", ())
+        if not idle or torch.compiler.is_compiling():
+            return None
+        # One head at least, so that every parameter takes part: distributed training waits for all their gradients.
+        active = [head for head in range(len(self.heads)) if head not in idle] or [0]
+        return torch.tensor(active, device=self.persistent_k.device)
+
+    def _project(self, projection: nn.Module, hidden: Tensor, active_H: Tensor | None) -> Tensor:
+        """Return the projection of the heads to compute, (B, heads, length, E)."""
+        heads, width = len(self.heads), self.config.head_dim
+        # Adapters, hooks and quantised weights stand behind the module's own forward.
+        is_plain = type(projection) is nn.Linear and not projection._forward_hooks and not projection._forward_pre_hooks
+        if active_H is None or not is_plain:
+            return _select(projection(hidden).unflatten(-1, (heads, width)).transpose(1, 2), active_H, dim=1)
+        weight = _select(projection.weight.unflatten(0, (heads, width)), active_H).flatten(0, 1)
+        bias = projection.bias
+        bias = None if bias is None else _select(bias.unflatten(0, (heads, width)), active_H).flatten()
+        return nn.functional.linear(hidden, weight, bias).unflatten(-1, (-1, width)).transpose(1, 2)
 
     def forward(
         self,
         normed_BTD: Tensor,
         context_BSD: Tensor,
-        blank_D: Tensor,
+        blank_D: Tensor | None,
         positions_WD: Tensor | None,
         shared_bias: tuple[Tensor, Tensor] | None,
         padding_BS: Tensor | None,
@@ -76,7 +99,7 @@ class AllAttention(nn.Module):
         Args:
             normed_BTD: normed hidden states of the queries.
             context_BSD: normed hidden states whose keys and values are needed: memory and queries.
-            blank_D: the normed zero state, which stands before the first token if initial memory is attended.
+            blank_D: the normed zero state, which stands before the first token; None if it is not attended.
             positions_WD: p, oldest distance first; None for rotary positions.
             shared_bias: u and v (H of the dense model, E), if they are shared by the layers.
             padding_BS: True where a column of the context is padding; None if none is.
@@ -91,10 +114,11 @@ class AllAttention(nn.Module):
                 past_key_values.update(placeholder, placeholder, self.layer)
             return self.o_proj(normed_BTD), None
         config = self.config
+        active_H = self._active_heads() if past_key_values is None else None
         q_BHTE, k_BHSE, v_BHSE = (
-            self._split(self.q_proj(normed_BTD)),
-            self._split(self.k_proj(context_BSD)),
-            self._split(self.v_proj(context_BSD)),
+            self._project(self.q_proj, normed_BTD, active_H),
+            self._project(self.k_proj, context_BSD, active_H),
+            self._project(self.v_proj, context_BSD, active_H),
         )
         # Persistent vectors have no position: they meet the queries as they are before any rotation.
         persistent_q_BHTE = q_BHTE
@@ -107,13 +131,13 @@ class AllAttention(nn.Module):
         if past_key_values is not None:
             k_BHSE, v_BHSE = past_key_values.update(k_BHSE, v_BHSE, self.layer)
             start -= k_BHSE.shape[2] - num_queries
-        if config.attend_initial_memory:
-            k_BHSE, v_BHSE = self._with_blanks(k_BHSE, v_BHSE, blank_D, padding_BS, num_queries, start)
+        if blank_D is not None:
+            k_BHSE, v_BHSE = self._with_blanks(k_BHSE, v_BHSE, blank_D, padding_BS, num_queries, start, active_H)
 
         content_bias_HE = position_bias_HE = r_HWE = None
         if positions_WD is not None:
-            content_bias_HE, position_bias_HE = self._biases(shared_bias)
-            r_HWE = self.r_proj(positions_WD).unflatten(-1, (len(self.heads), config.head_dim)).transpose(0, 1)
+            content_bias_HE, position_bias_HE = (_select(bias, active_H) for bias in self._biases(shared_bias))
+            r_HWE = self._project(self.r_proj, positions_WD[None], active_H)[0]
         has_padding = padding_BS is not None and not config.attend_initial_memory
         operands = Operands(
             q_BHTE=q_BHTE,
@@ -123,13 +147,20 @@ class AllAttention(nn.Module):
             r_HWE=r_HWE,
             content_bias_HE=content_bias_HE,
             position_bias_HE=position_bias_HE,
-            persistent_k_HNE=self.persistent_k,
-            persistent_v_HNE=self.persistent_v,
+            persistent_k_HNE=_select(self.persistent_k, active_H),
+            persistent_v_HNE=_select(self.persistent_v, active_H),
             window=config.sliding_window,
             padding_BS=padding_BS[:, -k_BHSE.shape[2] :] if padding_BS is not None and has_padding else None,
             dropout=config.attention_dropout if self.training else 0.0,
         )
         attended_BTHE, weights = self._attend(operands, need_weights)
+        if active_H is not None:
+            # The gates multiply what stands in the other heads' places by 0.
+            everything = attended_BTHE.new_zeros((batch, num_queries, len(self.heads), config.head_dim))
+            attended_BTHE = everything.index_copy(2, active_H, attended_BTHE)
+            if weights is not None:
+                blank = weights.new_zeros((batch, len(self.heads), *weights.shape[2:]))
+                weights = blank.index_copy(1, active_H, weights)
         return self.o_proj(attended_BTHE.flatten(-2)), weights
 
     def _attend(self, operands: Operands, need_weights: bool) -> tuple[Tensor, Tensor | None]:
@@ -157,14 +188,15 @@ class AllAttention(nn.Module):
         padding_BS: Tensor | None,
         num_queries: int,
         start: int,
+        active_H: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Let every column before a row's first token hold the keys and values of a zero hidden state."""
         missing = self.config.memory_length + num_queries - k_BHSE.shape[2]
         if not missing and padding_BS is None:
             return k_BHSE, v_BHSE
         columns = missing + k_BHSE.shape[2]
-        blank_k = self._split(self.k_proj(blank_D).expand(1, columns, -1))
-        blank_v = self._split(self.v_proj(blank_D).expand(1, columns, -1))
+        blank_k = self._project(self.k_proj, blank_D[None, None], active_H).expand(-1, -1, columns, -1)
+        blank_v = self._project(self.v_proj, blank_D[None, None], active_H).expand(-1, -1, columns, -1)
         if self.config.position == "rotary":
             blank_k = rotate(blank_k, start - missing)
         shape = (k_BHSE.shape[0], -1, -1, -1)
@@ -176,6 +208,11 @@ class AllAttention(nn.Module):
         return k, v
 
 
+def _select(tensor: Tensor, active_H: Tensor | None, dim: int = 0) -> Tensor:
+    """Return the rows of the heads to compute."""
+    return tensor if active_H is None else tensor.index_select(dim, active_H)
+
+
 class AllAttentionLayer(GradientCheckpointingLayer):
     """Pre-norm, attention, dropout, residual."""
 
@@ -183,7 +220,7 @@ class AllAttentionLayer(GradientCheckpointingLayer):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = AllAttention(config, layer)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -200,7 +237,7 @@ class AllAttentionLayer(GradientCheckpointingLayer):
         attended, weights = self.attention(
             context[:, -hidden_BTD.shape[1] :],
             context,
-            self.norm(torch.zeros_like(hidden_BTD[0, 0])),
+            self.norm(torch.zeros_like(hidden_BTD[0, 0])) if self.attention.config.attend_initial_memory else None,
             positions_WD,
             shared_bias,
             padding_BS,

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .configuration import AllAttentionConfig
+from .dropout import Dropout
 from .layer import AllAttention, AllAttentionLayer, OutputBias
 from .positions import sinusoidal_table
 
@@ -127,7 +128,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             if cutoffs is None
             else AdaptiveEmbedding(config.vocab_size, width, cutoffs, config.adaptive_factor)
         )
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         if config.position == "learned":
             self.position_table = nn.Parameter(torch.empty(config.memory_length + 1, width))
         if config.position != "rotary" and config.share_position_bias:
@@ -135,7 +136,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
         self.layers = nn.ModuleList(AllAttentionLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.output_dropout = Dropout(config.output_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
