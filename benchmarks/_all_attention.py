@@ -53,17 +53,13 @@ class Shape:
         return self.width // 8
 
 
-PAPER = Shape(
-    name="paper", width=512, persistent=2048, length=192, batch=4, attention_dropout=0.2, hidden_dropout=0.1
-)
+PAPER = Shape(name="paper", width=512, persistent=2048, length=192, batch=4, attention_dropout=0.2, hidden_dropout=0.1)
 DEMO = Shape(name="demo", width=192, persistent=128, length=64, batch=16)
 
 
 def paper_shapes(layers: int) -> list[Shape]:
     """Return the paper's shape with the first `layers` layers of each layout at batch 4, and dense at batch 16."""
-    shapes = [
-        replace(PAPER, name=f"paper, {name}, batch 4", heads=heads[:layers]) for name, heads in LAYOUTS.items()
-    ]
+    shapes = [replace(PAPER, name=f"paper, {name}, batch 4", heads=heads[:layers]) for name, heads in LAYOUTS.items()]
     return [*shapes, replace(PAPER, name="paper, dense, batch 16", heads=(8,) * min(layers, 4), batch=16)]
 
 
@@ -184,7 +180,7 @@ class Floor:
     @property
     def flops(self) -> float:
         """Multiply-adds, counted twice."""
-        return sum(2.0 * left.shape[0] * left.shape[1] * left.shape[2] * right.shape[2] for left, right, _ in self.products)
+        return sum(2.0 * left.numel() * right.shape[2] for left, right, _ in self.products)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -235,6 +231,7 @@ def no_gradients() -> Iterator[None]:
 def machine() -> str:
     """Say what this was measured on."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0] if names else platform.processor() or platform.machine()
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = next(iter(names), platform.processor() or platform.machine())
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}"

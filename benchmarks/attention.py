@@ -16,11 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from transformers.cache_utils import DynamicCache
-
 from _all_attention import (
     DEMO,
     Floor,
@@ -32,6 +27,10 @@ from _all_attention import (
     paper_shapes,
     peak_megabytes,
 )
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 IMPLEMENTATIONS = ("ours", "textbook")
 
@@ -109,7 +108,8 @@ def main() -> None:
     options = parser.parse_args()
     shapes = [*paper_shapes(2 if options.quick else 16), replace(DEMO, name="demo, dense, batch 16")]
     table = Table(title=f"evaluation: {machine()}")
-    for column in ("layers", "", "ours ms", "textbook ms", "floor ms", "ours/floor", "textbook/ours", "ours MB", "textbook MB", "difference"):
+    columns = ("ours ms", "textbook ms", "floor ms", "ours/floor", "textbook/ours", "ours MB", "textbook MB")
+    for column in ("layers", "", *columns, "difference"):
         table.add_column(column, justify="right")
     rows = []
     for shape in shapes:

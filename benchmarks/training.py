@@ -23,11 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-
-import deadhead
 from _all_attention import (
     DEMO,
     PAPER,
@@ -40,6 +35,11 @@ from _all_attention import (
     paper_shapes,
     peak_megabytes,
 )
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import deadhead
 
 IMPLEMENTATIONS = ("ours", "textbook")
 CLOSED = (0.25, 0.5, 0.75)
@@ -176,7 +176,7 @@ def measure_step(shape: Shape, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two layers, few shapes and repetitions: about two minutes")
+    parser.add_argument("--quick", action="store_true", help="two layers, few shapes, few repetitions")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
     console = Console(width=150)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from deadhead.errors import InputError
 from deadhead.plan import HeadPlan, Layer, Unit
 
-
 # Forwards from one measurement of the output differences to the next: measuring costs as much as a projection.
 _MEASURE_EVERY = 10
 

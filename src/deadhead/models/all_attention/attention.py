@@ -69,8 +69,12 @@ class Operands:
         q_BHTE = self.q_BHTE[texts, :, queries]
         if self.r_HWE is None or self.position_bias_HE is None:
             return q_BHTE.new_zeros((1, 1, q_BHTE.shape[2], self.window))
-        position_q = (q_BHTE + self.position_bias_HE[:, None]) * self.scale
-        return torch.matmul(position_q, self.r_HWE.transpose(-1, -2))
+        batch, heads, num_queries, width = q_BHTE.shape
+        position_q_BHTE = (q_BHTE + self.position_bias_HE[:, None]) * self.scale
+        # The batch is folded into the rows: a product that broadcasts would copy r for every text.
+        q_HRE = position_q_BHTE.transpose(0, 1).reshape(heads, batch * num_queries, width)
+        scores_HRW = torch.bmm(q_HRE, self.r_HWE.transpose(-1, -2))
+        return scores_HRW.unflatten(1, (batch, num_queries)).transpose(0, 1)
 
     def context_bias(self) -> Tensor:
         """Return what the position adds to the scores of the context, −inf outside the window and at padding.

@@ -13,7 +13,6 @@ head and text, R = n · t rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,10 +209,10 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BTHE: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTHE: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         num_tensors = len(_NAMES) + 1
-        call, kept = _Call(*saved[:num_tensors], ctx.window), saved[num_tensors:]
+        call, kept = _Call(*(*saved[:num_tensors], ctx.window)), saved[num_tensors:]
         gradients = _Gradients(call, ctx.needs_input_grad)
         scores, slope_scores = call.buffer(), call.buffer()
         floats = call.buffer() if kept else None

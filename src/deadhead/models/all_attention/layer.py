@@ -14,8 +14,10 @@ from .attention import Operands, eager_attention, sdpa_attention
 from .blocked import blocked_attention
 from .configuration import AllAttentionConfig
 from .dropout import Dropout
+from .few import few_attention, is_few
 from .merged import merged_attention
 from .positions import rotate
+from .projection import is_plain, project
 
 # PyTorch's fused CPU kernel multiplies these at the speed of float32; its plain products take half the time.
 _HALF = (torch.bfloat16, torch.float16)
@@ -74,12 +76,10 @@ class AllAttention(nn.Module):
     def _project(self, projection: nn.Module, hidden: Tensor, active_H: Tensor | None) -> Tensor:
         """Return the projection of the heads to compute, (B, heads, length, E)."""
         heads, width = len(self.heads), self.config.head_dim
-        # Adapters, hooks and quantised weights stand behind the module's own forward.
-        is_plain = type(projection) is nn.Linear and not projection._forward_hooks and not projection._forward_pre_hooks
-        if active_H is None or not is_plain:
-            return _select(projection(hidden).unflatten(-1, (heads, width)).transpose(1, 2), active_H, dim=1)
+        if active_H is None or not is_plain(projection):
+            return _select(project(projection, hidden).unflatten(-1, (heads, width)).transpose(1, 2), active_H, dim=1)
         weight = _select(projection.weight.unflatten(0, (heads, width)), active_H).flatten(0, 1)
-        bias = projection.bias
+        bias: Tensor | None = projection.bias
         bias = None if bias is None else _select(bias.unflatten(0, (heads, width)), active_H).flatten()
         return nn.functional.linear(hidden, weight, bias).unflatten(-1, (-1, width)).transpose(1, 2)
 
@@ -124,12 +124,17 @@ class AllAttention(nn.Module):
         persistent_q_BHTE = q_BHTE
         start = 0
         if past_key_values is not None:
-            start = past_key_values.get_seq_length(self.layer)
+            start = int(past_key_values.get_seq_length(self.layer))
+        is_first = start == 0
         if config.position == "rotary":
             offset = start + context_BSD.shape[1] - num_queries
             q_BHTE, k_BHSE = rotate(q_BHTE, offset), rotate(k_BHSE, start)
         if past_key_values is not None:
             k_BHSE, v_BHSE = past_key_values.update(k_BHSE, v_BHSE, self.layer)
+            # A static cache hands out places that are not filled yet, one that does not slide all that ever was.
+            filled = min(start + num_queries, k_BHSE.shape[2])
+            first = max(0, filled - (config.memory_length + num_queries))
+            k_BHSE, v_BHSE = k_BHSE[:, :, first:filled], v_BHSE[:, :, first:filled]
             start -= k_BHSE.shape[2] - num_queries
         if blank_D is not None:
             k_BHSE, v_BHSE = self._with_blanks(k_BHSE, v_BHSE, blank_D, padding_BS, num_queries, start, active_H)
@@ -137,7 +142,7 @@ class AllAttention(nn.Module):
         content_bias_HE = position_bias_HE = r_HWE = None
         if positions_WD is not None:
             content_bias_HE, position_bias_HE = (_select(bias, active_H) for bias in self._biases(shared_bias))
-            r_HWE = self._project(self.r_proj, positions_WD[None], active_H)[0]
+            r_HWE = self._position_keys(positions_WD, active_H, past_key_values, is_first)
         has_padding = padding_BS is not None and not config.attend_initial_memory
         operands = Operands(
             q_BHTE=q_BHTE,
@@ -161,7 +166,18 @@ class AllAttention(nn.Module):
             if weights is not None:
                 blank = weights.new_zeros((batch, len(self.heads), *weights.shape[2:]))
                 weights = blank.index_copy(1, active_H, weights)
-        return self.o_proj(attended_BTHE.flatten(-2)), weights
+        return project(self.o_proj, attended_BTHE.flatten(-2)), weights
+
+    def _position_keys(
+        self, positions_WD: Tensor, active_H: Tensor | None, past_key_values: Cache | None, is_first: bool
+    ) -> Tensor:
+        """Return W_R p, (H, W, E). As long as a cache lives it is computed once, as keys and values are."""
+        if past_key_values is None or torch.is_grad_enabled():
+            return self._project(self.r_proj, positions_WD[None], active_H)[0]
+        known: dict[int, Tensor] = past_key_values.__dict__.setdefault("position_keys", {})
+        if is_first or self.layer not in known:
+            known[self.layer] = self._project(self.r_proj, positions_WD[None], active_H)[0]
+        return known[self.layer]
 
     def _attend(self, operands: Operands, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Attend by the fastest code for the device, the mode and the precision."""
@@ -170,9 +186,11 @@ class AllAttention(nn.Module):
         if operands.q_BHTE.device.type != "cpu":
             return sdpa_attention(operands), None
         # Reentrant checkpointing trains without gradients first, and must meet the same dropout when it recomputes.
-        if torch.is_grad_enabled() or self.training or operands.q_BHTE.dtype in _HALF:
+        if torch.is_grad_enabled() or self.training:
             return blocked_attention(operands), None
-        return merged_attention(operands), None
+        if is_few(operands):
+            return few_attention(operands), None
+        return blocked_attention(operands) if operands.q_BHTE.dtype in _HALF else merged_attention(operands), None
 
     def _biases(self, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if shared is None:

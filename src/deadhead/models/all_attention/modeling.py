@@ -29,10 +29,12 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from .cache import append_in_place
 from .configuration import AllAttentionConfig
 from .dropout import Dropout
 from .layer import AllAttention, AllAttentionLayer, OutputBias
 from .positions import sinusoidal_table
+from .projection import project
 
 # Bytes; torch allocates every tensor at a multiple of it.
 _ALIGNMENT = 64
@@ -189,6 +191,8 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             use_cache = config.use_cache and not self.training and memory is None
         if use_cache and past_key_values is None and memory is None:
             past_key_values = DynamicCache(config=config)
+        if past_key_values is not None:
+            append_in_place(past_key_values)
         embedded = self.embed_tokens(input_ids) * config.hidden_size**0.5 if inputs_embeds is None else inputs_embeds
         hidden = self.embedding_dropout(embedded)
         padding_BS = None
@@ -312,7 +316,7 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
             nll = self.lm_head.loss(hidden_BTD, shift_labels.clamp(min=0)) * is_target
             loss = nll.sum() / (is_target.sum() if num_items_in_batch is None else num_items_in_batch)
         else:
-            logits = self.lm_head(hidden_BTD)
+            logits = project(self.lm_head, hidden_BTD)
         if shift_labels is not None and logits is not None:
             loss = self.loss_function(
                 logits,

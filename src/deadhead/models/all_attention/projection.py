@@ -1,0 +1,50 @@
+"""Projections: which are plain, and those of a few rows at the speed of reading the weights. Imports torch only.
+
+Dimensions: R rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+# Rows up to which a matrix with a few columns is faster than a few rows with a matrix (measured).
+_MOST_ROWS = 8
+
+
+def is_plain(projection: nn.Module) -> TypeIs[nn.Linear]:
+    """Tell whether a projection is its weight and bias: no adapter, hook or quantised weight of somebody's."""
+    module: Any = projection
+    return type(projection) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def project(projection: nn.Module, hidden: Tensor) -> Tensor:
+    """Apply a projection; in evaluation on a CPU a few rows the other way round.
+
+    As long as its weight is not in the cache, a product of few rows takes as long as reading the weight. The library's
+    products of few rows with a matrix take three times as long; those of a matrix with few columns do not.
+    """
+    rows = hidden.numel() // hidden.shape[-1]
+    if (
+        rows > _MOST_ROWS
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or hidden.device.type != "cpu"
+        or hidden.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+        or not is_plain(projection)
+        or projection.weight.dtype != torch.float32
+    ):
+        result: Tensor = projection(hidden)
+        return result
+    hidden_RD = hidden.reshape(rows, -1)
+    # A single column would take the slow way after all.
+    columns = hidden_RD.repeat(2, 1).T if rows == 1 else hidden_RD.T
+    product = torch.mm(projection.weight, columns).T[:rows].unflatten(0, hidden.shape[:-1])
+    bias: Tensor | None = projection.bias
+    return product if bias is None else product + bias
