@@ -101,6 +101,8 @@ def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
     """
     num_queries, window = scores_BHTW.shape[-2:]
     columns = window + num_queries - 1
+    if num_queries == 1:
+        return scores_BHTW[..., columns - num_context :]
     padded = functional.pad(scores_BHTW, (0, num_queries), value=float("-inf"))
     shifted = padded.flatten(-2)[..., : num_queries * columns].unflatten(-1, (num_queries, columns))
     return shifted[..., columns - num_context :]

@@ -23,16 +23,30 @@ def is_few(operands: Operands) -> bool:
 
 
 def few_attention(operands: Operands) -> Tensor:
-    """Attend without dropout, in one softmax over all scores, which are few. Returns (B, T, H, E)."""
+    """Attend without dropout, in one softmax over all scores, which are few. Returns (B, T, H, E).
+
+    As few calls as possible: with a single query each costs as much as a thousand multiply-adds.
+    """
     batch, heads, num_queries, width = operands.q_BHTE.shape
     num_persistent, num_context = operands.persistent_k_HNE.shape[1], operands.k_BHSE.shape[2]
-    q_HRE = operands.persistent_q_BHTE.transpose(0, 1).reshape(heads, -1, width)
-    persistent_HRN = torch.bmm(operands.persistent_k_HNE, q_HRE.transpose(1, 2)).transpose(1, 2)
-    context_BHTS = torch.matmul(operands.content_q_BHTE * operands.scale, operands.k_BHSE.transpose(-1, -2))
-    context_BHTS = context_BHTS + operands.context_bias()
-    context_HRS = context_BHTS.transpose(0, 1).reshape(heads, -1, num_context)
-    weights = functional.softmax(torch.cat([context_HRS, persistent_HRN], dim=-1), dim=-1)
-    attended_HRE = torch.bmm(weights[..., num_context:], operands.persistent_v_HNE) * num_persistent**0.5
-    context_BHTS = weights[..., :num_context].unflatten(1, (batch, num_queries)).transpose(0, 1)
-    attended_BHTE = torch.matmul(context_BHTS, operands.v_BHSE)
-    return (attended_BHTE + attended_HRE.unflatten(1, (batch, num_queries)).transpose(0, 1)).transpose(1, 2)
+
+    def by_head(tensor_BHTx: Tensor) -> Tensor:
+        return tensor_BHTx.transpose(0, 1).reshape(heads, batch * num_queries, -1)
+
+    def by_text(tensor_HRx: Tensor) -> Tensor:
+        return tensor_HRx.view(heads, batch, num_queries, -1).transpose(0, 1)
+
+    q_rows = by_head(operands.persistent_q_BHTE)
+    persistent_HRN = torch.bmm(operands.persistent_k_HNE, q_rows.transpose(1, 2)).transpose(1, 2)
+    content_q = operands.content_q_BHTE.reshape(batch * heads, num_queries, width)
+    k = operands.k_BHSE.flatten(0, 1).transpose(1, 2)
+    bias = operands.context_bias().expand(batch, heads, -1, -1).reshape(batch * heads, num_queries, num_context)
+    context = torch.baddbmm(bias, content_q, k, alpha=operands.scale).view(batch, heads, num_queries, num_context)
+    weights = functional.softmax(torch.cat([by_head(context), persistent_HRN], dim=-1), dim=-1)
+    weights_BHTS = by_text(weights[..., :num_context]).reshape(batch * heads, num_queries, num_context)
+    attended = torch.bmm(weights_BHTS, operands.v_BHSE.flatten(0, 1)).view(batch, heads, num_queries, width)
+    persistent_HRN = weights[..., num_context:]
+    attended_HRE = torch.baddbmm(
+        by_head(attended), persistent_HRN, operands.persistent_v_HNE, alpha=num_persistent**0.5
+    )
+    return by_text(attended_HRE).transpose(1, 2)

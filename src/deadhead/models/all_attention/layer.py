@@ -43,6 +43,11 @@ class AllAttention(nn.Module):
         self.config = config
         self.layer = layer
         self.heads = config.layer_heads(layer)
+        # Numbers of their own: reading them off a configuration takes as long as a small product.
+        self.head_dim = config.head_dim
+        self.memory_length = config.memory_length
+        self.is_rotary = config.position == "rotary"
+        self.attend_initial_memory = config.attend_initial_memory
         width, num_heads = config.hidden_size, len(self.heads)
         if not num_heads:
             self.o_proj: nn.Module = OutputBias(width)
@@ -75,7 +80,7 @@ class AllAttention(nn.Module):
 
     def _project(self, projection: nn.Module, hidden: Tensor, active_H: Tensor | None) -> Tensor:
         """Return the projection of the heads to compute, (B, heads, length, E)."""
-        heads, width = len(self.heads), self.config.head_dim
+        heads, width = len(self.heads), self.head_dim
         if active_H is None or not is_plain(projection):
             return _select(project(projection, hidden).unflatten(-1, (heads, width)).transpose(1, 2), active_H, dim=1)
         weight = _select(projection.weight.unflatten(0, (heads, width)), active_H).flatten(0, 1)
@@ -113,7 +118,6 @@ class AllAttention(nn.Module):
                 placeholder = normed_BTD.new_zeros((batch, 1, num_queries, 1))
                 past_key_values.update(placeholder, placeholder, self.layer)
             return self.o_proj(normed_BTD), None
-        config = self.config
         active_H = self._active_heads() if past_key_values is None else None
         q_BHTE, k_BHSE, v_BHSE = (
             self._project(self.q_proj, normed_BTD, active_H),
@@ -126,14 +130,14 @@ class AllAttention(nn.Module):
         if past_key_values is not None:
             start = int(past_key_values.get_seq_length(self.layer))
         is_first = start == 0
-        if config.position == "rotary":
+        if self.is_rotary:
             offset = start + context_BSD.shape[1] - num_queries
             q_BHTE, k_BHSE = rotate(q_BHTE, offset), rotate(k_BHSE, start)
         if past_key_values is not None:
             k_BHSE, v_BHSE = past_key_values.update(k_BHSE, v_BHSE, self.layer)
             # A static cache hands out places that are not filled yet, one that does not slide all that ever was.
             filled = min(start + num_queries, k_BHSE.shape[2])
-            first = max(0, filled - (config.memory_length + num_queries))
+            first = max(0, filled - (self.memory_length + num_queries))
             k_BHSE, v_BHSE = k_BHSE[:, :, first:filled], v_BHSE[:, :, first:filled]
             start -= k_BHSE.shape[2] - num_queries
         if blank_D is not None:
@@ -143,7 +147,7 @@ class AllAttention(nn.Module):
         if positions_WD is not None:
             content_bias_HE, position_bias_HE = (_select(bias, active_H) for bias in self._biases(shared_bias))
             r_HWE = self._position_keys(positions_WD, active_H, past_key_values, is_first)
-        has_padding = padding_BS is not None and not config.attend_initial_memory
+        has_padding = padding_BS is not None and not self.attend_initial_memory
         operands = Operands(
             q_BHTE=q_BHTE,
             persistent_q_BHTE=persistent_q_BHTE,
@@ -154,14 +158,14 @@ class AllAttention(nn.Module):
             position_bias_HE=position_bias_HE,
             persistent_k_HNE=_select(self.persistent_k, active_H),
             persistent_v_HNE=_select(self.persistent_v, active_H),
-            window=config.sliding_window,
+            window=self.memory_length + 1,
             padding_BS=padding_BS[:, -k_BHSE.shape[2] :] if padding_BS is not None and has_padding else None,
-            dropout=config.attention_dropout if self.training else 0.0,
+            dropout=self.config.attention_dropout if self.training else 0.0,
         )
         attended_BTHE, weights = self._attend(operands, need_weights)
         if active_H is not None:
             # The gates multiply what stands in the other heads' places by 0.
-            everything = attended_BTHE.new_zeros((batch, num_queries, len(self.heads), config.head_dim))
+            everything = attended_BTHE.new_zeros((batch, num_queries, len(self.heads), self.head_dim))
             attended_BTHE = everything.index_copy(2, active_H, attended_BTHE)
             if weights is not None:
                 blank = weights.new_zeros((batch, len(self.heads), *weights.shape[2:]))
@@ -209,13 +213,13 @@ class AllAttention(nn.Module):
         active_H: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Let every column before a row's first token hold the keys and values of a zero hidden state."""
-        missing = self.config.memory_length + num_queries - k_BHSE.shape[2]
+        missing = self.memory_length + num_queries - k_BHSE.shape[2]
         if not missing and padding_BS is None:
             return k_BHSE, v_BHSE
         columns = missing + k_BHSE.shape[2]
         blank_k = self._project(self.k_proj, blank_D[None, None], active_H).expand(-1, -1, columns, -1)
         blank_v = self._project(self.v_proj, blank_D[None, None], active_H).expand(-1, -1, columns, -1)
-        if self.config.position == "rotary":
+        if self.is_rotary:
             blank_k = rotate(blank_k, start - missing)
         shape = (k_BHSE.shape[0], -1, -1, -1)
         k = torch.cat([blank_k[:, :, :missing].expand(shape), k_BHSE], dim=2)
@@ -255,7 +259,7 @@ class AllAttentionLayer(GradientCheckpointingLayer):
         attended, weights = self.attention(
             context[:, -hidden_BTD.shape[1] :],
             context,
-            self.norm(torch.zeros_like(hidden_BTD[0, 0])) if self.attention.config.attend_initial_memory else None,
+            self.norm(torch.zeros_like(hidden_BTD[0, 0])) if self.attention.attend_initial_memory else None,
             positions_WD,
             shared_bias,
             padding_BS,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 # Rows up to which a matrix with a few columns is faster than a few rows with a matrix (measured).
-_MOST_ROWS = 8
+_MOST_ROWS = 32
 
 
 def is_plain(projection: nn.Module) -> TypeIs[nn.Linear]:
@@ -44,7 +44,8 @@ def project(projection: nn.Module, hidden: Tensor) -> Tensor:
         return result
     hidden_RD = hidden.reshape(rows, -1)
     # A single column would take the slow way after all.
-    columns = hidden_RD.repeat(2, 1).T if rows == 1 else hidden_RD.T
-    product = torch.mm(projection.weight, columns).T[:rows].unflatten(0, hidden.shape[:-1])
+    columns = torch.cat([hidden_RD, hidden_RD]).T if rows == 1 else hidden_RD.T
+    # Products that come after need contiguous rows, or take a slow way too.
+    product = torch.mm(projection.weight, columns)[:, :rows].T.contiguous().view(*hidden.shape[:-1], -1)
     bias: Tensor | None = projection.bias
     return product if bias is None else product + bias
