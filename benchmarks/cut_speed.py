@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import deadhead
-from deadhead.bench import WORKLOADS, bench, efficiency
+from deadhead.timing import WORKLOADS, bench, efficiency
 
 SHAPES = {
     "demo": {"hidden_size": 192, "num_hidden_layers": 4, "num_persistent": 128, "segment": 64, "batch": 16},

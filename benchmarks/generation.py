@@ -146,7 +146,17 @@ def main() -> None:
         replace(DEMO, name="demo"),
     ]
     table = Table(title=f"a token, float32: {machine()}")
-    columns = ("batch", "heads", "MB read", "ms", "generate ms", "reading ms", "products ms", "ms/reading", "ms/products")
+    columns = (
+        "batch",
+        "heads",
+        "MB read",
+        "ms",
+        "generate ms",
+        "reading ms",
+        "products ms",
+        "ms/reading",
+        "ms/products",
+    )
     for column in ("model", *columns, "efficiency"):
         table.add_column(column, justify="right")
     rows = []

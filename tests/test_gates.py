@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.errors import InputError
 from deadhead.gates import GateConfig, HeadGate, HeadGates, gate_values, l0_probability
 from deadhead.gating import attach, detach

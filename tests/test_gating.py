@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates import GateConfig, HeadGate
 from deadhead.gating import attach, detach, gates_of

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import deadhead.layouts
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.errors import CutError
 from deadhead.gates import GateConfig
 from deadhead.gating import attach, detach, gates_of

@@ -4,53 +4,23 @@
     ...                                     # train with deadhead.SparsityCallback(gates)
     deadhead.cut(model, gates.plan())       # heads whose gates closed are gone
 
-What is exported here is the public API; everything else may change.
+The public API is what `__init__.pyi` lists; everything else may change. A name is loaded when it is first used, and the
+Auto classes of transformers learn of deadhead's models when transformers is imported.
 """
 
-from deadhead.bench import bench
-from deadhead.checkpoint import load, load_gated, save
-from deadhead.cost import Cost, model_cost
-from deadhead.cut import cut
-from deadhead.data import load_text
-from deadhead.errors import CutError, DivergenceError, InputError, UnsupportedModel
-from deadhead.evaluate import Evaluation, evaluate
-from deadhead.gate_files import load_gates, save_gates
-from deadhead.gates import GateConfig, HeadGates
-from deadhead.gating import attach, detach, gates_of
-from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
-from deadhead.plan import HeadPlan
-from deadhead.training import PhaseRecipe, PruneRecipe, SparsityCallback, gate_config, train
+import importlib
+from typing import Any
+
+import lazy_loader
+import wrapt
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AllAttentionConfig",
-    "AllAttentionForCausalLM",
-    "Cost",
-    "CutError",
-    "DivergenceError",
-    "Evaluation",
-    "GateConfig",
-    "HeadGates",
-    "HeadPlan",
-    "InputError",
-    "PhaseRecipe",
-    "PruneRecipe",
-    "SparsityCallback",
-    "UnsupportedModel",
-    "attach",
-    "bench",
-    "cut",
-    "detach",
-    "evaluate",
-    "gate_config",
-    "gates_of",
-    "load",
-    "load_gated",
-    "load_gates",
-    "load_text",
-    "model_cost",
-    "save",
-    "save_gates",
-    "train",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def _register_models(_: Any) -> None:
+    importlib.import_module("deadhead.models")
+
+
+wrapt.register_post_import_hook(_register_models, "transformers")

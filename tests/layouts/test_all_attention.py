@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deadhead.layouts
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts import AttentionSite, Layout, find_layout, head_columns, register
 from deadhead.layouts.all_attention import AllAttentionLayout

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError, UnsupportedModel
 from deadhead.gates import GateConfig
 from deadhead.gating import attach, detach, gates_of

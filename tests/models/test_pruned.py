@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.gating import attach, detach
 from deadhead.models.pruned.modeling_pruned import PrunedModel, auto_map, pruned_class, pruned_config_class, stock_class
 from deadhead.models.pruned.shrinking import Heads, LayerConfig, heads_of

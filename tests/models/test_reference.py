@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.gates import GateConfig, HeadGate, HeadGates, gate_values, l0_probability
 from deadhead.gating import attach
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM

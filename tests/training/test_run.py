@@ -13,7 +13,7 @@ import torch
 
 import deadhead
 from deadhead import HeadPlan, InputError
-from deadhead.evaluate import evaluate
+from deadhead.evaluation import evaluate
 from deadhead.training import Recipe, Run, load_recipe
 from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
 

@@ -1,29 +1,46 @@
-"""The command line. Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 130 interrupted."""
+"""The command line. Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 130 interrupted.
+
+Commands import what they need when they run: torch and transformers take seconds, and help and wrong options need
+neither.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
+from typing import Any
+
+import wrapt
 
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(execute(sys.argv[1:]))
+    # Torch and transformers make a million objects that stay: while they load, and at the end, the garbage collector
+    # would look through all of them again and again, for a second and a half.
+    gc.disable()
+    wrapt.register_post_import_hook(_collect_what_comes, "deadhead.models")
+    code = execute(sys.argv[1:])
+    gc.freeze()
+    sys.exit(code)
+
+
+def _collect_what_comes(_: Any) -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def execute(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
-    # Imported here, so that Ctrl-C while torch loads is caught too.
+    # Imported here, so that Ctrl-C while it loads is caught too.
     try:
         import typer
-        from transformers.utils import logging as transformers_logging
 
         from deadhead.cli.app import app
         from deadhead.errors import DivergenceError, InputError
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
+        wrapt.register_post_import_hook(_silence, "transformers")
         warnings.simplefilter("ignore")
         try:
             code = app(arguments, prog_name="deadhead", standalone_mode=False)
@@ -46,6 +63,13 @@ def execute(arguments: list[str]) -> int:
             return _fail(error.format_message().rstrip("."), 2)
     except KeyboardInterrupt:
         return _fail("Interrupted; whole checkpoints are kept, and --resume goes on from the last", 130)
+
+
+def _silence(_: Any) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _fail(sentence: str, code: int) -> int:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,7 +23,9 @@ from rich.progress import (
 from rich.text import Text
 
 from deadhead.files import json_text
-from deadhead.training.run import Progress as Report
+
+if TYPE_CHECKING:
+    from deadhead.training.run import Progress as Report
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedModel
 
-from deadhead import checkpoint
-from deadhead.bench import bench as run_bench
-from deadhead.bench import efficiency
 from deadhead.cli.console import AsJson, Data, Model, Quiet, Seed, console, print_json, progress
-from deadhead.cost import model_cost
-from deadhead.data import load_text, load_tokenizer
-from deadhead.evaluate import evaluate as measure
-from deadhead.generate import generate_text
-from deadhead.modes import best_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _load(path: Path) -> PreTrainedModel:
+    from deadhead import checkpoint
+    from deadhead.modes import best_device
+
     return checkpoint.load(path).to(best_device())  # type: ignore[arg-type]
 
 
@@ -39,6 +36,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity and bits per byte on a text; every token is scored once."""
+    from deadhead.data import load_text, load_tokenizer
+    from deadhead.evaluation import evaluate as measure
+
     network = _load(model)
     text, _ = load_text(data, tokenizer=load_tokenizer(model))
     with progress(quiet) as report:
@@ -68,6 +68,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
+    from deadhead.data import load_tokenizer
+    from deadhead.generate import generate_text
+
     network = _load(model)
     text = generate_text(
         network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -90,6 +93,10 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
+    from deadhead.cost import model_cost
+    from deadhead.timing import bench as run_bench
+    from deadhead.timing import efficiency
+
     models = {"model": _load(model)}
     if dense is not None:
         models = {"dense": _load(dense), **models}

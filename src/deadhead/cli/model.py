@@ -10,15 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead import checkpoint
 from deadhead.cli.console import AsJson, Model, console, print_json
-from deadhead.cost import config_cost, model_cost
-from deadhead.cut import cut as cut_heads
-from deadhead.data import load_tokenizer
 from deadhead.errors import InputError
-from deadhead.gate_files import has_gates
-from deadhead.plan import HeadPlan
-from deadhead.report.head_map import head_map_text
 
 
 def cut(
@@ -28,6 +21,13 @@ def cut(
     as_json: AsJson = False,
 ) -> None:
     """Cut a model by a head plan that was made elsewhere."""
+    from deadhead import checkpoint
+    from deadhead.cost import model_cost
+    from deadhead.cutting import cut as cut_heads
+    from deadhead.data import load_tokenizer
+    from deadhead.plan import HeadPlan
+    from deadhead.report.head_map import head_map_text
+
     head_plan = HeadPlan.from_json(plan)
     if out.resolve() == model.resolve():
         raise InputError(f"The cut model must not overwrite the model it is made of, {model}; choose another --out.")
@@ -56,6 +56,12 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show layers × heads, parameters, FLOPs and key/value cache, without loading the weights."""
+    from deadhead import checkpoint
+    from deadhead.cost import config_cost
+    from deadhead.gate_files import has_gates
+    from deadhead.plan import HeadPlan
+    from deadhead.report.head_map import head_map_text
+
     try:
         config = checkpoint.load_config(model)
         cost = config_cost(config, length=length)

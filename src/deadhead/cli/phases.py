@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
 from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
-from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe, changed, load_recipe
-from deadhead.training.single import Phase, run_single
+
+if TYPE_CHECKING:
+    from deadhead.training.recipe import DataRecipe, PhaseRecipe, Recipe
+    from deadhead.training.single import Phase
 
 ModelOption = Annotated[
     Path | None,
@@ -92,7 +94,7 @@ def train(
 ) -> None:
     """Train a dense All-attention model from scratch, or go on with one."""
     base = _base(recipe)
-    shape: ModelRecipe = changed(
+    shape = _changed(
         base.model,
         layers=layers,
         width=width,
@@ -101,8 +103,8 @@ def train(
         segment_length=segment_length,
         memory_length=memory_length,
     )
-    text: DataRecipe = changed(base.data, tokenizer=tokenizer, vocab_size=vocab_size, column=column, split=split)
-    phase: PhaseRecipe = changed(base.train, **_common(locals()))
+    text = _changed(base.data, tokenizer=tokenizer, vocab_size=vocab_size, column=column, split=split)
+    phase = _changed(base.train, **_common(locals()))
     _run("train", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, shape=shape)
 
 
@@ -164,7 +166,7 @@ def prune(
     The teacher of --distill is the model itself, unless --teacher names another.
     """
     base = _base(recipe)
-    phase: PruneRecipe = changed(
+    phase = _changed(
         base.prune,
         l0=l0,
         sparsity=sparsity,
@@ -177,7 +179,7 @@ def prune(
         freeze_weights=freeze_weights,
         **_common(locals()),
     )
-    text: DataRecipe = changed(base.data, column=column, split=split)
+    text = _changed(base.data, column=column, split=split)
     _run("prune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, cut=cut, teacher=teacher)
 
 
@@ -208,13 +210,21 @@ def finetune(
 ) -> None:
     """Train a cut model on, to recover what the cut cost."""
     base = _base(recipe)
-    phase: PhaseRecipe = changed(base.finetune, **_common(locals()))
-    text: DataRecipe = changed(base.data, column=column, split=split)
+    phase = _changed(base.finetune, **_common(locals()))
+    text = _changed(base.data, column=column, split=split)
     _run("finetune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, teacher=teacher)
 
 
 def _base(recipe: Path | None) -> Recipe:
+    from deadhead.training.recipe import Recipe, load_recipe
+
     return Recipe() if recipe is None else load_recipe(recipe)
+
+
+def _changed(section: Any, **values: Any) -> Any:
+    from deadhead.training.recipe import changed
+
+    return changed(section, **values)
 
 
 def _seed(given: int | None, base: Recipe) -> int:
@@ -242,13 +252,15 @@ def _run(
     as_json: bool,
     **options: Any,
 ) -> None:
+    from deadhead.training.single import run_single
+
     with progress(quiet) as report:
         result = run_single(
             name,
             phase,
             out,
             model=model,
-            data=changed(text, source=source),
+            data=_changed(text, source=source),
             seed=seed,
             resume=resume,
             progress=report,

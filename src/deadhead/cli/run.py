@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from deadhead import checkpoint
 from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
-from deadhead.plan import HeadPlan
-from deadhead.report.head_map import head_map_text, save_head_map
-from deadhead.report.stages import stages_table, verdict
-from deadhead.training.logs import read_metrics
-from deadhead.training.recipe import Recipe, changed, load_recipe, parse_recipe
-from deadhead.training.run import METRICS_FILE, Run
+
+if TYPE_CHECKING:
+    from deadhead.training.recipe import Recipe
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
 Steps = Annotated[
@@ -32,6 +28,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Show the whole story on the Python standard library's own source, in minutes on two cores."""
+    from deadhead.training.recipe import parse_recipe
+
     text = (importlib.resources.files("deadhead.recipes") / "demo.toml").read_text(encoding="utf-8")
     _execute(_scaled(parse_recipe(text, name="demo"), scale_steps), out, resume=resume, quiet=quiet, as_json=as_json)
 
@@ -45,11 +43,15 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run all phases of a recipe: dense training, gates, cut, fine-tuning."""
+    from deadhead.training.recipe import load_recipe
+
     loaded = _scaled(load_recipe(recipe), scale_steps)
     _execute(loaded, out or Path("runs") / loaded.name, resume=resume, quiet=quiet, as_json=as_json)
 
 
 def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
+    from deadhead.training.recipe import changed
+
     if factor is None:
         return recipe
 
@@ -69,6 +71,13 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
 
 
 def _execute(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool, as_json: bool) -> None:
+    from deadhead import checkpoint
+    from deadhead.plan import HeadPlan
+    from deadhead.report.head_map import head_map_text, save_head_map
+    from deadhead.report.stages import stages_table, verdict
+    from deadhead.training.logs import read_metrics
+    from deadhead.training.run import METRICS_FILE, Run
+
     with progress(quiet) as report:
         summary = Run.start(recipe, folder, resume=resume, progress=report).execute()
     plan = HeadPlan.from_json(folder / checkpoint.PLAN_FILE)

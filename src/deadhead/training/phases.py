@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from deadhead.data import SegmentDataset, TokenStream
 from deadhead.errors import InputError
-from deadhead.evaluate import max_positions
+from deadhead.evaluation import max_positions
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.gating import is_gate

@@ -15,12 +15,11 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from deadhead import checkpoint
-from deadhead.bench import bench
 from deadhead.cost import model_cost
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.data import TokenizedCorpus, load_text, load_tokenizer
 from deadhead.errors import InputError
-from deadhead.evaluate import evaluate
+from deadhead.evaluation import evaluate
 from deadhead.files import read_json, remove_left_overs, replaced_folder, require_replaceable, write_json, write_text
 from deadhead.gates import HeadGates
 from deadhead.gating import attach
@@ -28,6 +27,7 @@ from deadhead.generate import generate_text
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
+from deadhead.timing import bench
 from deadhead.training.phases import gate_config, train
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
 from deadhead.training.trainer import last_checkpoint

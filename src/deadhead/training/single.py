@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from deadhead import checkpoint
 from deadhead.cost import model_cost
-from deadhead.cut import cut as cut_heads
+from deadhead.cutting import cut as cut_heads
 from deadhead.data import load_text, load_tokenizer
 from deadhead.errors import InputError
-from deadhead.evaluate import evaluate
+from deadhead.evaluation import evaluate
 from deadhead.files import read_json, write_json
 from deadhead.gating import attach
 from deadhead.training.phases import gate_config, train

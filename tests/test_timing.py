@@ -11,7 +11,7 @@ import torch
 
 import deadhead
 from deadhead import HeadPlan, InputError
-from deadhead.bench import WORKLOADS, Workload, bench, efficiency
+from deadhead.timing import WORKLOADS, Workload, bench, efficiency
 from tests.helpers import assert_unchanged, snapshot, tiny_model
 
 
@@ -51,7 +51,7 @@ def test_the_median_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([99.0, 0.0, 1.0, 0.0, 50.0, 0.0, 2.0])
     # By the module's name in full: `deadhead.bench` is the function.
     clock = SimpleNamespace(perf_counter=lambda: next(times))
-    monkeypatch.setattr(sys.modules["deadhead.bench"], "time", clock)
+    monkeypatch.setattr(sys.modules["deadhead.timing"], "time", clock)
     timing = bench({"model": tiny_model()}, batch_size=1, length=4, repeats=3)["model"]
     assert (timing.seconds, timing.tokens_per_second) == (2.0, 2.0)
 

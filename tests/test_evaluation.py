@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.data import TokenStream
-from deadhead.evaluate import evaluate
+from deadhead.evaluation import evaluate
 from tests.helpers import tiny_model
 from tests.small import stream
 

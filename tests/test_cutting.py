@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from deadhead.cut import cut
+from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError
 from deadhead.gates import GateConfig
 from deadhead.gating import attach, gates_of
@@ -27,7 +27,7 @@ from tests.reload import WAYS, in_a_fresh_process
 from tests.small import assert_same_tensors
 
 # The package exports the function under the module's name.
-cutting = importlib.import_module("deadhead.cut")
+cutting = importlib.import_module("deadhead.cutting")
 
 # transformers types this for one of its return values only.
 load_model: Any = AutoModelForCausalLM.from_pretrained
