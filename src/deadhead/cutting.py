@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from deadhead.errors import CutError, InputError
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.gating import attach, detach, gates_of, rehang
-from deadhead.layouts import AttentionSite, Layout, find_layout, head_columns
+from deadhead.layouts import AttentionSite, Layout, Selection, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
 from deadhead.plan import HeadPlan, Layer
@@ -69,48 +70,23 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             gates.set_plan(plan)
         factors = _gate_factors(gates)
         sites = layout.sites(model, plan.unit)
-        watching = [layout.observe(site) for site in sites]
-        try:
-            expected = _check_outputs(model)
-        finally:
-            for stop in watching:
-                stop()
+        expected = _watched_outputs(model, layout, sites)
     except BaseException:
         _restore_gates(model, gates, before, keep=given_gates)
         raise
 
     cache_before = _cache_values(layout, sites)
-    old_modules = [(module, type(module), _snapshot(module)) for module in model.modules()]
-    old_config = type(model.config), dict(vars(model.config))
     try:
-        detach(model)
-        for site in sites:
-            if site.heads:
-                kept = tuple(plan.kept[site.layer])
-                _fold(site, kept, factors[site.layer])
-                layout.shrink(site, kept)
-        try:
-            found = _check_outputs(model)
-        except _FAULTS as error:
-            raise CutError(
-                f"The model does not run any more with those heads cut off ({type(error).__name__}: "
-                f"{str(error).strip().partition(chr(10))[0]}); nothing was cut. Please report this model's type, "
-                f"{model.config.model_type!r}."
-            ) from error
-        difference = _relative_difference(found, expected)
-        allowed = _TOLERANCE.get(model.dtype, _TOLERANCE_HALF)
-        if not difference <= allowed:
-            raise CutError(
-                f"The cut model's output differs from the model's with closed gates by {difference:.1e}, but at most "
-                f"{allowed:.0e} is allowed; nothing was cut. Please report this model's type, "
-                f"{model.config.model_type!r}."
-            )
-        layout.record_plan(model, plan)
+        with _undone_on_failure(model):
+            detach(model)
+            for site in sites:
+                if site.heads:
+                    kept = tuple(plan.kept[site.layer])
+                    _fold(site, kept, factors[site.layer])
+                    layout.shrink(site, kept)
+            _require_same_function(model, expected)
+            layout.record_plan(model, plan)
     except BaseException:
-        for module, kind, attributes in old_modules:
-            module.__class__ = kind
-            module.__dict__ = attributes
-        model.config.__class__, model.config.__dict__ = old_config
         _restore_gates(model, gates, before, keep=given_gates)
         raise
     cache_now = _cache_values(layout, layout.sites(model, plan.unit))
@@ -122,6 +98,109 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             stacklevel=2,
         )
     return model
+
+
+def trim(model: PreTrainedModel, plan: HeadPlan, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Delete heads of a model that goes on training with its gates, in place; the optimizer goes on too.
+
+    The gates stay, those of the deleted heads shut for good, and the output scale stays a factor that counts all heads
+    there were when the gates were attached. Like a cut, it is checked, and put back if the model computes something
+    else.
+
+    Args:
+        model: with gates; those of the heads to be deleted are closed in evaluation.
+        plan: the heads that stay, at least one in each layer that has any. A later plan may keep fewer.
+        optimizer: what it remembers of the parameters is cut in the same way.
+
+    Raises:
+        InputError: the model has no gates, or the plan is not one for it or empties a layer.
+        CutError: the model computed something else; it was put back as it was.
+    """
+    gates = gates_of(model)
+    if gates is None:
+        raise InputError("Heads are cut in training from models with gates, but this one has none.")
+    gates.require_plan(plan)
+    layout = find_layout(model)
+    sites = [site for site in layout.sites(model, plan.unit) if site.heads]
+    for site in sites:
+        if not plan.kept[site.layer]:
+            raise InputError(f"A layer keeps at least one head while it trains, but the plan leaves {site.layer} none.")
+    expected = _watched_outputs(model, layout, sites)
+    changes: list[tuple[nn.Parameter, nn.Parameter, Selection]] = []
+    with _undone_on_failure(model):
+        for site in sites:
+            kept = tuple(plan.kept[site.layer])
+            if kept == site.heads:
+                continue
+            parts = layout.selections(site, kept)
+            before = [site.module.get_parameter(part.path) for part in parts]
+            layout.shrink(site, kept)
+            gates.gates[site.layer].keep([gates.heads[site.layer].index(head) for head in kept])
+            after = [site.module.get_parameter(part.path) for part in parts]
+            changes += zip(before, after, parts, strict=True)
+        _require_same_function(model, expected)
+        layout.record_plan(model, plan)
+    if optimizer is not None:
+        for old, new, part in changes:
+            _replace_parameter(optimizer, old, new, part)
+
+
+@torch.no_grad()
+def _replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, part: Selection) -> None:
+    """Let an optimizer train `new`, what is left of `old`, with what it remembers of it."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    if old not in optimizer.state:
+        return
+    index = part.index.to(old.device)
+    optimizer.state[new] = {
+        name: value.index_select(part.dim, index) if isinstance(value, Tensor) and value.shape == old.shape else value
+        for name, value in optimizer.state.pop(old).items()
+    }
+
+
+def _watched_outputs(model: PreTrainedModel, layout: Layout, sites: Sequence[AttentionSite]) -> Tensor:
+    """Run the model on the fixed text; the layout watches for what `shrink` must know."""
+    watching = [layout.observe(site) for site in sites]
+    try:
+        return _check_outputs(model)
+    finally:
+        for stop in watching:
+            stop()
+
+
+@contextmanager
+def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
+    """Put modules, parameters, configuration and classes back as they were if the block raises."""
+    modules = [(module, type(module), _snapshot(module)) for module in model.modules()]
+    config = type(model.config), dict(vars(model.config))
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes in modules:
+            module.__class__ = kind
+            module.__dict__ = attributes
+        model.config.__class__, model.config.__dict__ = config
+        raise
+
+
+def _require_same_function(model: PreTrainedModel, expected: Tensor) -> None:
+    try:
+        found = _check_outputs(model)
+    except _FAULTS as error:
+        raise CutError(
+            f"The model does not run any more with those heads cut off ({type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]}); nothing was cut. Please report this model's type, "
+            f"{model.config.model_type!r}."
+        ) from error
+    difference = _relative_difference(found, expected)
+    allowed = _TOLERANCE.get(model.dtype, _TOLERANCE_HALF)
+    if not difference <= allowed:
+        raise CutError(
+            f"The cut model's output differs from the model's with closed gates by {difference:.1e}, but at most "
+            f"{allowed:.0e} is allowed; nothing was cut. Please report this model's type, "
+            f"{model.config.model_type!r}."
+        )
 
 
 def _cache_values(layout: Layout, sites: Sequence[AttentionSite]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,9 @@ class HeadGate(nn.Module):
     log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It stays
     float32 whatever the model is cast to.
 
+    Where heads are cut while training goes on, their gates stay here, shut for good: noise, output scale and the
+    optimizer's state of the others do not change.
+
     Args:
         num_heads: H, heads this layer has now.
         config: the gates' constants.
@@ -118,6 +121,7 @@ class HeadGate(nn.Module):
 
     noise: Tensor
     difference: Tensor
+    kept: Tensor
 
     def __init__(self, num_heads: int, config: GateConfig) -> None:
         super().__init__()
@@ -125,6 +129,7 @@ class HeadGate(nn.Module):
         self.log_alpha_bias = nn.Parameter(torch.full((num_heads,), config.init / config.lr_scale))
         self.register_buffer("noise", torch.full((num_heads,), 0.5), persistent=False)
         self.register_buffer("difference", torch.zeros(num_heads))
+        self.register_buffer("kept", torch.arange(num_heads), persistent=False)
         self.track_difference = False
         self.measures_now = False
         self._idle: tuple[int, ...] | None = ()
@@ -143,6 +148,11 @@ class HeadGate(nn.Module):
         return self.log_alpha_bias.shape[0]
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all of the heads are still in the module."""
+        return len(self.kept) == self.num_heads
+
+    @property
     def log_alpha(self) -> Tensor:
         """The gates' parameters at full scale, shape (H,)."""
         return self.log_alpha_bias * self.config.lr_scale
@@ -156,17 +166,30 @@ class HeadGate(nn.Module):
     def is_open(self) -> Tensor:
         """Which heads are open in evaluation, bool, shape (H,)."""
         # By the value itself, so that rounding at the threshold cannot make the plan differ from the forward pass.
-        return gate_values(self.log_alpha.detach(), self.config) > 0
+        return self.is_kept & (gate_values(self.log_alpha.detach(), self.config) > 0)
+
+    @property
+    def is_kept(self) -> Tensor:
+        """Which heads are still in the module, bool, shape (H,)."""
+        return torch.zeros_like(self.log_alpha_bias, dtype=torch.bool).index_fill(0, self.kept, True)
 
     @property
     def idle(self) -> tuple[int, ...]:
-        """Heads that need not be computed in this forward: in this training draw z is 0 and has no gradient."""
+        """Heads that need not be computed in this forward, by their place among those in the module.
+
+        In this training draw their z is 0 and has no gradient.
+        """
         if not self.training:
             return ()
         if self._idle is None:
             z_H = _soft_values(self.log_alpha.detach(), self.config, self.noise)
-            self._idle = tuple((z_H == 0).nonzero().flatten().tolist())
+            self._idle = tuple((z_H[self.kept] == 0).nonzero().flatten().tolist())
         return self._idle
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Take note that only these of the H heads are left in the module, ascending."""
+        self.kept = torch.tensor(kept, dtype=torch.long, device=self.kept.device)
+        self._idle = None
 
     def draw(self, noise: Tensor, *, measure: bool) -> None:
         """Take over the noise of a training draw, uniform in (0, 1), shape (H,).
@@ -185,8 +208,15 @@ class HeadGate(nn.Module):
             self.log_alpha_bias.copy_(values / self.config.lr_scale)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Return the gate values z (H,), and the output scale, a constant for the backward pass (0-dimensional)."""
+        """Return the gate values z of the heads in the module, and the output scale.
+
+        Returns:
+            z (H,), or of fewer heads where some were cut in training; H / (open gates), a constant for the backward
+            pass (0-dimensional), where H counts those that were cut too.
+        """
         z_H = gate_values(self.log_alpha, self.config, self.noise if self.training else None)
+        if not self.is_whole:
+            z_H = z_H[self.kept]
         if not self.config.output_scale:
             return z_H, z_H.new_ones(())
         num_open = (z_H.detach() > 0).sum().clamp(min=1)
@@ -220,6 +250,14 @@ class HeadGates:
         self.config = config
         self._step = 0
         self._micro_batch = 0
+
+    @property
+    def present(self) -> dict[Layer, tuple[int, ...]]:
+        """By layer, the heads that are in the model now, which training may have cut some of, as in `heads`."""
+        return {
+            layer: tuple(heads[place] for place in self.gates[layer].kept.tolist()) if layer in self.gates else ()
+            for layer, heads in self.heads.items()
+        }
 
     def __iter__(self) -> Iterator[tuple[Layer, HeadGate]]:
         return iter(self.gates.items())
@@ -282,14 +320,17 @@ class HeadGates:
         """Return the plan that keeps the heads open now.
 
         Args:
-            sparsity: close exactly this share of the gates instead, those with the smallest log_alpha.
+            sparsity: close exactly this share of the gates instead, those with the smallest log_alpha. Heads that
+                training has cut already are among them, even if they are more.
         """
         is_open = {layer: gate.is_open.cpu() for layer, gate in self}
         if sparsity is not None:
             if not 0 <= sparsity <= 1:
                 raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
-            values = torch.cat([*self.log_alpha().values(), torch.empty(0)])
+            lowest = [torch.where(gate.is_kept, gate.log_alpha.detach(), -math.inf).cpu() for _, gate in self]
+            values = torch.cat([*lowest, torch.empty(0)])
             closing = set(values.argsort(stable=True)[: round(sparsity * len(values))].tolist())
+            closing |= set((values == -math.inf).nonzero().flatten().tolist())
             position = iter(range(len(values)))
             is_open = {
                 layer: torch.tensor([next(position) not in closing for _ in range(gate.num_heads)], dtype=torch.bool)
@@ -334,7 +375,7 @@ class HeadGates:
             raise InputError(
                 f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(self.total)}."
             )
-        for layer, heads in self.heads.items():
+        for layer, heads in self.present.items():
             gone = sorted(set(plan.kept[layer]) - set(heads))
             if gone:
                 raise InputError(f"The head plan keeps head {gone[0]} of layer {layer}, but that head was cut before.")

@@ -34,7 +34,7 @@ class _GateInput:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
         gate = self.gate
-        heads_BTHE = hidden.unflatten(-1, (gate.num_heads, self.head_dim))
+        heads_BTHE = hidden.unflatten(-1, (-1, self.head_dim))
         z_H, scale = gate()
         if gate.measures_now and gate.training:
             # Autocast would turn the products to half precision.
@@ -53,14 +53,15 @@ class _GateInput:
         # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
         gate.measures_now = False
         rows_RHE = heads_BTHE.flatten(0, -3).float()
-        weight_HED = head_columns(module).detach().float().T.unflatten(0, (gate.num_heads, self.head_dim))
+        weight_HED = head_columns(module).detach().float().T.unflatten(0, (-1, self.head_dim))
         moment_HEE = torch.einsum("rhe,rhf->hef", rows_RHE, rows_RHE)
         gram_HEE = weight_HED @ weight_HED.transpose(-1, -2)
         alone_H = (moment_HEE * gram_HEE).sum((-1, -2))
         together = ((rows_RHE * z_H[:, None]).flatten(1) @ weight_HED.flatten(0, 1)).square().sum()
         difference_H = (alone_H / together.clamp(min=1e-12)).clamp(min=0).sqrt().clamp(max=1e3)
         first = not bool(gate.difference.any())
-        gate.difference.lerp_(difference_H, 1.0 if first else _DIFFERENCE_RATE)
+        average_H = gate.difference[gate.kept].lerp(difference_H, 1.0 if first else _DIFFERENCE_RATE)
+        gate.difference.index_copy_(0, gate.kept, average_H)
 
 
 class _DrawNoise:

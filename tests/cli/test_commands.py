@@ -219,7 +219,7 @@ def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch
     """The whole story from the recipe that is installed: a hundredth of its steps, short measurements."""
     pytest.importorskip("deadhead.recipes", reason="deadhead is not installed, so its recipes are not where it looks.")
     monkeypatch.setattr(
-        "deadhead.cli.run.parse_recipe",
+        "deadhead.training.recipe.parse_recipe",
         lambda text, name: changed(parse_recipe(text, name=name), evaluation_tokens=2000),
     )
     summary = command.json("demo", "--scale-steps", 0.01, "--out", tmp_path / "demo")

@@ -140,6 +140,10 @@ def prune(
         bool | None,
         typer.Option("--freeze-weights/--no-freeze-weights", help="Train the gates alone: a probe for dead heads."),
     ] = None,
+    cut_settled: Annotated[
+        int | None,
+        typer.Option("--cut-settled", min=0, help="Cut a head in training once its gate was shut for so many steps."),
+    ] = None,
     cut: Annotated[bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.")] = True,
     steps: Steps = None,
     batch_size: Batch = None,
@@ -177,6 +181,7 @@ def prune(
         weighting=weighting,
         unit=unit,
         freeze_weights=freeze_weights,
+        cut_settled=cut_settled,
         **_common(locals()),
     )
     text = _changed(base.data, column=column, split=split)

@@ -57,9 +57,10 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
 
     def scaled(section: Any) -> dict[str, Any]:
         values = section.model_dump()
-        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps")
+        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps", "cut_settled")
+        whole = ("steps", "cut_settled")
         return values | {
-            name: max(1 if name == "steps" else 0, round(values[name] * factor)) for name in names if name in values
+            name: max(1 if name in whole else 0, round(values[name] * factor)) for name in names if values.get(name)
         }
 
     sections: dict[str, Any] = {name: scaled(getattr(recipe, name)) for name in ("train", "prune", "finetune")}

@@ -28,6 +28,7 @@ from deadhead.training.adapters import lora
 from deadhead.training.distillation import Distillation
 from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
+from deadhead.training.settled import SettledHeads, restore_trimmed
 from deadhead.training.sparsity import SparsityCallback
 from deadhead.training.trainer import LanguageModelTrainer, last_checkpoint
 
@@ -105,7 +106,8 @@ def train(
         resume: go on from the newest whole checkpoint in `folder`, if there is one.
 
     Raises:
-        InputError: the text is too short, or something is asked for that is not there: bf16, PEFT, a teacher.
+        InputError: the text is too short, something is asked for that is not there (bf16, PEFT, a teacher), or settings
+            do not go together.
         DivergenceError: the loss or the gradient is not finite.
     """
     if folder is None:
@@ -122,6 +124,9 @@ def train(
         raise InputError("The recipe's distill asks for a teacher to learn from, but none was given.")
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
         raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
+    cut_settled = recipe.cut_settled if isinstance(recipe, PruneRecipe) and gates is not None else 0
+    if cut_settled and recipe.lora_rank:
+        raise InputError("cut_settled would cut weights that LoRA adapters stand beside; leave out one of the two.")
     recipe = with_defaults(recipe, model)
     assert recipe.learning_rate is not None
     set_seed(seed)
@@ -155,6 +160,8 @@ def train(
             f"Training in one process would spread batches over {args.n_gpu} GPUs and mix up the segments' memories; "
             "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
         )
+    if cut_settled and args.world_size > 1:
+        raise InputError("cut_settled needs a single process: data parallelism does not take parameters that shrink.")
     has_memory = hasattr(model.config, "memory_length")
     dataset: Dataset[Any] = SegmentDataset(
         text.tokens,
@@ -169,9 +176,13 @@ def train(
             raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
         _require_same_gates(gates.config, gate_config(recipe, model, seed))
         ours.append(sparsity_callback(gates, recipe))
+        if cut_settled:
+            ours.append(SettledHeads(gates, cut_settled))
     if metrics is not None:
         ours.append(MetricsFile(metrics, phase, gates))
     checkpoint = last_checkpoint(folder) if resume else None
+    if checkpoint is not None and gates is not None:
+        restore_trimmed(model, gates, checkpoint)
     writer = None
     if tensorboard is not None and args.process_index == 0:
         # What a stopped run wrote after its checkpoint is hidden.

@@ -92,7 +92,9 @@ class PruneRecipe(PhaseRecipe):
     Args: l0 is λ; sparsity, if given, is steered to, along a ramp over `ramp_steps` (0: two thirds of the phase);
     l0_warmup_steps, init and output_scale are the stabilisers; gate_lr_scale how many times as fast gates learn;
     freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit what a gate
-    opens and closes (None: key/value groups where there are any, else heads); the rest are the gates' constants.
+    opens and closes (None: key/value groups where there are any, else heads); cut_settled, after how many steps in a
+    row a shut gate's head is cut while training goes on (0: never; faster, but such a gate cannot open again); the
+    rest are the gates' constants.
     """
 
     l0: float = Field(0.03, ge=0)
@@ -106,6 +108,7 @@ class PruneRecipe(PhaseRecipe):
     weighting: Literal["plain", "output_difference"] = "plain"
     freeze_weights: bool = False
     unit: Unit | None = None
+    cut_settled: int = Field(0, ge=0)
 
 
 _P = TypeVar("_P", bound=PhaseRecipe)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from deadhead.errors import DivergenceError, InputError
 from deadhead.files import no_space_is_input_error, read_json, write_json
 from deadhead.training.distillation import Distillation
+from deadhead.training.settled import save_trimmed
 
 _MEMORY_FILE = "{whose}_memory_rank{rank}.safetensors"
 # Written last: a checkpoint without it, or with files of other sizes, was cut short.
@@ -122,6 +123,8 @@ class LanguageModelTrainer(Trainer):
                 if memory is not None:
                     tensors = {str(layer): states.contiguous() for layer, states in enumerate(memory)}
                     save_file(tensors, folder / self._memory_file(whose))
+            if self.args.should_save and self.model is not None:
+                save_trimmed(self.model, folder)
         if self.args.distributed_state is not None:
             self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -32,6 +32,8 @@ def project(projection: nn.Module, hidden: Tensor) -> Tensor:
     rows = hidden.numel() // hidden.shape[-1]
     if (
         rows > _MOST_ROWS
+        # Reentrant checkpointing trains without gradients first, and must meet the same numbers when it recomputes.
+        or projection.training
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or hidden.device.type != "cpu"
