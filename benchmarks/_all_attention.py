@@ -192,11 +192,21 @@ class Floor:
                 torch.bmm(left, right, out=product)
 
 
-def medians(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each, all run in turn, so that noise hits all of them alike."""
+def medians(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, prepare: Mapping[str, Callable[[], Any]] | None = None
+) -> dict[str, float]:
+    """Return the median seconds of each, all run in turn, so that noise hits all of them alike.
+
+    Args:
+        runs: what is timed.
+        repeats: how often, after a first time that does not count.
+        prepare: what comes before each time, untimed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repeats + 1):
         for name, run in runs.items():
+            if prepare is not None:
+                prepare[name]()
             begin = time.perf_counter()
             run()
             if repetition:

@@ -1,7 +1,9 @@
 """Does a cut model get as much faster as the FLOPs that were removed allow?
 
-Times dense and cut All-attention models in turn within one run, for shares of heads kept, and the floor: the same
-matrix products and nothing else. Prints medians, speedups and efficiency (measured speedup ÷ speedup the FLOPs allow).
+Times dense and cut models in turn within one run, for shares of heads kept: whole All-attention models, and the
+attention modules of a 12-layer Llama with grouped queries (its feed-forward layers are not cut, so they are left out).
+Prints medians, speedups and efficiency (measured speedup ÷ speedup the FLOPs allow). Decoding with one text is bound
+by reading weights and by the calls themselves rather than by FLOPs.
 
     python benchmarks/cut_speed.py [--quick] [--json FILE]
 """
@@ -11,152 +13,160 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
-import statistics
-import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from _all_attention import DEMO, PAPER, Shape, build, machine, medians
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 import deadhead
-from deadhead.timing import WORKLOADS, bench, efficiency
+from deadhead.timing import WORKLOADS, Workload, bench, efficiency
 
-SHAPES = {
-    "demo": {"hidden_size": 192, "num_hidden_layers": 4, "num_persistent": 128, "segment": 64, "batch": 16},
-    "paper, 4 of its 16 layers": {
-        "hidden_size": 512,
-        "num_hidden_layers": 4,
-        "num_persistent": 2048,
-        "segment": 192,
-        "batch": 4,
-    },
-}
 KEPT = (8, 6, 4, 2)
+LLAMA = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 12}
+# Batch and length of prefill and training; decoding goes on after as long a text.
+LLAMA_BATCH, LLAMA_LENGTH, NEW_TOKENS = 4, 256, 8
 
 
-def build(shape: dict[str, int]) -> deadhead.AllAttentionForCausalLM:
-    """Return a dense model of a shape, 8 heads a layer."""
-    torch.manual_seed(0)
-    config = deadhead.AllAttentionConfig(
-        hidden_size=shape["hidden_size"],
-        num_hidden_layers=shape["num_hidden_layers"],
-        num_persistent=shape["num_persistent"],
-        segment_length=shape["segment"],
-        memory_length=shape["segment"],
-    )
-    return deadhead.AllAttentionForCausalLM(config).eval()
-
-
-def cut_to(model: deadhead.AllAttentionForCausalLM, kept: int) -> deadhead.AllAttentionForCausalLM:
-    """Return a copy with the first `kept` heads of every layer."""
+def cut_to(model: PreTrainedModel, kept: int) -> PreTrainedModel:
+    """Return a copy with the first `kept` of the 8 heads or key/value groups of every layer."""
+    if kept == 8:
+        return model
     layers = range(model.config.num_hidden_layers)
-    plan = deadhead.HeadPlan(kept={layer: range(kept) for layer in layers}, total=dict.fromkeys(layers, 8))
+    unit: Any = "kv_group" if isinstance(model, LlamaForCausalLM) else "head"
+    plan = deadhead.HeadPlan(kept=dict.fromkeys(layers, range(kept)), total=dict.fromkeys(layers, 8), unit=unit)
     return deadhead.cut(copy.deepcopy(model), plan)
 
 
-def floor_seconds(shape: dict[str, int], kept: int, repeats: int) -> float:
-    """Time the matrix products of a forward over one segment without memory, and nothing else."""
-    width, tokens, batch = shape["hidden_size"], shape["segment"], shape["batch"]
-    head, persistent = width // 8, shape["num_persistent"]
-    rows = batch * tokens
-    x, inner = torch.randn(rows, width), torch.randn(rows, kept * head)
-    project, output = torch.randn(width, kept * head), torch.randn(kept * head, width)
-    q, k = torch.randn(batch * kept, tokens, head), torch.randn(batch * kept, head, tokens)
-    r = torch.randn(batch * kept, head, tokens + 1)
-    scores = torch.randn(batch * kept, tokens, tokens)
-    q_rows, m = torch.randn(kept, rows, head), torch.randn(kept, head, persistent)
-    weights, values = torch.randn(kept, rows, persistent), torch.randn(kept, persistent, head)
-    vocabulary = torch.randn(width, 257)
+def rows(
+    name: str, workload: str, seconds: dict[int, float], flops: dict[int, float]
+) -> Iterable[dict[str, str | float]]:
+    """Yield the numbers of each share of heads kept."""
+    for kept, value in seconds.items():
+        yield {
+            "shape": name,
+            "workload": workload,
+            "kept": kept,
+            "flops_removed": 1 - flops[kept] / flops[8],
+            "milliseconds": value * 1e3,
+            "speedup": seconds[8] / value,
+            "allowed": flops[8] / flops[kept],
+            "efficiency": efficiency(seconds[8], value, flops[8], flops[kept]),
+        }
 
-    def products() -> None:
-        for _ in range(shape["num_hidden_layers"]):
-            for _ in range(3):
-                x @ project
-            inner @ output
-            q @ k
-            q @ r
-            scores @ k.transpose(-1, -2)
-            q_rows @ m
-            weights @ values
-        x @ vocabulary
 
-    seconds = []
-    for repetition in range(repeats + 1):
-        begin = time.perf_counter()
-        products()
-        if repetition:
-            seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+def all_attention(shape: Shape, repeats: int) -> Iterable[dict[str, str | float]]:
+    """Yield the rows of whole All-attention models."""
+    dense = build(shape).eval()
+    models = {str(kept): cut_to(dense, kept) for kept in KEPT}
+    for workload in WORKLOADS:
+        timings = bench(models, workload=workload, batch_size=shape.batch, length=shape.length, repeats=repeats)
+        # Without a past every query sees half a segment on average, so the count is taken there.
+        past = shape.length if workload == "decode" else shape.length // 2
+        flops = {kept: deadhead.model_cost(models[str(kept)], length=past).flops_per_token for kept in KEPT}
+        yield from rows(shape.name, workload, {kept: timings[str(kept)].seconds for kept in KEPT}, flops)
+
+
+class Attention:
+    """The attention modules of a Llama, one after the other, on random hidden states."""
+
+    def __init__(self, model: PreTrainedModel, workload: Workload, batch: int) -> None:
+        self.stack, self.workload = model.model, workload
+        self.length = 1 if workload == "decode" else LLAMA_LENGTH
+        self.hidden = torch.randn(batch, self.length, model.config.hidden_size)
+        self.batch = batch
+        self.cache: DynamicCache | None = None
+
+    def forward(self, hidden: Tensor, start: int) -> Tensor:
+        """Return the sum of what the modules return."""
+        positions = torch.arange(start, start + hidden.shape[1])[None]
+        embeddings = self.stack.rotary_emb(hidden, positions)
+        outputs = [
+            layer.self_attn(hidden, position_embeddings=embeddings, attention_mask=None, past_key_values=self.cache)[0]
+            for layer in self.stack.layers
+        ]
+        return torch.stack(outputs).sum(0)
+
+    def __call__(self) -> None:
+        """Run the workload once."""
+        if self.workload == "train":
+            modules = [layer.self_attn for layer in self.stack.layers]
+            parameters = [parameter for module in modules for parameter in module.parameters()]
+            torch.autograd.grad(self.forward(self.hidden, 0).sum(), parameters)
+            return
+        with torch.inference_mode():
+            if self.workload == "prefill":
+                self.forward(self.hidden, 0)
+                return
+            for token in range(NEW_TOKENS):
+                self.forward(self.hidden, LLAMA_LENGTH + token)
+
+    def prepare(self) -> None:
+        """Fill a cache before decoding."""
+        if self.workload == "decode":
+            self.cache = DynamicCache()
+            with torch.inference_mode():
+                self.forward(self.hidden.expand(-1, LLAMA_LENGTH, -1), 0)
+
+
+def llama(repeats: int) -> Iterable[dict[str, str | float]]:
+    """Yield the rows of a Llama's attention."""
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(**LLAMA, intermediate_size=64, vocab_size=64)).eval()
+    models = {kept: cut_to(dense, kept) for kept in KEPT}
+    kinds: list[tuple[Workload, int]] = [
+        ("prefill", LLAMA_BATCH),
+        ("decode", 1),
+        ("decode", 16),
+        ("train", LLAMA_BATCH),
+    ]
+    for workload, batch in kinds:
+        runs = {kept: Attention(model, workload, batch) for kept, model in models.items()}
+        past = LLAMA_LENGTH if workload == "decode" else LLAMA_LENGTH // 2
+        flops = {kept: deadhead.model_cost(m, length=past).attention_flops_per_token for kept, m in models.items()}
+        names: dict[str, Callable[[], Any]] = {str(kept): run for kept, run in runs.items()}
+        prepare: dict[str, Callable[[], Any]] = {str(kept): run.prepare for kept, run in runs.items()}
+        seconds = medians(names, repeats, prepare)
+        name = f"Llama's attention, batch {batch}"
+        yield from rows(name, workload, {int(key): value for key, value in seconds.items()}, flops)
 
 
 def main() -> None:
-    """Print a table for each shape."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repetitions, about a minute")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
-    repeats = 5 if options.quick else 30
-    console = Console(width=120)
-    console.print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, float32, medians of {repeats}"
-    )
-    rows = []
-    for name, shape in SHAPES.items():
-        dense = build(shape)
-        models = {str(kept): cut_to(dense, kept) if kept < 8 else dense for kept in KEPT}
-        # Without memory every query sees half a segment on average, so the count is taken there.
-        flops = {
-            key: deadhead.model_cost(model, length=shape["segment"] // 2).flops_per_token
-            for key, model in models.items()
-        }
-        table = Table(title=f"{name}: {shape['batch']} × {shape['segment']} tokens")
-        columns = (
-            "workload",
-            "heads kept",
-            "FLOPs removed",
-            "ms",
-            "speedup",
-            "FLOPs allow",
-            "efficiency",
-            "time/floor",
+    repeats = 5 if options.quick else 20
+    table = Table(title=f"cut models, float32, medians of {repeats}: {machine()}")
+    columns = ("workload", "heads kept", "FLOPs removed", "ms", "speedup", "FLOPs allow", "efficiency")
+    for column in ("model", *columns):
+        table.add_column(column, justify="right")
+    shapes = [
+        replace(DEMO, name="demo"),
+        replace(PAPER, name="paper, 4 of its 16 layers", heads=(8,) * 4, attention_dropout=0.0, hidden_dropout=0.0),
+    ]
+    found = [row for shape in shapes for row in all_attention(shape, repeats)]
+    found += llama(repeats)
+    for row in found:
+        table.add_row(
+            str(row["shape"]),
+            str(row["workload"]),
+            f"{row['kept']}/8",
+            f"{row['flops_removed']:.0%}",
+            f"{row['milliseconds']:.1f}",
+            *(f"{row[name]:.2f}" for name in ("speedup", "allowed", "efficiency")),
         )
-        for column in columns:
-            table.add_column(column, justify="right")
-        for workload in WORKLOADS:
-            timings = bench(
-                models, workload=workload, batch_size=shape["batch"], length=shape["segment"], repeats=repeats
-            )
-            for key, timing in timings.items():
-                floor = floor_seconds(shape, int(key), repeats) if workload == "prefill" else None
-                seconds = timings["8"].seconds, timing.seconds
-                row = {
-                    "shape": name,
-                    "workload": workload,
-                    "kept": int(key),
-                    "flops_removed": 1 - flops[key] / flops["8"],
-                    "milliseconds": timing.seconds * 1e3,
-                    "speedup": seconds[0] / seconds[1],
-                    "allowed": flops["8"] / flops[key],
-                    "efficiency": efficiency(*seconds, flops["8"], flops[key]),
-                    "over_floor": None if floor is None else timing.seconds / floor,
-                }
-                rows.append(row)
-                table.add_row(
-                    workload,
-                    f"{key}/8",
-                    f"{row['flops_removed']:.0%}",
-                    f"{row['milliseconds']:.1f}",
-                    f"{row['speedup']:.2f}",
-                    f"{row['allowed']:.2f}",
-                    f"{row['efficiency']:.2f}",
-                    "" if floor is None else f"{row['over_floor']:.2f}",
-                )
-        console.print(table)
+    Console(width=130).print(table)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ N persistent vectors; of a block n texts, t queries, c = W + t − 1 columns.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import torch
@@ -57,18 +58,11 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
         others=0,
         capacity=_CAPACITY // heads,
     )
-    buffer = content_q_BHTE.new_empty(heads * blocking.size)
     attended_BHTE = torch.empty_like(content_q_BHTE)
     lse_BHT = content_q_BHTE.new_empty((batch, heads, num_queries))
-    columns = 0
     for block in blocking:
         _, num_texts, t = block.shape
-        shape = (num_texts, heads, t, block.columns)
-        bias = buffer[: math.prod(shape)].view(shape)
-        if block.columns != columns:
-            # Every block writes the same places, so that the others need to be filled once.
-            columns = block.columns
-            buffer.fill_(-math.inf)
+        bias = _buffers.outside_filled((num_texts, heads, t, block.columns), content_q_BHTE)
         by_distance(bias, window).copy_(operands.position_scores(block.texts, block.queries))
         seen = bias[..., block.num_missing :]
         if operands.padding_BS is not None:
@@ -87,6 +81,28 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
             # The kernel's sum for a query that sees nothing but padding is not to be relied on.
             lse_BHT[part].masked_fill_(seen.amax(-1) == -math.inf, -math.inf)
     return attended_BHTE, lse_BHT
+
+
+class _Buffers(threading.local):
+    """Memory for the position scores of a block, used by one layer after the other, each thread with its own.
+
+    Blocks of one shape all write the same places, by distance, so that the others are filled with −inf only once.
+    """
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def outside_filled(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return a tensor that is −inf wherever nothing is written by distance."""
+        last = self.last
+        if last is None or last.shape != shape or last.dtype != like.dtype:
+            # One made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                self.last = last = torch.full(shape, -math.inf, dtype=like.dtype)
+        return last
+
+
+_buffers = _Buffers()
 
 
 def _with_rows(tensor: Tensor) -> Tensor:
