@@ -57,6 +57,24 @@ def test_counts_and_tokens_are_the_same_in_small_pieces(
             np.testing.assert_array_equal(other.tokens, stream.tokens)
 
 
+def test_progress_ends_with_all_of_the_text(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deadhead.data.pieces.PIECE_BYTES", 100)
+    monkeypatch.setattr("deadhead.data.encoders._BATCH_CHARACTERS", 100)
+    told: list[tuple[int, int]] = []
+    settings = {"cache_dir": tmp_path / "cache", "progress": lambda done, total: told.append((done, total))}
+    tokenize_corpus(corpus, tokenizer, **settings)
+    size = len(TEXT.encode()) // 1000
+    assert corpus.num_bytes == len(TEXT.encode())
+    assert told == sorted(told)
+    assert told[0][0] < told[-1][0]
+    assert told[-1] == (size, size)
+    told.clear()
+    tokenize_corpus(corpus, tokenizer, **settings)
+    assert not told, "what is in the cache is not tokenised again"
+
+
 def test_documents_of_a_directory_are_separated(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).write_text(f"{name}{name}", encoding="utf-8")

@@ -40,8 +40,12 @@ def evaluate(
     from deadhead.evaluation import evaluate as measure
 
     network = _load(model)
-    text, _ = load_text(data, tokenizer=load_tokenizer(model))
     with progress(quiet) as report:
+        text, _ = load_text(
+            data,
+            tokenizer=load_tokenizer(model),
+            progress=lambda done, total: report("reading text, kB", done, total, {}),
+        )
         result = measure(
             network,
             text.splits[on],

@@ -52,18 +52,25 @@ class Corpus:
 
     def sha256(self) -> str:
         """The hash of all text in order, including where splits and documents end."""
-        return self._sha256
+        return self._hash_and_size[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all text in UTF-8."""
+        return self._hash_and_size[1]
 
     @cached_property
-    def _sha256(self) -> str:
-        digest = hashlib.sha256()
+    def _hash_and_size(self) -> tuple[str, int]:
+        digest, size = hashlib.sha256(), 0
         for split in SPLITS:
             digest.update(b"\xfe" + split.encode())  # 0xfe and 0xff never occur in UTF-8
             for text, ends_document in self.pieces(split):
-                digest.update(text.encode())
+                data = text.encode()
+                digest.update(data)
+                size += len(data)
                 if ends_document:
                     digest.update(b"\xff")
-        return digest.hexdigest()
+        return digest.hexdigest(), size
 
 
 def open_corpus(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ def load_text(
     column: str | None = None,
     split: str | None = None,
     cache_dir: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TokenizedCorpus, PreTrainedTokenizerBase]:
     """Read a text and turn it into tokens.
 
@@ -29,6 +31,7 @@ def load_text(
         column: the text column of a data set.
         split: the one split of a data set to use.
         cache_dir: where tokens are kept on disk to be used again; None keeps them as long as the result lives.
+        progress: called with the kB of text done and to do, while it is tokenised.
 
     Returns:
         The train, valid and test streams, and the tokenizer.
@@ -39,4 +42,5 @@ def load_text(
     corpus = open_corpus(source, column=column, split=split)
     if isinstance(tokenizer, str):
         tokenizer = build_tokenizer(tokenizer, corpus, vocab_size=vocab_size)
-    return tokenize_corpus(corpus, tokenizer, cache_dir=None if cache_dir is None else Path(cache_dir)), tokenizer
+    folder = None if cache_dir is None else Path(cache_dir)
+    return tokenize_corpus(corpus, tokenizer, cache_dir=folder, progress=progress), tokenizer

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +78,14 @@ class TokenizedCorpus:
         }
 
 
-def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path | None) -> TokenizedCorpus:
-    """Turn a corpus into token ids, streaming, unless the cache has them.
+def tokenize_corpus(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cache_dir: Path | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenizedCorpus:
+    """Turn a corpus into token ids, streaming, unless the cache has them. Tokenizers of subwords use all cores.
 
     Where a split has several documents, each is followed by the tokenizer's end-of-text token, if it has one.
 
@@ -88,6 +94,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache
         tokenizer: any tokenizer of transformers.
         cache_dir: where token ids are kept, several texts side by side. None: in a temporary folder, which goes with
             the object returned.
+        progress: called with the kB of text done and to do.
 
     Raises:
         InputError: the text can't be read, or the folder can't be written; then nothing half-written is left.
@@ -102,7 +109,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache
         folder = Path(tempfile.mkdtemp(prefix="deadhead-"))
         try:
             with no_space_is_input_error(folder):
-                meta["splits"] = _write_splits(folder, corpus, encoder_of(tokenizer), separator, dtype)
+                meta["splits"] = _write_splits(folder, corpus, encoder_of(tokenizer), separator, dtype, progress)
             return TokenizedCorpus(folder, meta, temporary=True)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +122,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             temporary.chmod(0o755)
-            meta["splits"] = _write_splits(temporary, corpus, encoder_of(tokenizer), separator, dtype)
+            meta["splits"] = _write_splits(temporary, corpus, encoder_of(tokenizer), separator, dtype, progress)
             write_json(temporary / _META, meta)
             _move_in(temporary, folder, fingerprint)
         finally:
@@ -124,10 +131,15 @@ def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, cache
 
 
 def _write_splits(
-    folder: Path, corpus: Corpus, encoder: Encoder, separator: int | None, dtype: str
+    folder: Path,
+    corpus: Corpus,
+    encoder: Encoder,
+    separator: int | None,
+    dtype: str,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, dict[str, int]]:
     """Write the files of all splits; return the numbers of tokens, bytes and words of each."""
-    counts = {}
+    counts: dict[str, dict[str, int]] = {}
     for name in SPLITS:
         counter = _TextCounter()
         tokens = 0
@@ -135,6 +147,9 @@ def _write_splits(
             for ids in encode_pieces(encoder, counter.counted(corpus.pieces(name)), separator):
                 _append(file, ids.astype(dtype))
                 tokens += len(ids)
+                if progress is not None:
+                    done = sum(count["bytes"] for count in counts.values()) + counter.bytes
+                    progress(done // 1000, corpus.num_bytes // 1000)
         words = tokens if encoder.tokens_are_words else counter.words
         counts[name] = {"tokens": tokens, "bytes": counter.bytes, "words": words}
     return counts

@@ -151,7 +151,6 @@ class Run:
 
     def _execute(self) -> dict[str, Any]:
         recipe = self.recipe
-        self.progress("reading text", 0, 1, {})
         kept, data = self.folder / "tokenizer", recipe.data
         text, tokenizer = load_text(
             data.source,
@@ -160,6 +159,7 @@ class Run:
             column=data.column,
             split=data.split,
             cache_dir=self.folder / "tokens",
+            progress=lambda done, total: self.progress("reading text, kB", done, total, {}),
         )
         if not kept.exists():
             with replaced_folder(kept) as folder:

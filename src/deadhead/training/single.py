@@ -88,7 +88,10 @@ def run_single(
     if teacher is not None and not recipe.distill:
         raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
     with _gone_if_unused(work):
-        progress("reading text", 0, 1, {})
+
+        def reading(done: int, total: int) -> None:
+            progress("reading text, kB", done, total, {})
+
         if model is None:
             text, tokenizer = load_text(
                 data.source,
@@ -97,6 +100,7 @@ def run_single(
                 column=data.column,
                 split=data.split,
                 cache_dir=work / "tokens",
+                progress=reading,
             )
             network = build_model(shape or ModelRecipe(), tokenizer, seed=seed)
         else:
@@ -107,6 +111,7 @@ def run_single(
                 column=data.column,
                 split=data.split,
                 cache_dir=work / "tokens",
+                progress=reading,
             )
         settings["sha256"] = text.sha256
         if (work / _SETTINGS_FILE).exists():

@@ -255,6 +255,11 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
             self._tied_weights_keys = {f"lm_head.{name}": f"model.embed_tokens.{name}" for name in shared}
         self.post_init()
 
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """Leave the mask of padding as it is: the layers themselves know the window, static caches included."""
+        return attention_mask
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the output layer."""
         return self.lm_head
