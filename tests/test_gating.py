@@ -15,6 +15,8 @@ from deadhead.gates import GateConfig, HeadGate
 from deadhead.gating import attach, detach, gates_of
 from deadhead.layouts import find_layout
 from deadhead.models import AllAttentionForCausalLM
+from deadhead.models.all_attention import layer as layer_module
+from deadhead.models.all_attention.blocked import blocked_attention
 from deadhead.penalty import add_penalty_gradient, l0_loss
 from deadhead.plan import HeadPlan
 from tests.helpers import assert_unchanged, difference, snapshot, tiny_model
@@ -241,3 +243,42 @@ def test_a_closed_head_passes_no_gradient_but_its_gate_still_learns() -> None:
     assert not attention.q_proj.weight.grad[:4].any() and attention.q_proj.weight.grad[4:].any()
     assert not attention.o_proj.weight.grad[:, :4].any()
     assert gates.gates[0].log_alpha_bias.grad is not None and gates.gates[0].log_alpha_bias.grad[0] != 0
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+@pytest.mark.parametrize("share_position_bias", [False, True])
+@pytest.mark.parametrize("log_alpha", [[-9.0, 9.0, -9.0, 0.1], [-9.0] * 4, [9.0] * 4])
+def test_heads_that_a_draw_leaves_out_need_not_be_computed(
+    log_alpha: list[float], share_position_bias: bool, position: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the loss nor any gradient changes; the first head is computed where no other is."""
+    computed: list[int] = []
+
+    def counted(operands: Any) -> Tensor:
+        computed.append(operands.q_BHTE.shape[1])
+        return blocked_attention(operands)
+
+    monkeypatch.setattr(layer_module, "blocked_attention", counted)
+    found = []
+    for skips in (True, False):
+        model = tiny_model(seed=3, position=position, share_position_bias=share_position_bias).train()
+        gates = attach(model, config=GateConfig(output_scale=True))
+        for _, gate in gates:
+            gate.set_log_alpha(torch.tensor(log_alpha))
+        gates.begin_step(3)
+        if not skips:
+            monkeypatch.setattr(HeadGate, "idle", ())
+        computed.clear()
+        output = model(input_ids=IDS, labels=IDS, use_cache=False)
+        output.loss.backward()
+        found.append((output.logits, {name: value.grad for name, value in model.named_parameters()}, list(computed)))
+    (logits_1, gradients_1, heads_1), (logits_2, gradients_2, heads_2) = found
+    assert difference(logits_1, logits_2) <= 1e-6
+    for name, gradient in gradients_2.items():
+        assert gradient is not None, name
+        assert gradients_1[name] is not None, "data parallelism waits for every gradient"
+        assert float((gradients_1[name] - gradient).abs().max()) <= 1e-6 * max(1.0, float(gradient.abs().max())), name
+    assert heads_2 == [4] * 3
+    always = max(1, sum(value > 5 for value in log_alpha))
+    ever = max(1, sum(value > -5 for value in log_alpha))
+    assert all(always <= count <= ever for count in heads_1)

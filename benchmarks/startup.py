@@ -1,0 +1,69 @@
+"""How long until a command answers, and how much of it is torch and transformers?
+
+Starts each command as a process of its own, in turn within one run. The floors are processes that do nothing, and that
+import torch and the part of transformers that models are made of, and then stop as the command line does.
+
+    python benchmarks/startup.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from _all_attention import machine, medians
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig
+
+_IMPORTS = "import gc; gc.disable(); import torch, transformers.modeling_utils; gc.freeze()"
+_COMMAND = "from deadhead.cli import main; main()"
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few repetitions")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        # Llama 3's 8B, of which nothing but the configuration is there.
+        LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        ).save_pretrained(folder)
+        processes = {
+            "nothing (floor)": ["-c", ""],
+            "deadhead --help": ["-c", _COMMAND, "--help"],
+            "deadhead --version": ["-c", _COMMAND, "--version"],
+            "import deadhead": ["-c", "import deadhead"],
+            "import torch and transformers (floor)": ["-c", _IMPORTS],
+            "deadhead inspect, 8B": ["-c", _COMMAND, "inspect", folder],
+            "import deadhead, use a model": ["-c", "import deadhead; deadhead.AllAttentionForCausalLM"],
+        }
+        runs = {
+            name: partial(subprocess.run, [sys.executable, *arguments], check=True, capture_output=True)
+            for name, arguments in processes.items()
+        }
+        seconds = medians(runs, 3 if options.quick else 11)
+    table = Table(title=f"start-up: {machine()}")
+    table.add_column("process")
+    table.add_column("seconds", justify="right")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.2f}")
+    Console(width=100).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(seconds, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The speed benchmarks compare like with like: the textbook computes what we do, and the floor has as many FLOPs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+_CODE = """
+import json, sys
+from dataclasses import replace
+import torch
+import _all_attention, attention, generation, training
+import deadhead
+
+shape = replace(_all_attention.DEMO, width=32, persistent=24, length=8, batch=3, heads=(8, 3, 8))
+model = _all_attention.build(shape)
+evaluation = attention.Evaluation(shape, torch.float32)
+ours, textbook = evaluation.ours(), evaluation.plainly()
+layers = training.Layers(replace(shape, attention_dropout=0.2, hidden_dropout=0.1), torch.float32)
+floors = {
+    name: _all_attention.Floor(shape, torch.float32, cached=cached, backward=backward)
+    for name, cached, backward in (("evaluation", True, False), ("forward", False, False), ("training", False, True))
+}
+for floor in floors.values():
+    floor()
+dense = replace(shape, heads=(8, 8))
+steps = training.measure_step(dense, 1)["seconds"]
+generation.COPIED_BYTES = 2**20
+tokens = generation.measure(dense, 2, 1)
+print(json.dumps({
+    "evaluation": float((ours - textbook).abs().max() / textbook.abs().max()),
+    "training": layers.difference(),
+    "floors": {name: floor.flops for name, floor in floors.items()},
+    "cost": deadhead.model_cost(model, length=shape.length).attention_flops_per_token * shape.batch * shape.length,
+    "steps": list(steps),
+    "read": [row["megabytes"] for row in tokens],
+    "parameters": sum(p.nbytes for p in _all_attention.build(dense).parameters()) / 1e6,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    done = subprocess.run([sys.executable, "-c", _CODE], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_textbook_computes_the_same(found: Any) -> None:
+    assert found["evaluation"] <= 1e-5
+    assert found["training"] <= 1e-5
+
+
+def test_the_floor_has_the_flops_of_the_layers(found: Any) -> None:
+    floors = found["floors"]
+    # Content scores and their values are multiplied for all of the context, of which a query sees half plus one.
+    extra = 4.0 * (2 * 8 - 9) * 4 * (8 + 3 + 8) * 3 * 8
+    assert floors["evaluation"] == pytest.approx(found["cost"] + extra)
+    assert floors["training"] == pytest.approx(3 * floors["forward"])
+    assert floors["forward"] > floors["evaluation"]
+
+
+def test_everything_is_timed(found: Any) -> None:
+    assert found["steps"][:3] == ["dense", "0% closed", "25% closed"]
+    assert len(found["steps"]) == 8
+
+
+def test_a_token_reads_less_than_all_parameters(found: Any) -> None:
+    whole, half, quarter = found["read"]
+    assert quarter < half < whole < found["parameters"]
