@@ -282,3 +282,28 @@ def test_heads_that_a_draw_leaves_out_need_not_be_computed(
     always = max(1, sum(value > 5 for value in log_alpha))
     ever = max(1, sum(value > -5 for value in log_alpha))
     assert all(always <= count <= ever for count in heads_1)
+
+
+def test_attention_weights_in_training_are_those_of_every_head() -> None:
+    model = tiny_model().train()
+    gates = attach(model)
+    for _, gate in gates:
+        gate.set_log_alpha(torch.tensor([-9.0, 9.0, -9.0, 9.0]))
+    weights = model(input_ids=IDS, output_attentions=True, use_cache=False).attentions
+    for layer in weights:
+        assert torch.allclose(layer.sum(-1), torch.ones(()))
+
+
+@pytest.mark.parametrize("log_alpha", [-9.0, 9.0])
+def test_a_gated_layer_compiles_in_one_piece_in_training(log_alpha: float) -> None:
+    model = tiny_model().train()
+    gates = attach(model)
+    for _, gate in gates:
+        gate.set_log_alpha(torch.tensor([log_alpha, 9.0, 9.0, 9.0]))
+    gates.begin_step(1)
+    gates.draw()
+    layer, hidden = model.model.layers[0], torch.randn(2, 5, 16)
+    arguments = (hidden, None, model.model.position_table, None)
+    expected, _ = layer(*arguments)
+    found, _ = torch.compile(layer, backend="eager", fullgraph=True)(*arguments)
+    assert difference(found, expected) <= 1e-5

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from deadhead.errors import InputError
 from deadhead.files import read_json, write_bytes, write_json
 from deadhead.gates import GateConfig, HeadGates
-from deadhead.gating import attach, detach
+from deadhead.gating import attach_to, detach
 
 GATES_FILE = "head_gates.safetensors"
 GATES_CONFIG_FILE = "head_gates.json"
@@ -30,7 +30,11 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
     """
     folder = Path(path)
     write_bytes(folder / GATES_FILE, save(gates.state_dict()))
-    write_json(folder / GATES_CONFIG_FILE, {**asdict(gates.config), "unit": gates.unit})
+    values = {**asdict(gates.config), "unit": gates.unit}
+    if gates.present != gates.heads:
+        # Training has cut some: the output scale still counts all heads that the gates were attached to.
+        values["heads"] = {str(layer): list(heads) for layer, heads in gates.heads.items()}
+    write_json(folder / GATES_CONFIG_FILE, values)
 
 
 def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
@@ -49,13 +53,17 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     values = read_json(folder / GATES_CONFIG_FILE, what="gate configuration")
     try:
         unit = values.pop("unit", None)
+        heads = values.pop("heads", None)
         config = GateConfig(**values)
         state = load_file(folder / GATES_FILE)
     except (TypeError, AttributeError):
         raise InputError(f"The gate configuration {folder / GATES_CONFIG_FILE} has unknown keys: {values!r}.") from None
     except SafetensorError as error:
         raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
-    gates = attach(model, config=config, unit=unit)
+    if heads is not None:
+        layers = (int(layer) if layer.isdigit() else layer for layer in heads)
+        heads = {layer: tuple(indices) for layer, indices in zip(layers, heads.values(), strict=True)}
+    gates = attach_to(model, config=config, unit=unit, heads=heads)
     try:
         gates.load_state_dict(state)
     except InputError:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from deadhead.errors import InputError
 from deadhead.plan import HeadPlan, Layer, Unit
 
-# Forwards from one measurement of the output differences to the next: measuring costs as much as a projection.
+# Forwards from one measurement of the output differences to the next: measuring takes as long as a projection.
 _MEASURE_EVERY = 10
 
 
@@ -179,7 +179,7 @@ class HeadGate(nn.Module):
 
         In this training draw their z is 0 and has no gradient.
         """
-        if not self.training:
+        if not self.training or self.noise.is_meta:
             return ()
         if self._idle is None:
             z_H = _soft_values(self.log_alpha.detach(), self.config, self.noise)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates import GateConfig, HeadGate, HeadGates
 from deadhead.layouts import AttentionSite, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
-from deadhead.plan import Unit
+from deadhead.plan import Layer, Unit
 
 _GATE_NAME = "head_gate"
 _GATES_ATTRIBUTE = "_deadhead_gates"
@@ -93,6 +93,24 @@ def attach(
         UnsupportedModel: there is no head that could be pruned; the message says why.
         InputError: the model has gates already.
     """
+    return attach_to(model, config=config, unit=unit)
+
+
+def attach_to(
+    model: PreTrainedModel | nn.Module,
+    *,
+    config: GateConfig | None,
+    unit: Unit | None,
+    heads: Mapping[Layer, tuple[int, ...]] | None = None,
+) -> HeadGates:
+    """Attach gates to the heads there are, or to those there were before training cut some of them.
+
+    Args:
+        model: as for `attach`, as the rest.
+        config: the gates' constants.
+        unit: what a gate opens and closes.
+        heads: by layer, the heads that the gates were attached to at first; None for those there are.
+    """
     model = unwrapped(model)
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
@@ -111,16 +129,20 @@ def attach(
                 f"The weights of layer {site.layer} are quantised to {head_columns(site.output).dtype}, so heads "
                 "cannot be cut out of them; load the model in its full precision, prune it, and quantise it then."
             )
+    gated = {site.layer: site.heads if heads is None else tuple(heads.get(site.layer, ())) for site in sites}
     gates: dict[Any, HeadGate] = {}
     for site in sites:
+        if not set(site.heads) <= set(gated[site.layer]):
+            raise InputError(f"The gates of layer {site.layer} are not those of a model with its heads {site.heads}.")
         if site.heads:
-            gate = HeadGate(len(site.heads), config).to(head_columns(site.output).device)
+            gate = HeadGate(len(gated[site.layer]), config).to(head_columns(site.output).device)
+            gate.keep([gated[site.layer].index(head) for head in site.heads])
             gate.train(model.training)
             site.module.add_module(_GATE_NAME, gate)
             gates[site.layer] = gate
     head_gates = HeadGates(
         gates,
-        heads={site.layer: site.heads for site in sites},
+        heads=gated,
         total={site.layer: site.total for site in sites},
         unit=unit,
         config=config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,14 @@ def test_keys_and_values_are_appended_in_place_in_bounded_memory() -> None:
     assert cache.get_seq_length() == 200
 
 
+def test_a_text_read_in_inference_mode_goes_on_outside_of_it() -> None:
+    model = tiny_model()
+    ids, cache = _text(), DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=ids[:, :9], past_key_values=cache, use_cache=True)
+    assert difference(_in_steps(model, ids[:, 9:], cache, (1,) * 8), _whole(model, ids)[:, 9:]) <= 1e-5
+
+
 def test_a_copy_of_the_cache_goes_its_own_way() -> None:
     model = tiny_model()
     ids, others = _text(), _text().flip(1)
@@ -134,6 +143,43 @@ def test_gradients_flow_through_a_cache() -> None:
     (found,) = torch.autograd.grad(torch.cat([first, second], 1).square().sum(), weight)
     (expected,) = torch.autograd.grad(model(input_ids=ids, use_cache=False).logits.square().sum(), weight)
     assert difference(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "v_proj"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_gradients_flow_through_a_cache_whatever_learns(implementation: str, trained: str) -> None:
+    model = tiny_model(attn_implementation=implementation, num_attention_heads=1, num_hidden_layers=1)
+    model.requires_grad_(False)
+    weight = getattr(model.model.layers[0].attention, trained).weight.requires_grad_()
+    ids, cache = _text(1), DynamicCache(config=model.config)
+    logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids.split(5, dim=1)]
+    (found,) = torch.autograd.grad(torch.cat(logits, 1).square().sum(), weight)
+    (expected,) = torch.autograd.grad(model(input_ids=ids, use_cache=False).logits.square().sum(), weight)
+    assert difference(found, expected) <= 1e-5
+
+
+def test_a_longer_memory_may_be_read_with() -> None:
+    for position in ("sinusoidal", "rotary"):
+        model, longer = tiny_model(position=position), tiny_model(position=position, memory_length=9)
+        model.config.memory_length = 9
+        longer.load_state_dict(model.state_dict())
+        ids = _text()
+        assert difference(_whole(model, ids), _whole(longer, ids)) <= 1e-6
+        cache = DynamicCache(config=model.config)
+        assert difference(_in_steps(model, ids, cache, (9, *(1,) * 8)), _whole(longer, ids)) <= 1e-5
+
+
+def test_weights_that_are_fetched_when_they_are_needed() -> None:
+    model = tiny_model()
+    ids = _text(1, 3)
+    expected = _whole(model, ids)
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert difference(_whole(offloaded, ids), expected) <= 1e-6
+
+
+def test_no_logits_may_be_asked_for() -> None:
+    logits = tiny_model()(input_ids=_text(), logits_to_keep=torch.tensor([], dtype=torch.long)).logits
+    assert logits.shape == (2, 0, 29)
 
 
 def test_keys_of_positions_are_those_of_the_weights_there_are() -> None:
@@ -174,8 +220,11 @@ class _Largest(TorchDispatchMode):
 
 @positions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_evaluation_makes_nothing_of_the_size_of_all_scores(dtype: torch.dtype, position: str) -> None:
-    batch, heads, length, persistent = 16, 8, 96, 1024
+@pytest.mark.parametrize(("batch", "length"), [(32, 96), (1, 1024)])
+def test_evaluation_makes_nothing_of_the_size_of_all_scores(
+    batch: int, length: int, dtype: torch.dtype, position: str
+) -> None:
+    heads, persistent = 8, 1024
     sizes = {"num_attention_heads": heads, "num_persistent": persistent, "memory_length": length}
     model = tiny_model(dtype=dtype, hidden_size=32, num_hidden_layers=1, position=position, **sizes)
     ids = _text(batch, 2 * length)

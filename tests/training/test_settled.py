@@ -18,8 +18,9 @@ from deadhead.errors import CutError
 from deadhead.gates import HeadGates
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.training.phases import gate_config
+from deadhead.training.run import Run
 from tests.helpers import tiny_model
-from tests.small import assert_same_tensors, metrics, stream
+from tests.small import assert_same_tensors, metrics, small_recipe, stream, write_prose
 
 _TEXT = stream(300)
 # Of three layers with four heads: some heads of two layers, and all of the last.
@@ -203,12 +204,73 @@ def test_heads_that_are_still_open_are_put_back() -> None:
     assert AllAttentionLayout().recorded_plan(model) is None
 
 
+def test_a_gated_checkpoint_of_a_model_cut_in_training_goes_on_as_it_is(tmp_path: Path) -> None:
+    model, gates, plan = _trimmable()
+    ids = torch.randint(29, (2, 6))
+    trim(model, plan)
+    deadhead.save(model, tmp_path / "gated")
+    loaded, loaded_gates = deadhead.load_gated(tmp_path / "gated")
+    assert loaded_gates.plan() == gates.plan()
+    assert loaded_gates.present == gates.present
+    assert loaded_gates.sparsity == gates.sparsity
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert deadhead.cut(loaded, loaded_gates.plan()).config.head_plan == gates.plan().to_dict()
+
+
+def test_a_whole_run_with_heads_cut_in_training(tmp_path: Path) -> None:
+    prune = {"steps": 6, "cut_settled": 3, "init": -8.0, "sparsity": 0.5}
+    recipe = small_recipe(write_prose(tmp_path), prune=prune)
+    summary = Run.start(recipe, tmp_path / "run").execute()
+    # Every gate is shut from the first step; a layer's last head stays until the cut.
+    assert summary["gated"]["parameters"] < summary["dense"]["parameters"]
+    assert summary["cut"]["perplexity"] == pytest.approx(summary["gated"]["perplexity"], rel=1e-4)
+    _, gates = deadhead.load_gated(tmp_path / "run" / "gated")
+    assert [len(heads) for heads in gates.present.values()] == [1, 1]
+
+
+def test_soft_gates_settle_too() -> None:
+    """A soft gate opens more often than a hard one of the same log_alpha, and not only above 0.5."""
+    recipe = _recipe(cut_settled=3, hard=False)
+    model, gates = _model(recipe)
+    gates.gates[0].set_log_alpha(torch.tensor([6.0, -4.0, 6.0, -20.0]))
+    gates.gates[1].set_log_alpha(torch.full((4,), 6.0))
+    _train(model, gates, recipe)
+    assert gates.present[0] == (0, 1, 2)
+
+
+def test_a_model_that_was_cut_since_cannot_go_on_from_before(tmp_path: Path) -> None:
+    recipe = _recipe(cut_settled=5, save_every=3)
+    model, gates = _model(recipe)
+    with pytest.raises(_Killed):
+        _train(model, gates, recipe, folder=tmp_path, callbacks=[_KillAt(5)])
+    with pytest.raises(InputError, match="has heads that training has cut off this model since; load the model anew"):
+        _train(model, gates, recipe, folder=tmp_path, resume=True)
+
+
+def test_training_goes_on_where_a_cut_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise CutError("it computed something else.")
+
+    monkeypatch.setattr("deadhead.training.settled.trim", fail)
+    recipe = _recipe(cut_settled=5)
+    model, gates = _model(recipe)
+    with pytest.warns(UserWarning, match="Heads stay until the end of the training: it computed something else."):
+        _train(model, gates, recipe)
+    assert gates.present == gates.heads
+
+
 def test_what_cannot_be_cut_in_training_is_refused() -> None:
     model, _, plan = _trimmable()
     with pytest.raises(InputError, match="A layer keeps at least one head while it trains, but the plan leaves 2 none"):
         trim(model, HeadPlan(kept={2: []}, total=plan.total))
     with pytest.raises(InputError, match="this one has none"):
         trim(deadhead.detach(model), plan)
+    recipe = _recipe("llama", cut_settled=5, unit="head")
+    llama = _tiny_models.tiny_model("llama")
+    gates = deadhead.attach(llama, config=gate_config(recipe, llama, seed=4), unit="head")
+    with pytest.raises(InputError, match='use unit = "kv_group", or leave cut_settled out'):
+        _train(llama, gates, recipe)
     recipe = _recipe("llama", cut_settled=5, lora_rank=2)
     with pytest.raises(InputError, match="leave out one of the two"):
         _train(*_model(recipe, "llama"), recipe)

@@ -73,6 +73,10 @@ class Layout(ABC):
         """Return what a gate of this model can open and close, the default first."""
         return ("head",)
 
+    def repeats_keys(self, model: PreTrainedModel) -> bool:
+        """Tell whether cutting single query heads may leave copies of the key/value head that they share."""
+        return False
+
     @abstractmethod
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[AttentionSite]:
         """Return the attention modules of `model`, one a layer, emptied ones included.

@@ -38,9 +38,12 @@ class HuggingFaceSite(AttentionSite):
         dense = dense_heads(self.attention)
         now = heads_of(self.unit, self.heads, *dense)
         later = heads_of(self.unit, kept, *dense)
-        return Heads(
-            tuple(now.queries.index(head) for head in later.queries), tuple(now.kv.index(head) for head in later.kv)
-        )
+        queries = tuple(now.queries.index(head) for head in later.queries)
+        if not queries:
+            return Heads((), ())
+        # Copies of a key/value head may have learnt different things: take the one that serves these queries.
+        share_now, share_later = len(now.queries) // len(now.kv), len(queries) // len(later.kv)
+        return Heads(queries, tuple(query // share_now for query in queries[::share_later]))
 
 
 class HuggingFaceLayout(Layout):
@@ -61,6 +64,11 @@ class HuggingFaceLayout(Layout):
         if all(attention.num_kv_heads == 1 for attention in attentions):
             return ("head", "kv_group")
         return ("kv_group", "head")
+
+    def repeats_keys(self, model: PreTrainedModel) -> bool:
+        """Answer yes where there are several groups of several query heads."""
+        sizes = [dense_heads(attention) for attention in find_attentions(model)[0]]
+        return any(1 < num_kv_heads < num_heads for num_heads, num_kv_heads in sizes)
 
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[AttentionSite]:
         """Return every module of the text stack whose structure is known.

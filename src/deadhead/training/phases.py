@@ -23,6 +23,7 @@ from deadhead.evaluation import max_positions
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.gating import is_gate
+from deadhead.layouts import find_layout
 from deadhead.modes import flushing_denormals
 from deadhead.training.adapters import lora
 from deadhead.training.distillation import Distillation
@@ -159,6 +160,11 @@ def train(
         raise InputError(
             f"Training in one process would spread batches over {args.n_gpu} GPUs and mix up the segments' memories; "
             "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
+        )
+    if cut_settled and gates is not None and gates.unit == "head" and find_layout(model).repeats_keys(model):
+        raise InputError(
+            "cut_settled needs whole groups: heads that share a key/value head would each get a copy of it, which then "
+            'learns on its own; use unit = "kv_group", or leave cut_settled out.'
         )
     if cut_settled and args.world_size > 1:
         raise InputError("cut_settled needs a single process: data parallelism does not take parameters that shrink.")

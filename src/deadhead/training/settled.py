@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,13 +12,14 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from deadhead.cutting import trim
+from deadhead.errors import CutError, InputError
 from deadhead.files import write_json
 from deadhead.gates import HeadGates
 from deadhead.gating import gates_of, unwrapped
 from deadhead.plan import HeadPlan, Layer
 
-# log_alpha below which a gate counts as shut: it then opens in fewer than 1.8 % of the draws.
-_SHUT = -4.0
+# Share of the draws in which a gate that counts as shut opens, at most; hard gates do at log_alpha −4.
+_AJAR = 0.018
 _PLAN_FILE = "trimmed_plan.json"
 
 
@@ -35,6 +37,7 @@ class SettledHeads(TrainerCallback, ExportableState):
     def __init__(self, gates: HeadGates, steps: int) -> None:
         self.gates = gates
         self.steps = steps
+        self.gives_up = False
         # By layer, the last step at which each gate was not shut.
         self.last_ajar = {str(layer): [0] * gate.num_heads for layer, gate in gates}
 
@@ -53,13 +56,15 @@ class SettledHeads(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Cut what has settled."""
+        if self.gives_up:
+            return
         kept: dict[Any, list[int]] = {}
         present = self.gates.present
         for layer, gate in self.gates:
             last, values = self.last_ajar[str(layer)], gate.log_alpha.tolist()
-            for place, value in enumerate(values):
-                if value >= _SHUT:
-                    last[place] = state.global_step
+            is_ajar = gate.is_open | (gate.open_probability >= _AJAR)
+            for place in is_ajar.nonzero().flatten().tolist():
+                last[place] = state.global_step
             places = [place for place in gate.kept.tolist() if state.global_step - last[place] < self.steps]
             # The head that is likeliest to be open stays, if none is left.
             places = places or [max(gate.kept.tolist(), key=values.__getitem__)]
@@ -67,7 +72,12 @@ class SettledHeads(TrainerCallback, ExportableState):
         if any(len(heads) < len(present[layer]) for layer, heads in kept.items()):
             # Accelerate wraps the optimizer.
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-            trim(kwargs["model"], _plan(self.gates, {**present, **kept}), optimizer)
+            try:
+                trim(kwargs["model"], _plan(self.gates, {**present, **kept}), optimizer)
+            except CutError as error:
+                # Training is worth more than the time it would have saved.
+                warnings.warn(f"Heads stay until the end of the training: {error}", stacklevel=2)
+                self.gives_up = True
 
 
 def save_trimmed(model: nn.Module, checkpoint: Path) -> None:
@@ -78,12 +88,23 @@ def save_trimmed(model: nn.Module, checkpoint: Path) -> None:
 
 
 def restore_trimmed(model: PreTrainedModel, gates: HeadGates, checkpoint: Path) -> None:
-    """Cut a model with all its heads to those that a checkpoint's weights are of, before these are loaded."""
-    if (checkpoint / _PLAN_FILE).exists():
-        plan = HeadPlan.from_json(checkpoint / _PLAN_FILE)
-        # The gates' own values come with the weights; closed ones let the cut check itself.
-        gates.set_plan(plan)
-        trim(model, plan)
+    """Cut a model to the heads that a checkpoint's weights are of, before these are loaded.
+
+    Raises:
+        InputError: training has cut other heads of this model already, which do not come back.
+    """
+    path = checkpoint / _PLAN_FILE
+    if not path.exists() and all(gate.is_whole for _, gate in gates):
+        return
+    plan = HeadPlan.from_json(path) if path.exists() else _plan(gates, gates.heads)
+    if any(not set(heads) <= set(gates.present[layer]) for layer, heads in plan.kept.items()):
+        raise InputError(
+            f"The checkpoint {checkpoint} has heads that training has cut off this model since; load the model anew to "
+            "go on from it."
+        )
+    # The gates' own values come with the weights; closed ones let the cut check itself.
+    gates.set_plan(plan)
+    trim(model, plan)
 
 
 def _plan(gates: HeadGates, kept: Mapping[Layer, Sequence[int]]) -> HeadPlan:

@@ -59,7 +59,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.target = None if sparsity is None else SparsityTarget(sparsity, ramp_steps=ramp_steps, initial=l0)
         self.strength = 0.0
         self.last_l0 = float("nan")
-        # The difference costs about 1/H of the output projection's work; it weights the loss and it is a diagnostic.
+        # It weights the loss, and it is a diagnostic.
         gates.track_difference()
 
     def state(self) -> dict[str, Any]:

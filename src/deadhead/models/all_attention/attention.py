@@ -60,20 +60,20 @@ class Operands:
         """Queries that meet the keys of the context: q + u."""
         return self.q_BHTE if self.content_bias_HE is None else self.q_BHTE + self.content_bias_HE[:, None]
 
-    def position_scores(self, texts: slice = _ALL, queries: slice = _ALL) -> Tensor:
-        """Return (q + v)·r / √E of some texts and queries by distance, oldest first.
+    def position_scores(self, texts: slice = _ALL, heads: slice = _ALL, queries: slice = _ALL) -> Tensor:
+        """Return (q + v)·r / √E of some texts, heads and queries by distance, oldest first.
 
         Returns:
             (B, H, T, W), or with rotary positions zeros, (1, 1, T, W)
         """
-        q_BHTE = self.q_BHTE[texts, :, queries]
+        q_BHTE = self.q_BHTE[texts, heads, queries]
         if self.r_HWE is None or self.position_bias_HE is None:
             return q_BHTE.new_zeros((1, 1, q_BHTE.shape[2], self.window))
-        batch, heads, num_queries, width = q_BHTE.shape
-        position_q_BHTE = (q_BHTE + self.position_bias_HE[:, None]) * self.scale
+        batch, num_heads, num_queries, width = q_BHTE.shape
+        position_q_BHTE = (q_BHTE + self.position_bias_HE[heads, None]) * self.scale
         # The batch is folded into the rows: a product that broadcasts would copy r for every text.
-        q_HRE = position_q_BHTE.transpose(0, 1).reshape(heads, batch * num_queries, width)
-        scores_HRW = torch.bmm(q_HRE, self.r_HWE.transpose(-1, -2))
+        q_HRE = position_q_BHTE.transpose(0, 1).reshape(num_heads, batch * num_queries, width)
+        scores_HRW = torch.bmm(q_HRE, self.r_HWE[heads].transpose(-1, -2))
         return scores_HRW.unflatten(1, (batch, num_queries)).transpose(0, 1)
 
     def context_bias(self) -> Tensor:

@@ -24,8 +24,8 @@ from .attention import Operands
 from .blocks import Block, Blocking, by_distance
 from .dropout import draw_kept
 
-# Scores in a block: a few MB. Smaller blocks lose more to the many calls, larger ones more to memory.
-_CAPACITY = 2**20
+# Scores in a block: a few MB. Smaller blocks lose more to the many calls, larger ones more to memory (measured).
+_CAPACITY = 2**21
 # Tensors of a call that may need gradients, in the order of the arguments.
 _NAMES = ("q", "persistent_q", "k", "v", "r", "content_bias", "position_bias", "persistent_k", "persistent_v")
 
@@ -196,7 +196,7 @@ class _BlockedAttention(torch.autograd.Function):
             if floats is not None:
                 kept.append(draw_kept(part.whole_Ptx.shape, dropout))
                 part.whole_Ptx.mul_(_as_floats(kept[-1], floats))
-            sum_hRE = torch.bmm(part.persistent_hRN, call.persistent_v_HNE[block.heads]).mul_(call.root)
+            sum_hRE = _multiply(part.persistent_hRN, call.persistent_v_HNE[block.heads]).mul_(call.root)
             sum_PtE = sum_hRE.view(len(part.seen_Pts), -1, width)
             sum_PtE.baddbmm_(part.seen_Pts, call.context(call.v_HBSE, block))
             target_hntE = attended_BTHE[block.texts, block.queries, block.heads].permute(2, 0, 1, 3)
@@ -289,7 +289,7 @@ class _Gradients:
                 self.position_bias[heads].add_(position_hRE.sum(1), alpha=call.scale)
             q_hRE += position_hRE
         q_hRE *= call.scale
-        persistent_hRE = torch.bmm(slopes.persistent_hRN, call.persistent_k_HNE[heads])
+        persistent_hRE = _multiply(slopes.persistent_hRN, call.persistent_k_HNE[heads])
         target_hntE = self.q[heads, block.texts, block.queries]
         if self.persistent_q is None:
             q_hRE += persistent_hRE
@@ -317,12 +317,11 @@ class _Gradients:
         return (*(getattr(self, name) if self.needed[name] else None for name in _NAMES), None, None, None)
 
 
-def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """Write the product of each head's matrices; a single pair is spread over the cores better by `mm`."""
+def _multiply(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Multiply each head's matrices; `mm` spreads a single pair over the cores better, and reads rows of a buffer."""
     if len(left) == 1:
-        torch.mm(left[0], right[0], out=out[0])
-    else:
-        torch.bmm(left, right, out=out)
+        return torch.mm(left[0], right[0], out=None if out is None else out[0])[None]
+    return torch.bmm(left, right, out=out)
 
 
 def _as_floats(kept: Tensor, buffer: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ h heads, n texts, t queries and c = W + t − 1 columns, those of the context th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ class Blocking:
         context: S.
         window: W.
         others: scores of a query that are not of the context.
-        capacity: scores a block may have at most, as far as one text and head allow.
+        capacity: scores a block may have at most, as far as 64 queries of one text and head allow.
     """
 
     heads: int
@@ -65,8 +66,14 @@ class Blocking:
 
     @property
     def num_queries(self) -> int:
-        """Queries of a block. More than a window of them would see columns that are far from their own."""
-        return min(self.queries, max(self.window, _MIN_QUERIES))
+        """Queries of a block.
+
+        More than a window of them would see columns that are far from their own. One text and head has
+        t (W + t − 1 + others) scores, which should fit.
+        """
+        others = self.window - 1 + self.others
+        fitting = (math.isqrt(others**2 + 4 * self.capacity) - others) // 2
+        return min(self.queries, max(min(self.window, fitting), _MIN_QUERIES))
 
     @property
     def num_texts(self) -> int:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 def append_in_place(cache: Cache) -> None:
     """Let an empty cache append to memory that has room, where transformers' own would copy all for every token."""
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(getattr(cache, "layers", ())):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             appending = AppendingLayer(layer.sliding_window)
             appending.record_past = layer.record_past
@@ -30,8 +30,8 @@ class AppendingLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, E) of each; return what the new positions may see, (B, H, S + T, E) of each."""
-        if self.record_past or (torch.is_grad_enabled() and key_states.requires_grad):
-            # To be rolled back, or differentiated: neither goes with writing over what was there.
+        if self.record_past or torch.is_grad_enabled():
+            # To be rolled back, or differentiated perhaps: neither goes with writing over what was there.
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -55,7 +55,9 @@ class _Room:
         length, count = (current.shape[-2] if current is not None and current.numel() else 0), new.shape[-2]
         # The cache may have put other tensors in place: other beams, other rows of the batch, a shorter text.
         if self.memory is None or current is not self.kept or self.end + count > self.memory.shape[-2]:
-            self.memory = new.new_empty((*new.shape[:2], length + count + keep, new.shape[3]))
+            # A text that is read in inference mode may go on outside of it, where its tensors could not be written to.
+            with torch.inference_mode(False):
+                self.memory = new.new_empty((*new.shape[:2], length + count + keep, new.shape[3]))
             if current is not None and length:
                 self.memory[:, :, :length] = current
             self.end = length

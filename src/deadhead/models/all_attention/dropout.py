@@ -32,10 +32,10 @@ def draw_kept(shape: torch.Size, p: float) -> Tensor:
     above or below it, by a draw that makes the mean exact.
     """
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    words = torch.empty((rows * columns + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((rows * columns + 7) // 8, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     random_bytes = words.view(torch.uint8)[: rows * columns].view(rows, columns)
     level = math.floor(p * _LEVELS)
-    is_above = torch.rand((rows, 1)) < p * _LEVELS - level
+    is_above = torch.rand((rows, 1), device="cpu") < p * _LEVELS - level
     # 256 does not fit into a byte, but then the comparison need not be fast.
     threshold = (level + is_above).to(torch.uint8 if level + 1 < _LEVELS else torch.int16)
     return torch.ge(random_bytes, threshold, out=random_bytes).view(shape)

@@ -45,9 +45,7 @@ class AllAttention(nn.Module):
         self.heads = config.layer_heads(layer)
         # Numbers of their own: reading them off a configuration takes as long as a small product.
         self.head_dim = config.head_dim
-        self.memory_length = config.memory_length
         self.is_rotary = config.position == "rotary"
-        self.attend_initial_memory = config.attend_initial_memory
         width, num_heads = config.hidden_size, len(self.heads)
         if not num_heads:
             self.o_proj: nn.Module = OutputBias(width)
@@ -71,8 +69,10 @@ class AllAttention(nn.Module):
         A gate that deadhead has put into this module knows which heads it multiplies by 0 in this forward, with no
         gradient for the gate: they change neither the output nor any gradient.
         """
+        if torch.compiler.is_compiling():
+            return None
         idle = getattr(getattr(self, "head_gate", None), "idle", ())
-        if not idle or torch.compiler.is_compiling():
+        if not idle:
             return None
         # One head at least, so that every parameter takes part: distributed training waits for all their gradients.
         active = [head for head in range(len(self.heads)) if head not in idle] or [0]
@@ -118,7 +118,9 @@ class AllAttention(nn.Module):
                 placeholder = normed_BTD.new_zeros((batch, 1, num_queries, 1))
                 past_key_values.update(placeholder, placeholder, self.layer)
             return self.o_proj(normed_BTD), None
-        active_H = self._active_heads() if past_key_values is None else None
+        active_H = self._active_heads() if past_key_values is None and not need_weights else None
+        # Read here, since a text may be read with a longer memory than the model was trained with.
+        memory_length = self.config.memory_length
         q_BHTE, k_BHSE, v_BHSE = (
             self._project(self.q_proj, normed_BTD, active_H),
             self._project(self.k_proj, context_BSD, active_H),
@@ -137,17 +139,18 @@ class AllAttention(nn.Module):
             k_BHSE, v_BHSE = past_key_values.update(k_BHSE, v_BHSE, self.layer)
             # A static cache hands out places that are not filled yet, one that does not slide all that ever was.
             filled = min(start + num_queries, k_BHSE.shape[2])
-            first = max(0, filled - (self.memory_length + num_queries))
+            first = max(0, filled - (memory_length + num_queries))
             k_BHSE, v_BHSE = k_BHSE[:, :, first:filled], v_BHSE[:, :, first:filled]
             start -= k_BHSE.shape[2] - num_queries
         if blank_D is not None:
-            k_BHSE, v_BHSE = self._with_blanks(k_BHSE, v_BHSE, blank_D, padding_BS, num_queries, start, active_H)
+            missing = memory_length + num_queries - k_BHSE.shape[2]
+            k_BHSE, v_BHSE = self._with_blanks(k_BHSE, v_BHSE, blank_D, padding_BS, missing, start, active_H)
 
         content_bias_HE = position_bias_HE = r_HWE = None
         if positions_WD is not None:
             content_bias_HE, position_bias_HE = (_select(bias, active_H) for bias in self._biases(shared_bias))
             r_HWE = self._position_keys(positions_WD, active_H, past_key_values, is_first)
-        has_padding = padding_BS is not None and not self.attend_initial_memory
+        has_padding = padding_BS is not None and blank_D is None
         operands = Operands(
             q_BHTE=q_BHTE,
             persistent_q_BHTE=persistent_q_BHTE,
@@ -158,7 +161,7 @@ class AllAttention(nn.Module):
             position_bias_HE=position_bias_HE,
             persistent_k_HNE=_select(self.persistent_k, active_H),
             persistent_v_HNE=_select(self.persistent_v, active_H),
-            window=self.memory_length + 1,
+            window=memory_length + 1,
             padding_BS=padding_BS[:, -k_BHSE.shape[2] :] if padding_BS is not None and has_padding else None,
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
@@ -167,9 +170,6 @@ class AllAttention(nn.Module):
             # The gates multiply what stands in the other heads' places by 0.
             everything = attended_BTHE.new_zeros((batch, num_queries, len(self.heads), self.head_dim))
             attended_BTHE = everything.index_copy(2, active_H, attended_BTHE)
-            if weights is not None:
-                blank = weights.new_zeros((batch, len(self.heads), *weights.shape[2:]))
-                weights = blank.index_copy(1, active_H, weights)
         return project(self.o_proj, attended_BTHE.flatten(-2)), weights
 
     def _position_keys(
@@ -185,9 +185,9 @@ class AllAttention(nn.Module):
 
     def _attend(self, operands: Operands, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Attend by the fastest code for the device, the mode and the precision."""
-        if need_weights or self.config._attn_implementation == "eager" or torch.compiler.is_compiling():
+        if need_weights or self.config._attn_implementation == "eager":
             return eager_attention(operands, need_weights=need_weights)
-        if operands.q_BHTE.device.type != "cpu":
+        if operands.q_BHTE.device.type != "cpu" or torch.compiler.is_compiling():
             return sdpa_attention(operands), None
         # Reentrant checkpointing trains without gradients first, and must meet the same dropout when it recomputes.
         if torch.is_grad_enabled() or self.training:
@@ -208,12 +208,11 @@ class AllAttention(nn.Module):
         v_BHSE: Tensor,
         blank_D: Tensor,
         padding_BS: Tensor | None,
-        num_queries: int,
+        missing: int,
         start: int,
         active_H: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Let every column before a row's first token hold the keys and values of a zero hidden state."""
-        missing = self.memory_length + num_queries - k_BHSE.shape[2]
         if not missing and padding_BS is None:
             return k_BHSE, v_BHSE
         columns = missing + k_BHSE.shape[2]
@@ -259,7 +258,7 @@ class AllAttentionLayer(GradientCheckpointingLayer):
         attended, weights = self.attention(
             context[:, -hidden_BTD.shape[1] :],
             context,
-            self.norm(torch.zeros_like(hidden_BTD[0, 0])) if self.attention.attend_initial_memory else None,
+            self.norm(torch.zeros_like(hidden_BTD[0, 0])) if self.attention.config.attend_initial_memory else None,
             positions_WD,
             shared_bias,
             padding_BS,

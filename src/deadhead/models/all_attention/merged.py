@@ -1,7 +1,7 @@
 """The same attention as two calls of PyTorch's fused CPU kernel, merged by their log-sum-exp. For evaluation.
 
 Imports torch only. Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
-N persistent vectors; of a block n texts, t queries, c = W + t − 1 columns.
+N persistent vectors; of a block n texts, h heads, t queries, c = W + t − 1 columns.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
     content_q_BHTE, window = operands.content_q_BHTE, operands.window
     batch, heads, num_queries, _ = content_q_BHTE.shape
     blocking = Blocking(
-        heads=1,
+        heads=heads,
         batch=batch,
         queries=num_queries,
         context=operands.k_BHSE.shape[2],
         window=window,
         others=0,
-        capacity=_CAPACITY // heads,
+        capacity=_CAPACITY,
     )
     attended_BHTE = torch.empty_like(content_q_BHTE)
     lse_BHT = content_q_BHTE.new_empty((batch, heads, num_queries))
     for block in blocking:
-        _, num_texts, t = block.shape
-        bias = _buffers.outside_filled((num_texts, heads, t, block.columns), content_q_BHTE)
-        by_distance(bias, window).copy_(operands.position_scores(block.texts, block.queries))
+        h, n, t = block.shape
+        bias = _buffers.outside_filled((n, h, t, block.columns), content_q_BHTE)
+        by_distance(bias, window).copy_(operands.position_scores(block.texts, block.heads, block.queries))
         seen = bias[..., block.num_missing :]
         if operands.padding_BS is not None:
             seen.masked_fill_(operands.padding_BS[block.texts, None, None, block.context], -math.inf)
-        part = (block.texts, slice(None), block.queries)
+        part = (block.texts, block.heads, block.queries)
         attended_BHTE[part], lse_BHT[part] = _flash(
             _with_rows(content_q_BHTE[part]),
-            _with_rows(operands.k_BHSE[block.texts, :, block.context]),
-            _with_rows(operands.v_BHSE[block.texts, :, block.context]),
+            _with_rows(operands.k_BHSE[block.texts, block.heads, block.context]),
+            _with_rows(operands.v_BHSE[block.texts, block.heads, block.context]),
             0.0,
             False,
             attn_mask=seen,
@@ -86,20 +86,22 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
 class _Buffers(threading.local):
     """Memory for the position scores of a block, used by one layer after the other, each thread with its own.
 
-    Blocks of one shape all write the same places, by distance, so that the others are filled with −inf only once.
+    Blocks of as many queries and columns all write the same places, by distance, so that the others need to be filled
+    with −inf only once.
     """
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
 
-    def outside_filled(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return a tensor that is −inf wherever nothing is written by distance."""
+    def outside_filled(self, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+        """Return a tensor (n, h, t, c) that is −inf wherever nothing is written by distance."""
+        n, h, *rest = shape
         last = self.last
-        if last is None or last.shape != shape or last.dtype != like.dtype:
+        if last is None or list(last.shape[1:]) != rest or len(last) < n * h or last.dtype != like.dtype:
             # One made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                self.last = last = torch.full(shape, -math.inf, dtype=like.dtype)
-        return last
+                self.last = last = torch.full((n * h, *rest), -math.inf, dtype=like.dtype, device=like.device)
+        return last[: n * h].view(shape)
 
 
 _buffers = _Buffers()

@@ -18,9 +18,16 @@ _MOST_ROWS = 32
 
 
 def is_plain(projection: nn.Module) -> TypeIs[nn.Linear]:
-    """Tell whether a projection is its weight and bias: no adapter, hook or quantised weight of somebody's."""
+    """Tell whether a projection is its weight and bias alone: not adapted, hooked, offloaded or quantised."""
     module: Any = projection
-    return type(projection) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    return (
+        type(projection) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        # Accelerate puts a function of its own here, which fetches the weight.
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )
 
 
 def project(projection: nn.Module, hidden: Tensor) -> Tensor:
@@ -31,7 +38,7 @@ def project(projection: nn.Module, hidden: Tensor) -> Tensor:
     """
     rows = hidden.numel() // hidden.shape[-1]
     if (
-        rows > _MOST_ROWS
+        not 0 < rows <= _MOST_ROWS
         # Reentrant checkpointing trains without gradients first, and must meet the same numbers when it recomputes.
         or projection.training
         or torch.is_grad_enabled()
@@ -41,6 +48,7 @@ def project(projection: nn.Module, hidden: Tensor) -> Tensor:
         or torch.is_autocast_enabled("cpu")
         or not is_plain(projection)
         or projection.weight.dtype != torch.float32
+        or projection.weight.device != hidden.device
     ):
         result: Tensor = projection(hidden)
         return result
