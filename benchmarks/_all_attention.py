@@ -192,6 +192,24 @@ class Floor:
                 torch.bmm(left, right, out=product)
 
 
+class Softmax:
+    """The softmax over as many scores as a stack of layers has, in a buffer that stays in the cache, and nothing else.
+
+    It is no product, so the floor leaves it out, but no implementation can.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        columns = 2 * shape.length + shape.persistent
+        self.scores = torch.randn(shape.length, columns).to(dtype)
+        self.times = sum(shape.heads) * shape.batch
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Exponentiate and divide."""
+        for _ in range(self.times):
+            torch.softmax(self.scores, -1, out=self.scores)
+
+
 def medians(
     runs: Mapping[str, Callable[[], Any]], repeats: int, prepare: Mapping[str, Callable[[], Any]] | None = None
 ) -> dict[str, float]:

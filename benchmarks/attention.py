@@ -1,8 +1,9 @@
 """How near is the evaluation of All-attention layers to the time of their matrix products alone?
 
 Runs the layers of a stack over one segment after a memory of the same length, in turn within one run: ours with keys
-and values of the memory cached; a textbook implementation of the same layers; and the floor, their products in memory
-that is there already. Checks that ours and the textbook agree. Peak memory is that of a fresh process.
+and values of the memory cached; a textbook implementation of the same layers; the floor, their products in memory that
+is there already; and the softmax alone, which the floor leaves out. Checks that ours and the textbook agree. Peak
+memory is that of a fresh process.
 
     python benchmarks/attention.py [--quick] [--json FILE]
 """
@@ -20,6 +21,7 @@ from _all_attention import (
     DEMO,
     Floor,
     Shape,
+    Softmax,
     TextbookLayer,
     build,
     machine,
@@ -85,7 +87,8 @@ def measure(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     # Before any other call: each puts the segment's keys and values into the cache.
     ours, plainly = evaluation.ours().float(), evaluation.plainly().float()
     floor = Floor(shape, dtype, cached=True, backward=False)
-    seconds = medians({"ours": evaluation.ours, "textbook": evaluation.plainly, "floor": floor}, repeats)
+    runs = {"ours": evaluation.ours, "textbook": evaluation.plainly, "floor": floor, "softmax": Softmax(shape, dtype)}
+    seconds = medians(runs, repeats)
     memory = {name: peak_megabytes(run_once, shape, dtype, name) for name in IMPLEMENTATIONS}
     return {
         "shape": shape.name,
@@ -108,8 +111,8 @@ def main() -> None:
     options = parser.parse_args()
     shapes = [*paper_shapes(2 if options.quick else 16), replace(DEMO, name="demo, dense, batch 16")]
     table = Table(title=f"evaluation: {machine()}")
-    columns = ("ours ms", "textbook ms", "floor ms", "ours/floor", "textbook/ours", "ours MB", "textbook MB")
-    for column in ("layers", "", *columns, "difference"):
+    columns = ("ours ms", "textbook ms", "floor ms", "softmax ms", "ours/floor", "textbook/ours")
+    for column in ("layers", "", *columns, "ours MB", "textbook MB", "difference"):
         table.add_column(column, justify="right")
     rows = []
     for shape in shapes:
@@ -119,7 +122,7 @@ def main() -> None:
             table.add_row(
                 f"{row['shape']}, {row['layers']} layers",
                 row["dtype"],
-                *(f"{row['milliseconds'][name]:.1f}" for name in ("ours", "textbook", "floor")),
+                *(f"{row['milliseconds'][name]:.1f}" for name in ("ours", "textbook", "floor", "softmax")),
                 f"{row['over_floor']:.2f}",
                 f"{row['times_textbook']:.2f}",
                 *(f"{row['megabytes'][name]:.0f}" for name in IMPLEMENTATIONS),
