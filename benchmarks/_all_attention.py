@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,7 +214,9 @@ class Softmax:
 def medians(
     runs: Mapping[str, Callable[[], Any]], repeats: int, prepare: Mapping[str, Callable[[], Any]] | None = None
 ) -> dict[str, float]:
-    """Return the median seconds of each, all run in turn, so that noise hits all of them alike.
+    """Return the median seconds of each, all run in turn and each time in another order.
+
+    So noise hits all of them alike, and so does what the one before leaves in caches and in the heap.
 
     Args:
         runs: what is timed.
@@ -221,12 +224,13 @@ def medians(
         prepare: what comes before each time, untimed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    draw = random.Random(0)
     for repetition in range(repeats + 1):
-        for name, run in runs.items():
+        for name in draw.sample(list(runs), len(runs)):
             if prepare is not None:
                 prepare[name]()
             begin = time.perf_counter()
-            run()
+            runs[name]()
             if repetition:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
