@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks._tiny_models import scramble
 from deadhead import checkpoint
@@ -140,6 +140,21 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+class Killed(Exception):
+    """The process is gone."""
+
+
+class KillAt(TrainerCallback):
+    """Stops after a step as a killed process would: nothing more is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
 
 
 def without_times(value: Any) -> Any:

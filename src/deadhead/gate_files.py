@@ -13,6 +13,7 @@ from deadhead.errors import InputError
 from deadhead.files import read_json, write_bytes, write_json
 from deadhead.gates import GateConfig, HeadGates
 from deadhead.gating import attach_to, detach
+from deadhead.plan import layer_key
 
 GATES_FILE = "head_gates.safetensors"
 GATES_CONFIG_FILE = "head_gates.json"
@@ -61,8 +62,7 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     except SafetensorError as error:
         raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
     if heads is not None:
-        layers = (int(layer) if layer.isdigit() else layer for layer in heads)
-        heads = {layer: tuple(indices) for layer, indices in zip(layers, heads.values(), strict=True)}
+        heads = {layer_key(layer): tuple(indices) for layer, indices in heads.items()}
     gates = attach_to(model, config=config, unit=unit, heads=heads)
     try:
         gates.load_state_dict(state)

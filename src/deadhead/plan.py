@@ -23,14 +23,15 @@ _KEYS = {"version", "unit", "total", "kept", "output_scale", "blocks"}
 _MOST_HEADS = 100_000
 
 
-def _layer(key: Layer) -> Layer:
+def layer_key(key: Layer) -> Layer:
+    """Return a layer's key as it is in memory: JSON writes indices as strings."""
     return int(key) if isinstance(key, str) and re.fullmatch("[0-9]+", key) else key
 
 
 def _by_layer(values: Mapping[Layer, Any], what: str) -> dict[Layer, Any]:
     found: dict[Layer, Any] = {}
     for key, value in values.items():
-        layer = _layer(key)
+        layer = layer_key(key)
         if layer in found:
             raise InputError(f"A head plan's {what} name layer {layer} twice.")
         found[layer] = value

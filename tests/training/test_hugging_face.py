@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
@@ -17,25 +17,10 @@ from deadhead.gates import HeadGates
 from deadhead.gating import is_gate
 from deadhead.training.phases import gate_config
 from deadhead.training.recipe import with_defaults
-from tests.small import assert_same_tensors, metrics, stream
+from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
 
 _TEXT = stream(600, vocab_size=VOCABULARY)
 _STEPS, _KILLED = 6, 3
-
-
-class _Killed(Exception):
-    """The process is gone."""
-
-
-class _Kill(TrainerCallback):
-    """Stops after a step as a killed process would: nothing more is saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise _Killed
 
 
 class _Rows(Dataset[dict[str, torch.Tensor]]):
@@ -76,12 +61,12 @@ def _their_trainer(
     }
     callbacks: list[Any] = [
         deadhead.SparsityCallback(gates, l0=0.5, warmup_steps=0, weighting="output_difference"),
-        *([] if kill is None else [_Kill(kill)]),
+        *([] if kill is None else [KillAt(kill)]),
     ]
     trainer = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=_Rows(), callbacks=callbacks)
     try:
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{_KILLED}") if resume else None)
-    except _Killed:
+    except Killed:
         assert kill is not None
     return model, gates, trainer
 
@@ -136,10 +121,10 @@ def _ours(
             folder=folder / "checkpoints",
             gates=gates,
             metrics=folder / "metrics.jsonl",
-            callbacks=() if kill is None else (_Kill(kill),),
+            callbacks=() if kill is None else (KillAt(kill),),
             resume=resume,
         )
-    except _Killed:
+    except Killed:
         assert kill is not None
     return model, gates
 

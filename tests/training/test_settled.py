@@ -20,24 +20,11 @@ from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.training.phases import gate_config
 from deadhead.training.run import Run
 from tests.helpers import tiny_model
-from tests.small import assert_same_tensors, metrics, small_recipe, stream, write_prose
+from tests.small import KillAt, Killed, assert_same_tensors, metrics, small_recipe, stream, write_prose
 
 _TEXT = stream(300)
 # Of three layers with four heads: some heads of two layers, and all of the last.
 _SHUT = {0: [1, 3], 1: [2], 2: [0, 1, 2, 3]}
-
-
-class _Killed(Exception):
-    """The process is gone."""
-
-
-class _KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise _Killed
 
 
 def _recipe(kind: str = "all_attention", **changes: Any) -> PruneRecipe:
@@ -128,9 +115,9 @@ def test_a_run_killed_before_or_after_heads_were_cut_goes_on_to_the_same_bits(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     _train(model, gates, recipe, folder=whole, metrics=whole / "metrics.jsonl")
     begun, begun_gates = _model(recipe, kind)
-    with pytest.raises(_Killed):
+    with pytest.raises(Killed):
         settings = {"folder": stopped, "metrics": stopped / "metrics.jsonl"}
-        _train(begun, begun_gates, recipe, callbacks=[_KillAt(killed)], **settings)
+        _train(begun, begun_gates, recipe, callbacks=[KillAt(killed)], **settings)
     resumed, resumed_gates = _model(recipe, kind)
     _train(resumed, resumed_gates, recipe, resume=True, **settings)
     assert_same_tensors(model.state_dict(), resumed.state_dict())
@@ -242,8 +229,8 @@ def test_soft_gates_settle_too() -> None:
 def test_a_model_that_was_cut_since_cannot_go_on_from_before(tmp_path: Path) -> None:
     recipe = _recipe(cut_settled=5, save_every=3)
     model, gates = _model(recipe)
-    with pytest.raises(_Killed):
-        _train(model, gates, recipe, folder=tmp_path, callbacks=[_KillAt(5)])
+    with pytest.raises(Killed):
+        _train(model, gates, recipe, folder=tmp_path, callbacks=[KillAt(5)])
     with pytest.raises(InputError, match="has heads that training has cut off this model since; load the model anew"):
         _train(model, gates, recipe, folder=tmp_path, resume=True)
 
