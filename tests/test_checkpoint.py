@@ -26,7 +26,7 @@ from transformers import (
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.data import load_text, load_tokenizer
-from deadhead.gates import GateConfig
+from deadhead.hard_concrete import GateConfig
 from deadhead.models import AllAttentionForCausalLM
 from tests.helpers import assert_unchanged, snapshot, tiny_model
 from tests.small import assert_same_tensors, tree, weights, write_prose

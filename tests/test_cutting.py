@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError
-from deadhead.gates import GateConfig
 from deadhead.gating import attach, gates_of
+from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM

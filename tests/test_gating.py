@@ -11,13 +11,14 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from deadhead.cutting import cut
 from deadhead.errors import InputError, UnsupportedModel
-from deadhead.gates import GateConfig, HeadGate
+from deadhead.gates import HeadGate
 from deadhead.gating import attach, detach, gates_of
+from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
-from deadhead.penalty import add_penalty_gradient, l0_loss
+from deadhead.penalty import l0_loss, penalty_gradient
 from deadhead.plan import HeadPlan
 from tests.helpers import assert_unchanged, difference, snapshot, tiny_model
 
@@ -134,7 +135,7 @@ def test_a_model_without_any_head_left_still_answers_every_question() -> None:
     assert len(gates) == 0 and gates.sparsity in (0.0, 1.0) and gates.plan() == plan
     assert gates.plan(sparsity=0.5) == plan
     assert float(gates.l0()) == 0.0 == float(l0_loss(gates, "output_difference"))
-    assert add_penalty_gradient(gates, 1.0) == 0.0
+    assert penalty_gradient(gates, 1.0) == []
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     cut(model.eval(), plan)
     assert logits(model).isfinite().all()

@@ -23,8 +23,8 @@ from torch import Tensor
 import deadhead.layouts
 from deadhead.cutting import cut
 from deadhead.errors import CutError
-from deadhead.gates import GateConfig
 from deadhead.gating import attach, detach, gates_of
+from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import Selection
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM

@@ -2,17 +2,20 @@
 
 from .checkpoint import load, load_gated, save
 from .cost import Cost, model_cost
+from .criteria import score_heads
 from .cutting import cut
 from .data import load_text
 from .errors import CutError, DivergenceError, InputError, UnsupportedModel
 from .evaluation import Evaluation, evaluate
 from .gate_files import load_gates, save_gates
-from .gates import GateConfig, HeadGates
+from .gates import HeadGates
 from .gating import attach, detach, gates_of
+from .hard_concrete import GateConfig
 from .models import AllAttentionConfig, AllAttentionForCausalLM
 from .plan import HeadPlan
+from .ranking import HeadScores
 from .timing import bench
-from .training import PhaseRecipe, PruneRecipe, SparsityCallback, gate_config, train
+from .training import PhaseRecipe, PruneRecipe, SparsityCallback, gate_config, rank, train
 
 __version__: str
 
@@ -26,6 +29,7 @@ __all__ = [
     "GateConfig",
     "HeadGates",
     "HeadPlan",
+    "HeadScores",
     "InputError",
     "PhaseRecipe",
     "PruneRecipe",
@@ -43,7 +47,9 @@ __all__ = [
     "load_gates",
     "load_text",
     "model_cost",
+    "rank",
     "save",
     "save_gates",
+    "score_heads",
     "train",
 ]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import CutError, InputError
-from deadhead.gates import GateConfig, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.gating import attach, detach, gates_of, rehang
+from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import AttentionSite, Layout, Selection, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.files import read_json, write_bytes, write_json
-from deadhead.gates import GateConfig, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.gating import attach_to, detach
+from deadhead.hard_concrete import GateConfig
 from deadhead.plan import layer_key
 
 GATES_FILE = "head_gates.safetensors"

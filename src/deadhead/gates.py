@@ -1,107 +1,22 @@
-"""Hard-concrete gates (Louizos, Welling, Kingma 2018), one for each attention head: the maths, and a model's gates.
-
-With u ~ Uniform(ε, 1 − ε), a gate's value is
-
-    s = σ((ln u − ln(1 − u) + log_alpha) / β)   in training,      s = σ(log_alpha)   in evaluation,
-    z = clamp(s (ζ − γ) + γ, 0, 1),             hard: 1[z ≥ 0.5] forward, the gradient of z backward,
-
-and the L0 sparsity loss sums P(z > 0) = σ(log_alpha − β ln(−γ / ζ)) over the heads. Shim et al. 2021 (arXiv 2110.03252)
-use one such gate for each head, with hard decisions, and scale a layer's output by H / (open gates).
-"""
+"""The gates of a model: one hard-concrete variable for each attention head (see `hard_concrete`)."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deadhead.errors import InputError
+from deadhead.hard_concrete import GateConfig, gate_values, l0_probability, soft_values
 from deadhead.plan import HeadPlan, Layer, Unit
+from deadhead.ranking import HeadScores, Ranking
 
 # Forwards from one measurement of the output differences to the next: measuring takes as long as a projection.
 _MEASURE_EVERY = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateConfig:
-    """What all gates of a model share.
-
-    Args:
-        beta: temperature β of the concrete distribution.
-        gamma: lower end γ of the stretch, below 0.
-        zeta: upper end ζ of the stretch, above 1.
-        init: log_alpha of every gate at the start (the paper's initialisation); 0.0 switches it off.
-        hard: forward values are 0 or 1 (straight-through); False leaves them soft.
-        output_scale: multiply the gated heads' sum by H / (open gates), the paper's attention output scaling.
-        lr_scale: a gate learns this many times as fast as the model (exact for Adam-like optimizers).
-        epsilon: noise is drawn from Uniform(ε, 1 − ε).
-        seed: seed of the gates' own noise.
-    """
-
-    beta: float = 1 / 3
-    gamma: float = -0.1
-    zeta: float = 1.1
-    init: float = 2.0
-    hard: bool = True
-    output_scale: bool = False
-    lr_scale: float = 10.0
-    epsilon: float = 1e-6
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, wrong, rule in (
-            ("beta", self.beta <= 0, "above 0"),
-            ("gamma", self.gamma >= 0, "below 0"),
-            ("zeta", self.zeta <= 1, "above 1"),
-            ("lr_scale", self.lr_scale <= 0, "above 0"),
-            ("epsilon", not 0 < self.epsilon < 0.5, "between 0 and 0.5"),
-        ):
-            if wrong:
-                raise InputError(f"A gate's {name} must be {rule}, but it is {getattr(self, name)}.")
-
-    @property
-    def open_threshold(self) -> float:
-        """log_alpha from which a gate is open in evaluation: z ≥ 0.5 when hard (0 by default), z > 0 when soft."""
-        return self._log_alpha_at(0.5 if self.hard else 0.0)
-
-    @property
-    def saturation(self) -> float:
-        """|log_alpha| from which a gate's evaluation value is exactly 0 or 1, soft ones included."""
-        return max(-self._log_alpha_at(0.0), self._log_alpha_at(1.0))
-
-    def _log_alpha_at(self, z: float) -> float:
-        share = (z - self.gamma) / (self.zeta - self.gamma)
-        return math.log(share / (1 - share))
-
-
-def gate_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None = None) -> Tensor:
-    """Return the values z of gates, shape of `log_alpha`.
-
-    Args:
-        log_alpha: the gates' parameters, any shape.
-        config: the constants.
-        noise: u of a training draw, same shape; None evaluates.
-    """
-    z = _soft_values(log_alpha, config, noise)
-    if not config.hard:
-        return z
-    # In this order the rounding cancels: the forward value is exactly 0 or 1.
-    return z + ((z >= 0.5).to(z.dtype) - z).detach()
-
-
-def _soft_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None) -> Tensor:
-    logits = log_alpha if noise is None else (noise.log() - (-noise).log1p() + log_alpha) / config.beta
-    return (torch.sigmoid(logits) * (config.zeta - config.gamma) + config.gamma).clamp(0.0, 1.0)
-
-
-def l0_probability(log_alpha: Tensor, config: GateConfig) -> Tensor:
-    """Return P(z > 0) of each gate, the summand of the L0 sparsity loss, shape of `log_alpha`."""
-    return torch.sigmoid(log_alpha - config.beta * math.log(-config.gamma / config.zeta))
 
 
 class HeadGate(nn.Module):
@@ -182,7 +97,7 @@ class HeadGate(nn.Module):
         if not self.training or self.noise.is_meta:
             return ()
         if self._idle is None:
-            z_H = _soft_values(self.log_alpha.detach(), self.config, self.noise)
+            z_H = soft_values(self.log_alpha.detach(), self.config, self.noise)
             self._idle = tuple((z_H[self.kept] == 0).nonzero().flatten().tolist())
         return self._idle
 
@@ -250,6 +165,7 @@ class HeadGates:
         self.config = config
         self._step = 0
         self._micro_batch = 0
+        self._exactly: list[tuple[list[HeadGate], int]] = []
 
     @property
     def present(self) -> dict[Layer, tuple[int, ...]]:
@@ -277,10 +193,19 @@ class HeadGates:
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
         generator = torch.Generator().manual_seed(seed)
         epsilon = self.config.epsilon
-        for gate in self.gates.values():
-            noise = torch.rand(gate.num_heads, generator=generator) * (1 - 2 * epsilon) + epsilon
-            gate.draw(noise, measure=(self._step + self._micro_batch) % _MEASURE_EVERY == 0)
+        noise = {
+            gate: torch.rand(gate.num_heads, generator=generator) * (1 - 2 * epsilon) + epsilon
+            for gate in self.gates.values()
+        }
+        for group, count in self._exactly:
+            noise |= _subset_noise({gate: noise[gate] for gate in group}, count, epsilon)
+        for gate, u_H in noise.items():
+            gate.draw(u_H, measure=(self._step + self._micro_batch) % _MEASURE_EVERY == 0)
         self._micro_batch += 1
+
+    def draw_exactly(self, groups: Sequence[tuple[list[HeadGate], int]]) -> None:
+        """Let draws open exactly so many gates of each group, until told otherwise; () lets each gate decide alone."""
+        self._exactly = list(groups)
 
     def track_difference(self, on: bool = True) -> None:
         """Measure each head's output difference in one training forward of ten (see `HeadGate.difference`)."""
@@ -316,26 +241,25 @@ class HeadGates:
         """Share of the gates that are closed in evaluation, in [0, 1]."""
         return 1.0 - sum(int(gate.is_open.sum()) for _, gate in self) / max(len(self), 1)
 
-    def plan(self, *, sparsity: float | None = None) -> HeadPlan:
+    def plan(self, *, sparsity: float | None = None, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that keeps the heads open now.
 
         Args:
             sparsity: close exactly this share of the gates instead, those with the smallest log_alpha. Heads that
                 training has cut already are among them, even if they are more.
+            ranking: with `sparsity`, "global" compares the gates of all layers; "layer" closes the same share of each.
         """
-        is_open = {layer: gate.is_open.cpu() for layer, gate in self}
         if sparsity is not None:
-            if not 0 <= sparsity <= 1:
-                raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
-            lowest = [torch.where(gate.is_kept, gate.log_alpha.detach(), -math.inf).cpu() for _, gate in self]
-            values = torch.cat([*lowest, torch.empty(0)])
-            closing = set(values.argsort(stable=True)[: round(sparsity * len(values))].tolist())
-            closing |= set((values == -math.inf).nonzero().flatten().tolist())
-            position = iter(range(len(values)))
-            is_open = {
-                layer: torch.tensor([next(position) not in closing for _ in range(gate.num_heads)], dtype=torch.bool)
-                for layer, gate in self
-            }
+            return HeadScores(
+                scores={
+                    layer: torch.where(gate.is_kept, gate.log_alpha.detach(), -math.inf).cpu() for layer, gate in self
+                },
+                heads=self.heads,
+                total=self.total,
+                unit=self.unit,
+                output_scale=self.config.output_scale,
+            ).plan(sparsity, ranking=ranking)
+        is_open = {layer: gate.is_open.cpu() for layer, gate in self}
         kept = {
             layer: tuple(head for head, opened in zip(heads, is_open[layer].tolist(), strict=True) if opened)
             if layer in is_open
@@ -400,6 +324,25 @@ class HeadGates:
         for layer, gate in self:
             gate.set_log_alpha(state[f"{layer}.log_alpha"].to(gate.log_alpha_bias.device))
             gate.difference.copy_(state[f"{layer}.difference"])
+
+
+def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, epsilon: float) -> dict[HeadGate, Tensor]:
+    """Return noise u with which `count` of the gates are open: those with the largest log_alpha + Gumbel noise.
+
+    A gate is open where ln u − ln(1 − u) + log_alpha ≥ 0, so u is σ of the Gumbel noise minus a threshold between the
+    last that is open and the first that is not; the gradient is that of the hard-concrete gate with this noise
+    (relaxed subset sampling with a straight-through estimator).
+    """
+    gumbel = torch.cat([-(-u_H.log()).log() for u_H in noise.values()])
+    values = torch.cat([gate.log_alpha.detach().cpu() for gate in noise])
+    # Heads that training has cut are never open.
+    values = torch.where(torch.cat([gate.is_kept.cpu() for gate in noise]), values, -math.inf)
+    ordered = (values + gumbel).sort(descending=True).values
+    ordered = torch.cat([ordered[:1] + 2, ordered, torch.full((1,), -math.inf)])
+    upper, lower = float(ordered[count]), float(ordered[count + 1])
+    threshold = (upper + lower) / 2 if lower > -math.inf else upper - 1
+    shifted = torch.sigmoid(gumbel - threshold).clamp(epsilon, 1 - epsilon)
+    return dict(zip(noise, shifted.split([gate.num_heads for gate in noise]), strict=True))
 
 
 def _counts(total: Mapping[Layer, int]) -> str:

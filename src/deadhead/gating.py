@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
-from deadhead.gates import GateConfig, HeadGate, HeadGates
+from deadhead.gates import HeadGate, HeadGates
+from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import AttentionSite, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Layer, Unit
@@ -45,23 +46,35 @@ class _GateInput:
 
     @torch.no_grad()
     def _measure(self, module: nn.Module, heads_BTHE: Tensor, z_H: Tensor) -> None:
-        """Update d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, before scale and bias.
-
-        ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
-        """
+        """Update the running average of the output differences."""
         gate = self.gate
         # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
         gate.measures_now = False
-        rows_RHE = heads_BTHE.flatten(0, -3).float()
-        weight_HED = head_columns(module).detach().float().T.unflatten(0, (-1, self.head_dim))
-        moment_HEE = torch.einsum("rhe,rhf->hef", rows_RHE, rows_RHE)
-        gram_HEE = weight_HED @ weight_HED.transpose(-1, -2)
-        alone_H = (moment_HEE * gram_HEE).sum((-1, -2))
-        together = ((rows_RHE * z_H[:, None]).flatten(1) @ weight_HED.flatten(0, 1)).square().sum()
-        difference_H = (alone_H / together.clamp(min=1e-12)).clamp(min=0).sqrt().clamp(max=1e3)
+        difference_H = output_differences(module, heads_BTHE.flatten(0, -3), z_H)
         first = not bool(gate.difference.any())
         average_H = gate.difference[gate.kept].lerp(difference_H, 1.0 if first else _DIFFERENCE_RATE)
         gate.difference.index_copy_(0, gate.kept, average_H)
+
+
+@torch.no_grad()
+def output_differences(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None = None) -> Tensor:
+    """Return d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, before scale and bias, shape (H,).
+
+    ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
+
+    Args:
+        output: the output projection.
+        heads_RHE: what the heads give to it, for R tokens.
+        z_H: which heads are open; None: all.
+    """
+    rows_RHE = heads_RHE.float()
+    weight_HED = head_columns(output).detach().float().T.unflatten(0, heads_RHE.shape[1:])
+    moment_HEE = torch.einsum("rhe,rhf->hef", rows_RHE, rows_RHE)
+    gram_HEE = weight_HED @ weight_HED.transpose(-1, -2)
+    alone_H = (moment_HEE * gram_HEE).sum((-1, -2))
+    open_RHE = rows_RHE if z_H is None else rows_RHE * z_H[:, None]
+    together = (open_RHE.flatten(1) @ weight_HED.flatten(0, 1)).square().sum()
+    return (alone_H / together.clamp(min=1e-12)).clamp(min=0).sqrt().clamp(max=1e3)
 
 
 class _DrawNoise:

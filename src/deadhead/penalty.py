@@ -1,18 +1,22 @@
-"""The sparsity loss: L0 plain or weighted by output difference, its warm-up, and a λ steered to a target."""
+"""The sparsity loss: L0 plain or weighted by output difference, its warm-up, and L0 held at a target."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from deadhead.errors import InputError
-from deadhead.gates import HeadGates, l0_probability
+from deadhead.gates import HeadGate, HeadGates
+from deadhead.hard_concrete import l0_probability
+from deadhead.ranking import Ranking
 
 Weighting = Literal["plain", "output_difference"]
+
+# 2^-40 of the interval in which the shift is looked for is less than a float32 can tell.
+_HALVINGS = 40
 
 
 def difference_weights(difference_H: Tensor) -> Tensor:
@@ -29,12 +33,18 @@ def difference_weights(difference_H: Tensor) -> Tensor:
     return weights_H / weights_H.mean()
 
 
+def _weights(gate: HeadGate, weighting: Weighting) -> Tensor:
+    if weighting == "plain":
+        return torch.ones_like(gate.difference)
+    return difference_weights(gate.difference)
+
+
 def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
     """Return Σ w P(z > 0) over all heads (paper, the L0 term), with gradient (0-dimensional)."""
     if weighting == "plain" or not len(gates):
         return gates.l0()
     return torch.stack(
-        [(difference_weights(gate.difference) * l0_probability(gate.log_alpha, gate.config)).sum() for _, gate in gates]
+        [(_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config)).sum() for _, gate in gates]
     ).sum()
 
 
@@ -44,68 +54,107 @@ def linear_warmup(step: int, warmup_steps: int) -> float:
 
 
 class SparsityTarget:
-    """Steers λ so that the share of closed heads follows a straight ramp to a target.
+    """Holds the share of heads that draws leave out, in expectation, on a straight ramp to a target.
 
-    Closing takes a gate many steps, so a controller that looks at the share closed now acts too late and closes
-    everything at once. This one looks `horizon` steps ahead: it extends each gate's recent speed, softly counts the
-    gates that will then be closed, and moves λ up or down by a factor.
+    A Lagrange multiplier in place of a fixed λ: the sparsity loss moves log_alpha of all heads by w times one number,
+    and after each step that number is the one that makes Σ P(open) what the ramp asks for, so there is no λ to tune.
+    What the language-modelling loss says of each head decides which of them go.
 
     Args:
         sparsity: share of the gates to close, in [0, 1).
         ramp_steps: steps until the ramp has reached it.
-        initial: λ at the start.
-        horizon: how many steps ahead the share is predicted.
-        gain: how strongly λ reacts to the predicted difference.
+        ranking: "global" holds the share of all gates, "layer" that of each layer.
+        exact: subset pruning (Li, Cotterell, Sachan 2021): each draw leaves out exactly that share, those with the
+            smallest log_alpha after Gumbel noise.
     """
 
-    def __init__(
-        self, sparsity: float, *, ramp_steps: int, initial: float, horizon: int = 50, gain: float = 0.2
-    ) -> None:
+    def __init__(self, sparsity: float, *, ramp_steps: int, ranking: Ranking = "global", exact: bool = False) -> None:
         if not 0 <= sparsity < 1:
             raise InputError(f"The target sparsity must be at least 0 and below 1, but it is {sparsity}.")
+        if ranking not in ("global", "layer"):
+            raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
         self.sparsity = sparsity
         self.ramp_steps = ramp_steps
-        self.horizon = horizon
-        self.gain = gain
-        self.bounds = (initial / 100, initial * 100)
-        self.l0 = initial
-        self.speed: list[float] = []
-        self.previous: list[float] = []
+        self.ranking: Ranking = ranking
+        self.exact = exact
+        # The share left out where the ramp begins.
+        self.start: float | None = 0.0 if exact else None
 
-    def update(self, step: int, log_alpha: Iterable[Tensor]) -> float:
-        """Take the gates' parameters after `step` (counted from 1); return λ for the next step."""
-        values = torch.cat([values_H.flatten() for values_H in log_alpha])
-        previous = torch.tensor(self.previous) if self.previous else values
-        speed = torch.tensor(self.speed) if self.speed else torch.zeros_like(values)
-        speed = 0.9 * speed + 0.1 * (values - previous)
-        ahead = values + self.horizon * speed
-        predicted = torch.sigmoid(-ahead / 0.25).mean().item()
-        wanted = self.sparsity * linear_warmup(step + self.horizon, self.ramp_steps)
-        low, high = self.bounds
-        self.l0 = min(max(self.l0 * math.exp(self.gain * (wanted - predicted)), low), high)
-        self.previous, self.speed = values.tolist(), speed.tolist()
-        return self.l0
+    def wanted(self, step: int, gates: HeadGates) -> float:
+        """Return the share of heads that draws are to leave out after `step` steps."""
+        if self.start is None:
+            open_now = torch.cat([values.flatten() for values in gates.open_probability().values()])
+            self.start = min(1.0 - float(open_now.mean()), self.sparsity)
+        return self.start + (self.sparsity - self.start) * linear_warmup(step, self.ramp_steps)
+
+    def prepare(self, gates: HeadGates, step: int) -> None:
+        """Tell the gates, before the draws of `step` (counted from 0), how many of them are to be open."""
+        if self.exact:
+            share = self.wanted(step + 1, gates)
+            gates.draw_exactly([(group, _count(group, share)) for group in self._groups(gates)])
+
+    @torch.no_grad()
+    def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain") -> None:
+        """Move all log_alpha, after `step` steps (counted from 1), to where the wanted share is left out."""
+        share = self.wanted(step, gates)
+        for group in self._groups(gates):
+            weights = torch.cat([_weights(gate, weighting)[gate.kept] for gate in group])
+            values = torch.cat([gate.log_alpha[gate.kept] for gate in group])
+            count = _count(group, share) if self.exact else sum(gate.num_heads for gate in group) * (1 - share)
+            moved = _split_at(values, int(count)) if self.exact else _moved_to(values, weights, count, group[0])
+            for gate, part in zip(group, moved.split([len(gate.kept) for gate in group]), strict=True):
+                gate.set_log_alpha(gate.log_alpha.index_copy(0, gate.kept, part))
+
+    def _groups(self, gates: HeadGates) -> list[list[HeadGate]]:
+        found = [gate for _, gate in gates]
+        if not found:
+            return []
+        return [found] if self.ranking == "global" else [[gate] for gate in found]
 
     def state(self) -> dict[str, Any]:
         """Return what must be saved to go on exactly here."""
-        return {"l0": self.l0, "speed": self.speed, "previous": self.previous}
+        return {"start": self.start}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.l0, self.speed, self.previous = state["l0"], state["speed"], state["previous"]
+        self.start = state["start"]
 
 
-def add_penalty_gradient(gates: HeadGates, strength: float, weighting: Weighting = "plain") -> float:
-    """Add λ · ∂L0 / ∂gate to the gates' gradients and return the unweighted L0.
+def _count(group: Sequence[HeadGate], share: float) -> int:
+    total = sum(gate.num_heads for gate in group)
+    return total - round(share * total)
+
+
+def _moved_to(values: Tensor, weights: Tensor, count: float, gate: HeadGate) -> Tensor:
+    """Return values + μ · weights, μ such that `count` gates are expected to be open."""
+    offset, bound = gate.config.beta * gate.config.open_threshold, gate.config.bound
+
+    def moved(shift: float) -> Tensor:
+        return (values + shift * weights).clamp(-bound, bound)
+
+    low, high = -8 * bound, 8 * bound
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if float(torch.sigmoid(moved(middle) - offset).sum()) > count:
+            high = middle
+        else:
+            low = middle
+    return moved((low + high) / 2)
+
+
+def _split_at(values: Tensor, count: int) -> Tensor:
+    """Return the values moved so that the `count` largest are above 0 and the others below."""
+    ordered = values.sort(descending=True).values
+    if count <= 0 or count >= len(values):
+        return values - (ordered[0] + 1.0) if count <= 0 else values - (ordered[-1] - 1.0)
+    return values - (ordered[count - 1] + ordered[count]) / 2
+
+
+def penalty_gradient(gates: HeadGates, strength: float, weighting: Weighting = "plain") -> list[Tensor]:
+    """Return λ · ∂L0 / ∂gate of every layer, of the parameter as it is stored.
 
     The penalty does not depend on the batch, so its gradient is added once for each optimizer step, after clipping,
     and the reported loss stays the language model's own. `torch.autograd.grad` leaves hooks of data parallelism alone.
     """
     parameters = [gate.log_alpha_bias for _, gate in gates]
-    if not parameters:
-        return 0.0
-    gradients = torch.autograd.grad(l0_loss(gates, weighting) * strength, parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    with torch.no_grad():
-        return float(gates.l0())
+    return list(torch.autograd.grad(l0_loss(gates, weighting) * strength, parameters)) if parameters else []

@@ -23,8 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError, UnsupportedModel
-from deadhead.gates import GateConfig
 from deadhead.gating import attach, detach, gates_of
+from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.models.pruned import shrinking

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from deadhead.cutting import cut
-from deadhead.gates import GateConfig, HeadGate, HeadGates, gate_values, l0_probability
+from deadhead.gates import HeadGate, HeadGates
 from deadhead.gating import attach
+from deadhead.hard_concrete import GateConfig, gate_values, l0_probability
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
 from deadhead.penalty import add_penalty_gradient
 from tests.helpers import cached_logits, difference

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import deadhead
 from deadhead.errors import InputError
-from deadhead.gates import GateConfig, HeadGates
+from deadhead.gates import HeadGates
+from deadhead.hard_concrete import GateConfig
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.penalty import l0_loss
 from tests.helpers import tiny_model
@@ -114,9 +115,11 @@ def _losses(trainer: Trainer) -> list[dict[str, float]]:
     [
         {"l0": 0.05, "warmup_steps": 20},
         {"l0": 0.05, "warmup_steps": 0, "weighting": "output_difference"},
-        {"l0": 0.05, "warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6},
+        {"l0": 0.05, "warmup_steps": 20, "gate_lr": None},
+        {"warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6},
+        {"warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6, "exact": True},
     ],
-    ids=["lambda", "weighted", "target"],
+    ids=["lambda", "weighted", "adam", "target", "topk"],
 )
 def test_killed_and_resumed_is_as_if_never_stopped(options: dict[str, Any], tmp_path: Path) -> None:
     whole, whole_gates, whole_strengths = _run(tmp_path / "whole", **options)
@@ -130,18 +133,19 @@ def test_killed_and_resumed_is_as_if_never_stopped(options: dict[str, Any], tmp_
     assert _losses(resumed) == _losses(whole)
     assert len(_losses(whole)) == _STEPS
     assert strengths == whole_strengths[_KILLED:]
-    if "sparsity" in options or options["warmup_steps"]:
+    if options["warmup_steps"]:
         # Else the test could not tell a state that was restored from a fresh one.
         assert len(set(whole_strengths)) == _STEPS
     assert not torch.equal(gates.log_alpha()[0], torch.full((4,), 1.0))
 
 
-def test_target_is_part_of_the_checkpoint(tmp_path: Path) -> None:
+def test_target_and_optimizer_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     trainer, _, _ = _run(tmp_path, sparsity=0.5, ramp_steps=6, warmup_steps=0)
     saved = json.loads((tmp_path / f"checkpoint-{_STEPS}" / "trainer_state.json").read_text(encoding="utf-8"))
-    target = saved["stateful_callbacks"]["SparsityCallback"]["attributes"]["target"]
-    assert target["l0"] != 0.01
-    assert len(target["speed"]) == len(target["previous"]) == 12
+    attributes = saved["stateful_callbacks"]["SparsityCallback"]["attributes"]
+    assert 0 < attributes["target"]["start"] < 0.5
+    assert attributes["optimizer"]["steps"] == _STEPS and attributes["optimizer"]["square"] > 0
+    assert [len(means) for means in attributes["optimizer"]["means"]] == [4, 4, 4]
     assert trainer.state.global_step == _STEPS
 
 
@@ -164,7 +168,7 @@ def test_a_gate_moves_lr_scale_times_the_learning_rate(tmp_path: Path) -> None:
         model=model,
         args=_arguments(tmp_path, max_steps=1, learning_rate=rate, weight_decay=0.0, save_strategy="no"),
         train_dataset=_Text(),
-        callbacks=[deadhead.SparsityCallback(gates, l0=10.0, warmup_steps=0)],
+        callbacks=[deadhead.SparsityCallback(gates, l0=10.0, warmup_steps=0, gate_lr=None)],
     )
     trainer.train()
     # λ is so large that every gate's gradient is positive: each log_alpha falls by exactly one step.
@@ -178,7 +182,7 @@ def test_a_gate_moves_lr_scale_times_the_learning_rate(tmp_path: Path) -> None:
 def test_the_penalty_is_added_once_for_each_step(accumulation: int, tmp_path: Path) -> None:
     """What the callback adds to a gate's gradient is λ ∂L0, whatever the number of accumulated batches."""
     model, gates = _gated()
-    callback = deadhead.SparsityCallback(gates, l0=0.3, warmup_steps=0)
+    callback = deadhead.SparsityCallback(gates, l0=0.3, warmup_steps=0, gate_lr=None)
     expected = torch.autograd.grad(l0_loss(gates) * 0.3, [gate.log_alpha_bias for _, gate in gates])
     seen: list[list[torch.Tensor]] = []
 
@@ -232,7 +236,7 @@ def test_reported_loss_is_the_language_models(tmp_path: Path) -> None:
         model=model,
         args=_arguments(tmp_path, max_steps=1, save_strategy="no"),
         train_dataset=_Text(),
-        callbacks=[deadhead.SparsityCallback(gates, l0=100.0, warmup_steps=0)],
+        callbacks=[deadhead.SparsityCallback(gates, l0=100.0, warmup_steps=0, gate_lr=None)],
     )
     trainer.train()
     logged = _losses(trainer)[0]
@@ -324,7 +328,9 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
         ({"weighting": "both"}, "weighting must be 'plain' or 'output_difference', but it is 'both'"),
         ({"sparsity": 1.0}, "target sparsity must be at least 0 and below 1, but it is 1.0"),
         ({"sparsity": -0.5}, "target sparsity must be at least 0 and below 1, but it is -0.5"),
-        ({"sparsity": 0.5, "l0": 0.0}, "l0 must be above 0 with a target sparsity"),
+        ({"gate_lr": 0.0}, "gate_lr must be a number above 0, or None, but it is 0.0"),
+        ({"exact": True}, "need a target sparsity"),
+        ({"sparsity": 0.5, "ranking": "best"}, "ranking must be 'global' or 'layer', but it is 'best'"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

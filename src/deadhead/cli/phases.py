@@ -113,17 +113,28 @@ def prune(
     model: RequiredModel,
     data: PhaseData = None,
     recipe: RecipeOption = None,
-    l0: Annotated[
-        float | None, typer.Option("--l0", min=0, help="λ of the sparsity loss: the ratio is learned.")
+    criterion: Annotated[
+        Literal["gates", "topk", "magnitude", "taylor", "output-difference", "random"] | None,
+        typer.Option("--criterion", help="How heads are chosen: learned by gates, or ranked from --steps batches."),
     ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option("--sparsity", min=0, max=0.999, help="Steer λ to close this share of the heads.")
+    l0: Annotated[
+        float | None, typer.Option("--l0", min=0, help="λ, nats a token that an open head costs: the ratio is learned.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option("--sparsity", min=0, max=0.999, help="Close this share.")] = None,
+    ranking: Annotated[
+        Literal["global", "layer"] | None,
+        typer.Option("--ranking", help="Take the share of all heads together, or of each layer's."),
     ] = None,
     l0_warmup_steps: Annotated[int | None, typer.Option("--l0-warmup-steps", min=0)] = None,
+    gate_lr: Annotated[
+        float | None,
+        typer.Option("--gate-lr", min=0, help="Rate of the gates' own optimizer (0.3); 0: they learn in the model's."),
+    ] = None,
     gate_lr_scale: Annotated[
         float | None,
         typer.Option(
-            "--gate-lr-scale", help="Gates learn so many times as fast: 10, or a rate of 0.02 for other models."
+            "--gate-lr-scale",
+            help="With --gate-lr 0, gates learn so many times as fast: 10, or a rate of 0.02 for other models.",
         ),
     ] = None,
     init: Annotated[float | None, typer.Option("--init", help="log_alpha of every gate at the start.")] = None,
@@ -165,15 +176,18 @@ def prune(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train gates on a model's heads and cut the heads whose gates close.
+    """Train gates on a model's heads and cut the heads whose gates close, or rank heads and cut the lowest.
 
     The teacher of --distill is the model itself, unless --teacher names another.
     """
     base = _base(recipe)
     phase = _changed(
         base.prune,
+        criterion=criterion,
         l0=l0,
         sparsity=sparsity,
+        ranking=ranking,
+        gate_lr=gate_lr,
         l0_warmup_steps=l0_warmup_steps,
         gate_lr_scale=gate_lr_scale,
         init=init,

@@ -1,8 +1,18 @@
 """Training on transformers' Trainer: recipes, phases, the sparsity callback, and whole runs."""
 
-from deadhead.training.phases import gate_config, train
+from deadhead.training.phases import gate_config, rank, train
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, Recipe, load_recipe
 from deadhead.training.run import Run
 from deadhead.training.sparsity import SparsityCallback
 
-__all__ = ["PhaseRecipe", "PruneRecipe", "Recipe", "Run", "SparsityCallback", "gate_config", "load_recipe", "train"]
+__all__ = [
+    "PhaseRecipe",
+    "PruneRecipe",
+    "Recipe",
+    "Run",
+    "SparsityCallback",
+    "gate_config",
+    "load_recipe",
+    "rank",
+    "train",
+]

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from deadhead.criteria import READS_TEXT, OneShot, score_heads
 from deadhead.data import SegmentDataset, TokenStream
 from deadhead.errors import InputError
 from deadhead.evaluation import max_positions
 from deadhead.files import no_space_is_input_error
-from deadhead.gates import GateConfig, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.gating import is_gate
+from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
-from deadhead.modes import flushing_denormals
+from deadhead.modes import best_device, flushing_denormals
+from deadhead.plan import HeadPlan
 from deadhead.training.adapters import lora
 from deadhead.training.distillation import Distillation
 from deadhead.training.logs import MetricsFile, StepReporter
@@ -46,7 +50,11 @@ def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> G
     filled = with_defaults(recipe, model)
     assert filled.gate_lr_scale is not None and filled.output_scale is not None
     return GateConfig(
-        init=filled.init, hard=filled.hard, output_scale=filled.output_scale, lr_scale=filled.gate_lr_scale, seed=seed
+        init=filled.init,
+        hard=filled.hard,
+        output_scale=filled.output_scale and not filled.is_one_shot,
+        lr_scale=filled.gate_lr_scale,
+        seed=seed,
     )
 
 
@@ -66,6 +74,9 @@ def sparsity_callback(gates: HeadGates, recipe: PruneRecipe) -> SparsityCallback
         l0=recipe.l0,
         warmup_steps=recipe.l0_warmup_steps,
         sparsity=recipe.sparsity,
+        ranking=recipe.ranking,
+        exact=recipe.criterion == "topk",
+        gate_lr=recipe.gate_lr or None,
         ramp_steps=recipe.ramp_steps or max(1, recipe.steps * 2 // 3),
         weighting=recipe.weighting,
     )
@@ -168,18 +179,13 @@ def train(
         )
     if cut_settled and args.world_size > 1:
         raise InputError("cut_settled needs a single process: data parallelism does not take parameters that shrink.")
-    has_memory = hasattr(model.config, "memory_length")
-    dataset: Dataset[Any] = SegmentDataset(
-        text.tokens,
-        # Without memory the rows of a batch need not go on where those of the last one ended.
-        rows=recipe.batch_size * args.world_size if has_memory else 1,
-        segment_length=_segment_length(model, recipe),
-        first_segment=first_segment if has_memory else 0,
-    )
+    dataset = _segments(model, text, recipe, rows=recipe.batch_size * args.world_size, first_segment=first_segment)
     ours: list[TrainerCallback] = []
     if gates is not None:
         if not isinstance(recipe, PruneRecipe):
             raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
+        if recipe.is_one_shot:
+            raise InputError(f"The criterion {recipe.criterion} ranks heads and trains no gates; use deadhead.rank.")
         _require_same_gates(gates.config, gate_config(recipe, model, seed))
         ours.append(sparsity_callback(gates, recipe))
         if cut_settled:
@@ -221,6 +227,62 @@ def train(
             _checkpoint_activations(model, False)
         model.eval()
     return model
+
+
+def rank(
+    model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, *, seed: int = 0, first_segment: int = 0
+) -> HeadPlan:
+    """Choose the heads that stay by a one-shot criterion; the model is not changed.
+
+    Args:
+        model: without gates.
+        text: `recipe.steps` batches of it are looked at by the criteria that look at text.
+        recipe: with a one-shot criterion and a sparsity.
+        seed: of the choice of batches (of a model without segment memory), and of "random".
+        first_segment: where in the text to begin, for a model with segment memory.
+
+    Raises:
+        InputError: the criterion is not a one-shot one, or the text is too short.
+    """
+    if not recipe.is_one_shot or recipe.sparsity is None:
+        raise InputError(f"The criterion {recipe.criterion} trains gates; use deadhead.train with gates attached.")
+    batches: Iterable[dict[str, Tensor]] = ()
+    if recipe.criterion in READS_TEXT:
+        dataset = _segments(model, text, recipe, rows=recipe.batch_size, first_segment=first_segment)
+        in_order = hasattr(model.config, "memory_length")
+        generator = torch.Generator().manual_seed(seed)
+        loader = DataLoader(
+            dataset, batch_size=recipe.batch_size, shuffle=not in_order, generator=generator, drop_last=in_order
+        )
+        batches = islice(loader, recipe.steps)
+    model.to(best_device())  # type: ignore[arg-type]
+    with flushing_denormals():
+        scores = score_heads(model, cast(OneShot, recipe.criterion), batches, unit=recipe.unit, seed=seed)
+    return scores.plan(recipe.sparsity, ranking=recipe.ranking)
+
+
+def close_to_target(gates: HeadGates, recipe: PruneRecipe) -> None:
+    """Close exactly the share of trained gates that a recipe asks for, those with the smallest log_alpha.
+
+    Draws leave out that share in expectation; some gates may still be undecided.
+    """
+    if recipe.sparsity is not None:
+        plan = gates.plan(sparsity=recipe.sparsity, ranking=recipe.ranking)
+        if plan != gates.plan():
+            gates.set_plan(plan)
+
+
+def _segments(
+    model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, *, rows: int, first_segment: int
+) -> Dataset[Any]:
+    has_memory = hasattr(model.config, "memory_length")
+    return SegmentDataset(
+        text.tokens,
+        # Without memory the rows of a batch need not go on where those of the last one ended.
+        rows=rows if has_memory else 1,
+        segment_length=_segment_length(model, recipe),
+        first_segment=first_segment if has_memory else 0,
+    )
 
 
 def _trainee(model: PreTrainedModel, recipe: PhaseRecipe) -> AbstractContextManager[nn.Module]:

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from transformers import PreTrainedModel
 
+from deadhead.criteria import ONE_SHOT, OneShot
 from deadhead.errors import InputError
 from deadhead.models import AllAttentionConfig
 from deadhead.plan import Unit
+from deadhead.ranking import Ranking
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,22 +88,33 @@ class PhaseRecipe(_Section):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(100, ge=0)
 
+    @property
+    def training_steps(self) -> int:
+        """Steps of the optimizer that the phase makes."""
+        return self.steps
+
 
 class PruneRecipe(PhaseRecipe):
-    """The phase with gates: λ or a target sparsity, and the paper's three stabilisers.
+    """The phase that chooses heads: gates with λ or a target sparsity and the paper's three stabilisers, or a ranking.
 
-    Args: l0 is λ; sparsity, if given, is steered to, along a ramp over `ramp_steps` (0: two thirds of the phase);
-    l0_warmup_steps, init and output_scale are the stabilisers; gate_lr_scale how many times as fast gates learn;
+    Args: criterion is "gates", "topk" (gates of which every draw opens the same number), or a one-shot criterion of
+    `deadhead.criteria`, which trains nothing and looks at `steps` batches; l0 is λ, in nats a token for an open head;
+    sparsity, if given, is reached along a ramp over `ramp_steps` (0: two thirds of the phase); ranking, whether that
+    share goes of all heads or of each layer's; l0_warmup_steps, init and output_scale are the stabilisers; gate_lr the
+    rate of the gates' own optimizer (0: they learn in the model's, gate_lr_scale times as fast);
     freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit what a gate
     opens and closes (None: key/value groups where there are any, else heads); cut_settled, after how many steps in a
     row a shut gate's head is cut while training goes on (0: never; faster, but such a gate cannot open again); the
     rest are the gates' constants.
     """
 
+    criterion: Literal["gates", "topk", OneShot] = "gates"
+    ranking: Ranking = "global"
     l0: float = Field(0.03, ge=0)
     sparsity: float | None = Field(None, ge=0, lt=1)
     ramp_steps: int = Field(0, ge=0)
     l0_warmup_steps: int = Field(0, ge=0)
+    gate_lr: float = Field(0.3, ge=0)
     gate_lr_scale: float | None = Field(None, gt=0)
     init: float = 2.0
     output_scale: bool | None = None
@@ -109,6 +123,24 @@ class PruneRecipe(PhaseRecipe):
     freeze_weights: bool = False
     unit: Unit | None = None
     cut_settled: int = Field(0, ge=0)
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether heads are ranked without training anything."""
+        return self.criterion in ONE_SHOT
+
+    @property
+    def training_steps(self) -> int:
+        """Steps of the optimizer that the phase makes: none where heads are only ranked."""
+        return 0 if self.is_one_shot else self.steps
+
+    @model_validator(mode="after")
+    def _has_share(self) -> PruneRecipe:
+        if self.criterion != "gates" and self.sparsity is None:
+            raise PydanticCustomError(
+                "no_sparsity", "Only gates learn how many heads go; with another criterion set sparsity"
+            )
+        return self
 
 
 _P = TypeVar("_P", bound=PhaseRecipe)
@@ -200,6 +232,8 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"has an unknown key {'.'.join(where)!r}; {hint}"
     expected = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "no_sparsity":
+        return f"does not say how many heads go: {expected}"
     return f"has a wrong value for {'.'.join(where)!r}: {expected}, but it is {first['input']!r}"
 
 

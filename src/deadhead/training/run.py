@@ -28,7 +28,7 @@ from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.timing import bench
-from deadhead.training.phases import gate_config, train
+from deadhead.training.phases import close_to_target, gate_config, rank, train
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
 from deadhead.training.trainer import last_checkpoint
 
@@ -178,16 +178,10 @@ class Run:
             model = build_model(recipe.model, tokenizer, seed=recipe.seed)
             self._train(model, text, "train", recipe.train, after=())
             self._finish(model, "dense", steps, text, tokenizer)
-        steps += recipe.prune.steps
+        steps += recipe.prune.training_steps
         if not self._done("gated"):
             model = checkpoint.load(self.folder / "dense")
-            gates = attach(model, config=gate_config(recipe.prune, model, recipe.seed), unit=recipe.prune.unit)
-            self._train(model, text, "prune", recipe.prune, after=(recipe.train,), gates=gates)
-            if recipe.prune.sparsity is not None:
-                # Steering comes close to the target; ranking by log_alpha meets it.
-                plan = gates.plan(sparsity=recipe.prune.sparsity)
-                if plan != gates.plan():
-                    gates.set_plan(plan)
+            gates = self._choose_heads(model, text)
             gates.plan().to_json(self.folder / checkpoint.PLAN_FILE)
             self._finish(model, "gated", steps, text, tokenizer)
         plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
@@ -200,12 +194,28 @@ class Run:
         if recipe.control and not self._done("control"):
             model = checkpoint.load(self.folder / "dense")
             # The same steps on the same text under the same schedules, only without gates and with every head.
-            self._train(model, text, "control_prune", recipe.prune, after=(recipe.train,))
+            if recipe.prune.training_steps:
+                self._train(model, text, "control_prune", recipe.prune, after=(recipe.train,))
             self._train(model, text, "control_finetune", recipe.finetune, after=(recipe.train, recipe.prune))
             self._finish(model, "control", steps + recipe.finetune.steps, text, tokenizer)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self._compare(tokenizer)
         return self.summary()
+
+    def _choose_heads(self, model: PreTrainedModel, text: TokenizedCorpus) -> HeadGates:
+        """Attach gates and close those of the heads that go: they learn which, or heads are ranked."""
+        recipe = self.recipe.prune
+        chosen = None
+        if recipe.is_one_shot:
+            first_segment = _segments_read((self.recipe.train,)) // recipe.batch_size
+            chosen = rank(model, text.splits["train"], recipe, seed=self.recipe.seed, first_segment=first_segment)
+        gates = attach(model, config=gate_config(recipe, model, self.recipe.seed), unit=recipe.unit)
+        if chosen is None:
+            self._train(model, text, "prune", recipe, after=(self.recipe.train,), gates=gates)
+            close_to_target(gates, recipe)
+        else:
+            gates.set_plan(chosen)
+        return gates
 
     def summary(self) -> dict[str, Any]:
         """Return summary.json."""
@@ -229,7 +239,6 @@ class Run:
         gates: HeadGates | None = None,
     ) -> None:
         # Each phase goes on in the text where those before it stopped, so that none gains from reading twice.
-        segments_read = sum(phase.steps * phase.gradient_accumulation * phase.batch_size for phase in after)
         train(
             model,
             text.splits["train"],
@@ -237,7 +246,7 @@ class Run:
             folder=self.folder / "checkpoints" / phase,
             phase=phase,
             seed=self.recipe.seed,
-            first_segment=segments_read // recipe.batch_size,
+            first_segment=_segments_read(after) // recipe.batch_size,
             gates=gates,
             # The dense model, before gates and cuts, is what the pruned one is to stay near to.
             teacher=checkpoint.load(self.folder / "dense") if recipe.distill and phase != "train" else None,
@@ -315,6 +324,10 @@ class Run:
             "samples",
             {name: generate_text(model, tokenizer, prompt, max_new_tokens=160) for name, model in after.items()},
         )
+
+
+def _segments_read(phases: tuple[PhaseRecipe, ...]) -> int:
+    return sum(phase.training_steps * phase.gradient_accumulation * phase.batch_size for phase in phases)
 
 
 _PROMPTS = {"stdlib": "def read(self, "}

@@ -18,7 +18,7 @@ from deadhead.errors import InputError
 from deadhead.evaluation import evaluate
 from deadhead.files import read_json, write_json
 from deadhead.gating import attach
-from deadhead.training.phases import gate_config, train
+from deadhead.training.phases import close_to_target, gate_config, rank, train
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.run import METRICS_FILE, build_model, require_one_process
 from deadhead.training.trainer import last_checkpoint
@@ -121,29 +121,33 @@ def run_single(
                 )
         else:
             write_json(work / _SETTINGS_FILE, settings)
-        gates = None
+        gates, chosen = None, None
         if isinstance(recipe, PruneRecipe):
+            if recipe.is_one_shot:
+                chosen = rank(network, text.splits["train"], recipe, seed=seed)
             gates = attach(network, config=gate_config(recipe, network, seed), unit=recipe.unit)
-        train(
-            network,
-            text.splits["train"],
-            recipe,
-            folder=work / "checkpoints",
-            phase=phase,
-            seed=seed,
-            gates=gates,
-            teacher=_load_teacher(teacher or (model if phase == "prune" else None)) if recipe.distill else None,
-            metrics=work / METRICS_FILE,
-            tensorboard=work / "tensorboard",
-            report=lambda done, total, logs: progress(phase, done, total, logs),
-            resume=resume,
-        )
+        if chosen is None:
+            train(
+                network,
+                text.splits["train"],
+                recipe,
+                folder=work / "checkpoints",
+                phase=phase,
+                seed=seed,
+                gates=gates,
+                teacher=_load_teacher(teacher or (model if phase == "prune" else None)) if recipe.distill else None,
+                metrics=work / METRICS_FILE,
+                tensorboard=work / "tensorboard",
+                report=lambda done, total, logs: progress(phase, done, total, logs),
+                resume=resume,
+            )
         if gates is not None and isinstance(recipe, PruneRecipe):
-            plan = gates.plan(sparsity=recipe.sparsity)
+            if chosen is None:
+                close_to_target(gates, recipe)
+            else:
+                gates.set_plan(chosen)
             if cut:
-                cut_heads(network, plan)
-            elif plan != gates.plan():
-                gates.set_plan(plan)
+                cut_heads(network, gates.plan())
         measured = evaluate(
             network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
         )
@@ -164,7 +168,7 @@ def run_single(
             "perplexity": measured.perplexity,
             "word_perplexity": measured.word_perplexity,
             "bits_per_byte": measured.bits_per_byte,
-            "steps": recipe.steps,
+            "steps": recipe.training_steps,
         }
 
 

@@ -11,25 +11,30 @@ from transformers.trainer_callback import ExportableState
 
 from deadhead.errors import InputError
 from deadhead.gates import HeadGates
-from deadhead.penalty import SparsityTarget, Weighting, add_penalty_gradient, linear_warmup
+from deadhead.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient
+from deadhead.ranking import Ranking
+from deadhead.training.gate_optimizer import GateOptimizer
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
-    """Adds the gradient of λ·L0 to the gates before each optimizer step, and draws their noise from the step's number.
+    """Trains gates under the sparsity loss, beside the Trainer's own optimizer, and draws their noise from the step.
 
     The sparsity loss does not depend on the batch, so the language-modelling loss stays as it is: reported losses are
     pure, clipping sees the language model's gradient only, and gradient accumulation counts the penalty once. Gates
-    learn `GateConfig.lr_scale` times as fast as the model and are kept out of weight decay without any change to the
-    Trainer's optimizer.
+    are kept out of weight decay without any change to the Trainer's optimizer.
 
     Args:
         gates: what `deadhead.attach` returned for the model being trained.
-        l0: λ; with `sparsity` the value steering starts from.
+        l0: λ, what an open head costs, in nats a token. Not used with `sparsity`.
         warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off.
-        sparsity: close this share of the gates: λ is steered along a ramp to it, instead of being fixed.
+        sparsity: close this share of the gates, along a ramp, instead of paying λ for the open ones.
         ramp_steps: steps until the ramp reaches `sparsity`.
         weighting: "plain" L0, or "output_difference": heads whose removal changes their layer's output least are
             pushed hardest.
+        gate_lr: the rate of the gates' own optimizer (see `GateOptimizer`). None: they learn in the Trainer's, at
+            `GateConfig.lr_scale` times the model's rate, as in the paper.
+        ranking: with `sparsity`, "global" closes that share of all gates, "layer" of each layer's.
+        exact: with `sparsity`, every draw leaves out exactly that share: differentiable subset pruning.
 
     Raises:
         InputError: an argument is out of range; at the start of training: the gates are not among the parameters that
@@ -45,20 +50,27 @@ class SparsityCallback(TrainerCallback, ExportableState):
         sparsity: float | None = None,
         ramp_steps: int = 1000,
         weighting: Weighting = "plain",
+        gate_lr: float | None = 0.3,
+        ranking: Ranking = "global",
+        exact: bool = False,
     ) -> None:
         if not 0 <= l0 < math.inf:
             raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but it is {l0}.")
-        if sparsity and not l0:
-            raise InputError("l0 must be above 0 with a target sparsity, which steers it up or down by factors.")
         if weighting not in ("plain", "output_difference"):
             raise InputError(f"weighting must be 'plain' or 'output_difference', but it is {weighting!r}.")
+        if gate_lr is not None and not 0 < gate_lr < math.inf:
+            raise InputError(f"gate_lr must be a number above 0, or None, but it is {gate_lr}.")
+        if exact and sparsity is None:
+            raise InputError("exact draws leave out a share of the heads, so they need a target sparsity.")
         self.gates = gates
         self.l0 = l0
         self.warmup_steps = warmup_steps
         self.weighting: Weighting = weighting
-        self.target = None if sparsity is None else SparsityTarget(sparsity, ramp_steps=ramp_steps, initial=l0)
+        self.target = None
+        if sparsity is not None:
+            self.target = SparsityTarget(sparsity, ramp_steps=ramp_steps, ranking=ranking, exact=exact)
+        self.optimizer = None if gate_lr is None else GateOptimizer(gates, gate_lr)
         self.strength = 0.0
-        self.last_l0 = float("nan")
         # It weights the loss, and it is a diagnostic.
         gates.track_difference()
 
@@ -71,12 +83,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
             str(layer): {"log_alpha_bias": gate.log_alpha_bias.tolist(), "difference": gate.difference.tolist()}
             for layer, gate in self.gates
         }
-        target = None if self.target is None else self.target.state()
-        return {"args": {}, "attributes": {"target": target, "gates": values}}
+        parts = {"target": self.target, "optimizer": self.optimizer}
+        states = {name: None if part is None else part.state() for name, part in parts.items()}
+        return {"args": {}, "attributes": {"gates": values, **states}}
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers of the last step: λ, L0, share of closed gates, heads open in each layer."""
-        values = {"lambda": self.strength, "l0": self.last_l0, "sparsity": self.gates.sparsity}
+        values = {"lambda": self.strength, "l0": float(self.gates.l0().detach()), "sparsity": self.gates.sparsity}
         values |= {f"heads/layer_{layer}": float(gate.is_open.sum()) for layer, gate in self.gates}
         return values
 
@@ -92,8 +105,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         saved = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and saved:
             attributes = saved["attributes"]
-            if self.target is not None and attributes["target"]:
-                self.target.load_state(attributes["target"])
+            for part, name in ((self.target, "target"), (self.optimizer, "optimizer")):
+                if part is not None and attributes.get(name):
+                    part.load_state(attributes[name])
             with torch.no_grad():
                 for layer, gate in self.gates:
                     for name, values in attributes.get("gates", {}).get(str(layer), {}).items():
@@ -112,25 +126,32 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Let the noise of this step depend on its number alone."""
         self.gates.begin_step(state.global_step)
+        if self.target is not None:
+            self.target.prepare(self.gates, state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add λ(t) · ∂L0 to the gates' gradients, after clipping."""
+        """Add λ(t) · ∂L0 to the gates' gradients, after clipping, and let their optimizer step."""
         if state.global_step == 0 and all(gate.log_alpha_bias.grad is None for _, gate in self.gates):
             raise InputError(
                 "No gradient of the loss reached the gates; train the model they were attached to, not a copy."
             )
-        strength = self.l0 if self.target is None else self.target.l0
-        self.strength = strength * linear_warmup(state.global_step, self.warmup_steps)
+        self.strength = self.l0 * linear_warmup(state.global_step, self.warmup_steps) if self.target is None else 0.0
         if self.weighting == "output_difference":
             self.gates.average_difference()
-        self.last_l0 = add_penalty_gradient(self.gates, self.strength, self.weighting)
+        penalty = penalty_gradient(self.gates, self.strength, self.weighting)
+        if self.optimizer is not None:
+            self.optimizer.step(penalty)
+            return
+        for (_, gate), gradient in zip(self.gates, penalty, strict=True):
+            found = gate.log_alpha_bias.grad
+            gate.log_alpha_bias.grad = gradient if found is None else found + gradient
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Steer λ."""
+        """Hold the target."""
         if self.target is not None:
-            self.target.update(state.global_step, self.gates.log_alpha().values())
+            self.target.project(self.gates, state.global_step, self.weighting)
 
     def on_log(
         self,

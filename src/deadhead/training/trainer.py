@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deadhead.errors import DivergenceError, InputError
 from deadhead.files import no_space_is_input_error, read_json, write_json
+from deadhead.losses import SegmentLoss
 from deadhead.training.distillation import Distillation
 from deadhead.training.settled import save_trimmed
 
@@ -47,13 +48,12 @@ class LanguageModelTrainer(Trainer):
         self.distillation = distillation
         # All segments have the same length, so the mean over accumulated batches is the mean of their means.
         self.model_accepts_loss_kwargs = False
-        self.has_memory = hasattr(model.config, "memory_length")
-        self.memory: tuple[Tensor, ...] | None = None
+        self.segment_loss = SegmentLoss(model)
         self.clipped_steps = 0
         self.steps_since_log = 0
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        if not self.has_memory:
+        if not self.segment_loss.has_memory:
             return cast(Sampler[int], super()._get_train_sampler(train_dataset))
         # The dataset is laid out so that reading it in order continues every row of the batch.
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
@@ -62,15 +62,7 @@ class LanguageModelTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states."""
-        ids = inputs["input_ids"]
-        if self.has_memory:
-            memory = None if bool(inputs["is_first"].any()) else self.memory
-            labels = inputs["labels"]
-            outputs = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False, memory=memory)
-            self.memory = outputs.memory
-        else:
-            # Every language model shifts the labels itself; not all take labels that are shifted.
-            outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        outputs = self.segment_loss(model, inputs)
         loss = outputs.loss
         if self.distillation is not None:
             loss = self.distillation.loss(loss, outputs.logits, inputs)
@@ -137,7 +129,7 @@ class LanguageModelTrainer(Trainer):
 
     def _memories(self) -> dict[str, tuple[Tensor, ...] | None]:
         teacher = {} if self.distillation is None else {"teacher": self.distillation.memory}
-        return {"segment": self.memory, **teacher}
+        return {"segment": self.segment_loss.memory, **teacher}
 
     def _memory_file(self, whose: str) -> str:
         return _MEMORY_FILE.format(whose=whose, rank=self.args.process_index)
@@ -150,7 +142,7 @@ class LanguageModelTrainer(Trainer):
                 states = load_file(path, device=str(self.args.device))
                 memory = tuple(states[str(layer)] for layer in range(len(states)))
                 if whose == "segment":
-                    self.memory = memory
+                    self.segment_loss.memory = memory
                 elif self.distillation is not None:
                     self.distillation.memory = memory
         if _step(checkpoint) >= self.args.max_steps:

@@ -1,0 +1,250 @@
+"""One point of the quality benchmark: a trained model, a way to choose heads, a sparsity, a seed → two perplexities."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+
+import deadhead
+from benchmarks._torch_pruning import CannotPrune, prune_heads
+from deadhead.data import TokenizedCorpus
+from deadhead.layouts import find_layout
+from deadhead.training.phases import close_to_target, rank
+
+MODELS = ("all-attention", "gpt2", "llama-gqa")
+Kind = Literal["learned", "one-shot", "torch-pruning", "dense", "scratch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Steps of every phase, and tokens measured: the same for all methods.
+
+    Args:
+        dense: steps of the dense model before anything is pruned.
+        after: steps from there to the end, whatever a method does with them.
+        gates: of these, steps in which gates learn, for methods that have any.
+        looked_at: batches that one-shot criteria look at.
+        tokens: of the split that is measured.
+    """
+
+    dense: int = 3000
+    after: int = 500
+    gates: int = 150
+    looked_at: int = 64
+    tokens: int = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to choose heads and to use the steps after the dense training.
+
+    Args:
+        kind: what it is.
+        criterion: of deadhead, or "l2" and "taylor" of Torch-Pruning.
+        ranking: "global" or "layer".
+        distill: weight of the dense model's distribution in the loss, while gates learn and in the fine-tuning.
+        options: further fields of `PruneRecipe`.
+    """
+
+    kind: Kind
+    criterion: str = ""
+    ranking: Literal["global", "layer"] = "global"
+    distill: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_ADAM = {"gate_lr": 0.0, "gate_lr_scale": 20.0}
+METHODS: dict[str, Method] = {
+    "dense": Method(kind="dense"),
+    "gates": Method(kind="learned", criterion="gates"),
+    "taylor": Method(kind="one-shot", criterion="taylor"),
+    "gates + distillation": Method(kind="learned", criterion="gates", distill=0.5),
+    "taylor + distillation": Method(kind="one-shot", criterion="taylor", distill=0.5),
+    "topk": Method(kind="learned", criterion="topk"),
+    "small from scratch": Method(kind="scratch"),
+    "output-difference": Method(kind="one-shot", criterion="output-difference"),
+    "gates, weighted": Method(kind="learned", criterion="gates", options={"weighting": "output_difference"}),
+    "gates in Adam": Method(kind="learned", criterion="gates", options=_ADAM),
+    "magnitude": Method(kind="one-shot", criterion="magnitude"),
+    "random": Method(kind="one-shot", criterion="random"),
+    "taylor, by layer": Method(kind="one-shot", criterion="taylor", ranking="layer"),
+    "Torch-Pruning L2, global": Method(kind="torch-pruning", criterion="l2"),
+    "Torch-Pruning L2, local": Method(kind="torch-pruning", criterion="l2", ranking="layer"),
+    "Torch-Pruning Taylor, global": Method(kind="torch-pruning", criterion="taylor"),
+    "Torch-Pruning Taylor, local": Method(kind="torch-pruning", criterion="taylor", ranking="layer"),
+}
+
+
+def fresh(name: str, vocab_size: int, seed: int) -> PreTrainedModel:
+    """Return an untrained model of 4 layers with 8 heads, or 8 groups of 2 query heads, each."""
+    set_seed(seed)
+    if name == "all-attention":
+        return deadhead.AllAttentionForCausalLM(
+            deadhead.AllAttentionConfig(
+                vocab_size=vocab_size,
+                hidden_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                num_persistent=64,
+                memory_length=64,
+                segment_length=64,
+            )
+        )
+    common: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+    if name == "gpt2":
+        sizes = {"n_embd": 128, "n_layer": 4, "n_head": 8, "n_positions": 128}
+        return GPT2LMHeadModel(GPT2Config(**common, **sizes, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **common,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=16,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def phase(name: str, **values: Any) -> dict[str, Any]:
+    """Return the fields of a phase's recipe: 512 tokens a batch for every model."""
+    rows = {"batch_size": 8} if name == "all-attention" else {"batch_size": 4, "sequence_length": 128}
+    return {**rows, "adam_beta2": 0.99, "save_every": 0, "log_every": 100, **values}
+
+
+def recovery(name: str, steps: int, distill: float = 0.0) -> deadhead.PhaseRecipe:
+    """Return the recipe of the steps after the cut: the rate warms up again, then falls to 0."""
+    values = phase(name, steps=steps, learning_rate=1e-3, warmup_steps=20, schedule="cosine", distill=distill)
+    return deadhead.PhaseRecipe(**values)
+
+
+def train_dense(name: str, seed: int, text: TokenizedCorpus, vocab_size: int, steps: int, folder: Path) -> None:
+    """Train a dense model to the end of its schedule and keep it in `folder`."""
+    model = fresh(name, vocab_size, seed)
+    recipe = phase(name, steps=steps, learning_rate=3e-3, warmup_steps=min(100, steps // 5), schedule="cosine")
+    deadhead.train(model, text.splits["train"], deadhead.PhaseRecipe(**recipe), seed=seed)
+    deadhead.save(model, folder)
+
+
+def perplexity(model: PreTrainedModel, text: TokenizedCorpus, split: str, tokens: int) -> float:
+    """Return the perplexity a token, each seen after 64 or more."""
+    window = None if hasattr(model.config, "memory_length") else 128
+    return deadhead.evaluate(model, text.splits[split], limit=tokens, window=window).perplexity
+
+
+def measure_point(
+    name: str,
+    method: Method,
+    sparsity: float,
+    seed: int,
+    *,
+    text: TokenizedCorpus,
+    vocab_size: int,
+    dense: Path,
+    budget: Budget,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Prune, measure, fine-tune, measure.
+
+    Returns:
+        `before` and `after`, perplexities right after the cut and at the end, `heads` a layer, `parameters`,
+        `steps` after the dense training (in all, from scratch) and `seconds`. Or `cannot`, the reason why a peer's
+        library does not prune this model.
+    """
+    begun = time.perf_counter()
+    train, steps = text.splits["train"], budget.after
+    first = budget.dense
+    if method.kind == "scratch":
+        model = fresh(name, vocab_size, seed)
+        deadhead.cut(model, _uniform(model, sparsity))
+        recipe = phase(name, steps=budget.dense + budget.after, learning_rate=3e-3, warmup_steps=100, schedule="cosine")
+        deadhead.train(model, train, deadhead.PhaseRecipe(**recipe), seed=seed)
+        return _result(model, begun, None, perplexity(model, text, split, budget.tokens), budget.dense + budget.after)
+    model = deadhead.load(dense)
+    teacher = deadhead.load(dense) if method.distill else None
+    if method.kind == "torch-pruning":
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(train.tokens) - 129, (budget.looked_at, 4), generator=generator)
+        windows = torch.from_numpy(train.tokens[(starts[..., None] + torch.arange(128)).numpy()].astype("int64"))
+        try:
+            prune_heads(
+                model,
+                sparsity,
+                importance="l2" if method.criterion == "l2" else "taylor",
+                ranking=method.ranking,
+                batches=[{"input_ids": rows} for rows in windows],
+            )
+        except CannotPrune as reason:
+            return {"cannot": str(reason)}
+    elif method.kind != "dense":
+        fields = phase(name, learning_rate=1e-3, warmup_steps=20, sparsity=sparsity, distill=method.distill)
+        fields |= {"criterion": method.criterion, "ranking": method.ranking, **method.options}
+        learned = method.kind == "learned"
+        recipe = deadhead.PruneRecipe(**{"steps": budget.gates if learned else budget.looked_at, **fields})
+        if learned:
+            gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model, seed))
+            deadhead.train(model, train, recipe, gates=gates, seed=seed + 1000, first_segment=first, teacher=teacher)
+            close_to_target(gates, recipe)
+            deadhead.cut(model, gates.plan())
+            steps, first = steps - recipe.steps, first + recipe.steps
+        else:
+            deadhead.cut(model, rank(model, train, recipe, seed=seed + 3000, first_segment=first))
+    before = perplexity(model, text, split, budget.tokens)
+    # Another order than that of the dense training, which would read the same rows again.
+    deadhead.train(
+        model,
+        train,
+        recovery(name, steps, method.distill),
+        seed=seed + 2000,
+        first_segment=first,
+        teacher=teacher,
+    )
+    return _result(model, begun, before, perplexity(model, text, split, budget.tokens), budget.after)
+
+
+def _uniform(model: PreTrainedModel, sparsity: float) -> deadhead.HeadPlan:
+    """Return the plan that keeps the first heads of every layer."""
+    layout = find_layout(model)
+    unit = layout.units(model)[0]
+    total = {site.layer: site.total for site in layout.sites(model, unit)}
+    kept = {layer: range(count - round(sparsity * count)) for layer, count in total.items()}
+    return deadhead.HeadPlan(kept=kept, total=total, unit=unit)
+
+
+def _result(model: PreTrainedModel, begun: float, before: float | None, after: float, steps: int) -> dict[str, Any]:
+    return {
+        "before": before,
+        "after": after,
+        "heads": _heads(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": steps,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def _heads(model: PreTrainedModel) -> list[int]:
+    """Return the heads or groups left in each layer, by the projections' sizes: peers leave no plan behind."""
+    if hasattr(model.config, "memory_length"):
+        return [len(layer.attention.heads) for layer in model.model.layers]
+    if isinstance(model, GPT2LMHeadModel):
+        return [
+            sum(p.shape[0] for n, p in b.attn.named_parameters() if n == "c_proj.weight") // 16
+            for b in model.transformer.h
+        ]
+    return [
+        sum(p.shape[0] for n, p in b.self_attn.named_parameters() if n == "k_proj.weight") // 16
+        for b in model.model.layers
+    ]
+
+
+def settings(budget: Budget) -> dict[str, Any]:
+    """Return what a point depends on, for the file it is kept in."""
+    return {"budget": asdict(budget), "methods": {name: asdict(method) for name, method in METHODS.items()}}

@@ -1,0 +1,276 @@
+"""Quality at equal size: learned gates against what people would pick instead, side by side.
+
+For each of three small language models (our All-attention Transformer, a GPT-2, a Llama with grouped queries), trained
+once on the Python standard library's source as bytes and kept, for each sparsity and seed: heads are chosen in every
+way there is, the model is cut, measured, fine-tuned and measured again. All methods spend the same number of
+steps after the dense training: gates learn in some of them, a one-shot criterion leaves all of them to the
+fine-tuning, a small model from scratch has those of the dense training too. Settings were chosen on the validation text; the
+figures are of the test text.
+
+    python benchmarks/quality.py [--quick] [--out DIR] [--figure FILE] [--models …] [--methods …] [--seeds 0 1 2]
+
+Every point is a file in DIR/points, so a sweep that was stopped goes on where it was; --table prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from benchmarks._quality import METHODS, MODELS, Budget, measure_point, settings, train_dense
+from deadhead.data import load_text
+from deadhead.files import write_json
+
+SPARSITIES = (0.25, 0.5, 0.75)
+QUICK = Budget(dense=30, after=10, gates=6, looked_at=2, tokens=2000)
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One measurement, in the order of importance: a sweep that is cut short has the first of them."""
+
+    rank: int
+    seed: int
+    model: str
+    sparsity: float
+    method: str
+
+    @property
+    def file(self) -> str:
+        """Its name in the folder of points."""
+        name = re.sub(r"[^a-z0-9]+", "-", f"{self.model} {self.method}".lower()).strip("-")
+        return f"{name}-{round(100 * self.sparsity)}-seed{self.seed}.json"
+
+
+def points(
+    models: Sequence[str], methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]
+) -> list[Point]:
+    """Return what is to be measured, those first that matter most; the dense model has no sparsity."""
+    return sorted(
+        Point(
+            rank=list(METHODS).index(method) // 4,
+            seed=seed,
+            model=model,
+            sparsity=0.0 if METHODS[method].kind == "dense" else sparsity,
+            method=method,
+        )
+        for model in models
+        for method in methods
+        for seed in seeds
+        for sparsity in (sparsities[:1] if METHODS[method].kind == "dense" else sparsities)
+        if not (METHODS[method].kind == "torch-pruning" and model == "all-attention")
+    )
+
+
+def _prepare() -> None:
+    # A process a core: models so small gain little from two.
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    set_verbosity_error()
+
+
+def _text(out: Path) -> tuple[Any, int]:
+    text, tokenizer = load_text("stdlib", tokenizer="byte", cache_dir=out / "tokens")
+    return text, len(tokenizer)
+
+
+def _train(model: str, seed: int, budget: Budget, out: Path) -> None:
+    _prepare()
+    text, vocab_size = _text(out)
+    train_dense(model, seed, text, vocab_size, budget.dense, _dense(out, model, seed))
+
+
+def _dense(out: Path, model: str, seed: int) -> Path:
+    return out / "dense" / f"{model}-seed{seed}"
+
+
+def _measure(point: Point, budget: Budget, out: Path) -> None:
+    _prepare()
+    text, vocab_size = _text(out)
+    found = measure_point(
+        point.model,
+        METHODS[point.method],
+        point.sparsity,
+        point.seed,
+        text=text,
+        vocab_size=vocab_size,
+        dense=_dense(out, point.model, point.seed),
+        budget=budget,
+    )
+    names = {"model": point.model, "method": point.method, "sparsity": point.sparsity, "seed": point.seed}
+    write_json(out / "points" / point.file, {**names, **found})
+
+
+def sweep(todo: Sequence[Point], budget: Budget, out: Path, jobs: int, console: Console) -> None:
+    """Train the dense models that are missing, then measure the points that are."""
+    (out / "points").mkdir(parents=True, exist_ok=True)
+    kept = out / "settings.json"
+    wanted = settings(budget)
+    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != wanted:
+        sys.exit(f"{out} holds points of other settings; delete it, or choose another --out.")
+    write_json(kept, wanted)
+    _text(out)
+    missing = [point for point in todo if not (out / "points" / point.file).exists()]
+    models = sorted({(point.seed, point.model) for point in missing})
+    models = [(seed, model) for seed, model in models if not (_dense(out, model, seed) / "config.json").exists()]
+    begun = time.perf_counter()
+    # Not forked: torch's threads would not be there in the child.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        trained: set[Future[None]] = {pool.submit(_train, model, seed, budget, out) for seed, model in models}
+        _wait(trained, "dense models", begun, console)
+        _wait({pool.submit(_measure, point, budget, out) for point in missing}, "points", begun, console)
+
+
+def _wait(running: set[Future[None]], what: str, begun: float, console: Console) -> None:
+    total = len(running)
+    while running:
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        console.print(f"[dim]{total - len(running)} of {total} {what}, {time.perf_counter() - begun:.0f} s[/dim]")
+
+
+def read_points(out: Path) -> list[dict[str, Any]]:
+    """Return the points measured so far."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "points").glob("*.json"))]
+
+
+def rows(found: Sequence[dict[str, Any]], model: str) -> Iterator[tuple[str, dict[float, list[dict[str, Any]]]]]:
+    """Yield for each method, in order, its points by sparsity."""
+    for method in METHODS:
+        here = [p for p in found if p["model"] == model and p["method"] == method]
+        if here:
+            yield method, {s: [p for p in here if p["sparsity"] == s] for s in (0.0, *SPARSITIES)}
+
+
+def relative(points_here: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """Return for each seed by how many per cent a perplexity lies above that of the dense model after as many steps."""
+    dense = {(p["model"], p["seed"]): p["after"] for p in found if p["method"] == "dense"}
+    return [
+        100 * (p[key] / dense[p["model"], p["seed"]] - 1)
+        for p in points_here
+        if p.get(key) is not None and (p["model"], p["seed"]) in dense
+    ]
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Return Markdown: by model and method, per cent above the dense model, right after the cut → at the end."""
+    lines = []
+    for model in MODELS:
+        dense = [p["after"] for p in found if p["model"] == model and p["method"] == "dense"]
+        if not dense:
+            continue
+        lines += [
+            f"### {model}: dense {statistics.mean(dense):.3f} ({len(dense)} seeds)",
+            "",
+            "| heads chosen by | 25 % of the heads gone | 50 % | 75 % |",
+            "|---|---|---|---|",
+        ]
+        best = {}
+        for sparsity in SPARSITIES:
+            means = {m: relative(by[sparsity], found, "after") for m, by in rows(found, model)}
+            best[sparsity] = min((statistics.mean(values) for values in means.values() if values), default=None)
+        for method, by in rows(found, model):
+            if method != "dense":
+                lines.append(f"| {method} | " + " | ".join(_cell(by[s], found, best[s]) for s in SPARSITIES) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(here: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], best: float | None) -> str:
+    after = relative(here, found, "after")
+    if not after:
+        return "cannot" if any("cannot" in p for p in here) else "–"
+    before = relative(here, found, "before")
+    mean = statistics.mean(after)
+    spread = f" ± {statistics.stdev(after):.1f}" if len(after) > 1 else ""
+    shown = f"{mean:+.1f}{spread}"
+    if best is not None and mean <= best:
+        shown = f"**{shown}**"
+    return f"{statistics.mean(before):+.0f} → {shown}" if before else shown
+
+
+def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw, for each model, per cent above the dense model against the share of heads gone: after the cut, at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = [model for model in MODELS if any(p["model"] == model and p["method"] == "dense" for p in found)]
+    figure, grid = pyplot.subplots(2, len(models), figsize=(4.2 * len(models), 7), layout="constrained", squeeze=False)
+    colours = {method: f"C{index % 10}" for index, method in enumerate(METHODS)}
+    for column, model in enumerate(models):
+        for row, key in enumerate(("before", "after")):
+            axes = grid[row][column]
+            for method, by in rows(found, model):
+                means = {s: relative(by[s], found, key) for s in SPARSITIES}
+                curve = {100 * s: statistics.mean(values) for s, values in means.items() if values}
+                if curve and method != "dense":
+                    ours = METHODS[method].kind == "learned"
+                    axes.plot(
+                        list(curve),
+                        list(curve.values()),
+                        marker="o",
+                        color=colours[method],
+                        linewidth=2.2 if ours else 1.0,
+                        linestyle="-" if ours else "--",
+                        label=method,
+                    )
+            axes.set_yscale("symlog", linthresh=5)
+            axes.set(title=f"{model}, {'right after the cut' if key == 'before' else 'fine-tuned'}")
+            axes.set(xlabel="heads gone, %", ylabel="perplexity above the dense model, %")
+            axes.grid(alpha=0.3)
+    grid[1][-1].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> None:
+    """Measure what is missing, print the table, draw what was asked for."""
+    parser = argparse.ArgumentParser(description="Quality at equal size, by ways to choose heads.")
+    parser.add_argument("--quick", action="store_true", help="a few steps of two methods, to see that it works")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="where models and points are kept")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--figure", type=Path, help="draw to this file (.png or .svg)")
+    options = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as temporary:
+        out, budget = options.out, Budget()
+        wanted = (options.models, options.methods, options.sparsities, options.seeds)
+        if options.quick:
+            out, budget = Path(temporary), QUICK
+            wanted = (("all-attention", "llama-gqa"), ("dense", "gates", "taylor"), (0.5,), (0,))
+        if not options.table:
+            sweep(points(*wanted), budget, out, options.jobs, console)
+        found = read_points(out)
+        console.print(table(found) or "No dense model was measured yet.", markup=False)
+        if options.figure:
+            draw(found, options.figure)
+
+
+if __name__ == "__main__":
+    main()

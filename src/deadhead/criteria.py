@@ -1,0 +1,182 @@
+"""One-shot criteria: a score for every head from one look at a trained model, without training anything.
+
+What people would use instead of learned gates; behind the same head plan, cut and fine-tuning:
+
+- magnitude: L2 norm of all of the head's weights,
+- taylor: E_x |∂L(x) / ∂ξ_h|, where ξ_h = 1 multiplies the head's output (Michel, Levy, Neubig 2019, arXiv 1905.10650,
+  equation 2; without their normalisation by layer, which `ranking="layer"` makes irrelevant),
+- output-difference: ‖W_O^h a_h‖ / ‖Σ W_O a‖, by how much the layer's output changes without the head,
+- random: as a floor for all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deadhead.errors import InputError
+from deadhead.gating import gates_of, output_differences, unwrapped
+from deadhead.layouts import AttentionSite, Layout, find_layout
+from deadhead.losses import SegmentLoss
+from deadhead.modes import evaluating
+from deadhead.plan import Unit
+from deadhead.ranking import HeadScores
+
+OneShot = Literal["magnitude", "taylor", "output-difference", "random"]
+ONE_SHOT: tuple[OneShot, ...] = get_args(OneShot)
+# Those that look at text.
+READS_TEXT: tuple[OneShot, ...] = ("taylor", "output-difference")
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+def score_heads(
+    model: PreTrainedModel, criterion: OneShot, batches: Batches = (), *, unit: Unit | None = None, seed: int = 0
+) -> HeadScores:
+    """Score every head of a model by a one-shot criterion.
+
+    Args:
+        model: without gates; not changed.
+        criterion: which.
+        batches: what "taylor" and "output-difference" look at: dictionaries with `input_ids` (B, T), and for a model
+            with segment memory `labels` (B, T) and `is_first` (B,), in the order of the text.
+        unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
+        seed: of "random".
+
+    Returns:
+        The scores; `.plan(sparsity)` drops the lowest.
+
+    Raises:
+        UnsupportedModel: there is no head that could be pruned.
+        InputError: the criterion needs text and got none, the model has gates, or an argument is not allowed.
+    """
+    model = unwrapped(model)
+    if gates_of(model) is not None:
+        raise InputError("One-shot criteria score a model without gates; take them off with deadhead.detach(model).")
+    layout = find_layout(model)
+    units = layout.units(model)
+    if unit is not None and unit not in units:
+        raise InputError(f"This model's heads are cut by {' or '.join(units)}, but the unit {unit!r} was asked for.")
+    unit = unit or units[0]
+    sites = layout.sites(model, unit)
+    there = [site for site in sites if site.heads]
+    if criterion == "magnitude":
+        found = [_magnitude(layout, site) for site in there]
+    elif criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        found = [torch.rand(len(site.heads), generator=generator) for site in there]
+    elif criterion in READS_TEXT:
+        found = (_taylor if criterion == "taylor" else _differences)(model, there, batches)
+    else:
+        raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
+    return HeadScores(
+        scores={site.layer: scores for site, scores in zip(there, found, strict=True)},
+        heads={site.layer: site.heads for site in sites},
+        total={site.layer: site.total for site in sites},
+        unit=unit,
+    )
+
+
+def _magnitude(layout: Layout, site: AttentionSite) -> Tensor:
+    """Return the norm of all numbers that would go with each head, (H,)."""
+    squares = []
+    for head in site.heads:
+        parts = layout.selections(site, (head,))
+        rows = [
+            site.module.get_parameter(p.path).detach().index_select(p.dim, p.index.to(_device(site))) for p in parts
+        ]
+        squares.append(sum(float(values.float().square().sum()) for values in rows))
+    return torch.tensor(squares).sqrt()
+
+
+def _device(site: AttentionSite) -> torch.device:
+    return next(site.module.parameters()).device
+
+
+class _HeadMask:
+    """Multiplies the heads of every row of a batch by numbers of its own, to be derived by."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.shape = (-1, len(site.heads), site.head_dim)
+        self.mask_BH: Tensor | None = None
+        self.rows = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        self.mask_BH = torch.ones(self.rows, self.shape[1], device=hidden.device, requires_grad=True)
+        # Some models hand their output projection all tokens of all rows in one dimension.
+        heads_BTHE = hidden.reshape(self.rows, *self.shape)
+        masked = heads_BTHE * self.mask_BH[:, None, :, None].to(hidden.dtype)
+        return (masked.reshape(hidden.shape), *rest)
+
+
+def _taylor(model: PreTrainedModel, sites: list[AttentionSite], batches: Batches) -> list[Tensor]:
+    """Return the mean over rows of |∂L / ∂ξ_h|, L the mean loss of the row's tokens."""
+    masks = [_HeadMask(site) for site in sites]
+    found = [torch.zeros(len(site.heads)) for site in sites]
+    hooks = [site.output.register_forward_pre_hook(mask) for site, mask in zip(sites, masks, strict=True)]
+    rows = 0
+
+    def look(loss: Tensor, count: int) -> None:
+        # The loss is a mean over the rows, so each row's own derivative is so many times as large.
+        derivatives = torch.autograd.grad(loss * count, [mask.mask_BH for mask in masks if mask.mask_BH is not None])
+        for scores, derivative_BH in zip(found, derivatives, strict=True):
+            scores += derivative_BH.abs().sum(0).float().cpu()
+
+    try:
+        with torch.enable_grad():
+            for loss, count in _losses(model, batches, before=lambda count: _set_rows(masks, count)):
+                look(loss, count)
+                rows += count
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [scores / rows for scores in found]
+
+
+def _set_rows(masks: list[_HeadMask], rows: int) -> None:
+    for mask in masks:
+        mask.rows = rows
+
+
+def _differences(model: PreTrainedModel, sites: list[AttentionSite], batches: Batches) -> list[Tensor]:
+    """Return the root of the mean over batches of d_h²."""
+    found = [torch.zeros(len(site.heads)) for site in sites]
+
+    def hook(scores: Tensor, site: AttentionSite) -> Callable[..., None]:
+        def measure(module: nn.Module, args: tuple[Any, ...]) -> None:
+            heads_RHE = args[0].reshape(-1, len(site.heads), site.head_dim)
+            scores.add_(output_differences(module, heads_RHE).square().cpu())
+
+        return measure
+
+    hooks = [s.output.register_forward_pre_hook(hook(scores, s)) for scores, s in zip(found, sites, strict=True)]
+    count = 0
+    try:
+        with torch.no_grad():
+            for _ in _losses(model, batches):
+                count += 1
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return [(scores / count).sqrt() for scores in found]
+
+
+def _losses(
+    model: PreTrainedModel, batches: Batches, before: Callable[[int], None] = lambda rows: None
+) -> Iterable[tuple[Tensor, int]]:
+    """Yield the loss of each batch, in evaluation mode, and its rows."""
+    segment_loss = SegmentLoss(model)
+    empty = True
+    with evaluating(model):
+        for batch in batches:
+            empty = False
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            before(len(inputs["input_ids"]))
+            yield segment_loss(model, inputs).loss, len(inputs["input_ids"])
+    if empty:
+        raise InputError("This criterion looks at text, but no batch was given.")

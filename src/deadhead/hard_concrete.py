@@ -1,0 +1,103 @@
+"""The hard-concrete distribution (Louizos, Welling, Kingma 2018) of gates: the maths.
+
+With u ~ Uniform(ε, 1 − ε), a gate's value is
+
+    s = σ((ln u − ln(1 − u) + log_alpha) / β)   in training,      s = σ(log_alpha)   in evaluation,
+    z = clamp(s (ζ − γ) + γ, 0, 1),             hard: 1[z ≥ 0.5] forward, the gradient of z backward,
+
+and the L0 sparsity loss sums P(z > 0) = σ(log_alpha − β ln(−γ / ζ)) over the heads. Shim et al. 2021 (arXiv 2110.03252)
+use one such gate for each head, with hard decisions, and scale a layer's output by H / (open gates).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deadhead.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """What all gates of a model share.
+
+    Args:
+        beta: temperature β of the concrete distribution.
+        gamma: lower end γ of the stretch, below 0.
+        zeta: upper end ζ of the stretch, above 1.
+        init: log_alpha of every gate at the start (the paper's initialisation); 0.0 switches it off.
+        hard: forward values are 0 or 1 (straight-through); False leaves them soft.
+        output_scale: multiply the gated heads' sum by H / (open gates), the paper's attention output scaling.
+        lr_scale: a gate learns this many times as fast as the model (exact for Adam-like optimizers).
+        epsilon: noise is drawn from Uniform(ε, 1 − ε).
+        seed: seed of the gates' own noise.
+    """
+
+    beta: float = 1 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
+    init: float = 2.0
+    hard: bool = True
+    output_scale: bool = False
+    lr_scale: float = 10.0
+    epsilon: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, wrong, rule in (
+            ("beta", self.beta <= 0, "above 0"),
+            ("gamma", self.gamma >= 0, "below 0"),
+            ("zeta", self.zeta <= 1, "above 1"),
+            ("lr_scale", self.lr_scale <= 0, "above 0"),
+            ("epsilon", not 0 < self.epsilon < 0.5, "between 0 and 0.5"),
+        ):
+            if wrong:
+                raise InputError(f"A gate's {name} must be {rule}, but it is {getattr(self, name)}.")
+
+    @property
+    def open_threshold(self) -> float:
+        """log_alpha from which a gate is open in evaluation: z ≥ 0.5 when hard (0 by default), z > 0 when soft."""
+        return self._log_alpha_at(0.5 if self.hard else 0.0)
+
+    @property
+    def saturation(self) -> float:
+        """|log_alpha| from which a gate's evaluation value is exactly 0 or 1, soft ones included."""
+        return max(-self._log_alpha_at(0.0), self._log_alpha_at(1.0))
+
+    @property
+    def bound(self) -> float:
+        """|log_alpha| that training does not go beyond: at 6 a gate opens in one of 400 draws, and can come back."""
+        return max(6.0, abs(self.init))
+
+    def _log_alpha_at(self, z: float) -> float:
+        share = (z - self.gamma) / (self.zeta - self.gamma)
+        return math.log(share / (1 - share))
+
+
+def gate_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None = None) -> Tensor:
+    """Return the values z of gates, shape of `log_alpha`.
+
+    Args:
+        log_alpha: the gates' parameters, any shape.
+        config: the constants.
+        noise: u of a training draw, same shape; None evaluates.
+    """
+    z = soft_values(log_alpha, config, noise)
+    if not config.hard:
+        return z
+    # In this order the rounding cancels: the forward value is exactly 0 or 1.
+    return z + ((z >= 0.5).to(z.dtype) - z).detach()
+
+
+def soft_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None) -> Tensor:
+    """Return the values z before they are made hard, shape of `log_alpha`; arguments as for `gate_values`."""
+    logits = log_alpha if noise is None else (noise.log() - (-noise).log1p() + log_alpha) / config.beta
+    return (torch.sigmoid(logits) * (config.zeta - config.gamma) + config.gamma).clamp(0.0, 1.0)
+
+
+def l0_probability(log_alpha: Tensor, config: GateConfig) -> Tensor:
+    """Return P(z > 0) of each gate, the summand of the L0 sparsity loss, shape of `log_alpha`."""
+    return torch.sigmoid(log_alpha - config.beta * math.log(-config.gamma / config.zeta))

@@ -1,0 +1,38 @@
+"""The language-modelling loss of a batch of contiguous segments, with the memory of those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class SegmentLoss:
+    """Computes losses of successive batches; a model with segment memory sees the segments before.
+
+    Args:
+        model: any causal language model.
+    """
+
+    def __init__(self, model: PreTrainedModel | nn.Module) -> None:
+        self.has_memory = hasattr(model.config, "memory_length")
+        self.memory: tuple[Tensor, ...] | None = None
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+        """Return the model's outputs, `loss` (mean negative log-likelihood of a token) and `logits` among them.
+
+        Args:
+            model: it, or a wrapper of it.
+            inputs: `input_ids` (B, T); with memory also `labels` (B, T), the next tokens, and `is_first` (B,).
+        """
+        ids = inputs["input_ids"]
+        if not self.has_memory:
+            # Every language model shifts the labels itself; not all take labels that are shifted.
+            return model(input_ids=ids, labels=ids, use_cache=False)
+        memory = None if bool(inputs["is_first"].any()) else self.memory
+        labels = inputs["labels"]
+        outputs = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False, memory=memory)
+        self.memory = outputs.memory
+        return outputs

@@ -1,0 +1,61 @@
+"""Scores of heads, and the head plan that drops those with the lowest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deadhead.errors import InputError
+from deadhead.plan import HeadPlan, Layer, Unit
+
+Ranking = Literal["global", "layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadScores:
+    """How much each head of a model is worth, by whatever criterion; the lowest go first.
+
+    Args:
+        scores: by layer, a number for each head there is now, (H,), on the CPU. −∞: this head must go.
+        heads: by layer, the index in the original dense model of each head there is now; () for an emptied layer.
+        total: heads of each layer of the original dense model.
+        unit: what an index names.
+        output_scale: what the plan is to say of it; False for scores that were taken without gates.
+    """
+
+    scores: Mapping[Any, Tensor]
+    heads: Mapping[Any, tuple[int, ...]]
+    total: Mapping[Any, int]
+    unit: Unit
+    output_scale: bool = False
+
+    def plan(self, sparsity: float, *, ranking: Ranking = "global") -> HeadPlan:
+        """Return the plan that drops a share of the heads there are now, those with the lowest scores.
+
+        Args:
+            sparsity: the share, in [0, 1]; heads that must go are among them, even if they are more.
+            ranking: "global" compares the heads of all layers; "layer" drops the same share of each.
+
+        Raises:
+            InputError: the sparsity is out of range, or a score is not a number.
+        """
+        if not 0 <= sparsity <= 1:
+            raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
+        if any(bool(values.isnan().any()) for values in self.scores.values()):
+            raise InputError("Some heads have a score that is not a number, so they cannot be ranked.")
+        layers: list[Layer] = [layer for layer, heads in self.heads.items() if heads]
+        groups = [layers] if ranking == "global" else [[layer] for layer in layers]
+        kept: dict[Any, tuple[int, ...]] = dict.fromkeys(self.heads, ())
+        for group in groups:
+            values = torch.cat([self.scores[layer].flatten() for layer in group]) if group else torch.empty(0)
+            stays = values > -math.inf
+            stays[values.argsort(stable=True)[: round(sparsity * len(values))]] = False
+            parts = stays.split([len(self.heads[layer]) for layer in group]) if group else ()
+            for layer, part in zip(group, parts, strict=True):
+                kept[layer] = tuple(head for head, stay in zip(self.heads[layer], part.tolist(), strict=True) if stay)
+        return HeadPlan(kept=kept, total=self.total, unit=self.unit, output_scale=self.output_scale)
