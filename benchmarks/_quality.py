@@ -49,9 +49,11 @@ class Method:
         ranking: "global" or "layer".
         distill: weight of the dense model's distribution in the loss, while gates learn and in the fine-tuning.
         options: further fields of `PruneRecipe`.
+        rank: a sweep that is cut short has the methods of the lowest rank first.
     """
 
     kind: Kind
+    rank: int = 0
     criterion: str = ""
     ranking: Literal["global", "layer"] = "global"
     distill: float = 0.0
@@ -62,21 +64,22 @@ _ADAM = {"gate_lr": 0.0, "gate_lr_scale": 20.0}
 METHODS: dict[str, Method] = {
     "dense": Method(kind="dense"),
     "gates": Method(kind="learned", criterion="gates"),
-    "taylor": Method(kind="one-shot", criterion="taylor"),
     "gates + distillation": Method(kind="learned", criterion="gates", distill=0.5),
+    "gates, weighted": Method(kind="learned", criterion="gates", options={"weighting": "output_difference"}, rank=3),
+    "gates in Adam": Method(kind="learned", criterion="gates", options=_ADAM, rank=3),
+    "gates, scaled output": Method(kind="learned", criterion="gates", options={"output_scale": True}, rank=3),
+    "topk": Method(kind="learned", criterion="topk", rank=1),
+    "taylor": Method(kind="one-shot", criterion="taylor"),
     "taylor + distillation": Method(kind="one-shot", criterion="taylor", distill=0.5),
-    "topk": Method(kind="learned", criterion="topk"),
-    "small from scratch": Method(kind="scratch"),
-    "output-difference": Method(kind="one-shot", criterion="output-difference"),
-    "gates, weighted": Method(kind="learned", criterion="gates", options={"weighting": "output_difference"}),
-    "gates in Adam": Method(kind="learned", criterion="gates", options=_ADAM),
-    "magnitude": Method(kind="one-shot", criterion="magnitude"),
-    "random": Method(kind="one-shot", criterion="random"),
-    "taylor, by layer": Method(kind="one-shot", criterion="taylor", ranking="layer"),
-    "Torch-Pruning L2, global": Method(kind="torch-pruning", criterion="l2"),
-    "Torch-Pruning L2, local": Method(kind="torch-pruning", criterion="l2", ranking="layer"),
-    "Torch-Pruning Taylor, global": Method(kind="torch-pruning", criterion="taylor"),
-    "Torch-Pruning Taylor, local": Method(kind="torch-pruning", criterion="taylor", ranking="layer"),
+    "taylor, by layer": Method(kind="one-shot", criterion="taylor", ranking="layer", rank=3),
+    "output-difference": Method(kind="one-shot", criterion="output-difference", rank=1),
+    "magnitude": Method(kind="one-shot", criterion="magnitude", rank=2),
+    "random": Method(kind="one-shot", criterion="random", rank=2),
+    "Torch-Pruning L2, global": Method(kind="torch-pruning", criterion="l2", rank=1),
+    "Torch-Pruning L2, local": Method(kind="torch-pruning", criterion="l2", ranking="layer", rank=1),
+    "Torch-Pruning Taylor, global": Method(kind="torch-pruning", criterion="taylor", rank=1),
+    "Torch-Pruning Taylor, local": Method(kind="torch-pruning", criterion="taylor", ranking="layer", rank=1),
+    "small from scratch": Method(kind="scratch", rank=4),
 }
 
 
@@ -120,10 +123,12 @@ def phase(name: str, **values: Any) -> dict[str, Any]:
     return {**rows, "adam_beta2": 0.99, "save_every": 0, "log_every": 100, **values}
 
 
-def recovery(name: str, steps: int, distill: float = 0.0) -> deadhead.PhaseRecipe:
-    """Return the recipe of the steps after the cut: the rate warms up again, then falls to 0."""
-    values = phase(name, steps=steps, learning_rate=1e-3, warmup_steps=20, schedule="cosine", distill=distill)
-    return deadhead.PhaseRecipe(**values)
+def again(name: str, steps: int, distill: float, **values: Any) -> dict[str, Any]:
+    """Return the fields of a phase after the dense training: the rate warms up again, then falls to 0."""
+    rate = 2e-3 if name == "all-attention" else 1e-3
+    warmup = min(20, steps // 5)
+    fields = {"steps": steps, "learning_rate": rate, "warmup_steps": warmup, "schedule": "cosine", "distill": distill}
+    return phase(name, **fields, **values)
 
 
 def train_dense(name: str, seed: int, text: TokenizedCorpus, vocab_size: int, steps: int, folder: Path) -> None:
@@ -185,10 +190,11 @@ def measure_point(
         except CannotPrune as reason:
             return {"cannot": str(reason)}
     elif method.kind != "dense":
-        fields = phase(name, learning_rate=1e-3, warmup_steps=20, sparsity=sparsity, distill=method.distill)
-        fields |= {"criterion": method.criterion, "ranking": method.ranking, **method.options}
         learned = method.kind == "learned"
-        recipe = deadhead.PruneRecipe(**{"steps": budget.gates if learned else budget.looked_at, **fields})
+        choice = {"sparsity": sparsity, "criterion": method.criterion, "ranking": method.ranking}
+        choice |= {"output_scale": False, **method.options}
+        length = budget.gates if learned else budget.looked_at
+        recipe = deadhead.PruneRecipe(**again(name, length, method.distill, **choice))
         if learned:
             gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model, seed))
             deadhead.train(model, train, recipe, gates=gates, seed=seed + 1000, first_segment=first, teacher=teacher)
@@ -202,7 +208,7 @@ def measure_point(
     deadhead.train(
         model,
         train,
-        recovery(name, steps, method.distill),
+        deadhead.PhaseRecipe(**again(name, steps, method.distill)),
         seed=seed + 2000,
         first_segment=first,
         teacher=teacher,

@@ -4,8 +4,8 @@ For each of three small language models (our All-attention Transformer, a GPT-2,
 once on the Python standard library's source as bytes and kept, for each sparsity and seed: heads are chosen in every
 way there is, the model is cut, measured, fine-tuned and measured again. All methods spend the same number of
 steps after the dense training: gates learn in some of them, a one-shot criterion leaves all of them to the
-fine-tuning, a small model from scratch has those of the dense training too. Settings were chosen on the validation text; the
-figures are of the test text.
+fine-tuning, a small model from scratch has those of the dense training too. Settings were chosen on the validation
+text; the figures are of the test text.
 
     python benchmarks/quality.py [--quick] [--out DIR] [--figure FILE] [--models …] [--methods …] [--seeds 0 1 2]
 
@@ -66,7 +66,7 @@ def points(
     """Return what is to be measured, those first that matter most; the dense model has no sparsity."""
     return sorted(
         Point(
-            rank=list(METHODS).index(method) // 4,
+            rank=-1 if METHODS[method].kind == "dense" else 2 * METHODS[method].rank + (sparsity != 0.5),
             seed=seed,
             model=model,
             sparsity=0.0 if METHODS[method].kind == "dense" else sparsity,
@@ -209,7 +209,7 @@ def _cell(here: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], best:
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw, for each model, per cent above the dense model against the share of heads gone: after the cut, at the end."""
+    """Draw per cent above the dense model against the share of heads gone, right after the cut and at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
