@@ -34,7 +34,7 @@ class Budget:
 
     dense: int = 3000
     after: int = 500
-    gates: int = 150
+    gates: int = 100
     looked_at: int = 64
     tokens: int = 50_000
 

@@ -83,7 +83,7 @@ def small_recipe(text: Path, **sections: dict[str, Any] | Any) -> Recipe:
         },
         "data": {"source": str(text)},
         "train": {"steps": 3, **phase},
-        "prune": {"steps": 5, **phase, "l0": 0.1, "gate_lr_scale": 300.0, "init": 1.0},
+        "prune": {"steps": 5, **phase, "l0": 0.1, "gate_lr": 0.0, "gate_lr_scale": 300.0, "init": 1.0},
         "finetune": {"steps": 3, **phase},
     }
     for name, changes in sections.items():

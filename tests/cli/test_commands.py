@@ -96,12 +96,31 @@ def test_from_nothing_to_a_tuned_model(given: Path, tmp_path: Path, command: _Co
 
 def test_learned_ratio(given: Path, tmp_path: Path, command: _Command) -> None:
     """With λ far too large every gate closes, with none every gate stays open."""
-    common = ("prune", "--model", given / "model", "--data", given / "prose.txt", "--gate-lr-scale", 1000, *_STEPS)
+    common = ("prune", "--model", given / "model", "--data", given / "prose.txt", "--gate-lr", 10, *_STEPS)
     closed = command.json(*common, "--out", tmp_path / "closed", "--l0", 50, "--l0-warmup-steps", 0)
     assert closed["heads"] == [0, 0]
     assert command.json("inspect", tmp_path / "closed")["kv_cache_bytes"] == 0
     opened = command.json(*common, "--out", tmp_path / "open", "--l0", 0, "--init", 50)
     assert opened["heads"] == [4, 4]
+
+
+@pytest.mark.parametrize("criterion", ["topk", "taylor", "output-difference", "magnitude", "random"])
+def test_other_criteria(criterion: str, given: Path, tmp_path: Path, command: _Command) -> None:
+    """Each cuts exactly the share asked for; a one-shot criterion leaves the weights that stay as they were."""
+    common = ("prune", "--model", given / "model", "--data", given / "prose.txt", "--criterion", criterion)
+    by_layer = command.json(
+        *(*common, "--sparsity", 0.5, "--ranking", "layer", "--out", tmp_path / "by_layer", *_STEPS, "--seed", 3)
+    )
+    assert by_layer["heads"] == [2, 2]
+    overall = command.json(*common, "--sparsity", 0.25, "--out", tmp_path / "overall", *_STEPS)
+    assert sum(overall["heads"]) == 6
+    assert overall["steps"] == (0 if criterion != "topk" else int(_STEPS[1]))
+    plan = HeadPlan.from_json(tmp_path / "overall" / "head_plan.json")
+    cut = deadhead.cut(deadhead.load(given / "model"), plan).state_dict()
+    found = deadhead.load(tmp_path / "overall").state_dict()
+    same = all(torch.equal(value, cut[name]) for name, value in found.items())
+    assert same == (criterion != "topk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["by_layer", "overall"]
 
 
 def test_gates_kept(given: Path, tmp_path: Path, command: _Command) -> None:

@@ -10,7 +10,7 @@ import torch
 from deadhead.gates import HeadGate, HeadGates
 from deadhead.hard_concrete import GateConfig, l0_probability
 from deadhead.penalty import penalty_gradient
-from deadhead.training.gate_optimizer import GateOptimizer
+from deadhead.training.gate_optimizer import GateOptimizer, default_rate
 
 
 def make(count: int = 4, **config: float) -> tuple[HeadGates, HeadGate]:
@@ -79,6 +79,10 @@ def test_without_any_gradient_nothing_moves() -> None:
     before = gate.log_alpha.detach().clone()
     GateOptimizer(gates, lr=0.1).step(penalty_gradient(gates, 1.0))
     assert torch.equal(gate.log_alpha.detach(), before)
+
+
+def test_the_rate_of_long_phases_is_lower() -> None:
+    assert [default_rate(steps) for steps in (1, 150, 300, 15000)] == [0.3, 0.3, 0.15, 0.003]
 
 
 def test_a_saved_optimizer_goes_on_exactly() -> None:

@@ -60,7 +60,7 @@ def _their_trainer(
         "dataloader_pin_memory": False,
     }
     callbacks: list[Any] = [
-        deadhead.SparsityCallback(gates, l0=0.5, warmup_steps=0, weighting="output_difference"),
+        deadhead.SparsityCallback(gates, l0=0.01, warmup_steps=0, weighting="output_difference"),
         *([] if kill is None else [KillAt(kill)]),
     ]
     trainer = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=_Rows(), callbacks=callbacks)

@@ -216,3 +216,20 @@ def test_learned_ratio_runs_to_the_end(text: Path, tmp_path: Path) -> None:
     assert summary["finetuned"]["heads"] == [0, 0]
     assert "control" not in summary
     assert deadhead.model_cost(deadhead.load(tmp_path / "run" / "pruned")).heads == [0, 0]
+
+
+def test_a_run_may_rank_heads_instead_of_learning_gates(text: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(text, prune={"criterion": "taylor", "sparsity": 0.5, "steps": 2}, control=True)
+    summary = Run.start(recipe, tmp_path / "run").execute()
+    plan = HeadPlan.from_json(tmp_path / "run" / "head_plan.json")
+    assert sum(plan.heads) == 4 and summary["cut"]["heads"] == plan.heads
+    assert not plan.output_scale
+    # Ranking is no training: the steps are those of the other phases, for the control too.
+    assert [summary[stage]["steps"] for stage in (*_STAGES, "control")] == [3, 3, 3, 6, 6]
+    phases = {line["phase"] for line in metrics(tmp_path / "run")}
+    assert phases == {"train", "finetune", "control_finetune"}
+    # What was ranked is the dense model: its weights are those of the gated one.
+    gated = {name: value for name, value in weights(tmp_path / "run" / "gated").items() if "log_alpha" not in name}
+    dense = weights(tmp_path / "run" / "dense")
+    assert_same_tensors({name: gated[name] for name in dense}, dense)
+    assert summary["gated"]["perplexity"] == pytest.approx(summary["cut"]["perplexity"], rel=1e-5)

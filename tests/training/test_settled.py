@@ -206,7 +206,7 @@ def test_a_gated_checkpoint_of_a_model_cut_in_training_goes_on_as_it_is(tmp_path
 
 
 def test_a_whole_run_with_heads_cut_in_training(tmp_path: Path) -> None:
-    prune = {"steps": 6, "cut_settled": 3, "init": -8.0, "sparsity": 0.5}
+    prune = {"steps": 6, "cut_settled": 3, "init": -8.0}
     recipe = small_recipe(write_prose(tmp_path), prune=prune)
     summary = Run.start(recipe, tmp_path / "run").execute()
     # Every gate is shut from the first step; a layer's last head stays until the cut.

@@ -115,7 +115,7 @@ def _losses(trainer: Trainer) -> list[dict[str, float]]:
     [
         {"l0": 0.05, "warmup_steps": 20},
         {"l0": 0.05, "warmup_steps": 0, "weighting": "output_difference"},
-        {"l0": 0.05, "warmup_steps": 20, "gate_lr": None},
+        {"l0": 0.05, "warmup_steps": 20, "gate_lr": 0},
         {"warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6},
         {"warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6, "exact": True},
     ],
@@ -168,7 +168,7 @@ def test_a_gate_moves_lr_scale_times_the_learning_rate(tmp_path: Path) -> None:
         model=model,
         args=_arguments(tmp_path, max_steps=1, learning_rate=rate, weight_decay=0.0, save_strategy="no"),
         train_dataset=_Text(),
-        callbacks=[deadhead.SparsityCallback(gates, l0=10.0, warmup_steps=0, gate_lr=None)],
+        callbacks=[deadhead.SparsityCallback(gates, l0=10.0, warmup_steps=0, gate_lr=0)],
     )
     trainer.train()
     # λ is so large that every gate's gradient is positive: each log_alpha falls by exactly one step.
@@ -182,7 +182,7 @@ def test_a_gate_moves_lr_scale_times_the_learning_rate(tmp_path: Path) -> None:
 def test_the_penalty_is_added_once_for_each_step(accumulation: int, tmp_path: Path) -> None:
     """What the callback adds to a gate's gradient is λ ∂L0, whatever the number of accumulated batches."""
     model, gates = _gated()
-    callback = deadhead.SparsityCallback(gates, l0=0.3, warmup_steps=0, gate_lr=None)
+    callback = deadhead.SparsityCallback(gates, l0=0.3, warmup_steps=0, gate_lr=0)
     expected = torch.autograd.grad(l0_loss(gates) * 0.3, [gate.log_alpha_bias for _, gate in gates])
     seen: list[list[torch.Tensor]] = []
 
@@ -236,7 +236,7 @@ def test_reported_loss_is_the_language_models(tmp_path: Path) -> None:
         model=model,
         args=_arguments(tmp_path, max_steps=1, save_strategy="no"),
         train_dataset=_Text(),
-        callbacks=[deadhead.SparsityCallback(gates, l0=100.0, warmup_steps=0, gate_lr=None)],
+        callbacks=[deadhead.SparsityCallback(gates, l0=100.0, warmup_steps=0, gate_lr=0)],
     )
     trainer.train()
     logged = _losses(trainer)[0]
@@ -328,7 +328,7 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
         ({"weighting": "both"}, "weighting must be 'plain' or 'output_difference', but it is 'both'"),
         ({"sparsity": 1.0}, "target sparsity must be at least 0 and below 1, but it is 1.0"),
         ({"sparsity": -0.5}, "target sparsity must be at least 0 and below 1, but it is -0.5"),
-        ({"gate_lr": 0.0}, "gate_lr must be a number above 0, or None, but it is 0.0"),
+        ({"gate_lr": -1.0}, "gate_lr must be a number that is not negative, or None, but it is -1.0"),
         ({"exact": True}, "need a target sparsity"),
         ({"sparsity": 0.5, "ranking": "best"}, "ranking must be 'global' or 'layer', but it is 'best'"),
     ],

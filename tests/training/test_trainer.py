@@ -37,6 +37,7 @@ def _prune_recipe(**changes: Any) -> PruneRecipe:
         "learning_rate": 3e-3,
         "log_every": 1,
         "l0": 0.1,
+        "gate_lr": 0.0,
         "gate_lr_scale": 100.0,
     }
     return PruneRecipe(**{**values, **changes})

@@ -128,7 +128,9 @@ def prune(
     l0_warmup_steps: Annotated[int | None, typer.Option("--l0-warmup-steps", min=0)] = None,
     gate_lr: Annotated[
         float | None,
-        typer.Option("--gate-lr", min=0, help="Rate of the gates' own optimizer (0.3); 0: they learn in the model's."),
+        typer.Option(
+            "--gate-lr", min=0, help="Rate of the gates' own optimizer (by the steps); 0: they learn in the model's."
+        ),
     ] = None,
     gate_lr_scale: Annotated[
         float | None,

@@ -10,6 +10,14 @@ from torch import Tensor
 
 from deadhead.gates import HeadGates
 
+# The rate of a short phase, and how far a gate with gradients of typical size may move in all in a longer one.
+_HIGHEST_RATE, _WAY = 0.3, 45.0
+
+
+def default_rate(steps: int) -> float:
+    """Return the gates' rate for a phase of so many steps: long ones decide by more, and so by quieter, steps."""
+    return min(_HIGHEST_RATE, _WAY / max(steps, 1))
+
 
 class GateOptimizer:
     """Gradient descent with momentum for all gates of a model, at a rate that one number for all of them divides.

@@ -76,7 +76,7 @@ def sparsity_callback(gates: HeadGates, recipe: PruneRecipe) -> SparsityCallback
         sparsity=recipe.sparsity,
         ranking=recipe.ranking,
         exact=recipe.criterion == "topk",
-        gate_lr=recipe.gate_lr or None,
+        gate_lr=recipe.gate_lr,
         ramp_steps=recipe.ramp_steps or max(1, recipe.steps * 2 // 3),
         weighting=recipe.weighting,
     )

@@ -101,10 +101,10 @@ class PruneRecipe(PhaseRecipe):
     `deadhead.criteria`, which trains nothing and looks at `steps` batches; l0 is λ, in nats a token for an open head;
     sparsity, if given, is reached along a ramp over `ramp_steps` (0: two thirds of the phase); ranking, whether that
     share goes of all heads or of each layer's; l0_warmup_steps, init and output_scale are the stabilisers; gate_lr the
-    rate of the gates' own optimizer (0: they learn in the model's, gate_lr_scale times as fast);
-    freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit what a gate
-    opens and closes (None: key/value groups where there are any, else heads); cut_settled, after how many steps in a
-    row a shut gate's head is cut while training goes on (0: never; faster, but such a gate cannot open again); the
+    rate of the gates' own optimizer (None: by the number of steps; 0: they learn in the model's, gate_lr_scale times
+    as fast); freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit what
+    a gate opens and closes (None: key/value groups where there are any, else heads); cut_settled, after how many steps
+    in a row a shut gate's head is cut while training goes on (0: never; faster, but it cannot open again); the
     rest are the gates' constants.
     """
 
@@ -114,7 +114,7 @@ class PruneRecipe(PhaseRecipe):
     sparsity: float | None = Field(None, ge=0, lt=1)
     ramp_steps: int = Field(0, ge=0)
     l0_warmup_steps: int = Field(0, ge=0)
-    gate_lr: float = Field(0.3, ge=0)
+    gate_lr: float | None = Field(None, ge=0)
     gate_lr_scale: float | None = Field(None, gt=0)
     init: float = 2.0
     output_scale: bool | None = None

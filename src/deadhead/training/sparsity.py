@@ -13,7 +13,7 @@ from deadhead.errors import InputError
 from deadhead.gates import HeadGates
 from deadhead.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient
 from deadhead.ranking import Ranking
-from deadhead.training.gate_optimizer import GateOptimizer
+from deadhead.training.gate_optimizer import GateOptimizer, default_rate
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
@@ -31,8 +31,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         ramp_steps: steps until the ramp reaches `sparsity`.
         weighting: "plain" L0, or "output_difference": heads whose removal changes their layer's output least are
             pushed hardest.
-        gate_lr: the rate of the gates' own optimizer (see `GateOptimizer`). None: they learn in the Trainer's, at
-            `GateConfig.lr_scale` times the model's rate, as in the paper.
+        gate_lr: the rate of the gates' own optimizer (see `GateOptimizer`); None chooses it by the number of steps.
+            0: they learn in the Trainer's, at `GateConfig.lr_scale` times the model's rate, as in the paper.
         ranking: with `sparsity`, "global" closes that share of all gates, "layer" of each layer's.
         exact: with `sparsity`, every draw leaves out exactly that share: differentiable subset pruning.
 
@@ -50,7 +50,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         sparsity: float | None = None,
         ramp_steps: int = 1000,
         weighting: Weighting = "plain",
-        gate_lr: float | None = 0.3,
+        gate_lr: float | None = None,
         ranking: Ranking = "global",
         exact: bool = False,
     ) -> None:
@@ -58,8 +58,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but it is {l0}.")
         if weighting not in ("plain", "output_difference"):
             raise InputError(f"weighting must be 'plain' or 'output_difference', but it is {weighting!r}.")
-        if gate_lr is not None and not 0 < gate_lr < math.inf:
-            raise InputError(f"gate_lr must be a number above 0, or None, but it is {gate_lr}.")
+        if gate_lr is not None and not 0 <= gate_lr < math.inf:
+            raise InputError(f"gate_lr must be a number that is not negative, or None, but it is {gate_lr}.")
         if exact and sparsity is None:
             raise InputError("exact draws leave out a share of the heads, so they need a target sparsity.")
         self.gates = gates
@@ -69,8 +69,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.target = None
         if sparsity is not None:
             self.target = SparsityTarget(sparsity, ramp_steps=ramp_steps, ranking=ranking, exact=exact)
-        self.optimizer = None if gate_lr is None else GateOptimizer(gates, gate_lr)
+        self.gate_lr = gate_lr
+        self.optimizer = None if gate_lr == 0 else GateOptimizer(gates, gate_lr or default_rate(1))
         self.strength = 0.0
+        self.last_l0 = float("nan")
         # It weights the loss, and it is a diagnostic.
         gates.track_difference()
 
@@ -89,7 +91,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers of the last step: λ, L0, share of closed gates, heads open in each layer."""
-        values = {"lambda": self.strength, "l0": float(self.gates.l0().detach()), "sparsity": self.gates.sparsity}
+        values = {"lambda": self.strength, "l0": self.last_l0, "sparsity": self.gates.sparsity}
         values |= {f"heads/layer_{layer}": float(gate.is_open.sum()) for layer, gate in self.gates}
         return values
 
@@ -101,6 +103,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise InputError(
                 "SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP or FSDP."
             )
+        if self.optimizer is not None and self.gate_lr is None:
+            self.optimizer.lr = default_rate(state.max_steps)
         # A dictionary when it was read from a checkpoint; declared as the list it is made of.
         saved = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and saved:
@@ -140,6 +144,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.strength = self.l0 * linear_warmup(state.global_step, self.warmup_steps) if self.target is None else 0.0
         if self.weighting == "output_difference":
             self.gates.average_difference()
+        self.last_l0 = float(self.gates.l0().detach())
         penalty = penalty_gradient(self.gates, self.strength, self.weighting)
         if self.optimizer is not None:
             self.optimizer.step(penalty)
