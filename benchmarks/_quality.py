@@ -11,8 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 import deadhead
-from benchmarks._torch_pruning import CannotPrune, prune_heads
-from deadhead.data import TokenizedCorpus
+from deadhead.data import TokenizedCorpus, TokenStream
 from deadhead.layouts import find_layout
 from deadhead.training.phases import close_to_target, rank
 
@@ -29,14 +28,14 @@ class Budget:
         after: steps from there to the end, whatever a method does with them.
         gates: of these, steps in which gates learn, for methods that have any.
         looked_at: batches that one-shot criteria look at.
-        tokens: of the split that is measured.
+        tokens: of each split that is measured.
     """
 
     dense: int = 3000
     after: int = 500
-    gates: int = 100
+    gates: int = 60
     looked_at: int = 64
-    tokens: int = 50_000
+    tokens: int = 40_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +60,18 @@ class Method:
 
 
 _ADAM = {"gate_lr": 0.0, "gate_lr_scale": 20.0}
+_LEANING = {"start_from": "taylor"}
+_SCALED = {**_LEANING, "output_scale": True}
+_WEIGHTED = {**_LEANING, "weighting": "output_difference"}
 METHODS: dict[str, Method] = {
     "dense": Method(kind="dense"),
-    "gates": Method(kind="learned", criterion="gates"),
-    "gates + distillation": Method(kind="learned", criterion="gates", distill=0.5),
-    "gates, weighted": Method(kind="learned", criterion="gates", options={"weighting": "output_difference"}, rank=3),
+    "gates": Method(kind="learned", criterion="gates", options=_LEANING),
+    "gates + distillation": Method(kind="learned", criterion="gates", distill=0.5, options=_LEANING),
+    "gates, starting alike": Method(kind="learned", criterion="gates", rank=3),
+    "gates, weighted": Method(kind="learned", criterion="gates", options=_WEIGHTED, rank=3),
     "gates in Adam": Method(kind="learned", criterion="gates", options=_ADAM, rank=3),
-    "gates, scaled output": Method(kind="learned", criterion="gates", options={"output_scale": True}, rank=3),
-    "topk": Method(kind="learned", criterion="topk", rank=1),
+    "gates, scaled output": Method(kind="learned", criterion="gates", options=_SCALED, rank=3),
+    "topk": Method(kind="learned", criterion="topk", options=_LEANING, rank=1),
     "taylor": Method(kind="one-shot", criterion="taylor"),
     "taylor + distillation": Method(kind="one-shot", criterion="taylor", distill=0.5),
     "taylor, by layer": Method(kind="one-shot", criterion="taylor", ranking="layer", rank=3),
@@ -139,10 +142,13 @@ def train_dense(name: str, seed: int, text: TokenizedCorpus, vocab_size: int, st
     deadhead.save(model, folder)
 
 
-def perplexity(model: PreTrainedModel, text: TokenizedCorpus, split: str, tokens: int) -> float:
-    """Return the perplexity a token, each seen after 64 or more."""
+def perplexities(model: PreTrainedModel, text: TokenizedCorpus, tokens: int) -> dict[str, float]:
+    """Return the perplexity a token, each seen after 64 or more, of the test and the validation text."""
     window = None if hasattr(model.config, "memory_length") else 128
-    return deadhead.evaluate(model, text.splits[split], limit=tokens, window=window).perplexity
+    return {
+        split: deadhead.evaluate(model, text.splits[split], limit=tokens, window=window).perplexity
+        for split in ("test", "valid")
+    }
 
 
 def measure_point(
@@ -155,14 +161,13 @@ def measure_point(
     vocab_size: int,
     dense: Path,
     budget: Budget,
-    split: str = "test",
 ) -> dict[str, Any]:
     """Prune, measure, fine-tune, measure.
 
     Returns:
-        `before` and `after`, perplexities right after the cut and at the end, `heads` a layer, `parameters`,
-        `steps` after the dense training (in all, from scratch) and `seconds`. Or `cannot`, the reason why a peer's
-        library does not prune this model.
+        `before` and `after`, perplexities of "test" and "valid" right after the cut and at the end, `heads` a layer,
+        `parameters`, `steps` after the dense training (in all, from scratch) and `seconds`. Or `cannot`, the reason why
+        a peer's library does not prune this model.
     """
     begun = time.perf_counter()
     train, steps = text.splits["train"], budget.after
@@ -172,29 +177,21 @@ def measure_point(
         deadhead.cut(model, _uniform(model, sparsity))
         recipe = phase(name, steps=budget.dense + budget.after, learning_rate=3e-3, warmup_steps=100, schedule="cosine")
         deadhead.train(model, train, deadhead.PhaseRecipe(**recipe), seed=seed)
-        return _result(model, begun, None, perplexity(model, text, split, budget.tokens), budget.dense + budget.after)
+        return _result(model, begun, None, perplexities(model, text, budget.tokens), budget.dense + budget.after)
     model = deadhead.load(dense)
     teacher = deadhead.load(dense) if method.distill else None
     if method.kind == "torch-pruning":
-        generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(train.tokens) - 129, (budget.looked_at, 4), generator=generator)
-        windows = torch.from_numpy(train.tokens[(starts[..., None] + torch.arange(128)).numpy()].astype("int64"))
-        try:
-            prune_heads(
-                model,
-                sparsity,
-                importance="l2" if method.criterion == "l2" else "taylor",
-                ranking=method.ranking,
-                batches=[{"input_ids": rows} for rows in windows],
-            )
-        except CannotPrune as reason:
-            return {"cannot": str(reason)}
+        if (reason := _prune_as_peers_do(model, method, sparsity, train, budget, seed)) is not None:
+            return {"cannot": reason}
     elif method.kind != "dense":
         learned = method.kind == "learned"
         choice = {"sparsity": sparsity, "criterion": method.criterion, "ranking": method.ranking}
         choice |= {"output_scale": False, **method.options}
-        length = budget.gates if learned else budget.looked_at
-        recipe = deadhead.PruneRecipe(**again(name, length, method.distill, **choice))
+        recipe = deadhead.PruneRecipe(**again(name, budget.looked_at, method.distill, **choice))
+        if learned:
+            # The rate does not fall in so short a phase: what is learned in it counts at the end.
+            values = {"steps": budget.gates, "schedule": "constant", "start_batches": budget.looked_at}
+            recipe = recipe.model_copy(update=values)
         if learned:
             gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model, seed))
             deadhead.train(model, train, recipe, gates=gates, seed=seed + 1000, first_segment=first, teacher=teacher)
@@ -203,7 +200,7 @@ def measure_point(
             steps, first = steps - recipe.steps, first + recipe.steps
         else:
             deadhead.cut(model, rank(model, train, recipe, seed=seed + 3000, first_segment=first))
-    before = perplexity(model, text, split, budget.tokens)
+    before = perplexities(model, text, budget.tokens)
     # Another order than that of the dense training, which would read the same rows again.
     deadhead.train(
         model,
@@ -213,7 +210,31 @@ def measure_point(
         first_segment=first,
         teacher=teacher,
     )
-    return _result(model, begun, before, perplexity(model, text, split, budget.tokens), budget.after)
+    return _result(model, begun, before, perplexities(model, text, budget.tokens), budget.after)
+
+
+def _prune_as_peers_do(
+    model: Any, method: Method, sparsity: float, train: TokenStream, budget: Budget, seed: int
+) -> str | None:
+    """Prune a model with Torch-Pruning, in place; return why it cannot, or None."""
+    # Here, as only these methods need the package.
+    from benchmarks._torch_pruning import CannotPrune, prune_heads
+
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(train.tokens) - 129, (budget.looked_at, 4, 1), generator=generator)
+    windows = torch.from_numpy(train.tokens[(starts + torch.arange(128)).numpy()].astype("int64"))
+    importance: Any = method.criterion
+    try:
+        prune_heads(
+            model,
+            sparsity,
+            importance=importance,
+            ranking=method.ranking,
+            batches=[{"input_ids": rows} for rows in windows],
+        )
+    except CannotPrune as reason:
+        return str(reason)
+    return None
 
 
 def _uniform(model: PreTrainedModel, sparsity: float) -> deadhead.HeadPlan:
@@ -225,7 +246,9 @@ def _uniform(model: PreTrainedModel, sparsity: float) -> deadhead.HeadPlan:
     return deadhead.HeadPlan(kept=kept, total=total, unit=unit)
 
 
-def _result(model: PreTrainedModel, begun: float, before: float | None, after: float, steps: int) -> dict[str, Any]:
+def _result(
+    model: PreTrainedModel, begun: float, before: dict[str, float] | None, after: dict[str, float], steps: int
+) -> dict[str, Any]:
     return {
         "before": before,
         "after": after,
@@ -251,6 +274,6 @@ def _heads(model: PreTrainedModel) -> list[int]:
     ]
 
 
-def settings(budget: Budget) -> dict[str, Any]:
-    """Return what a point depends on, for the file it is kept in."""
-    return {"budget": asdict(budget), "methods": {name: asdict(method) for name, method in METHODS.items()}}
+def settings(budget: Budget, method: Method) -> dict[str, Any]:
+    """Return what a point depends on beside its name; one of other settings is measured anew."""
+    return {"budget": asdict(budget), "how": {name: v for name, v in asdict(method).items() if name != "rank"}}

@@ -116,19 +116,22 @@ def _measure(point: Point, budget: Budget, out: Path) -> None:
         budget=budget,
     )
     names = {"model": point.model, "method": point.method, "sparsity": point.sparsity, "seed": point.seed}
-    write_json(out / "points" / point.file, {**names, **found})
+    write_json(out / "points" / point.file, {**names, **found, **settings(budget, METHODS[point.method])})
+
+
+def _is_measured(point: Point, budget: Budget, out: Path) -> bool:
+    path = out / "points" / point.file
+    if not path.exists():
+        return False
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return all(kept.get(name) == value for name, value in settings(budget, METHODS[point.method]).items())
 
 
 def sweep(todo: Sequence[Point], budget: Budget, out: Path, jobs: int, console: Console) -> None:
     """Train the dense models that are missing, then measure the points that are."""
     (out / "points").mkdir(parents=True, exist_ok=True)
-    kept = out / "settings.json"
-    wanted = settings(budget)
-    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != wanted:
-        sys.exit(f"{out} holds points of other settings; delete it, or choose another --out.")
-    write_json(kept, wanted)
     _text(out)
-    missing = [point for point in todo if not (out / "points" / point.file).exists()]
+    missing = [point for point in todo if not _is_measured(point, budget, out)]
     models = sorted({(point.seed, point.model) for point in missing})
     models = [(seed, model) for seed, model in models if not (_dense(out, model, seed) / "config.json").exists()]
     begun = time.perf_counter()
@@ -161,21 +164,23 @@ def rows(found: Sequence[dict[str, Any]], model: str) -> Iterator[tuple[str, dic
             yield method, {s: [p for p in here if p["sparsity"] == s] for s in (0.0, *SPARSITIES)}
 
 
-def relative(points_here: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], key: str) -> list[float]:
+def relative(
+    points_here: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], key: str, split: str = "test"
+) -> list[float]:
     """Return for each seed by how many per cent a perplexity lies above that of the dense model after as many steps."""
-    dense = {(p["model"], p["seed"]): p["after"] for p in found if p["method"] == "dense"}
+    dense = {(p["model"], p["seed"]): p["after"][split] for p in found if p["method"] == "dense"}
     return [
-        100 * (p[key] / dense[p["model"], p["seed"]] - 1)
+        100 * (p[key][split] / dense[p["model"], p["seed"]] - 1)
         for p in points_here
         if p.get(key) is not None and (p["model"], p["seed"]) in dense
     ]
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(found: Sequence[dict[str, Any]], split: str = "test") -> str:
     """Return Markdown: by model and method, per cent above the dense model, right after the cut → at the end."""
     lines = []
     for model in MODELS:
-        dense = [p["after"] for p in found if p["model"] == model and p["method"] == "dense"]
+        dense = [p["after"][split] for p in found if p["model"] == model and p["method"] == "dense"]
         if not dense:
             continue
         lines += [
@@ -186,20 +191,22 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         ]
         best = {}
         for sparsity in SPARSITIES:
-            means = {m: relative(by[sparsity], found, "after") for m, by in rows(found, model)}
+            means = {m: relative(by[sparsity], found, "after", split) for m, by in rows(found, model)}
             best[sparsity] = min((statistics.mean(values) for values in means.values() if values), default=None)
         for method, by in rows(found, model):
             if method != "dense":
-                lines.append(f"| {method} | " + " | ".join(_cell(by[s], found, best[s]) for s in SPARSITIES) + " |")
+                lines.append(
+                    f"| {method} | " + " | ".join(_cell(by[s], found, best[s], split) for s in SPARSITIES) + " |"
+                )
         lines.append("")
     return "\n".join(lines)
 
 
-def _cell(here: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], best: float | None) -> str:
-    after = relative(here, found, "after")
+def _cell(here: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], best: float | None, split: str) -> str:
+    after = relative(here, found, "after", split)
     if not after:
         return "cannot" if any("cannot" in p for p in here) else "–"
-    before = relative(here, found, "before")
+    before = relative(here, found, "before", split)
     mean = statistics.mean(after)
     spread = f" ± {statistics.stdev(after):.1f}" if len(after) > 1 else ""
     shown = f"{mean:+.1f}{spread}"
@@ -255,6 +262,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--split", choices=("test", "valid"), default="test", help="of the figures in the table")
     parser.add_argument("--figure", type=Path, help="draw to this file (.png or .svg)")
     options = parser.parse_args()
     console = Console()
@@ -267,7 +275,7 @@ def main() -> None:
         if not options.table:
             sweep(points(*wanted), budget, out, options.jobs, console)
         found = read_points(out)
-        console.print(table(found) or "No dense model was measured yet.", markup=False)
+        console.print(table(found, options.split) or "No dense model was measured yet.", markup=False)
         if options.figure:
             draw(found, options.figure)
 

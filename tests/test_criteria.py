@@ -188,6 +188,27 @@ def test_bad_arguments() -> None:
     with pytest.raises(InputError, match="cut by head, but the unit 'kv_group'"):
         score_heads(tiny_model(), "random", unit="kv_group")
     gated = tiny_model()
-    deadhead.attach(gated)
-    with pytest.raises(InputError, match="a model without gates"):
+    gates = deadhead.attach(gated)
+    gates.gates[1].set_log_alpha(torch.tensor([2.0, -2.0, 2.0, 2.0]))
+    with pytest.raises(InputError, match="some of its gates are closed"):
         score_heads(gated, "random")
+
+
+def test_open_gates_change_no_score() -> None:
+    gated = tiny_model()
+    deadhead.attach(gated, config=deadhead.GateConfig(output_scale=True))
+    for criterion in READS_TEXT:
+        found, expected = (score_heads(model, criterion, batches()).scores for model in (gated, tiny_model()))
+        for layer, values in expected.items():
+            torch.testing.assert_close(found[layer], values, rtol=1e-4, atol=1e-6)
+
+
+def test_gates_lean_as_scores_rank_heads() -> None:
+    gates = deadhead.attach(tiny_model())
+    scores = score_heads(tiny_model(), "magnitude")
+    gates.lean(scores)
+    leaning = torch.cat(list(gates.log_alpha().values()))
+    assert leaning.argsort().tolist() == torch.cat(list(scores.scores.values())).argsort().tolist()
+    assert float(leaning.mean()) == pytest.approx(2.0, abs=1e-5)
+    assert float(leaning.std(correction=0)) == pytest.approx(1.0, abs=1e-5)
+    assert gates.plan(sparsity=0.5) == scores.plan(0.5)

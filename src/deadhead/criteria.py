@@ -40,7 +40,7 @@ def score_heads(
     """Score every head of a model by a one-shot criterion.
 
     Args:
-        model: without gates; not changed.
+        model: without gates, or with all of them open; not changed.
         criterion: which.
         batches: what "taylor" and "output-difference" look at: dictionaries with `input_ids` (B, T), and for a model
             with segment memory `labels` (B, T) and `is_first` (B,), in the order of the text.
@@ -52,11 +52,12 @@ def score_heads(
 
     Raises:
         UnsupportedModel: there is no head that could be pruned.
-        InputError: the criterion needs text and got none, the model has gates, or an argument is not allowed.
+        InputError: the criterion needs text and got none, a gate is closed, or an argument is not allowed.
     """
     model = unwrapped(model)
-    if gates_of(model) is not None:
-        raise InputError("One-shot criteria score a model without gates; take them off with deadhead.detach(model).")
+    gates = gates_of(model)
+    if gates is not None and not all(bool(gate.is_open.all()) for _, gate in gates):
+        raise InputError("One-shot criteria score a model with all heads open, but some of its gates are closed.")
     layout = find_layout(model)
     units = layout.units(model)
     if unit is not None and unit not in units:

@@ -117,6 +117,10 @@ def prune(
         Literal["gates", "topk", "magnitude", "taylor", "output-difference", "random"] | None,
         typer.Option("--criterion", help="How heads are chosen: learned by gates, or ranked from --steps batches."),
     ] = None,
+    start_from: Annotated[
+        Literal["magnitude", "taylor", "output-difference", "random"] | None,
+        typer.Option("--start-from", help="Let gates begin to lean as this criterion ranks their heads."),
+    ] = None,
     l0: Annotated[
         float | None, typer.Option("--l0", min=0, help="λ, nats a token that an open head costs: the ratio is learned.")
     ] = None,
@@ -186,6 +190,7 @@ def prune(
     phase = _changed(
         base.prune,
         criterion=criterion,
+        start_from=start_from,
         l0=l0,
         sparsity=sparsity,
         ranking=ranking,

@@ -24,11 +24,12 @@ from deadhead.errors import InputError
 from deadhead.evaluation import max_positions
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
-from deadhead.gating import is_gate
+from deadhead.gating import gates_of, is_gate
 from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
+from deadhead.ranking import HeadScores
 from deadhead.training.adapters import lora
 from deadhead.training.distillation import Distillation
 from deadhead.training.logs import MetricsFile, StepReporter
@@ -195,6 +196,9 @@ def train(
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None and gates is not None:
         restore_trimmed(model, gates, checkpoint)
+    elif gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
+        count = recipe.start_batches
+        gates.lean(_score(model, text, recipe, recipe.start_from, count, seed=seed, first_segment=first_segment))
     writer = None
     if tensorboard is not None and args.process_index == 0:
         # What a stopped run wrote after its checkpoint is hidden.
@@ -246,19 +250,35 @@ def rank(
     """
     if not recipe.is_one_shot or recipe.sparsity is None:
         raise InputError(f"The criterion {recipe.criterion} trains gates; use deadhead.train with gates attached.")
+    criterion = cast(OneShot, recipe.criterion)
+    scores = _score(model, text, recipe, criterion, recipe.steps, seed=seed, first_segment=first_segment)
+    return scores.plan(recipe.sparsity, ranking=recipe.ranking)
+
+
+def _score(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    criterion: OneShot,
+    count: int,
+    *,
+    seed: int,
+    first_segment: int,
+) -> HeadScores:
+    """Score heads by `count` batches of the recipe's size, if the criterion looks at any."""
     batches: Iterable[dict[str, Tensor]] = ()
-    if recipe.criterion in READS_TEXT:
+    if criterion in READS_TEXT:
         dataset = _segments(model, text, recipe, rows=recipe.batch_size, first_segment=first_segment)
         in_order = hasattr(model.config, "memory_length")
         generator = torch.Generator().manual_seed(seed)
         loader = DataLoader(
             dataset, batch_size=recipe.batch_size, shuffle=not in_order, generator=generator, drop_last=in_order
         )
-        batches = islice(loader, recipe.steps)
+        batches = islice(loader, count)
     model.to(best_device())  # type: ignore[arg-type]
+    gates = gates_of(model)
     with flushing_denormals():
-        scores = score_heads(model, cast(OneShot, recipe.criterion), batches, unit=recipe.unit, seed=seed)
-    return scores.plan(recipe.sparsity, ranking=recipe.ranking)
+        return score_heads(model, criterion, batches, unit=recipe.unit if gates is None else gates.unit, seed=seed)
 
 
 def close_to_target(gates: HeadGates, recipe: PruneRecipe) -> None:

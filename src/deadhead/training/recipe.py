@@ -98,19 +98,22 @@ class PruneRecipe(PhaseRecipe):
     """The phase that chooses heads: gates with λ or a target sparsity and the paper's three stabilisers, or a ranking.
 
     Args: criterion is "gates", "topk" (gates of which every draw opens the same number), or a one-shot criterion of
-    `deadhead.criteria`, which trains nothing and looks at `steps` batches; l0 is λ, in nats a token for an open head;
-    sparsity, if given, is reached along a ramp over `ramp_steps` (0: two thirds of the phase); ranking, whether that
-    share goes of all heads or of each layer's; l0_warmup_steps, init and output_scale are the stabilisers; gate_lr the
-    rate of the gates' own optimizer (None: by the number of steps; 0: they learn in the model's, gate_lr_scale times
-    as fast); freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit what
-    a gate opens and closes (None: key/value groups where there are any, else heads); cut_settled, after how many steps
-    in a row a shut gate's head is cut while training goes on (0: never; faster, but it cannot open again); the
+    `deadhead.criteria`, which trains nothing and looks at `steps` batches; start_from, a one-shot criterion by whose
+    scores gates begin to lean, from start_batches batches (None: all begin alike); l0 is λ, in nats a token for an open
+    head; sparsity, if given, is reached along a ramp over `ramp_steps` (0: two thirds of the phase); ranking, whether
+    that share goes of all heads or of each layer's; l0_warmup_steps, init and output_scale are the stabilisers; gate_lr
+    the rate of the gates' own optimizer (None: by the number of steps; 0: they learn in the model's, gate_lr_scale
+    times as fast); freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit
+    what a gate opens and closes (None: key/value groups where there are any, else heads); cut_settled, after how many
+    steps in a row a shut gate's head is cut while training goes on (0: never; faster, but it cannot open again); the
     rest are the gates' constants.
     """
 
     criterion: Literal["gates", "topk", OneShot] = "gates"
+    start_from: OneShot | None = None
+    start_batches: int = Field(64, ge=1)
     ranking: Ranking = "global"
-    l0: float = Field(0.03, ge=0)
+    l0: float = Field(0.01, ge=0)
     sparsity: float | None = Field(None, ge=0, lt=1)
     ramp_steps: int = Field(0, ge=0)
     l0_warmup_steps: int = Field(0, ge=0)

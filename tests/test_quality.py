@@ -1,0 +1,78 @@
+"""The quality benchmark: what it measures, that all methods get the same, and what its table says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import quality
+from benchmarks._quality import METHODS, MODELS, Budget, measure_point, train_dense
+from deadhead.data import load_text
+from tests.small import write_prose
+
+_BUDGET = Budget(dense=2, after=3, gates=2, looked_at=1, tokens=300)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, int, Path]:
+    """Return a text, its vocabulary, and a folder with a dense model of each kind."""
+    folder = tmp_path_factory.mktemp("quality")
+    text, tokenizer = load_text(str(write_prose(folder, 40_000)), tokenizer="byte")
+    for name in MODELS:
+        train_dense(name, 0, text, len(tokenizer), _BUDGET.dense, folder / name)
+    return text, len(tokenizer), folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_method_has_the_same_heads_and_steps(name: str, method: str, given: tuple[Any, int, Path]) -> None:
+    text, vocab_size, folder = given
+    how = METHODS[method]
+    if how.kind == "torch-pruning" and name == "all-attention":
+        pytest.skip("Torch-Pruning is not asked to prune our own model")
+    found = measure_point(name, how, 0.5, 0, text=text, vocab_size=vocab_size, dense=folder / name, budget=_BUDGET)
+    if "cannot" in found:
+        assert how.kind == "torch-pruning" and len(found["cannot"]) > 20
+        return
+    assert sum(found["heads"]) == (32 if how.kind == "dense" else 16)
+    assert found["steps"] == (5 if how.kind == "scratch" else 3)
+    assert all(perplexity > 1 for split in ("test", "valid") for perplexity in (found["after"][split],))
+    assert (found["before"] is None) == (how.kind == "scratch")
+
+
+def _point(method: str, sparsity: float, seed: int, before: float | None, after: float) -> dict[str, Any]:
+    numbers = {
+        key: None if value is None else {"test": value, "valid": 2 * value}
+        for key, value in (("before", before), ("after", after))
+    }
+    return {"model": "gpt2", "method": method, "sparsity": sparsity, "seed": seed, **numbers}
+
+
+def test_the_table_compares_each_seed_with_its_own_dense_model() -> None:
+    found = [
+        _point("dense", 0.0, 0, 5.5, 5.0),
+        _point("dense", 0.0, 1, 5.5, 4.0),
+        _point("gates", 0.5, 0, 6.0, 5.5),
+        _point("gates", 0.5, 1, 6.0, 4.8),
+        _point("taylor", 0.5, 0, 7.5, 5.25),
+        _point("small from scratch", 0.25, 0, None, 6.0),
+        {"model": "gpt2", "method": "random", "sparsity": 0.5, "seed": 0, "cannot": "no"},
+    ]
+    lines = quality.table(found).splitlines()
+    assert lines[0] == "### gpt2: dense 4.500 (2 seeds)"
+    assert "| gates | – | +35 → +15.0 ± 7.1 | – |" in lines
+    assert "| taylor | – | +50 → **+5.0** | – |" in lines
+    assert "| small from scratch | **+20.0** | – | – |" in lines
+    assert "| random | – | cannot | – |" in lines
+    assert quality.table(found, "valid").splitlines()[0] == "### gpt2: dense 9.000 (2 seeds)"
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    todo = quality.points(MODELS, list(METHODS), quality.SPARSITIES, (0, 1, 2))
+    assert len({point.file for point in todo}) == len(todo)
+    assert {point.method for point in todo[:9]} == {"dense"}
+    assert {point.sparsity for point in todo[9:45]} == {0.5}
+    # Each at every sparsity and seed, but Torch-Pruning for our own model, and the dense one once a seed.
+    assert len(todo) == 9 * (1 + 3 * (len(METHODS) - 1)) - 3 * 9 * 4 // 3
