@@ -33,7 +33,7 @@ class Budget:
 
     dense: int = 3000
     after: int = 500
-    gates: int = 60
+    gates: int = 40
     looked_at: int = 64
     tokens: int = 40_000
 

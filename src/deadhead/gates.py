@@ -268,16 +268,20 @@ class HeadGates:
         }
         return HeadPlan(kept=kept, total=self.total, unit=self.unit, output_scale=self.config.output_scale)
 
-    def lean(self, scores: HeadScores) -> None:
-        """Move log_alpha apart, by standard deviation 1, in the order of the heads' scores.
+    def lean(self, scores: HeadScores, *, spread: float) -> None:
+        """Move log_alpha apart, in even steps in the order of the heads' scores.
 
-        Gates then begin with an opinion, which training may change.
+        Gates then begin with an opinion, which training may change; draws differ in the heads about which it is weakest.
+
+        Args:
+            scores: of the heads there are.
+            spread: standard deviation of what is added to log_alpha.
         """
         values = torch.cat([scores.scores[layer] for layer in self.gates])
         ranks = values.argsort().argsort().float()
         ranks = (ranks - ranks.mean()) / ranks.std(correction=0).clamp(min=1e-6)
         for (_, gate), part in zip(self, ranks.split([gate.num_heads for _, gate in self]), strict=True):
-            gate.set_log_alpha(gate.log_alpha + part.to(gate.log_alpha_bias.device))
+            gate.set_log_alpha(gate.log_alpha + spread * part.to(gate.log_alpha_bias.device))
 
     def set_plan(self, plan: HeadPlan) -> None:
         """Close the gates of the heads that `plan` drops and open the others; take over its output scale.

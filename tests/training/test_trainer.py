@@ -17,7 +17,7 @@ import deadhead
 from deadhead import DivergenceError, InputError, PhaseRecipe, PruneRecipe
 from deadhead.gates import HeadGates
 from deadhead.models import AllAttentionForCausalLM
-from deadhead.training.phases import gate_config
+from deadhead.training.phases import gate_config, rank
 from deadhead.training.trainer import last_checkpoint
 from tests.helpers import tiny_config, tiny_model
 from tests.small import assert_same_tensors, metrics, stream
@@ -173,9 +173,11 @@ def _phase(
         _recipe(steps=8, save_every=4, log_every=3, gradient_accumulation=2),
         _prune_recipe(steps=8, save_every=4, log_every=3, l0_warmup_steps=10),
         _prune_recipe(steps=8, save_every=4, sparsity=0.5, weighting="output_difference", gradient_accumulation=2),
+        _prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, start_from="taylor", start_batches=2),
+        _prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, criterion="topk"),
         _recipe(steps=8, save_every=4, bf16=True),
     ],
-    ids=["train", "train-log-between", "prune", "prune-target", "bf16"],
+    ids=["train", "train-log-between", "prune", "prune-target", "prune-leaning", "prune-topk", "bf16"],
 )
 def test_killed_and_resumed_is_as_if_never_stopped(recipe: PhaseRecipe, tmp_path: Path) -> None:
     whole, whole_gates = _phase(tmp_path / "whole", recipe)
@@ -187,6 +189,24 @@ def test_killed_and_resumed_is_as_if_never_stopped(recipe: PhaseRecipe, tmp_path
     if gates is not None and whole_gates is not None:
         assert_same_tensors(gates.state_dict(), whole_gates.state_dict())
         assert gates.plan() == whole_gates.plan()
+
+
+def test_gates_begin_as_a_one_shot_criterion_ranks_heads(tmp_path: Path) -> None:
+    leaning = _prune_recipe(steps=1, sparsity=0.5, gate_lr=1e-6, start_from="taylor", start_batches=2)
+    _, gates = _phase(tmp_path / "leaning", leaning)
+    ranked = rank(tiny_model(), _TEXT, _prune_recipe(steps=2, sparsity=0.5, criterion="taylor"))
+    assert gates is not None
+    found = gates.plan(sparsity=0.5)
+    assert found.kept == ranked.kept
+    _, alike = _phase(tmp_path / "alike", leaning.model_copy(update={"start_from": None}))
+    assert alike is not None and alike.plan(sparsity=0.5).kept != found.kept
+
+
+def test_a_one_shot_criterion_trains_no_gates(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ranks heads and trains no gates"):
+        _phase(tmp_path, _prune_recipe(criterion="magnitude", sparsity=0.5))
+    with pytest.raises(InputError, match="trains gates; use deadhead.train"):
+        rank(tiny_model(), _TEXT, _prune_recipe(sparsity=0.5))
 
 
 def test_resumed_after_its_last_step_does_nothing_more(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ _SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear":
 # Tokens of a row of a model without memory, unless the recipe says otherwise.
 _SEQUENCE = 256
 
+# How far apart gates begin that lean: so far that few of them are open to doubt.
+_LEAN = 3.0
+
 Report = Callable[[int, int, dict[str, Any]], None]
 
 
@@ -198,7 +201,8 @@ def train(
         restore_trimmed(model, gates, checkpoint)
     elif gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
         count = recipe.start_batches
-        gates.lean(_score(model, text, recipe, recipe.start_from, count, seed=seed, first_segment=first_segment))
+        scores = _score(model, text, recipe, recipe.start_from, count, seed=seed, first_segment=first_segment)
+        gates.lean(scores, spread=_LEAN)
     writer = None
     if tensorboard is not None and args.process_index == 0:
         # What a stopped run wrote after its checkpoint is hidden.
