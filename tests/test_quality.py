@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import GPT2LMHeadModel
 
+import deadhead
 from benchmarks import quality
-from benchmarks._quality import METHODS, MODELS, Budget, measure_point, train_dense
+from benchmarks._quality import METHODS, MODELS, Budget, fresh, measure_point, train_dense
+from benchmarks._torch_pruning import CannotPrune, prune_heads
 from deadhead.data import load_text
+from tests.helpers import difference
 from tests.small import write_prose
 
 _BUDGET = Budget(dense=2, after=3, gates=2, looked_at=1, tokens=300)
@@ -25,8 +31,21 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, int, Path]:
     return text, len(tokenizer), folder
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+_FEW = {
+    ("all-attention", "gates + distillation"),
+    ("gpt2", "topk"),
+    ("llama-gqa", "taylor"),
+    ("llama-gqa", "Torch-Pruning Taylor, global"),
+    ("llama-gqa", "small from scratch"),
+    ("llama-gqa", "dense"),
+}
+_ALL = [(name, method) for name in MODELS for method in METHODS]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [pytest.param(*case, marks=() if case in _FEW else pytest.mark.full) for case in _ALL],
+)
 def test_every_method_has_the_same_heads_and_steps(name: str, method: str, given: tuple[Any, int, Path]) -> None:
     text, vocab_size, folder = given
     how = METHODS[method]
@@ -40,6 +59,40 @@ def test_every_method_has_the_same_heads_and_steps(name: str, method: str, given
     assert found["steps"] == (5 if how.kind == "scratch" else 3)
     assert all(perplexity > 1 for split in ("test", "valid") for perplexity in (found["after"][split],))
     assert (found["before"] is None) == (how.kind == "scratch")
+
+
+@pytest.mark.parametrize("importance", ["l2", "taylor"])
+@pytest.mark.parametrize("ranking", ["global", "layer"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_what_the_peer_leaves_is_what_a_cut_by_the_same_plan_leaves(name: str, ranking: Any, importance: Any) -> None:
+    """Whole heads are gone, and nothing else of the model has changed."""
+    whole: Any = fresh(name, 29, 0).eval()
+    ids = torch.randint(29, (2, 12), generator=torch.Generator().manual_seed(0))
+    peer = copy.deepcopy(whole)
+    left = prune_heads(peer, 0.5, importance=importance, ranking=ranking, batches=[{"input_ids": ids}])
+    assert sum(left) == 16
+    kept = {}
+    for layer, (old, new) in enumerate(zip(_values(whole), _values(peer), strict=True)):
+        rows = old.unflatten(0, (8, 16))
+        kept[layer] = [int((rows == row).all((1, 2)).nonzero()) for row in new.unflatten(0, (-1, 16))]
+    unit: Any = "head" if name == "gpt2" else "kv_group"
+    ours: Any = deadhead.cut(whole, deadhead.HeadPlan(kept=kept, total=dict.fromkeys(kept, 8), unit=unit))
+    with torch.no_grad():
+        assert difference(peer(input_ids=ids).logits, ours(input_ids=ids).logits) <= 1e-5
+
+
+def _values(model: Any) -> list[torch.Tensor]:
+    """Return each layer's value projection, a row for each channel."""
+    if isinstance(model, GPT2LMHeadModel):
+        return [block.attn.c_attn.weight.detach().T.chunk(3)[2] for block in model.transformer.h]
+    return [layer.self_attn.v_proj.weight.detach() for layer in model.model.layers]
+
+
+def test_other_models_are_refused_with_a_reason() -> None:
+    with pytest.raises(CannotPrune, match="not those of AllAttentionForCausalLM"):
+        prune_heads(fresh("all-attention", 29, 0), 0.5, importance="l2", ranking="layer", batches=[])
+    with pytest.raises(CannotPrune, match="would take all 8 heads"):
+        prune_heads(fresh("gpt2", 29, 0), 0.9, importance="l2", ranking="layer", batches=[])
 
 
 def _point(method: str, sparsity: float, seed: int, before: float | None, after: float) -> dict[str, Any]:

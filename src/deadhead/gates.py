@@ -271,7 +271,7 @@ class HeadGates:
     def lean(self, scores: HeadScores, *, spread: float) -> None:
         """Move log_alpha apart, in even steps in the order of the heads' scores.
 
-        Gates then begin with an opinion, which training may change; draws differ in the heads about which it is weakest.
+        Gates then begin with an opinion, which training may change; draws differ where it is weakest.
 
         Args:
             scores: of the heads there are.
