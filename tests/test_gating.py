@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
+from deadhead.criteria import score_heads
 from deadhead.cutting import cut
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates import HeadGate
@@ -18,7 +19,7 @@ from deadhead.layouts import find_layout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
-from deadhead.penalty import l0_loss, penalty_gradient
+from deadhead.penalty import SparsityTarget, l0_loss, penalty_gradient
 from deadhead.plan import HeadPlan
 from tests.helpers import assert_unchanged, difference, snapshot, tiny_model
 
@@ -136,6 +137,11 @@ def test_a_model_without_any_head_left_still_answers_every_question() -> None:
     assert gates.plan(sparsity=0.5) == plan
     assert float(gates.l0()) == 0.0 == float(l0_loss(gates, "output_difference"))
     assert penalty_gradient(gates, 1.0) == []
+    assert score_heads(detach(model), "taylor").plan(0.5) == plan
+    for exact in (False, True):
+        target = SparsityTarget(0.5, ramp_steps=1, exact=exact)
+        target.prepare(gates, 0)
+        target.project(gates, 1)
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     cut(model.eval(), plan)
     assert logits(model).isfinite().all()

@@ -65,15 +65,16 @@ def score_heads(
     unit = unit or units[0]
     sites = layout.sites(model, unit)
     there = [site for site in sites if site.heads]
+    found: list[Tensor] = []
+    if criterion not in ONE_SHOT:
+        raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
     if criterion == "magnitude":
         found = [_magnitude(layout, site) for site in there]
     elif criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         found = [torch.rand(len(site.heads), generator=generator) for site in there]
-    elif criterion in READS_TEXT:
+    elif there:
         found = (_taylor if criterion == "taylor" else _differences)(model, there, batches)
-    else:
-        raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
     return HeadScores(
         scores={site.layer: scores for site, scores in zip(there, found, strict=True)},
         heads={site.layer: site.heads for site in sites},

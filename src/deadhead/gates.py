@@ -277,6 +277,8 @@ class HeadGates:
             scores: of the heads there are.
             spread: standard deviation of what is added to log_alpha.
         """
+        if not len(self):
+            return
         values = torch.cat([scores.scores[layer] for layer in self.gates])
         ranks = values.argsort().argsort().float()
         ranks = (ranks - ranks.mean()) / ranks.std(correction=0).clamp(min=1e-6)

@@ -89,13 +89,15 @@ class SparsityTarget:
 
     def prepare(self, gates: HeadGates, step: int) -> None:
         """Tell the gates, before the draws of `step` (counted from 0), how many of them are to be open."""
-        if self.exact:
+        if self.exact and len(gates):
             share = self.wanted(step + 1, gates)
             gates.draw_exactly([(group, _count(group, share)) for group in self._groups(gates)])
 
     @torch.no_grad()
     def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain") -> None:
         """Move all log_alpha, after `step` steps (counted from 1), to where the wanted share is left out."""
+        if not len(gates):
+            return
         share = self.wanted(step, gates)
         for group in self._groups(gates):
             weights = torch.cat([_weights(gate, weighting)[gate.kept] for gate in group])
@@ -107,8 +109,6 @@ class SparsityTarget:
 
     def _groups(self, gates: HeadGates) -> list[list[HeadGate]]:
         found = [gate for _, gate in gates]
-        if not found:
-            return []
         return [found] if self.ranking == "global" else [[gate] for gate in found]
 
     def state(self) -> dict[str, Any]:
