@@ -15,6 +15,9 @@ from deadhead.data import TokenizedCorpus, TokenStream
 from deadhead.layouts import find_layout
 from deadhead.training.phases import close_to_target, rank
 
+# To be raised with whatever else changes the figures: points of another version are measured anew.
+_VERSION = 1
+
 MODELS = ("all-attention", "gpt2", "llama-gqa")
 Kind = Literal["learned", "one-shot", "torch-pruning", "dense", "scratch"]
 
@@ -276,4 +279,5 @@ def _heads(model: PreTrainedModel) -> list[int]:
 
 def settings(budget: Budget, method: Method) -> dict[str, Any]:
     """Return what a point depends on beside its name; one of other settings is measured anew."""
-    return {"budget": asdict(budget), "how": {name: v for name, v in asdict(method).items() if name != "rank"}}
+    how = {name: value for name, value in asdict(method).items() if name != "rank"}
+    return {"version": _VERSION, "budget": asdict(budget), "how": how}

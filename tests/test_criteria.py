@@ -74,14 +74,10 @@ def row_losses(model: Any) -> Tensor:
 def scaled(model: Any, site: Any, head: int, factor: float) -> Any:
     """Return a copy whose head of this site gives `factor` times as much to the layer's output."""
     other = copy.deepcopy(model)
-    found = next(s for s in find_layout(other).sites(other, site_unit(site, model)) if s.layer == site.layer)
+    found = next(s for s in find_layout(other).sites(other, "head") if s.layer == site.layer)
     place = slice(head * site.head_dim, (head + 1) * site.head_dim)
     head_columns(found.output)[:, place] *= factor
     return other
-
-
-def site_unit(site: Any, model: Any) -> Unit:
-    return getattr(site, "unit", "head")
 
 
 def test_taylor_is_the_derivative_by_the_heads_scale(case: tuple[Any, Unit]) -> None:

@@ -1,4 +1,4 @@
-"""The sparsity loss, its weights, its warm-up, and L0 held at a target."""
+"""The sparsity loss, its weights, its warm-up, and a target for the open share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from deadhead.errors import InputError
 from deadhead.gates import HeadGate, HeadGates
 from deadhead.hard_concrete import GateConfig
 from deadhead.penalty import SparsityTarget, difference_weights, l0_loss, linear_warmup, penalty_gradient
+from deadhead.training.gate_optimizer import GateOptimizer
 from tests.helpers import difference
 
 
@@ -166,9 +167,48 @@ def test_exact_draws_open_the_same_number_each_time(seed: int, sparsity: float, 
         gates.draw()
         z = [torch.cat([gate()[0].detach() for gate in group]) for group in groups]
         assert [float(values.sum()) for values in z] == [total - round(sparsity * total)] * len(groups)
-    target.project(gates, 1)
+    target.project(gates, 1, is_last=True)
     # In evaluation the same number is open: the largest log_alpha.
     assert gates.plan() == gates.plan(sparsity=sparsity, ranking="layer" if by_layer else "global")
+
+
+def test_exact_draws_heed_other_constants() -> None:
+    gates = make_gates(GateConfig(gamma=-0.4, zeta=1.1))
+    target = SparsityTarget(0.5, ramp_steps=1, exact=True)
+    target.prepare(gates, 0)
+    for _ in range(20):
+        gates.draw()
+        assert sum(float(gate()[0].detach().sum()) for _, gate in gates) == 5.0
+    target.project(gates, 1, is_last=True)
+    assert sum(gates.plan().heads) == 5
+
+
+def test_an_exact_target_forgets_no_order_on_its_ramp() -> None:
+    """Gates that lean far, under an optimizer that keeps them within their bound, and gradients that say nothing."""
+    gates = make_gates()
+    for layer, gate in gates:
+        gate.set_log_alpha(torch.linspace(-3, 7, 10)[5 * layer : 5 * layer + 5])
+    order = torch.cat(list(gates.log_alpha().values())).argsort().tolist()
+    target = SparsityTarget(0.7, ramp_steps=5, exact=True)
+    optimizer = GateOptimizer(gates, lr=1e-6)
+    for step in range(1, 11):
+        target.prepare(gates, step - 1)
+        for _, gate in gates:
+            gate.log_alpha_bias.grad = torch.ones(5)
+        optimizer.step(penalty_gradient(gates, 0.0))
+        target.project(gates, step, is_last=step == 10)
+    assert torch.cat(list(gates.log_alpha().values())).argsort().tolist() == order
+    assert gates.plan() == gates.plan(sparsity=0.7)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.999])
+def test_a_share_out_of_reach_leaves_the_order(sparsity: float) -> None:
+    gates = make_gates()
+    order = torch.cat(list(gates.log_alpha().values())).argsort().tolist()
+    SparsityTarget(sparsity, ramp_steps=1).project(gates, 1)
+    values = torch.cat(list(gates.log_alpha().values()))
+    assert len(set(values.tolist())) > 5
+    assert bool((values[order].diff() >= 0).all())
 
 
 def test_exact_draws_differ_from_each_other() -> None:

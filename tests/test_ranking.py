@@ -72,6 +72,11 @@ def test_a_share_out_of_range_is_refused(sparsity: float) -> None:
         scores({0: [1.0]}).plan(sparsity)
 
 
+def test_an_unknown_ranking_is_refused() -> None:
+    with pytest.raises(InputError, match="ranking must be 'global' or 'layer', but it is 'globl'"):
+        scores({0: [1.0]}).plan(0.5, ranking="globl")  # type: ignore[arg-type]
+
+
 def test_scores_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(InputError, match="not a number"):
         scores({0: [1.0, math.nan]}).plan(0.5)

@@ -22,8 +22,8 @@ _MEASURE_EVERY = 10
 class HeadGate(nn.Module):
     """The gates of one layer's heads.
 
-    The one parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate moves
-    log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It stays
+    The one parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate would
+    move log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It stays
     float32 whatever the model is cast to.
 
     Where heads are cut while training goes on, their gates stay here, shut for good: noise, output scale and the
@@ -198,7 +198,7 @@ class HeadGates:
             for gate in self.gates.values()
         }
         for group, count in self._exactly:
-            noise |= _subset_noise({gate: noise[gate] for gate in group}, count, epsilon)
+            noise |= _subset_noise({gate: noise[gate] for gate in group}, count, self.config)
         for gate, u_H in noise.items():
             gate.draw(u_H, measure=(self._step + self._micro_batch) % _MEASURE_EVERY == 0)
         self._micro_batch += 1
@@ -279,8 +279,12 @@ class HeadGates:
         """
         if not len(self):
             return
+        if not all(gate.is_whole for _, gate in self):
+            raise InputError("Gates of heads that training has cut cannot begin anew to lean; attach fresh ones.")
         values = torch.cat([scores.scores[layer] for layer in self.gates])
-        ranks = values.argsort().argsort().float()
+        if bool(values.isnan().any()):
+            raise InputError("Some heads have a score that is not a number, so gates cannot lean by it.")
+        ranks = values.argsort(stable=True).argsort().float()
         ranks = (ranks - ranks.mean()) / ranks.std(correction=0).clamp(min=1e-6)
         for (_, gate), part in zip(self, ranks.split([gate.num_heads for _, gate in self]), strict=True):
             gate.set_log_alpha(gate.log_alpha + spread * part.to(gate.log_alpha_bias.device))
@@ -343,12 +347,12 @@ class HeadGates:
             gate.difference.copy_(state[f"{layer}.difference"])
 
 
-def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, epsilon: float) -> dict[HeadGate, Tensor]:
+def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, config: GateConfig) -> dict[HeadGate, Tensor]:
     """Return noise u with which `count` of the gates are open: those with the largest log_alpha + Gumbel noise.
 
-    A gate is open where ln u − ln(1 − u) + log_alpha ≥ 0, so u is σ of the Gumbel noise minus a threshold between the
-    last that is open and the first that is not; the gradient is that of the hard-concrete gate with this noise
-    (relaxed subset sampling with a straight-through estimator).
+    A hard gate is open where ln u − ln(1 − u) + log_alpha is above a constant, 0 by default, so u is σ of the Gumbel
+    noise minus a threshold between the last that is open and the first that is not; the gradient is that of the
+    hard-concrete gate with this noise (relaxed subset sampling with a straight-through estimator).
     """
     gumbel = torch.cat([-(-u_H.log()).log() for u_H in noise.values()])
     values = torch.cat([gate.log_alpha.detach().cpu() for gate in noise])
@@ -358,7 +362,8 @@ def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, epsilon: float) 
     ordered = torch.cat([ordered[:1] + 2, ordered, torch.full((1,), -math.inf)])
     upper, lower = float(ordered[count]), float(ordered[count + 1])
     threshold = (upper + lower) / 2 if lower > -math.inf else upper - 1
-    shifted = torch.sigmoid(gumbel - threshold).clamp(epsilon, 1 - epsilon)
+    shifted = torch.sigmoid(gumbel - threshold + config.beta * config.open_threshold)
+    shifted = shifted.clamp(config.epsilon, 1 - config.epsilon)
     return dict(zip(noise, shifted.split([gate.num_heads for gate in noise]), strict=True))
 
 

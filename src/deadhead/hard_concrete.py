@@ -31,7 +31,8 @@ class GateConfig:
         init: log_alpha of every gate at the start (the paper's initialisation); 0.0 switches it off.
         hard: forward values are 0 or 1 (straight-through); False leaves them soft.
         output_scale: multiply the gated heads' sum by H / (open gates), the paper's attention output scaling.
-        lr_scale: a gate learns this many times as fast as the model (exact for Adam-like optimizers).
+        lr_scale: in the model's own optimizer a gate learns this many times as fast as the model (exact for Adam-like
+            ones); of no account where gates have an optimizer of their own.
         epsilon: noise is drawn from Uniform(ε, 1 − ε).
         seed: seed of the gates' own noise.
     """

@@ -1,4 +1,4 @@
-"""The sparsity loss: L0 plain or weighted by output difference, its warm-up, and L0 held at a target."""
+"""The sparsity loss: L0 plain or weighted by output difference, its warm-up, and a target for the open share."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ Weighting = Literal["plain", "output_difference"]
 
 # 2^-40 of the interval in which the shift is looked for is less than a float32 can tell.
 _HALVINGS = 40
+# Share of the gates that a target leaves open, and closed, in expectation at least.
+_LEAST = 0.02
 
 
 def difference_weights(difference_H: Tensor) -> Tensor:
@@ -56,8 +58,8 @@ def linear_warmup(step: int, warmup_steps: int) -> float:
 class SparsityTarget:
     """Holds the share of heads that draws leave out, in expectation, on a straight ramp to a target.
 
-    A Lagrange multiplier in place of a fixed λ: the sparsity loss moves log_alpha of all heads by w times one number,
-    and after each step that number is the one that makes Σ P(open) what the ramp asks for, so there is no λ to tune.
+    A multiplier in place of a fixed λ: after each step log_alpha of all heads moves by w times one number, the one that
+    makes Σ P(open) what the ramp asks for, so there is no λ to tune.
     What the language-modelling loss says of each head decides which of them go.
 
     Args:
@@ -94,16 +96,22 @@ class SparsityTarget:
             gates.draw_exactly([(group, _count(group, share)) for group in self._groups(gates)])
 
     @torch.no_grad()
-    def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain") -> None:
-        """Move all log_alpha, after `step` steps (counted from 1), to where the wanted share is left out."""
+    def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
+        """Move all log_alpha, after `step` steps (counted from 1), to where the wanted share is left out.
+
+        Exact draws depend on differences only: there the mean is held, so that no gate runs into its bound, and after
+        the last step the gates that stay are moved above the threshold of evaluation, the others below.
+        """
         if not len(gates):
             return
         share = self.wanted(step, gates)
         for group in self._groups(gates):
-            weights = torch.cat([_weights(gate, weighting)[gate.kept] for gate in group])
             values = torch.cat([gate.log_alpha[gate.kept] for gate in group])
-            count = _count(group, share) if self.exact else sum(gate.num_heads for gate in group) * (1 - share)
-            moved = _split_at(values, int(count)) if self.exact else _moved_to(values, weights, count, group[0])
+            if self.exact:
+                moved = _split_at(values, _count(group, share), group[0]) if is_last else values - values.mean()
+            else:
+                weights = torch.cat([_weights(gate, weighting)[gate.kept] for gate in group])
+                moved = _moved_to(values, weights, (1 - share) * sum(gate.num_heads for gate in group), group[0])
             for gate, part in zip(group, moved.split([len(gate.kept) for gate in group]), strict=True):
                 gate.set_log_alpha(gate.log_alpha.index_copy(0, gate.kept, part))
 
@@ -128,6 +136,8 @@ def _count(group: Sequence[HeadGate], share: float) -> int:
 def _moved_to(values: Tensor, weights: Tensor, count: float, gate: HeadGate) -> Tensor:
     """Return values + μ · weights, μ such that `count` gates are expected to be open."""
     offset, bound = gate.config.beta * gate.config.open_threshold, gate.config.bound
+    # Beyond these shares all gates would end at their bound, alike.
+    count = min(max(count, _LEAST * len(values)), (1 - _LEAST) * len(values))
 
     def moved(shift: float) -> Tensor:
         return (values + shift * weights).clamp(-bound, bound)
@@ -142,12 +152,11 @@ def _moved_to(values: Tensor, weights: Tensor, count: float, gate: HeadGate) -> 
     return moved((low + high) / 2)
 
 
-def _split_at(values: Tensor, count: int) -> Tensor:
-    """Return the values moved so that the `count` largest are above 0 and the others below."""
+def _split_at(values: Tensor, count: int, gate: HeadGate) -> Tensor:
+    """Return the values moved so that the `count` largest are open in evaluation and, but for ties, no others."""
     ordered = values.sort(descending=True).values
-    if count <= 0 or count >= len(values):
-        return values - (ordered[0] + 1.0) if count <= 0 else values - (ordered[-1] - 1.0)
-    return values - (ordered[count - 1] + ordered[count]) / 2
+    ordered = torch.cat([ordered[:1] + 2, ordered, ordered[-1:] - 2])
+    return values - (ordered[count] + ordered[min(count, len(values)) + 1]) / 2 + gate.config.open_threshold
 
 
 def penalty_gradient(gates: HeadGates, strength: float, weighting: Weighting = "plain") -> list[Tensor]:

@@ -46,6 +46,8 @@ class HeadScores:
         """
         if not 0 <= sparsity <= 1:
             raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
+        if ranking not in ("global", "layer"):
+            raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
         if any(bool(values.isnan().any()) for values in self.scores.values()):
             raise InputError("Some heads have a score that is not a number, so they cannot be ranked.")
         layers: list[Layer] = [layer for layer, heads in self.heads.items() if heads]

@@ -149,6 +149,27 @@ def test_target_and_optimizer_are_part_of_the_checkpoint(tmp_path: Path) -> None
     assert trainer.state.global_step == _STEPS
 
 
+def test_exact_draws_end_with_their_phase(tmp_path: Path) -> None:
+    model, gates = _gated(init=0.0)
+    callback = deadhead.SparsityCallback(gates, sparsity=0.5, ramp_steps=1, exact=True)
+    arguments = _arguments(tmp_path, max_steps=2, save_strategy="no")
+    Trainer(model=model, args=arguments, train_dataset=_Text(), callbacks=[callback]).train()
+    # Six of twelve stay, whatever draws come later.
+    assert sum(gates.plan().heads) == 6
+    model.train()
+    counts = set()
+    for _ in range(20):
+        gates.draw()
+        counts.add(sum(float(gate()[0].detach().sum()) for _, gate in gates))
+    assert len(counts) > 1
+
+
+def test_exact_draws_of_soft_gates_are_refused() -> None:
+    _, gates = _gated(hard=False)
+    with pytest.raises(InputError, match="exact draws need hard gates"):
+        deadhead.SparsityCallback(gates, sparsity=0.5, exact=True)
+
+
 def test_gates_are_kept_out_of_weight_decay(tmp_path: Path) -> None:
     trainer, _, _ = _run(tmp_path, arguments={"max_steps": 1})
     assert trainer.model is not None and trainer.optimizer is not None

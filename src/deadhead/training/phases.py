@@ -62,8 +62,9 @@ def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> G
     )
 
 
-def _require_same_gates(attached: GateConfig, asked: GateConfig) -> None:
-    for name in ("init", "hard", "output_scale", "lr_scale"):
+def _require_same_gates(attached: GateConfig, asked: GateConfig, *, rate: bool) -> None:
+    # The scale of their rate is of no account to gates that have an optimizer of their own.
+    for name in ("init", "hard", "output_scale", *(["lr_scale"] if rate else [])):
         if getattr(attached, name) != getattr(asked, name):
             raise InputError(
                 f"The prune recipe asks for gates with {name} = {getattr(asked, name)}, but those attached have "
@@ -190,7 +191,7 @@ def train(
             raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
         if recipe.is_one_shot:
             raise InputError(f"The criterion {recipe.criterion} ranks heads and trains no gates; use deadhead.rank.")
-        _require_same_gates(gates.config, gate_config(recipe, model, seed))
+        _require_same_gates(gates.config, gate_config(recipe, model, seed), rate=recipe.gate_lr == 0)
         ours.append(sparsity_callback(gates, recipe))
         if cut_settled:
             ours.append(SettledHeads(gates, cut_settled))

@@ -141,7 +141,11 @@ class PruneRecipe(PhaseRecipe):
     def _has_share(self) -> PruneRecipe:
         if self.criterion != "gates" and self.sparsity is None:
             raise PydanticCustomError(
-                "no_sparsity", "Only gates learn how many heads go; with another criterion set sparsity"
+                "no_sparsity", "Only the criterion gates learns how many heads go; with another set sparsity"
+            )
+        if self.start_from is not None and (self.sparsity is None or self.is_one_shot):
+            raise PydanticCustomError(
+                "no_sparsity", "start_from is for gates with a target; set sparsity, or leave it out"
             )
         return self
 
@@ -159,7 +163,9 @@ def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
     rate = phase.learning_rate or (2e-3 if ours else 5e-5)
     filled: dict[str, Any] = {"learning_rate": rate}
     if isinstance(phase, PruneRecipe):
-        filled["gate_lr_scale"] = phase.gate_lr_scale or (10.0 if ours else _GATE_RATE / rate)
+        # With an optimizer of their own the scale would only make clipping see more of the gates' gradients.
+        scale = 1.0 if phase.gate_lr != 0 else 10.0 if ours else _GATE_RATE / rate
+        filled["gate_lr_scale"] = phase.gate_lr_scale or scale
         filled["output_scale"] = ours if phase.output_scale is None else phase.output_scale
     return phase.model_copy(update=filled)
 

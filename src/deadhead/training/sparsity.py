@@ -60,6 +60,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise InputError(f"weighting must be 'plain' or 'output_difference', but it is {weighting!r}.")
         if gate_lr is not None and not 0 <= gate_lr < math.inf:
             raise InputError(f"gate_lr must be a number that is not negative, or None, but it is {gate_lr}.")
+        if exact and not gates.config.hard:
+            raise InputError("exact draws need hard gates, which are open or closed; soft ones are partly open.")
         if exact and sparsity is None:
             raise InputError("exact draws leave out a share of the heads, so they need a target sparsity.")
         self.gates = gates
@@ -101,10 +103,25 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Check that the gates will learn, and go on where a checkpoint left off."""
         if args.deepspeed is not None:
             raise InputError(
-                "SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP or FSDP."
+                "SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP."
             )
         if self.optimizer is not None and self.gate_lr is None:
             self.optimizer.lr = default_rate(state.max_steps)
+        self.restore(state)
+        if self.target is None or not self.target.exact:
+            # What an earlier phase may have left.
+            self.gates.draw_exactly(())
+        trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
+        for layer, gate in self.gates:
+            if id(gate.log_alpha_bias) not in trained:
+                raise InputError(
+                    f"The gates of layer {layer} are not among the parameters that the optimizer trains; attach the "
+                    "gates to the very model that the Trainer gets, after PEFT has wrapped it and before the Trainer "
+                    "makes its optimizer."
+                )
+
+    def restore(self, state: TrainerState) -> None:
+        """Go on where the checkpoint that `state` was read from left off; a fresh state changes nothing."""
         # A dictionary when it was read from a checkpoint; declared as the list it is made of.
         saved = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and saved:
@@ -116,14 +133,6 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 for layer, gate in self.gates:
                     for name, values in attributes.get("gates", {}).get(str(layer), {}).items():
                         getattr(gate, name).copy_(torch.tensor(values))
-        trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
-        for layer, gate in self.gates:
-            if id(gate.log_alpha_bias) not in trained:
-                raise InputError(
-                    f"The gates of layer {layer} are not among the parameters that the optimizer trains; attach the "
-                    "gates to the very model that the Trainer gets, after PEFT has wrapped it and before the Trainer "
-                    "makes its optimizer."
-                )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,7 +165,14 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hold the target."""
         if self.target is not None:
-            self.target.project(self.gates, state.global_step, self.weighting)
+            is_last = state.global_step >= state.max_steps
+            self.target.project(self.gates, state.global_step, self.weighting, is_last=is_last)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let each gate decide alone again."""
+        self.gates.draw_exactly(())
 
     def on_log(
         self,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deadhead.errors import DivergenceError, InputError
@@ -19,6 +20,7 @@ from deadhead.files import no_space_is_input_error, read_json, write_json
 from deadhead.losses import SegmentLoss
 from deadhead.training.distillation import Distillation
 from deadhead.training.settled import save_trimmed
+from deadhead.training.sparsity import SparsityCallback
 
 _MEMORY_FILE = "{whose}_memory_rank{rank}.safetensors"
 # Written last: a checkpoint without it, or with files of other sizes, was cut short.
@@ -148,6 +150,11 @@ class LanguageModelTrainer(Trainer):
         if _step(checkpoint) >= self.args.max_steps:
             # All steps are done; transformers would do one more.
             self._load_from_checkpoint(str(checkpoint))
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            for callback in self.callback_handler.callbacks:
+                # Checkpoints of adapters have no weights of gates.
+                if isinstance(callback, SparsityCallback):
+                    callback.restore(state)
         else:
             self.train(resume_from_checkpoint=str(checkpoint))
 
