@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "dense": Method(kind="dense"),
     "gates": Method(kind="learned", criterion="gates", options=_LEANING),
     "gates + distillation": Method(kind="learned", criterion="gates", distill=0.5, options=_LEANING),
+    "gates, by layer": Method(kind="learned", criterion="gates", ranking="layer", options=_LEANING, rank=1),
     "gates, starting alike": Method(kind="learned", criterion="gates", rank=3),
     "gates, weighted": Method(kind="learned", criterion="gates", options=_WEIGHTED, rank=3),
     "gates in Adam": Method(kind="learned", criterion="gates", options=_ADAM, rank=3),

@@ -207,7 +207,9 @@ def test_a_share_out_of_reach_leaves_the_order(sparsity: float) -> None:
     order = torch.cat(list(gates.log_alpha().values())).argsort().tolist()
     SparsityTarget(sparsity, ramp_steps=1).project(gates, 1)
     values = torch.cat(list(gates.log_alpha().values()))
-    assert len(set(values.tolist())) > 5
+    # Not all alike at the bound: those that come next to change sides still stand apart.
+    first, second = values[order[-2:]].flip(0) if sparsity else -values[order[:2]]
+    assert first > second
     assert bool((values[order].diff() >= 0).all())
 
 

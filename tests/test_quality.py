@@ -115,8 +115,8 @@ def test_the_table_compares_each_seed_with_its_own_dense_model() -> None:
     ]
     lines = quality.table(found).splitlines()
     assert lines[0] == "### gpt2: dense 4.500 (2 seeds)"
-    assert "| gates | – | +35 → +15.0 ± 7.1 | – |" in lines
-    assert "| taylor | – | +50 → **+5.0** | – |" in lines
+    assert "| gates | – | +35 → **+15.0 ± 7.1** | – |" in lines
+    assert "| taylor | – | +50 → +5.0 | – |" in lines
     assert "| small from scratch | **+20.0** | – | – |" in lines
     assert "| random | – | cannot | – |" in lines
     assert quality.table(found, "valid").splitlines()[0] == "### gpt2: dense 9.000 (2 seeds)"

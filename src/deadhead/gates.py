@@ -23,8 +23,8 @@ class HeadGate(nn.Module):
     """The gates of one layer's heads.
 
     The one parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate would
-    move log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It stays
-    float32 whatever the model is cast to.
+    move log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It
+    stays float32 whatever the model is cast to.
 
     Where heads are cut while training goes on, their gates stay here, shut for good: noise, output scale and the
     optimizer's state of the others do not change.

@@ -104,7 +104,7 @@ def test_their_trainer_with_one_callback(model_type: str, tmp_path: Path) -> Non
 
 def _prune(**changes: Any) -> PruneRecipe:
     values: dict[str, Any] = {"steps": _STEPS, "batch_size": 2, "sequence_length": 12, "save_every": _KILLED}
-    values |= {"log_every": 1, "l0": 0.5, "l0_warmup_steps": 0, "gate_lr_scale": 100.0, "init": 1.0}
+    values |= {"log_every": 1, "l0": 0.001, "l0_warmup_steps": 0, "init": 1.0}
     return PruneRecipe(**{**values, **changes})
 
 
