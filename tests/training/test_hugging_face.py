@@ -155,7 +155,7 @@ def test_a_probe_moves_gates_and_not_one_bit_of_the_weights(tmp_path: Path) -> N
     before = tiny_model("llama")
     weights = {name: value for name, value in model.state_dict().items() if not is_gate(name)}
     assert_same_tensors(weights, before.state_dict())
-    assert all(bool((row < 1.0).all()) for row in gates.log_alpha().values())
+    assert all(bool((row != 1.0).any()) for row in gates.log_alpha().values())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert [line["grad_norm"] > 0 for line in metrics(tmp_path)] == [True] * _STEPS
     checkpoint = tmp_path / "checkpoints" / f"checkpoint-{_STEPS}" / "optimizer.pt"
