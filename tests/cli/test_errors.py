@@ -334,7 +334,9 @@ def test_interrupted_and_resumed(given: Path, tmp_path: Path, capsys: pytest.Cap
     """Ctrl-C in the middle of a run: 130, one sentence, whole checkpoints only, and it goes on to the same weights."""
     recipe = small_recipe(write_prose(tmp_path), train={"steps": 120, "save_every": 30}, finetune={"steps": 2})
     (tmp_path / "r.toml").write_text(to_toml(recipe))
-    process = child(_MAIN, "run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run"))
+    # What a shell runs in the background ignores Ctrl-C, and so do its children.
+    heeding = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {_MAIN}"
+    process = child(heeding, "run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run"))
     checkpoints = tmp_path / "run" / "checkpoints" / "train"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*/complete.json")):
