@@ -196,7 +196,6 @@ def measure_point(
             # The rate does not fall in so short a phase: what is learned in it counts at the end.
             values = {"steps": budget.gates, "schedule": "constant", "start_batches": budget.looked_at}
             recipe = recipe.model_copy(update=values)
-        if learned:
             gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model, seed))
             deadhead.train(model, train, recipe, gates=gates, seed=seed + 1000, first_segment=first, teacher=teacher)
             close_to_target(gates, recipe)

@@ -59,10 +59,7 @@ def score_heads(
     if gates is not None and not all(bool(gate.is_open.all()) for _, gate in gates):
         raise InputError("One-shot criteria score a model with all heads open, but some of its gates are closed.")
     layout = find_layout(model)
-    units = layout.units(model)
-    if unit is not None and unit not in units:
-        raise InputError(f"This model's heads are cut by {' or '.join(units)}, but the unit {unit!r} was asked for.")
-    unit = unit or units[0]
+    unit = layout.choose_unit(model, unit, what="heads are cut by")
     sites = layout.sites(model, unit)
     there = [site for site in sites if site.heads]
     found: list[Tensor] = []

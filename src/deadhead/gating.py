@@ -128,12 +128,7 @@ def attach_to(
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
     layout = find_layout(model)
-    units = layout.units(model)
-    if unit is not None and unit not in units:
-        raise InputError(
-            f"This model's gates open and close {' or '.join(units)}, but the unit {unit!r} was asked for."
-        )
-    unit = unit or units[0]
+    unit = layout.choose_unit(model, unit, what="gates open and close")
     config = config or GateConfig()
     sites = layout.sites(model, unit)
     for site in sites:

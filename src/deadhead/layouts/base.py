@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deadhead.errors import InputError
 from deadhead.models.pruned.structure import output_dim, weight_of
 from deadhead.plan import HeadPlan, Layer, Unit
 
@@ -72,6 +73,22 @@ class Layout(ABC):
     def units(self, model: PreTrainedModel) -> tuple[Unit, ...]:
         """Return what a gate of this model can open and close, the default first."""
         return ("head",)
+
+    def choose_unit(self, model: PreTrainedModel, asked: Unit | None, *, what: str) -> Unit:
+        """Return the unit that was asked for, or the default one.
+
+        Args:
+            model: it.
+            asked: "head", "kv_group" or None.
+            what: for the message, what is done by units, such as "gates open and close".
+
+        Raises:
+            InputError: the model has no such unit.
+        """
+        units = self.units(model)
+        if asked is not None and asked not in units:
+            raise InputError(f"This model's {what} {' or '.join(units)}, but the unit {asked!r} was asked for.")
+        return asked or units[0]
 
     def repeats_keys(self, model: PreTrainedModel) -> bool:
         """Tell whether cutting single query heads may leave copies of the key/value head that they share."""

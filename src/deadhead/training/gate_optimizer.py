@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ class GateOptimizer:
         if not gradients:
             return
         square = float(torch.cat([gradient.cpu() for gradient in gradients]).square().mean())
-        if square == float("inf") or square != square:
+        if not math.isfinite(square):
             # An overflow under a loss scaler, which leaves out this step of the weights too.
             return
         self.steps += 1
