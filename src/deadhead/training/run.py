@@ -42,15 +42,15 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Told of the name of what goes on, how much is done, how much there is, and the last numbers."""
 
 
-def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
-    """Return a fresh All-attention model for a tokenizer's vocabulary.
+def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: int | None) -> AllAttentionConfig:
+    """Return the configuration of a recipe's model, given its vocabulary.
 
     Raises:
         InputError: the sizes do not fit each other.
     """
     try:
-        config = AllAttentionConfig(
-            vocab_size=len(tokenizer),
+        return AllAttentionConfig(
+            vocab_size=vocab_size,
             hidden_size=recipe.width,
             num_hidden_layers=recipe.layers,
             num_attention_heads=recipe.heads,
@@ -63,14 +63,22 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed
             hidden_dropout=recipe.hidden_dropout,
             embedding_dropout=recipe.embedding_dropout,
             output_dropout=recipe.output_dropout,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **special_tokens,
         )
     except ValueError as error:
         # transformers wraps the sentence of our own check in a line of its own.
         sentence = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise InputError(f"The recipe's model does not fit together: {sentence}") from None
+
+
+def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """Return a fresh model for a tokenizer's vocabulary.
+
+    Raises:
+        InputError: the sizes do not fit each other.
+    """
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = model_config(recipe, len(tokenizer), **special)
     set_seed(seed)
     return AllAttentionForCausalLM(config)
 
