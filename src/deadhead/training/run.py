@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Told of the name of what goes on, how much is done, how much there is, and the last numbers."""
 
 
-def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: int | None) -> AllAttentionConfig:
+def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: Any) -> AllAttentionConfig:
     """Return the configuration of a recipe's model, given its vocabulary.
 
     Raises:
@@ -77,7 +77,9 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed
     Raises:
         InputError: the sizes do not fit each other.
     """
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    special: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = model_config(recipe, len(tokenizer), **special)
     set_seed(seed)
     return AllAttentionForCausalLM(config)
