@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
+from deadhead.models import AllAttentionConfig, TransformerXLConfig
 from deadhead.plan import HeadPlan, Unit
 
 
@@ -61,7 +61,7 @@ def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **overrides
 
 def random_model(config: AllAttentionConfig, seed: int, dtype: torch.dtype = torch.float32) -> Any:
     """Return a model in evaluation mode whose every parameter is random."""
-    model = AllAttentionForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     randomise(model, seed)
     return model.eval().to(dtype=dtype)
 
@@ -72,13 +72,15 @@ def random_config(draw: random.Random) -> AllAttentionConfig:
     # A layer norm over fewer than 8 numbers saturates: heads then hardly matter, and gradients are mere rounding.
     head_dim = draw.choice([dim for dim in (2, 4, 6, 8, 10) if 8 <= heads * dim <= 48])
     adaptive = draw.random() < 0.25
-    config: Any = AllAttentionConfig
+    is_baseline = draw.random() < 0.3
+    config: Any = TransformerXLConfig if is_baseline else AllAttentionConfig
     return config(
         vocab_size=draw.randint(17, 31),
         hidden_size=heads * head_dim,
         num_hidden_layers=draw.randint(1, 4),
         num_attention_heads=heads,
-        num_persistent=draw.randint(1, 6),
+        num_persistent=0 if is_baseline else draw.randint(1, 6),
+        feed_forward_size=draw.randint(4, 12) if is_baseline else 0,
         memory_length=draw.randint(1, 7),
         segment_length=draw.randint(1, 6),
         position=draw.choice(["learned", "sinusoidal", "rotary"]),

@@ -1,4 +1,4 @@
-"""The layout of our All-attention Transformer: projections, position biases and persistent vectors in every head."""
+"""The layout of our own models: projections, position biases and persistent vectors, if there are any, in every head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deadhead.layouts.base import AttentionSite, Layout, Selection, head_columns
-from deadhead.models.all_attention.configuration import AllAttentionConfig
+from deadhead.models import OWN_TYPES
 from deadhead.models.all_attention.layer import AllAttention, AllAttentionLayer, OutputBias
 from deadhead.models.all_attention.modeling import AllAttentionModel
 from deadhead.plan import HeadPlan, Unit
@@ -20,9 +20,9 @@ class AllAttentionLayout(Layout):
     """Heads of `models.all_attention`."""
 
     def matches(self, model: PreTrainedModel) -> bool:
-        """Tell whether `model` is an All-attention Transformer, with or without its output layer."""
+        """Tell whether `model` is an All-attention Transformer or our Transformer-XL, with or without output layer."""
         # By name, not by class: a checkpoint loaded with remote code brings its own copy of the class.
-        return model.config.model_type == AllAttentionConfig.model_type
+        return model.config.model_type in OWN_TYPES
 
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[AttentionSite]:
         """Return the attention module of every layer."""

@@ -9,17 +9,30 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from deadhead.models.all_attention import AllAttentionConfig, AllAttentionForCausalLM, AllAttentionModel
+from deadhead.models.all_attention import (
+    AllAttentionConfig,
+    AllAttentionForCausalLM,
+    AllAttentionModel,
+    TransformerXLConfig,
+    TransformerXLForCausalLM,
+    TransformerXLModel,
+)
 from deadhead.models.pruned.modeling_pruned import PREFIX, TYPE_PREFIX, pruned_config_class
 
-AutoConfig.register(AllAttentionConfig.model_type, AllAttentionConfig)
-AutoModel.register(AllAttentionConfig, AllAttentionModel)
-AutoModelForCausalLM.register(AllAttentionConfig, AllAttentionForCausalLM)
+OWN_TYPES = (AllAttentionConfig.model_type, TransformerXLConfig.model_type)
+"""Model types of deadhead's own models."""
 
-# Checkpoints then carry the modelling files, so that they load where deadhead is not installed.
-AllAttentionConfig.register_for_auto_class()
-AllAttentionModel.register_for_auto_class("AutoModel")
-AllAttentionForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _config, _model, _causal in (
+    (AllAttentionConfig, AllAttentionModel, AllAttentionForCausalLM),
+    (TransformerXLConfig, TransformerXLModel, TransformerXLForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForCausalLM.register(_config, _causal)
+    # Checkpoints then carry the modelling files, so that they load where deadhead is not installed.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _causal.register_for_auto_class("AutoModelForCausalLM")
 
 
 class _StandIn:
@@ -38,4 +51,12 @@ for _type, _name in CONFIG_MAPPING_NAMES.items():
     _stand_in: Any = type(PREFIX + _name, (_StandIn,), {"stock_type": _type, "model_type": TYPE_PREFIX + _type})
     AutoConfig.register(TYPE_PREFIX + _type, _stand_in)
 
-__all__ = ["AllAttentionConfig", "AllAttentionForCausalLM", "AllAttentionModel"]
+__all__ = [
+    "OWN_TYPES",
+    "AllAttentionConfig",
+    "AllAttentionForCausalLM",
+    "AllAttentionModel",
+    "TransformerXLConfig",
+    "TransformerXLForCausalLM",
+    "TransformerXLModel",
+]

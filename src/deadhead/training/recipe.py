@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from deadhead.criteria import ONE_SHOT, OneShot
 from deadhead.errors import InputError
-from deadhead.models import AllAttentionConfig
+from deadhead.models import OWN_TYPES
 from deadhead.plan import Unit
 from deadhead.ranking import Ranking
 
@@ -159,7 +159,7 @@ def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
     Deadhead's own models are trained from scratch, with the paper's output scale. Others come pretrained: the weights
     take small steps, the gates do not for that, and what is left of a layer is not scaled up.
     """
-    ours = model.config.model_type == AllAttentionConfig.model_type
+    ours = model.config.model_type in OWN_TYPES
     rate = phase.learning_rate or (2e-3 if ours else 5e-5)
     filled: dict[str, Any] = {"learning_rate": rate}
     if isinstance(phase, PruneRecipe):

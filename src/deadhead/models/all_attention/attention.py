@@ -14,6 +14,14 @@ from torch.nn import functional
 _ALL = slice(None)
 
 
+def padding_bias(padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores of padding (where `padding` is True): so low that its weight is exactly 0.
+
+    Not −inf: without persistent vectors a query that sees padding only would have no weights at all.
+    """
+    return padding.to(dtype) * (torch.finfo(dtype).min / 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operands:
     """What the heads of a layer attend with.
@@ -77,13 +85,13 @@ class Operands:
         return scores_HRW.unflatten(1, (batch, num_queries)).transpose(0, 1)
 
     def context_bias(self) -> Tensor:
-        """Return what the position adds to the scores of the context, −inf outside the window and at padding.
+        """Return what the position adds to the scores of the context, −inf outside the window; padding gets no weight.
 
         Returns:
             (B, H, T, S), or without positions and padding (1, 1, T, S)
         """
         bias = band(self.position_scores(), self.k_BHSE.shape[2])
-        return bias if self.padding_BS is None else bias.masked_fill(self.padding_BS[:, None, None], float("-inf"))
+        return bias if self.padding_BS is None else bias + padding_bias(self.padding_BS[:, None, None], bias.dtype)
 
 
 def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
@@ -125,7 +133,8 @@ def eager_attention(operands: Operands, *, need_weights: bool = False) -> tuple[
     persistent_HRN = torch.bmm(q_rows, operands.persistent_k_HNE.transpose(-1, -2))
 
     top_HR1 = context_BHTS.detach().amax(-1, keepdim=True).transpose(0, 1).reshape(heads, -1, 1)
-    top_HR1 = torch.maximum(top_HR1, persistent_HRN.detach().amax(-1, keepdim=True))
+    if num_persistent:
+        top_HR1 = torch.maximum(top_HR1, persistent_HRN.detach().amax(-1, keepdim=True))
     top_BHT1 = top_HR1.unflatten(1, (batch, num_queries)).transpose(0, 1)
     context_BHTS = (context_BHTS - top_BHT1).exp()
     persistent_HRN = (persistent_HRN - top_HR1).exp()

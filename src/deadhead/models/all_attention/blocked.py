@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import Operands
+from .attention import Operands, padding_bias
 from .blocks import Block, Blocking, by_distance
 from .dropout import draw_kept
 
@@ -152,8 +152,8 @@ class _Call:
         # Into a tensor of its own: many small products straight into rows of the buffer run one after the other.
         part.seen_Pts.add_(torch.bmm(queries.content_PtE, self.context(self.k_HBSE, block).transpose(1, 2)))
         if self.padding_BS is not None:
-            padding_nts = self.padding_BS[block.texts, None, block.context]
-            part.seen_Pts.unflatten(0, block.shape[:2]).masked_fill_(padding_nts, -math.inf)
+            padding_nts = padding_bias(self.padding_BS[block.texts, None, block.context], buffer.dtype)
+            part.seen_Pts.unflatten(0, block.shape[:2]).add_(padding_nts)
         persistent_hEN = self.persistent_k_HNE[block.heads].transpose(1, 2)
         _multiply(queries.persistent_hRE, persistent_hEN, out=part.persistent_hRN)
         torch.softmax(part.whole_Ptx, -1, out=part.whole_Ptx)

@@ -17,7 +17,9 @@ class AllAttentionConfig(PreTrainedConfig):
         hidden_size: D, width of the model.
         num_hidden_layers: L.
         num_attention_heads: H, heads of a layer before any cut; must divide D.
-        num_persistent: N, persistent key/value vectors of each head, in place of a feed-forward layer.
+        num_persistent: N, persistent key/value vectors of each head, in place of a feed-forward layer; 0 for none.
+        feed_forward_size: width of a feed-forward layer behind each attention layer, 0 for none; with it and without
+            persistent vectors the model is a Transformer-XL (see `TransformerXLConfig`).
         memory_length: M; every query attends to itself and the M positions before it ("same length" attention).
         segment_length: T, tokens a training step reads; evaluation uses it as its stride.
         position: "learned" or "sinusoidal" relative positions, or "rotary" (our extension).
@@ -31,7 +33,7 @@ class AllAttentionConfig(PreTrainedConfig):
             (adaptive input and softmax), or None for plain embeddings.
         adaptive_factor: each tail's width is the one before divided by this.
         attention_dropout: of the attention weights, persistent ones included.
-        hidden_dropout: of each layer's output.
+        hidden_dropout: of each layer's output, and within a feed-forward layer.
         embedding_dropout: of the scaled embeddings.
         output_dropout: of the last hidden states.
         layer_norm_eps: ε of the layer norms.
@@ -48,6 +50,7 @@ class AllAttentionConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 8
     num_persistent: int = 128
+    feed_forward_size: int = 0
     memory_length: int = 64
     segment_length: int = 64
     position: Literal["learned", "sinusoidal", "rotary"] = "learned"
@@ -89,12 +92,14 @@ class AllAttentionConfig(PreTrainedConfig):
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
-            "num_persistent",
             "memory_length",
             "segment_length",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
+        for name in ("num_persistent", "feed_forward_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, but it is {getattr(self, name)}.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"num_attention_heads must divide hidden_size, but {self.num_attention_heads} does not divide "

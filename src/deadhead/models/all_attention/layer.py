@@ -55,8 +55,9 @@ class AllAttention(nn.Module):
         self.k_proj = nn.Linear(width, inner, bias=bias)
         self.v_proj = nn.Linear(width, inner, bias=bias)
         self.o_proj = nn.Linear(inner, width)
-        self.persistent_k = nn.Parameter(torch.empty(num_heads, config.num_persistent, config.head_dim))
-        self.persistent_v = nn.Parameter(torch.empty(num_heads, config.num_persistent, config.head_dim))
+        if config.num_persistent:
+            self.persistent_k = nn.Parameter(torch.empty(num_heads, config.num_persistent, config.head_dim))
+            self.persistent_v = nn.Parameter(torch.empty(num_heads, config.num_persistent, config.head_dim))
         if config.position != "rotary":
             self.r_proj = nn.Linear(width, inner, bias=bias)
             if not config.share_position_bias:
@@ -76,7 +77,7 @@ class AllAttention(nn.Module):
             return None
         # One head at least, so that every parameter takes part: distributed training waits for all their gradients.
         active = [head for head in range(len(self.heads)) if head not in idle] or [0]
-        return torch.tensor(active, device=self.persistent_k.device)
+        return torch.tensor(active, device=next(self.parameters()).device)
 
     def _project(self, projection: nn.Module, hidden: Tensor, active_H: Tensor | None) -> Tensor:
         """Return the projection of the heads to compute, (B, heads, length, E)."""
@@ -150,6 +151,7 @@ class AllAttention(nn.Module):
         if positions_WD is not None:
             content_bias_HE, position_bias_HE = (_select(bias, active_H) for bias in self._biases(shared_bias))
             r_HWE = self._position_keys(positions_WD, active_H, past_key_values, is_first)
+        persistent_k_HNE, persistent_v_HNE = self._persistent(q_BHTE, active_H)
         has_padding = padding_BS is not None and blank_D is None
         operands = Operands(
             q_BHTE=q_BHTE,
@@ -159,8 +161,8 @@ class AllAttention(nn.Module):
             r_HWE=r_HWE,
             content_bias_HE=content_bias_HE,
             position_bias_HE=position_bias_HE,
-            persistent_k_HNE=_select(self.persistent_k, active_H),
-            persistent_v_HNE=_select(self.persistent_v, active_H),
+            persistent_k_HNE=persistent_k_HNE,
+            persistent_v_HNE=persistent_v_HNE,
             window=memory_length + 1,
             padding_BS=padding_BS[:, -k_BHSE.shape[2] :] if padding_BS is not None and has_padding else None,
             dropout=self.config.attention_dropout if self.training else 0.0,
@@ -171,6 +173,13 @@ class AllAttention(nn.Module):
             everything = attended_BTHE.new_zeros((batch, num_queries, len(self.heads), self.head_dim))
             attended_BTHE = everything.index_copy(2, active_H, attended_BTHE)
         return project(self.o_proj, attended_BTHE.flatten(-2)), weights
+
+    def _persistent(self, q_BHTE: Tensor, active_H: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return m^k and m^v of the heads to compute, each (heads, N, E)."""
+        if not self.config.num_persistent:
+            none_HNE = q_BHTE.new_empty((q_BHTE.shape[1], 0, self.head_dim))
+            return none_HNE, none_HNE
+        return _select(self.persistent_k, active_H), _select(self.persistent_v, active_H)
 
     def _position_keys(
         self, positions_WD: Tensor, active_H: Tensor | None, past_key_values: Cache | None, is_first: bool
@@ -234,14 +243,31 @@ def _select(tensor: Tensor, active_H: Tensor | None, dim: int = 0) -> Tensor:
     return tensor if active_H is None else tensor.index_select(dim, active_H)
 
 
+class FeedForward(nn.Module):
+    """A feed-forward layer with its norm and residual: h + Dropout(W₂ · Dropout(ReLU(W₁ LN(h) + b₁)) + b₂)."""
+
+    def __init__(self, config: AllAttentionConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
+        self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
+        self.dropout = Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the layer's output, (B, T, D)."""
+        inner_BTF = self.dropout(torch.relu(project(self.up_proj, self.norm(hidden_BTD))))
+        return hidden_BTD + self.dropout(project(self.down_proj, inner_BTF))
+
+
 class AllAttentionLayer(GradientCheckpointingLayer):
-    """Pre-norm, attention, dropout, residual."""
+    """Pre-norm, attention, dropout, residual; then a feed-forward layer if the configuration has any."""
 
     def __init__(self, config: AllAttentionConfig, layer: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = AllAttention(config, layer)
         self.dropout = Dropout(config.hidden_dropout)
+        self.feed_forward = FeedForward(config) if config.feed_forward_size else nn.Identity()
 
     def forward(
         self,
@@ -265,4 +291,4 @@ class AllAttentionLayer(GradientCheckpointingLayer):
             past_key_values,
             need_weights,
         )
-        return hidden_BTD + self.dropout(attended), weights
+        return self.feed_forward(hidden_BTD + self.dropout(attended)), weights

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Operands
+from .attention import Operands, padding_bias
 from .blocks import Blocking, by_distance
 
 # The kernel behind `scaled_dot_product_attention` on a CPU; it also returns the log-sum-exp that merging needs.
@@ -28,14 +28,16 @@ def merged_attention(operands: Operands) -> Tensor:
     The persistent vectors are the same for all texts, so the batch is folded into the rows of one call, without a mask.
     Nothing has the size B · H · T · (S + N).
     """
+    context_BHTE, context_BHT = _context(operands)
     batch, heads, num_queries, width = operands.q_BHTE.shape
+    if not operands.persistent_k_HNE.shape[1]:
+        return context_BHTE.transpose(1, 2)
     q_rows = operands.persistent_q_BHTE.transpose(0, 1).reshape(1, heads, batch * num_queries, width)
     persistent, persistent_lse = _flash(
         _with_rows(q_rows), operands.persistent_k_HNE[None], operands.persistent_v_HNE[None], 0.0, False, scale=1.0
     )
     persistent_BHTE = persistent.view(heads, batch, num_queries, width).transpose(0, 1)
     persistent_BHT = persistent_lse.view(heads, batch, num_queries).transpose(0, 1)
-    context_BHTE, context_BHT = _context(operands)
     share_BHT1 = torch.sigmoid(context_BHT - persistent_BHT)[..., None].to(context_BHTE.dtype)
     scaled_BHTE = persistent_BHTE * operands.persistent_v_HNE.shape[1] ** 0.5
     return torch.lerp(scaled_BHTE, context_BHTE, share_BHT1).transpose(1, 2)
@@ -66,7 +68,7 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
         by_distance(bias, window).copy_(operands.position_scores(block.texts, block.heads, block.queries))
         seen = bias[..., block.num_missing :]
         if operands.padding_BS is not None:
-            seen.masked_fill_(operands.padding_BS[block.texts, None, None, block.context], -math.inf)
+            seen.add_(padding_bias(operands.padding_BS[block.texts, None, None, block.context], seen.dtype))
         part = (block.texts, block.heads, block.queries)
         attended_BHTE[part], lse_BHT[part] = _flash(
             _with_rows(content_q_BHTE[part]),
@@ -77,9 +79,6 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
             attn_mask=seen,
             scale=operands.scale,
         )
-        if operands.padding_BS is not None:
-            # The kernel's sum for a query that sees nothing but padding is not to be relied on.
-            lse_BHT[part].masked_fill_(seen.amax(-1) == -math.inf, -math.inf)
     return attended_BHTE, lse_BHT
 
 

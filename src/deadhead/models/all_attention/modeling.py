@@ -8,6 +8,8 @@ every head owns N persistent key/value vectors that join the context's in one so
 Every query sees exactly memory + 1 positions ("same length" attention), so carrying hidden states from segment to
 segment (training) and carrying keys and values in a sliding cache (evaluation) compute the same function.
 
+With `feed_forward_size` and without persistent vectors the same model is a Transformer-XL (`transformer_xl.py`).
+
 Layers may differ in their number of heads: `config.head_plan` names those that are left. A layer with none adds b_O.
 
 Imports torch and transformers only, never deadhead: these files travel with checkpoints.
@@ -108,7 +110,7 @@ class AllAttentionPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, OutputBias):
             init.zeros_(module.bias)
-        elif isinstance(module, AllAttention) and module.heads:
+        elif isinstance(module, AllAttention) and module.heads and config.num_persistent:
             # As they enter the layer, √E m^k and √N m^v, they then have unit variance.
             init.normal_(module.persistent_k, std=config.head_dim**-0.5)
             init.normal_(module.persistent_v, std=config.num_persistent**-0.5)
