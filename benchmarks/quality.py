@@ -21,22 +21,18 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from benchmarks._all_attention import machine
 from benchmarks._quality import METHODS, MODELS, Budget, measure_point, settings, train_dense
+from benchmarks._sweep import run_all
 from deadhead.data import load_text
 from deadhead.files import write_json
 
@@ -83,20 +79,12 @@ def points(
     )
 
 
-def _prepare() -> None:
-    # A process a core: models so small gain little from two.
-    torch.set_num_threads(1)
-    disable_progress_bar()
-    set_verbosity_error()
-
-
 def _text(out: Path) -> tuple[Any, int]:
     text, tokenizer = load_text("stdlib", tokenizer="byte", cache_dir=out / "tokens")
     return text, len(tokenizer)
 
 
 def _train(model: str, seed: int, budget: Budget, out: Path) -> None:
-    _prepare()
     text, vocab_size = _text(out)
     train_dense(model, seed, text, vocab_size, budget.dense, _dense(out, model, seed))
 
@@ -106,7 +94,6 @@ def _dense(out: Path, model: str, seed: int) -> Path:
 
 
 def _measure(point: Point, budget: Budget, out: Path) -> None:
-    _prepare()
     text, vocab_size = _text(out)
     found = measure_point(
         point.model,
@@ -137,21 +124,9 @@ def sweep(todo: Sequence[Point], budget: Budget, out: Path, jobs: int, console: 
     missing = [point for point in todo if not _is_measured(point, budget, out)]
     models = sorted({(point.seed, point.model) for point in missing})
     models = [(seed, model) for seed, model in models if not (_dense(out, model, seed) / "config.json").exists()]
-    begun = time.perf_counter()
-    # Not forked: torch's threads would not be there in the child.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        trained: set[Future[None]] = {pool.submit(_train, model, seed, budget, out) for seed, model in models}
-        _wait(trained, "dense models", begun, console)
-        _wait({pool.submit(_measure, point, budget, out) for point in missing}, "points", begun, console)
-
-
-def _wait(running: set[Future[None]], what: str, begun: float, console: Console) -> None:
-    total = len(running)
-    while running:
-        done, running = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            future.result()
-        console.print(f"[dim]{total - len(running)} of {total} {what}, {time.perf_counter() - begun:.0f} s[/dim]")
+    dense = [(model, seed, budget, out) for seed, model in models]
+    run_all(_train, dense, jobs=jobs, what="dense models", console=console)
+    run_all(_measure, [(point, budget, out) for point in missing], jobs=jobs, what="points", console=console)
 
 
 def read_points(out: Path) -> list[dict[str, Any]]:

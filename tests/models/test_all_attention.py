@@ -90,6 +90,11 @@ def written_out(model: AllAttentionForCausalLM, ids_T: Tensor) -> Tensor:
                 outputs.append(torch.stack(scores).softmax(0) @ torch.stack(values))
             added.append(attention.o_proj.weight @ torch.cat(outputs) + attention.o_proj.bias)
         hidden = [state + more for state, more in zip(hidden, added, strict=True)]
+        if config.feed_forward_size:
+            ff = layer.feed_forward
+            inner_states = [torch.relu(ff.up_proj.weight @ ff.norm(state) + ff.up_proj.bias) for state in hidden]
+            added = [ff.down_proj.weight @ state + ff.down_proj.bias for state in inner_states]
+            hidden = [state + more for state, more in zip(hidden, added, strict=True)]
     return model.lm_head(inner.norm(torch.stack(hidden)))
 
 

@@ -23,7 +23,7 @@ _HEADS, _WIDTH, _PERSISTENT = 3, 4, 7
 # (batch, queries, context, window): memory full, partly and not there; queries far beyond the window.
 _SHAPES = [(2, 6, 11, 6), (3, 6, 6, 6), (2, 5, 8, 6), (2, 200, 203, 4), (4, 1, 6, 6), (1, 1, 1, 9)]
 shapes = pytest.mark.parametrize("shape", _SHAPES, ids=str)
-kinds = pytest.mark.parametrize("kind", ["relative", "rotary", "padded"])
+kinds = pytest.mark.parametrize("kind", ["relative", "rotary", "padded", "without persistent"])
 # Scores a block may have: everything at once; some heads; some texts of a head; some queries of a text.
 capacities = pytest.mark.parametrize("capacity", [2**20, 700, 150, 1])
 
@@ -37,6 +37,7 @@ def _operands(shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype = 
 
     q_BHTE, own = random(batch, _HEADS, queries, _WIDTH), random(batch, _HEADS, queries, _WIDTH)
     is_rotary = kind == "rotary"
+    persistent = 0 if kind == "without persistent" else _PERSISTENT
     padding_BS = None
     if kind == "padded":
         # No query may be left without anything to see but persistent vectors, which is fine, and padding.
@@ -49,15 +50,16 @@ def _operands(shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype = 
         r_HWE=None if is_rotary else random(_HEADS, window, _WIDTH),
         content_bias_HE=None if is_rotary else random(_HEADS, _WIDTH),
         position_bias_HE=None if is_rotary else random(_HEADS, _WIDTH),
-        persistent_k_HNE=random(_HEADS, _PERSISTENT, _WIDTH),
-        persistent_v_HNE=random(_HEADS, _PERSISTENT, _WIDTH),
+        persistent_k_HNE=random(_HEADS, persistent, _WIDTH),
+        persistent_v_HNE=random(_HEADS, persistent, _WIDTH),
         window=window,
         padding_BS=padding_BS,
     )
 
 
 def _tensors(operands: Operands) -> dict[str, Tensor]:
-    found = {name: value for name, value in vars(operands).items() if isinstance(value, Tensor) and value.requires_grad}
+    tensors = {name: value for name, value in vars(operands).items() if isinstance(value, Tensor) and value.numel()}
+    found = {name: value for name, value in tensors.items() if value.requires_grad}
     if operands.persistent_q_BHTE is operands.q_BHTE:
         del found["persistent_q_BHTE"]
     return found

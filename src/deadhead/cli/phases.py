@@ -68,10 +68,17 @@ def train(
     data: PhaseData = None,
     model: ModelOption = None,
     recipe: RecipeOption = None,
+    architecture: Annotated[
+        Literal["all_attention", "transformer_xl"] | None,
+        typer.Option("--architecture", help="Persistent vectors in every head, or feed-forward layers."),
+    ] = None,
     layers: Annotated[int | None, typer.Option("--layers", min=1)] = None,
     width: Annotated[int | None, typer.Option("--width", min=1, help="D, must be a multiple of the heads.")] = None,
     heads: Annotated[int | None, typer.Option("--heads", min=1)] = None,
     persistent: Annotated[int | None, typer.Option("--persistent", min=1, help="Persistent vectors a head.")] = None,
+    feed_forward: Annotated[
+        int | None, typer.Option("--feed-forward", min=1, help="Width of a Transformer-XL's feed-forward layers (4 D).")
+    ] = None,
     segment_length: Annotated[int | None, typer.Option("--segment-length", min=1)] = None,
     memory_length: Annotated[int | None, typer.Option("--memory-length", min=1)] = None,
     tokenizer: Annotated[Literal["byte", "bpe", "word"] | None, typer.Option("--tokenizer")] = None,
@@ -92,14 +99,16 @@ def train(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a dense All-attention model from scratch, or go on with one."""
+    """Train a dense All-attention Transformer or Transformer-XL from scratch, or go on with a model."""
     base = _base(recipe)
     shape = _changed(
         base.model,
+        architecture=architecture,
         layers=layers,
         width=width,
         heads=heads,
         persistent=persistent,
+        feed_forward=feed_forward,
         segment_length=segment_length,
         memory_length=memory_length,
     )

@@ -1,4 +1,4 @@
-"""The layout of our own models: projections, position biases and persistent vectors, if there are any, in every head."""
+"""The layout of our own models: projections, position biases and, where there are any, persistent vectors of heads."""
 
 from __future__ import annotations
 

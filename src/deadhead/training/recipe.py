@@ -33,12 +33,17 @@ class _Section(BaseModel):
 
 
 class ModelRecipe(_Section):
-    """The All-attention model; see `AllAttentionConfig` for each field."""
+    """The model; see `AllAttentionConfig` for each field.
 
+    `persistent` is of the All-attention Transformer (128), `feed_forward` of the Transformer-XL (four times the width).
+    """
+
+    architecture: Literal["all_attention", "transformer_xl"] = "all_attention"
     layers: int = Field(4, ge=1, le=1000)
     width: int = Field(128, ge=1, le=65536)
     heads: int = Field(8, ge=1, le=1024)
-    persistent: int = Field(128, ge=1, le=65536)
+    persistent: int | None = Field(None, ge=1, le=65536)
+    feed_forward: int | None = Field(None, ge=1, le=2**20)
     memory_length: int = Field(64, ge=1, le=65536)
     segment_length: int = Field(64, ge=1, le=65536)
     position: Literal["learned", "sinusoidal", "rotary"] = "learned"
@@ -47,6 +52,13 @@ class ModelRecipe(_Section):
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     embedding_dropout: float = Field(0.0, ge=0, lt=1)
     output_dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _has_what_its_layers_are_made_of(self) -> ModelRecipe:
+        foreign = "feed_forward" if self.architecture == "all_attention" else "persistent"
+        if getattr(self, foreign) is not None:
+            raise PydanticCustomError("foreign", f"architecture {self.architecture} has no {foreign}; leave it out")
+        return self
 
 
 class DataRecipe(_Section):
@@ -243,6 +255,8 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     expected = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "no_sparsity":
         return f"does not say how many heads go: {expected}"
+    if first["type"] == "foreign":
+        return f"has layers of two kinds: {expected}"
     return f"has a wrong value for {'.'.join(where)!r}: {expected}, but it is {first['input']!r}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from deadhead import checkpoint
 from deadhead.cost import model_cost
@@ -24,7 +24,7 @@ from deadhead.files import read_json, remove_left_overs, replaced_folder, requir
 from deadhead.gates import HeadGates
 from deadhead.gating import attach
 from deadhead.generate import generate_text
-from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
+from deadhead.models import AllAttentionConfig, TransformerXLConfig
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.timing import bench
@@ -48,13 +48,17 @@ def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: Any) ->
     Raises:
         InputError: the sizes do not fit each other.
     """
+    make: Any = AllAttentionConfig
+    inner: dict[str, int] = {"num_persistent": recipe.persistent or 128}
+    if recipe.architecture == "transformer_xl":
+        make, inner = TransformerXLConfig, {"feed_forward_size": recipe.feed_forward or 4 * recipe.width}
     try:
-        return AllAttentionConfig(
+        config: AllAttentionConfig = make(
             vocab_size=vocab_size,
             hidden_size=recipe.width,
             num_hidden_layers=recipe.layers,
             num_attention_heads=recipe.heads,
-            num_persistent=recipe.persistent,
+            **inner,
             memory_length=recipe.memory_length,
             segment_length=recipe.segment_length,
             position=recipe.position,
@@ -69,6 +73,7 @@ def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: Any) ->
         # transformers wraps the sentence of our own check in a line of its own.
         sentence = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise InputError(f"The recipe's model does not fit together: {sentence}") from None
+    return config
 
 
 def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
@@ -82,7 +87,8 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed
     }
     config = model_config(recipe, len(tokenizer), **special)
     set_seed(seed)
-    return AllAttentionForCausalLM(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def require_one_process() -> None:

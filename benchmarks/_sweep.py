@@ -1,0 +1,51 @@
+"""Sweeps over many short trainings: a process a core, nothing kept in memory, so that a stopped one goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+
+def _prepare(threads: int) -> None:
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+    set_verbosity_error()
+
+
+def run_all(
+    function: Callable[..., None],
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    jobs: int,
+    what: str,
+    console: Console,
+    threads: int = 1,
+) -> None:
+    """Call `function` with each of `calls` in `jobs` processes, in order, and say how far it is.
+
+    A process a core is best where the models gain little from two; with one job `threads` may be more.
+    """
+    if not calls:
+        return
+    begun = time.perf_counter()
+    # Not forked: torch's threads would not be there in the child.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=partial(_prepare, threads)) as pool:
+        running = {pool.submit(function, *call) for call in calls}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            seconds = time.perf_counter() - begun
+            left = seconds / (len(calls) - len(running)) * len(running)
+            console.print(
+                f"[dim]{len(calls) - len(running)} of {len(calls)} {what}, {seconds:.0f} s, "
+                f"about {left / 60:.0f} min left[/dim]"
+            )

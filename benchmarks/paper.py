@@ -1,0 +1,199 @@
+"""The paper's experiments on a machine without a GPU: its curve, its ablation of the stabilisers, small from scratch.
+
+A dense All-attention Transformer and a dense Transformer-XL of as many parameters are trained for each seed and kept.
+Each is then pruned at several λ as the paper does it, cut, and fine-tuned; the dense model is trained for as many
+steps on. What is measured of each is the perplexity of the test text a token, with the fewest parameters at which.
+
+    python benchmarks/paper.py [--quick] [--data FILE] [--out DIR] [--figures DIR] [--seeds 0 1 2] [--l0 …] [--ways …]
+
+Every point is a file in DIR/points, so a sweep that was stopped goes on where it was; --table measures nothing and
+prints what is there. Points of other settings (shape, steps, text) are not mixed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from rich.console import Console
+
+from benchmarks._all_attention import machine
+from benchmarks._paper import ARCHITECTURES, SHAPES, WAYS, Architecture, Budget, measure_point, settings, train_dense
+from benchmarks._paper_tables import draw, report
+from benchmarks._sweep import run_all
+from deadhead.data import load_text
+from deadhead.errors import InputError
+from deadhead.files import write_json
+
+L0 = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.04)
+# λ at which ways to prune are compared.
+ABLATION_L0 = (0.005, 0.02)
+HEADS = (6, 4, 2)
+QUICK = Budget(dense=20, prune=10, finetune=5, tokens=1000)
+QUICK_L0 = (0.05,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What all points of a sweep share."""
+
+    shape: str
+    budget: Budget
+    data: str
+    out: Path
+
+    def dense(self, architecture: str, seed: int) -> Path:
+        """Return the folder of a dense model."""
+        steps = self.budget.dense
+        return self.out / "dense" / f"{_slug(self.data)}-{self.shape}-{architecture}-{steps}-seed{seed}"
+
+    def text(self) -> tuple[Any, int]:
+        """Return the text and the size of its vocabulary."""
+        text, tokenizer = load_text(self.data, tokenizer="byte", cache_dir=self.out / "tokens" / _slug(self.data))
+        return text, len(tokenizer)
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One measurement, in the order of importance: a sweep that is cut short has the first of them."""
+
+    rank: int
+    seed: int
+    architecture: Architecture
+    way: str
+    amount: float
+
+    def file(self, sweep: Sweep) -> Path:
+        """Return where it is kept."""
+        name = f"{sweep.data} {sweep.shape} {self.architecture} {self.way} {self.amount:g}"
+        return sweep.out / "points" / f"{_slug(name)}-seed{self.seed}.json"
+
+
+def points(
+    architectures: Sequence[Architecture], ways: Sequence[str], l0: Sequence[float], seeds: Sequence[int], heads: int
+) -> list[Point]:
+    """Return what is to be measured: first the curve, then the ablation, then the models from scratch."""
+    ablated = [value for value in ABLATION_L0 if value in l0] or list(l0)
+    # As in the small shape, in proportion.
+    smaller = sorted({max(1, heads * count // 8) for count in HEADS}, reverse=True)
+    amounts: dict[str, Sequence[float]] = {"dense": (0.0,), "paper": l0, "from scratch": smaller}
+    ranks = {"dense": 0, "paper": 0, "from scratch": 2}
+    return sorted(
+        Point(ranks.get(way, 1), seed, architecture, way, amount)
+        for architecture in architectures
+        for way in ways
+        for seed in seeds
+        for amount in amounts.get(way, ablated)
+        # The Transformer-XL is there for the curve.
+        if architecture == "all-attention" or way in ("dense", "paper")
+    )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", Path(name).name.lower()).strip("-")
+
+
+def _train(architecture: Architecture, seed: int, sweep: Sweep) -> None:
+    text, vocab_size = sweep.text()
+    folder = sweep.dense(architecture, seed)
+    steps = sweep.budget.dense
+    train_dense(architecture, SHAPES[sweep.shape], seed, text=text, vocab_size=vocab_size, steps=steps, folder=folder)
+
+
+def _measure(point: Point, sweep: Sweep) -> None:
+    text, vocab_size = sweep.text()
+    shape, way = SHAPES[sweep.shape], WAYS[point.way]
+    found = measure_point(
+        point.architecture,
+        shape,
+        way,
+        point.amount,
+        point.seed,
+        text=text,
+        vocab_size=vocab_size,
+        dense=sweep.dense(point.architecture, point.seed),
+        budget=sweep.budget,
+    )
+    names = {"architecture": point.architecture, "way": point.way, "amount": point.amount, "seed": point.seed}
+    depends = {**settings(shape, sweep.budget, way), "text": text.sha256}
+    write_json(point.file(sweep), {**names, **found, "settings": depends})
+
+
+def _kept(point: Point, sweep: Sweep, sha256: str) -> dict[str, Any] | None:
+    """Return a point that was measured with these settings, or None."""
+    path = point.file(sweep)
+    if not path.exists():
+        return None
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    wanted = {**settings(SHAPES[sweep.shape], sweep.budget, WAYS[point.way]), "text": sha256}
+    return kept if kept["settings"] == json.loads(json.dumps(wanted)) else None
+
+
+def measure(todo: Sequence[Point], sweep: Sweep, jobs: int, threads: int, console: Console) -> None:
+    """Train the dense models that are missing, then measure the points that are."""
+    (sweep.out / "points").mkdir(parents=True, exist_ok=True)
+    text, _ = sweep.text()
+    missing = [point for point in todo if _kept(point, sweep, text.sha256) is None]
+    needed = {(p.architecture, p.seed) for p in missing if WAYS[p.way].kind != "scratch"}
+    models = sorted((seed, name) for name, seed in needed if not (sweep.dense(name, seed) / "config.json").exists())
+    how: dict[str, Any] = {"jobs": jobs, "threads": threads, "console": console}
+    run_all(_train, [(name, seed, sweep) for seed, name in models], what="dense models", **how)
+    run_all(_measure, [(point, sweep) for point in missing], what="points", **how)
+
+
+def main() -> None:
+    """Measure what is missing, print the tables, draw what was asked for."""
+    parser = argparse.ArgumentParser(description="The paper's curve and ablations.")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that it works")
+    parser.add_argument("--data", default="stdlib", help="a text file, a directory, 'stdlib', or hf:NAME[:CONFIG]")
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="small")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="where models and points are kept")
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--l0", nargs="+", type=float, default=L0, help="λ")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    for name, value in vars(Budget()).items():
+        what = "tokens measured" if name == "tokens" else f"steps of the phase {name}"
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{what} ({value})")
+    parser.add_argument("--jobs", type=int, help="processes: as many as cores, or one where there is a GPU")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--figures", type=Path, help="draw to this folder")
+    options = parser.parse_args()
+    console = Console()
+    cores = os.cpu_count() or 1
+    jobs = options.jobs or (1 if torch.cuda.is_available() else cores)
+    with tempfile.TemporaryDirectory() as temporary:
+        budget = Budget(**{name: getattr(options, name) for name in vars(Budget())})
+        sweep = Sweep(shape=options.shape, budget=budget, data=options.data, out=options.out)
+        wanted = (options.architectures, options.ways, options.l0, options.seeds)
+        if options.quick:
+            sweep = Sweep(shape="tiny", budget=QUICK, data=options.data, out=Path(temporary))
+            wanted = (ARCHITECTURES, ("dense", "paper", "none of the three", "from scratch"), QUICK_L0, (0,))
+        todo = points(*wanted, heads=SHAPES[sweep.shape].heads)
+        try:
+            text, _ = sweep.text()
+        except InputError as error:
+            parser.error(str(error))
+        if not options.table:
+            measure(todo, sweep, jobs, max(1, cores // jobs), console)
+            console.print(f"{machine()}; {jobs} processes, float32 but for bfloat16 on a GPU", markup=False)
+        found = [kept for point in todo if (kept := _kept(point, sweep, text.sha256)) is not None]
+        console.print(f"{len(found)} of {len(todo)} points; {options.data}, hash {text.sha256[:12]}; {sweep.shape}")
+        console.print(report(found), markup=False, soft_wrap=True)
+        if options.figures:
+            draw(found, options.figures, "paper")
+
+
+if __name__ == "__main__":
+    main()
