@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,14 @@ from deadhead.data import load_text
 from deadhead.errors import InputError
 from deadhead.files import write_json
 
-L0 = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.04)
-# λ at which ways to prune are compared.
-ABLATION_L0 = (0.005, 0.02)
+# λ of each curve. The paper's 0.01 to 0.02 close heads of a Transformer-XL of this size, and none of All-attention: its
+# heads, which hold what is a feed-forward layer there, are worth more.
+L0: dict[Architecture, tuple[float, ...]] = {
+    "all-attention": (0.02, 0.04, 0.06, 0.08, 0.12),
+    "transformer-xl": (0.01, 0.02, 0.04, 0.06, 0.08),
+}
+# λ at which ways to prune are compared, the more important first.
+ABLATION_L0 = (0.06, 0.04)
 HEADS = (6, 4, 2)
 QUICK = Budget(dense=20, prune=10, finetune=5, tokens=1000)
 QUICK_L0 = (0.05,)
@@ -81,22 +86,38 @@ class Point:
 
 
 def points(
-    architectures: Sequence[Architecture], ways: Sequence[str], l0: Sequence[float], seeds: Sequence[int], heads: int
+    architectures: Sequence[Architecture],
+    ways: Sequence[str],
+    l0: Sequence[float] | None,
+    seeds: Sequence[int],
+    heads: int,
 ) -> list[Point]:
-    """Return what is to be measured: first the curve, then the ablation, then the models from scratch."""
-    ablated = [value for value in ABLATION_L0 if value in l0] or list(l0)
+    """Return what is to be measured: first the curve, then the ablation and the models from scratch.
+
+    The Transformer-XL is there for the curve only. Without `l0` each curve has its own.
+    """
     # As in the small shape, in proportion.
     smaller = sorted({max(1, heads * count // 8) for count in HEADS}, reverse=True)
-    amounts: dict[str, Sequence[float]] = {"dense": (0.0,), "paper": l0, "from scratch": smaller}
-    ranks = {"dense": 0, "paper": 0, "from scratch": 2}
+    ablated = tuple(l0 or ABLATION_L0)
+
+    def amounts(architecture: Architecture, way: str) -> Iterator[tuple[int, float]]:
+        if way == "dense":
+            yield 0, 0.0
+        elif way == "paper":
+            yield from ((0, value) for value in l0 or L0[architecture])
+        elif architecture != "all-attention":
+            return
+        elif way == "from scratch":
+            yield from ((2, float(count)) for count in smaller)
+        else:
+            yield from ((1 if value == ablated[0] else 3, value) for value in ablated)
+
     return sorted(
-        Point(ranks.get(way, 1), seed, architecture, way, amount)
+        Point(rank, seed, architecture, way, amount)
         for architecture in architectures
         for way in ways
         for seed in seeds
-        for amount in amounts.get(way, ablated)
-        # The Transformer-XL is there for the curve.
-        if architecture == "all-attention" or way in ("dense", "paper")
+        for rank, amount in amounts(architecture, way)
     )
 
 
@@ -161,7 +182,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="where models and points are kept")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--l0", nargs="+", type=float, default=L0, help="λ")
+    parser.add_argument("--l0", nargs="+", type=float, help="λ, of all curves")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     for name, value in vars(Budget()).items():
         what = "tokens measured" if name == "tokens" else f"steps of the phase {name}"

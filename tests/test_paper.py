@@ -72,9 +72,9 @@ def test_both_architectures_are_of_one_size_and_a_small_one_has_the_heads_asked_
 
 
 def test_the_curve_comes_first_and_the_baseline_is_there_for_it_only() -> None:
-    todo = paper.points(ARCHITECTURES, list(WAYS), paper.L0, (0, 1), heads=8)
+    todo = paper.points(ARCHITECTURES, list(WAYS), None, (0, 1), heads=8)
     curve = [point for point in todo if point.way in ("dense", "paper")]
-    assert todo[: len(curve)] == curve and len(curve) == 2 * 2 * (1 + len(paper.L0))
+    assert todo[: len(curve)] == curve and len(curve) == 2 * (2 + sum(map(len, paper.L0.values())))
     assert {point.way for point in todo if point.architecture == "transformer-xl"} == {"dense", "paper"}
     assert {point.amount for point in todo if point.way == "from scratch"} == {6, 4, 2}
     assert {point.amount for point in todo if point.way == "no warm-up"} == set(paper.ABLATION_L0)
