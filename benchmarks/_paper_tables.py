@@ -164,10 +164,20 @@ def scratch_table(found: Points) -> str:
     return "\n".join(lines)
 
 
+def same_function(found: Points) -> str:
+    """How far the cut moved the perplexity, at most: models with closed gates and cut models compute the same."""
+    differences = [abs(p["cut"] / p["gated"] - 1) for p in found if p["cut"] is not None]
+    if not differences:
+        return "No model was cut yet."
+    return (
+        f"Closed gates against cut, {len(differences)} models: perplexities differ by {max(differences):.0e} at most."
+    )
+
+
 def report(found: Points) -> str:
     """All tables, as Markdown."""
     parts = {
-        "The curve": curve_table(found),
+        "The curve": curve_table(found) + "\n\n" + same_function(found),
         "At equal size": size_table(found) + "\n\n" + equal_quality(found),
         "The stabilisers": ablation_table(found),
         "Against small from scratch": scratch_table(found),

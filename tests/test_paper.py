@@ -125,6 +125,7 @@ def _point(architecture: str, way: str, amount: float, sparsity: float, after: f
         "sparsity": sparsity,
         "parameters": 1e6 * (1 - left),
         "gated": None if way in ("dense", "from scratch") else 2 * after,
+        "cut": None if way in ("dense", "from scratch") else 2.002 * after,
         "after": after,
     }
 
@@ -153,6 +154,7 @@ def test_perplexities_are_read_off_a_seeds_own_curve() -> None:
 def test_tables() -> None:
     curve = _paper_tables.curve_table(_FOUND)
     assert "| all-attention | 0.02 | 60 (1) | 400 (1) | 18.00 (1) | 9.000 (1) | +125.0 (1) |" in curve
+    assert _paper_tables.same_function(_FOUND).endswith("4 models: perplexities differ by 1e-03 at most.")
     sizes = _paper_tables.size_table(_FOUND)
     assert "| 100% | 4.000 (1) | 5.000 (1) | -20.0 (1) |" in sizes
     # Halfway from 5 to 7.2 stands 6; ours at 43 % is 57.5 % of the way from 4 to 9, in logarithms.
