@@ -288,7 +288,8 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute([]) in (0, 2)
     output = "".join(capsys.readouterr())
     assert "Usage: deadhead" in output
-    for command in ("demo", "run", "train", "prune", "finetune", "cut", "inspect", "eval", "generate", "bench"):
+    commands = ("demo", "run", "train", "prune", "finetune", "cut", "inspect", "convert", "eval", "generate", "bench")
+    for command in commands:
         assert command in output
 
 

@@ -8,6 +8,7 @@ back exactly.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -69,6 +70,33 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"A tokenizer was expected at {path}, but {type(tokenizer).__name__} came; check the folder.")
     return tokenizer
+
+
+def read_vocabulary(path: str | Path) -> PreTrainedTokenizerFast:
+    """Make a word tokenizer of a vocabulary: one word a line, in the order of the tokens' numbers, UTF-8.
+
+    Raises:
+        InputError: the file can't be read, a line is no word or the word of another line, or `<eos>` or `<unk>` is
+            missing.
+    """
+    try:
+        lines = Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"A vocabulary was expected at {path}, but there is no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The vocabulary {path} cannot be read as UTF-8: {error}.") from None
+    seen: set[str] = set()
+    for number, word in enumerate(lines, start=1):
+        if word.split() != [word] or word in seen:
+            problem = "stands in an earlier line too" if word in seen else "is not one word"
+            raise InputError(
+                f"The vocabulary {path} must have one word a line, but line {number}, {word!r}, {problem}."
+            )
+        seen.add(word)
+    for word in (EOS, UNK):
+        if word not in seen:
+            raise InputError(f"The vocabulary {path} must have {EOS} and {UNK} among its words, but has no {word}.")
+    return _wrapped(_of_words(lines), UNK)
 
 
 def word_normalizer() -> normalizers.Normalizer:
@@ -139,7 +167,12 @@ def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
     kept = words if vocab_size is None else words[: vocab_size - 2]
     counts[UNK] += sum(counts[word] for word in words[len(kept) :])
     ranked = sorted([*kept, EOS, UNK], key=lambda word: (-counts[word], word))
-    tokenizer = Tokenizer(models.WordLevel({word: rank for rank, word in enumerate(ranked)}, unk_token=UNK))
+    return _of_words(ranked)
+
+
+def _of_words(words: Sequence[str]) -> Tokenizer:
+    """Words, whose places are their numbers, `<eos>` and `<unk>` among them."""
+    tokenizer = Tokenizer(models.WordLevel({word: rank for rank, word in enumerate(words)}, unk_token=UNK))
     tokenizer.normalizer = word_normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
