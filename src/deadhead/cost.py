@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deadhead.errors import InputError
 from deadhead.gating import detach
 from deadhead.layouts import Layout, find_layout
 from deadhead.plan import HeadPlan, Unit
@@ -126,3 +128,33 @@ def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, lengt
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return model_cost(model, plan, length=length)
+
+
+def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:
+    """Return the plan by which the first so many heads of each layer stay, of those that it has.
+
+    Which heads stay makes no difference to what a model costs.
+
+    Args:
+        config: of a model that may be cut already.
+        counts: heads, or key/value groups where the model has them, one number a layer.
+
+    Raises:
+        InputError: there are not as many numbers as layers, or one is not between 0 and its layer's heads.
+        UnsupportedModel: the model has no layout.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layout = find_layout(model)
+    unit = layout.units(model)[0]
+    sites = layout.sites(model, unit)
+    present = [len(site.heads) for site in sites]
+    if len(counts) != len(sites) or not all(0 <= count <= most for count, most in zip(counts, present, strict=True)):
+        raise InputError(
+            f"Heads that stay must be {len(sites)} numbers, one a layer and at most {present}, but are {list(counts)}."
+        )
+    return HeadPlan(
+        kept={site.layer: site.heads[:count] for site, count in zip(sites, counts, strict=True)},
+        total={site.layer: site.total for site in sites},
+        unit=unit,
+    )

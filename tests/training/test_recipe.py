@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from deadhead.data import load_text
 from deadhead.errors import InputError
 from deadhead.training.recipe import PruneRecipe, Recipe, changed, load_recipe, parse_recipe, to_toml
-from deadhead.training.run import build_model
+from deadhead.training.run import build_model, model_config
 from tests.small import small_recipe, write_prose
+
+_RECIPES = Path(__file__).parents[2] / "recipes"
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 _names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", fullmatch=True)
@@ -40,6 +42,17 @@ _recipes = st.fixed_dictionaries(
         ),
         "data": st.fixed_dictionaries({}, optional={"source": _texts, "column": st.none() | _texts}),
         "train": st.fixed_dictionaries({}, optional=_phases),
+        "published": st.lists(
+            st.fixed_dictionaries(
+                {"name": _texts},
+                optional={
+                    "heads": st.none() | st.lists(st.integers(0, 1024), max_size=4),
+                    "sparsity": st.none() | st.floats(0, 1),
+                    "parameters": st.none() | st.integers(1, 10**12),
+                },
+            ),
+            max_size=3,
+        ),
         "prune": st.fixed_dictionaries(
             {}, optional={**_phases, "sparsity": st.none() | st.floats(0, 0.999), "init": st.floats(-1e300, 1e300)}
         ),
@@ -67,6 +80,23 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.toml") == recipe
 
 
+@pytest.mark.parametrize("path", sorted(_RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_that_come_along(path: Path) -> None:
+    """They can be read, and their models fit together."""
+    recipe = load_recipe(path)
+    assert path.stem == recipe.name
+    model_config(recipe.model, 267735)
+
+
+@pytest.mark.parametrize("l0", [0.01, 0.02])
+def test_recipes_that_share_a_dense_model(l0: float) -> None:
+    """They differ from the one that trains it in λ alone, so that model, text and what was read of it are the same."""
+    first = load_recipe(_RECIPES / "paper-wt103.toml")
+    prune = first.prune.model_copy(update={"l0": l0})
+    expected = {"name": f"paper-wt103-l0-{l0}", "dense": f"runs/{first.name}/dense", "prune": prune}
+    assert load_recipe(_RECIPES / f"paper-wt103-l0-{l0}.toml") == first.model_copy(update=expected)
+
+
 def test_an_empty_recipe_is_the_default() -> None:
     assert parse_recipe("", name="it") == Recipe()
 
@@ -85,6 +115,10 @@ def test_recipes_are_frozen() -> None:
         ("[trian]\nsteps = 3", "has an unknown key 'trian'; did you mean 'train'?"),
         ("[data]\nzzzz = 3", "has an unknown key 'data.zzzz'; known are source, tokenizer, vocab_size, column, split"),
         ("[train]\nl0 = 0.1", "has an unknown key 'train.l0'"),
+        ("[[published]]\nhead = [3]", "has a wrong value for 'published.0.name': field required"),
+        ("[[published]]\nname = 'a'\nhead = [3]", "unknown key 'published.0.head'; did you mean 'heads'?"),
+        ("[[published]]\nname = 'a'\nheads = [3, 1.5]", "wrong value for 'published.0.heads.1': .*but it is 1.5"),
+        ("[published]\nname = 'a'", "wrong value for 'published'"),
         (
             "[train]\nsteps = 0",
             "wrong value for 'train.steps': input should be greater than or equal to 1, but it is 0",

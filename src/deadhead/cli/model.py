@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Model, console, print_json
+from deadhead.cli.console import AsJson, console, print_json
+from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
+
+if TYPE_CHECKING:
+    from deadhead.cost import Cost
+    from deadhead.training.recipe_cost import ShapeCost
 
 
 def cut(
-    model: Model,
+    model: ModelArgument,
     plan: Annotated[Path, typer.Option("--plan", help="The head plan, a JSON file.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder of the cut model.", show_default=False)],
     as_json: AsJson = False,
@@ -49,15 +54,43 @@ def cut(
 
 
 def inspect(
-    model: Model,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint folder, a name on the Hugging Face hub, or a recipe: RECIPE.toml.",
+            show_default=False,
+        ),
+    ],
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="Positions before the token that is counted.")
     ] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--heads",
+            metavar="N,N,…",
+            help="Also count it with the first so many heads of each layer, one number a layer; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", min=1, help="Of a recipe: tokens of its vocabulary.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show layers × heads, parameters, FLOPs and key/value cache, without loading the weights."""
+    """Show layers × heads, parameters, FLOPs and key/value cache, without loading the weights.
+
+    Of a recipe, show what its model will cost, beside what others have published of that shape.
+    """
+    layouts = [_numbers(text) for text in heads or []]
+    if model.suffix == ".toml":
+        _inspect_recipe(model, length, layouts, vocab_size, as_json)
+        return
+    if vocab_size is not None:
+        raise InputError("A checkpoint has its own vocabulary, --vocab-size is for recipes; leave it out.")
     from deadhead import checkpoint
-    from deadhead.cost import config_cost
+    from deadhead.cost import config_cost, first_heads
     from deadhead.gate_files import has_gates
     from deadhead.plan import HeadPlan
     from deadhead.report.head_map import head_map_text
@@ -65,6 +98,7 @@ def inspect(
     try:
         config = checkpoint.load_config(model)
         cost = config_cost(config, length=length)
+        others = [config_cost(config, first_heads(config, counts), length=length) for counts in layouts]
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -72,7 +106,8 @@ def inspect(
         raise InputError(f"The configuration in {model} cannot be used: {reason}.") from error
     gated = has_gates(model)
     if as_json:
-        print_json({**asdict(cost), "gated": gated})
+        asked = {"layouts": [asdict(other) for other in others]} if others else {}
+        print_json({**asdict(cost), "gated": gated, **asked})
         return
     recorded = getattr(config, "head_plan", None)
     plan = HeadPlan.keep_all(dict(enumerate(cost.total_heads))) if recorded is None else HeadPlan.from_dict(recorded)
@@ -92,5 +127,92 @@ def inspect(
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    if others:
+        console.print(_layouts_table([cost, *others]))
     if gated:
         console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")
+
+
+def _inspect_recipe(
+    path: Path, length: int | None, layouts: list[list[int]], vocab_size: int | None, as_json: bool
+) -> None:
+    from deadhead.training.recipe import load_recipe
+    from deadhead.training.recipe_cost import expected_vocabulary, recipe_costs
+
+    recipe = load_recipe(path)
+    costs = recipe_costs(recipe, vocab_size=vocab_size, length=length, layouts=layouts)
+    tokens = vocab_size or expected_vocabulary(recipe.data)
+    positions = length or recipe.model.memory_length
+    if as_json:
+        models = [{**asdict(cost), "interpolated": cost.is_interpolated} for cost in costs]
+        print_json({"recipe": recipe.name, "vocab_size": tokens, "length": positions, "models": models})
+        return
+    console.print(_recipe_table(costs))
+    console.print("Parameters are without embeddings and output layer; stated: as the models' authors count them.")
+    if any(cost.is_interpolated for cost in costs):
+        console.print("≈ no numbers of heads are stated: in between, by the share of the heads that is gone.")
+    if tokens is None:
+        part = "without the output layer (its words are counted in the text, or say --vocab-size)"
+    else:
+        part = f"with an output layer of {tokens:,} tokens"
+    console.print(f"FLOPs are of a token with {positions:,} before it, {part}.")
+
+
+def _recipe_table(costs: list[ShapeCost]) -> Table:
+    table = _table("heads a layer", "gone", "parameters", "of heads", "FLOPs", "stated")
+    for cost in costs:
+        about = "≈" if cost.is_interpolated else ""
+        flops = cost.layer_flops_per_token if cost.flops_per_token is None else cost.flops_per_token
+        table.add_row(
+            escape(cost.name),
+            "" if cost.heads is None else _heads(cost.heads),
+            f"{cost.sparsity:.0%}",
+            f"{about}{_short(cost.parameters)}",
+            f"{about}{_short(cost.head_parameters)}",
+            f"{about}{_short(flops)}",
+            "" if cost.stated_parameters is None else _short(cost.stated_parameters),
+        )
+    return table
+
+
+def _layouts_table(costs: list[Cost]) -> Table:
+    table = _table("heads a layer", "gone", "parameters", "of heads", "FLOPs")
+    for cost in costs:
+        table.add_row(
+            "--heads" if cost is not costs[0] else "as it is",
+            _heads(cost.heads),
+            f"{1 - sum(cost.heads) / sum(cost.total_heads):.0%}",
+            _short(cost.parameters - cost.embedding_parameters),
+            _short(cost.attention_parameters),
+            _short(cost.flops_per_token),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    # Without lines between the columns it fits into 80 characters.
+    table = Table(box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _heads(counts: list[int]) -> str:
+    """Write heads a layer in few characters: digits side by side where each number is one."""
+    if len(set(counts)) == 1:
+        return f"{len(counts)} × {counts[0]}"
+    return ("" if max(counts) < 10 else " ").join(map(str, counts))
+
+
+def _short(value: float) -> str:
+    if value < 1e6:
+        return f"{value:,.0f}"
+    return f"{value / 1e6:.2f}M" if value < 1e9 else f"{value / 1e9:.2f}G"
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--heads must be whole numbers with commas between, one a layer, but is {text!r}.") from None

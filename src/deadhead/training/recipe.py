@@ -6,7 +6,7 @@ import difflib
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -182,11 +182,26 @@ def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
     return phase.model_copy(update=filled)
 
 
+class PublishedModel(_Section):
+    """A model of a recipe's shape that others have published: what they say of it.
+
+    Args: name; heads left in each layer (None: all, or as `sparsity` says); sparsity, the share of heads gone where no
+    heads are stated; parameters without embeddings and output layer, as its authors count them.
+    """
+
+    name: str
+    heads: list[int] | None = None
+    sparsity: float | None = Field(None, ge=0, le=1)
+    parameters: int | None = Field(None, ge=1)
+
+
 class Recipe(_Section):
     """A run: dense training, training with gates, cut, fine-tuning.
 
     With `control` the dense model is trained on for as many steps in all as the pruned one, without gates, so that the
     two can be compared fairly.
+
+    `published` changes nothing in a run; `deadhead inspect` shows what such models cost beside what is stated of them.
     """
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
@@ -198,6 +213,7 @@ class Recipe(_Section):
     train: PhaseRecipe = PhaseRecipe()
     prune: PruneRecipe = PruneRecipe()
     finetune: PhaseRecipe = PhaseRecipe()
+    published: list[PublishedModel] = []
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -262,7 +278,10 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel]:
     for name in path:
+        if name.isdigit():
+            continue  # the place in a list of tables
         inner = root.model_fields[name].annotation if name in root.model_fields else None
+        inner = next(iter(get_args(inner)), inner)
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return root
         root = inner
@@ -282,8 +301,12 @@ def to_toml(recipe: Recipe) -> str:
         return repr(item)
 
     dumped = recipe.model_dump(exclude_none=True)
-    lines = [f"{name} = {value(item)}" for name, item in dumped.items() if not isinstance(item, dict)]
+    tables = {name: item for name, item in dumped.items() if isinstance(item, list)}
+    lines = [f"{name} = {value(item)}" for name, item in dumped.items() if not isinstance(item, (dict, list))]
     for name, section in dumped.items():
         if isinstance(section, dict):
             lines += ["", f"[{name}]", *(f"{key} = {value(item)}" for key, item in section.items())]
+    for name, entries in tables.items():
+        for entry in entries:
+            lines += ["", f"[[{name}]]", *(f"{key} = {value(item)}" for key, item in entry.items())]
     return "\n".join(lines) + "\n"
