@@ -172,6 +172,26 @@ def test_adaptive_embedding_and_softmax_as_their_names_say() -> None:
     torch.testing.assert_close(expected.exp().sum(-1), torch.ones(5))
 
 
+def test_shared_tensors_may_be_written_once_and_modules_named(tmp_path: Path) -> None:
+    """As safetensors' functions for models write them, and without the endings of single tensors."""
+    whole = plain_names(authors_state(random_model(adaptive_cutoffs=CUTOFFS)))
+    expected = convert_state(whole).model.state_dict()
+    for module, table in (("word_emb", 0), ("criterion", 1)):
+        once = {
+            name: value
+            for name, value in whole.items()
+            if not name.startswith((f"{module}.tail", f"{module}.shortlist.{table}")) or name.endswith("bias")
+        }
+        assert len(once) == len(whole) - 7
+        renamed = {
+            name.removesuffix(".weight") if name.startswith(("word_emb", "criterion")) else name: value
+            for name, value in once.items()
+        }
+        found = convert_state(read_state(write_state(renamed, tmp_path / f"{module}.pt"))).model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_with_a_vocabulary_the_model_is_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = write_prose(tmp_path, 3000)
     words = sorted(set(text.read_text().split()))
@@ -184,11 +204,23 @@ def test_with_a_vocabulary_the_model_is_measured(tmp_path: Path, capfd: pytest.C
     assert deadhead.load(tmp_path / "model").config.eos_token_id == 0
     _run("eval", tmp_path / "model", "--data", text, "--json")
     assert json.loads(capfd.readouterr().out)["loss"] > 0
+    steps = ("--data", text, "--steps", 2, "--batch-size", 2, "--json")
+    _run("finetune", "--model", tmp_path / "model", "--out", tmp_path / "tuned", *steps)
+    assert json.loads(capfd.readouterr().out)["heads"] == [3, 3]
     # A saved tokenizer serves as well.
     _run("convert", state, "--out", tmp_path / "again", "--tokenizer", tmp_path / "model", "--no-gates")
     output = capfd.readouterr().out
     assert "(no gates)" in output and "No tokenizer" not in output
     assert "memory 9, half of the 18 rows of the position table; segments of 9" in output
+    # Without gates it is a dense model, which can be pruned like any other.
+    _run("prune", "--model", tmp_path / "again", "--out", tmp_path / "pruned", "--sparsity", 0.5, *steps)
+    assert sum(json.loads(capfd.readouterr().out)["heads"]) == 4
+    _run("convert", state, "--out", tmp_path / "again")
+    output = capfd.readouterr().out
+    assert "deadhead eval, generate, prune and finetune will need one" in output
+    assert "β of 0.333" in output
+    parameters = deadhead.model_cost(deadhead.load(tmp_path / "model")).parameters
+    assert f"Once cut (--cut): {parameters:,} parameters" in output
 
 
 def test_what_attach_says_without_gates() -> None:

@@ -31,6 +31,9 @@ GATES = GateConfig(beta=0.333, output_scale=False)
 _SIGN = "layers.0.attn.q_proj.weight"
 _TORCH = (".pt", ".pth", ".bin")
 _DEEPEST = 5
+# Parts of the adaptive softmax, by the names of their modules or of their tensors.
+_ADAPTIVE = re.compile(r"((word_emb|criterion)\.(shortlist|tail\.[0-9]+)\.[01]|criterion\.cluster)")
+_TIED = re.compile(r"(word_emb|criterion)\.(shortlist|tail\.[0-9]+)\.([01])\.weight")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -52,13 +55,17 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     readers |= dict.fromkeys(_TORCH, _read_torch)
     if path.suffix not in readers:
         raise InputError(f"A state dict in a file ending in {', '.join(readers)} was expected, but {path} came.")
-    found = _find(readers[path.suffix](path))
-    if found is None:
+    found = list(_find(readers[path.suffix](path)))
+    if not found:
         raise InputError(f"{path} holds no state dict of the paper authors' code: no tensor {_SIGN} is in it.")
+    if len(found) > 1:
+        places = ", ".join(place for place, _ in found)
+        raise InputError(f"{path} holds {len(found)} state dicts ({places}); save the one that is meant alone.")
+    ((_, values),) = found
     state: dict[str, Tensor] = {}
-    for key, value in found.items():
+    for key, value in values.items():
         name = _plain(str(key))
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
             raise InputError(f"A tensor of floating-point numbers was expected for {name} in {path}; check the file.")
         if name in state:
             raise InputError(f"{path} holds the tensor {name} twice, with and without an ending or prefix.")
@@ -97,16 +104,19 @@ def _read_npz(path: Path) -> Any:
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix("module.").removesuffix(".data")
+    name = name.removeprefix("module.").removesuffix(".data")
+    return f"{name}.weight" if _ADAPTIVE.fullmatch(name) else name
 
 
-def _find(value: Any, depth: int = 0) -> Mapping[Any, Any] | None:
-    """Return the mapping in which their first projection is, `value` itself or one within it."""
-    if not isinstance(value, Mapping) or depth > _DEEPEST:
-        return None
+def _find(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield the mappings in which their first projection is, `value` itself or some within it, and where they are."""
+    if not isinstance(value, Mapping) or len(path) > _DEEPEST:
+        return
     if any(_plain(str(key)) == _SIGN for key in value):
-        return value
-    return next((found for inner in value.values() if (found := _find(inner, depth + 1)) is not None), None)
+        yield ".".join(path), value
+        return
+    for key, inner in value.items():
+        yield from _find(inner, (*path, str(key)))
 
 
 @dataclass(frozen=True)
@@ -146,8 +156,8 @@ def _sizes(state: Mapping[str, Tensor]) -> _Sizes:
             f"The tensors layers.0.attn.mem_k and pos_emb do not fit each other: {heads} heads of width {head_width} "
             f"do not make a width of {width}."
         )
-    numbers = [int(match[1]) for name in state if (match := re.match(r"layers\.([0-9]{1,6})\.", name))]
-    common: dict[str, Any] = {"width": width, "layers": max(numbers) + 1, "heads": heads, "persistent": persistent}
+    layers = {match[1] for name in state if (match := re.match(r"layers\.([0-9]+)\.", name))}
+    common: dict[str, Any] = {"width": width, "layers": len(layers), "heads": heads, "persistent": persistent}
     if "word_emb.weight" in state:
         return _Sizes(**common, vocabulary=_shape(state, "word_emb.weight", 2)[0], positions=positions)
     bands = [_shape(state, "word_emb.shortlist.0.weight", 2)[0]]
@@ -207,13 +217,26 @@ def _adaptive_entries(sizes: _Sizes) -> Iterator[_Entry]:
     yield "criterion.cluster.bias", (tails,), "lm_head.cluster.bias", _same
 
 
-def _require_tied(state: Mapping[str, Tensor], tails: int) -> None:
-    pairs = [("word_emb.shortlist.0.weight", "criterion.shortlist.1.weight")]
-    for tail in range(tails):
-        pairs.append((f"word_emb.tail.{tail}.0.weight", f"criterion.tail.{tail}.1.weight"))
-        pairs.append((f"word_emb.tail.{tail}.1.weight", f"criterion.tail.{tail}.0.weight"))
-    for first, second in pairs:
-        if not torch.equal(state[first], state[second]):
+def _twin(name: str) -> str | None:
+    """Return the name under which output or input hold the same tensor, or None if it is not shared.
+
+    Tables and the tails' projections are shared, the shortlist's projections are not.
+    """
+    match = _TIED.fullmatch(name)
+    if match is None:
+        return None
+    module, part, place = match.groups()
+    is_table = (module == "word_emb") == (place == "0")
+    if part == "shortlist" and not is_table:
+        return None
+    return f"{'criterion' if module == 'word_emb' else 'word_emb'}.{part}.{1 - int(place)}.weight"
+
+
+def _require_tied(state: Mapping[str, Tensor]) -> None:
+    for name in state:
+        twin = _twin(name)
+        if twin is not None and not torch.equal(state[name], state[twin]):
+            first, second = sorted((name, twin), reverse=True)
             raise InputError(
                 f"The tensors {first} and {second} must be equal, since input and output share them, but they differ."
             )
@@ -269,6 +292,8 @@ def convert_state(
     Raises:
         InputError: a tensor is missing, unknown or of another shape, or the sizes do not fit each other.
     """
+    # Of a tensor that input and output share, safetensors' own functions write one copy.
+    state = {twin: value for name, value in state.items() if (twin := _twin(name)) is not None} | dict(state)
     sizes = _sizes(state)
     memory = max(sizes.positions // 2, 1) if memory_length is None else memory_length
     if memory >= sizes.positions:
@@ -293,7 +318,7 @@ def convert_state(
             ours[name] = convert(state[theirs])
     if unknown := sorted(set(state) - known):
         raise InputError(f"The state dict has a tensor {unknown[0]}, which no model of the paper's code has.")
-    _require_tied(state, len(sizes.bands) - 1) if sizes.bands else None
+    _require_tied(state)
     make: Any = AllAttentionConfig
     try:
         config = make(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import deadhead
 from deadhead.cli import execute
 from tests.authors import CUTOFFS, WIDTH, State, authors_state, random_model, write_state
 from tests.small import tree
@@ -50,6 +51,15 @@ def _occupied(folder: Path) -> None:
     _good(folder)
     (folder / "full").mkdir()
     (folder / "full" / "letter.txt").write_text("dear")
+
+
+def _one() -> State:
+    return authors_state(random_model(tie_word_embeddings=False))
+
+
+def _state_in_checkpoint(folder: Path) -> None:
+    deadhead.save(random_model(), folder / "full")
+    write_state(_one(), folder / "full" / "state.safetensors")
 
 
 _good = _changed(lambda state: None)
@@ -151,6 +161,26 @@ _CASES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "no unk": ("x.pt --vocab v", "has no <unk>", lambda d: (d / "v").write_text("<eos>\nb\n")),
     "not UTF-8": ("x.pt --vocab v", "cannot be read as UTF-8", lambda d: (d / "v").write_bytes(b"\xff")),
     "no tokenizer": ("state.pt --tokenizer ./v", "A tokenizer was expected at v", _good),
+    "two state dicts": (
+        "x.pt",
+        r"x.pt holds 2 state dicts \(model, average.model\); save the one that is meant alone",
+        lambda d: torch.save({"model": _one(), "average": {"model": _one()}}, d / "x.pt"),
+    ),
+    "sparse": (
+        "state.pt",
+        "floating-point numbers was expected for layers.1.norm.bias",
+        _changed(lambda state: state.update({"layers.1.norm.bias.data": torch.ones(WIDTH).to_sparse()})),
+    ),
+    "a layer far away": (
+        "state.pt",
+        "has no tensor layers.2.attn.q_proj.weight,",
+        _changed(lambda state: state.update({"layers.123456789012.norm.bias": torch.ones(WIDTH)})),
+    ),
+    "over its own state dict": (
+        "full/state.safetensors --out full",
+        "state.safetensors lies in full, which the checkpoint would replace; choose another --out",
+        _state_in_checkpoint,
+    ),
     "out is not ours": ("state.pt --out full", "not written by deadhead", _occupied),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -50,13 +50,16 @@ def convert(
 ) -> None:
     """Read a state dict of the paper authors' released code and write a checkpoint."""
     from deadhead import checkpoint
-    from deadhead.convert import convert_state, read_state
+    from deadhead.convert import GATES, convert_state, read_state
     from deadhead.cost import model_cost
     from deadhead.cutting import cut as cut_heads
 
     if cut and not gates:
         raise InputError("Closed gates say what to cut, so --cut and --no-gates exclude each other; leave one out.")
     checkpoint.require_ours_or_free(out)
+    for file in (state, vocab):
+        if file is not None and out.resolve() in file.resolve().parents:
+            raise InputError(f"{file} lies in {out}, which the checkpoint would replace; choose another --out.")
     words = _tokenizer(tokenizer, vocab)
     special = {} if words is None else {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in _SPECIAL}
     converted = convert_state(
@@ -79,11 +82,12 @@ def convert(
         if cut:
             cut_heads(model, plan)
     cost = model_cost(model)
-    checkpoint.save(model, out, tokenizer=words)
     heads = cost.heads if plan is None else plan.heads
     gated = plan is not None and not cut
+    once_cut = model_cost(model, plan) if gated else None
+    checkpoint.save(model, out, tokenizer=words)
     if as_json:
-        sizes = {
+        sizes: dict[str, Any] = {
             "gated": gated,
             "tokenizer": words is not None,
             "vocab_size": config.vocab_size,
@@ -92,6 +96,8 @@ def convert(
             "memory_length": config.memory_length,
             "segment_length": config.segment_length,
         }
+        if once_cut is not None:
+            sizes["once_cut"] = asdict(once_cut)
         print_json({**asdict(cost), "heads": heads, **sizes})
         return
     console.print(f"{escape(str(out))}: {cost.parameters:,} parameters, {cost.flops_per_token:,.0f} FLOPs a token")
@@ -100,9 +106,16 @@ def convert(
     half = "" if memory_length is not None else f", half of the {converted.positions} rows of the position table"
     console.print(f"memory {config.memory_length}{half}; segments of {config.segment_length}")
     if words is None:
-        console.print("No tokenizer: name one with --tokenizer or --vocab to evaluate, generate and train on text.")
-    if gated:
-        console.print("The checkpoint has gates; deadhead.load_gated gives model and gates.")
+        console.print(
+            "No tokenizer: deadhead eval, generate, prune and finetune will need one; convert again with --tokenizer "
+            "or --vocab."
+        )
+    if once_cut is not None:
+        console.print(
+            f"The checkpoint has gates, with the authors' β of {GATES.beta}; deadhead.load_gated gives model and "
+            f"gates. Once cut (--cut): {once_cut.parameters:,} parameters, {once_cut.flops_per_token:,.0f} FLOPs a "
+            "token."
+        )
 
 
 _SPECIAL = ("bos", "eos", "pad")
