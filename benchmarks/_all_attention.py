@@ -29,7 +29,7 @@ from deadhead.models.all_attention.layer import AllAttention, AllAttentionLayer
 # Heads of each of the 16 layers, as the authors published them.
 LAYOUTS: Mapping[str, tuple[int, ...]] = {
     "dense": (8,) * 16,
-    "102 of 128": (8, 3, 7, 6, 6, 6, 6, 7, 6, 7, 8, 8, 7, 8, 7, 6),
+    "106 of 128": (8, 3, 7, 6, 6, 6, 6, 7, 6, 7, 8, 8, 7, 8, 7, 6),
     "87 of 128": (6, 4, 6, 5, 4, 5, 5, 6, 5, 6, 7, 5, 6, 6, 6, 5),
     "59 of 128": (5, 2, 5, 4, 3, 4, 4, 4, 4, 4, 4, 4, 3, 3, 3, 3),
 }
