@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +16,7 @@ from deadhead.errors import InputError
 from deadhead.files import (
     no_space_is_input_error,
     read_json,
+    remove_folder,
     remove_left_overs,
     replaced_folder,
     require_replaceable,
@@ -53,6 +56,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_trace(tmp_path: Path, mon
     with pytest.raises(InputError, match="No space is left on the device while writing .*value.json"):
         write_json(path, {"a": 2})
     assert contents(tmp_path) == {"value.json": '{\n  "a": 1\n}\n'}
+
+
+def test_a_folder_half_removed_is_still_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that says whose it is goes last."""
+    for name in ("a", "mark", "z"):
+        (tmp_path / "run" / f"{name} folder").mkdir(parents=True)
+        (tmp_path / "run" / name).write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(tmp_path / "run", last="mark")
+    assert (tmp_path / "run" / "mark").exists()
+    remove_folder(tmp_path / "run", last="mark")
+    assert not (tmp_path / "run").exists()
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

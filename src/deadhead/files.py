@@ -137,6 +137,16 @@ def remove_left_overs(folder: Path, names: tuple[str, ...]) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def remove_folder(folder: Path, *, last: str) -> None:
+    """Remove a folder, and in it the file named `last` at the end: whoever finds it half removed knows whose it was."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != last:
+            entry.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends well it takes the place of `path`, else it goes.

@@ -15,6 +15,7 @@ import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.evaluation import evaluate
 from deadhead.training import Recipe, Run, load_recipe
+from deadhead.training.recipe import to_toml
 from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
 
 _STAGES = ("dense", "gated", "cut", "finetuned")
@@ -94,7 +95,7 @@ def test_the_folder_holds_what_the_design_says(whole: Path, recipe: Recipe) -> N
     }
     assert load_recipe(whole / "recipe.toml") == recipe
     summary = Run.start(recipe, whole, resume=True).summary()
-    assert set(summary) == {*_STAGES, "control", "data", "versions", "samples"}
+    assert set(summary) == {*_STAGES, "control", "data", "processes", "versions", "samples"}
     plan = HeadPlan.from_json(whole / "head_plan.json")
     assert sum(plan.heads) == 4
     assert plan.output_scale
@@ -170,6 +171,20 @@ def test_resuming_a_finished_run_changes_no_model(whole: Path, recipe: Recipe) -
     Run.start(recipe, whole, resume=True).execute()
     assert models() == before
     assert metrics(whole) == lines
+
+
+def test_begun_from_a_dense_model_goes_on_as_if_it_had_trained_it(whole: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """In the text too: heads, weights and what was measured are those of the run that trained the dense model."""
+    later = recipe.model_copy(update={"dense": str(whole / "dense")})
+    summary = Run.start(later, tmp_path / "run").execute()
+    for name in _FOLDERS:
+        assert_same_tensors(weights(tmp_path / "run" / name), weights(whole / name))
+    assert without_times(summary) == without_times(Run.start(recipe, whole, resume=True).summary())
+    assert metrics(tmp_path / "run") == [line for line in metrics(whole) if line["phase"] != "train"]
+    # What is there already is not looked for again.
+    gone = later.model_copy(update={"dense": str(tmp_path / "gone")})
+    (tmp_path / "run" / "recipe.toml").write_text(to_toml(gone))
+    assert without_times(Run.start(gone, tmp_path / "run", resume=True).execute()) == without_times(summary)
 
 
 def test_another_recipe_is_not_resumed(whole: Path, recipe: Recipe) -> None:

@@ -51,18 +51,20 @@ def execute(arguments: list[str]) -> int:
         except typer.Abort:
             raise KeyboardInterrupt from None
         except (InputError, DivergenceError) as error:
-            return _fail(str(error).rstrip("."), 2)
+            return _fail(str(error).rstrip("."), 2, error)
         except BrokenPipeError:
             # The reader of our output went away, as `head` does; the interpreter must not try to flush it again.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 0
         except Exception as error:
             # A wrong command or option. Some versions of typer raise click's own exceptions, others a private copy.
-            if not hasattr(error, "format_message"):
+            if hasattr(error, "format_message"):
+                return _fail(error.format_message().rstrip("."), 2, error)
+            if _speaks(error):
                 raise
-            return _fail(error.format_message().rstrip("."), 2)
-    except KeyboardInterrupt:
-        return _fail("Interrupted; whole checkpoints are kept, and --resume goes on from the last", 130)
+            return 1
+    except KeyboardInterrupt as error:
+        return _fail("Interrupted; whole checkpoints are kept, and --resume goes on from the last", 130, error)
 
 
 def _silence(_: Any) -> None:
@@ -72,7 +74,18 @@ def _silence(_: Any) -> None:
     logging.set_verbosity_error()
 
 
-def _fail(sentence: str, code: int) -> int:
-    end = "" if sentence.endswith(("?", "!")) else "."
-    sys.stderr.write(f"deadhead: {sentence}{end}\n")
+def _fail(sentence: str, code: int, error: BaseException) -> int:
+    if _speaks(error):
+        end = "" if sentence.endswith(("?", "!")) else "."
+        sys.stderr.write(f"deadhead: {sentence}{end}\n")
     return code
+
+
+def _speaks(error: BaseException) -> bool:
+    """Return whether this process is to say what went wrong: of several that train together one does."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        # Without torch, which may be what failed.
+        return True
+    from deadhead.training.processes import speaks
+
+    return speaks(error)

@@ -287,9 +287,10 @@ def _run(
     as_json: bool,
     **options: Any,
 ) -> None:
+    from deadhead.training.processes import is_main, leave
     from deadhead.training.single import run_single
 
-    with progress(quiet) as report:
+    with progress(quiet or not is_main()) as report:
         result = run_single(
             name,
             phase,
@@ -301,6 +302,10 @@ def _run(
             progress=report,
             **options,
         )
+    main = is_main()
+    leave()
+    if not main:
+        return
     if as_json:
         print_json(result)
         return

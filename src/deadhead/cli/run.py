@@ -77,10 +77,15 @@ def _execute(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool, as_json
     from deadhead.report.head_map import head_map_text, save_head_map
     from deadhead.report.stages import stages_table, verdict
     from deadhead.training.logs import read_metrics
+    from deadhead.training.processes import is_main, leave
     from deadhead.training.run import METRICS_FILE, Run
 
-    with progress(quiet) as report:
+    with progress(quiet or not is_main()) as report:
         summary = Run.start(recipe, folder, resume=resume, progress=report).execute()
+    main = is_main()
+    leave()
+    if not main:
+        return
     plan = HeadPlan.from_json(folder / checkpoint.PLAN_FILE)
     picture = folder / "head_map.png"
     save_head_map(plan, read_metrics(folder / METRICS_FILE), picture)

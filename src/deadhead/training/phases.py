@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ from deadhead.ranking import HeadScores
 from deadhead.training.adapters import lora
 from deadhead.training.distillation import Distillation
 from deadhead.training.logs import MetricsFile, StepReporter
+from deadhead.training.processes import on_main
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.settled import SettledHeads, restore_trimmed
 from deadhead.training.sparsity import SparsityCallback
@@ -201,9 +203,8 @@ def train(
     if checkpoint is not None and gates is not None:
         restore_trimmed(model, gates, checkpoint)
     elif gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
-        count = recipe.start_batches
-        scores = _score(model, text, recipe, recipe.start_from, count, seed=seed, first_segment=first_segment)
-        gates.lean(scores, spread=_LEAN)
+        look = partial(_score, model, text, recipe, recipe.start_from, recipe.start_batches)
+        gates.lean(on_main(lambda: look(seed=seed, first_segment=first_segment)), spread=_LEAN)
     writer = None
     if tensorboard is not None and args.process_index == 0:
         # What a stopped run wrote after its checkpoint is hidden.
@@ -221,6 +222,10 @@ def train(
         with _trainee(model, recipe) as trainee:
             trainer = LanguageModelTrainer(trainee, args, dataset, distillation, callbacks=[*ours, *callbacks])
             trainer.remove_callback(PrinterCallback)
+            if args.world_size > 1 and hasattr(model.config, "memory_length"):
+                # Dropout of its own for each process. The order of texts for models without memory is drawn from the
+                # same seed, and must be the same.
+                set_seed(seed + args.process_index)
             # With many gates closed gradients underflow.
             with warnings.catch_warnings(), no_space_is_input_error(folder), flushing_denormals():
                 # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.

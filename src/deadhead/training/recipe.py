@@ -201,6 +201,9 @@ class Recipe(_Section):
     With `control` the dense model is trained on for as many steps in all as the pruned one, without gates, so that the
     two can be compared fairly.
 
+    `dense` is the folder of a model that the `train` section trained in an earlier run, such as "runs/paper/dense": the
+    run begins from a copy of it, and goes on in the text behind that section's steps.
+
     `published` changes nothing in a run; `deadhead inspect` shows what such models cost beside what is stated of them.
     """
 
@@ -208,6 +211,7 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, lt=2**31)
     control: bool = False
     evaluation_tokens: int | None = Field(None, ge=1)
+    dense: str | None = Field(None, min_length=1)
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
     train: PhaseRecipe = PhaseRecipe()

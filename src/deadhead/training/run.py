@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -17,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from deadhead import checkpoint
 from deadhead.cost import model_cost
 from deadhead.cutting import cut
-from deadhead.data import TokenizedCorpus, load_text, load_tokenizer
+from deadhead.data import TokenizedCorpus
 from deadhead.errors import InputError
 from deadhead.evaluation import evaluate
-from deadhead.files import read_json, remove_left_overs, replaced_folder, require_replaceable, write_json, write_text
+from deadhead.files import read_json, remove_folder, remove_left_overs, require_replaceable, write_json, write_text
 from deadhead.gates import HeadGates
 from deadhead.gating import attach
 from deadhead.generate import generate_text
@@ -28,7 +27,9 @@ from deadhead.models import AllAttentionConfig, TransformerXLConfig
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.timing import bench
+from deadhead.training.inputs import dense_folder, load_dense, prepare_text
 from deadhead.training.phases import close_to_target, gate_config, rank, train
+from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
 from deadhead.training.trainer import last_checkpoint
 
@@ -91,24 +92,17 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed
     return model
 
 
-def require_one_process() -> None:
-    """Refuse to write a run's or a checkpoint's folder from several processes at once.
-
-    Raises:
-        InputError: this is one of several processes that torchrun or accelerate started.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("Its folder is written by one process; under torchrun train with deadhead.train from Python.")
-
-
 @dataclass
 class Run:
     """A run's folder and recipe. `Run.start` makes or reopens one, `execute` does whatever is left of it.
 
+    Under torchrun or `accelerate launch` every process calls both. All of them train; what writes to the folder,
+    measures and times is done by the main one.
+
     Args:
         folder: where everything goes.
         recipe: what to do.
-        progress: told of what goes on.
+        progress: told of what goes on, in the main process.
         fresh: whether the folder was made just now.
     """
 
@@ -128,6 +122,12 @@ class Run:
                 another recipe.
         """
         folder = Path(folder)
+        fresh = on_main(lambda: cls._open(recipe, folder, resume=resume))
+        return cls(folder, recipe, progress if progress is not None and is_main() else lambda *_: None, fresh)
+
+    @staticmethod
+    def _open(recipe: Recipe, folder: Path, *, resume: bool) -> bool:
+        """Make or check the folder; return whether it is new."""
         require_replaceable(folder, (RECIPE_FILE,))
         fresh = not (folder / RECIPE_FILE).exists()
         if not fresh:
@@ -143,7 +143,7 @@ class Run:
             remove_left_overs(folder, (*_FOLDERS, RECIPE_FILE, SUMMARY_FILE, checkpoint.PLAN_FILE))
         else:
             write_text(folder / RECIPE_FILE, to_toml(recipe))
-        return cls(folder, recipe, progress or (lambda *_: None), fresh)
+        return fresh
 
     def execute(self) -> dict[str, Any]:
         """Run what is left of dense training, gates, cut and fine-tuning; return the summary.
@@ -154,57 +154,44 @@ class Run:
             InputError: the text or a checkpoint cannot be used. A folder of which nothing was used yet is gone again.
             DivergenceError: training diverged.
         """
-        require_one_process()
         try:
             # From the beginning, so that a resumed process computes the same whichever phases it still has to train.
             with flushing_denormals():
                 return self._execute()
         except BaseException:
             begun = self._done("dense") or last_checkpoint(self.folder / "checkpoints" / "train") is not None
-            if self.fresh and not begun:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if self.fresh and not begun and is_main() and self.folder.exists():
+                remove_folder(self.folder, last=RECIPE_FILE)
             raise
 
     def _execute(self) -> dict[str, Any]:
         recipe = self.recipe
-        kept, data = self.folder / "tokenizer", recipe.data
-        text, tokenizer = load_text(
-            data.source,
-            tokenizer=load_tokenizer(kept) if kept.exists() else data.tokenizer,
-            vocab_size=data.vocab_size,
-            column=data.column,
-            split=data.split,
-            cache_dir=self.folder / "tokens",
+        text, tokenizer = prepare_text(
+            recipe.data,
+            self.folder,
+            tokenizer_of=None if recipe.dense is None or self._done("dense") else dense_folder(recipe.dense),
             progress=lambda done, total: self.progress("reading text, kB", done, total, {}),
         )
-        if not kept.exists():
-            with replaced_folder(kept) as folder:
-                tokenizer.save_pretrained(str(folder))
-        before = self.summary().get("data", {}).get("sha256", text.sha256)
-        if before != text.sha256:
-            raise InputError(
-                f"The text {data.source} is not the one this run began with (its hash was {before[:12]}… and is "
-                f"{text.sha256[:12]}…); begin a new run with --out, or bring the old text back."
-            )
-        self._note("data", {"source": data.source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)})
-        self._note("versions", _versions())
-
+        on_main(lambda: self._note_beginning(text))
         steps = recipe.train.steps
         if not self._done("dense"):
-            model = build_model(recipe.model, tokenizer, seed=recipe.seed)
-            self._train(model, text, "train", recipe.train, after=())
+            if recipe.dense is None:
+                model = build_model(recipe.model, tokenizer, seed=recipe.seed)
+                self._train(model, text, "train", recipe.train, after=())
+            else:
+                model = load_dense(recipe.dense, model_config(recipe.model, len(tokenizer)))
             self._finish(model, "dense", steps, text, tokenizer)
         steps += recipe.prune.training_steps
         if not self._done("gated"):
             model = checkpoint.load(self.folder / "dense")
             gates = self._choose_heads(model, text)
-            gates.plan().to_json(self.folder / checkpoint.PLAN_FILE)
+            on_main(lambda: gates.plan().to_json(self.folder / checkpoint.PLAN_FILE))
             self._finish(model, "gated", steps, text, tokenizer)
         plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
         if not self._done("pruned"):
             model, _ = checkpoint.load_gated(self.folder / "gated")
             cut(model, plan).to(best_device())  # type: ignore[arg-type]
-            self._measure(model, "cut", steps, text)
+            on_main(lambda: self._measure(model, "cut", steps, text))
             self._train(model, text, "finetune", recipe.finetune, after=(recipe.train, recipe.prune))
             self._finish(model, "pruned", steps + recipe.finetune.steps, text, tokenizer, stage="finetuned")
         if recipe.control and not self._done("control"):
@@ -214,9 +201,28 @@ class Run:
                 self._train(model, text, "control_prune", recipe.prune, after=(recipe.train,))
             self._train(model, text, "control_finetune", recipe.finetune, after=(recipe.train, recipe.prune))
             self._finish(model, "control", steps + recipe.finetune.steps, text, tokenizer)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        self._compare(tokenizer)
+        on_main(lambda: self._compare(tokenizer))
         return self.summary()
+
+    def _note_beginning(self, text: TokenizedCorpus) -> None:
+        """Check that a run goes on as it began, and note how that was."""
+        source, summary, processes = self.recipe.data.source, self.summary(), count()
+        before = summary.get("data", {}).get("sha256", text.sha256)
+        if before != text.sha256:
+            raise InputError(
+                f"The text {source} is not the one this run began with (its hash was {before[:12]}… and is "
+                f"{text.sha256[:12]}…); begin a new run with --out, or bring the old text back."
+            )
+        # Runs of earlier versions had one process.
+        begun = summary.get("processes", 1) if "data" in summary else processes
+        if begun != processes:
+            raise InputError(
+                f"This run began with a number of processes of {begun}, and goes on with as many, but now it is "
+                f"{processes}: each process reads rows of the text of its own."
+            )
+        self._note("data", {"source": source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)})
+        self._note("processes", processes)
+        self._note("versions", _versions())
 
     def _choose_heads(self, model: PreTrainedModel, text: TokenizedCorpus) -> HeadGates:
         """Attach gates and close those of the heads that go: they learn which, or heads are ranked."""
@@ -224,7 +230,8 @@ class Run:
         chosen = None
         if recipe.is_one_shot:
             first_segment = _segments_read((self.recipe.train,)) // recipe.batch_size
-            chosen = rank(model, text.splits["train"], recipe, seed=self.recipe.seed, first_segment=first_segment)
+            stream, seed = text.splits["train"], self.recipe.seed
+            chosen = on_main(lambda: rank(model, stream, recipe, seed=seed, first_segment=first_segment))
         gates = attach(model, config=gate_config(recipe, model, self.recipe.seed), unit=recipe.unit)
         if chosen is None:
             self._train(model, text, "prune", recipe, after=(self.recipe.train,), gates=gates)
@@ -281,7 +288,19 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         stage: str | None = None,
     ) -> None:
-        """Measure and save a model. Its folder appears last: whoever sees it finds the summary complete too."""
+        """Measure and save a model, in the main process."""
+        on_main(lambda: self._measure_and_save(model, name, steps, text, tokenizer, stage))
+
+    def _measure_and_save(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        steps: int,
+        text: TokenizedCorpus,
+        tokenizer: PreTrainedTokenizerBase,
+        stage: str | None,
+    ) -> None:
+        """Its folder appears last: whoever sees it finds the summary complete too."""
         measured = self._measure(model, stage or name, steps, text)
         checkpoint.save(
             model,
@@ -317,6 +336,7 @@ class Run:
 
     def _compare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Time the stages side by side, and let dense and pruned model continue the same text."""
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.progress("timing", 0, 1, {})
         dense = checkpoint.load(self.folder / "dense")
         gated, _ = checkpoint.load_gated(self.folder / "gated")
@@ -343,6 +363,7 @@ class Run:
 
 
 def _segments_read(phases: tuple[PhaseRecipe, ...]) -> int:
+    """Return the segments that each process reads in some phases; divided by its rows, the segments read of a row."""
     return sum(phase.training_steps * phase.gradient_accumulation * phase.batch_size for phase in phases)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +14,24 @@ from transformers import PreTrainedModel
 from deadhead import checkpoint
 from deadhead.cost import model_cost
 from deadhead.cutting import cut as cut_heads
-from deadhead.data import load_text, load_tokenizer
 from deadhead.errors import InputError
 from deadhead.evaluation import evaluate
 from deadhead.files import read_json, write_json
 from deadhead.gating import attach
+from deadhead.training.inputs import prepare_text
 from deadhead.training.phases import close_to_target, gate_config, rank, train
+from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.run import METRICS_FILE, build_model, require_one_process
+from deadhead.training.run import METRICS_FILE, Progress, build_model
 from deadhead.training.trainer import last_checkpoint
 
 _SETTINGS_FILE = "settings.json"
 
 Phase = Literal["train", "prune", "finetune"]
+
+
+def _silent(*_: Any) -> None:
+    """Tell nobody what goes on."""
 
 
 def run_single(
@@ -40,11 +46,12 @@ def run_single(
     cut: bool = True,
     teacher: Path | None = None,
     resume: bool = False,
-    progress: Callable[[str, int, int, dict[str, Any]], None] = lambda *_: None,
+    progress: Progress = _silent,
 ) -> dict[str, Any]:
     """Run one phase and write its checkpoint; return what was measured.
 
-    Checkpoints to resume from lie in `OUT.work` beside it until the phase is done.
+    Checkpoints to resume from lie in `OUT.work` beside it until the phase is done. Under torchrun or
+    `accelerate launch` every process calls this; all train, and the main one does the rest.
 
     Args:
         phase: which.
@@ -58,25 +65,18 @@ def run_single(
         teacher: checkpoint to distil from with the recipe's `distill`; None takes `model` itself in "prune", as it is
             at the start, and no teacher in other phases.
         resume: go on from the last checkpoint in `OUT.work`.
-        progress: told of what goes on.
+        progress: told of what goes on, in the main process.
 
     Raises:
         InputError: something given cannot be used.
         DivergenceError: training diverged.
     """
-    require_one_process()
     out = out.resolve()
     work = out.with_name(out.name + ".work")
-    if model is not None and model.resolve() == out:
-        raise InputError(f"The checkpoint must not overwrite the model it is made of, {model}; choose another --out.")
-    checkpoint.require_ours_or_free(out)
-    if work.exists() and not resume:
-        raise InputError(f"{work} is left of a phase that was stopped; go on with --resume, or delete it.")
-    if resume and not work.exists():
-        raise InputError(
-            f"There is nothing to resume: {work}, where a stopped phase leaves its checkpoints, is not there."
-        )
-    settings = {
+    on_main(lambda: _check_places(out, work, model, resume=resume))
+    if not is_main():
+        progress = _silent
+    settings: dict[str, Any] = {
         "phase": phase,
         "recipe": recipe.model_dump(),
         "data": data.model_dump(),
@@ -84,6 +84,7 @@ def run_single(
         "shape": None if shape is None else shape.model_dump(),
         "seed": seed,
         "teacher": None if teacher is None else str(teacher.resolve()),
+        "processes": count(),
     }
     if teacher is not None and not recipe.distill:
         raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
@@ -92,39 +93,16 @@ def run_single(
         def reading(done: int, total: int) -> None:
             progress("reading text, kB", done, total, {})
 
-        if model is None:
-            text, tokenizer = load_text(
-                data.source,
-                tokenizer=data.tokenizer,
-                vocab_size=data.vocab_size,
-                column=data.column,
-                split=data.split,
-                cache_dir=work / "tokens",
-                progress=reading,
-            )
+        network = None if model is None else checkpoint.load(model)
+        text, tokenizer = prepare_text(data, work, tokenizer_of=model, progress=reading)
+        if network is None:
             network = build_model(shape or ModelRecipe(), tokenizer, seed=seed)
-        else:
-            network = checkpoint.load(model)
-            text, tokenizer = load_text(
-                data.source,
-                tokenizer=load_tokenizer(model),
-                column=data.column,
-                split=data.split,
-                cache_dir=work / "tokens",
-                progress=reading,
-            )
         settings["sha256"] = text.sha256
-        if (work / _SETTINGS_FILE).exists():
-            if read_json(work / _SETTINGS_FILE, what="list of a phase's settings") != settings:
-                raise InputError(
-                    f"{work} is left of a phase with other settings or another text; resume with those, or delete it."
-                )
-        else:
-            write_json(work / _SETTINGS_FILE, settings)
+        on_main(lambda: _keep_settings(work, settings))
         gates, chosen = None, None
         if isinstance(recipe, PruneRecipe):
             if recipe.is_one_shot:
-                chosen = rank(network, text.splits["train"], recipe, seed=seed)
+                chosen = on_main(partial(rank, network, text.splits["train"], recipe, seed=seed))
             gates = attach(network, config=gate_config(recipe, network, seed), unit=recipe.unit)
         if chosen is None:
             train(
@@ -148,28 +126,56 @@ def run_single(
                 gates.set_plan(chosen)
             if cut:
                 cut_heads(network, gates.plan())
-        measured = evaluate(
-            network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
+
+        def measure_and_save() -> dict[str, Any]:
+            measured = evaluate(
+                network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
+            )
+            checkpoint.save(
+                network,
+                out,
+                tokenizer=tokenizer,
+                metrics={"validation perplexity a token": measured.perplexity},
+                base=model,
+                files=(work / METRICS_FILE, work / "tensorboard"),
+            )
+            shutil.rmtree(work, ignore_errors=True)
+            cost = model_cost(network)
+            return {
+                "heads": gates.plan().heads if gates is not None and not cut else cost.heads,
+                "parameters": cost.parameters,
+                "flops_per_token": cost.flops_per_token,
+                "perplexity": measured.perplexity,
+                "word_perplexity": measured.word_perplexity,
+                "bits_per_byte": measured.bits_per_byte,
+                "steps": recipe.training_steps,
+            }
+
+        return on_main(measure_and_save)
+
+
+def _check_places(out: Path, work: Path, model: Path | None, *, resume: bool) -> None:
+    if model is not None and model.resolve() == out:
+        raise InputError(f"The checkpoint must not overwrite the model it is made of, {model}; choose another --out.")
+    checkpoint.require_ours_or_free(out)
+    if work.exists() and not resume:
+        raise InputError(f"{work} is left of a phase that was stopped; go on with --resume, or delete it.")
+    if resume and not work.exists():
+        raise InputError(
+            f"There is nothing to resume: {work}, where a stopped phase leaves its checkpoints, is not there."
         )
-        checkpoint.save(
-            network,
-            out,
-            tokenizer=tokenizer,
-            metrics={"validation perplexity a token": measured.perplexity},
-            base=model,
-            files=(work / METRICS_FILE, work / "tensorboard"),
+
+
+def _keep_settings(work: Path, settings: dict[str, Any]) -> None:
+    """Write a phase's settings beside its checkpoints, or check that it goes on with those it began with."""
+    path = work / _SETTINGS_FILE
+    if not path.exists():
+        write_json(path, settings)
+    elif read_json(path, what="list of a phase's settings") != settings:
+        raise InputError(
+            f"{work} is left of a phase with other settings, another text or another number of processes; resume with "
+            "those, or delete it."
         )
-        shutil.rmtree(work, ignore_errors=True)
-        cost = model_cost(network)
-        return {
-            "heads": gates.plan().heads if gates is not None and not cut else cost.heads,
-            "parameters": cost.parameters,
-            "flops_per_token": cost.flops_per_token,
-            "perplexity": measured.perplexity,
-            "word_perplexity": measured.word_perplexity,
-            "bits_per_byte": measured.bits_per_byte,
-            "steps": recipe.training_steps,
-        }
 
 
 def _load_teacher(path: Path | None) -> PreTrainedModel:
@@ -185,6 +191,6 @@ def _gone_if_unused(work: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if fresh and last_checkpoint(work / "checkpoints") is None:
+        if fresh and is_main() and last_checkpoint(work / "checkpoints") is None:
             shutil.rmtree(work, ignore_errors=True)
         raise

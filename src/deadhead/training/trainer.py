@@ -53,6 +53,8 @@ class LanguageModelTrainer(Trainer):
         self.segment_loss = SegmentLoss(model)
         self.clipped_steps = 0
         self.steps_since_log = 0
+        # Sum of the losses of this process since the last step of the optimizer.
+        self.step_loss: Tensor | float = 0.0
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         if not self.segment_loss.has_memory:
@@ -74,14 +76,22 @@ class LanguageModelTrainer(Trainer):
         """Run forward and backward of one batch.
 
         Raises:
-            DivergenceError: the loss is NaN or infinite.
+            DivergenceError: the loss is NaN or infinite. Several processes look at their losses together, before the
+                step of the optimizer: one that stopped alone would leave the others waiting for it.
         """
         loss: Tensor = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
+        if self.args.world_size > 1:
+            self.step_loss = self.step_loss + loss
+        elif not bool(torch.isfinite(loss)):
             raise self._divergence("loss", float(loss))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if isinstance(self.step_loss, Tensor):
+            loss = float(cast(Tensor, self.accelerator.reduce(self.step_loss, "mean")))
+            self.step_loss = 0.0
+            if not math.isfinite(loss):
+                raise self._divergence("loss", loss)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = float(norm)
         if not math.isfinite(value) and self.accelerator.scaler is None:
@@ -141,8 +151,9 @@ class LanguageModelTrainer(Trainer):
         for whose in self._memories():
             path = checkpoint / self._memory_file(whose)
             if path.exists():
-                states = load_file(path, device=str(self.args.device))
-                memory = tuple(states[str(layer)] for layer in range(len(states)))
+                # Not loaded there at once: of several processes on a CPU it is called cpu:0, which safetensors refuses.
+                states = load_file(path)
+                memory = tuple(states[str(layer)].to(self.args.device) for layer in range(len(states)))
                 if whose == "segment":
                     self.segment_loss.memory = memory
                 elif self.distillation is not None:

@@ -1,0 +1,157 @@
+"""Several processes of one training, as torchrun or `accelerate launch` start them: which is main, and who does what.
+
+All of them train. What is done once, such as writing a folder or measuring a model, the main process does while the
+others wait, and if it fails there, all of them fail. With one process everything here comes down to a plain call.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch.distributed import PrefixStore, TCPStore
+
+from deadhead.errors import DivergenceError, InputError
+
+# How long processes wait for one another: turning a large text into tokens takes hours. A launcher ends the others at
+# once when one of them ends, so that only a process that hangs is waited for so long.
+_PATIENCE = timedelta(hours=6)
+
+# Seconds that the main process has to speak before others do, and those that a process waits for the speaker to end.
+_PRECEDENCE, _SILENCE = 2.0, 30.0
+
+_T = TypeVar("_T")
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process failed, and says why."""
+
+
+def count() -> int:
+    """Return how many processes train together; they are connected first, if there are several.
+
+    Raises:
+        InputError: the environment says that there are several, but they cannot be connected.
+    """
+    return 1 if _launched() == 1 else _state().num_processes
+
+
+def is_main() -> bool:
+    """Return whether this process is the main one, or the only one.
+
+    Raises:
+        InputError: as for `count`.
+    """
+    return _launched() == 1 or _state().is_main_process
+
+
+def on_main(work: Callable[[], _T]) -> _T:
+    """Return in all processes what `work` returns in the main one, which alone runs it while the others wait.
+
+    Args:
+        work: what to do; it returns something small that can be pickled, without tensors on a GPU.
+
+    Raises:
+        InputError, DivergenceError: as `work` raises them, in all processes.
+        FailedElsewhere: in the others, if `work` raises anything else.
+    """
+    if count() == 1:
+        return work()
+    # Nobody may still look at files that are written now.
+    _state().wait_for_everyone()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except BaseException as error:
+            known = isinstance(error, (InputError, DivergenceError))
+            broadcast_object_list([None, error if known else FailedElsewhere("The main process failed.")])
+            raise
+    broadcast_object_list(outcome)
+    result, failure = outcome
+    if isinstance(failure, FailedElsewhere):
+        raise failure
+    if failure is not None:
+        raise failure from FailedElsewhere("The main process failed.")
+    found: _T = result
+    return found
+
+
+def main_first(work: Callable[[], _T]) -> _T:
+    """Return what `work` returns here; the main process runs it first, so that the others find what it wrote.
+
+    Raises:
+        InputError, DivergenceError, FailedElsewhere: as for `on_main`.
+    """
+    done: list[_T] = []
+    on_main(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
+def leave() -> None:
+    """Take leave of the other processes, at the end of the program."""
+    if _launched() > 1:
+        _state().destroy_process_group()
+
+
+def speaks(error: BaseException) -> bool:
+    """Return whether this process is the one that says what went wrong; another one waits until its launcher ends it.
+
+    One failure often fails all processes, and the first that ends is the end of all.
+
+    Args:
+        error: what ends this process.
+    """
+    if _launched() == 1:
+        return True
+    if not isinstance(error, FailedElsewhere) and not isinstance(error.__cause__, FailedElsewhere):
+        if os.environ.get("RANK", "0") != "0":
+            # The main process may be about to fail too, and has a folder to tidy up.
+            time.sleep(_PRECEDENCE)
+        if _is_first():
+            return True
+    # After Ctrl-C the launcher itself waits until all have ended.
+    time.sleep(_PRECEDENCE if isinstance(error, KeyboardInterrupt) else _SILENCE)
+    return False
+
+
+def _launched() -> int:
+    """Return how many processes the launcher says it started."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    return max(1, int(value)) if value.isdigit() else 1
+
+
+def _state() -> PartialState:
+    # Asked for anew each time: transformers' TrainingArguments resets it, and keeps the process group.
+    try:
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(
+            f"WORLD_SIZE says that {_launched()} processes train together, but they cannot be connected ({reason}); "
+            "start them with torchrun or accelerate launch, or unset WORLD_SIZE."
+        ) from error
+    if state.num_processes == 1:
+        raise InputError(
+            f"WORLD_SIZE says that {_launched()} processes train together, but this device knows no way to connect "
+            "them; train with one process, and unset WORLD_SIZE."
+        )
+    return state
+
+
+def _is_first() -> bool:
+    """Return whether no other process has asked before, by the store through which the launcher connects them."""
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return int(PrefixStore(f"deadhead/{attempt}", store).add("failed", 1)) == 1
+    except (KeyError, ValueError, RuntimeError):
+        # Better said twice than never.
+        return True
