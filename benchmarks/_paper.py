@@ -216,7 +216,7 @@ def measure_point(
         model = deadhead.load(dense)
         first = budget.dense
         recipe = prune_recipe(shape, budget, way, amount)
-        # In another order than that of the dense training, which would read the same rows again.
+        # Each phase goes on in the text where the one before it stopped; seeds are of the gates' noise and of dropout.
         if way.kind == "dense":
             _train(model, text, shape, budget.prune, "constant", seed=seed + 1000, first=first, rate=0.5)
         else:
@@ -253,3 +253,8 @@ def settings(shape: Shape, budget: Budget, way: Way) -> dict[str, Any]:
         "kind": way.kind,
         "options": dict(way.options),
     }
+
+
+def dense_settings(shape: Shape, budget: Budget, sha256: str) -> dict[str, Any]:
+    """Return what a dense model depends on beside its architecture and seed."""
+    return {"version": _VERSION, "shape": asdict(shape), "steps": budget.dense, "text": sha256}

@@ -25,9 +25,11 @@ def select(found: Points, architecture: str, way: str) -> list[dict[str, Any]]:
 def interpolated(found: Points, architecture: str, seed: int, key: str, at: float, way: str = "paper") -> float | None:
     """Return the perplexity that a seed's curve of pruned models, its dense one included, has at `key` = `at`.
 
-    Between two points the logarithm of the perplexity is taken for linear; beyond the curve's ends there is none.
+    Between two points the logarithm of the perplexity is taken for linear; beyond the curve's ends there is none. A
+    pruned model that lost no head stands aside for the dense one.
     """
-    here = [p for w in ("dense", way) for p in select(found, architecture, w) if p["seed"] == seed]
+    pruned = [p for p in select(found, architecture, way) if p["sparsity"] > 0]
+    here = [p for p in (*select(found, architecture, "dense"), *pruned) if p["seed"] == seed]
     curve = sorted((p[key], math.log(p["after"])) for p in here)
     for (left, low), (right, high) in pairwise(curve):
         if left <= at <= right:
@@ -95,10 +97,16 @@ def size_table(found: Points) -> str:
             a: [interpolated(found, a, seed, "parameters", share * _full(found, a, full)) for seed in seeds(found)]
             for a in ARCHITECTURES
         }
-        ours, theirs = values.values()
+        ours, theirs = _of_both(*values.values())
         both = [_above(a, b) for a, b in zip(ours, theirs, strict=True)]
         lines.append(f"| {share:.0%} | {spread(ours)} | {spread(theirs)} | {spread(both, '+.1f')} |")
     return "\n".join(lines)
+
+
+def _of_both(first: Sequence[float | None], second: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """Return the values of the seeds that have both, so that two means are of the same seeds."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def _full(found: Points, architecture: str, otherwise: float) -> float:
@@ -112,7 +120,7 @@ def equal_quality(found: Points) -> str:
         (architecture, sparsity): [interpolated(found, architecture, s, "sparsity", sparsity) for s in seeds(found)]
         for architecture, sparsity in (("all-attention", 0.43), ("transformer-xl", 0.25))
     }
-    ours, theirs = values.values()
+    ours, theirs = _of_both(*values.values())
     against = [_above(a, b) for a, b in zip(ours, theirs, strict=True)]
     return (
         f"All-attention with 43 % of its heads gone: {spread(ours)}; Transformer-XL with 25 % gone: {spread(theirs)}; "
@@ -155,8 +163,9 @@ def scratch_table(found: Points) -> str:
         here = select(found, architecture, "from scratch")
         for amount in sorted({p["amount"] for p in here}, reverse=True):
             row = [p for p in here if p["amount"] == amount]
-            pruned = [interpolated(found, architecture, p["seed"], "parameters", p["parameters"]) for p in row]
-            against = [_above(value, p["after"]) for value, p in zip(pruned, row, strict=True)]
+            at_size = [interpolated(found, architecture, p["seed"], "parameters", p["parameters"]) for p in row]
+            pruned, scratch = _of_both(at_size, [p["after"] for p in row])
+            against = [_above(value, reference) for value, reference in zip(pruned, scratch, strict=True)]
             lines.append(
                 f"| {architecture} | {amount:g} | {row[0]['parameters'] / 1e3:.0f} | "
                 f"{spread(p['after'] for p in row)} | {spread(pruned)} | {spread(against, '+.1f')} |"
@@ -200,7 +209,8 @@ def draw(found: Points, folder: Path, name: str) -> None:
         ("all-attention", "from scratch"): ("All-attention, small from scratch", ":", "tab:gray"),
     }
     for (architecture, way), (label, style, colour) in lines.items():
-        here = select(found, architecture, way) + select(found, architecture, "dense")
+        # A model from scratch has another schedule than the dense one that was trained on, so the two are not joined.
+        here = select(found, architecture, way) + (select(found, architecture, "dense") if way == "paper" else [])
         if here:
             _line(axes, here, lambda p: p["parameters"] / 1e3, label=label, linestyle=style, color=colour)
     axes.set(xlabel="parameters without embeddings, thousand", ylabel="test perplexity, fine-tuned")

@@ -42,7 +42,10 @@ def run_all(
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                future.result()
+                if (error := future.exception()) is not None:
+                    # What is running ends and is kept; nothing more begins.
+                    pool.shutdown(cancel_futures=True)
+                    raise error
             seconds = time.perf_counter() - begun
             left = seconds / (len(calls) - len(running)) * len(running)
             console.print(

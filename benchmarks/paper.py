@@ -13,6 +13,7 @@ prints what is there. Points of other settings (shape, steps, text) are not mixe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -29,7 +30,17 @@ import torch
 from rich.console import Console
 
 from benchmarks._all_attention import machine
-from benchmarks._paper import ARCHITECTURES, SHAPES, WAYS, Architecture, Budget, measure_point, settings, train_dense
+from benchmarks._paper import (
+    ARCHITECTURES,
+    SHAPES,
+    WAYS,
+    Architecture,
+    Budget,
+    dense_settings,
+    measure_point,
+    settings,
+    train_dense,
+)
 from benchmarks._paper_tables import draw, report
 from benchmarks._sweep import run_all
 from deadhead.data import load_text
@@ -39,12 +50,13 @@ from deadhead.files import write_json
 # λ of each curve. The paper's 0.01 to 0.02 close heads of a Transformer-XL of this size, and none of All-attention: its
 # heads, which hold what is a feed-forward layer there, are worth more.
 L0: dict[Architecture, tuple[float, ...]] = {
-    "all-attention": (0.02, 0.04, 0.06, 0.08, 0.12),
+    "all-attention": (0.02, 0.04, 0.05, 0.06, 0.07, 0.08, 0.12),
     "transformer-xl": (0.01, 0.02, 0.04, 0.06, 0.08),
 }
-# λ at which ways to prune are compared, the more important first.
-ABLATION_L0 = (0.06, 0.04)
-HEADS = (6, 4, 2)
+# λ at which ways to prune are compared; those whose gates begin at the threshold close nearly all of them at that one.
+ABLATION_L0 = 0.06
+COLLAPSED_L0 = 0.01
+HEADS = (8, 6, 4, 2)
 QUICK = Budget(dense=20, prune=10, finetune=5, tokens=1000)
 QUICK_L0 = (0.05,)
 
@@ -58,10 +70,11 @@ class Sweep:
     data: str
     out: Path
 
-    def dense(self, architecture: str, seed: int) -> Path:
-        """Return the folder of a dense model."""
-        steps = self.budget.dense
-        return self.out / "dense" / f"{_slug(self.data)}-{self.shape}-{architecture}-{steps}-seed{seed}"
+    def dense(self, architecture: str, seed: int, sha256: str) -> Path:
+        """Return the folder of a dense model, which names all that it depends on."""
+        depends = dense_settings(SHAPES[self.shape], self.budget, sha256)
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
+        return self.out / "dense" / f"{_slug(self.data)}-{self.shape}-{architecture}-{digest}-seed{seed}"
 
     def text(self) -> tuple[Any, int]:
         """Return the text and the size of its vocabulary."""
@@ -98,7 +111,6 @@ def points(
     """
     # As in the small shape, in proportion.
     smaller = sorted({max(1, heads * count // 8) for count in HEADS}, reverse=True)
-    ablated = tuple(l0 or ABLATION_L0)
 
     def amounts(architecture: Architecture, way: str) -> Iterator[tuple[int, float]]:
         if way == "dense":
@@ -109,8 +121,12 @@ def points(
             return
         elif way == "from scratch":
             yield from ((2, float(count)) for count in smaller)
+        elif l0:
+            yield from ((1, value) for value in l0)
         else:
-            yield from ((1 if value == ablated[0] else 3, value) for value in ablated)
+            yield 1, ABLATION_L0
+            if WAYS[way].options.get("init") == 0:
+                yield 1, COLLAPSED_L0
 
     return sorted(
         Point(rank, seed, architecture, way, amount)
@@ -127,7 +143,7 @@ def _slug(name: str) -> str:
 
 def _train(architecture: Architecture, seed: int, sweep: Sweep) -> None:
     text, vocab_size = sweep.text()
-    folder = sweep.dense(architecture, seed)
+    folder = sweep.dense(architecture, seed, text.sha256)
     steps = sweep.budget.dense
     train_dense(architecture, SHAPES[sweep.shape], seed, text=text, vocab_size=vocab_size, steps=steps, folder=folder)
 
@@ -143,7 +159,7 @@ def _measure(point: Point, sweep: Sweep) -> None:
         point.seed,
         text=text,
         vocab_size=vocab_size,
-        dense=sweep.dense(point.architecture, point.seed),
+        dense=sweep.dense(point.architecture, point.seed, text.sha256),
         budget=sweep.budget,
     )
     names = {"architecture": point.architecture, "way": point.way, "amount": point.amount, "seed": point.seed}
@@ -167,7 +183,9 @@ def measure(todo: Sequence[Point], sweep: Sweep, jobs: int, threads: int, consol
     text, _ = sweep.text()
     missing = [point for point in todo if _kept(point, sweep, text.sha256) is None]
     needed = {(p.architecture, p.seed) for p in missing if WAYS[p.way].kind != "scratch"}
-    models = sorted((seed, name) for name, seed in needed if not (sweep.dense(name, seed) / "config.json").exists())
+    models = sorted(
+        (seed, name) for name, seed in needed if not (sweep.dense(name, seed, text.sha256) / "config.json").exists()
+    )
     how: dict[str, Any] = {"jobs": jobs, "threads": threads, "console": console}
     run_all(_train, [(name, seed, sweep) for seed, name in models], what="dense models", **how)
     run_all(_measure, [(point, sweep) for point in missing], what="points", **how)

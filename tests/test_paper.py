@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.small import write_prose
 
 _BUDGET = Budget(dense=2, prune=3, finetune=2, tokens=200)
 _TINY = SHAPES["tiny"]
+# So fast that gates close in three steps.
+_FAST = replace(_TINY, learning_rate=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def test_every_way_takes_the_same_steps(way: str, given: tuple[Any, int, Path]) 
     architecture = "transformer-xl" if way == "paper" else "all-attention"
     found = measure_point(
         architecture,
-        _TINY,
+        _FAST if WAYS[way].kind == "pruned" else _TINY,
         WAYS[way],
         2.0,
         0,
@@ -47,7 +50,8 @@ def test_every_way_takes_the_same_steps(way: str, given: tuple[Any, int, Path]) 
     assert len(found["heads"]) == _TINY.layers
     assert (found["gated"] is None) == (WAYS[way].kind != "pruned")
     if WAYS[way].kind == "pruned":
-        # The cut changes nothing.
+        # The cut takes heads, and changes nothing.
+        assert found["sparsity"] > 0
         assert found["cut"] == pytest.approx(found["gated"], rel=1e-5)
     elif WAYS[way].kind == "dense":
         assert found["sparsity"] == 0
@@ -76,8 +80,9 @@ def test_the_curve_comes_first_and_the_baseline_is_there_for_it_only() -> None:
     curve = [point for point in todo if point.way in ("dense", "paper")]
     assert todo[: len(curve)] == curve and len(curve) == 2 * (2 + sum(map(len, paper.L0.values())))
     assert {point.way for point in todo if point.architecture == "transformer-xl"} == {"dense", "paper"}
-    assert {point.amount for point in todo if point.way == "from scratch"} == {6, 4, 2}
-    assert {point.amount for point in todo if point.way == "no warm-up"} == set(paper.ABLATION_L0)
+    assert {point.amount for point in todo if point.way == "from scratch"} == {8, 6, 4, 2}
+    assert {point.amount for point in todo if point.way == "no warm-up"} == {paper.ABLATION_L0}
+    assert {point.amount for point in todo if point.way == "no initialisation"} == {0.06, 0.01}
 
 
 def test_a_stopped_sweep_goes_on_and_other_settings_are_measured_anew(
@@ -113,6 +118,8 @@ def test_a_stopped_sweep_goes_on_and_other_settings_are_measured_anew(
     assert all(paper._kept(point, sweep, sha256) for point in todo)
     longer = paper.Sweep(shape="tiny", budget=Budget(dense=3), data=str(text), out=tmp_path / "out")
     assert not any(paper._kept(point, longer, sha256) or paper._kept(point, sweep, "other") for point in todo)
+    folders = {s.dense("all-attention", 0, text) for s, text in ((sweep, sha256), (sweep, "other"), (longer, sha256))}
+    assert len(folders) == 3
 
 
 def _point(architecture: str, way: str, amount: float, sparsity: float, after: float, seed: int = 0) -> dict[str, Any]:
@@ -149,6 +156,10 @@ def test_perplexities_are_read_off_a_seeds_own_curve() -> None:
     assert at(_FOUND, "all-attention", 0, "parameters", 6e5) == pytest.approx(6.0)
     assert at(_FOUND, "all-attention", 0, "sparsity", 0.7) is None
     assert at(_FOUND, "all-attention", 1, "sparsity", 0.2) is None
+    # One that lost no head is no part of the curve.
+    idle = [*_FOUND, _point("all-attention", "paper", 0.001, 0.0, 5.0)]
+    for key, value in (("sparsity", 0.1), ("parameters", 9e5)):
+        assert at(idle, "all-attention", 0, key, value) == pytest.approx(4.0)
 
 
 def test_tables() -> None:

@@ -248,3 +248,13 @@ def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch
     assert 0 < summary["finetuned"]["perplexity"] < 1000
     _assert_picture(tmp_path / "demo" / "head_map.png")
     assert HeadPlan.from_json(tmp_path / "demo" / "head_plan.json").heads == summary["cut"]["heads"]
+
+
+def test_another_architecture_than_the_recipes(given: Path, tmp_path: Path, command: _Command) -> None:
+    """What the recipe says of persistent vectors does not stand in the way."""
+    (tmp_path / "small.toml").write_text(to_toml(small_recipe(given / "prose.txt")), encoding="utf-8")
+    recipe = ("--recipe", tmp_path / "small.toml", "--data", given / "prose.txt", *_STEPS)
+    command("train", *recipe, "--architecture", "transformer_xl", "--feed-forward", 24, "--out", tmp_path / "xl")
+    config = deadhead.load(tmp_path / "xl").config
+    assert (config.model_type, config.feed_forward_size) == ("deadhead_transformer_xl", 24)
+    assert config.num_persistent == 0

@@ -101,8 +101,12 @@ def train(
 ) -> None:
     """Train a dense All-attention Transformer or Transformer-XL from scratch, or go on with a model."""
     base = _base(recipe)
+    given = base.model
+    if architecture is not None and architecture != given.architecture:
+        # What the recipe says of the other architecture's layers does not hold.
+        given = given.model_copy(update={"persistent": None, "feed_forward": None})
     shape = _changed(
-        base.model,
+        given,
         architecture=architecture,
         layers=layers,
         width=width,

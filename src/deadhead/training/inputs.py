@@ -12,8 +12,8 @@ from deadhead.data import TokenizedCorpus, load_text, load_tokenizer
 from deadhead.errors import InputError
 from deadhead.files import read_json, replaced_folder
 from deadhead.models import OWN_TYPES
-from deadhead.training.processes import is_main, main_first
-from deadhead.training.recipe import DataRecipe
+from deadhead.training.processes import count, is_main, main_first
+from deadhead.training.recipe import DataRecipe, PhaseRecipe, load_recipe
 
 # Of a configuration, what transformers notes in every one, and what comes from the tokenizer.
 _NOT_COMPARED = {*PreTrainedConfig().to_dict()} - {"model_type"}
@@ -82,6 +82,36 @@ def dense_folder(path: str) -> Path:
             "dense model that it was made of."
         )
     return folder
+
+
+def require_same_training(recipe: Path, summary: Path, train: PhaseRecipe, sha256: str) -> None:
+    """Check that a dense model was trained as this run would have trained it, where the run that did left a word of it.
+
+    Otherwise later phases would read what it has read already, or be measured on what it was trained on.
+
+    Args:
+        recipe: of the run that trained it; may be missing.
+        summary: of that run; may be missing.
+        train: this run's dense phase.
+        sha256: hash of this run's text.
+
+    Raises:
+        InputError: the phase, the text or the number of processes was another.
+    """
+    if not recipe.is_file() or not summary.is_file():
+        return
+    noted = read_json(summary, what="summary of a run")
+    same = {
+        "text": noted.get("data", {}).get("sha256") == sha256,
+        "[train]": load_recipe(recipe).train == train,
+        "number of processes": noted.get("processes", 1) == count(),
+    }
+    for what, is_same in same.items():
+        if not is_same:
+            raise InputError(
+                f"The dense model that the recipe begins from was trained with another {what} (so say {recipe} and "
+                f"{summary.name} beside it); use the same, or leave dense out."
+            )
 
 
 def load_dense(path: str, expected: PreTrainedConfig) -> PreTrainedModel:

@@ -27,7 +27,7 @@ from deadhead.models import AllAttentionConfig, TransformerXLConfig
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.timing import bench
-from deadhead.training.inputs import dense_folder, load_dense, prepare_text
+from deadhead.training.inputs import dense_folder, load_dense, prepare_text, require_same_training
 from deadhead.training.phases import close_to_target, gate_config, rank, train
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
@@ -135,7 +135,9 @@ class Run:
                 raise InputError(
                     f"{folder} holds a run already; go on with --resume, or choose another place with --out."
                 )
-            if load_recipe(folder / RECIPE_FILE) != recipe:
+            # What others have published changes nothing in a run.
+            begun, asked = (r.model_copy(update={"published": []}) for r in (load_recipe(folder / RECIPE_FILE), recipe))
+            if begun != asked:
                 raise InputError(
                     f"{folder} holds a run of another recipe; resume it with: "
                     f"deadhead run {folder / RECIPE_FILE} --out {folder} --resume."
@@ -179,6 +181,8 @@ class Run:
                 model = build_model(recipe.model, tokenizer, seed=recipe.seed)
                 self._train(model, text, "train", recipe.train, after=())
             else:
+                trained = Path(recipe.dense).parent
+                require_same_training(trained / RECIPE_FILE, trained / SUMMARY_FILE, recipe.train, text.sha256)
                 model = load_dense(recipe.dense, model_config(recipe.model, len(tokenizer)))
             self._finish(model, "dense", steps, text, tokenizer)
         steps += recipe.prune.training_steps
@@ -220,9 +224,9 @@ class Run:
                 f"This run began with a number of processes of {begun}, and goes on with as many, but now it is "
                 f"{processes}: each process reads rows of the text of its own."
             )
-        self._note("data", {"source": source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)})
-        self._note("processes", processes)
-        self._note("versions", _versions())
+        data = {"source": source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)}
+        noted = {"data": data, "processes": processes, "versions": _versions()}
+        write_json(self.folder / SUMMARY_FILE, {**summary, **noted})
 
     def _choose_heads(self, model: PreTrainedModel, text: TokenizedCorpus) -> HeadGates:
         """Attach gates and close those of the heads that go: they learn which, or heads are ranked."""
