@@ -227,6 +227,11 @@ def draw(found: Points, folder: Path, name: str) -> None:
             wide = 2.2 if way == "paper" else 1.0
             _line(axes, here, lambda p: 100 * p["sparsity"], label=way, linewidth=wide, color=next(colours))
     axes.set(xlabel="heads gone, %", ylabel="test perplexity, fine-tuned", title="All-attention")
+    if curve := select(found, "all-attention", "paper"):
+        # Ways by which nearly all heads go would leave no room for the others.
+        axes.set(
+            xlim=(0, 100 * max(p["sparsity"] for p in curve) + 5), ylim=(None, 1.05 * max(p["after"] for p in curve))
+        )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(folder / f"{name}_ablation.png", dpi=110)
