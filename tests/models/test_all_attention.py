@@ -426,7 +426,7 @@ def _log_probability(model: AllAttentionForCausalLM, tokens: Tensor) -> Tensor:
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
-        ({"num_persistent": 0}, "num_persistent must be at least 1"),
+        ({"num_persistent": -1}, "num_persistent must be at least 0"),
         ({"memory_length": 0}, "memory_length must be at least 1"),
         ({"segment_length": -1}, "segment_length must be at least 1"),
         ({"num_attention_heads": 16, "position": "rotary"}, "'rotary' needs an even width, but it is 1"),
