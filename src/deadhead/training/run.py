@@ -292,27 +292,22 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         stage: str | None = None,
     ) -> None:
-        """Measure and save a model, in the main process."""
-        on_main(lambda: self._measure_and_save(model, name, steps, text, tokenizer, stage))
+        """Measure and save a model, in the main process.
 
-    def _measure_and_save(
-        self,
-        model: PreTrainedModel,
-        name: str,
-        steps: int,
-        text: TokenizedCorpus,
-        tokenizer: PreTrainedTokenizerBase,
-        stage: str | None,
-    ) -> None:
-        """Its folder appears last: whoever sees it finds the summary complete too."""
-        measured = self._measure(model, stage or name, steps, text)
-        checkpoint.save(
-            model,
-            self.folder / name,
-            tokenizer=tokenizer,
-            metrics={"validation perplexity a token": measured["perplexity"]},
-        )
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        Its folder appears last: whoever sees it finds the summary complete too.
+        """
+
+        def measure_and_save() -> None:
+            measured = self._measure(model, stage or name, steps, text)
+            checkpoint.save(
+                model,
+                self.folder / name,
+                tokenizer=tokenizer,
+                metrics={"validation perplexity a token": measured["perplexity"]},
+            )
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+        on_main(measure_and_save)
 
     def _measure(self, model: PreTrainedModel, stage: str, steps: int, text: TokenizedCorpus) -> dict[str, Any]:
         result = evaluate(
