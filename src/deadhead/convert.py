@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, own_sentence
 from deadhead.gates import HeadGates
 from deadhead.gating import attach
 from deadhead.hard_concrete import GateConfig
@@ -343,8 +343,7 @@ def convert_state(
             **special_tokens,
         )
     except ValueError as error:
-        sentence = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        raise InputError(f"The model of this state dict does not fit together: {sentence}") from None
+        raise InputError(f"The model of this state dict does not fit together: {own_sentence(error)}") from None
     model = AllAttentionForCausalLM(config)
     model.load_state_dict(ours, strict=True)
     model.eval()

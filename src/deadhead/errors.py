@@ -17,3 +17,8 @@ class CutError(RuntimeError):
 
 class DivergenceError(RuntimeError):
     """Training met a loss or a gradient that is not finite. The message names the step and what to try."""
+
+
+def own_sentence(error: ValueError) -> str:
+    """Return what a check of our own configurations said: transformers wraps its sentence in a line of its own."""
+    return str(error.__cause__ or error).strip().splitlines()[-1].strip()

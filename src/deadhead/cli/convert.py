@@ -53,6 +53,7 @@ def convert(
     from deadhead.convert import GATES, convert_state, read_state
     from deadhead.cost import model_cost
     from deadhead.cutting import cut as cut_heads
+    from deadhead.data import special_token_ids
 
     if cut and not gates:
         raise InputError("Closed gates say what to cut, so --cut and --no-gates exclude each other; leave one out.")
@@ -61,7 +62,7 @@ def convert(
         if file is not None and out.resolve() in file.resolve().parents:
             raise InputError(f"{file} lies in {out}, which the checkpoint would replace; choose another --out.")
     words = _tokenizer(tokenizer, vocab)
-    special = {} if words is None else {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in _SPECIAL}
+    special = {} if words is None else special_token_ids(words)
     converted = convert_state(
         read_state(state),
         memory_length=memory_length,
@@ -116,9 +117,6 @@ def convert(
             f"gates. Once cut (--cut): {once_cut.parameters:,} parameters, {once_cut.flops_per_token:,.0f} FLOPs a "
             "token."
         )
-
-
-_SPECIAL = ("bos", "eos", "pad")
 
 
 def _tokenizer(folder: Path | None, vocabulary: Path | None) -> PreTrainedTokenizerBase | None:

@@ -306,9 +306,7 @@ def _run(
             progress=report,
             **options,
         )
-    main = is_main()
-    leave()
-    if not main:
+    if not leave():
         return
     if as_json:
         print_json(result)

@@ -82,9 +82,7 @@ def _execute(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool, as_json
 
     with progress(quiet or not is_main()) as report:
         summary = Run.start(recipe, folder, resume=resume, progress=report).execute()
-    main = is_main()
-    leave()
-    if not main:
+    if not leave():
         return
     plan = HeadPlan.from_json(folder / checkpoint.PLAN_FILE)
     picture = folder / "head_map.png"

@@ -3,7 +3,7 @@
 from deadhead.data.corpus import Corpus, open_corpus
 from deadhead.data.segments import SegmentDataset
 from deadhead.data.text import load_text
-from deadhead.data.tokenizer import build_tokenizer, load_tokenizer
+from deadhead.data.tokenizer import build_tokenizer, load_tokenizer, special_token_ids
 from deadhead.data.tokens import TokenizedCorpus, TokenStream, tokenize_corpus
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "open_corpus",
+    "special_token_ids",
     "tokenize_corpus",
 ]

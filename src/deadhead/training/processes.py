@@ -94,10 +94,12 @@ def main_first(work: Callable[[], _T]) -> _T:
     return done[0] if done else work()
 
 
-def leave() -> None:
-    """Take leave of the other processes, at the end of the program."""
+def leave() -> bool:
+    """Take leave of the other processes, at the end of the program; return whether this is the main one."""
+    main = is_main()
     if _launched() > 1:
         _state().destroy_process_group()
+    return main
 
 
 def speaks(error: BaseException) -> bool:

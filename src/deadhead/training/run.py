@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from deadhead import checkpoint
 from deadhead.cost import model_cost
 from deadhead.cutting import cut
-from deadhead.data import TokenizedCorpus
-from deadhead.errors import InputError
+from deadhead.data import TokenizedCorpus, special_token_ids
+from deadhead.errors import InputError, own_sentence
 from deadhead.evaluation import evaluate
 from deadhead.files import read_json, remove_folder, remove_left_overs, require_replaceable, write_json, write_text
 from deadhead.gates import HeadGates
@@ -71,9 +71,7 @@ def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: Any) ->
             **special_tokens,
         )
     except ValueError as error:
-        # transformers wraps the sentence of our own check in a line of its own.
-        sentence = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        raise InputError(f"The recipe's model does not fit together: {sentence}") from None
+        raise InputError(f"The recipe's model does not fit together: {own_sentence(error)}") from None
     return config
 
 
@@ -83,10 +81,7 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed
     Raises:
         InputError: the sizes do not fit each other.
     """
-    special: dict[str, Any] = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
-    config = model_config(recipe, len(tokenizer), **special)
+    config = model_config(recipe, len(tokenizer), **special_token_ids(tokenizer))
     set_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
