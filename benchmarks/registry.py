@@ -2,9 +2,10 @@
 
     python benchmarks/registry.py [TYPE …] [--quick] [--markdown docs/architectures.md]
 
-For every type a tiny random model is built; a random plan that empties the first layer is cut; and four things are
-asked: does the gated model compute what the cut one does (whole, cached, left-padded), is the removal visible at all,
-does the saved model reload bit for bit, and does it generate the same tokens.
+For every type a tiny random model is built; a random plan of heads, and of feed-forward blocks where it has any, that
+empties the first layer is cut; and four things are asked: does the gated model compute what the cut one does (whole,
+cached, left-padded), is the removal visible at all, does the saved model reload bit for bit, and does it generate the
+same tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import deadhead
 from benchmarks._tiny_models import CAUSAL_TYPES, VOCABULARY, tiny_model
+from deadhead.plan import is_block_key
 
 _QUICK = ("llama", "gpt2", "gpt_neox", "phi3", "bert", "deepseek_v3", "mamba")
 _TOLERANCE = 1e-5
@@ -48,7 +50,8 @@ class Outcome:
         model_type: transformers' name.
         state: "works", "refused" (one sentence, nothing changed), "wrong", or "not built".
         unit: what a gate opens and closes.
-        layers: layers that can be pruned.
+        layers: layers whose heads can be pruned.
+        block_layers: feed-forward layers whose hidden units can.
         difference: max|Δ| / max|reference| of the cut model's logits.
         reloads: whether the saved model's logits are the same bits.
         generates: whether greedy tokens from the cache are the same.
@@ -59,6 +62,7 @@ class Outcome:
     state: str
     unit: str = ""
     layers: int = 0
+    block_layers: int = 0
     difference: float = 0.0
     reloads: bool = False
     generates: bool = False
@@ -75,7 +79,10 @@ def try_type(model_type: str, seed: int = 0) -> Outcome:
     except Exception as error:
         return Outcome(model_type=model_type, state="not built", reason=_sentence(error))
     try:
-        gates = deadhead.attach(model)
+        try:
+            gates = deadhead.attach(model, blocks=True)
+        except deadhead.UnsupportedModel:
+            gates = deadhead.attach(model)
         plan = _random_plan(gates, seed)
         gates.set_plan(plan)
         gated = copy.deepcopy(model)
@@ -88,7 +95,10 @@ def try_type(model_type: str, seed: int = 0) -> Outcome:
         )
     except deadhead.UnsupportedModel as error:
         return Outcome(model_type=model_type, state="refused", reason=str(error).partition(": ")[2] or str(error))
-    outcome = Outcome(model_type=model_type, state="works", unit=gates.unit, layers=len(gates.total))
+    blocks = 0 if plan.blocks is None else len(plan.blocks.total)
+    outcome = Outcome(
+        model_type=model_type, state="works", unit=gates.unit, layers=len(plan.total), block_layers=blocks
+    )
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     with torch.no_grad():
@@ -126,8 +136,9 @@ def _random_plan(gates: deadhead.HeadGates, seed: int) -> deadhead.HeadPlan:
     """Return a plan that empties the first layer, and keeps at least one head and cuts at least one in another."""
     draw = random.Random(seed)
     kept = {layer: sorted(draw.sample(range(n), draw.randint(1, max(1, n - 1)))) for layer, n in gates.total.items()}
-    kept[next(iter(kept))] = []
-    return deadhead.HeadPlan(kept=kept, total=gates.total, unit=gates.unit)
+    for keys in ([key for key in kept if is_block_key(key) == is_block] for is_block in (False, True)):
+        kept |= {key: [] for key in keys[:1]}
+    return gates.plan_of(kept)
 
 
 def _cached(model: Any, ids: Tensor) -> Tensor:
@@ -167,14 +178,22 @@ def _markdown(outcomes: list[Outcome], counts: Counter[str]) -> str:
         f"{len(outcomes)} model types of transformers {transformers.__version__}: {total}. Largest difference of "
         f"logits {max((o.difference for o in outcomes if o.state == 'works'), default=0):.1e}.",
         "",
-        "| type | state | gates on | layers | largest difference | reloads | generates | why not |",
-        "|---|---|---|---|---|---|---|---|",
+        "| type | state | gates on | layers | with blocks | largest difference | reloads | generates | why not |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     marks = {True: "yes", False: "no"}
     for o in outcomes:
         tried = o.state in ("works", "wrong")
         found = (f"{o.difference:.0e}", marks[o.reloads], marks[o.generates]) if tried else ("", "", "")
-        cells = (o.model_type, o.state, o.unit, str(o.layers or ""), *found, re.sub(r"[|`]", " ", o.reason))
+        cells = (
+            o.model_type,
+            o.state,
+            o.unit,
+            str(o.layers or ""),
+            str(o.block_layers or ""),
+            *found,
+            re.sub(r"[|`]", " ", o.reason),
+        )
         lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     return "\n".join(lines) + "\n"
 

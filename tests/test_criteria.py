@@ -75,7 +75,7 @@ def scaled(model: Any, site: Any, head: int, factor: float) -> Any:
     """Return a copy whose head of this site gives `factor` times as much to the layer's output."""
     other = copy.deepcopy(model)
     found = next(s for s in find_layout(other).sites(other, "head") if s.layer == site.layer)
-    place = slice(head * site.head_dim, (head + 1) * site.head_dim)
+    place = slice(head * site.unit_dim, (head + 1) * site.unit_dim)
     head_columns(found.output)[:, place] *= factor
     return other
 
@@ -104,7 +104,7 @@ def test_output_difference_is_what_the_layers_output_loses(case: tuple[Any, Unit
         weight = head_columns(site.output).detach()
         whole = inputs[0] @ weight.T
         for head in range(site.total):
-            place = slice(head * site.head_dim, (head + 1) * site.head_dim)
+            place = slice(head * site.unit_dim, (head + 1) * site.unit_dim)
             alone = inputs[0][..., place] @ weight[:, place].T
             expected = float(alone.norm() / whole.norm())
             assert float(found.scores[site.layer][head]) == pytest.approx(expected, rel=1e-4)

@@ -309,7 +309,7 @@ class ShiftedLayout(AllAttentionLayout):
 
 
 def _parts(site: Any) -> Sequence[Selection]:
-    return AllAttentionLayout().selections(site, site.heads)
+    return AllAttentionLayout().selections(site, site.units)
 
 
 def _all_slices() -> list[tuple[str, str, bool]]:
@@ -354,7 +354,7 @@ def test_every_parameter_of_the_attention_is_in_a_slice_but_the_output_bias() ->
         model = random_model(tiny_config(position=position, projection_bias=True), 0)
         layout = AllAttentionLayout()
         for site in layout.sites(model, "head"):
-            parts = layout.selections(site, site.heads)
+            parts = layout.selections(site, site.units)
             named = {name for name, _ in site.module.named_parameters()}
             assert {part.path for part in parts} == named - {"o_proj.bias"}
             for part in parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from deadhead.plan import HeadPlan, Unit
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Cost of a model with some of its heads.
+    """Cost of a model with some of its heads, and blocks.
 
     Args:
         heads: heads left, one number a layer; key/value groups where the model has them and was not cut by heads.
@@ -32,6 +32,10 @@ class Cost:
             softmax and the once-per-pass projection of relative positions are not counted.
         attention_flops_per_token: the heads' part of it.
         kv_cache_bytes: cache of one text at the given length, in the model's precision.
+        blocks: blocks left, one number a layer that has any; of the size that the model was cut by, or would be.
+        total_blocks: blocks of the original dense model, one number a layer that has any.
+        block_size: hidden units of a block; None where the model has none.
+        block_parameters: those that belong to blocks and go with them.
     """
 
     heads: list[int]
@@ -42,6 +46,10 @@ class Cost:
     flops_per_token: float
     attention_flops_per_token: float
     kv_cache_bytes: int
+    blocks: list[int] = field(default_factory=list)
+    total_blocks: list[int] = field(default_factory=list)
+    block_size: int | None = None
+    block_parameters: int = 0
 
 
 def model_cost(
@@ -71,28 +79,33 @@ def model_cost(
     embedding_parameters = sum(seen.values())
     inputs = set(seen) if output is None else set(seen) - {id(p) for p in output.parameters()}
     seen |= {id(p): p.numel() for name, p in model.named_parameters() if "head_gate." not in name}
-    heads_parameters, heads_flops, cache_values = 0, 0.0, 0
+    blocks = layout.block_sites(model)
+    heads_parameters, heads_flops, block_parameters = 0, 0.0, 0
     inside: set[int] = set()
     for site in sites:
-        if not site.heads:
-            continue
-        for part in layout.selections(site, site.heads):
+        for part in layout.selections(site, site.units) if site.units else ():
             parameter = site.module.get_parameter(part.path)
             heads_parameters += parameter.numel()
             heads_flops += 2.0 * parameter.numel() if part.per_token else 0.0
             inside.add(id(parameter))
-        heads_flops += sum(layout.context_flops(site, length).values())
-        cache_values += layout.cache_values(site, length)
+        heads_flops += sum(layout.context_flops(site, length).values()) if site.units else 0.0
+    for site in blocks:
+        parts = layout.selections(site, site.units) if site.units else ()
+        block_parameters += sum(site.module.get_parameter(part.path).numel() for part in parts)
     other_flops = _other_flops(model, inside | inputs)
     return Cost(
-        heads=[len(site.heads) for site in sites],
+        heads=[len(site.units) for site in sites],
         total_heads=[site.total for site in sites],
         parameters=sum(seen.values()),
         embedding_parameters=embedding_parameters,
         attention_parameters=heads_parameters,
         flops_per_token=other_flops + heads_flops,
         attention_flops_per_token=heads_flops,
-        kv_cache_bytes=cache_values * model.dtype.itemsize,
+        kv_cache_bytes=sum(layout.cache_values(site, length) for site in sites) * model.dtype.itemsize,
+        blocks=[len(site.units) for site in blocks],
+        total_blocks=[site.total for site in blocks],
+        block_size=blocks[0].unit_dim if blocks else None,
+        block_parameters=block_parameters,
     )
 
 
@@ -100,9 +113,10 @@ def _skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreTrai
     """Return a copy of `model` without its weights, cut by `plan`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     copied = detach(copy.deepcopy(model, memo))
-    for site in layout.sites(copied, plan.unit):
-        if site.heads and site.heads != plan.kept[site.layer]:
-            layout.shrink(site, tuple(plan.kept[site.layer]))
+    units = plan.units
+    for site in layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size):
+        if site.units and site.units != units[site.key]:
+            layout.shrink(site, units[site.key])
     layout.record_plan(copied, plan)
     return copied
 
@@ -148,13 +162,13 @@ def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:
     layout = find_layout(model)
     unit = layout.units(model)[0]
     sites = layout.sites(model, unit)
-    present = [len(site.heads) for site in sites]
+    present = [len(site.units) for site in sites]
     if len(counts) != len(sites) or not all(0 <= count <= most for count, most in zip(counts, present, strict=True)):
         raise InputError(
             f"Heads that stay must be {len(sites)} numbers, one a layer and at most {present}, but are {list(counts)}."
         )
     return HeadPlan(
-        kept={site.layer: site.heads[:count] for site, count in zip(sites, counts, strict=True)},
+        kept={site.layer: site.units[:count] for site, count in zip(sites, counts, strict=True)},
         total={site.layer: site.total for site in sites},
         unit=unit,
     )

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
-from deadhead.gating import gates_of, output_differences, unwrapped
-from deadhead.layouts import AttentionSite, Layout, find_layout
+from deadhead.gating import block_size, gates_of, output_differences, unwrapped
+from deadhead.layouts import Layout, Site, find_layout
 from deadhead.losses import SegmentLoss
 from deadhead.modes import evaluating
 from deadhead.plan import Unit
@@ -35,9 +35,15 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 
 def score_heads(
-    model: PreTrainedModel, criterion: OneShot, batches: Batches = (), *, unit: Unit | None = None, seed: int = 0
+    model: PreTrainedModel,
+    criterion: OneShot,
+    batches: Batches = (),
+    *,
+    unit: Unit | None = None,
+    blocks: bool | int = False,
+    seed: int = 0,
 ) -> HeadScores:
-    """Score every head of a model by a one-shot criterion.
+    """Score every head of a model by a one-shot criterion, and the blocks of its feed-forward layers if asked.
 
     Args:
         model: without gates, or with all of them open; not changed.
@@ -45,6 +51,7 @@ def score_heads(
         batches: what "taylor" and "output-difference" look at: dictionaries with `input_ids` (B, T), and for a model
             with segment memory `labels` (B, T) and `is_first` (B,), in the order of the text.
         unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
+        blocks: whether blocks are scored too, or their size.
         seed: of "random".
 
     Returns:
@@ -60,8 +67,9 @@ def score_heads(
         raise InputError("One-shot criteria score a model with all heads open, but some of its gates are closed.")
     layout = find_layout(model)
     unit = layout.choose_unit(model, unit, what="heads are cut by")
-    sites = layout.sites(model, unit)
-    there = [site for site in sites if site.heads]
+    size = block_size(layout, model, blocks)
+    sites = layout.all_sites(model, unit, size)
+    there = [site for site in sites if site.units]
     found: list[Tensor] = []
     if criterion not in ONE_SHOT:
         raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
@@ -69,21 +77,22 @@ def score_heads(
         found = [_magnitude(layout, site) for site in there]
     elif criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        found = [torch.rand(len(site.heads), generator=generator) for site in there]
+        found = [torch.rand(len(site.units), generator=generator) for site in there]
     elif there:
         found = (_taylor if criterion == "taylor" else _differences)(model, there, batches)
     return HeadScores(
-        scores={site.layer: scores for site, scores in zip(there, found, strict=True)},
-        heads={site.layer: site.heads for site in sites},
-        total={site.layer: site.total for site in sites},
+        scores={site.key: scores for site, scores in zip(there, found, strict=True)},
+        heads={site.key: site.units for site in sites},
+        total={site.key: site.total for site in sites},
         unit=unit,
+        block_size=size,
     )
 
 
-def _magnitude(layout: Layout, site: AttentionSite) -> Tensor:
+def _magnitude(layout: Layout, site: Site) -> Tensor:
     """Return the norm of all numbers that would go with each head, (H,)."""
     squares = []
-    for head in site.heads:
+    for head in site.units:
         parts = layout.selections(site, (head,))
         rows = [
             site.module.get_parameter(p.path).detach().index_select(p.dim, p.index.to(_device(site))) for p in parts
@@ -92,15 +101,15 @@ def _magnitude(layout: Layout, site: AttentionSite) -> Tensor:
     return torch.tensor(squares).sqrt()
 
 
-def _device(site: AttentionSite) -> torch.device:
+def _device(site: Site) -> torch.device:
     return next(site.module.parameters()).device
 
 
 class _HeadMask:
     """Multiplies the heads of every row of a batch by numbers of its own, to be derived by."""
 
-    def __init__(self, site: AttentionSite) -> None:
-        self.shape = (-1, len(site.heads), site.head_dim)
+    def __init__(self, site: Site) -> None:
+        self.shape = (-1, len(site.units), site.unit_dim)
         self.mask_BH: Tensor | None = None
         self.rows = 0
 
@@ -113,10 +122,10 @@ class _HeadMask:
         return (masked.reshape(hidden.shape), *rest)
 
 
-def _taylor(model: PreTrainedModel, sites: list[AttentionSite], batches: Batches) -> list[Tensor]:
+def _taylor(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:
     """Return the mean over rows of |∂L / ∂ξ_h|, L the mean loss of the row's tokens."""
     masks = [_HeadMask(site) for site in sites]
-    found = [torch.zeros(len(site.heads)) for site in sites]
+    found = [torch.zeros(len(site.units)) for site in sites]
     hooks = [site.output.register_forward_pre_hook(mask) for site, mask in zip(sites, masks, strict=True)]
     rows = 0
 
@@ -142,13 +151,13 @@ def _set_rows(masks: list[_HeadMask], rows: int) -> None:
         mask.rows = rows
 
 
-def _differences(model: PreTrainedModel, sites: list[AttentionSite], batches: Batches) -> list[Tensor]:
+def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:
     """Return the root of the mean over batches of d_h²."""
-    found = [torch.zeros(len(site.heads)) for site in sites]
+    found = [torch.zeros(len(site.units)) for site in sites]
 
-    def hook(scores: Tensor, site: AttentionSite) -> Callable[..., None]:
+    def hook(scores: Tensor, site: Site) -> Callable[..., None]:
         def measure(module: nn.Module, args: tuple[Any, ...]) -> None:
-            heads_RHE = args[0].reshape(-1, len(site.heads), site.head_dim)
+            heads_RHE = args[0].reshape(-1, len(site.units), site.unit_dim)
             scores.add_(output_differences(module, heads_RHE).square().cpu())
 
         return measure

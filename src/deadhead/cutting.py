@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from deadhead.errors import CutError, InputError
 from deadhead.gates import HeadGates
 from deadhead.gating import attach, detach, gates_of, rehang
 from deadhead.hard_concrete import GateConfig
-from deadhead.layouts import AttentionSite, Layout, Selection, find_layout, head_columns
+from deadhead.layouts import Layout, Selection, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
-from deadhead.plan import HeadPlan, Layer
+from deadhead.plan import HeadPlan, Layer, is_block_key
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
@@ -32,15 +33,15 @@ _FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyE
 
 
 def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
-    """Delete the heads that `plan` drops, in place.
+    """Delete the heads, and blocks, that `plan` drops, in place.
 
-    The model is first run with those heads' gates closed; the cut model must compute the same function, or everything
+    The model is first run with their gates closed; the cut model must compute the same function, or everything
     is put back. Gates that are attached are used for that and then taken off; values of soft gates and the output
     scale are folded into the output projection.
 
     Args:
         model: with or without gates. Cuts compose: indices always refer to the original dense model.
-        plan: the heads that stay.
+        plan: the heads that stay; blocks of which it says nothing stay too.
 
     Returns:
         `model`, smaller; a plain `save_pretrained` writes a checkpoint that reloads.
@@ -64,14 +65,16 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     rehang(model)
     given_gates = gates is not None
     if gates is None:
-        gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit)
+        size = False if plan.blocks is None else plan.blocks.size
+        gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=size)
     before = gates.state_dict(), gates.config
     try:
-        gates.require_plan(plan)
+        units = gates.require_plan(plan)
+        plan = replace(gates.plan_of(units), output_scale=plan.output_scale)
         if gates.plan() != plan:
             gates.set_plan(plan)
         factors = _gate_factors(gates)
-        sites = layout.sites(model, plan.unit)
+        sites = layout.all_sites(model, plan.unit, gates.block_size)
         expected = _watched_outputs(model, layout, sites)
     except BaseException:
         _restore_gates(model, gates, before, keep=given_gates)
@@ -82,12 +85,11 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         with _undone_on_failure(model):
             detach(model)
             for site in sites:
-                if site.heads:
-                    kept = tuple(plan.kept[site.layer])
-                    _fold(site, kept, factors[site.layer])
-                    layout.shrink(site, kept)
+                if site.units:
+                    _fold(site, units[site.key], factors[site.key])
+                    layout.shrink(site, units[site.key])
             _require_same_function(model, expected)
-            layout.record_plan(model, plan)
+            _record(layout, model, plan)
     except BaseException:
         _restore_gates(model, gates, before, keep=given_gates)
         raise
@@ -121,27 +123,27 @@ def trim(model: PreTrainedModel, plan: HeadPlan, optimizer: torch.optim.Optimize
     gates = gates_of(model)
     if gates is None:
         raise InputError("Heads are cut in training from models with gates, but this one has none.")
-    gates.require_plan(plan)
+    units = gates.require_plan(plan)
     layout = find_layout(model)
-    sites = [site for site in layout.sites(model, plan.unit) if site.heads]
+    sites = [site for site in layout.all_sites(model, plan.unit, gates.block_size) if site.units]
     for site in sites:
-        if not plan.kept[site.layer]:
+        if not units[site.key]:
             raise InputError(f"A layer keeps at least one head while it trains, but the plan leaves {site.layer} none.")
     expected = _watched_outputs(model, layout, sites)
     changes: list[tuple[nn.Parameter, nn.Parameter, Selection]] = []
     with _undone_on_failure(model):
         for site in sites:
-            kept = tuple(plan.kept[site.layer])
-            if kept == site.heads:
+            kept = units[site.key]
+            if kept == site.units:
                 continue
             parts = layout.selections(site, kept)
             before = [site.module.get_parameter(part.path) for part in parts]
             layout.shrink(site, kept)
-            gates.gates[site.layer].keep([gates.heads[site.layer].index(head) for head in kept])
+            gates.gates[site.key].keep([gates.heads[site.key].index(head) for head in kept])
             after = [site.module.get_parameter(part.path) for part in parts]
             changes += zip(before, after, parts, strict=True)
         _require_same_function(model, expected)
-        layout.record_plan(model, plan)
+        _record(layout, model, plan)
     if optimizer is not None:
         for old, new, part in changes:
             _replace_parameter(optimizer, old, new, part)
@@ -161,7 +163,7 @@ def _replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new:
     }
 
 
-def _watched_outputs(model: PreTrainedModel, layout: Layout, sites: Sequence[AttentionSite]) -> Tensor:
+def _watched_outputs(model: PreTrainedModel, layout: Layout, sites: Sequence[Site]) -> Tensor:
     """Run the model on the fixed text; the layout watches for what `shrink` must know."""
     watching = [layout.observe(site) for site in sites]
     try:
@@ -205,7 +207,15 @@ def _require_same_function(model: PreTrainedModel, expected: Tensor) -> None:
         )
 
 
-def _cache_values(layout: Layout, sites: Sequence[AttentionSite]) -> int:
+def _record(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> None:
+    """Note the plan in the configuration; blocks that earlier cuts left stay where it says nothing of blocks."""
+    before = layout.recorded_plan(model)
+    if plan.blocks is None and before is not None:
+        plan = replace(plan, blocks=before.blocks)
+    layout.record_plan(model, plan)
+
+
+def _cache_values(layout: Layout, sites: Sequence[Site]) -> int:
     return sum(layout.cache_values(site, 1) for site in sites)
 
 
@@ -215,9 +225,9 @@ def _gate_factors(gates: HeadGates) -> dict[Layer, Tensor]:
 
 
 @torch.no_grad()
-def _fold(site: AttentionSite, kept: tuple[int, ...], factor_H: Tensor) -> None:
+def _fold(site: Site, kept: tuple[int, ...], factor_H: Tensor) -> None:
     """Multiply the columns of W_O of the heads that stay by their factors, in a new tensor: the old may be put back."""
-    local = [site.heads.index(head) for head in kept]
+    local = [site.units.index(head) for head in kept]
     factors = torch.ones_like(factor_H)
     factors[local] = factor_H[local]
     if bool((factors == 1).all()):
@@ -226,7 +236,7 @@ def _fold(site: AttentionSite, kept: tuple[int, ...], factor_H: Tensor) -> None:
     assert isinstance(weight, Tensor)
     # In half precision the product is rounded once, from float32.
     precise = torch.promote_types(columns.dtype, torch.float32)
-    wide = factors.to(columns.device, precise).repeat_interleave(site.head_dim)
+    wide = factors.to(columns.device, precise).repeat_interleave(site.unit_dim)
     scaled = (columns.to(precise) * wide).to(columns.dtype)
     scaled = scaled if columns is weight else scaled.T.contiguous()
     site.output.weight = nn.Parameter(scaled, requires_grad=weight.requires_grad)
@@ -241,8 +251,8 @@ def _restore_gates(
 ) -> None:
     state, config = before
     gates.config = config
-    for _, gate in gates:
-        gate.config = config
+    for key, gate in gates:
+        gate.config = replace(config, output_scale=False) if is_block_key(key) else config
     gates.load_state_dict(state)
     if not keep:
         detach(model)

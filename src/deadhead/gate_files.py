@@ -33,6 +33,8 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
     folder = Path(path)
     write_bytes(folder / GATES_FILE, save(gates.state_dict()))
     values = {**asdict(gates.config), "unit": gates.unit}
+    if gates.block_size is not None:
+        values["block_size"] = gates.block_size
     if gates.present != gates.heads:
         # Training has cut some: the output scale still counts all heads that the gates were attached to.
         values["heads"] = {str(layer): list(heads) for layer, heads in gates.heads.items()}
@@ -56,6 +58,7 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     try:
         unit = values.pop("unit", None)
         heads = values.pop("heads", None)
+        block_size = values.pop("block_size", None)
         config = GateConfig(**values)
         state = load_file(folder / GATES_FILE)
     except (TypeError, AttributeError):
@@ -64,7 +67,7 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
         raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
     if heads is not None:
         heads = {layer_key(layer): tuple(indices) for layer, indices in heads.items()}
-    gates = attach_to(model, config=config, unit=unit, heads=heads)
+    gates = attach_to(model, config=config, unit=unit, blocks=block_size or False, heads=heads)
     try:
         gates.load_state_dict(state)
     except InputError:

@@ -1,10 +1,11 @@
-"""The gates of a model: one hard-concrete variable for each attention head (see `hard_concrete`)."""
+"""The gates of a model: one hard-concrete variable for each unit, a head or a block (see `hard_concrete`)."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from deadhead.errors import InputError
 from deadhead.hard_concrete import GateConfig, gate_values, l0_probability, soft_values
-from deadhead.plan import HeadPlan, Layer, Unit
+from deadhead.plan import BlockPlan, HeadPlan, Layer, Unit, is_block_key, plain_key
 from deadhead.ranking import HeadScores, Ranking
 
 # Forwards from one measurement of the output differences to the next: measuring takes as long as a projection.
@@ -20,7 +21,7 @@ _MEASURE_EVERY = 10
 
 
 class HeadGate(nn.Module):
-    """The gates of one layer's heads.
+    """The gates of one layer's heads, or of its blocks, to which all that is said of heads applies.
 
     The one parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate would
     move log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It
@@ -32,15 +33,17 @@ class HeadGate(nn.Module):
     Args:
         num_heads: H, heads this layer has now.
         config: the gates' constants.
+        cost: what an open gate costs in the sparsity loss; a head costs 1.
     """
 
     noise: Tensor
     difference: Tensor
     kept: Tensor
 
-    def __init__(self, num_heads: int, config: GateConfig) -> None:
+    def __init__(self, num_heads: int, config: GateConfig, cost: float = 1.0) -> None:
         super().__init__()
         self.config = config
+        self.cost = cost
         self.log_alpha_bias = nn.Parameter(torch.full((num_heads,), config.init / config.lr_scale))
         self.register_buffer("noise", torch.full((num_heads,), 0.5), persistent=False)
         self.register_buffer("difference", torch.zeros(num_heads))
@@ -147,6 +150,7 @@ class HeadGates:
         total: heads of each layer of the original dense model; layers that have lost all heads are in it too.
         unit: what a gate opens and closes.
         config: the gates' constants.
+        block_size: size of the blocks that have gates too, or None. All mappings then have their keys as well.
     """
 
     def __init__(
@@ -157,12 +161,14 @@ class HeadGates:
         total: Mapping[Layer, int],
         unit: Unit,
         config: GateConfig,
+        block_size: int | None = None,
     ) -> None:
         self.gates = dict(gates)
         self.heads = dict(heads)
         self.total = dict(total)
         self.unit = unit
         self.config = config
+        self.block_size = block_size
         self._step = 0
         self._micro_batch = 0
         self._exactly: list[tuple[list[HeadGate], int]] = []
@@ -232,14 +238,22 @@ class HeadGates:
         return {layer: gate.difference.cpu() for layer, gate in self}
 
     def l0(self) -> Tensor:
-        """Return the L0 sparsity loss, Σ over layers and heads of P(z > 0), with gradient (0-dimensional)."""
-        summands = [l0_probability(gate.log_alpha, self.config).sum() for _, gate in self]
+        """Return the L0 sparsity loss, Σ over layers and heads of P(z > 0), with gradient (0-dimensional).
+
+        A block counts as much as its share of a head's parameters.
+        """
+        summands = [l0_probability(gate.log_alpha, self.config).sum() * gate.cost for _, gate in self]
         return torch.stack(summands).sum() if summands else torch.zeros(())
 
     @property
     def sparsity(self) -> float:
-        """Share of the gates that are closed in evaluation, in [0, 1]."""
-        return 1.0 - sum(int(gate.is_open.sum()) for _, gate in self) / max(len(self), 1)
+        """Share of the heads' gates that are closed in evaluation, in [0, 1]."""
+        return _closed_share([gate for key, gate in self if not is_block_key(key)])
+
+    @property
+    def block_sparsity(self) -> float:
+        """Share of the blocks' gates that are closed in evaluation, in [0, 1]."""
+        return _closed_share([gate for key, gate in self if is_block_key(key)])
 
     def plan(self, *, sparsity: float | None = None, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that keeps the heads open now.
@@ -250,15 +264,7 @@ class HeadGates:
             ranking: with `sparsity`, "global" compares the gates of all layers; "layer" closes the same share of each.
         """
         if sparsity is not None:
-            return HeadScores(
-                scores={
-                    layer: torch.where(gate.is_kept, gate.log_alpha.detach(), -math.inf).cpu() for layer, gate in self
-                },
-                heads=self.heads,
-                total=self.total,
-                unit=self.unit,
-                output_scale=self.config.output_scale,
-            ).plan(sparsity, ranking=ranking)
+            return self.scores().plan(sparsity, ranking=ranking)
         is_open = {layer: gate.is_open.cpu() for layer, gate in self}
         kept = {
             layer: tuple(head for head, opened in zip(heads, is_open[layer].tolist(), strict=True) if opened)
@@ -266,7 +272,28 @@ class HeadGates:
             else ()
             for layer, heads in self.heads.items()
         }
-        return HeadPlan(kept=kept, total=self.total, unit=self.unit, output_scale=self.config.output_scale)
+        return self.plan_of(kept)
+
+    def plan_of(self, kept: Mapping[Layer, Sequence[int]]) -> HeadPlan:
+        """Return the plan that keeps some units, given by key."""
+        return HeadPlan.of_units(
+            kept,
+            self.total,
+            unit=self.unit,
+            output_scale=self.config.output_scale,
+            block_size=self.block_size,
+        )
+
+    def scores(self) -> HeadScores:
+        """Return log_alpha as scores; units that training has cut already must go."""
+        return HeadScores(
+            scores={layer: torch.where(gate.is_kept, gate.log_alpha.detach(), -math.inf).cpu() for layer, gate in self},
+            heads=self.heads,
+            total=self.total,
+            unit=self.unit,
+            output_scale=self.config.output_scale,
+            block_size=self.block_size,
+        )
 
     def lean(self, scores: HeadScores, *, spread: float) -> None:
         """Move log_alpha apart, in even steps in the order of the heads' scores.
@@ -290,40 +317,66 @@ class HeadGates:
             gate.set_log_alpha(gate.log_alpha + spread * part.to(gate.log_alpha_bias.device))
 
     def set_plan(self, plan: HeadPlan) -> None:
-        """Close the gates of the heads that `plan` drops and open the others; take over its output scale.
+        """Close the gates of the units that `plan` drops and open the others; take over its output scale.
+
+        Blocks of which the plan says nothing stay.
 
         Raises:
             InputError: the plan is of another model or unit, or keeps a head that was cut before.
         """
-        self.require_plan(plan)
-        config = GateConfig(**{**self.config.__dict__, "output_scale": plan.output_scale})
+        units = self.require_plan(plan)
+        config = replace(self.config, output_scale=plan.output_scale)
         self.config = config
         for layer, gate in self:
-            kept = set(plan.kept[layer])
+            kept = set(units[layer])
             # Beyond saturation soft gates are exactly 0 or 1 too, so the plan holds exactly for both kinds.
             strength = max(abs(config.init), 3.0, config.saturation + 0.5)
             values = [strength if head in kept else -strength for head in self.heads[layer]]
-            gate.config = config
+            gate.config = replace(config, output_scale=False) if is_block_key(layer) else config
             gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
 
-    def require_plan(self, plan: HeadPlan) -> None:
+    def require_plan(self, plan: HeadPlan) -> dict[Layer, tuple[int, ...]]:
         """Check that `plan` is one for this model.
 
+        Returns:
+            The units that stay, by key; blocks of which the plan says nothing are among them.
+
         Raises:
-            InputError: its unit, layers or head counts differ, or it keeps a head that was cut before.
+            InputError: its unit, layers or numbers differ, or it keeps a head that was cut before.
         """
         if plan.unit != self.unit:
             raise InputError(
                 f"The head plan counts in {plan.unit}s, but this model's gates open and close {self.unit}s."
             )
-        if dict(plan.total) != self.total:
+        total = {layer: count for layer, count in self.total.items() if not is_block_key(layer)}
+        if dict(plan.total) != total:
             raise InputError(
-                f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(self.total)}."
+                f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(total)}."
             )
+        units = {layer: plan.units.get(layer, heads) for layer, heads in self.present.items()}
+        if plan.blocks is not None:
+            self._require_blocks(plan.blocks)
         for layer, heads in self.present.items():
-            gone = sorted(set(plan.kept[layer]) - set(heads))
+            gone = sorted(set(units[layer]) - set(heads))
             if gone:
-                raise InputError(f"The head plan keeps head {gone[0]} of layer {layer}, but that head was cut before.")
+                what = "block" if is_block_key(layer) else "head"
+                raise InputError(
+                    f"The head plan keeps {what} {gone[0]} of layer {plain_key(layer)}, but that {what} was cut before."
+                )
+        return units
+
+    def _require_blocks(self, blocks: BlockPlan) -> None:
+        if self.block_size is None:
+            raise InputError(
+                "The head plan also names blocks, but this model's gates are on heads alone; attach them with "
+                f"deadhead.attach(model, blocks={blocks.size})."
+            )
+        total = {plain_key(key): count for key, count in self.total.items() if is_block_key(key)}
+        if blocks.size != self.block_size or dict(blocks.total) != total:
+            raise InputError(
+                f"The head plan is for {_counts(blocks.total)} blocks of {blocks.size} a layer, but this model had "
+                f"{_counts(total)} of {self.block_size}."
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return log_alpha and the measured output differences of every layer, for saving."""
@@ -365,6 +418,10 @@ def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, config: GateConf
     shifted = torch.sigmoid(gumbel - threshold + config.beta * config.open_threshold)
     shifted = shifted.clamp(config.epsilon, 1 - config.epsilon)
     return dict(zip(noise, shifted.split([gate.num_heads for gate in noise]), strict=True))
+
+
+def _closed_share(gates: Sequence[HeadGate]) -> float:
+    return 1.0 - sum(int(gate.is_open.sum()) for gate in gates) / max(sum(gate.num_heads for gate in gates), 1)
 
 
 def _counts(total: Mapping[Layer, int]) -> str:

@@ -1,8 +1,9 @@
-"""Attach gates to a model through its layout, and take them off again."""
+"""Attach gates to a model's heads, and blocks, through its layout, and take them off again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates import HeadGate, HeadGates
 from deadhead.hard_concrete import GateConfig
-from deadhead.layouts import AttentionSite, find_layout, head_columns
+from deadhead.layouts import Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Layer, Unit
 
@@ -89,24 +90,30 @@ class _DrawNoise:
 
 
 def attach(
-    model: PreTrainedModel | nn.Module, *, config: GateConfig | None = None, unit: Unit | None = None
+    model: PreTrainedModel | nn.Module,
+    *,
+    config: GateConfig | None = None,
+    unit: Unit | None = None,
+    blocks: bool | int = False,
 ) -> HeadGates:
-    """Add a trainable gate to every prunable head of `model`.
+    """Add a trainable gate to every prunable head of `model`, and to the blocks of its feed-forward layers if asked.
 
     Args:
         model: a model with a layout, or PEFT's wrapper of one; changed in place. With adapters, wrap first: PEFT
             freezes what it finds, gates too.
-        config: the gates' constants; the default has no output scaling, as pretrained models need it.
+        config: the gates' constants; the default has no output scaling, as pretrained models need it. Blocks are never
+            scaled.
         unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
+        blocks: whether blocks of hidden units have gates too, or how many hidden units make a block.
 
     Returns:
         The gates, which learn with the model's other parameters.
 
     Raises:
-        UnsupportedModel: there is no head that could be pruned; the message says why.
-        InputError: the model has gates already.
+        UnsupportedModel: there is no head that could be pruned, or no block; the message says why.
+        InputError: the model has gates already, or the blocks do not fit its layers.
     """
-    return attach_to(model, config=config, unit=unit)
+    return attach_to(model, config=config, unit=unit, blocks=blocks)
 
 
 def attach_to(
@@ -114,6 +121,7 @@ def attach_to(
     *,
     config: GateConfig | None,
     unit: Unit | None,
+    blocks: bool | int = False,
     heads: Mapping[Layer, tuple[int, ...]] | None = None,
 ) -> HeadGates:
     """Attach gates to the heads there are, or to those there were before training cut some of them.
@@ -122,7 +130,8 @@ def attach_to(
         model: as for `attach`, as the rest.
         config: the gates' constants.
         unit: what a gate opens and closes.
-        heads: by layer, the heads that the gates were attached to at first; None for those there are.
+        blocks: whether blocks have gates too, or their size.
+        heads: by key, the units that the gates were attached to at first; None for those there are.
     """
     model = unwrapped(model)
     if gates_of(model) is not None:
@@ -130,36 +139,73 @@ def attach_to(
     layout = find_layout(model)
     unit = layout.choose_unit(model, unit, what="gates open and close")
     config = config or GateConfig()
-    sites = layout.sites(model, unit)
+    size = block_size(layout, model, blocks)
+    sites = layout.all_sites(model, unit, size)
     for site in sites:
-        if site.heads and not head_columns(site.output).is_floating_point():
+        if site.units and not head_columns(site.output).is_floating_point():
             raise UnsupportedModel(
                 f"The weights of layer {site.layer} are quantised to {head_columns(site.output).dtype}, so heads "
                 "cannot be cut out of them; load the model in its full precision, prune it, and quantise it then."
             )
-    gated = {site.layer: site.heads if heads is None else tuple(heads.get(site.layer, ())) for site in sites}
+    gated = {site.key: site.units if heads is None else tuple(heads.get(site.key, ())) for site in sites}
+    costs = _relative_costs(layout, sites)
     gates: dict[Any, HeadGate] = {}
     for site in sites:
-        if not set(site.heads) <= set(gated[site.layer]):
-            raise InputError(f"The gates of layer {site.layer} are not those of a model with its heads {site.heads}.")
-        if site.heads:
-            gate = HeadGate(len(gated[site.layer]), config).to(head_columns(site.output).device)
-            gate.keep([gated[site.layer].index(head) for head in site.heads])
+        if not set(site.units) <= set(gated[site.key]):
+            raise InputError(f"The gates of layer {site.layer} are not those of a model with its heads {site.units}.")
+        if site.units:
+            own = replace(config, output_scale=False) if site.has_blocks else config
+            gate = HeadGate(len(gated[site.key]), own, costs[site.key]).to(head_columns(site.output).device)
+            gate.keep([gated[site.key].index(head) for head in site.units])
             gate.train(model.training)
             site.module.add_module(_GATE_NAME, gate)
-            gates[site.layer] = gate
+            gates[site.key] = gate
     head_gates = HeadGates(
         gates,
         heads=gated,
-        total={site.layer: site.total for site in sites},
+        total={site.key: site.total for site in sites},
         unit=unit,
         config=config,
+        block_size=size,
     )
     _hang(sites)
     # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
     text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
     setattr(model, _GATES_ATTRIBUTE, head_gates)
     return head_gates
+
+
+def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> int | None:
+    """Return the size of a model's blocks as `attach` is asked for them, None for none.
+
+    Raises:
+        UnsupportedModel: it has none.
+        InputError: the size does not fit its layers.
+    """
+    if blocks is False:
+        return None
+    sites = layout.block_sites(model, None if blocks is True else blocks)
+    if not sites:
+        raise UnsupportedModel(
+            f"The model, of type {model.config.model_type!r}, has no feed-forward layers whose hidden units could be "
+            "cut in blocks; leave blocks out."
+        )
+    return sites[0].unit_dim
+
+
+def _relative_costs(layout: Layout, sites: Sequence[Site]) -> dict[Layer, float]:
+    """Return what an open gate costs: 1 for heads, for blocks their parameters over those of the mean head."""
+    sizes = {site.key: _unit_parameters(layout, site) for site in sites if site.units}
+    heads = [
+        size for site in sites if site.units and not site.has_blocks for size in [sizes[site.key]] * len(site.units)
+    ]
+    mean = sum(heads) / len(heads) if heads else 1.0
+    return {site.key: sizes[site.key] / mean if site.has_blocks else 1.0 for site in sites if site.units}
+
+
+def _unit_parameters(layout: Layout, site: Site) -> float:
+    parts = layout.selections(site, site.units)
+    return sum(site.module.get_parameter(part.path).numel() for part in parts) / len(site.units)
 
 
 def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
@@ -179,16 +225,16 @@ def rehang(model: PreTrainedModel | nn.Module) -> None:
         return
     for module in model.modules():
         _remove_hooks(module, _GateInput)
-    _hang(find_layout(model).sites(model, gates.unit))
+    _hang(find_layout(model).all_sites(model, gates.unit, gates.block_size))
     for _, gate in gates:
         gate.log_alpha_bias.requires_grad_()
 
 
-def _hang(sites: Sequence[AttentionSite]) -> None:
+def _hang(sites: Sequence[Site]) -> None:
     for site in sites:
         gate = site.module._modules.get(_GATE_NAME)
         if isinstance(gate, HeadGate):
-            site.output.register_forward_pre_hook(_GateInput(gate, site.head_dim))
+            site.output.register_forward_pre_hook(_GateInput(gate, site.unit_dim))
 
 
 def _remove_hooks(module: nn.Module, *kinds: type) -> None:

@@ -42,11 +42,14 @@ def _weights(gate: HeadGate, weighting: Weighting) -> Tensor:
 
 
 def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
-    """Return Σ w P(z > 0) over all heads (paper, the L0 term), with gradient (0-dimensional)."""
+    """Return Σ w P(z > 0) over all heads (paper, the L0 term), and blocks by their cost, with gradient (0-dim.)."""
     if weighting == "plain" or not len(gates):
         return gates.l0()
     return torch.stack(
-        [(_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config)).sum() for _, gate in gates]
+        [
+            (_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config)).sum() * gate.cost
+            for _, gate in gates
+        ]
     ).sum()
 
 

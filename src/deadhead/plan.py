@@ -1,4 +1,8 @@
-"""The head plan: which heads of each layer stay. The one noun that learned gates, heuristics and people share."""
+"""The head plan: which heads of each layer stay. The one noun that learned gates, heuristics and people share.
+
+A plan may also say which blocks stay: runs of hidden units of a layer's feed-forward part, or of persistent vectors.
+Heads and blocks together are units. A unit's key is its layer for heads, and `block_key(layer)` for blocks.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,32 @@ Layer = int | str
 
 Unit = Literal["head", "kv_group"]
 
-_VERSION = 1
-# Version 2 adds "blocks", which name parts of feed-forward layers.
+# Version 2 adds "blocks".
+_VERSIONS = (1, 2)
 _KEYS = {"version", "unit", "total", "kept", "output_scale", "blocks"}
+_BLOCK_KEYS = {"size", "total", "kept"}
 _MOST_HEADS = 100_000
+_BLOCKS = "blocks."
 
 
 def layer_key(key: Layer) -> Layer:
     """Return a layer's key as it is in memory: JSON writes indices as strings."""
     return int(key) if isinstance(key, str) and re.fullmatch("[0-9]+", key) else key
+
+
+def block_key(layer: Layer) -> str:
+    """Return the key of a layer's blocks among all units."""
+    return f"{_BLOCKS}{layer}"
+
+
+def is_block_key(key: Layer) -> bool:
+    """Tell whether a key is of a layer's blocks, not of its heads."""
+    return isinstance(key, str) and key.startswith(_BLOCKS)
+
+
+def plain_key(key: Layer) -> Layer:
+    """Return the layer that a key of units is of."""
+    return layer_key(key[len(_BLOCKS) :]) if isinstance(key, str) and is_block_key(key) else key
 
 
 def _by_layer(values: Mapping[Layer, Any], what: str) -> dict[Layer, Any]:
@@ -42,6 +63,101 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _checked_total(values: Mapping[Layer, Any], unit: str) -> dict[Layer, int]:
+    total = _by_layer(values, f"totals of {unit}s" if unit == "block" else "totals")
+    if not total:
+        raise InputError("A head plan's totals must name at least one layer, but they are empty.")
+    for layer, count in total.items():
+        if not _is_count(count) or count == 0:
+            raise InputError(f"A head plan must give layer {layer} at least one {unit} in all, but gives {count!r}.")
+        if count > _MOST_HEADS:
+            raise InputError(f"A head plan gives layer {layer} {count} {unit}s, but no model has over {_MOST_HEADS}.")
+    return total
+
+
+def _checked_kept(values: Mapping[Layer, Any], total: Mapping[Layer, int], unit: str) -> dict[Layer, tuple[int, ...]]:
+    kept: dict[Layer, tuple[int, ...]] = {layer: tuple(range(count)) for layer, count in total.items()}
+    for layer, indices in _by_layer(values, f"kept {unit}s").items():
+        if layer not in total:
+            names = ", ".join(str(name) for name in total)
+            raise InputError(f"The head plan names layer {layer}, but its totals have only: {names}.")
+        kept[layer] = _checked_indices(layer, indices, total[layer], unit)
+    return kept
+
+
+def _checked_indices(layer: Layer, kept: Any, count: int, unit: str) -> tuple[int, ...]:
+    if isinstance(kept, (str, bytes)) or not isinstance(kept, Iterable):
+        raise InputError(f"The {unit}s kept in layer {layer} must be a list of numbers, but are {kept!r}.")
+    indices = list(kept)
+    for index in indices:
+        if not _is_count(index) or index >= count:
+            raise InputError(
+                f"The head plan keeps {unit} {index!r} of layer {layer}, but its {unit}s are numbered 0 to {count - 1}."
+            )
+    if len(set(indices)) != len(indices):
+        raise InputError(f"The head plan names a {unit} of layer {layer} twice: {indices}.")
+    return tuple(sorted(indices))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """Layer → indices of the blocks that stay, counted in the original dense model.
+
+    Args:
+        size: hidden units, or persistent vectors, of a block.
+        kept: the blocks that stay, by layer; a layer that is not named keeps all of its blocks.
+        total: how many blocks each layer has in the dense model.
+
+    Raises:
+        InputError: a layer or a block is named that the totals don't have, or a block is named twice.
+    """
+
+    size: int
+    kept: Mapping[Any, Sequence[int]]
+    total: Mapping[Any, int]
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.size) or self.size == 0:
+            raise InputError(f"A head plan's block size must be a number above 0, but it is {self.size!r}.")
+        total = _checked_total(self.total, "block")
+        object.__setattr__(self, "kept", _checked_kept(self.kept, total, "block"))
+        object.__setattr__(self, "total", total)
+
+    def __hash__(self) -> int:
+        return hash((self.size, tuple(self.kept.items()), tuple(self.total.items())))
+
+    @property
+    def blocks(self) -> list[int]:
+        """How many blocks stay, one number a layer that has any."""
+        return [len(blocks) for blocks in self.kept.values()]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the dense model's blocks that go, in [0, 1]."""
+        return 1.0 - sum(self.blocks) / sum(self.total.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return {
+            "size": self.size,
+            "total": {str(layer): count for layer, count in self.total.items()},
+            "kept": {str(layer): list(blocks) for layer, blocks in self.kept.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> BlockPlan:
+        """Read a plan from JSON values.
+
+        Raises:
+            InputError: the values are not those of blocks.
+        """
+        if not isinstance(values, dict) or set(values) != _BLOCK_KEYS:
+            raise InputError('A head plan\'s "blocks" must be a JSON object with "size", "total" and "kept".')
+        if not isinstance(values["total"], dict) or not isinstance(values["kept"], dict):
+            raise InputError('"total" and "kept" of a head plan\'s "blocks" must be JSON objects, one entry a layer.')
+        return cls(**values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadPlan:
     """Layer → indices of the heads that stay, counted in the original dense model.
@@ -52,6 +168,7 @@ class HeadPlan:
         unit: what an index names: a query ``head`` or a ``kv_group`` (a key/value head with its query heads).
         output_scale: whether each layer's output is multiplied by heads before / heads kept, as the gates that
             learned the plan did (paper, section on attention output scaling). Plans made by hand leave it off.
+        blocks: the blocks that stay; None where a plan has no say in them.
 
     Raises:
         InputError: a layer or a head is named that the totals don't have, or a head is named twice.
@@ -62,50 +179,66 @@ class HeadPlan:
     total: Mapping[Any, int]
     unit: Unit = "head"
     output_scale: bool = field(default=False)
+    blocks: BlockPlan | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in ("head", "kv_group"):
             raise InputError(f"A head plan's unit must be 'head' or 'kv_group', but it is {self.unit!r}.")
         if not isinstance(self.output_scale, bool):
             raise InputError(f"A head plan's output_scale must be true or false, but it is {self.output_scale!r}.")
-        total = _by_layer(self.total, "totals")
-        if not total:
-            raise InputError("A head plan's totals must name at least one layer, but they are empty.")
-        for layer, count in total.items():
-            if not _is_count(count) or count == 0:
-                raise InputError(f"A head plan must give layer {layer} at least one head in all, but gives {count!r}.")
-            if count > _MOST_HEADS:
-                raise InputError(f"A head plan gives layer {layer} {count} heads, but no model has over {_MOST_HEADS}.")
-        kept: dict[Layer, tuple[int, ...]] = {layer: tuple(range(count)) for layer, count in total.items()}
-        for layer, heads in _by_layer(self.kept, "kept heads").items():
-            if layer not in total:
-                names = ", ".join(str(name) for name in total)
-                raise InputError(f"The head plan names layer {layer}, but its totals have only: {names}.")
-            kept[layer] = self._checked(layer, heads, total[layer])
+        total = _checked_total(self.total, "head")
+        object.__setattr__(self, "kept", _checked_kept(self.kept, total, "head"))
         object.__setattr__(self, "total", total)
-        object.__setattr__(self, "kept", kept)
-
-    @staticmethod
-    def _checked(layer: Layer, heads: Iterable[int], count: int) -> tuple[int, ...]:
-        if isinstance(heads, (str, bytes)) or not isinstance(heads, Iterable):
-            raise InputError(f"The heads kept in layer {layer} must be a list of numbers, but are {heads!r}.")
-        indices = list(heads)
-        for head in indices:
-            if not _is_count(head) or head >= count:
-                raise InputError(
-                    f"The head plan keeps head {head!r} of layer {layer}, but its heads are numbered 0 to {count - 1}."
-                )
-        if len(set(indices)) != len(indices):
-            raise InputError(f"The head plan names a head of layer {layer} twice: {indices}.")
-        return tuple(sorted(indices))
 
     def __hash__(self) -> int:
-        return hash((tuple(self.kept.items()), tuple(self.total.items()), self.unit, self.output_scale))
+        return hash((tuple(self.kept.items()), tuple(self.total.items()), self.unit, self.output_scale, self.blocks))
 
     @classmethod
     def keep_all(cls, total: Mapping[Any, int], *, unit: Unit = "head") -> HeadPlan:
         """Return the plan that cuts nothing."""
         return cls(kept={}, total=total, unit=unit)
+
+    @classmethod
+    def of_units(
+        cls,
+        kept: Mapping[Any, Sequence[int]],
+        total: Mapping[Any, int],
+        *,
+        unit: Unit,
+        output_scale: bool = False,
+        block_size: int | None = None,
+    ) -> HeadPlan:
+        """Return the plan that keeps some units, of heads and blocks alike.
+
+        Args:
+            kept: the units that stay, by key.
+            total: units of the dense model, by key.
+            unit: what a head's index names.
+            output_scale: see `HeadPlan`.
+            block_size: of the blocks, if there are any among the keys.
+        """
+
+        def blocks_of(values: Mapping[Any, Any]) -> dict[Layer, Any]:
+            return {plain_key(key): value for key, value in values.items() if is_block_key(key)}
+
+        blocks = None
+        if block_size is not None:
+            blocks = BlockPlan(size=block_size, kept=blocks_of(kept), total=blocks_of(total))
+        return cls(
+            kept={key: heads for key, heads in kept.items() if not is_block_key(key)},
+            total={key: count for key, count in total.items() if not is_block_key(key)},
+            unit=unit,
+            output_scale=output_scale,
+            blocks=blocks,
+        )
+
+    @property
+    def units(self) -> dict[Layer, tuple[int, ...]]:
+        """The units that stay, heads and blocks, by key."""
+        kept: dict[Layer, tuple[int, ...]] = {layer: tuple(heads) for layer, heads in self.kept.items()}
+        if self.blocks is not None:
+            kept |= {block_key(layer): tuple(blocks) for layer, blocks in self.blocks.kept.items()}
+        return kept
 
     @property
     def heads(self) -> list[int]:
@@ -125,11 +258,12 @@ class HeadPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
         return {
-            "version": _VERSION,
+            "version": 1 if self.blocks is None else 2,
             "unit": self.unit,
             "total": {str(layer): count for layer, count in self.total.items()},
             "kept": {str(layer): list(heads) for layer, heads in self.kept.items()},
             "output_scale": self.output_scale,
+            **({} if self.blocks is None else {"blocks": self.blocks.to_dict()}),
         }
 
     @classmethod
@@ -144,11 +278,9 @@ class HeadPlan:
         unknown = sorted(set(values) - _KEYS)
         if unknown:
             raise InputError(f"The head plan has an unknown key {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}.")
-        version = values.get("version", _VERSION)
-        if isinstance(version, bool) or version not in (_VERSION, 2):
+        version = values.get("version", 1)
+        if isinstance(version, bool) or version not in _VERSIONS:
             raise InputError(f"The head plan has version {version!r}, but this deadhead reads 1 and 2.")
-        if values.get("blocks"):
-            raise InputError("The head plan also names feed-forward blocks to cut, which this deadhead cannot do yet.")
         if not isinstance(values["total"], dict) or not isinstance(values["kept"], dict):
             raise InputError('A head plan\'s "total" and "kept" must be JSON objects with one entry a layer.')
         return cls(
@@ -156,6 +288,7 @@ class HeadPlan:
             total=values["total"],
             unit=cast(Unit, values.get("unit", "head")),
             output_scale=values.get("output_scale", False),
+            blocks=BlockPlan.from_dict(values["blocks"]) if values.get("blocks") else None,
         )
 
     def to_json(self, path: str | Path) -> None:

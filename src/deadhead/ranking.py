@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deadhead.errors import InputError
-from deadhead.plan import HeadPlan, Layer, Unit
+from deadhead.plan import HeadPlan, Layer, Unit, is_block_key
 
 Ranking = Literal["global", "layer"]
 
@@ -26,6 +26,7 @@ class HeadScores:
         total: heads of each layer of the original dense model.
         unit: what an index names.
         output_scale: what the plan is to say of it; False for scores that were taken without gates.
+        block_size: size of the blocks that have scores too, under keys of their own, or None.
     """
 
     scores: Mapping[Any, Tensor]
@@ -33,9 +34,12 @@ class HeadScores:
     total: Mapping[Any, int]
     unit: Unit
     output_scale: bool = False
+    block_size: int | None = None
 
     def plan(self, sparsity: float, *, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that drops a share of the heads there are now, those with the lowest scores.
+
+        The same share goes of the blocks, if they have scores.
 
         Args:
             sparsity: the share, in [0, 1]; heads that must go are among them, even if they are more.
@@ -48,10 +52,10 @@ class HeadScores:
             raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
         if ranking not in ("global", "layer"):
             raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
-        if any(bool(values.isnan().any()) for values in self.scores.values()):
-            raise InputError("Some heads have a score that is not a number, so they cannot be ranked.")
+        self._require_numbers()
         layers: list[Layer] = [layer for layer, heads in self.heads.items() if heads]
-        groups = [layers] if ranking == "global" else [[layer] for layer in layers]
+        kinds = [[layer for layer in layers if is_block_key(layer) == is_block] for is_block in (False, True)]
+        groups = kinds if ranking == "global" else [[layer] for layer in layers]
         kept: dict[Any, tuple[int, ...]] = dict.fromkeys(self.heads, ())
         for group in groups:
             values = torch.cat([self.scores[layer].flatten() for layer in group]) if group else torch.empty(0)
@@ -60,4 +64,13 @@ class HeadScores:
             parts = stays.split([len(self.heads[layer]) for layer in group]) if group else ()
             for layer, part in zip(group, parts, strict=True):
                 kept[layer] = tuple(head for head, stay in zip(self.heads[layer], part.tolist(), strict=True) if stay)
-        return HeadPlan(kept=kept, total=self.total, unit=self.unit, output_scale=self.output_scale)
+        return self._plan_of(kept)
+
+    def _plan_of(self, kept: Mapping[Any, tuple[int, ...]]) -> HeadPlan:
+        return HeadPlan.of_units(
+            kept, self.total, unit=self.unit, output_scale=self.output_scale, block_size=self.block_size
+        )
+
+    def _require_numbers(self) -> None:
+        if any(bool(values.isnan().any()) for values in self.scores.values()):
+            raise InputError("Some heads have a score that is not a number, so they cannot be ranked.")

@@ -8,7 +8,7 @@ import torch
 import deadhead.layouts
 from deadhead.cutting import cut
 from deadhead.errors import UnsupportedModel
-from deadhead.layouts import AttentionSite, Layout, find_layout, head_columns, register
+from deadhead.layouts import Layout, Site, find_layout, head_columns, register
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.plan import HeadPlan
 from tests.helpers import tiny_model
@@ -17,13 +17,13 @@ from tests.helpers import tiny_model
 def test_sites_name_the_heads_there_are_and_those_there_were() -> None:
     model = tiny_model()
     for layer, site in enumerate(AllAttentionLayout().sites(model, "head")):
-        assert (site.layer, site.heads, site.total, site.head_dim) == (layer, (0, 1, 2, 3), 4, 4)
+        assert (site.layer, site.units, site.total, site.unit_dim) == (layer, (0, 1, 2, 3), 4, 4)
         assert site.module is model.model.layers[layer].attention
         assert site.output is model.model.layers[layer].attention.o_proj
         assert head_columns(site.output).shape == (16, 16)
     cut(model, HeadPlan(kept={0: [3, 1], 2: []}, total=dict.fromkeys(range(3), 4)))
     sites = AllAttentionLayout().sites(model, "head")
-    assert [site.heads for site in sites] == [(1, 3), (0, 1, 2, 3), ()]
+    assert [site.units for site in sites] == [(1, 3), (0, 1, 2, 3), ()]
     assert [site.total for site in sites] == [4, 4, 4]
     for part in AllAttentionLayout().selections(sites[0], (3,)):
         assert 2 * len(part.index) == sites[0].module.get_parameter(part.path).shape[part.dim]
@@ -56,7 +56,7 @@ def test_a_layout_must_answer_every_question() -> None:
 def test_per_token_slices_are_the_projections_of_tokens() -> None:
     model = tiny_model(projection_bias=True)
     (site, *_) = AllAttentionLayout().sites(model, "head")
-    assert isinstance(site, AttentionSite)
-    per_token = {part.path for part in AllAttentionLayout().selections(site, site.heads) if part.per_token}
+    assert isinstance(site, Site)
+    per_token = {part.path for part in AllAttentionLayout().selections(site, site.units) if part.per_token}
     assert per_token == {f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     assert torch.equal(head_columns(site.output), model.model.layers[0].attention.o_proj.weight)

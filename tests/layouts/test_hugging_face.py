@@ -178,7 +178,7 @@ def _all_parts() -> list[tuple[str, str]]:
         model = tiny_model(model_type)
         layout = HuggingFaceLayout()
         site = layout.sites(model, layout.units(model)[0])[-1]
-        found += [(model_type, part.path) for part in layout.selections(site, site.heads)]
+        found += [(model_type, part.path) for part in layout.selections(site, site.units)]
     # Without rotary positions a key's bias adds the same to all scores of a query, and the softmax takes it away.
     return [pair for pair in found if pair not in (("opt", "k_proj.bias"), ("bert", "self.key.bias"))]
 
@@ -192,7 +192,7 @@ def test_a_tensor_whose_rows_are_shifted_is_found_out_and_nothing_changes(
     unit = layout.units(model)[0]
     sites = layout.sites(model, unit)
     plan = HeadPlan(
-        kept={site.layer: site.heads[: len(site.heads) // 2] for site in sites},
+        kept={site.layer: site.units[: len(site.units) // 2] for site in sites},
         total={site.layer: site.total for site in sites},
         unit=unit,
     )

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts.all_attention import AllAttentionLayout
-from deadhead.layouts.base import AttentionSite, Layout, Selection, head_columns
+from deadhead.layouts.base import Layout, Selection, Site, head_columns
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 
 _LAYOUTS: list[Layout] = []
@@ -36,4 +36,4 @@ def find_layout(model: PreTrainedModel) -> Layout:
 register(AllAttentionLayout())
 register(HuggingFaceLayout())
 
-__all__ = ["AttentionSite", "Layout", "Selection", "find_layout", "head_columns", "register"]
+__all__ = ["Layout", "Selection", "Site", "find_layout", "head_columns", "register"]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deadhead.layouts.base import AttentionSite, Layout, Selection, head_columns
+from deadhead.layouts.base import Layout, Selection, Site, head_columns
+from deadhead.layouts.feed_forward import FeedForwardSite, feed_forward_selections, feed_forward_sites
 from deadhead.models import OWN_TYPES
-from deadhead.models.all_attention.layer import AllAttention, AllAttentionLayer, OutputBias
+from deadhead.models.all_attention.layer import AllAttention, OutputBias
+from deadhead.models.all_attention.layer import FeedForward as FeedForwardLayer
 from deadhead.models.all_attention.modeling import AllAttentionModel
+from deadhead.models.pruned.feed_forward import FeedForward
 from deadhead.plan import HeadPlan, Unit
 
 
@@ -24,25 +27,45 @@ class AllAttentionLayout(Layout):
         # By name, not by class: a checkpoint loaded with remote code brings its own copy of the class.
         return model.config.model_type in OWN_TYPES
 
-    def sites(self, model: PreTrainedModel, unit: Unit) -> list[AttentionSite]:
+    def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return the attention module of every layer."""
         return [
-            AttentionSite(
+            Site(
                 layer=index,
                 module=attention,
                 output_path="o_proj",
-                head_dim=model.config.head_dim,
-                heads=attention.heads,
+                unit_dim=model.config.head_dim,
+                units=attention.heads,
                 total=model.config.num_attention_heads,
             )
             for index, attention in enumerate(_attentions(model))
         ]
 
-    def selections(self, site: AttentionSite, heads: tuple[int, ...]) -> Sequence[Selection]:
+    def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
+        """Return the feed-forward layers of a Transformer-XL."""
+        found = [
+            FeedForward(
+                key=index,
+                path=f"layers.{index}.feed_forward",
+                module=layer.feed_forward,
+                inputs=("up_proj",),
+                output_path="down_proj",
+                width=layer.feed_forward.width,
+                copies=1,
+            )
+            for index, layer in enumerate(_layers(model))
+            if model.config.feed_forward_size
+        ]
+        plan = self.recorded_plan(model)
+        return [*feed_forward_sites(found, size, None if plan is None else plan.blocks)]
+
+    def selections(self, site: Site, units: tuple[int, ...]) -> Sequence[Selection]:
         """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O."""
+        if isinstance(site, FeedForwardSite):
+            return feed_forward_selections(site, units)
         names = {name for name, _ in site.module.named_parameters()}
-        width = site.head_dim
-        local = torch.tensor([site.heads.index(head) for head in heads], dtype=torch.long)
+        width = site.unit_dim
+        local = torch.tensor([site.units.index(head) for head in units], dtype=torch.long)
         wide = (local[:, None] * width + torch.arange(width)).flatten()
         # W_R is applied once a pass to the table of positions, not to tokens.
         rows = ["r_proj.weight", *(f"{letter}_proj.bias" for letter in "qkvr")]
@@ -55,22 +78,29 @@ class AllAttentionLayout(Layout):
         ]
 
     @torch.no_grad()
-    def shrink(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
+    def shrink(self, site: Site, units: tuple[int, ...]) -> None:
         """Select the rows that are left; a layer without any keeps nothing but the bias b_O."""
-        module = _attention(site)
-        for part in self.selections(site, heads):
+        for part in self.selections(site, units):
             owner_path, _, name = part.path.rpartition(".")
-            owner = module.get_submodule(owner_path)
+            owner = site.module.get_submodule(owner_path)
             old = getattr(owner, name)
             new = old.index_select(part.dim, part.index.to(old.device))
             setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
             if isinstance(owner, nn.Linear):
                 owner.out_features, owner.in_features = owner.weight.shape
-        module.heads = heads
-        if heads:
-            return
         output_bias = OutputBias(head_columns(site.output).shape[0])
         output_bias.bias = site.output.bias  # type: ignore[assignment]
+        if isinstance(site, FeedForwardSite):
+            inner = cast(FeedForwardLayer, site.module)
+            inner.width = len(units) * site.unit_dim
+            if not units:
+                del inner.up_proj
+                inner.down_proj = output_bias
+            return
+        module = _attention(site)
+        module.heads = units
+        if units:
+            return
         for name in [name for name, _ in module.named_children()]:
             delattr(module, name)
         for name in [name for name, _ in module.named_parameters(recurse=False)]:
@@ -86,11 +116,13 @@ class AllAttentionLayout(Layout):
         recorded = model.config.head_plan
         return None if recorded is None else HeadPlan.from_dict(recorded)
 
-    def context_flops(self, site: AttentionSite, length: int) -> Mapping[str, float]:
+    def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
         """Count scores and weighted sums: 2 FLOPs a multiply-add, twice for content, once more for positions."""
+        if site.has_blocks:
+            return {}
         config = _attention(site).config
         window = min(length + 1, config.memory_length + 1)
-        width = site.head_dim * len(site.heads)
+        width = site.unit_dim * len(site.units)
         # Positions are scored for the whole window before those outside the text are left out.
         position = 0 if config.position == "rotary" else 2 * (config.memory_length + 1) * width
         return {
@@ -99,16 +131,22 @@ class AllAttentionLayout(Layout):
             "persistent": 4.0 * config.num_persistent * width,
         }
 
-    def cache_values(self, site: AttentionSite, length: int) -> int:
+    def cache_values(self, site: Site, length: int) -> int:
         """Count keys and values of at most M positions."""
-        return 2 * site.head_dim * len(site.heads) * min(length, _attention(site).config.memory_length)
+        if site.has_blocks:
+            return 0
+        return 2 * site.unit_dim * len(site.units) * min(length, _attention(site).config.memory_length)
 
 
 def _attentions(model: PreTrainedModel) -> list[AllAttention]:
-    layers = cast(AllAttentionModel, model.base_model).layers
-    return [cast(AllAttentionLayer, layer).attention for layer in layers]
+    return [layer.attention for layer in _layers(model)]
 
 
-def _attention(site: AttentionSite) -> AllAttention:
+def _layers(model: PreTrainedModel) -> list[Any]:
+    # Any: a checkpoint loaded with remote code brings its own copies of the classes.
+    return list(cast(AllAttentionModel, model.base_model).layers)
+
+
+def _attention(site: Site) -> AllAttention:
     # A cast, not a check: a checkpoint loaded with remote code brings its own copy of the class.
     return cast(AllAttention, site.module)

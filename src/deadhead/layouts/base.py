@@ -1,7 +1,11 @@
-"""What deadhead must know of an architecture: where its heads are, and which slices of which tensors they own."""
+"""What deadhead must know of an architecture: where its units are, and which slices of which tensors they own.
+
+Units are heads (or key/value groups), and blocks: runs of hidden units of a feed-forward layer.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +15,16 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.models.pruned.structure import output_dim, weight_of
-from deadhead.plan import HeadPlan, Layer, Unit
+from deadhead.plan import BlockPlan, HeadPlan, Layer, Unit, block_key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is left of one tensor of an attention module when some of its heads go.
+    """What is left of one tensor of a module when some of its units go.
 
     Args:
-        path: name of the parameter, from the attention module, such as ``q_proj.weight``.
-        dim: the dimension along which heads lie.
+        path: name of the parameter, from the module, such as ``q_proj.weight``.
+        dim: the dimension along which units lie.
         index: (n,) the rows along `dim` that stay, in their new order.
         per_token: whether every number in it takes part in one multiply-add for each token, as a projection's do.
     """
@@ -32,24 +36,31 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSite:
-    """One attention module with heads that can be gated and cut.
+class Site:
+    """One module with units, heads or blocks, that can be gated and cut.
 
     Args:
-        layer: the plan's key.
-        module: the attention module.
-        output_path: name of the output projection in `module`; its input is the heads' outputs side by side.
-        head_dim: E, width of one gated unit in that input.
-        heads: indices, in the original dense model, of the units there are now; () for an emptied layer.
+        layer: the plan's key of the layer.
+        module: the module.
+        output_path: name of the output projection in `module`; its input is the units' outputs side by side.
+        unit_dim: E, width of one unit in that input.
+        units: indices, in the original dense model, of the units there are now; () for an emptied one.
         total: units of the original dense model.
+        has_blocks: whether its units are blocks, not heads.
     """
 
     layer: Layer
     module: nn.Module
     output_path: str
-    head_dim: int
-    heads: tuple[int, ...]
+    unit_dim: int
+    units: tuple[int, ...]
     total: int
+    has_blocks: bool = False
+
+    @property
+    def key(self) -> Layer:
+        """The key of its units in a plan."""
+        return block_key(self.layer) if self.has_blocks else self.layer
 
     @property
     def output(self) -> nn.Module:
@@ -95,24 +106,41 @@ class Layout(ABC):
         return False
 
     @abstractmethod
-    def sites(self, model: PreTrainedModel, unit: Unit) -> list[AttentionSite]:
+    def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return the attention modules of `model`, one a layer, emptied ones included.
 
         Raises:
             UnsupportedModel: none can be pruned; the message says why.
         """
 
-    @abstractmethod
-    def selections(self, site: AttentionSite, heads: tuple[int, ...]) -> Sequence[Selection]:
-        """Return what is left of every tensor with heads in it, the output projection included, if `heads` stay."""
+    def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
+        """Return the modules of `model` with blocks that can be cut, emptied ones included; none by default.
 
-    def observe(self, site: AttentionSite) -> Callable[[], None]:
+        Args:
+            model: it.
+            size: of a block; None: as the model was cut by, or one that `choose_block_size` chooses.
+
+        Raises:
+            InputError: such blocks cannot be had.
+        """
+        return []
+
+    def all_sites(self, model: PreTrainedModel, unit: Unit, block_size: int | None) -> list[Site]:
+        """Return the sites of heads, and those of blocks if a size is given."""
+        blocks = [] if block_size is None else self.block_sites(model, block_size)
+        return [*self.sites(model, unit), *blocks]
+
+    @abstractmethod
+    def selections(self, site: Site, units: tuple[int, ...]) -> Sequence[Selection]:
+        """Return what is left of every tensor with units in it, the output projection included, if `units` stay."""
+
+    def observe(self, site: Site) -> Callable[[], None]:
         """Begin to watch a module that is about to run, for what `shrink` must know; return what ends it."""
         return lambda: None
 
     @abstractmethod
-    def shrink(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
-        """Take all but `heads` out of the module, in place."""
+    def shrink(self, site: Site, units: tuple[int, ...]) -> None:
+        """Take all but `units` out of the module, in place."""
 
     @abstractmethod
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
@@ -123,14 +151,52 @@ class Layout(ABC):
         """Return the plan the model was cut by, or None for a dense model."""
 
     @abstractmethod
-    def context_flops(self, site: AttentionSite, length: int) -> Mapping[str, float]:
-        """Return the FLOPs all heads spend for one query outside their projections, by the part that spends them.
+    def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
+        """Return the FLOPs all units spend for one query outside their projections, by the part that spends them.
 
         Args:
-            site: the attention module.
+            site: the module.
             length: positions before the query in the text.
         """
 
     @abstractmethod
-    def cache_values(self, site: AttentionSite, length: int) -> int:
+    def cache_values(self, site: Site, length: int) -> int:
         """Return how many numbers the module keeps in the key/value cache after `length` positions."""
+
+
+_LARGEST_BLOCK = 128
+# So that a layer's width can be chosen in steps of an eighth at most.
+_FEWEST_BLOCKS = 8
+
+
+def choose_block_size(widths: Sequence[int], asked: int | None, recorded: BlockPlan | None) -> int:
+    """Return the size of the blocks of a model's layers.
+
+    Args:
+        widths: hidden units of each layer of the dense model.
+        asked: the size that was asked for, or None: the largest power of two that divides all widths, up to 128 and an
+            eighth of a layer; matrices whose sides are multiples of 64 or 128 are the fastest.
+        recorded: the blocks that the model was cut by.
+
+    Raises:
+        InputError: the size does not divide a width, or is not the one that the model was cut by.
+    """
+    if recorded is not None:
+        if asked not in (None, recorded.size):
+            raise InputError(
+                f"This model was cut in blocks of {recorded.size}, but a block size of {asked} was asked for; leave it "
+                "out."
+            )
+        return recorded.size
+    if asked is None:
+        common = math.gcd(*widths)
+        power = common & -common
+        while power > 1 and (power > _LARGEST_BLOCK or power * _FEWEST_BLOCKS > min(widths)):
+            power //= 2
+        return power
+    if asked < 1 or any(width % asked for width in widths):
+        raise InputError(
+            f"The block size must divide the width of every layer, {sorted(set(widths))}, but it is {asked}; "
+            f"{choose_block_size(widths, None, None)} would do."
+        )
+    return asked

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
-from deadhead.layouts.base import AttentionSite, Layout, Selection
+from deadhead.layouts.base import Layout, Selection, Site
+from deadhead.layouts.feed_forward import FeedForwardSite, feed_forward_selections, feed_forward_sites
+from deadhead.models.pruned.feed_forward import block_rows, find_feed_forwards, shrink_feed_forward
 from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
 from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, rows_of, shrink
 from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
@@ -19,7 +21,7 @@ from deadhead.plan import HeadPlan, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFaceSite(AttentionSite):
+class HuggingFaceSite(Site):
     """A site with what is known of its structure.
 
     Args:
@@ -36,7 +38,7 @@ class HuggingFaceSite(AttentionSite):
         """Return the heads of units `kept` by the index they have in the module now."""
         assert self.attention is not None
         dense = dense_heads(self.attention)
-        now = heads_of(self.unit, self.heads, *dense)
+        now = heads_of(self.unit, self.units, *dense)
         later = heads_of(self.unit, kept, *dense)
         queries = tuple(now.queries.index(head) for head in later.queries)
         if not queries:
@@ -70,7 +72,7 @@ class HuggingFaceLayout(Layout):
         sizes = [dense_heads(attention) for attention in find_attentions(model)[0]]
         return any(1 < num_kv_heads < num_heads for num_heads, num_kv_heads in sizes)
 
-    def sites(self, model: PreTrainedModel, unit: Unit) -> list[AttentionSite]:
+    def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return every module of the text stack whose structure is known.
 
         Raises:
@@ -87,7 +89,7 @@ class HuggingFaceLayout(Layout):
             raise UnsupportedModel(f"deadhead cannot prune heads of models of type {kind!r}: {why}.")
         plan = self.recorded_plan(model)
         paths = [attention.path for attention in attentions] + list(emptied(model)) + list(refused)
-        sites: dict[Any, AttentionSite] = {}
+        sites: dict[Any, Site] = {}
         for attention in attentions:
             num_heads, num_kv_heads = dense_heads(attention)
             total = num_heads if unit == "head" else num_kv_heads
@@ -96,8 +98,8 @@ class HuggingFaceLayout(Layout):
                 layer=attention.key,
                 module=attention.module,
                 output_path=attention.output_path,
-                head_dim=attention.head_dim * attention.num_heads // len(heads),
-                heads=heads,
+                unit_dim=attention.head_dim * attention.num_heads // len(heads),
+                units=heads,
                 total=total,
                 attention=attention,
                 unit=unit,
@@ -109,19 +111,26 @@ class HuggingFaceLayout(Layout):
                 layer=key,
                 module=module,
                 output_path="",
-                head_dim=1,
-                heads=(),
+                unit_dim=1,
+                units=(),
                 total=num_heads if unit == "head" else num_kv_heads,
                 attention=None,
                 unit=unit,
             )
         return sorted(sites.values(), key=lambda site: (isinstance(site.layer, str), site.layer))
 
-    def selections(self, site: AttentionSite, heads: tuple[int, ...]) -> Sequence[Selection]:
+    def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
+        """Return every feed-forward layer of the text stack that is not one of experts."""
+        plan = self.recorded_plan(model)
+        return [*feed_forward_sites(find_feed_forwards(model), size, None if plan is None else plan.blocks)]
+
+    def selections(self, site: Site, units: tuple[int, ...]) -> Sequence[Selection]:
         """Return the rows of every part of the structure."""
+        if isinstance(site, FeedForwardSite):
+            return feed_forward_selections(site, units)
         found = cast(HuggingFaceSite, site)
         assert found.attention is not None
-        present = found.present(heads)
+        present = found.present(units)
         return [
             Selection(
                 path=part.path,
@@ -134,16 +143,19 @@ class HuggingFaceLayout(Layout):
             for part in found.attention.parts
         ]
 
-    def shrink(self, site: AttentionSite, heads: tuple[int, ...]) -> None:
+    def shrink(self, site: Site, units: tuple[int, ...]) -> None:
         """Shrink the module as the checkpoint's own code does when it is loaded."""
+        if isinstance(site, FeedForwardSite):
+            shrink_feed_forward(site.feed_forward, block_rows(site.present(units), site.unit_dim))
+            return
         found = cast(HuggingFaceSite, site)
         assert found.attention is not None
-        shrink(found.attention, found.present(heads), found.outputs[-1] if found.outputs else 2)
+        shrink(found.attention, found.present(units), found.outputs[-1] if found.outputs else 2)
 
-    def observe(self, site: AttentionSite) -> Callable[[], None]:
+    def observe(self, site: Site) -> Callable[[], None]:
         """Note, when the module runs next, how many values it returns: an emptied one must return as many."""
         found = cast(HuggingFaceSite, site)
-        if found.attention is None:
+        if site.has_blocks or found.attention is None:
             return lambda: None
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -177,19 +189,21 @@ class HuggingFaceLayout(Layout):
         recorded = getattr(model.config, "head_plan", None)
         return None if recorded is None else HeadPlan.from_dict(recorded)
 
-    def context_flops(self, site: AttentionSite, length: int) -> Mapping[str, float]:
+    def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
         """Count scores and weighted sums, 2 FLOPs a multiply-add."""
-        return {"context": 4.0 * min(length + 1, _window(site) or length + 1) * site.head_dim * len(site.heads)}
+        if site.has_blocks:
+            return {}
+        return {"context": 4.0 * min(length + 1, _window(site) or length + 1) * site.unit_dim * len(site.units)}
 
-    def cache_values(self, site: AttentionSite, length: int) -> int:
+    def cache_values(self, site: Site, length: int) -> int:
         """Count the keys and values of every key/value head there is, repeated ones included."""
-        attention = cast(HuggingFaceSite, site).attention
+        attention = None if site.has_blocks else cast(HuggingFaceSite, site).attention
         if attention is None:
             return 0
         return 2 * attention.num_kv_heads * attention.head_dim * min(length, _window(site) or length)
 
 
-def _window(site: AttentionSite) -> int | None:
+def _window(site: Site) -> int | None:
     inner = cast(HuggingFaceSite, site).attention
     window = getattr(inner.inner, "sliding_window", None) if inner is not None else None
     return window if isinstance(window, int) and window > 0 else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from deadhead.errors import CutError, InputError
 from deadhead.files import write_json
 from deadhead.gates import HeadGates
 from deadhead.gating import gates_of, unwrapped
-from deadhead.plan import HeadPlan, Layer
+from deadhead.plan import HeadPlan
 
 # Share of the draws in which a gate that counts as shut opens, at most; hard gates do at log_alpha −4.
 _AJAR = 0.018
@@ -73,7 +72,7 @@ class SettledHeads(TrainerCallback, ExportableState):
             # Accelerate wraps the optimizer.
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
             try:
-                trim(kwargs["model"], _plan(self.gates, {**present, **kept}), optimizer)
+                trim(kwargs["model"], self.gates.plan_of({**present, **kept}), optimizer)
             except CutError as error:
                 # Training is worth more than the time it would have saved.
                 warnings.warn(f"Heads stay until the end of the training: {error}", stacklevel=2)
@@ -84,7 +83,7 @@ def save_trimmed(model: nn.Module, checkpoint: Path) -> None:
     """Note in a checkpoint's folder which heads its weights are of, if training has cut some."""
     gates = gates_of(unwrapped(model))
     if gates is not None and not all(gate.is_whole for _, gate in gates):
-        write_json(checkpoint / _PLAN_FILE, _plan(gates, gates.present).to_dict())
+        write_json(checkpoint / _PLAN_FILE, gates.plan_of(gates.present).to_dict())
 
 
 def restore_trimmed(model: PreTrainedModel, gates: HeadGates, checkpoint: Path) -> None:
@@ -96,8 +95,8 @@ def restore_trimmed(model: PreTrainedModel, gates: HeadGates, checkpoint: Path) 
     path = checkpoint / _PLAN_FILE
     if not path.exists() and all(gate.is_whole for _, gate in gates):
         return
-    plan = HeadPlan.from_json(path) if path.exists() else _plan(gates, gates.heads)
-    if any(not set(heads) <= set(gates.present[layer]) for layer, heads in plan.kept.items()):
+    plan = HeadPlan.from_json(path) if path.exists() else gates.plan_of(gates.heads)
+    if any(not set(heads) <= set(gates.present[layer]) for layer, heads in plan.units.items()):
         raise InputError(
             f"The checkpoint {checkpoint} has heads that training has cut off this model since; load the model anew to "
             "go on from it."
@@ -105,7 +104,3 @@ def restore_trimmed(model: PreTrainedModel, gates: HeadGates, checkpoint: Path) 
     # The gates' own values come with the weights; closed ones let the cut check itself.
     gates.set_plan(plan)
     trim(model, plan)
-
-
-def _plan(gates: HeadGates, kept: Mapping[Layer, Sequence[int]]) -> HeadPlan:
-    return HeadPlan(kept=kept, total=gates.total, unit=gates.unit, output_scale=gates.config.output_scale)

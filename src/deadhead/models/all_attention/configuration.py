@@ -144,6 +144,13 @@ class AllAttentionConfig(PreTrainedConfig):
                 raise ValueError(
                     f"head_plan names a head of layer {layer} that is not one of {self.num_attention_heads}: {heads}."
                 )
+        blocks = plan.get("blocks")
+        if blocks is None:
+            return
+        if not isinstance(blocks.get("size"), int) or set(blocks.get("kept", ())) != layers:
+            raise ValueError(f"head_plan must give blocks a size, and name each of {self.num_hidden_layers} layers.")
+        if any(total * blocks["size"] != self.feed_forward_size for total in blocks["total"].values()):
+            raise ValueError(f"head_plan's blocks of {blocks['size']} do not make up {self.feed_forward_size} units.")
 
     @property
     def head_dim(self) -> int:
@@ -165,3 +172,8 @@ class AllAttentionConfig(PreTrainedConfig):
         if self.head_plan is None:
             return tuple(range(self.num_attention_heads))
         return tuple(self.head_plan["kept"][str(layer)])
+
+    def layer_feed_forward(self, layer: int) -> int:
+        """Return how many hidden units the feed-forward part of `layer` still has."""
+        blocks = None if self.head_plan is None else self.head_plan.get("blocks")
+        return self.feed_forward_size if blocks is None else len(blocks["kept"][str(layer)]) * blocks["size"]

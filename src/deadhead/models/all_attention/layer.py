@@ -244,17 +244,27 @@ def _select(tensor: Tensor, active_H: Tensor | None, dim: int = 0) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """A feed-forward layer with its norm and residual: h + Dropout(W₂ · Dropout(ReLU(W₁ LN(h) + b₁)) + b₂)."""
+    """A feed-forward layer with its norm and residual: h + Dropout(W₂ · Dropout(ReLU(W₁ LN(h) + b₁)) + b₂).
 
-    def __init__(self, config: AllAttentionConfig) -> None:
+    Without hidden units W₂'s bias is left.
+    """
+
+    def __init__(self, config: AllAttentionConfig, layer: int) -> None:
         super().__init__()
+        self.width = config.layer_feed_forward(layer)
+        self.dense_feed_forward = config.feed_forward_size
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
-        self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
         self.dropout = Dropout(config.hidden_dropout)
+        if self.width:
+            self.up_proj = nn.Linear(config.hidden_size, self.width)
+            self.down_proj: nn.Module = nn.Linear(self.width, config.hidden_size)
+        else:
+            self.down_proj = OutputBias(config.hidden_size)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Return the layer's output, (B, T, D)."""
+        if not self.width:
+            return hidden_BTD + self.dropout(self.down_proj(hidden_BTD))
         inner_BTF = self.dropout(torch.relu(project(self.up_proj, self.norm(hidden_BTD))))
         return hidden_BTD + self.dropout(project(self.down_proj, inner_BTF))
 
@@ -267,7 +277,7 @@ class AllAttentionLayer(GradientCheckpointingLayer):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = AllAttention(config, layer)
         self.dropout = Dropout(config.hidden_dropout)
-        self.feed_forward = FeedForward(config) if config.feed_forward_size else nn.Identity()
+        self.feed_forward = FeedForward(config, layer) if config.feed_forward_size else nn.Identity()
 
     def forward(
         self,

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .structure import Attention, config_head_names, emptied, find_attentions, head_order, output_dim, weight_of
+from .feed_forward import apply_block_plan
+from .structure import (
+    Attention,
+    OutputBias,
+    config_head_names,
+    emptied,
+    find_attentions,
+    head_order,
+    output_dim,
+    tell_sizes,
+    weight_of,
+)
 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads")
 _KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -99,7 +110,7 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
         rows = rows_of(attention, part.order, old.shape[part.dim], heads).to(old.device)
         new = old.index_select(part.dim, rows)
         setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
-        _tell_sizes(owner)
+        tell_sizes(owner)
     num_heads, num_kv_heads, width = len(heads.queries), len(heads.kv), attention.head_dim
     numbers = dict.fromkeys(_HEAD_COUNTS, (attention.num_heads, num_heads))
     numbers |= dict.fromkeys(_KV_HEAD_COUNTS, (attention.num_kv_heads, num_kv_heads))
@@ -117,7 +128,7 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
 
 
 def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
-    """Shrink a model as big as the dense one, on any device, to what a recorded head plan keeps.
+    """Shrink a model as big as the dense one, on any device, to what a recorded head plan keeps, blocks included.
 
     Args:
         model: with all its heads.
@@ -125,7 +136,7 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
         outputs: see `shrink`.
 
     Raises:
-        ValueError: the model's attention modules are not those of the plan.
+        ValueError: the model's attention modules or feed-forward layers are not those of the plan.
     """
     attentions = {str(attention.key): attention for attention in find_attentions(model)[0]}
     if missing := [key for key in plan["total"] if key not in attentions]:
@@ -140,6 +151,8 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
         if len(kept) != total:
             heads = heads_of(plan["unit"], kept, attention.num_heads, attention.num_kv_heads)
             shrink(attention, heads, outputs)
+    if plan.get("blocks"):
+        apply_block_plan(model, plan["blocks"])
 
 
 def dense_heads(found: Attention | nn.Module) -> tuple[int, int]:
@@ -170,25 +183,6 @@ class LayerConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["shared"], name, value)
-
-
-class OutputBias(nn.Module):
-    """What is left of an output projection without inputs: its bias.
-
-    Args:
-        width: D.
-        bias: the projection's bias (D,), or None.
-    """
-
-    def __init__(self, width: int, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.width = width
-        self.bias = bias
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the bias for every position of `hidden` (..., any), shape (..., D)."""
-        output = hidden.new_zeros((*hidden.shape[:-1], self.width))
-        return output if self.bias is None else output + self.bias
 
 
 class EmptyAttention(nn.Module):
@@ -237,16 +231,6 @@ def _empty(attention: Attention, outputs: int) -> None:
     empty.output_path = attention.output_path if inner is module else None
     empty.num_outputs = outputs
     module.is_emptied = True  # type: ignore[assignment]
-
-
-def _tell_sizes(owner: nn.Module) -> None:
-    weight = getattr(owner, "weight", None)
-    if weight is None or weight.ndim != 2:
-        return
-    if isinstance(owner, nn.Linear):
-        owner.out_features, owner.in_features = weight.shape
-    elif type(owner).__name__ == "Conv1D":
-        owner.nx, owner.nf = weight.shape
 
 
 __all__ = ["Heads", "apply_plan", "dense_heads", "emptied", "heads_of", "rows_of", "shrink"]

@@ -179,9 +179,9 @@ def _describe(path: str, module: nn.Module) -> Attention | None:
     Raises:
         UnknownStructure: it is one, but not one that can be cut.
     """
-    inner, output_path = module, next((name for name in _OUTPUT if _is_projection(module, name)), None)
+    inner, output_path = module, next((name for name in _OUTPUT if is_projection(module, name)), None)
     own = getattr(module, "self", None)
-    if output_path is None and isinstance(own, nn.Module) and _is_projection(getattr(module, "output", None), "dense"):
+    if output_path is None and isinstance(own, nn.Module) and is_projection(getattr(module, "output", None), "dense"):
         inner, output_path = own, "output.dense"
     if output_path is None:
         return None
@@ -211,17 +211,17 @@ def _describe(path: str, module: nn.Module) -> Attention | None:
 
 def _projections(inner: nn.Module) -> list[Part] | None:
     """Return the weights and biases of the projections of queries, keys and values, or None if there are none."""
-    if _is_projection(inner, _LATENT_KEY_VALUE):
-        query = next((name for name in _LATENT_QUERY if _is_projection(inner, name)), None)
+    if is_projection(inner, _LATENT_KEY_VALUE):
+        query = next((name for name in _LATENT_QUERY if is_projection(inner, name)), None)
         if query is None:
             return None
         return [*_linear(inner, query, "query"), *_linear(inner, _LATENT_KEY_VALUE, "query")]
     for names in _SEPARATE:
-        if all(_is_projection(inner, name) for name in names):
+        if all(is_projection(inner, name) for name in names):
             query, key, value = names
             return [*_linear(inner, query, "query"), *_linear(inner, key, "kv"), *_linear(inner, value, "kv")]
     for name, order in _FUSED.items():
-        if _is_projection(inner, name):
+        if is_projection(inner, name):
             # One key and value head for all queries always follows the queries (GPT-BigCode, Falcon); GPT-BigCode's
             # other form keeps each head's three together.
             if getattr(inner, "multi_query", None) is not None and not getattr(
@@ -304,7 +304,8 @@ def _linear(inner: nn.Module, name: str, order: str) -> list[Part]:
     return parts
 
 
-def _is_projection(module: Any, name: str) -> bool:
+def is_projection(module: Any, name: str) -> bool:
+    """Tell whether a module's child of that name is a projection: a matrix with perhaps a bias."""
     child = getattr(module, "_modules", {}).get(name)
     weight = getattr(child, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(child, nn.Embedding)
@@ -362,3 +363,33 @@ def config_head_names(config: Any) -> Iterator[tuple[str, bool]]:
         for name in names:
             if isinstance(_value(config, name), int):
                 yield name, is_kv
+
+
+def tell_sizes(projection: nn.Module) -> None:
+    """Let a projection's numbers be those of its weight."""
+    weight = getattr(projection, "weight", None)
+    if weight is None or weight.ndim != 2:
+        return
+    if isinstance(projection, nn.Linear):
+        projection.out_features, projection.in_features = weight.shape
+    elif type(projection).__name__ == "Conv1D":
+        projection.nx, projection.nf = weight.shape
+
+
+class OutputBias(nn.Module):
+    """What is left of an output projection without inputs: its bias.
+
+    Args:
+        width: D.
+        bias: the projection's bias (D,), or None.
+    """
+
+    def __init__(self, width: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.width = width
+        self.bias = bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the bias for every position of `hidden` (..., any), shape (..., D)."""
+        output = hidden.new_zeros((*hidden.shape[:-1], self.width))
+        return output if self.bias is None else output + self.bias
