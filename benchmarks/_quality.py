@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import deadhead
 from deadhead.data import TokenizedCorpus, TokenStream
 from deadhead.layouts import find_layout
-from deadhead.training.phases import close_to_target, rank
+from deadhead.training.phases import rank
 
 # To be raised with whatever else changes the figures: points of another version are measured anew.
 _VERSION = 1
@@ -198,7 +198,7 @@ def measure_point(
             recipe = recipe.model_copy(update=values)
             gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model, seed))
             deadhead.train(model, train, recipe, gates=gates, seed=seed + 1000, first_segment=first, teacher=teacher)
-            close_to_target(gates, recipe)
+            deadhead.close_to_budget(model, gates, recipe)
             deadhead.cut(model, gates.plan())
             steps, first = steps - recipe.steps, first + recipe.steps
         else:

@@ -12,16 +12,26 @@ from .gates import HeadGates
 from .gating import attach, detach, gates_of
 from .hard_concrete import GateConfig
 from .models import AllAttentionConfig, AllAttentionForCausalLM
-from .plan import HeadPlan
+from .plan import BlockPlan, HeadPlan
 from .ranking import HeadScores
 from .timing import bench
-from .training import PhaseRecipe, PruneRecipe, SparsityCallback, gate_config, rank, train
+from .training import (
+    PhaseRecipe,
+    PruneRecipe,
+    SparsityCallback,
+    attach_gates,
+    close_to_budget,
+    gate_config,
+    rank,
+    train,
+)
 
 __version__: str
 
 __all__ = [
     "AllAttentionConfig",
     "AllAttentionForCausalLM",
+    "BlockPlan",
     "Cost",
     "CutError",
     "DivergenceError",
@@ -36,7 +46,9 @@ __all__ = [
     "SparsityCallback",
     "UnsupportedModel",
     "attach",
+    "attach_gates",
     "bench",
+    "close_to_budget",
     "cut",
     "detach",
     "evaluate",

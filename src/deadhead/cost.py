@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deadhead.errors import InputError
 from deadhead.gating import detach
 from deadhead.layouts import Layout, find_layout
-from deadhead.plan import HeadPlan, Unit
+from deadhead.plan import HeadPlan, Layer, Unit
+from deadhead.unit_costs import UnitCosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def model_cost(
         model = _skeleton(layout, model, plan)
     sites = layout.sites(model, unit or layout.units(model)[0])
     if length is None:
-        length = getattr(model.config, "memory_length", 1024)
+        length = _default_length(model)
     embeddings = [*model.get_input_embeddings().parameters()]
     if (output := model.get_output_embeddings()) is not None:
         embeddings += output.parameters()
@@ -109,6 +110,10 @@ def model_cost(
     )
 
 
+def _default_length(model: PreTrainedModel) -> int:
+    return int(getattr(model.config, "memory_length", 1024))
+
+
 def _skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     """Return a copy of `model` without its weights, cut by `plan`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
@@ -135,6 +140,55 @@ def _other_flops(model: PreTrainedModel, counted: set[int]) -> float:
             used = getattr(config, "num_experts_per_tok", None) or 1
             total += sum(2.0 * weight.numel() * min(1.0, used / weight.shape[0]) for weight in stacked)
     return total
+
+
+def counted_costs(
+    model: PreTrainedModel,
+    kind: Literal["params", "flops", "kv_cache"],
+    *,
+    unit: Unit,
+    block_size: int | None = None,
+    length: int | None = None,
+) -> UnitCosts:
+    """Return what the units of a model cost in parameters, FLOPs a token or cache values, as a sum over layers.
+
+    Of single query heads that share keys and values, and of heads that share persistent vectors' blocks, the mean:
+    `model_cost` with a plan counts exactly.
+
+    Args:
+        model: as it is, with or without gates.
+        kind: which cost.
+        unit: what a head's index names.
+        block_size: of the blocks that are units too, or None.
+        length: positions before the token; as for `model_cost`.
+    """
+    layout = find_layout(model)
+    cost = model_cost(model, length=length, unit=unit)
+    if length is None:
+        length = _default_length(model)
+    tables: dict[Layer, Tensor] = {}
+    for site in layout.all_sites(model, unit, block_size):
+        if not site.units:
+            continue
+        sizes = [
+            (site.module.get_parameter(part.path).numel(), part.per_token)
+            for part in layout.selections(site, site.units)
+        ]
+        if kind == "params":
+            whole = float(sum(size for size, _ in sizes))
+        elif kind == "flops":
+            whole = sum(2.0 * size for size, per_token in sizes if per_token)
+            whole += sum(layout.context_flops(site, length).values())
+        else:
+            whole = float(layout.cache_values(site, length) * model.dtype.itemsize)
+        tables[site.key] = torch.linspace(0.0, whole, len(site.units) + 1, dtype=torch.float64)
+    total = cost_of_kind(cost, kind)
+    return UnitCosts(fixed=total - sum(float(table[-1]) for table in tables.values()), tables=tables)
+
+
+def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"]) -> float:
+    """Return one of the numbers of a cost."""
+    return float({"params": cost.parameters, "flops": cost.flops_per_token, "kv_cache": cost.kv_cache_bytes}[kind])
 
 
 def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, length: int | None = None) -> Cost:

@@ -11,6 +11,7 @@ from torch import Tensor
 from deadhead.errors import InputError
 from deadhead.gates import HeadGate, HeadGates
 from deadhead.hard_concrete import l0_probability
+from deadhead.plan import is_block_key
 from deadhead.ranking import Ranking
 
 Weighting = Literal["plain", "output_difference"]
@@ -35,7 +36,8 @@ def difference_weights(difference_H: Tensor) -> Tensor:
     return weights_H / weights_H.mean()
 
 
-def _weights(gate: HeadGate, weighting: Weighting) -> Tensor:
+def unit_weights(gate: HeadGate, weighting: Weighting) -> Tensor:
+    """Return the weights w of a layer's units in the sparsity loss, (H,)."""
     if weighting == "plain":
         return torch.ones_like(gate.difference)
     return difference_weights(gate.difference)
@@ -47,7 +49,7 @@ def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
         return gates.l0()
     return torch.stack(
         [
-            (_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config)).sum() * gate.cost
+            (unit_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config)).sum() * gate.cost
             for _, gate in gates
         ]
     ).sum()
@@ -66,7 +68,7 @@ class SparsityTarget:
     What the language-modelling loss says of each head decides which of them go.
 
     Args:
-        sparsity: share of the gates to close, in [0, 1).
+        sparsity: share of the heads' gates to close, in [0, 1), and of those of blocks, if there are any.
         ramp_steps: steps until the ramp has reached it.
         ranking: "global" holds the share of all gates, "layer" that of each layer.
         exact: subset pruning (Li, Cotterell, Sachan 2021): each draw leaves out exactly that share, those with the
@@ -88,7 +90,7 @@ class SparsityTarget:
     def wanted(self, step: int, gates: HeadGates) -> float:
         """Return the share of heads that draws are to leave out after `step` steps."""
         if self.start is None:
-            open_now = torch.cat([values.flatten() for values in gates.open_probability().values()])
+            open_now = torch.cat([p_H for key, p_H in gates.open_probability().items() if not is_block_key(key)])
             self.start = min(1.0 - float(open_now.mean()), self.sparsity)
         return self.start + (self.sparsity - self.start) * linear_warmup(step, self.ramp_steps)
 
@@ -113,14 +115,16 @@ class SparsityTarget:
             if self.exact:
                 moved = _split_at(values, _count(group, share), group[0]) if is_last else values - values.mean()
             else:
-                weights = torch.cat([_weights(gate, weighting)[gate.kept] for gate in group])
+                weights = torch.cat([unit_weights(gate, weighting)[gate.kept] for gate in group])
                 moved = _moved_to(values, weights, (1 - share) * sum(gate.num_heads for gate in group), group[0])
             for gate, part in zip(group, moved.split([len(gate.kept) for gate in group]), strict=True):
                 gate.set_log_alpha(gate.log_alpha.index_copy(0, gate.kept, part))
 
     def _groups(self, gates: HeadGates) -> list[list[HeadGate]]:
-        found = [gate for _, gate in gates]
-        return [found] if self.ranking == "global" else [[gate] for gate in found]
+        if self.ranking == "layer":
+            return [[gate] for _, gate in gates]
+        kinds = [[gate for key, gate in gates if is_block_key(key) == is_block] for is_block in (False, True)]
+        return [gates_of_kind for gates_of_kind in kinds if gates_of_kind]
 
     def state(self) -> dict[str, Any]:
         """Return what must be saved to go on exactly here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deadhead.errors import InputError
 from deadhead.plan import HeadPlan, Layer, Unit, is_block_key
+from deadhead.unit_costs import UnitCosts
 
 Ranking = Literal["global", "layer"]
 
@@ -65,6 +66,60 @@ class HeadScores:
             for layer, part in zip(group, parts, strict=True):
                 kept[layer] = tuple(head for head, stay in zip(self.heads[layer], part.tolist(), strict=True) if stay)
         return self._plan_of(kept)
+
+    def over(self, costs: UnitCosts) -> HeadScores:
+        """Return these scores, which are worth something as numbers, over what each unit costs."""
+        slopes = costs.slopes({key: len(heads) for key, heads in self.heads.items()})
+        mean = sum(slopes.values()) / max(len(slopes), 1)
+        scores = {
+            # What costs nothing is worth keeping whatever its score.
+            key: values / (slopes[key] / mean) if slopes.get(key, 0.0) > 0 else values
+            for key, values in self.scores.items()
+        }
+        return replace(self, scores=scores)
+
+    def within(self, costs: UnitCosts, limit: float) -> HeadPlan:
+        """Return the plan that drops the units with the lowest scores until what stays costs no more than a limit.
+
+        What then still fits comes back, the highest scores first, so that the budget is used up.
+
+        Args:
+            costs: what units cost, at least for those that have scores.
+            limit: the cost that may be left; where no plan comes so low, all units go that cost anything.
+
+        Raises:
+            InputError: a score is not a number.
+        """
+        self._require_numbers()
+        kept = {key: set(range(len(heads))) for key, heads in self.heads.items()}
+        counts = {key: len(heads) for key, heads in self.heads.items()}
+        spent = costs.of(counts)
+        gone: list[tuple[float, Layer, int]] = []
+        for score, key, place in self._ascending(costs):
+            if spent <= limit and score > -math.inf:
+                break
+            if score > -math.inf and costs.saved(key, counts[key]) <= 0:
+                continue
+            spent -= costs.saved(key, counts[key])
+            kept[key].discard(place)
+            counts[key] -= 1
+            gone.append((score, key, place))
+        for score, key, place in reversed(gone):
+            price = costs.saved(key, counts[key] + 1)
+            if score > -math.inf and spent + price <= limit:
+                spent += price
+                counts[key] += 1
+                kept[key].add(place)
+        return self._plan_of(
+            {key: tuple(heads[place] for place in sorted(kept[key])) for key, heads in self.heads.items()}
+        )
+
+    def _ascending(self, costs: UnitCosts) -> list[tuple[float, Layer, int]]:
+        """Return score, key and place of all units that have a cost, the lowest scores first."""
+        keys = [key for key in costs.tables if self.heads[key]]
+        scores = torch.cat([self.scores[key].flatten() for key in keys]) if keys else torch.empty(0)
+        units = [(key, place) for key in keys for place in range(len(self.heads[key]))]
+        return [(float(scores[index]), *units[index]) for index in scores.argsort(stable=True).tolist()]
 
     def _plan_of(self, kept: Mapping[Any, tuple[int, ...]]) -> HeadPlan:
         return HeadPlan.of_units(

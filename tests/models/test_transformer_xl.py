@@ -15,7 +15,6 @@ import deadhead
 from deadhead.cost import config_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig, TransformerXLForCausalLM
 from deadhead.plan import HeadPlan
-from deadhead.training.phases import close_to_target
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.run import model_config
 from tests.helpers import cached_logits, chunks, difference, gradients, random_model, segment_logits
@@ -143,7 +142,7 @@ def test_it_is_trained_with_gates_and_counts_as_a_model_of_ours() -> None:
     assert with_defaults(recipe, model).output_scale
     gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model))
     deadhead.train(model, stream(400), recipe, gates=gates)
-    close_to_target(gates, recipe)
+    deadhead.close_to_budget(model, gates, recipe)
     assert gates.sparsity == 0.5
     deadhead.cut(model, gates.plan())
     deadhead.train(model, stream(400), PhaseRecipe(steps=2, batch_size=2))

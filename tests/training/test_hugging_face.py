@@ -15,7 +15,7 @@ from benchmarks._tiny_models import VOCABULARY, tiny_model
 from deadhead import GateConfig, InputError, PhaseRecipe, PruneRecipe
 from deadhead.gates import HeadGates
 from deadhead.gating import is_gate
-from deadhead.training.phases import gate_config
+from deadhead.training.choosing import gate_config
 from deadhead.training.recipe import with_defaults
 from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
 

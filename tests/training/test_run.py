@@ -95,7 +95,7 @@ def test_the_folder_holds_what_the_design_says(whole: Path, recipe: Recipe) -> N
     }
     assert load_recipe(whole / "recipe.toml") == recipe
     summary = Run.start(recipe, whole, resume=True).summary()
-    assert set(summary) == {*_STAGES, "control", "data", "processes", "versions", "samples"}
+    assert set(summary) == {*_STAGES, "budget", "control", "data", "processes", "versions", "samples"}
     plan = HeadPlan.from_json(whole / "head_plan.json")
     assert sum(plan.heads) == 4
     assert plan.output_scale

@@ -17,7 +17,7 @@ from deadhead.cutting import trim
 from deadhead.errors import CutError
 from deadhead.gates import HeadGates
 from deadhead.layouts.all_attention import AllAttentionLayout
-from deadhead.training.phases import gate_config
+from deadhead.training.choosing import gate_config
 from deadhead.training.run import Run
 from tests.helpers import tiny_model
 from tests.small import KillAt, Killed, assert_same_tensors, metrics, small_recipe, stream, write_prose

@@ -17,7 +17,8 @@ import deadhead
 from deadhead import DivergenceError, InputError, PhaseRecipe, PruneRecipe
 from deadhead.gates import HeadGates
 from deadhead.models import AllAttentionForCausalLM
-from deadhead.training.phases import gate_config, rank
+from deadhead.training.choosing import gate_config
+from deadhead.training.phases import rank
 from deadhead.training.trainer import last_checkpoint
 from tests.helpers import tiny_config, tiny_model
 from tests.small import assert_same_tensors, metrics, stream

@@ -137,7 +137,41 @@ def prune(
     l0: Annotated[
         float | None, typer.Option("--l0", min=0, help="λ, nats a token that an open head costs: the ratio is learned.")
     ] = None,
-    sparsity: Annotated[float | None, typer.Option("--sparsity", min=0, max=0.999, help="Close this share.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", min=0, max=0.999, help="Budget: close this share of the heads.")
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option("--params", min=0, max=1, help="Budget: leave this share of all parameters.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option("--flops", min=0, max=1, help="Budget: leave this share of a token's FLOPs.")
+    ] = None,
+    kv_cache: Annotated[
+        float | None, typer.Option("--kv-cache", min=0, max=1, help="Budget: leave this share of the key/value cache.")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option("--speedup", min=1, help="Budget: so many times as fast, measured on this machine.")
+    ] = None,
+    budget_length: Annotated[
+        int | None, typer.Option("--budget-length", min=1, help="Text length for FLOPs, cache and time.")
+    ] = None,
+    budget_batch_size: Annotated[
+        int | None, typer.Option("--budget-batch-size", min=1, help="Texts at once for --speedup (8).")
+    ] = None,
+    budget_workload: Annotated[
+        Literal["prefill", "decode", "train"] | None,
+        typer.Option("--budget-workload", help="What --speedup makes faster (prefill)."),
+    ] = None,
+    blocks: Annotated[
+        bool | None,
+        typer.Option(
+            "--blocks/--no-blocks",
+            help="Gates on feed-forward layers too: on with --params, --flops and --speedup, off otherwise.",
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", min=1, help="Hidden units that a gate of a feed-forward layer closes.")
+    ] = None,
     ranking: Annotated[
         Literal["global", "layer"] | None,
         typer.Option("--ranking", help="Take the share of all heads together, or of each layer's."),
@@ -197,15 +231,27 @@ def prune(
 ) -> None:
     """Train gates on a model's heads and cut the heads whose gates close, or rank heads and cut the lowest.
 
+    How much goes is learned under --l0, or asked for by one budget, in shares of the model as it is.
+
     The teacher of --distill is the model itself, unless --teacher names another.
     """
     base = _base(recipe)
+    given = {"sparsity": sparsity, "params": params, "flops": flops, "kv_cache": kv_cache, "speedup": speedup}
+    begun = base.prune
+    if any(value is not None for value in given.values()):
+        # The recipe's budget does not hold where another is asked for.
+        begun = begun.model_copy(update=given)
     phase = _changed(
-        base.prune,
+        begun,
         criterion=criterion,
         start_from=start_from,
         l0=l0,
-        sparsity=sparsity,
+        **given,
+        budget_length=budget_length,
+        budget_batch_size=budget_batch_size,
+        budget_workload=budget_workload,
+        blocks=blocks,
+        block_size=block_size,
         ranking=ranking,
         gate_lr=gate_lr,
         l0_warmup_steps=l0_warmup_steps,
@@ -312,7 +358,12 @@ def _run(
         print_json(result)
         return
     heads = " ".join(str(count) for count in result["heads"])
+    blocks = "".join([", blocks ", " ".join(map(str, result["blocks"]))]) if "blocks" in result else ""
     console.print(
-        f"{escape(str(out))}: heads a layer {heads}, {result['parameters']:,} parameters, "
+        f"{escape(str(out))}: heads a layer {heads}{blocks}, {result['parameters']:,} parameters, "
         f"perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.3f} bits/byte"
     )
+    if "budget" in result:
+        from deadhead.report.budget import budget_sentence
+
+        console.print(budget_sentence(result["budget"]))

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from deadhead.report.budget import budget_sentence
 from deadhead.training.run import STAGES
 
 
@@ -53,6 +54,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
         f"{flops:.0%} of the FLOPs are gone, which allows {possible:.2f} times the speed; "
         f"measured: {speedup:.2f} times (efficiency {speedup / possible:.2f}).",
     ]
+    if "budget" in summary:
+        lines.append(budget_sentence(summary["budget"]))
     if "control" in summary:
         control = summary["control"]["perplexity"]
         change = final["perplexity"] / control - 1

@@ -1,6 +1,7 @@
 """Training on transformers' Trainer: recipes, phases, the sparsity callback, and whole runs."""
 
-from deadhead.training.phases import gate_config, rank, train
+from deadhead.training.choosing import attach_gates, close_to_budget, gate_config
+from deadhead.training.phases import rank, train
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, Recipe, load_recipe
 from deadhead.training.run import Run
 from deadhead.training.sparsity import SparsityCallback
@@ -11,6 +12,8 @@ __all__ = [
     "Recipe",
     "Run",
     "SparsityCallback",
+    "attach_gates",
+    "close_to_budget",
     "gate_config",
     "load_recipe",
     "rank",

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from deadhead.files import no_space_is_input_error, write_text
 from deadhead.gates import HeadGates
+from deadhead.plan import is_block_key
 
 # Fields that differ between two runs of the same recipe; everything else is equal bit for bit.
 TIMING_FIELDS = ("seconds",)
@@ -66,10 +67,12 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         line: dict[str, Any] = {"phase": self.phase, "step": state.global_step}
-        line |= {name: value for name, value in logs.items() if not name.startswith("heads/")}
+        line |= {name: value for name, value in logs.items() if not name.startswith(("heads/", "blocks/"))}
         if self.gates is not None:
             values = self.gates
-            line["heads"] = [int(gate.is_open.sum()) for _, gate in values]
+            line["heads"] = [int(gate.is_open.sum()) for key, gate in values if not is_block_key(key)]
+            if values.block_size is not None:
+                line["blocks"] = [int(gate.is_open.sum()) for key, gate in values if is_block_key(key)]
             line["open_probability"] = {str(layer): p.tolist() for layer, p in values.open_probability().items()}
             line["output_difference"] = {str(layer): d.tolist() for layer, d in values.difference().items()}
         line["seconds"] = round(time.perf_counter() - self.begin, 3)

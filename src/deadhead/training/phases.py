@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from deadhead.budget import BudgetTarget
 from deadhead.criteria import READS_TEXT, OneShot, score_heads
 from deadhead.data import SegmentDataset, TokenStream
 from deadhead.errors import InputError
@@ -27,11 +28,28 @@ from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
 from deadhead.gating import gates_of, is_gate
 from deadhead.hard_concrete import GateConfig
+try:
+    from deadhead.latency import Latency, measure_latency, pruned_copy
+except ImportError:
+    pass
 from deadhead.layouts import find_layout
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.ranking import HeadScores
 from deadhead.training.adapters import lora
+from deadhead.training.choosing import (
+    ROW,
+    asked_blocks,
+    attach_gates,
+    budget_costs,
+    budget_target,
+    close_to_budget,
+    gate_config,
+    latency_in,
+    plan_of_scores,
+    ramp_steps,
+    reached,
+)
 from deadhead.training.distillation import Distillation
 from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.processes import on_main
@@ -42,26 +60,10 @@ from deadhead.training.trainer import LanguageModelTrainer, last_checkpoint
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
-# Tokens of a row of a model without memory, unless the recipe says otherwise.
-_SEQUENCE = 256
-
 # How far apart gates begin that lean: so far that few of them are open to doubt.
 _LEAN = 3.0
 
 Report = Callable[[int, int, dict[str, Any]], None]
-
-
-def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> GateConfig:
-    """Return the gates' constants that a recipe asks for; what it leaves open depends on the model."""
-    filled = with_defaults(recipe, model)
-    assert filled.gate_lr_scale is not None and filled.output_scale is not None
-    return GateConfig(
-        init=filled.init,
-        hard=filled.hard,
-        output_scale=filled.output_scale and not filled.is_one_shot,
-        lr_scale=filled.gate_lr_scale,
-        seed=seed,
-    )
 
 
 def _require_same_gates(attached: GateConfig, asked: GateConfig, *, rate: bool) -> None:
@@ -74,8 +76,8 @@ def _require_same_gates(attached: GateConfig, asked: GateConfig, *, rate: bool) 
             )
 
 
-def sparsity_callback(gates: HeadGates, recipe: PruneRecipe) -> SparsityCallback:
-    """Return the callback that trains `gates` as a recipe asks for."""
+def sparsity_callback(gates: HeadGates, recipe: PruneRecipe, budget: BudgetTarget | None = None) -> SparsityCallback:
+    """Return the callback that trains `gates` as a recipe asks for, at a budget that is no share of heads if given."""
     return SparsityCallback(
         gates,
         l0=recipe.l0,
@@ -84,7 +86,8 @@ def sparsity_callback(gates: HeadGates, recipe: PruneRecipe) -> SparsityCallback
         ranking=recipe.ranking,
         exact=recipe.criterion == "topk",
         gate_lr=recipe.gate_lr,
-        ramp_steps=recipe.ramp_steps or max(1, recipe.steps * 2 // 3),
+        budget=budget,
+        ramp_steps=ramp_steps(recipe),
         weighting=recipe.weighting,
     )
 
@@ -99,6 +102,7 @@ def train(
     seed: int = 0,
     first_segment: int = 0,
     gates: HeadGates | None = None,
+    latency: Latency | None = None,
     teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Path | None = None,
@@ -117,6 +121,7 @@ def train(
         seed: of dropout (data order is the text's own).
         first_segment: where in the text to begin, in segments read of each row before.
         gates: trained under the sparsity loss that `recipe` describes.
+        latency: of this model on this machine, for a recipe with a speedup; None measures it.
         teacher: the model to distil from, with the weight that the recipe's `distill` gives it.
         callbacks: further callbacks, called after ours.
         metrics: metrics.jsonl, or None.
@@ -133,7 +138,7 @@ def train(
         with tempfile.TemporaryDirectory() as temporary:
             recipe = recipe.model_copy(update={"save_every": 0})
             settings: dict[str, Any] = {"phase": phase, "seed": seed, "first_segment": first_segment}
-            settings |= {"gates": gates, "teacher": teacher, "callbacks": callbacks}
+            settings |= {"gates": gates, "latency": latency, "teacher": teacher, "callbacks": callbacks}
             settings |= {"metrics": metrics, "tensorboard": tensorboard, "report": report}
             return train(model, text, recipe, folder=temporary, **settings)
     folder = Path(folder)
@@ -194,7 +199,15 @@ def train(
         if recipe.is_one_shot:
             raise InputError(f"The criterion {recipe.criterion} ranks heads and trains no gates; use deadhead.rank.")
         _require_same_gates(gates.config, gate_config(recipe, model, seed), rate=recipe.gate_lr == 0)
-        ours.append(sparsity_callback(gates, recipe))
+        if bool(recipe.blocks) != (gates.block_size is not None):
+            raise InputError(
+                f"The prune recipe {'asks for' if recipe.blocks else 'has no'} gates on blocks, but those attached "
+                f"have {'none' if recipe.blocks else 'some'}; attach them with deadhead.attach_gates(model, recipe)."
+            )
+        # Before anything is cut: costs are those of the whole model.
+        asked = recipe
+        target = on_main(lambda: budget_target(model, asked, latency=latency))
+        ours.append(sparsity_callback(gates, recipe, target))
         if cut_settled:
             ours.append(SettledHeads(gates, cut_settled))
     if metrics is not None:
@@ -244,25 +257,78 @@ def train(
 
 
 def rank(
-    model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, *, seed: int = 0, first_segment: int = 0
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int = 0,
+    first_segment: int = 0,
+    latency: Latency | None = None,
 ) -> HeadPlan:
-    """Choose the heads that stay by a one-shot criterion; the model is not changed.
+    """Choose the units that stay by a one-shot criterion; the model is not changed.
+
+    Where the budget is not a share of heads, those go that score least for what they cost.
 
     Args:
         model: without gates.
         text: `recipe.steps` batches of it are looked at by the criteria that look at text.
-        recipe: with a one-shot criterion and a sparsity.
+        recipe: with a one-shot criterion and a budget.
         seed: of the choice of batches (of a model without segment memory), and of "random".
         first_segment: where in the text to begin, for a model with segment memory.
+        latency: of this model on this machine, for a recipe with a speedup; None measures it.
 
     Raises:
-        InputError: the criterion is not a one-shot one, or the text is too short.
+        InputError: the criterion is not a one-shot one, the budget cannot be reached, or the text is too short.
     """
-    if not recipe.is_one_shot or recipe.sparsity is None:
+    if not recipe.is_one_shot:
         raise InputError(f"The criterion {recipe.criterion} trains gates; use deadhead.train with gates attached.")
     criterion = cast(OneShot, recipe.criterion)
     scores = _score(model, text, recipe, criterion, recipe.steps, seed=seed, first_segment=first_segment)
-    return scores.plan(recipe.sparsity, ranking=recipe.ranking)
+    found = budget_costs(model, recipe, latency=latency)
+    if found is not None:
+        scores = scores.over(found[1])
+    return plan_of_scores(model, scores, recipe, latency=latency)
+
+
+def choose_units(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    folder: Path,
+    train_gates: Callable[[HeadGates, Latency | None], None],
+    seed: int = 0,
+    first_segment: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[HeadGates, dict[str, Any] | None]:
+    """Attach gates and close those of the units that go: they learn which, or units are ranked.
+
+    Args:
+        model: without gates.
+        text: what criteria look at.
+        recipe: how units are chosen.
+        folder: where the measured latencies that a speedup asks for are kept.
+        train_gates: trains the model with its gates.
+        seed: see `rank`, and of the gates' noise.
+        first_segment: see `rank`.
+        report: told of what is measured.
+
+    Returns:
+        The gates, and the recipe's budget with what was asked for and reached; None without a budget.
+    """
+    budget = recipe.budget
+    latency = on_main(lambda: latency_in(folder, model, recipe, report=report))
+    if recipe.is_one_shot:
+        ranked = partial(rank, seed=seed, first_segment=first_segment, latency=latency)
+        plan = on_main(lambda: ranked(model, text, recipe))
+        gates = attach_gates(model, recipe, seed)
+        gates.set_plan(plan)
+        found: float | None = on_main(lambda: reached(model, recipe, plan))
+    else:
+        gates = attach_gates(model, recipe, seed)
+        train_gates(gates, latency)
+        found = close_to_budget(model, gates, recipe, latency=latency)
+    return gates, None if budget is None else {"kind": budget.kind, "asked": budget.value, "reached": found}
 
 
 def _score(
@@ -288,18 +354,9 @@ def _score(
     model.to(best_device())  # type: ignore[arg-type]
     gates = gates_of(model)
     with flushing_denormals():
-        return score_heads(model, criterion, batches, unit=recipe.unit if gates is None else gates.unit, seed=seed)
-
-
-def close_to_target(gates: HeadGates, recipe: PruneRecipe) -> None:
-    """Close exactly the share of trained gates that a recipe asks for, those with the smallest log_alpha.
-
-    Draws leave out that share in expectation; some gates may still be undecided.
-    """
-    if recipe.sparsity is not None:
-        plan = gates.plan(sparsity=recipe.sparsity, ranking=recipe.ranking)
-        if plan != gates.plan():
-            gates.set_plan(plan)
+        unit = recipe.unit if gates is None else gates.unit
+        blocks = asked_blocks(recipe, model) if gates is None else gates.block_size or False
+        return score_heads(model, criterion, batches, unit=unit, blocks=blocks, seed=seed)
 
 
 def _segments(
@@ -359,7 +416,7 @@ def _segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
             )
         return int(model.config.segment_length)
     most = max_positions(model)
-    length = recipe.sequence_length or min(_SEQUENCE, most or _SEQUENCE)
+    length = recipe.sequence_length or min(ROW, most or ROW)
     if most is not None and length > most:
         raise InputError(f"The model has {most} positions, but a sequence_length of {length} was asked for.")
     return length

@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 from transformers import PreTrainedModel
 
+from deadhead.budget import BUDGET_KINDS, Budget
 from deadhead.criteria import ONE_SHOT, OneShot
 from deadhead.errors import InputError
-from deadhead.models import OWN_TYPES
+from deadhead.layouts import find_layout
+from deadhead.models import OWN_TYPES, AllAttentionConfig
 from deadhead.plan import Unit
 from deadhead.ranking import Ranking
 
@@ -112,7 +114,12 @@ class PruneRecipe(PhaseRecipe):
     Args: criterion is "gates", "topk" (gates of which every draw opens the same number), or a one-shot criterion of
     `deadhead.criteria`, which trains nothing and looks at `steps` batches; start_from, a one-shot criterion by whose
     scores gates begin to lean, from start_batches batches (None: all begin alike); l0 is λ, in nats a token for an open
-    head; sparsity, if given, is reached along a ramp over `ramp_steps` (0: two thirds of the phase); ranking, whether
+    head. In its place one budget may be given, reached along a ramp over `ramp_steps` (0: two thirds of the phase):
+    sparsity, the share of heads that goes; params, flops or kv_cache, the share of the dense model's that is left; or
+    speedup, how many times as fast the model is to be on this machine. budget_length is the text's length for FLOPs,
+    cache and time (None: the model's memory, a row, or 1024), budget_batch_size and budget_workload are for time.
+    blocks, whether hidden units of feed-forward layers have gates too, in blocks of block_size (None: where the budget
+    is of parameters, FLOPs or time, and there are such layers). ranking, whether
     that share goes of all heads or of each layer's; l0_warmup_steps, init and output_scale are the stabilisers; gate_lr
     the rate of the gates' own optimizer (None: by the number of steps; 0: they learn in the model's, gate_lr_scale
     times as fast); freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit
@@ -127,6 +134,15 @@ class PruneRecipe(PhaseRecipe):
     ranking: Ranking = "global"
     l0: float = Field(0.01, ge=0)
     sparsity: float | None = Field(None, ge=0, lt=1)
+    params: float | None = Field(None, gt=0, le=1)
+    flops: float | None = Field(None, gt=0, le=1)
+    kv_cache: float | None = Field(None, gt=0, le=1)
+    speedup: float | None = Field(None, ge=1, le=1000)
+    budget_length: int | None = Field(None, ge=1)
+    budget_batch_size: int = Field(8, ge=1)
+    budget_workload: Literal["prefill", "decode", "train"] = "prefill"
+    blocks: bool | None = None
+    block_size: int | None = Field(None, ge=1)
     ramp_steps: int = Field(0, ge=0)
     l0_warmup_steps: int = Field(0, ge=0)
     gate_lr: float | None = Field(None, ge=0)
@@ -145,20 +161,43 @@ class PruneRecipe(PhaseRecipe):
         return self.criterion in ONE_SHOT
 
     @property
+    def budget(self) -> Budget | None:
+        """What of the dense model may be left, if the recipe says so."""
+        given = [Budget(kind=kind, value=value) for kind in BUDGET_KINDS if (value := getattr(self, kind)) is not None]
+        return given[0] if given else None
+
+    @property
     def training_steps(self) -> int:
         """Steps of the optimizer that the phase makes: none where heads are only ranked."""
         return 0 if self.is_one_shot else self.steps
 
     @model_validator(mode="after")
-    def _has_share(self) -> PruneRecipe:
-        if self.criterion != "gates" and self.sparsity is None:
+    def _asks_for_one_thing(self) -> PruneRecipe:
+        given = [kind for kind in BUDGET_KINDS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise PydanticCustomError("budgets", f"it asks for {given[0]} and {given[1]}; leave one of the two out")
+        if self.criterion != "gates" and not given:
             raise PydanticCustomError(
-                "no_sparsity", "Only the criterion gates learns how many heads go; with another set sparsity"
+                "no_sparsity",
+                "Only the criterion gates learns how many heads go; with another set sparsity, or another budget",
             )
-        if self.start_from is not None and (self.sparsity is None or self.is_one_shot):
+        if self.start_from is not None and (not given or self.is_one_shot):
             raise PydanticCustomError(
-                "no_sparsity", "start_from is for gates with a target; set sparsity, or leave it out"
+                "no_sparsity", "start_from is for gates with a target; set sparsity or another budget, or leave it out"
             )
+        if given and given != ["sparsity"] and (self.criterion == "topk" or self.ranking == "layer"):
+            what = "The criterion topk" if self.criterion == "topk" else "ranking layer"
+            raise PydanticCustomError(
+                "budgets", f"{what} holds a share of the heads, so it goes with sparsity, not with {given[0]}"
+            )
+        if given == ["speedup"] and self.cut_settled:
+            raise PydanticCustomError(
+                "budgets", "cut_settled cuts the model that a speedup is measured against; leave one of the two out"
+            )
+        if given == ["kv_cache"] and self.blocks:
+            raise PydanticCustomError("budgets", "blocks hold no key/value cache; leave blocks out")
+        if self.block_size is not None and self.blocks is False:
+            raise PydanticCustomError("budgets", "block_size is of blocks, which are switched off; leave one out")
         return self
 
 
@@ -179,7 +218,20 @@ def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
         scale = 1.0 if phase.gate_lr != 0 else 10.0 if ours else _GATE_RATE / rate
         filled["gate_lr_scale"] = phase.gate_lr_scale or scale
         filled["output_scale"] = ours if phase.output_scale is None else phase.output_scale
+        filled["blocks"] = _has_blocks(phase, model)
     return phase.model_copy(update=filled)
+
+
+def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:
+    """Tell whether blocks have gates: as the recipe says, else where heads alone would leave most of the cost."""
+    if phase.blocks is not None or phase.block_size is not None:
+        return phase.blocks is not False
+    asked = phase.budget is not None and phase.budget.kind in ("params", "flops", "speedup")
+    return (
+        asked
+        and model.config.model_type != AllAttentionConfig.model_type
+        and bool(find_layout(model).block_sites(model))
+    )
 
 
 class PublishedModel(_Section):
@@ -275,6 +327,8 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     expected = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "no_sparsity":
         return f"does not say how many heads go: {expected}"
+    if first["type"] == "budgets":
+        return f"does not go together: {expected}"
     if first["type"] == "foreign":
         return f"has layers of two kinds: {expected}"
     return f"has a wrong value for {'.'.join(where)!r}: {expected}, but it is {first['input']!r}"

@@ -21,14 +21,17 @@ from deadhead.errors import InputError, own_sentence
 from deadhead.evaluation import evaluate
 from deadhead.files import read_json, remove_folder, remove_left_overs, require_replaceable, write_json, write_text
 from deadhead.gates import HeadGates
-from deadhead.gating import attach
 from deadhead.generate import generate_text
+try:
+    from deadhead.latency import Latency, measure_latency, pruned_copy
+except ImportError:
+    pass
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.timing import bench
 from deadhead.training.inputs import dense_folder, load_dense, prepare_text, require_same_training
-from deadhead.training.phases import close_to_target, gate_config, rank, train
+from deadhead.training.phases import choose_units, train
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
 from deadhead.training.trainer import last_checkpoint
@@ -224,19 +227,22 @@ class Run:
         write_json(self.folder / SUMMARY_FILE, {**summary, **noted})
 
     def _choose_heads(self, model: PreTrainedModel, text: TokenizedCorpus) -> HeadGates:
-        """Attach gates and close those of the heads that go: they learn which, or heads are ranked."""
+        """Attach gates and close those of the heads that go; note what became of the budget."""
         recipe = self.recipe.prune
-        chosen = None
-        if recipe.is_one_shot:
-            first_segment = _segments_read((self.recipe.train,)) // recipe.batch_size
-            stream, seed = text.splits["train"], self.recipe.seed
-            chosen = on_main(lambda: rank(model, stream, recipe, seed=seed, first_segment=first_segment))
-        gates = attach(model, config=gate_config(recipe, model, self.recipe.seed), unit=recipe.unit)
-        if chosen is None:
-            self._train(model, text, "prune", recipe, after=(self.recipe.train,), gates=gates)
-            close_to_target(gates, recipe)
-        else:
-            gates.set_plan(chosen)
+        gates, budget = choose_units(
+            model,
+            text.splits["train"],
+            recipe,
+            folder=self.folder,
+            train_gates=lambda gates, latency: self._train(
+                model, text, "prune", recipe, after=(self.recipe.train,), gates=gates, latency=latency
+            ),
+            seed=self.recipe.seed,
+            first_segment=_segments_read((self.recipe.train,)) // recipe.batch_size,
+            report=lambda done, total: self.progress("measuring latency", done, total, {}),
+        )
+        if budget is not None:
+            on_main(lambda: self._note("budget", budget))
         return gates
 
     def summary(self) -> dict[str, Any]:
@@ -259,6 +265,7 @@ class Run:
         *,
         after: tuple[PhaseRecipe, ...],
         gates: HeadGates | None = None,
+        latency: Latency | None = None,
     ) -> None:
         # Each phase goes on in the text where those before it stopped, so that none gains from reading twice.
         train(
@@ -270,6 +277,7 @@ class Run:
             seed=self.recipe.seed,
             first_segment=_segments_read(after) // recipe.batch_size,
             gates=gates,
+            latency=latency,
             # The dense model, before gates and cuts, is what the pruned one is to stay near to.
             teacher=checkpoint.load(self.folder / "dense") if recipe.distill and phase != "train" else None,
             metrics=self.folder / METRICS_FILE,
@@ -312,11 +320,14 @@ class Run:
             progress=lambda done, total: self.progress(f"evaluating {stage}", done, total, {}),
         )
         cost = model_cost(model)
-        heads = cost.heads
+        heads, blocks = cost.heads, cost.blocks
         if stage == "gated":
-            heads = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE).heads
+            plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
+            heads = plan.heads
+            blocks = blocks if plan.blocks is None else plan.blocks.blocks
         values = {
             "heads": heads,
+            **({"blocks": blocks} if blocks else {}),
             "parameters": cost.parameters,
             "flops_per_token": cost.flops_per_token,
             "perplexity": result.perplexity,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +16,14 @@ from deadhead.cutting import cut as cut_heads
 from deadhead.errors import InputError
 from deadhead.evaluation import evaluate
 from deadhead.files import read_json, write_json
-from deadhead.gating import attach
+from deadhead.gates import HeadGates
+try:
+    from deadhead.latency import Latency, measure_latency, pruned_copy
+except ImportError:
+    pass
+from deadhead.training.choosing import LATENCY_FILE
 from deadhead.training.inputs import prepare_text
-from deadhead.training.phases import close_to_target, gate_config, rank, train
+from deadhead.training.phases import choose_units, train
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.run import METRICS_FILE, Progress, build_model
@@ -99,12 +103,10 @@ def run_single(
             network = build_model(shape or ModelRecipe(), tokenizer, seed=seed)
         settings["sha256"] = text.sha256
         on_main(lambda: _keep_settings(work, settings))
-        gates, chosen = None, None
-        if isinstance(recipe, PruneRecipe):
-            if recipe.is_one_shot:
-                chosen = on_main(partial(rank, network, text.splits["train"], recipe, seed=seed))
-            gates = attach(network, config=gate_config(recipe, network, seed), unit=recipe.unit)
-        if chosen is None:
+        gates: HeadGates | None = None
+        budget = None
+
+        def learn(gates: HeadGates | None, latency: Latency | None = None) -> None:
             train(
                 network,
                 text.splits["train"],
@@ -113,19 +115,28 @@ def run_single(
                 phase=phase,
                 seed=seed,
                 gates=gates,
+                latency=latency,
                 teacher=_load_teacher(teacher or (model if phase == "prune" else None)) if recipe.distill else None,
                 metrics=work / METRICS_FILE,
                 tensorboard=work / "tensorboard",
                 report=lambda done, total, logs: progress(phase, done, total, logs),
                 resume=resume,
             )
-        if gates is not None and isinstance(recipe, PruneRecipe):
-            if chosen is None:
-                close_to_target(gates, recipe)
-            else:
-                gates.set_plan(chosen)
+
+        if isinstance(recipe, PruneRecipe):
+            gates, budget = choose_units(
+                network,
+                text.splits["train"],
+                recipe,
+                folder=work,
+                train_gates=learn,
+                seed=seed,
+                report=lambda done, total: progress("measuring latency", done, total, {}),
+            )
             if cut:
                 cut_heads(network, gates.plan())
+        else:
+            learn(None)
 
         def measure_and_save() -> dict[str, Any]:
             measured = evaluate(
@@ -137,12 +148,16 @@ def run_single(
                 tokenizer=tokenizer,
                 metrics={"validation perplexity a token": measured.perplexity},
                 base=model,
-                files=(work / METRICS_FILE, work / "tensorboard"),
+                files=(work / METRICS_FILE, work / "tensorboard", work / LATENCY_FILE),
             )
             shutil.rmtree(work, ignore_errors=True)
             cost = model_cost(network)
+            plan = gates.plan() if gates is not None and not cut else None
+            blocks = cost.blocks if plan is None else None if plan.blocks is None else plan.blocks.blocks
             return {
-                "heads": gates.plan().heads if gates is not None and not cut else cost.heads,
+                "heads": cost.heads if plan is None else plan.heads,
+                **({"blocks": blocks} if blocks else {}),
+                **({} if budget is None else {"budget": budget}),
                 "parameters": cost.parameters,
                 "flops_per_token": cost.flops_per_token,
                 "perplexity": measured.perplexity,

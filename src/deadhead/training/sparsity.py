@@ -9,9 +9,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from deadhead.budget import BudgetTarget
 from deadhead.errors import InputError
 from deadhead.gates import HeadGates
 from deadhead.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient
+from deadhead.plan import is_block_key, plain_key
 from deadhead.ranking import Ranking
 from deadhead.training.gate_optimizer import GateOptimizer, default_rate
 
@@ -29,6 +31,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off.
         sparsity: close this share of the gates, along a ramp, instead of paying λ for the open ones.
         ramp_steps: steps until the ramp reaches `sparsity`.
+        budget: hold what the gates cost at a share of what the dense model costs (see `BudgetTarget`), instead.
         weighting: "plain" L0, or "output_difference": heads whose removal changes their layer's output least are
             pushed hardest.
         gate_lr: the rate of the gates' own optimizer (see `GateOptimizer`); None chooses it by the number of steps.
@@ -49,6 +52,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         warmup_steps: int = 1000,
         sparsity: float | None = None,
         ramp_steps: int = 1000,
+        budget: BudgetTarget | None = None,
         weighting: Weighting = "plain",
         gate_lr: float | None = None,
         ranking: Ranking = "global",
@@ -68,7 +72,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.l0 = l0
         self.warmup_steps = warmup_steps
         self.weighting: Weighting = weighting
-        self.target = None
+        if sparsity is not None and budget is not None:
+            raise InputError("sparsity and budget both say how much is to go; give one of the two.")
+        self.target: SparsityTarget | BudgetTarget | None = budget
         if sparsity is not None:
             self.target = SparsityTarget(sparsity, ramp_steps=ramp_steps, ranking=ranking, exact=exact)
         self.gate_lr = gate_lr
@@ -92,9 +98,15 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"gates": values, **states}}
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers of the last step: λ, L0, share of closed gates, heads open in each layer."""
+        """Return the last step's numbers: λ, L0, shares of closed gates, share of the budget, units open a layer."""
         values = {"lambda": self.strength, "l0": self.last_l0, "sparsity": self.gates.sparsity}
-        values |= {f"heads/layer_{layer}": float(gate.is_open.sum()) for layer, gate in self.gates}
+        if self.gates.block_size is not None:
+            values["block_sparsity"] = self.gates.block_sparsity
+        if isinstance(self.target, BudgetTarget):
+            values["budget"] = self.target.expected(self.gates) / self.target.costs.total
+        for key, gate in self.gates:
+            what = "blocks" if is_block_key(key) else "heads"
+            values[f"{what}/layer_{plain_key(key)}"] = float(gate.is_open.sum())
         return values
 
     def on_train_begin(
