@@ -13,6 +13,7 @@ import random
 import statistics
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,12 +24,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError, UnsupportedModel
+from deadhead.gates import HeadGates
 from deadhead.gating import attach, detach, gates_of
 from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.hugging_face import HuggingFaceLayout
-from deadhead.models.pruned import shrinking
-from deadhead.plan import HeadPlan, Unit
+from deadhead.models.pruned import feed_forward, shrinking
+from deadhead.plan import HeadPlan, Unit, is_block_key
 from deadhead.training.phases import _checkpoint_activations
 from tests.helpers import assert_unchanged, cached_logits, chunks, difference, gradients, random_plan, snapshot
 
@@ -58,8 +60,9 @@ def invariant_case(model_type: str, seed: int) -> dict[str, float]:
     model: Any = tiny_model(model_type, seed=seed, dtype=dtype)
     unit = draw.choice(HuggingFaceLayout().units(model))
     gated = copy.deepcopy(model)
-    gates = attach(gated, unit=unit)
-    plan = random_plan(draw, gates.heads, gates.total, output_scale=draw.random() < 0.3, unit=unit)
+    blocks = draw.choice([False, True, 4]) if HuggingFaceLayout().block_sites(model) else False
+    gates = attach(gated, unit=unit, blocks=blocks)
+    plan = _random_units(draw, gates, output_scale=draw.random() < 0.3)
     gates.set_plan(plan)
     assert gates.plan() == plan
     with warnings.catch_warnings():
@@ -87,14 +90,27 @@ def invariant_case(model_type: str, seed: int) -> dict[str, float]:
     found[f"gradients {precision}"] = _gradient_difference(gated, small, plan, ids)
 
     if sum(plan.heads) and draw.random() < 0.5:
-        second = random_plan(draw, plan.kept, plan.total, output_scale=False, unit=unit)
         again = copy.deepcopy(small)
-        attach(again).set_plan(second)
+        gates = attach(again, blocks=bool(blocks) and draw.random() < 0.5)
+        second = _random_units(draw, gates, output_scale=False)
+        gates.set_plan(second)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*key/value cache grows")
             expected = again(input_ids=ids).logits
             found[f"logits second cut {precision}"] = difference(cut(small, second)(input_ids=ids).logits, expected)
     return found
+
+
+def _random_units(draw: random.Random, gates: HeadGates, *, output_scale: bool) -> HeadPlan:
+    """Return a plan that cuts at least one head, and where blocks have gates some of them; layers are often emptied."""
+    heads = {key: units for key, units in gates.heads.items() if not is_block_key(key)}
+    plan = random_plan(draw, heads, {key: gates.total[key] for key in heads}, output_scale=False, unit=gates.unit)
+    kept = {
+        key: () if draw.random() < 0.2 else tuple(draw.sample(units, draw.randint(0, len(units))))
+        for key, units in gates.heads.items()
+        if is_block_key(key)
+    }
+    return replace(gates.plan_of({**plan.units, **kept}), output_scale=output_scale)
 
 
 def _gradient_difference(gated: Any, small: Any, plan: HeadPlan, ids: Tensor) -> float:
@@ -104,12 +120,13 @@ def _gradient_difference(gated: Any, small: Any, plan: HeadPlan, ids: Tensor) ->
     names = {id(module): name for name, module in gated.named_modules()}
     layout = find_layout(gated)
     rows: dict[str, tuple[int, Tensor]] = {}
-    for site in layout.sites(gated, plan.unit):
-        kept = plan.kept[site.layer]
+    for site in layout.all_sites(gated, plan.unit, None if plan.blocks is None else plan.blocks.size):
+        kept = plan.units[site.key]
         for part in layout.selections(site, kept):
             name = f"{names[id(site.module)]}.{part.path}"
             rows[name] = (part.dim, part.index)
-            if part.path == f"{site.output_path}.weight" and plan.output_scale and kept and name in found:
+            scaled = part.path == f"{site.output_path}.weight" and plan.output_scale and not site.has_blocks
+            if scaled and kept and name in found:
                 found[name] = found[name] * site.total / len(kept)
     largest = 0.0
     for name, expected in reference.items():
@@ -139,6 +156,39 @@ def test_closed_gates_equal_cut(model_type: str, seed: int) -> None:
 def test_closed_gates_equal_cut_in_many_cases(model_type: str) -> None:
     for seed in range(1000, 1020):
         test_closed_gates_equal_cut(model_type, seed)
+
+
+_FEED_FORWARDS = [
+    ("llama", ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]),
+    ("phi3", ["gate_up_proj.weight", "down_proj.weight"]),
+    ("gpt2", ["c_fc.weight", "c_fc.bias", "c_proj.weight"]),
+    ("bert", ["intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight"]),
+    ("opt", ["fc1.weight", "fc1.bias", "fc2.weight"]),
+]
+
+
+@pytest.mark.parametrize(("model_type", "name"), [(kind, name) for kind, names in _FEED_FORWARDS for name in names])
+def test_a_feed_forward_tensor_whose_blocks_are_shifted_is_found_out_and_nothing_changes(
+    model_type: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = tiny_model(model_type, seed=3)
+    before = snapshot(model)
+    gates = attach(model, blocks=8)
+    detach(model)
+    kept = {key: units[::2] if is_block_key(key) else units for key, units in gates.heads.items()}
+    plan = gates.plan_of(kept)
+    original = feed_forward.rows_of_units
+
+    def shifted(layer: Any, path: str, units: Tensor) -> Tensor:
+        rows = original(layer, path, units)
+        return (rows + 8) % (layer.width * layer.copies) if path == name else rows
+
+    monkeypatch.setattr(feed_forward, "rows_of_units", shifted)
+    with pytest.raises(CutError):
+        cut(model, plan)
+    assert_unchanged(model, before)
+    monkeypatch.setattr(feed_forward, "rows_of_units", original)
+    assert cut(model, plan).config.head_plan == plan.to_dict()
 
 
 def _plan(model: Any, seed: int = 0, unit: Unit | None = None) -> HeadPlan:
