@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -149,6 +149,7 @@ def counted_costs(
     unit: Unit,
     block_size: int | None = None,
     length: int | None = None,
+    begun: Mapping[Any, int] | None = None,
 ) -> UnitCosts:
     """Return what the units of a model cost in parameters, FLOPs a token or cache values, as a sum over layers.
 
@@ -161,12 +162,14 @@ def counted_costs(
         unit: what a head's index names.
         block_size: of the blocks that are units too, or None.
         length: positions before the token; as for `model_cost`.
+        begun: by key, how many units there were before training cut some of them; None for those there are.
     """
     layout = find_layout(model)
     cost = model_cost(model, length=length, unit=unit)
     if length is None:
         length = _default_length(model)
     tables: dict[Layer, Tensor] = {}
+    present = 0.0
     for site in layout.all_sites(model, unit, block_size):
         if not site.units:
             continue
@@ -181,9 +184,10 @@ def counted_costs(
             whole += sum(layout.context_flops(site, length).values())
         else:
             whole = float(layout.cache_values(site, length) * model.dtype.itemsize)
-        tables[site.key] = torch.linspace(0.0, whole, len(site.units) + 1, dtype=torch.float64)
-    total = cost_of_kind(cost, kind)
-    return UnitCosts(fixed=total - sum(float(table[-1]) for table in tables.values()), tables=tables)
+        present += whole
+        count = len(site.units) if begun is None else begun[site.key]
+        tables[site.key] = torch.arange(count + 1, dtype=torch.float64) * (whole / len(site.units))
+    return UnitCosts(fixed=cost_of_kind(cost, kind) - present, tables=tables)
 
 
 def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"]) -> float:
@@ -193,9 +197,14 @@ def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"]) -> fl
 
 def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, length: int | None = None) -> Cost:
     """Count what a model of this configuration costs, without making its weights."""
+    return model_cost(skeleton(config), plan, length=length)
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model of this configuration on the meta device, without weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return model_cost(model, plan, length=length)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:
@@ -211,8 +220,7 @@ def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:
         InputError: there are not as many numbers as layers, or one is not between 0 and its layer's heads.
         UnsupportedModel: the model has no layout.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(config)
     layout = find_layout(model)
     unit = layout.units(model)[0]
     sites = layout.sites(model, unit)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
 
 if TYPE_CHECKING:
-    from deadhead.training.recipe import DataRecipe, PhaseRecipe, Recipe
+    from deadhead.training.recipe import DataRecipe, PhaseRecipe, PruneRecipe, Recipe
     from deadhead.training.single import Phase
 
 ModelOption = Annotated[
@@ -209,6 +209,9 @@ def prune(
         typer.Option("--cut-settled", min=0, help="Cut a head in training once its gate was shut for so many steps."),
     ] = None,
     cut: Annotated[bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be left and what memory training would take.")
+    ] = False,
     steps: Steps = None,
     batch_size: Batch = None,
     sequence_length: Length = None,
@@ -264,6 +267,9 @@ def prune(
         cut_settled=cut_settled,
         **_common(locals()),
     )
+    if dry_run:
+        _dry_run(model, phase, quiet, as_json)
+        return
     text = _changed(base.data, column=column, split=split)
     _run("prune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, cut=cut, teacher=teacher)
 
@@ -298,6 +304,30 @@ def finetune(
     phase = _changed(base.finetune, **_common(locals()))
     text = _changed(base.data, column=column, split=split)
     _run("finetune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, teacher=teacher)
+
+
+def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:
+    from deadhead import checkpoint
+    from deadhead.cost import skeleton
+    from deadhead.report.dry_run import dry_run_table
+    from deadhead.training.choosing import measure_budget_latency
+    from deadhead.training.dry_run import dry_run
+
+    latency = None
+    if phase.budget is not None and phase.budget.kind == "speedup":
+        network = checkpoint.load(model)
+        with progress(quiet) as report:
+            latency = measure_budget_latency(
+                network, phase, report=lambda done, total: report("measuring latency", done, total, {})
+            )
+    else:
+        # Without weights: what they are makes no difference.
+        network = skeleton(checkpoint.load_config(model))
+    result = dry_run(network, phase, latency=latency)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    console.print(dry_run_table(result, phase))
 
 
 def _base(recipe: Path | None) -> Recipe:

@@ -8,15 +8,17 @@ from typing import Any
 from deadhead.budget import BUDGET_NAMES
 
 
-def budget_sentence(budget: Mapping[str, Any]) -> str:
+def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> str:
     """Return one sentence.
 
     Args:
         budget: kind, what was asked for and what was reached, as in a run's summary.
+        predicted: whether nothing was cut yet.
     """
     kind, asked, reached = budget["kind"], budget["asked"], budget["reached"]
     if kind == "speedup":
-        return f"Asked for {asked:g} times the speed; measured {reached:.3f} times."
+        return f"Asked for {asked:g} times the speed; {'predicted' if predicted else 'measured'} {reached:.3f} times."
+    verb = "would be" if predicted else "are"
     if kind == "sparsity":
-        return f"Asked to cut {asked:.1%} of the heads; {reached:.1%} are gone."
-    return f"Asked to leave {asked:.1%} of the {BUDGET_NAMES[kind]}; {reached:.2%} are left."
+        return f"Asked to cut {asked:.1%} of the heads; {reached:.1%} {verb} gone."
+    return f"Asked to leave {asked:.1%} of the {BUDGET_NAMES[kind]}; {reached:.2%} {verb} left."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,15 +12,16 @@ from deadhead.budget import Budget, BudgetTarget, plan_within
 from deadhead.cost import cost_of_kind, counted_costs, model_cost
 from deadhead.evaluation import max_positions
 from deadhead.gates import HeadGates
-from deadhead.gating import attach, block_size, unwrapped
+from deadhead.gating import attach, block_size, gates_of, unwrapped
 from deadhead.hard_concrete import GateConfig
+
 try:
     from deadhead.latency import Latency, measure_latency, pruned_copy
 except ImportError:
     pass
 from deadhead.layouts import find_layout
 from deadhead.modes import best_device
-from deadhead.plan import HeadPlan, Unit
+from deadhead.plan import HeadPlan, Unit, is_block_key
 from deadhead.ranking import HeadScores
 from deadhead.timing import bench
 from deadhead.training.processes import on_main
@@ -150,7 +151,9 @@ def budget_costs(
     else:
         size = block_size(find_layout(model), model, blocks)
         length = budget_length(model, recipe)
-        costs = counted_costs(model, budget.kind, unit=unit, block_size=size, length=length)
+        gates = gates_of(model)
+        begun = None if gates is None else {key: len(units) for key, units in gates.heads.items()}
+        costs = counted_costs(model, budget.kind, unit=unit, block_size=size, length=length, begun=begun)
     budget.require_reachable(costs, has_blocks=blocks is not False)
     return budget, costs
 
@@ -205,14 +208,22 @@ def true_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan) -> f
     budget = recipe.budget
     assert budget is not None
     model = unwrapped(model)
-    if budget.kind == "sparsity":
-        return 1.0 - plan.sparsity
     length = budget_length(model, recipe)
+    if budget.kind == "sparsity":
+        return sum(plan.heads) / max(_heads_now(model, recipe), 1)
     if budget.kind == "speedup":
         return _timed_share(model, recipe, plan, length)
-    kind = cast(Literal["params", "flops", "kv_cache"], budget.kind)
-    before = cost_of_kind(model_cost(model, length=length), kind)
-    return cost_of_kind(model_cost(model, plan, length=length), kind) / before
+    found = budget_costs(model, recipe)
+    assert found is not None
+    return cost_of_kind(model_cost(model, plan, length=length), budget.kind) / found[1].total
+
+
+def _heads_now(model: PreTrainedModel, recipe: PruneRecipe) -> int:
+    """Return the number of heads that there are, or were before training cut some."""
+    gates = gates_of(model)
+    if gates is not None:
+        return sum(len(units) for key, units in gates.heads.items() if not is_block_key(key))
+    return sum(len(site.units) for site in find_layout(model).sites(model, _unit(model, recipe)))
 
 
 def _timed_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan, length: int) -> float:

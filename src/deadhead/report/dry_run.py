@@ -1,0 +1,44 @@
+"""The table of a dry run."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from deadhead.report.budget import budget_sentence
+from deadhead.training.dry_run import DryRun
+from deadhead.training.recipe import PruneRecipe
+
+
+def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
+    """Return the model as it is, for instance once it is pruned, and without any unit, side by side.
+
+    Args:
+        found: what the phase would do.
+        recipe: the phase.
+    """
+    table = Table(box=None, pad_edge=False)
+    columns = {"as it is": found.dense, "for instance": found.pruned, "without any": found.least}
+    columns = {name: cost for name, cost in columns.items() if cost is not None}
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    kept = [cost for cost in columns.values() if cost is not None]
+    table.add_row(f"{found.unit.replace('kv_group', 'key/value group')}s", *(str(sum(cost.heads)) for cost in kept))
+    if found.block_size is not None:
+        table.add_row(f"blocks of {found.block_size}", *(str(sum(cost.blocks)) for cost in kept))
+    table.add_row("parameters", *(f"{cost.parameters:,}" for cost in kept))
+    table.add_row(f"FLOPs a token after {found.length:,}", *(f"{cost.flops_per_token:,.0f}" for cost in kept))
+    table.add_row("key/value cache, bytes", *(f"{cost.kv_cache_bytes:,}" for cost in kept))
+    lines = []
+    if recipe.budget is not None:
+        asked = {"kind": recipe.budget.kind, "asked": recipe.budget.value, "reached": found.reached}
+        lines.append(budget_sentence(asked, predicted=True))
+    memory = found.memory
+    lines.append(
+        f"Memory to train gates, {recipe.batch_size} rows at once: {memory.total / 1e9:.2f} GB (weights "
+        f"{memory.weights / 1e9:.2f}, gradients {memory.gradients / 1e9:.2f}, optimizer {memory.optimizer / 1e9:.2f}, "
+        f"activations {memory.activations / 1e9:.2f})."
+    )
+    table.caption = "\n".join(lines)
+    table.caption_justify = "left"
+    return table
