@@ -221,7 +221,7 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
 
 
 def _model_card(model: PreTrainedModel, metrics: Mapping[str, float], origin: Mapping[str, Any]) -> str:
-    cost = model_cost(model)
+    cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
     front: dict[str, Any] = {**origin, "library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
     lines = [
         "---",
@@ -229,11 +229,13 @@ def _model_card(model: PreTrainedModel, metrics: Mapping[str, float], origin: Ma
         "---",
         f"# {model.config.model_type}",
         "",
-        "Attention heads of this model were found dead and cut off by deadhead."
-        if find_layout(model).recorded_plan(model) is not None
-        else "A model that deadhead has not cut.",
+        "A model that deadhead has not cut."
+        if plan is None
+        else f"{'Attention heads' if plan.blocks is None else 'Heads and blocks'} of this model were found dead and "
+        "cut off by deadhead.",
         "",
         f"- heads a layer: {cost.heads}",
+        *([f"- blocks of {cost.block_size} a layer: {cost.blocks}"] if plan is not None and plan.blocks else []),
         f"- parameters: {cost.parameters:,}",
         f"- FLOPs a token: {cost.flops_per_token:,.0f}",
         *(f"- {name}: {value:.4g}" for name, value in metrics.items()),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deadhead import HeadPlan, InputError
+from deadhead import BlockPlan, HeadPlan, InputError
 from deadhead.report.head_map import gate_courses, head_map_text, save_head_map
 
 _PLAN = HeadPlan(kept={0: (0, 2), 1: (), 2: (0, 1, 2, 3)}, total={0: 4, 1: 4, 2: 4})
@@ -94,6 +94,18 @@ def test_the_picture_shows_what_stays_and_what_goes(tmp_path: Path) -> None:
     assert colours["none"]["kept"] == 0
     assert colours["all"]["kept"] > mixed["kept"] / 2
     assert colours["none"]["cut"] > 0
+
+
+def test_blocks_are_counted_beside_the_heads(tmp_path: Path) -> None:
+    blocks = BlockPlan(size=4, kept={0: (1,), 2: ()}, total={0: 16, 1: 16, 2: 8})
+    plan = HeadPlan(kept={0: (0,)}, total={0: 2, 1: 2}, blocks=blocks)
+    assert head_map_text(plan).splitlines() == [
+        "layer 0  ■ ·  1/2, blocks 1/16",
+        "layer 1  ■ ■  2/2, blocks 16/16",
+        "layer 2    blocks 0/8",
+    ]
+    save_head_map(plan, [], tmp_path / "map.png")
+    assert _colours(tmp_path / "map.png")["kept"] > 100
 
 
 @pytest.mark.parametrize(

@@ -7,21 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from deadhead.files import no_space_is_input_error
-from deadhead.plan import HeadPlan
+from deadhead.plan import HeadPlan, Layer
 
 # Okabe and Ito's blue and orange can be told apart by the colour-blind, and in print by lightness.
 _KEPT, _CUT = "#0072b2", "#e69f00"
 
 
 def head_map_text(plan: HeadPlan) -> str:
-    """Return the head map as characters: one line a layer, ■ a head that stays, · one that goes."""
-    width = max(len(str(layer)) for layer in plan.total)
+    """Return the head map as characters: one line a layer, ■ a head that stays, · one that goes, and blocks counted."""
+    blocks = {} if plan.blocks is None else plan.blocks.total
+    layers = [*plan.total, *(layer for layer in blocks if layer not in plan.total)]
+    width = max(len(str(layer)) for layer in layers)
     lines = []
-    for layer, count in plan.total.items():
-        kept = set(plan.kept[layer])
+    for layer in layers:
+        count = plan.total.get(layer, 0)
+        kept = set(plan.kept.get(layer, ()))
         row = " ".join("■" if head in kept else "·" for head in range(count))
-        lines.append(f"layer {layer!s:>{width}}  {row}  {len(kept)}/{count}")
+        lines.append(f"layer {layer!s:>{width}}  {row}  {_count_text(plan, layer)}".rstrip())
     return "\n".join(lines)
+
+
+def _count_text(plan: HeadPlan, layer: Layer) -> str:
+    """Return how many heads and blocks of a layer stay, of how many."""
+    parts = [f"{len(plan.kept[layer])}/{plan.total[layer]}"] if layer in plan.total else []
+    if plan.blocks is not None and layer in plan.blocks.total:
+        parts.append(f"blocks {len(plan.blocks.kept[layer])}/{plan.blocks.total[layer]}")
+    return ", ".join(parts)
 
 
 def gate_courses(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[list[float]]]]:
@@ -61,8 +72,10 @@ def save_head_map(plan: HeadPlan, metrics: Sequence[Mapping[str, Any]], path: Pa
             heads.add_patch(
                 _square(head, row, facecolor=colour, edgecolor=_KEPT if stays else _CUT, hatch=None if stays else "xx")
             )
-        heads.text(most + 0.1, row + 0.5, f"{len(kept)}/{plan.total[layer]}", va="center")
-    heads.set(xlim=(0, most + 0.9), ylim=(len(layers), 0), aspect="equal", xlabel="head", ylabel="layer")
+        heads.text(most + 0.1, row + 0.5, _count_text(plan, layer), va="center")
+    # So wide that the text beside the squares fits.
+    room = 0.9 if plan.blocks is None else 0.9 + 0.35 * most
+    heads.set(xlim=(0, most + room), ylim=(len(layers), 0), aspect="equal", xlabel="head", ylabel="layer")
     heads.set_xticks([head + 0.5 for head in range(most)], [str(head) for head in range(most)])
     heads.set_yticks([row + 0.5 for row in range(len(layers))], [str(layer) for layer in layers])
     heads.tick_params(length=0)

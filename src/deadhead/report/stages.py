@@ -30,16 +30,25 @@ def stages_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             stage,
             f"{values['steps']:,}",
-            " ".join(str(count) for count in values["heads"]),
+            _units(values),
             f"{values['parameters']:,}",
             f"{values['flops_per_token'] / 1e6:.3f}",
             f"{values['perplexity']:.3f}",
             f"{values['bits_per_byte']:.3f}",
             f"{values['tokens_per_second']:,.0f}",
         )
+    captions = []
     if "control" in summary:
-        table.caption = "control: the dense model, trained for as many steps in all as the pruned one"
+        captions.append("control: the dense model, trained for as many steps in all as the pruned one")
+    if any(summary.get(stage, {}).get("blocks") for stage in STAGES):
+        captions.append("heads | blocks of hidden units or persistent vectors, each one number a layer")
+    table.caption = "; ".join(captions) or None
     return table
+
+
+def _units(values: Mapping[str, Any]) -> str:
+    heads = " ".join(str(count) for count in values["heads"])
+    return heads if not values.get("blocks") else f"{heads} | {' '.join(str(count) for count in values['blocks'])}"
 
 
 def verdict(summary: Mapping[str, Any]) -> str:

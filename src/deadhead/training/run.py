@@ -22,6 +22,7 @@ from deadhead.evaluation import evaluate
 from deadhead.files import read_json, remove_folder, remove_left_overs, require_replaceable, write_json, write_text
 from deadhead.gates import HeadGates
 from deadhead.generate import generate_text
+
 try:
     from deadhead.latency import Latency, measure_latency, pruned_copy
 except ImportError:
@@ -30,6 +31,7 @@ from deadhead.models import AllAttentionConfig, TransformerXLConfig
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.timing import bench
+from deadhead.training.choosing import asked_blocks
 from deadhead.training.inputs import dense_folder, load_dense, prepare_text, require_same_training
 from deadhead.training.phases import choose_units, train
 from deadhead.training.processes import count, is_main, on_main
@@ -323,11 +325,11 @@ class Run:
         heads, blocks = cost.heads, cost.blocks
         if stage == "gated":
             plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
-            heads = plan.heads
-            blocks = blocks if plan.blocks is None else plan.blocks.blocks
+            heads, blocks = plan.heads, [] if plan.blocks is None else plan.blocks.blocks
+        has_blocks = asked_blocks(self.recipe.prune, model) is not False
         values = {
             "heads": heads,
-            **({"blocks": blocks} if blocks else {}),
+            **({"blocks": blocks} if has_blocks else {}),
             "parameters": cost.parameters,
             "flops_per_token": cost.flops_per_token,
             "perplexity": result.perplexity,

@@ -17,6 +17,8 @@ from deadhead.errors import InputError
 from deadhead.evaluation import evaluate
 from deadhead.files import read_json, write_json
 from deadhead.gates import HeadGates
+from deadhead.layouts import find_layout
+
 try:
     from deadhead.latency import Latency, measure_latency, pruned_copy
 except ImportError:
@@ -152,11 +154,10 @@ def run_single(
             )
             shutil.rmtree(work, ignore_errors=True)
             cost = model_cost(network)
-            plan = gates.plan() if gates is not None and not cut else None
-            blocks = cost.blocks if plan is None else None if plan.blocks is None else plan.blocks.blocks
+            plan = gates.plan() if gates is not None and not cut else find_layout(network).recorded_plan(network)
             return {
-                "heads": cost.heads if plan is None else plan.heads,
-                **({"blocks": blocks} if blocks else {}),
+                "heads": cost.heads if gates is None or cut or plan is None else plan.heads,
+                **({} if plan is None or plan.blocks is None else {"blocks": plan.blocks.blocks}),
                 **({} if budget is None else {"budget": budget}),
                 "parameters": cost.parameters,
                 "flops_per_token": cost.flops_per_token,
