@@ -280,7 +280,7 @@ def main() -> None:
         if not options.table:
             sweep(models, budgets, steps, out, options.jobs, console)
             console.print(f"{machine()}; float32; {steps}", markup=False)
-        console.print(table(out) or "Nothing was measured yet.", markup=False)
+        console.print(table(out) or "Nothing was measured yet.", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

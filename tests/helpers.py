@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deadhead.gating import is_gate
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
-from deadhead.plan import HeadPlan, Unit
+from deadhead.plan import BlockPlan, HeadPlan, Unit
 
 
 def difference(values: Tensor, reference: Tensor) -> float:
@@ -27,7 +29,7 @@ def randomise(model: nn.Module, seed: int) -> None:
     """Give every parameter random values: biases, norms, u, v and persistent vectors too, so that none is neutral."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "head_gate" in name:
+        if is_gate(name):
             continue
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         last = name.rsplit(".", 1)[-1]
@@ -103,8 +105,18 @@ def random_plan(
     *,
     output_scale: bool,
     unit: Unit = "head",
+    blocks: BlockPlan | None = None,
 ) -> HeadPlan:
-    """Return a plan that keeps some of `kept` and cuts at least one; layers are emptied often, also all of them."""
+    """Return a plan that keeps some of `kept` and cuts at least one; layers are emptied often, also all of them.
+
+    Args:
+        draw: of every choice.
+        kept: the heads there are.
+        total: those there were.
+        output_scale: what the plan says of it.
+        unit: what an index names.
+        blocks: the blocks there are, of which some are kept too; also in layers that lose all heads.
+    """
     left = {layer: list(heads) for layer, heads in kept.items()}
     if draw.random() < 0.05:
         left = {layer: [] for layer in left}
@@ -115,7 +127,17 @@ def random_plan(
         layer = draw.choice([layer for layer in left if kept[layer]])
         left[layer] = left[layer][1:]
     kept = {layer: tuple(heads) for layer, heads in left.items()}
-    return HeadPlan(kept=kept, total=total, unit=unit, output_scale=output_scale)
+    if blocks is not None:
+        counts = {layer: 0 if draw.random() < 0.2 else draw.randint(0, len(b)) for layer, b in blocks.kept.items()}
+        blocks = replace(blocks, kept={layer: draw.sample(b, counts[layer]) for layer, b in blocks.kept.items()})
+    return HeadPlan(kept=kept, total=total, unit=unit, output_scale=output_scale, blocks=blocks)
+
+
+def random_blocks(draw: random.Random, config: AllAttentionConfig) -> BlockPlan:
+    """Return all blocks, of a random size, of a model's feed-forward layers or persistent vectors."""
+    width = config.feed_forward_size or config.num_persistent
+    size = draw.choice([size for size in range(1, width + 1) if width % size == 0])
+    return BlockPlan(size=size, kept={}, total=dict.fromkeys(range(config.num_hidden_layers), width // size))
 
 
 def random_text(draw: random.Random, config: AllAttentionConfig, *, padded: bool) -> tuple[Tensor, Tensor]:
@@ -173,14 +195,31 @@ def gradients(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -
     found = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         for name, parameter in model.named_parameters()
-        if "head_gate" not in name
+        if not is_gate(name)
     }
     model.zero_grad(set_to_none=True)
     return found
 
 
-def kept_part(name: str, tensor: Tensor, kept: Sequence[int], head_dim: int) -> Tensor:
-    """Return the part of an attention parameter that belongs to heads `kept`, written down without the layout."""
+def kept_part(name: str, tensor: Tensor, plan: HeadPlan, head_dim: int) -> Tensor:
+    """Return the part of a parameter of a layer that a plan keeps, written down without the layout."""
+    layer = int(name.split(".layers.")[1].split(".")[0])
+
+    def in_blocks(dim: int) -> Tensor:
+        units = list(range(tensor.shape[dim]))
+        if plan.blocks is not None:
+            units = [unit for unit in units if unit // plan.blocks.size in plan.blocks.kept[layer]]
+        return tensor.index_select(dim, torch.tensor(units, dtype=torch.long))
+
+    if ".up_proj." in name:
+        return in_blocks(0)
+    if name.endswith("down_proj.weight"):
+        return in_blocks(1)
+    if ".attention." not in name:
+        return tensor
+    kept = plan.kept[layer]
+    if ".persistent_" in name:
+        return in_blocks(1)[list(kept)]
     rows = [head * head_dim + i for head in kept for i in range(head_dim)]
     if name.endswith("o_proj.weight"):
         return tensor[:, rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM
-from deadhead.plan import HeadPlan
+from deadhead.plan import BlockPlan, HeadPlan
 from tests.helpers import assert_unchanged, difference, gradients, snapshot, tiny_model
 from tests.reload import WAYS, in_a_fresh_process
 from tests.small import assert_same_tensors
@@ -281,6 +281,11 @@ def test_the_base_model_can_be_cut() -> None:
         assert torch.equal(base(input_ids=IDS, use_cache=False).last_hidden_state, expected)
 
 
+def blocks_too(kept: dict[int, list[int]], plan: HeadPlan) -> HeadPlan:
+    """Return a plan that says of blocks of 3 which stay, too."""
+    return replace(plan, blocks=BlockPlan(size=3, kept=kept, total=TOTAL))
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, tuple[dict[str, Any], HeadPlan | None]] = {
@@ -292,6 +297,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], HeadPlan | None]] = {
     "shared u and v": ({"share_position_bias": True}, PLAN),
     "rotary": ({"position": "rotary", "final_layer_norm": False}, PLAN),
     "adaptive": ({"adaptive_cutoffs": [9, 17], "adaptive_factor": 2}, PLAN),
+    "blocks": ({"num_persistent": 12}, blocks_too({0: [0, 2], 1: [], 2: []}, HeadPlan(kept={1: []}, total=TOTAL))),
+    "blocks of a feed-forward layer": (
+        {"num_persistent": 4, "feed_forward_size": 12},
+        blocks_too({0: [0, 2], 1: [], 2: [3]}, PLAN),
+    ),
 }
 
 

@@ -36,6 +36,7 @@ from tests.helpers import (
     difference,
     gradients,
     kept_part,
+    random_blocks,
     random_config,
     random_model,
     random_plan,
@@ -65,13 +66,14 @@ def invariant_case(seed: int) -> dict[str, float]:
     model = random_model(config, seed, dtype)
     total = dict.fromkeys(range(config.num_hidden_layers), config.num_attention_heads)
     everything = {layer: tuple(range(count)) for layer, count in total.items()}
-    plan = random_plan(draw, everything, total, output_scale=draw.random() < 0.5)
+    blocks = random_blocks(draw, config) if draw.random() < 0.7 else None
+    plan = random_plan(draw, everything, total, output_scale=draw.random() < 0.5, blocks=blocks)
     ids, mask = random_text(draw, config, padded=draw.random() < 0.5)
     sizes = chunks(draw, ids.shape[1])
     precision = str(dtype).removeprefix("torch.")
 
     gated = copy.deepcopy(model)
-    gates = attach(gated)
+    gates = attach(gated, blocks=False if blocks is None else blocks.size)
     gates.set_plan(plan)
     assert gates.plan() == plan
     # With gates attached and without, `cut` must come to the same.
@@ -91,9 +93,11 @@ def invariant_case(seed: int) -> dict[str, float]:
 
     left = sum(len(heads) for heads in plan.kept.values())
     if left and draw.random() < 0.5:
-        second = random_plan(draw, plan.kept, total, output_scale=draw.random() < 0.5)
+        # Blocks that the first cut left may be cut, or left alone.
+        left_blocks = plan.blocks if draw.random() < 0.7 else None
+        second = random_plan(draw, plan.kept, total, output_scale=draw.random() < 0.5, blocks=left_blocks)
         again = copy.deepcopy(small)
-        attach(again).set_plan(second)
+        attach(again, blocks=False if left_blocks is None else left_blocks.size).set_plan(second)
         with torch.no_grad():
             expected = again(input_ids=ids, attention_mask=mask, use_cache=False).logits
             smaller: Any = cut(small, second)
@@ -102,7 +106,8 @@ def invariant_case(seed: int) -> dict[str, float]:
                 smaller(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected
             )
             if second.output_scale == plan.output_scale:
-                _assert_composes(model, second, plan, smaller, ids, mask)
+                at_once = replace(second, blocks=second.blocks or plan.blocks)
+                _assert_composes(model, at_once, plan, smaller, ids, mask)
     return found
 
 
@@ -133,12 +138,11 @@ def _gradient_difference(
     largest = 0.0
     for name, gradient in found.items():
         expected = reference[name]
-        if ".attention." in name:
+        if ".layers." in name:
             layer = int(name.split(".layers.")[1].split(".")[0])
-            kept = plan.kept[layer]
-            expected = kept_part(name, expected, kept, gated.config.head_dim)
+            expected = kept_part(name, expected, plan, gated.config.head_dim)
             if name.endswith("o_proj.weight") and plan.output_scale:
-                gradient = gradient * plan.total[layer] / len(kept)
+                gradient = gradient * plan.total[layer] / len(plan.kept[layer])
         assert gradient.shape == expected.shape, name
         scale = max(float(expected.abs().max()), floor, 1e-30)
         largest = max(largest, float((gradient - expected).abs().max()) / scale)

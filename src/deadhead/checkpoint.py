@@ -154,13 +154,13 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """Load a model's configuration from a checkpoint folder or by its name on the Hugging Face hub.
+    """Load a model's configuration from a checkpoint folder, its file, or by its name on the Hugging Face hub.
 
     Raises:
         InputError: there is none.
     """
     local = not _looks_like_a_name(path)
-    if local and not (Path(path) / "config.json").is_file():
+    if local and not Path(path).is_file() and not (Path(path) / "config.json").is_file():
         raise InputError(f"A checkpoint folder was expected at {path}, but it has no config.json.")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deadhead.errors import InputError
-from deadhead.gating import detach
+from deadhead.gating import detach, is_gate
 from deadhead.layouts import Layout, find_layout
 from deadhead.plan import HeadPlan, Layer, Unit
 from deadhead.unit_costs import UnitCosts
@@ -79,7 +80,7 @@ def model_cost(
     seen = {id(parameter): parameter.numel() for parameter in embeddings}
     embedding_parameters = sum(seen.values())
     inputs = set(seen) if output is None else set(seen) - {id(p) for p in output.parameters()}
-    seen |= {id(p): p.numel() for name, p in model.named_parameters() if "head_gate." not in name}
+    seen |= {id(p): p.numel() for name, p in model.named_parameters() if not is_gate(name)}
     blocks = layout.block_sites(model)
     heads_parameters, heads_flops, block_parameters = 0, 0.0, 0
     inside: set[int] = set()
@@ -168,22 +169,25 @@ def counted_costs(
     cost = model_cost(model, length=length, unit=unit)
     if length is None:
         length = _default_length(model)
+    sites = [site for site in layout.all_sites(model, unit, block_size) if site.units]
+    owners = Counter(
+        id(site.module.get_parameter(part.path)) for site in sites for part in layout.selections(site, site.units)
+    )
+    # Of numbers that heads and blocks both own, persistent vectors, half counts for either, and so do their FLOPs.
+    are_shared = any(count > 1 for count in owners.values())
     tables: dict[Layer, Tensor] = {}
     present = 0.0
-    for site in layout.all_sites(model, unit, block_size):
-        if not site.units:
-            continue
-        sizes = [
-            (site.module.get_parameter(part.path).numel(), part.per_token)
-            for part in layout.selections(site, site.units)
-        ]
-        if kind == "params":
-            whole = float(sum(size for size, _ in sizes))
-        elif kind == "flops":
-            whole = sum(2.0 * size for size, per_token in sizes if per_token)
-            whole += sum(layout.context_flops(site, length).values())
-        else:
+    for site in sites:
+        if kind == "kv_cache":
             whole = float(layout.cache_values(site, length) * model.dtype.itemsize)
+        else:
+            parts = [(site.module.get_parameter(p.path), p.per_token) for p in layout.selections(site, site.units)]
+            if kind == "params":
+                whole = sum(parameter.numel() / owners[id(parameter)] for parameter, _ in parts)
+            else:
+                whole = sum(2.0 * parameter.numel() for parameter, per_token in parts if per_token)
+                for name, flops in layout.context_flops(site, length).items():
+                    whole += flops / 2 if are_shared and name == "persistent" else flops
         present += whole
         count = len(site.units) if begun is None else begun[site.key]
         tables[site.key] = torch.arange(count + 1, dtype=torch.float64) * (whole / len(site.units))

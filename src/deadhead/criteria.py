@@ -4,14 +4,17 @@ What people would use instead of learned gates; behind the same head plan, cut a
 
 - magnitude: L2 norm of all of the head's weights,
 - taylor: E_x |∂L(x) / ∂ξ_h|, where ξ_h = 1 multiplies the head's output (Michel, Levy, Neubig 2019, arXiv 1905.10650,
-  equation 2; without their normalisation by layer, which `ranking="layer"` makes irrelevant),
-- output-difference: ‖W_O^h a_h‖ / ‖Σ W_O a‖, by how much the layer's output changes without the head,
+  equation 2; without their normalisation by layer, which `ranking="layer"` makes irrelevant); of a block of persistent
+  vectors ξ multiplies e^score,
+- output-difference: ‖W_O^h a_h‖ / ‖Σ W_O a‖, by how much the layer's output changes without the head; not for blocks of
+  persistent vectors, of which no layer's output is a sum,
 - random: as a floor for all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -43,7 +46,7 @@ def score_heads(
     blocks: bool | int = False,
     seed: int = 0,
 ) -> HeadScores:
-    """Score every head of a model by a one-shot criterion, and the blocks of its feed-forward layers if asked.
+    """Score every head of a model by a one-shot criterion, and blocks if asked.
 
     Args:
         model: without gates, or with all of them open; not changed.
@@ -59,7 +62,8 @@ def score_heads(
 
     Raises:
         UnsupportedModel: there is no head that could be pruned.
-        InputError: the criterion needs text and got none, a gate is closed, or an argument is not allowed.
+        InputError: the criterion needs text and got none, is not one of persistent vectors, a gate is closed, or an
+            argument is not allowed.
     """
     model = unwrapped(model)
     gates = gates_of(model)
@@ -73,6 +77,11 @@ def score_heads(
     found: list[Tensor] = []
     if criterion not in ONE_SHOT:
         raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
+    if criterion == "output-difference" and any(site.output_path is None for site in there):
+        raise InputError(
+            "Blocks of persistent vectors have no output difference, as a layer's output is no sum over them; use "
+            "'taylor' or 'magnitude', or leave blocks out."
+        )
     if criterion == "magnitude":
         found = [_magnitude(layout, site) for site in there]
     elif criterion == "random":
@@ -122,33 +131,76 @@ class _HeadMask:
         return (masked.reshape(hidden.shape), *rest)
 
 
+class _GateMask(nn.Module):
+    """The same for blocks whose module reads their gate itself, in whose place it stands."""
+
+    # What an attention module asks of a gate that learns.
+    idle = ()
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.num_units = len(site.units)
+        self.device = _device(site)
+        self.mask_BH: Tensor | None = None
+        self.rows = 0
+
+    def forward(self) -> tuple[Tensor, None]:
+        self.mask_BH = torch.ones(self.rows, self.num_units, device=self.device, requires_grad=True)
+        return self.mask_BH, None
+
+
+_Mask = _HeadMask | _GateMask
+
+
+@contextmanager
+def _masked(sites: list[Site]) -> Iterator[list[_Mask]]:
+    """Put a mask on every site for a while."""
+    masks: list[_Mask] = [_HeadMask(site) if site.output_path is not None else _GateMask(site) for site in sites]
+    with ExitStack() as exits:
+        for site, mask in zip(sites, masks, strict=True):
+            if isinstance(mask, _HeadMask):
+                exits.callback(site.output.register_forward_pre_hook(mask).remove)
+            else:
+                exits.enter_context(_in_place_of_gate(site, mask))
+        yield masks
+
+
+@contextmanager
+def _in_place_of_gate(site: Site, mask: _GateMask) -> Iterator[None]:
+    gate = getattr(site.module, site.gate_name, None)
+    site.module.add_module(site.gate_name, mask)
+    try:
+        yield
+    finally:
+        delattr(site.module, site.gate_name)
+        if gate is not None:
+            site.module.add_module(site.gate_name, gate)
+
+
 def _taylor(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:
     """Return the mean over rows of |∂L / ∂ξ_h|, L the mean loss of the row's tokens."""
-    masks = [_HeadMask(site) for site in sites]
     found = [torch.zeros(len(site.units)) for site in sites]
-    hooks = [site.output.register_forward_pre_hook(mask) for site, mask in zip(sites, masks, strict=True)]
     rows = 0
 
-    def look(loss: Tensor, count: int) -> None:
+    def look(loss: Tensor, count: int, masks: list[_Mask]) -> None:
         # The loss is a mean over the rows, so each row's own derivative is so many times as large.
         derivatives = torch.autograd.grad(loss * count, [mask.mask_BH for mask in masks if mask.mask_BH is not None])
         for scores, derivative_BH in zip(found, derivatives, strict=True):
             scores += derivative_BH.abs().sum(0).float().cpu()
 
-    try:
-        with torch.enable_grad():
-            for loss, count in _losses(model, batches, before=lambda count: _set_rows(masks, count)):
-                look(loss, count)
-                rows += count
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.enable_grad(), _masked(sites) as masks:
+        for loss, count in _losses(model, batches, before=lambda count: _set_rows(masks, count)):
+            look(loss, count, masks)
+            rows += count
     return [scores / rows for scores in found]
 
 
-def _set_rows(masks: list[_HeadMask], rows: int) -> None:
+def _set_rows(masks: list[_Mask], rows: int) -> None:
     for mask in masks:
         mask.rows = rows
+        if isinstance(mask, _GateMask):
+            # In evaluation, in which the model is, gates count as decided.
+            mask.train()
 
 
 def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:

@@ -86,7 +86,8 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             detach(model)
             for site in sites:
                 if site.units:
-                    _fold(site, units[site.key], factors[site.key])
+                    if site.output_path is not None:
+                        _fold(site, units[site.key], factors[site.key])
                     layout.shrink(site, units[site.key])
             _require_same_function(model, expected)
             _record(layout, model, plan)
@@ -147,6 +148,28 @@ def trim(model: PreTrainedModel, plan: HeadPlan, optimizer: torch.optim.Optimize
     if optimizer is not None:
         for old, new, part in changes:
             _replace_parameter(optimizer, old, new, part)
+
+
+def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrainedModel:
+    """Return a copy without gates that is cut by a plan, to be timed: nothing is folded, checked or written down.
+
+    Args:
+        model: with or without gates; not changed. The copy shares with it all weights that are not cut.
+        plan: the heads, and blocks, that stay; None: those there are.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    copied = detach(copy.deepcopy(model, memo))
+    if plan is None:
+        return copied
+    layout, units = find_layout(copied), plan.units
+    sites = layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
+    if any(site.units and not units[site.key] for site in sites):
+        # What an emptied module must return.
+        _watched_outputs(copied, layout, sites)
+    for site in sites:
+        if site.units and site.units != units[site.key]:
+            layout.shrink(site, units[site.key])
+    return copied
 
 
 @torch.no_grad()

@@ -151,6 +151,7 @@ class HeadGates:
         unit: what a gate opens and closes.
         config: the gates' constants.
         block_size: size of the blocks that have gates too, or None. All mappings then have their keys as well.
+        headless: keys of blocks that went with the last head of their layer; what a plan says of them means nothing.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class HeadGates:
         unit: Unit,
         config: GateConfig,
         block_size: int | None = None,
+        headless: Sequence[Layer] = (),
     ) -> None:
         self.gates = dict(gates)
         self.heads = dict(heads)
@@ -169,6 +171,7 @@ class HeadGates:
         self.unit = unit
         self.config = config
         self.block_size = block_size
+        self.headless = frozenset(headless)
         self._step = 0
         self._micro_batch = 0
         self._exactly: list[tuple[list[HeadGate], int]] = []
@@ -339,7 +342,8 @@ class HeadGates:
         """Check that `plan` is one for this model.
 
         Returns:
-            The units that stay, by key; blocks of which the plan says nothing are among them.
+            The units that stay, by key; blocks of which the plan says nothing are among them, and none that went with
+            the heads of their layer.
 
         Raises:
             InputError: its unit, layers or numbers differ, or it keeps a head that was cut before.
@@ -353,7 +357,10 @@ class HeadGates:
             raise InputError(
                 f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(total)}."
             )
-        units = {layer: plan.units.get(layer, heads) for layer, heads in self.present.items()}
+        units = {
+            layer: () if layer in self.headless else plan.units.get(layer, heads)
+            for layer, heads in self.present.items()
+        }
         if plan.blocks is not None:
             self._require_blocks(plan.blocks)
         for layer, heads in self.present.items():

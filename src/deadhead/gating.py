@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates import HeadGate, HeadGates
 from deadhead.hard_concrete import GateConfig
-from deadhead.layouts import Layout, Site, find_layout, head_columns
+from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Layer, Unit
 
-_GATE_NAME = "head_gate"
+_GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
 # Weight of the newest measurement in the running output differences.
 _DIFFERENCE_RATE = 0.4
@@ -96,7 +96,10 @@ def attach(
     unit: Unit | None = None,
     blocks: bool | int = False,
 ) -> HeadGates:
-    """Add a trainable gate to every prunable head of `model`, and to the blocks of its feed-forward layers if asked.
+    """Add a trainable gate to every prunable head of `model`, and to blocks if asked.
+
+    Blocks are runs of a feed-forward layer's hidden units, or of the All-attention Transformer's persistent vectors, in
+    every head of a layer at once.
 
     Args:
         model: a model with a layout, or PEFT's wrapper of one; changed in place. With adapters, wrap first: PEFT
@@ -104,14 +107,15 @@ def attach(
         config: the gates' constants; the default has no output scaling, as pretrained models need it. Blocks are never
             scaled.
         unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
-        blocks: whether blocks of hidden units have gates too, or how many hidden units make a block.
+        blocks: whether blocks have gates too, or how many hidden units or persistent vectors make a block.
 
     Returns:
         The gates, which learn with the model's other parameters.
 
     Raises:
         UnsupportedModel: there is no head that could be pruned, or no block; the message says why.
-        InputError: the model has gates already, or the blocks do not fit its layers.
+        InputError: the model has gates already, the blocks do not fit its layers, or soft gates are asked for on blocks
+            of persistent vectors.
     """
     return attach_to(model, config=config, unit=unit, blocks=blocks)
 
@@ -141,12 +145,7 @@ def attach_to(
     config = config or GateConfig()
     size = block_size(layout, model, blocks)
     sites = layout.all_sites(model, unit, size)
-    for site in sites:
-        if site.units and not head_columns(site.output).is_floating_point():
-            raise UnsupportedModel(
-                f"The weights of layer {site.layer} are quantised to {head_columns(site.output).dtype}, so heads "
-                "cannot be cut out of them; load the model in its full precision, prune it, and quantise it then."
-            )
+    _require_cuttable(layout, sites, config)
     gated = {site.key: site.units if heads is None else tuple(heads.get(site.key, ())) for site in sites}
     costs = _relative_costs(layout, sites)
     gates: dict[Any, HeadGate] = {}
@@ -155,10 +154,10 @@ def attach_to(
             raise InputError(f"The gates of layer {site.layer} are not those of a model with its heads {site.units}.")
         if site.units:
             own = replace(config, output_scale=False) if site.has_blocks else config
-            gate = HeadGate(len(gated[site.key]), own, costs[site.key]).to(head_columns(site.output).device)
+            gate = HeadGate(len(gated[site.key]), own, costs[site.key]).to(_weight(layout, site).device)
             gate.keep([gated[site.key].index(head) for head in site.units])
             gate.train(model.training)
-            site.module.add_module(_GATE_NAME, gate)
+            site.module.add_module(site.gate_name, gate)
             gates[site.key] = gate
     head_gates = HeadGates(
         gates,
@@ -167,12 +166,36 @@ def attach_to(
         unit=unit,
         config=config,
         block_size=size,
+        headless=[site.key for site in sites if site.is_headless],
     )
     _hang(sites)
     # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
     text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
     setattr(model, _GATES_ATTRIBUTE, head_gates)
     return head_gates
+
+
+def _require_cuttable(layout: Layout, sites: Sequence[Site], config: GateConfig) -> None:
+    for site in sites:
+        if not site.units:
+            continue
+        if not _weight(layout, site).is_floating_point():
+            raise UnsupportedModel(
+                f"The weights of layer {site.layer} are quantised to {_weight(layout, site).dtype}, so heads "
+                "cannot be cut out of them; load the model in its full precision, prune it, and quantise it then."
+            )
+        if site.output_path is None and not config.hard:
+            raise InputError(
+                "Blocks of persistent vectors need hard gates, as a value between 0 and 1 in the softmax could not be "
+                "folded into a weight at the cut; use GateConfig(hard=True), or leave blocks out."
+            )
+
+
+def _weight(layout: Layout, site: Site) -> Tensor:
+    """Return a weight with the site's units in it: the output projection's, if there is one."""
+    if site.output_path is not None:
+        return head_columns(site.output)
+    return site.module.get_parameter(layout.selections(site, site.units)[0].path)
 
 
 def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> int | None:
@@ -187,8 +210,8 @@ def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> in
     sites = layout.block_sites(model, None if blocks is True else blocks)
     if not sites:
         raise UnsupportedModel(
-            f"The model, of type {model.config.model_type!r}, has no feed-forward layers whose hidden units could be "
-            "cut in blocks; leave blocks out."
+            f"The model, of type {model.config.model_type!r}, has no feed-forward layers, nor persistent vectors, "
+            "that could be cut in blocks; leave blocks out."
         )
     return sites[0].unit_dim
 
@@ -232,8 +255,8 @@ def rehang(model: PreTrainedModel | nn.Module) -> None:
 
 def _hang(sites: Sequence[Site]) -> None:
     for site in sites:
-        gate = site.module._modules.get(_GATE_NAME)
-        if isinstance(gate, HeadGate):
+        gate = site.module._modules.get(site.gate_name)
+        if isinstance(gate, HeadGate) and site.output_path is not None:
             site.output.register_forward_pre_hook(_GateInput(gate, site.unit_dim))
 
 
@@ -245,7 +268,7 @@ def _remove_hooks(module: nn.Module, *kinds: type) -> None:
 
 def is_gate(name: str) -> bool:
     """Tell whether a parameter or buffer of a gated model, by its name, is a gate's."""
-    return _GATE_NAME in name.split(".")
+    return not set(_GATE_NAMES).isdisjoint(name.split("."))
 
 
 def gates_of(model: nn.Module) -> HeadGates | None:
@@ -257,8 +280,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
     for module in model.modules():
         _remove_hooks(module, _GateInput, _DrawNoise)
-        if isinstance(module._modules.get(_GATE_NAME), HeadGate):
-            del module._modules[_GATE_NAME]
+        for name in _GATE_NAMES:
+            if isinstance(module._modules.get(name), HeadGate):
+                del module._modules[name]
     if gates_of(model) is not None:
         delattr(model, _GATES_ATTRIBUTE)
     return model

@@ -52,6 +52,8 @@ def _operands(shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype = 
         position_bias_HE=None if is_rotary else random(_HEADS, _WIDTH),
         persistent_k_HNE=random(_HEADS, persistent, _WIDTH),
         persistent_v_HNE=random(_HEADS, persistent, _WIDTH),
+        # As of a model that some vectors have been cut out of.
+        persistent_scale=3.0,
         window=window,
         padding_BS=padding_BS,
     )
@@ -118,6 +120,113 @@ def test_gradients_under_dropout_are_those_of_what_was_dropped(
         return blocked_attention(replace(operands, **changed))
 
     assert torch.autograd.gradcheck(attend, tuple(tensors.values()), fast_mode=True)
+
+
+def _explicit(operands: Operands, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ z e^s v / Σ z e^s, all columns side by side, and e^s / Σ z e^s of the persistent ones, (B, H, T, N)."""
+    q_BHTE, keys_BHES = operands.content_q_BHTE * operands.scale, operands.k_BHSE.transpose(-1, -2)
+    context = (q_BHTE @ keys_BHES + operands.context_bias()).exp()
+    persistent = (operands.persistent_q_BHTE @ operands.persistent_k_HNE.transpose(-1, -2)).exp()
+    weights = torch.cat([context, persistent * (z if z.ndim == 1 else z[:, None, None])], dim=-1)
+    values = operands.persistent_v_HNE * operands.persistent_scale
+    attended = weights @ torch.cat([operands.v_BHSE, values.expand(len(q_BHTE), -1, -1, -1)], dim=2)
+    total = weights.sum(-1, keepdim=True)
+    return (attended / total).transpose(1, 2), persistent / total
+
+
+def _gated(operands: Operands, z: list[float] | Tensor) -> Operands:
+    return replace(operands, z_N=torch.as_tensor(z, dtype=torch.float64).requires_grad_())
+
+
+def _assert_same_gradients(found: Tensor, expected: Tensor, operands: Operands, allowed: float = 1e-9) -> None:
+    assert difference(found, expected) <= allowed
+    tensors = _tensors(operands)
+    assert "z_N" in tensors
+    upstream = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    references = torch.autograd.grad(expected, list(tensors.values()), upstream)
+    for (name, value), reference in zip(tensors.items(), references, strict=True):
+        gradient = torch.autograd.grad(found, value, upstream, retain_graph=True)[0]
+        # A query that sees only itself has none at all.
+        largest = max(1.0, float(reference.abs().max()))
+        assert float((gradient - reference).abs().max()) <= allowed * largest, name
+
+
+@pytest.mark.parametrize("kind", ["relative", "rotary", "padded"])
+@pytest.mark.parametrize("own", [False, True])
+def test_gates_multiply_the_exponentials(kind: str, own: bool) -> None:
+    """Soft values, and for each text its own."""
+    shape = (2, 6, 11, 6)
+    z = torch.tensor([[0.0, 1.0, 0.3, 0.0, 0.8, 1.0, 0.1], [0.5, 0.0, 1.0, 1.0, 0.0, 0.2, 0.0]])
+    operands = _gated(_operands(shape, kind), z if own else z[0])
+    assert operands.z_N is not None
+    found, weights = eager_attention(operands, need_weights=True)
+    expected, shares = _explicit(operands, operands.z_N)
+    _assert_same_gradients(found, expected, operands)
+    assert weights is not None
+    z_BN = operands.z_N.expand(2, 7)
+    assert difference(weights[..., -7:], shares * z_BN[:, None, None]) <= 1e-9
+
+
+@shapes
+@pytest.mark.parametrize("kind", ["relative", "rotary"])
+@pytest.mark.parametrize("z", [[1, 0, 0, 1, 1, 0, 1], [0] * 7, [1] * 7], ids=["some", "none", "all"])
+@pytest.mark.parametrize("capacity", [2**20, 150, 1])
+def test_blocks_of_any_size_give_shut_gates_their_gradients_too(
+    capacity: int, z: list[float], kind: str, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "_CAPACITY", capacity)
+    operands = _gated(_operands(shape, kind), z)
+    assert operands.z_N is not None
+    _assert_same_gradients(blocked_attention(operands), _explicit(operands, operands.z_N)[0], operands)
+
+
+@pytest.mark.parametrize("attend", [blocked_attention, lambda operands: eager_attention(operands)[0]])
+def test_gradients_by_gates_are_finite_differences(attend: Any) -> None:
+    operands = _gated(_operands((2, 4, 7, 4), "relative"), [1, 0, 1, 0, 0, 1, 1])
+    assert operands.z_N is not None
+    attended = attend(operands)
+    upstream = torch.randn(attended.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (gradient_N,) = torch.autograd.grad(attended, operands.z_N, upstream)
+    for place, step in enumerate(1e-6 * torch.eye(7, dtype=torch.float64)):
+        with torch.no_grad():
+            more, less = (_explicit(operands, operands.z_N + sign * step)[0] for sign in (1, -1))
+        slope = float(((more - less) * upstream).sum()) / 2e-6
+        assert float(gradient_N[place]) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+def test_shut_gates_have_the_gradient_of_the_mean_over_their_own_dropout() -> None:
+    operands = _gated(replace(_operands((2, 4, 7, 4), "relative"), dropout=0.3), [1, 0, 1, 0, 0, 1, 1])
+    assert operands.z_N is not None
+    torch.manual_seed(3)
+    attended_BTHE = blocked_attention(operands)
+    g_BTHE = torch.randn(attended_BTHE.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (gradient_N,) = torch.autograd.grad(attended_BTHE, operands.z_N, g_BTHE)
+    with torch.no_grad():
+        _, p_BHTN = _explicit(operands, operands.z_N)
+        along_BTHN = torch.einsum("bthe,hne->bthn", g_BTHE, operands.persistent_v_HNE) * operands.persistent_scale
+        slope_BTHN = along_BTHN - (g_BTHE * attended_BTHE).sum(-1, keepdim=True)
+        expected_N = (p_BHTN.transpose(1, 2) * slope_BTHN).sum((0, 1, 2))
+    is_shut = operands.z_N == 0
+    assert difference(gradient_N[is_shut], expected_N[is_shut]) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attend", [blocked_attention, lambda operands: eager_attention(operands)[0]])
+def test_a_shut_vector_with_an_enormous_score_spoils_nothing(attend: Any, dtype: torch.dtype) -> None:
+    operands = _operands((2, 4, 7, 4), "relative", dtype)
+    with torch.no_grad():
+        operands.persistent_k_HNE[:, 2] *= 1000
+    without = replace(
+        operands,
+        persistent_k_HNE=operands.persistent_k_HNE[:, [0, 1, 3, 4, 5, 6]],
+        persistent_v_HNE=operands.persistent_v_HNE[:, [0, 1, 3, 4, 5, 6]],
+    )
+    z = torch.tensor([1, 1, 0, 1, 1, 1, 1], dtype=torch.float32).requires_grad_()
+    operands = replace(operands, z_N=z)
+    found = attend(operands)
+    assert difference(found, attend(without)) <= {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    gradients = torch.autograd.grad(found.float().sum(), list(_tensors(operands).values()))
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def test_only_gradients_that_are_wanted_are_given() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import deadhead
 from deadhead.cost import config_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig, TransformerXLForCausalLM
-from deadhead.plan import HeadPlan
+from deadhead.plan import BlockPlan, HeadPlan
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.run import model_config
 from tests.helpers import cached_logits, chunks, difference, gradients, random_model, segment_logits
@@ -120,10 +121,11 @@ def test_checkpoints_reload_in_a_fresh_process_bit_for_bit(how: str, tmp_path: P
     folder.mkdir()
     torch.save(ids, folder / "ids.pt")
     plan = HeadPlan(kept={0: (1,), 1: (), 2: (0, 3)}, total=dict.fromkeys(range(3), 4))
-    for name in ("dense", "cut"):
+    blocks = BlockPlan(size=3, kept={0: (1, 3), 2: ()}, total=dict.fromkeys(range(3), 4))
+    for name, cut_by in (("dense", None), ("cut", plan), ("blocks", replace(plan, blocks=blocks))):
         model = tiny()
-        if name == "cut":
-            deadhead.cut(model, plan)
+        if cut_by is not None:
+            deadhead.cut(model, cut_by)
         deadhead.save(model, folder / name)
         with torch.no_grad():
             expected[f"{name}.logits"] = model(input_ids=ids).logits

@@ -65,6 +65,20 @@ def test_trained_gates_meet_the_budget_and_the_cut_model_has_that_cost(
     assert 0.6 * value < found <= value
 
 
+@pytest.mark.parametrize("budget", [{"params": 0.5}, {"flops": 0.6}])
+def test_heads_and_blocks_that_own_the_same_numbers_use_a_budget_up(budget: dict[str, float]) -> None:
+    model = helpers.tiny_model(num_attention_heads=8, hidden_size=32, num_persistent=32)
+    recipe = recipe_of(**budget, blocks=True)
+    gates = attach_gates(model, recipe)
+    deadhead.train(model, stream(600), recipe, gates=gates)
+    found = close_to_budget(model, gates, recipe)
+    (value,) = budget.values()
+    assert found is not None and value - 0.04 < found <= value
+    before = model_cost(model).parameters
+    deadhead.cut(model, gates.plan())
+    assert "flops" in budget or model_cost(model).parameters / before == pytest.approx(found)
+
+
 def test_single_query_heads_of_groups_meet_a_budget_that_their_sum_misses() -> None:
     model = tiny_model("llama")
     recipe = recipe_of(sequence_length=12, params=0.75, unit="head")

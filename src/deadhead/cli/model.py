@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -15,7 +16,10 @@ from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from deadhead.cost import Cost
+    from deadhead.training.memory import TrainingMemory
     from deadhead.training.recipe_cost import ShapeCost
 
 
@@ -58,7 +62,7 @@ def inspect(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="A checkpoint folder, a name on the Hugging Face hub, or a recipe: RECIPE.toml.",
+            help="A checkpoint folder, its config.json, a name on the Hugging Face hub, or a recipe: RECIPE.toml.",
             show_default=False,
         ),
     ],
@@ -77,6 +81,20 @@ def inspect(
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", min=1, help="Of a recipe: tokens of its vocabulary.")
     ] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Also show the memory that training gates on it takes.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of --training: rows of a batch.")] = 8,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length", min=2, help="Of --training: tokens of a row, by default 256.", show_default=False
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Of --training: layers run again in the backward pass.")
+    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Of --training: mixed precision.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show layers × heads, parameters, FLOPs and key/value cache, without loading the weights.
@@ -85,6 +103,8 @@ def inspect(
     """
     layouts = [_numbers(text) for text in heads or []]
     if model.suffix == ".toml":
+        if training:
+            raise InputError("The memory of training is counted of a model, not of a recipe; leave out --training.")
         _inspect_recipe(model, length, layouts, vocab_size, as_json)
         return
     if vocab_size is not None:
@@ -99,6 +119,9 @@ def inspect(
         config = checkpoint.load_config(model)
         cost = config_cost(config, length=length)
         others = [config_cost(config, first_heads(config, counts), length=length) for counts in layouts]
+        settings = {"batch_size": batch_size, "length": sequence_length, "bf16": bf16}
+        settings["gradient_checkpointing"] = gradient_checkpointing
+        memory = _training_memory(config, settings) if training else {}
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -106,7 +129,9 @@ def inspect(
         raise InputError(f"The configuration in {model} cannot be used: {reason}.") from error
     gated = has_gates(model)
     if as_json:
-        asked = {"layouts": [asdict(other) for other in others]} if others else {}
+        asked: dict[str, Any] = {"layouts": [asdict(other) for other in others]} if others else {}
+        if training:
+            asked["training_memory"] = {mode: asdict(found) for mode, found in memory.items()}
         print_json({**asdict(cost), "gated": gated, **asked})
         return
     recorded = getattr(config, "head_plan", None)
@@ -129,6 +154,12 @@ def inspect(
     console.print(table)
     if others:
         console.print(_layouts_table([cost, *others]))
+    if training:
+        console.print(_memory_table(memory))
+        console.print(
+            f"Memory of training gates on {batch_size} rows at a time, GB: total is the most at any time, less than "
+            "the sum, and what tensors hold; allow a tenth more."
+        )
     if gated:
         console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")
 
@@ -186,6 +217,23 @@ def _layouts_table(costs: list[Cost]) -> Table:
             _short(cost.attention_parameters),
             _short(cost.flops_per_token),
         )
+    return table
+
+
+def _training_memory(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, TrainingMemory]:
+    """Return the memory of training by what learns, as far as it can be had of this model and here."""
+    from deadhead.training.memory import training_memory
+
+    has_lora = not hasattr(config, "memory_length") and find_spec("peft") is not None
+    modes: list[Literal["full", "lora", "frozen"]] = ["full", "lora", "frozen"] if has_lora else ["full", "frozen"]
+    return {mode: training_memory(config, mode=mode, **settings) for mode in modes}
+
+
+def _memory_table(memory: dict[str, TrainingMemory]) -> Table:
+    names = {"full": "all weights learn", "lora": "LoRA adapters learn", "frozen": "only gates learn"}
+    table = _table("weights", "gradients", "optimizer", "activations", "total")
+    for mode, found in memory.items():
+        table.add_row(names[mode], *(f"{value / 1e9:,.2f}" for value in asdict(found).values()))
     return table
 
 

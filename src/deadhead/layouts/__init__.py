@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts.all_attention import AllAttentionLayout
-from deadhead.layouts.base import Layout, Selection, Site, head_columns
+from deadhead.layouts.base import BLOCK_GATE, HEAD_GATE, Layout, Selection, Site, head_columns
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 
 _LAYOUTS: list[Layout] = []
@@ -36,4 +36,4 @@ def find_layout(model: PreTrainedModel) -> Layout:
 register(AllAttentionLayout())
 register(HuggingFaceLayout())
 
-__all__ = ["Layout", "Selection", "Site", "find_layout", "head_columns", "register"]
+__all__ = ["BLOCK_GATE", "HEAD_GATE", "Layout", "Selection", "Site", "find_layout", "head_columns", "register"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deadhead.layouts.base import Layout, Selection, Site, head_columns
 from deadhead.layouts.feed_forward import FeedForwardSite, feed_forward_selections, feed_forward_sites
+from deadhead.layouts.persistent import PersistentSite, persistent_selections, persistent_sites, tell_persistent
 from deadhead.models import OWN_TYPES
 from deadhead.models.all_attention.layer import AllAttention, OutputBias
 from deadhead.models.all_attention.layer import FeedForward as FeedForwardLayer
@@ -42,7 +44,11 @@ class AllAttentionLayout(Layout):
         ]
 
     def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
-        """Return the feed-forward layers of a Transformer-XL."""
+        """Return the feed-forward layers of a Transformer-XL, or the persistent vectors of every layer."""
+        plan = self.recorded_plan(model)
+        recorded = None if plan is None else plan.blocks
+        if not model.config.feed_forward_size:
+            return [*persistent_sites(_attentions(model), size, recorded)]
         found = [
             FeedForward(
                 key=index,
@@ -54,15 +60,18 @@ class AllAttentionLayout(Layout):
                 copies=1,
             )
             for index, layer in enumerate(_layers(model))
-            if model.config.feed_forward_size
         ]
-        plan = self.recorded_plan(model)
-        return [*feed_forward_sites(found, size, None if plan is None else plan.blocks)]
+        return [*feed_forward_sites(found, size, recorded)]
 
     def selections(self, site: Site, units: tuple[int, ...]) -> Sequence[Selection]:
-        """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O."""
+        """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O.
+
+        Persistent vectors belong to their head and to their block: they go with either.
+        """
         if isinstance(site, FeedForwardSite):
             return feed_forward_selections(site, units)
+        if isinstance(site, PersistentSite):
+            return persistent_selections(site, units)
         names = {name for name, _ in site.module.named_parameters()}
         width = site.unit_dim
         local = torch.tensor([site.units.index(head) for head in units], dtype=torch.long)
@@ -88,6 +97,9 @@ class AllAttentionLayout(Layout):
             setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
             if isinstance(owner, nn.Linear):
                 owner.out_features, owner.in_features = owner.weight.shape
+        if isinstance(site, PersistentSite):
+            tell_persistent(site, units)
+            return
         output_bias = OutputBias(head_columns(site.output).shape[0])
         output_bias.bias = site.output.bias  # type: ignore[assignment]
         if isinstance(site, FeedForwardSite):
@@ -106,9 +118,16 @@ class AllAttentionLayout(Layout):
         for name in [name for name, _ in module.named_parameters(recurse=False)]:
             delattr(module, name)
         module.o_proj = output_bias
+        module.num_persistent = 0
 
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
-        """Write the plan under `head_plan` of the configuration."""
+        """Write the plan under `head_plan` of the configuration.
+
+        Persistent vectors are gone with the heads of their layer, so there no blocks are left, whatever the plan says.
+        """
+        if plan.blocks is not None and not model.config.feed_forward_size:
+            kept = {layer: blocks if plan.kept[layer] else () for layer, blocks in plan.blocks.kept.items()}
+            plan = replace(plan, blocks=replace(plan.blocks, kept=kept))
         model.config.head_plan = plan.to_dict()
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
@@ -118,18 +137,19 @@ class AllAttentionLayout(Layout):
 
     def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
         """Count scores and weighted sums: 2 FLOPs a multiply-add, twice for content, once more for positions."""
-        if site.has_blocks:
+        if isinstance(site, FeedForwardSite):
             return {}
-        config = _attention(site).config
+        module = _attention(site)
+        config = module.config
+        width = config.head_dim * len(module.heads)
+        persistent_k = module._parameters.get("persistent_k")
+        persistent = {"persistent": 4.0 * (0 if persistent_k is None else persistent_k.shape[1]) * width}
+        if isinstance(site, PersistentSite):
+            return persistent
         window = min(length + 1, config.memory_length + 1)
-        width = site.unit_dim * len(site.units)
         # Positions are scored for the whole window before those outside the text are left out.
         position = 0 if config.position == "rotary" else 2 * (config.memory_length + 1) * width
-        return {
-            "context": 4.0 * window * width,
-            "position": float(position),
-            "persistent": 4.0 * config.num_persistent * width,
-        }
+        return {"context": 4.0 * window * width, "position": float(position), **persistent}
 
     def cache_values(self, site: Site, length: int) -> int:
         """Count keys and values of at most M positions."""

@@ -1,6 +1,6 @@
 """What deadhead must know of an architecture: where its units are, and which slices of which tensors they own.
 
-Units are heads (or key/value groups), and blocks: runs of hidden units of a feed-forward layer.
+Units are heads (or key/value groups), and blocks: runs of a feed-forward layer's hidden units or of persistent vectors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from deadhead.errors import InputError
 from deadhead.models.pruned.structure import output_dim, weight_of
 from deadhead.plan import BlockPlan, HeadPlan, Layer, Unit, block_key
+
+# Names of gates in a module.
+HEAD_GATE, BLOCK_GATE = "head_gate", "block_gate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +45,24 @@ class Site:
     Args:
         layer: the plan's key of the layer.
         module: the module.
-        output_path: name of the output projection in `module`; its input is the units' outputs side by side.
-        unit_dim: E, width of one unit in that input.
+        output_path: name of the output projection in `module`; its input is the units' outputs side by side, which the
+            gates multiply. None where the module reads its gate itself.
+        unit_dim: E, width of one unit in that input; of a block, how many hidden units or persistent vectors it has.
         units: indices, in the original dense model, of the units there are now; () for an emptied one.
         total: units of the original dense model.
         has_blocks: whether its units are blocks, not heads.
+        is_headless: whether its units went with the last head of its layer. A plan that keeps some is obeyed all the
+            same: there is nothing left to keep.
     """
 
     layer: Layer
     module: nn.Module
-    output_path: str
+    output_path: str | None
     unit_dim: int
     units: tuple[int, ...]
     total: int
     has_blocks: bool = False
+    is_headless: bool = False
 
     @property
     def key(self) -> Layer:
@@ -63,8 +70,14 @@ class Site:
         return block_key(self.layer) if self.has_blocks else self.layer
 
     @property
+    def gate_name(self) -> str:
+        """The name that its gate has in the module; an attention module may have one of each."""
+        return HEAD_GATE if self.output_path is not None else BLOCK_GATE
+
+    @property
     def output(self) -> nn.Module:
-        """The output projection."""
+        """The output projection, where there is one."""
+        assert self.output_path is not None, "units that the module itself gates have no output projection"
         return self.module.get_submodule(self.output_path)
 
 

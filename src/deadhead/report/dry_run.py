@@ -34,11 +34,15 @@ def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
         asked = {"kind": recipe.budget.kind, "asked": recipe.budget.value, "reached": found.reached}
         lines.append(budget_sentence(asked, predicted=True))
     memory = found.memory
+    parts = ", ".join(f"{name} {_size(getattr(memory, name))}" for name in ("weights", "gradients", "optimizer"))
     lines.append(
-        f"Memory to train gates, {recipe.batch_size} rows at once: {memory.total / 1e9:.2f} GB (weights "
-        f"{memory.weights / 1e9:.2f}, gradients {memory.gradients / 1e9:.2f}, optimizer {memory.optimizer / 1e9:.2f}, "
-        f"activations {memory.activations / 1e9:.2f})."
+        f"Memory to train gates on {recipe.batch_size} rows at once: {_size(memory.total)} ({parts}, activations "
+        f"{_size(memory.activations)})."
     )
     table.caption = "\n".join(lines)
     table.caption_justify = "left"
     return table
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

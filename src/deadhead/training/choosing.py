@@ -10,15 +10,12 @@ from transformers import PreTrainedModel
 
 from deadhead.budget import Budget, BudgetTarget, plan_within
 from deadhead.cost import cost_of_kind, counted_costs, model_cost
+from deadhead.cutting import pruned_copy
 from deadhead.evaluation import max_positions
 from deadhead.gates import HeadGates
 from deadhead.gating import attach, block_size, gates_of, unwrapped
 from deadhead.hard_concrete import GateConfig
-
-try:
-    from deadhead.latency import Latency, measure_latency, pruned_copy
-except ImportError:
-    pass
+from deadhead.latency import Latency, measure_latency
 from deadhead.layouts import find_layout
 from deadhead.modes import best_device
 from deadhead.plan import HeadPlan, Unit, is_block_key

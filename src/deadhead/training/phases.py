@@ -28,10 +28,7 @@ from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
 from deadhead.gating import gates_of, is_gate
 from deadhead.hard_concrete import GateConfig
-try:
-    from deadhead.latency import Latency, measure_latency, pruned_copy
-except ImportError:
-    pass
+from deadhead.latency import Latency
 from deadhead.layouts import find_layout
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan

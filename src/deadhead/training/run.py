@@ -22,11 +22,7 @@ from deadhead.evaluation import evaluate
 from deadhead.files import read_json, remove_folder, remove_left_overs, require_replaceable, write_json, write_text
 from deadhead.gates import HeadGates
 from deadhead.generate import generate_text
-
-try:
-    from deadhead.latency import Latency, measure_latency, pruned_copy
-except ImportError:
-    pass
+from deadhead.latency import Latency
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan

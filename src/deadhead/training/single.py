@@ -17,12 +17,8 @@ from deadhead.errors import InputError
 from deadhead.evaluation import evaluate
 from deadhead.files import read_json, write_json
 from deadhead.gates import HeadGates
+from deadhead.latency import Latency
 from deadhead.layouts import find_layout
-
-try:
-    from deadhead.latency import Latency, measure_latency, pruned_copy
-except ImportError:
-    pass
 from deadhead.training.choosing import LATENCY_FILE
 from deadhead.training.inputs import prepare_text
 from deadhead.training.phases import choose_units, train

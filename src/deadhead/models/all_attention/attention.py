@@ -5,6 +5,7 @@ Dimensions: B batch, T queries, S context positions, W window (memory + 1), H he
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ class Operands:
     """What the heads of a layer attend with.
 
     Scores are ((q + u)·k + (q + v)·r) / √E over the context and q·m^k over the persistent vectors (the √E of the
-    paper's √E·m^k cancels), in one softmax; values are the context's and √N·m^v.
+    paper's √E·m^k cancels), in one softmax; values are the context's and √N·m^v. Gates z multiply exp(score) of
+    persistent vectors, above and below the fraction bar: with z = 0 a vector is not in the softmax.
 
     Args:
         q_BHTE: queries for the context.
@@ -40,9 +42,13 @@ class Operands:
         position_bias_HE: v; None with rotary positions.
         persistent_k_HNE: m^k.
         persistent_v_HNE: m^v.
+        persistent_scale: √N, N as in the dense model whatever is left of its vectors.
         window: W, positions that a query sees, its own included.
         padding_BS: True where a position of the context is padding; None if none is.
         dropout: share of the weights that are dropped.
+        z_N: gates of the persistent vectors, (N,), or for each text its own, (B, N); None where all are 1. They are
+            obeyed, and given gradients, by `eager_attention`, and where they are (N,) and either 0 or 1 by
+            `blocked_attention`; the others must not be given any.
     """
 
     q_BHTE: Tensor
@@ -54,9 +60,11 @@ class Operands:
     position_bias_HE: Tensor | None
     persistent_k_HNE: Tensor
     persistent_v_HNE: Tensor
+    persistent_scale: float
     window: int
     padding_BS: Tensor | None = None
     dropout: float = 0.0
+    z_N: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -116,6 +124,23 @@ def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
     return shifted[..., columns - num_context :]
 
 
+def largest_exponent(dtype: torch.dtype) -> float:
+    """Return the largest x of which e^x, and its square, are numbers of this precision, and of gates', float32.
+
+    The score of a vector that a gate shuts out may be above all that are in the softmax by more than that; its gate's
+    gradient then is smaller than it should be, but a number.
+    """
+    return math.log(min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)) / 2
+
+
+def _gates_by_row(operands: Operands, dtype: torch.dtype) -> Tensor | None:
+    """Return z for scores (H, R, N): (N,) or (R, N)."""
+    z = operands.z_N
+    if z is None:
+        return None
+    return (z if z.ndim == 1 else z.repeat_interleave(operands.q_BHTE.shape[2], 0)).to(dtype)
+
+
 def eager_attention(operands: Operands, *, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
     """Attend, differentiable in every tensor as often as one likes.
 
@@ -132,12 +157,19 @@ def eager_attention(operands: Operands, *, need_weights: bool = False) -> tuple[
     q_rows = operands.persistent_q_BHTE.transpose(0, 1).reshape(heads, batch * num_queries, width)
     persistent_HRN = torch.bmm(q_rows, operands.persistent_k_HNE.transpose(-1, -2))
 
+    z_RN = _gates_by_row(operands, persistent_HRN.dtype)
     top_HR1 = context_BHTS.detach().amax(-1, keepdim=True).transpose(0, 1).reshape(heads, -1, 1)
     if num_persistent:
-        top_HR1 = torch.maximum(top_HR1, persistent_HRN.detach().amax(-1, keepdim=True))
+        seen_HRN = persistent_HRN.detach()
+        seen_HRN = seen_HRN if z_RN is None else seen_HRN.masked_fill(z_RN == 0, -math.inf)
+        top_HR1 = torch.maximum(top_HR1, seen_HRN.amax(-1, keepdim=True))
     top_BHT1 = top_HR1.unflatten(1, (batch, num_queries)).transpose(0, 1)
     context_BHTS = (context_BHTS - top_BHT1).exp()
-    persistent_HRN = (persistent_HRN - top_HR1).exp()
+    persistent_HRN = persistent_HRN - top_HR1
+    if z_RN is None:
+        persistent_HRN = persistent_HRN.exp()
+    else:
+        persistent_HRN = persistent_HRN.clamp(max=largest_exponent(persistent_HRN.dtype)).exp() * z_RN
     persistent_sum = persistent_HRN.sum(-1, keepdim=True).unflatten(1, (batch, num_queries)).transpose(0, 1)
     total_BHT1 = context_BHTS.sum(-1, keepdim=True) + persistent_sum
 
@@ -148,7 +180,7 @@ def eager_attention(operands: Operands, *, need_weights: bool = False) -> tuple[
     if operands.dropout:
         context_BHTS = functional.dropout(context_BHTS, operands.dropout)
         persistent_HRN = functional.dropout(persistent_HRN, operands.dropout)
-    from_persistent = torch.bmm(persistent_HRN, operands.persistent_v_HNE * num_persistent**0.5)
+    from_persistent = torch.bmm(persistent_HRN, operands.persistent_v_HNE * operands.persistent_scale)
     attended = torch.matmul(context_BHTS, operands.v_BHSE)
     attended = attended + from_persistent.unflatten(1, (batch, num_queries)).transpose(0, 1)
     return (attended / total_BHT1).transpose(1, 2), weights
@@ -172,7 +204,7 @@ def sdpa_attention(operands: Operands) -> Tensor:
     if operands.persistent_q_BHTE is not q_BHTE:
         q_BHTE = torch.cat([q_BHTE, operands.persistent_q_BHTE], dim=-1)
         k_BHSE, persistent_k_HNE = functional.pad(k_BHSE, (0, width)), functional.pad(persistent_k_HNE, (width, 0))
-    persistent_v_HNE = operands.persistent_v_HNE * num_persistent**0.5
+    persistent_v_HNE = operands.persistent_v_HNE * operands.persistent_scale
     keys = torch.cat([persistent_k_HNE.expand(batch, -1, -1, -1), k_BHSE], dim=2)
     values = torch.cat([persistent_v_HNE.expand(batch, -1, -1, -1), operands.v_BHSE], dim=2)
     attended = functional.scaled_dot_product_attention(

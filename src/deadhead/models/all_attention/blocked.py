@@ -5,9 +5,16 @@ and keeps several tensors of that size for the backward pass. Here scores live i
 and again: a block is scored, exponentiated, dropped out and multiplied by the values while it is in the cache, and
 scored again in the backward pass. Of that size only dropout's choices are kept, a byte for each weight.
 
+Vectors whose gates are shut are not in the forward pass at all. For the gates' gradients, with p = e^score / Σ e^score,
+the sum over what is in the softmax, g the gradient of the output o, and v the value of a persistent vector:
+
+    ∂/∂z = Σ_rows p (g·v − g·o),
+
+which for an open gate is what its vector's scores have for a gradient, and for a shut one needs p and g·v of its own.
+
 Imports torch only. Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
-N persistent vectors; of a block h heads, n texts, t queries, s positions of c = W + t − 1 columns; P = h · n pairs of
-head and text, R = n · t rows.
+N persistent vectors in the softmax, C shut out, G = N + C gates; of a block h heads, n texts, t queries, s positions of
+c = W + t − 1 columns; P = h · n pairs of head and text, R = n · t rows.
 """
 
 from __future__ import annotations
@@ -20,14 +27,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import Operands, padding_bias
+from .attention import Operands, largest_exponent, padding_bias
 from .blocks import Block, Blocking, by_distance
 from .dropout import draw_kept
 
 # Scores in a block: a few MB. Smaller blocks lose more to the many calls, larger ones more to memory (measured).
 _CAPACITY = 2**21
 # Tensors of a call that may need gradients, in the order of the arguments.
-_NAMES = ("q", "persistent_q", "k", "v", "r", "content_bias", "position_bias", "persistent_k", "persistent_v")
+_NAMES = ("q", "persistent_q", "k", "v", "r", "content_bias", "position_bias", "persistent_k", "persistent_v", "z")
+# Tensors that never get gradients, and numbers.
+_NUM_CONSTANT, _NUM_NUMBERS = 3, 3
 
 
 def blocked_attention(operands: Operands) -> Tensor:
@@ -42,6 +51,14 @@ def blocked_attention(operands: Operands) -> Tensor:
         return tensor.transpose(0, 1).to(operands.q_BHTE.dtype).contiguous()
 
     has_own = operands.persistent_q_BHTE is not operands.q_BHTE
+    k_HNE, v_HNE, z_N = operands.persistent_k_HNE, operands.persistent_v_HNE, operands.z_N
+    shut_k_HCE = shut_v_HCE = None
+    if z_N is not None and not bool(z_N.all()):
+        is_open_N = z_N != 0
+        opened, shut = is_open_N.nonzero()[:, 0], (~is_open_N).nonzero()[:, 0]
+        shut_k_HCE, shut_v_HCE = k_HNE.detach().index_select(1, shut), v_HNE.detach().index_select(1, shut)
+        k_HNE, v_HNE = k_HNE.index_select(1, opened), v_HNE.index_select(1, opened)
+        z_N = z_N.index_select(0, torch.cat([opened, shut]))
     with torch.autocast(operands.q_BHTE.device.type, enabled=False):
         attended: Tensor = _BlockedAttention.apply(
             heads_first(operands.q_BHTE),
@@ -51,9 +68,13 @@ def blocked_attention(operands: Operands) -> Tensor:
             like_q(operands.r_HWE),
             like_q(operands.content_bias_HE),
             like_q(operands.position_bias_HE),
-            like_q(operands.persistent_k_HNE),
-            like_q(operands.persistent_v_HNE),
+            like_q(k_HNE),
+            like_q(v_HNE),
+            z_N,
+            like_q(shut_k_HCE),
+            like_q(shut_v_HCE),
             operands.padding_BS,
+            operands.persistent_scale,
             operands.window,
             operands.dropout,
         )
@@ -73,7 +94,11 @@ class _Call:
     position_bias_HE: Tensor | None
     persistent_k_HNE: Tensor
     persistent_v_HNE: Tensor
+    z_G: Tensor | None  # for its gradient only; open ones first
+    shut_k_HCE: Tensor | None
+    shut_v_HCE: Tensor | None
     padding_BS: Tensor | None
+    root: float  # √N of the dense model
     window: int
 
     @property
@@ -82,9 +107,9 @@ class _Call:
         return float(self.q_HBTE.shape[-1] ** -0.5)
 
     @property
-    def root(self) -> float:
-        """√N."""
-        return float(self.persistent_v_HNE.shape[1] ** 0.5)
+    def num_shut(self) -> int:
+        """C."""
+        return 0 if self.shut_k_HCE is None else self.shut_k_HCE.shape[1]
 
     @property
     def blocking(self) -> Blocking:
@@ -96,7 +121,7 @@ class _Call:
             queries=queries,
             context=self.k_HBSE.shape[2],
             window=self.window,
-            others=self.persistent_k_HNE.shape[1],
+            others=self.persistent_k_HNE.shape[1] + self.num_shut,
             capacity=_CAPACITY,
         )
 
@@ -116,6 +141,9 @@ class _Call:
             seen_Pts=context[..., block.num_missing :],
             window_PtW=by_distance(context, self.window),
             persistent_hRN=whole.view(heads, texts * queries, row)[..., block.columns :],
+            shut_hRC=buffer[whole.numel() : whole.numel() + heads * texts * queries * self.num_shut].view(
+                heads, texts * queries, self.num_shut
+            ),
         )
 
     def queries(self, block: Block) -> _Queries:
@@ -139,8 +167,8 @@ class _Call:
         part = tensor_HBSE[block.heads, block.texts, block.context]
         return part.view(heads * texts, *part.shape[2:])
 
-    def weights(self, buffer: Tensor, block: Block) -> tuple[_Part, _Queries]:
-        """Return the attention weights of a block, before dropout, in `buffer`."""
+    def weights(self, buffer: Tensor, block: Block, *, with_shut: bool = False) -> tuple[_Part, _Queries]:
+        """Return the attention weights of a block, before dropout, in `buffer`, and p of what is shut out if asked."""
         part, queries = self.part(buffer, block), self.queries(block)
         part.context_Ptc.fill_(-math.inf)
         if queries.position_hRE is None or self.r_HWE is None:
@@ -156,7 +184,18 @@ class _Call:
             part.seen_Pts.unflatten(0, block.shape[:2]).add_(padding_nts)
         persistent_hEN = self.persistent_k_HNE[block.heads].transpose(1, 2)
         _multiply(queries.persistent_hRE, persistent_hEN, out=part.persistent_hRN)
+        if not with_shut or self.shut_k_HCE is None:
+            torch.softmax(part.whole_Ptx, -1, out=part.whole_Ptx)
+            return part, queries
+        precise = torch.promote_types(buffer.dtype, torch.float32)
+        top_Pt1 = part.whole_Ptx.amax(-1, keepdim=True).to(precise)
         torch.softmax(part.whole_Ptx, -1, out=part.whole_Ptx)
+        # The largest weight is e^(top − log Σ).
+        log_sum_Pt1 = top_Pt1 - part.whole_Ptx.amax(-1, keepdim=True).to(precise).log()
+        shut_hEC = self.shut_k_HCE[block.heads].transpose(1, 2)
+        _multiply(queries.persistent_hRE, shut_hEC, out=part.shut_hRC)
+        part.shut_hRC.sub_(log_sum_Pt1.view(*part.shut_hRC.shape[:2], 1))
+        part.shut_hRC.clamp_(max=largest_exponent(buffer.dtype)).exp_()
         return part, queries
 
 
@@ -169,6 +208,7 @@ class _Part:
     seen_Pts: Tensor  # the columns of the context that exist
     window_PtW: Tensor  # the context by distance
     persistent_hRN: Tensor
+    shut_hRC: Tensor  # behind the others in the buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,24 +243,31 @@ class _BlockedAttention(torch.autograd.Function):
             target_hntE.copy_(sum_PtE.view(target_hntE.shape))
         if dropout:
             attended_BTHE.div_(1 - dropout)
-        ctx.save_for_backward(*tensors[:-1], *kept)
-        ctx.window, ctx.dropout = call.window, dropout
+        output_BTHE = attended_BTHE if call.shut_k_HCE is not None else None
+        ctx.save_for_backward(*tensors[:-2], output_BTHE, *kept)
+        ctx.root, ctx.window, ctx.dropout = call.root, call.window, dropout
         return attended_BTHE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHE: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        num_tensors = len(_NAMES) + 1
-        call, kept = _Call(*(*saved[:num_tensors], ctx.window)), saved[num_tensors:]
+        # Read once: checkpointed activations are computed anew for it.
+        saved, num_tensors = ctx.saved_tensors, len(_NAMES) + _NUM_CONSTANT
+        call = _Call(*(*saved[:num_tensors], ctx.root, ctx.window))
+        output_BTHE, *kept = saved[num_tensors:]
         gradients = _Gradients(call, ctx.needs_input_grad)
         scores, slope_scores = call.buffer(), call.buffer()
         floats = call.buffer() if kept else None
-        grad_HBTE = (grad_BTHE / (1 - ctx.dropout) if kept else grad_BTHE).permute(2, 0, 1, 3).contiguous()
+        whole_HBTE = grad_BTHE.permute(2, 0, 1, 3)
+        grad_HBTE = (whole_HBTE / (1 - ctx.dropout) if kept else whole_HBTE).contiguous()
+        along_HBT = None if output_BTHE is None else (grad_BTHE * output_BTHE).sum(-1).permute(2, 0, 1)
         for index, block in enumerate(call.blocking):
-            part, queries = call.weights(scores, block)
-            upstream_hntE = grad_HBTE[block.heads, block.texts, block.queries]
+            part, queries = call.weights(scores, block, with_shut=along_HBT is not None)
+            rows = (block.heads, block.texts, block.queries)
+            upstream_hntE = grad_HBTE[rows]
             slopes = gradients.of_weights(slope_scores, block, upstream_hntE)
+            if along_HBT is not None:
+                gradients.add_shut(part, slopes, whole_HBTE[rows], along_HBT[rows], block)
             if floats is not None:
                 kept_Ptx = _as_floats(kept[index], floats)
                 slopes.whole_Ptx.mul_(kept_Ptx)
@@ -253,6 +300,7 @@ class _Gradients:
         )
         self.persistent_k = torch.empty_like(call.persistent_k_HNE)
         self.persistent_v = torch.empty_like(call.persistent_v_HNE)
+        self.z = None if call.z_G is None else torch.zeros_like(call.z_G)
 
     def of_weights(self, buffer: Tensor, block: Block, upstream_hntE: Tensor) -> _Part:
         """Return the gradient of the weights, in `buffer`."""
@@ -277,6 +325,8 @@ class _Gradients:
         self._add_context(self.k, slopes.seen_Pts, queries.content_PtE, block)
         if self.needed["persistent_k"]:
             self._add_persistent(self.persistent_k, slopes.persistent_hRN, queries.persistent_hRE, block, 1.0)
+        if self.z is not None:
+            self.z[: call.persistent_k_HNE.shape[1]] += slopes.persistent_hRN.sum((0, 1), dtype=self.z.dtype)
         rows = (block.shape[0], -1, call.q_HBTE.shape[-1])
         q_hRE = torch.bmm(slopes.seen_Pts, call.context(call.k_HBSE, block)).view(rows)
         if self.content_bias is not None:
@@ -297,6 +347,23 @@ class _Gradients:
             self.persistent_q[heads, block.texts, block.queries] = persistent_hRE.view(target_hntE.shape)
         target_hntE.copy_(q_hRE.view(target_hntE.shape))
 
+    def add_shut(self, part: _Part, slopes: _Part, upstream_hntE: Tensor, along_hnt: Tensor, block: Block) -> None:
+        """Add the gradients of shut gates.
+
+        Args:
+            part: with p of their vectors.
+            slopes: memory.
+            upstream_hntE: g; dropout, which has nothing to drop here, is left out.
+            along_hnt: g·o.
+            block: it.
+        """
+        call = self.call
+        assert self.z is not None and call.shut_v_HCE is not None
+        shut_hEC = call.shut_v_HCE[block.heads].transpose(1, 2)
+        _multiply((upstream_hntE * call.root).flatten(1, 2), shut_hEC, out=slopes.shut_hRC)
+        slopes.shut_hRC.sub_(along_hnt.flatten(1, 2)[..., None]).mul_(part.shut_hRC)
+        self.z[call.persistent_k_HNE.shape[1] :] += slopes.shut_hRC.sum((0, 1), dtype=self.z.dtype)
+
     def _add_context(self, total: Tensor, scores_Pts: Tensor, rows_PtE: Tensor, block: Block) -> None:
         target_PsE = self.call.context(total, block)
         if self.adds_context:
@@ -314,7 +381,8 @@ class _Gradients:
 
     def result(self) -> tuple[Tensor | None, ...]:
         """Return the gradients in the order of the arguments."""
-        return (*(getattr(self, name) if self.needed[name] else None for name in _NAMES), None, None, None)
+        found = [getattr(self, name) if self.needed[name] else None for name in _NAMES]
+        return (*found, *[None] * (_NUM_CONSTANT + _NUM_NUMBERS))
 
 
 def _multiply(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:

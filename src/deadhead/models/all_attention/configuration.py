@@ -39,7 +39,9 @@ class AllAttentionConfig(PreTrainedConfig):
         layer_norm_eps: ε of the layer norms.
         initializer_range: standard deviation of the projections' and (times √D) embeddings' first values; None
             stands for 1/√D.
-        head_plan: the plan this model was cut by, as in `head_plan.json`; None for a dense model.
+        head_plan: the plan this model was cut by, as in `head_plan.json`; None for a dense model. Its blocks are of
+            feed-forward layers, or where there are none of persistent vectors: block j is the j-th run of so many of
+            them in every head of the layer.
     """
 
     model_type = "deadhead_all_attention"
@@ -144,13 +146,26 @@ class AllAttentionConfig(PreTrainedConfig):
                 raise ValueError(
                     f"head_plan names a head of layer {layer} that is not one of {self.num_attention_heads}: {heads}."
                 )
-        blocks = plan.get("blocks")
-        if blocks is None:
-            return
-        if not isinstance(blocks.get("size"), int) or set(blocks.get("kept", ())) != layers:
-            raise ValueError(f"head_plan must give blocks a size, and name each of {self.num_hidden_layers} layers.")
-        if any(total * blocks["size"] != self.feed_forward_size for total in blocks["total"].values()):
-            raise ValueError(f"head_plan's blocks of {blocks['size']} do not make up {self.feed_forward_size} units.")
+        if plan.get("blocks") is not None:
+            self._validate_blocks(plan["blocks"], layers)
+
+    def _validate_blocks(self, plan: Any, layers: set[str]) -> None:
+        blocks: dict[str, Any] = plan if isinstance(plan, dict) else {}
+        size, kept, total = blocks.get("size"), blocks.get("kept"), blocks.get("total")
+        named = isinstance(kept, dict) and isinstance(total, dict) and set(kept) == set(total) == layers
+        if not isinstance(size, int) or kept is None or total is None or not named:
+            raise ValueError(
+                f"head_plan must give blocks a size, and each of the {self.num_hidden_layers} layers in kept and total."
+            )
+        units = self.feed_forward_size or self.num_persistent
+        what = "hidden units" if self.feed_forward_size else "persistent vectors"
+        if any(count * size != units for count in total.values()):
+            raise ValueError(f"head_plan's blocks of {size} do not make up the {units} {what} of a layer.")
+        for layer, indices in kept.items():
+            if any(not isinstance(block, int) or not 0 <= block < total[layer] for block in indices):
+                raise ValueError(
+                    f"head_plan names a block of layer {layer} that is not one of {total[layer]}: {indices}."
+                )
 
     @property
     def head_dim(self) -> int:
@@ -175,5 +190,12 @@ class AllAttentionConfig(PreTrainedConfig):
 
     def layer_feed_forward(self, layer: int) -> int:
         """Return how many hidden units the feed-forward part of `layer` still has."""
+        return self._left_in_blocks(layer, self.feed_forward_size) if self.feed_forward_size else 0
+
+    def layer_persistent(self, layer: int) -> int:
+        """Return how many persistent vectors each head of `layer` still has, if it still has heads."""
+        return self.num_persistent if self.feed_forward_size else self._left_in_blocks(layer, self.num_persistent)
+
+    def _left_in_blocks(self, layer: int, dense: int) -> int:
         blocks = None if self.head_plan is None else self.head_plan.get("blocks")
-        return self.feed_forward_size if blocks is None else len(blocks["kept"][str(layer)]) * blocks["size"]
+        return dense if blocks is None else len(blocks["kept"][str(layer)]) * blocks["size"]

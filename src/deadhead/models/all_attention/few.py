@@ -28,7 +28,7 @@ def few_attention(operands: Operands) -> Tensor:
     As few calls as possible: with a single query each costs as much as a thousand multiply-adds.
     """
     batch, heads, num_queries, width = operands.q_BHTE.shape
-    num_persistent, num_context = operands.persistent_k_HNE.shape[1], operands.k_BHSE.shape[2]
+    num_context = operands.k_BHSE.shape[2]
 
     def by_head(tensor_BHTx: Tensor) -> Tensor:
         return tensor_BHTx.transpose(0, 1).reshape(heads, batch * num_queries, -1)
@@ -47,6 +47,6 @@ def few_attention(operands: Operands) -> Tensor:
     attended = torch.bmm(weights_BHTS, operands.v_BHSE.flatten(0, 1)).view(batch, heads, num_queries, width)
     persistent_HRN = weights[..., num_context:]
     attended_HRE = torch.baddbmm(
-        by_head(attended), persistent_HRN, operands.persistent_v_HNE, alpha=num_persistent**0.5
+        by_head(attended), persistent_HRN, operands.persistent_v_HNE, alpha=operands.persistent_scale
     )
     return by_text(attended_HRE).transpose(1, 2)

@@ -1,9 +1,12 @@
 """One layer of the All-attention Transformer: its heads, norm and residual. Imports torch and transformers only.
 
-Dimensions: B batch, T queries, P past, S context = P + T, W window, H heads left, D width, E head width.
+Dimensions: B batch, T queries, P past, S context = P + T, W window, H heads left, D width, E head width, N persistent
+vectors left in each head, J blocks of them that are left.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +39,11 @@ class OutputBias(nn.Module):
 
 
 class AllAttention(nn.Module):
-    """One layer's heads. `heads` are those that are left, as indices of the dense model."""
+    """One layer's heads. `heads` are those that are left, as indices of the dense model.
+
+    `num_persistent` is how many persistent vectors each of them still has. Deadhead may add two gates: "head_gate" acts
+    on what the output projection gets, "block_gate" within the softmax.
+    """
 
     def __init__(self, config: AllAttentionConfig, layer: int) -> None:
         super().__init__()
@@ -46,6 +53,8 @@ class AllAttention(nn.Module):
         # Numbers of their own: reading them off a configuration takes as long as a small product.
         self.head_dim = config.head_dim
         self.is_rotary = config.position == "rotary"
+        self.num_persistent = config.layer_persistent(layer) if self.heads else 0
+        self.persistent_scale = config.num_persistent**0.5
         width, num_heads = config.hidden_size, len(self.heads)
         if not num_heads:
             self.o_proj: nn.Module = OutputBias(width)
@@ -55,9 +64,9 @@ class AllAttention(nn.Module):
         self.k_proj = nn.Linear(width, inner, bias=bias)
         self.v_proj = nn.Linear(width, inner, bias=bias)
         self.o_proj = nn.Linear(inner, width)
-        if config.num_persistent:
-            self.persistent_k = nn.Parameter(torch.empty(num_heads, config.num_persistent, config.head_dim))
-            self.persistent_v = nn.Parameter(torch.empty(num_heads, config.num_persistent, config.head_dim))
+        if self.num_persistent:
+            self.persistent_k = nn.Parameter(torch.empty(num_heads, self.num_persistent, config.head_dim))
+            self.persistent_v = nn.Parameter(torch.empty(num_heads, self.num_persistent, config.head_dim))
         if config.position != "rotary":
             self.r_proj = nn.Linear(width, inner, bias=bias)
             if not config.share_position_bias:
@@ -151,7 +160,7 @@ class AllAttention(nn.Module):
         if positions_WD is not None:
             content_bias_HE, position_bias_HE = (_select(bias, active_H) for bias in self._biases(shared_bias))
             r_HWE = self._position_keys(positions_WD, active_H, past_key_values, is_first)
-        persistent_k_HNE, persistent_v_HNE = self._persistent(q_BHTE, active_H)
+        persistent_k_HNE, persistent_v_HNE, z_N = self._persistent(q_BHTE, active_H)
         has_padding = padding_BS is not None and blank_D is None
         operands = Operands(
             q_BHTE=q_BHTE,
@@ -163,9 +172,11 @@ class AllAttention(nn.Module):
             position_bias_HE=position_bias_HE,
             persistent_k_HNE=persistent_k_HNE,
             persistent_v_HNE=persistent_v_HNE,
+            persistent_scale=self.persistent_scale,
             window=memory_length + 1,
             padding_BS=padding_BS[:, -k_BHSE.shape[2] :] if padding_BS is not None and has_padding else None,
             dropout=self.config.attention_dropout if self.training else 0.0,
+            z_N=z_N,
         )
         attended_BTHE, weights = self._attend(operands, need_weights)
         if active_H is not None:
@@ -174,12 +185,32 @@ class AllAttention(nn.Module):
             attended_BTHE = everything.index_copy(2, active_H, attended_BTHE)
         return project(self.o_proj, attended_BTHE.flatten(-2)), weights
 
-    def _persistent(self, q_BHTE: Tensor, active_H: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return m^k and m^v of the heads to compute, each (heads, N, E)."""
-        if not self.config.num_persistent:
+    def _persistent(self, q_BHTE: Tensor, active_H: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return m^k and m^v of the heads to compute, each (heads, N, E), and the vectors' gates if they are to act.
+
+        Vectors whose gates are shut and need no gradient are left out.
+        """
+        if not self.num_persistent:
             none_HNE = q_BHTE.new_empty((q_BHTE.shape[1], 0, self.head_dim))
-            return none_HNE, none_HNE
-        return _select(self.persistent_k, active_H), _select(self.persistent_v, active_H)
+            return none_HNE, none_HNE, None
+        k_HNE, v_HNE = _select(self.persistent_k, active_H), _select(self.persistent_v, active_H)
+        gate: Any = self._modules.get("block_gate")
+        if gate is None:
+            return k_HNE, v_HNE, None
+        z_J, _ = gate()
+        num_blocks = z_J.shape[-1]
+        size = self.num_persistent // num_blocks
+        if not torch.compiler.is_compiling():
+            shut = gate.idle if gate.training else (z_J == 0).nonzero().flatten().tolist()
+            if shut:
+                left = [block for block in range(num_blocks) if block not in shut]
+                left_J = torch.tensor(left, dtype=torch.long, device=k_HNE.device)
+                rows_N = (left_J[:, None] * size + torch.arange(size, device=k_HNE.device)).flatten()
+                k_HNE, v_HNE = k_HNE.index_select(1, rows_N), v_HNE.index_select(1, rows_N)
+                z_J = z_J.index_select(-1, left_J)
+            if not gate.training:
+                return k_HNE, v_HNE, None
+        return k_HNE, v_HNE, z_J.repeat_interleave(size, -1)
 
     def _position_keys(
         self, positions_WD: Tensor, active_H: Tensor | None, past_key_values: Cache | None, is_first: bool
@@ -194,9 +225,12 @@ class AllAttention(nn.Module):
 
     def _attend(self, operands: Operands, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Attend by the fastest code for the device, the mode and the precision."""
-        if need_weights or self.config._attn_implementation == "eager":
+        is_plain_cpu = operands.q_BHTE.device.type == "cpu" and not torch.compiler.is_compiling()
+        # Fused attention gives no gradient to the gate of a vector that it does not see.
+        has_other_gates = operands.z_N is not None and not (is_plain_cpu and operands.z_N.ndim == 1)
+        if need_weights or has_other_gates or self.config._attn_implementation == "eager":
             return eager_attention(operands, need_weights=need_weights)
-        if operands.q_BHTE.device.type != "cpu" or torch.compiler.is_compiling():
+        if not is_plain_cpu:
             return sdpa_attention(operands), None
         # Reentrant checkpointing trains without gradients first, and must meet the same dropout when it recomputes.
         if torch.is_grad_enabled() or self.training:

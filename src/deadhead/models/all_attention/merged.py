@@ -39,7 +39,7 @@ def merged_attention(operands: Operands) -> Tensor:
     persistent_BHTE = persistent.view(heads, batch, num_queries, width).transpose(0, 1)
     persistent_BHT = persistent_lse.view(heads, batch, num_queries).transpose(0, 1)
     share_BHT1 = torch.sigmoid(context_BHT - persistent_BHT)[..., None].to(context_BHTE.dtype)
-    scaled_BHTE = persistent_BHTE * operands.persistent_v_HNE.shape[1] ** 0.5
+    scaled_BHTE = persistent_BHTE * operands.persistent_scale
     return torch.lerp(scaled_BHTE, context_BHTE, share_BHT1).transpose(1, 2)
 
 

@@ -10,7 +10,8 @@ segment (training) and carrying keys and values in a sliding cache (evaluation) 
 
 With `feed_forward_size` and without persistent vectors the same model is a Transformer-XL (`transformer_xl.py`).
 
-Layers may differ in their number of heads: `config.head_plan` names those that are left. A layer with none adds b_O.
+Layers may differ in their number of heads, and of persistent vectors in each head, or of hidden units:
+`config.head_plan` names those that are left. A layer without heads adds b_O.
 
 Imports torch and transformers only, never deadhead: these files travel with checkpoints.
 Dimensions: B batch, T queries, P past, S context = P + T, M memory, W window = M + 1, H heads, D width, E head width,
@@ -110,7 +111,7 @@ class AllAttentionPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, OutputBias):
             init.zeros_(module.bias)
-        elif isinstance(module, AllAttention) and module.heads and config.num_persistent:
+        elif isinstance(module, AllAttention) and module.num_persistent:
             # As they enter the layer, √E m^k and √N m^v, they then have unit variance.
             init.normal_(module.persistent_k, std=config.head_dim**-0.5)
             init.normal_(module.persistent_v, std=config.num_persistent**-0.5)

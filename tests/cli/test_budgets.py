@@ -1,0 +1,131 @@
+"""Budgets on the command line: asked, reached, kept beside the checkpoint; dry runs; what does not go together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deadhead import HeadPlan
+from deadhead.cli import execute
+from tests.cli.test_commands import _STEPS, _Command
+
+_SHORT = (*_STEPS, "--sequence-length", 24)
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> _Command:
+    return _Command(capfd)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "kind"), [("--params", 0.7, "params"), ("--flops", 0.6, "flops"), ("--kv-cache", 0.5, "kv_cache")]
+)
+def test_what_is_asked_for_is_reached_and_counted(
+    flag: str, value: float, kind: str, given: Path, tmp_path: Path, command: _Command
+) -> None:
+    out = tmp_path / "out"
+    result = command.json(
+        *("prune", "--model", given / "llama", "--data", given / "prose.txt", "--out", out, flag, value), *_SHORT
+    )
+    budget = result["budget"]
+    assert (budget["kind"], budget["asked"]) == (kind, value)
+    assert 0.5 * value < budget["reached"] <= value
+    length = () if kind == "params" else ("--length", 24)
+    before, after = (command.json("inspect", model, *length) for model in (given / "llama", out))
+    name = {"params": "parameters", "flops": "flops_per_token", "kv_cache": "kv_cache_bytes"}[kind]
+    assert after[name] / before[name] == pytest.approx(budget["reached"])
+    plan = HeadPlan.from_json(out / "head_plan.json")
+    assert (plan.blocks is not None) == (kind != "kv_cache") == ("blocks" in result)
+    if plan.blocks is not None:
+        assert result["blocks"] == after["blocks"] == plan.blocks.blocks
+        assert f"blocks of {plan.blocks.size} a layer" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_speedup_is_measured_and_its_latencies_are_kept(given: Path, tmp_path: Path, command: _Command) -> None:
+    out = tmp_path / "out"
+    result = command.json(
+        *("prune", "--model", given / "llama", "--data", given / "prose.txt", "--out", out, "--speedup", 1.05),
+        *("--budget-batch-size", 2, "--budget-length", 16, *_SHORT),
+    )
+    assert result["budget"]["kind"] == "speedup" and result["budget"]["reached"] > 0.5
+    assert (out / "latency.json").is_file()
+    assert "blocks" in result
+
+
+def test_gates_of_a_budget_are_saved_and_cut_later(given: Path, tmp_path: Path, command: _Command) -> None:
+    result = command.json(
+        *("prune", "--model", given / "llama", "--data", given / "prose.txt", "--out", tmp_path / "gated"),
+        *("--params", 0.7, "--no-cut", *_SHORT),
+    )
+    import deadhead
+
+    model, gates = deadhead.load_gated(tmp_path / "gated")
+    assert gates.plan().heads == result["heads"]
+    blocks = gates.plan().blocks
+    assert blocks is not None and blocks.blocks == result["blocks"]
+    deadhead.cut(model, gates.plan())
+    gates.plan().to_json(tmp_path / "plan.json")
+    cut = command.json("cut", given / "llama", "--plan", tmp_path / "plan.json", "--out", tmp_path / "cut")
+    assert cut["after"]["parameters"] / cut["before"]["parameters"] == pytest.approx(result["budget"]["reached"])
+
+
+@pytest.mark.parametrize(
+    "options", [("--params", 0.6), ("--flops", 0.6, "--no-blocks"), ("--sparsity", 0.5), ("--kv-cache", 0.5), ()]
+)
+def test_a_dry_run_says_what_would_be_left_and_writes_nothing(
+    options: tuple[Any, ...], given: Path, tmp_path: Path, command: _Command
+) -> None:
+    out = tmp_path / "out"
+    found = command.json("prune", "--model", given / "llama", "--out", out, "--dry-run", *options)
+    assert not out.exists() and not list(tmp_path.iterdir())
+    inspected = command.json("inspect", given / "llama", "--length", found["length"])
+    assert found["dense"] == {name: inspected[name] for name in found["dense"]}
+    assert found["memory"]["total"] > found["memory"]["weights"] > 4 * found["dense"]["parameters"] * 0.99
+    assert found["least"]["parameters"] < found["dense"]["parameters"]
+    if options:
+        plan = HeadPlan.from_dict(found["example"])
+        assert plan.heads == found["pruned"]["heads"]
+        assert found["least"]["parameters"] <= found["pruned"]["parameters"] < found["dense"]["parameters"]
+        assert found["reached"] <= options[1] + 1e-9 or options[0] == "--sparsity"
+    else:
+        assert found["example"] is None
+    output = command("prune", "--model", given / "llama", "--out", out, "--dry-run", *options)
+    assert "Memory to train gates" in output and "parameters" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--params 0.5 --flops 0.5", "asks for params and flops"),
+        ("--params 0.01", "cannot be reached: without any heads and blocks the model would be at 0"),
+        ("--params 0.01 --no-blocks", "without any heads the model .* add --blocks"),
+        ("--params 0", "greater than 0"),
+        ("--kv-cache 0.5 --blocks", "blocks hold no key/value cache"),
+        ("--flops 0.5 --criterion topk", "criterion topk holds a share of the heads"),
+        ("--flops 0.5 --ranking layer", "ranking layer holds a share of the heads"),
+        ("--speedup 1.5 --cut-settled 3", "cut_settled"),
+        (
+            "--flops 0.5 --block-size 5",
+            "block size must divide the width of every layer, .48., but it is 5; 4 would do",
+        ),
+        ("--block-size 4 --no-blocks", "switched off"),
+        ("--speedup 0.5", "--speedup"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+def test_what_cannot_be_had_is_refused(
+    options: str, message: str, dry: str, given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    line = (
+        f"prune --model {given / 'llama'} --data {given / 'prose.txt'} --out {out} --steps 2 --batch-size 2 {options}"
+    )
+    code = execute([*line.split(), *dry.split()])
+    error = capfd.readouterr().err
+    assert code == 2, error
+    assert re.search(message, error), error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert not list(tmp_path.iterdir())

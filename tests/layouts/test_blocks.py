@@ -1,0 +1,437 @@
+"""Blocks of persistent vectors, and of our own feed-forward layers: sites, plans, cuts, costs and scores."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+import deadhead
+import deadhead.layouts
+from benchmarks._tiny_models import tiny_model as hugging_face_model
+from deadhead.cost import config_cost, model_cost
+from deadhead.criteria import score_heads
+from deadhead.cutting import cut
+from deadhead.errors import CutError, InputError, UnsupportedModel
+from deadhead.gating import attach, detach, gates_of
+from deadhead.hard_concrete import GateConfig
+from deadhead.layouts import Selection, find_layout
+from deadhead.layouts.all_attention import AllAttentionLayout
+from deadhead.models import AllAttentionConfig
+from deadhead.plan import BlockPlan, HeadPlan, block_key
+from tests.helpers import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
+from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
+
+HEADS, BLOCKS = dict.fromkeys(range(3), 4), dict.fromkeys(range(3), 4)
+IDS = torch.randint(29, (2, 23), generator=torch.Generator().manual_seed(0))
+MODELS: dict[str, Callable[..., Any]] = {
+    "persistent": lambda **values: tiny_model(**{"num_persistent": 12, **values}),
+    "feed-forward": lambda **values: tiny_transformer_xl(**{"feed_forward_size": 12, **values}),
+}
+models = pytest.mark.parametrize("kind", MODELS)
+
+
+def plan_of(blocks: dict[int, Any] | None, heads: dict[int, Any] | None = None, **values: Any) -> HeadPlan:
+    """Return a plan for three layers of four heads and four blocks of three; layers not named keep all."""
+    part = None if blocks is None else BlockPlan(size=3, kept=blocks, total=BLOCKS)
+    return HeadPlan(kept=heads or {}, total=HEADS, blocks=part, **values)
+
+
+PLANS: dict[str, HeadPlan] = {
+    "blocks alone": plan_of({0: [0, 3], 1: [2], 2: [1, 2, 3]}),
+    "a layer without blocks": plan_of({0: [], 1: [1]}),
+    "no block left": plan_of({0: [], 1: [], 2: []}),
+    "heads too": plan_of({0: [1, 2], 1: [], 2: [0]}, {0: [3], 2: [0, 2]}, output_scale=True),
+    "a layer without heads, another without blocks": plan_of({0: [1], 1: []}, {0: [], 1: [1, 3]}, output_scale=True),
+}
+
+
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+@models
+def test_closed_gates_equal_cut_in_every_way_of_reading(kind: str, plan: HeadPlan, implementation: str) -> None:
+    model = MODELS[kind](seed=2, attn_implementation=implementation)
+    dense, gated = logits(model), copy.deepcopy(model)
+    gates = attach(gated, blocks=3)
+    gates.set_plan(plan)
+    assert gates.plan() == plan
+    expected = logits(gated)
+    assert difference(expected, dense) > 1e-2
+    cut(model, plan)
+    # Whole texts, chunks of many and of few queries, and segments go different ways through the attention.
+    for found in (
+        logits(model),
+        cached_logits(model, IDS, [20, 1, 2]),
+        cached_logits(gated, IDS, [20, 1, 2]),
+        segment_logits(model, IDS, [6, 6, 6, 5]),
+        segment_logits(gated, IDS, [6, 6, 6, 5]),
+        logits(model, IDS.repeat(20, 1))[:2],
+    ):
+        assert difference(found, expected) <= 1e-5
+    half = [copy.deepcopy(m).bfloat16() for m in (model, gated)]
+    assert difference(logits(half[0]).float(), logits(half[1]).float()) <= 5e-2
+    expected_tokens, tokens = (
+        m.generate(input_ids=IDS[:, :9], max_new_tokens=12, do_sample=False) for m in (gated, model)
+    )
+    assert torch.equal(tokens, expected_tokens)
+
+
+def test_what_is_left_of_the_tensors_and_where_attention_is_paid_to() -> None:
+    model = MODELS["persistent"]()
+    before = copy.deepcopy(model)
+    cut(model, plan_of({0: [0, 3], 1: []}, {0: [1, 2], 2: []}))
+    first, second, third = (layer.attention for layer in model.model.layers)
+    rows = [0, 1, 2, 9, 10, 11]
+    for name in ("persistent_k", "persistent_v"):
+        assert torch.equal(getattr(first, name), getattr(before.model.layers[0].attention, name)[[1, 2]][:, rows])
+        assert not hasattr(second, name) and not hasattr(third, name)
+    assert [attention.num_persistent for attention in (first, second, third)] == [6, 0, 0]
+    assert {name for name, _ in third.named_parameters()} == {"o_proj.bias"}
+    weights = model(input_ids=IDS, output_attentions=True, use_cache=False).attentions
+    assert [None if w is None else tuple(w.shape) for w in weights] == [(2, 2, 23, 29), (2, 4, 23, 23), None]
+
+
+@models
+def test_sites_name_the_blocks_there_are_and_those_there_were(kind: str) -> None:
+    model, layout = MODELS[kind](), AllAttentionLayout()
+    cut(model, plan_of({0: [0, 3], 1: []}, {0: [1, 2]}))
+    sites = layout.block_sites(model)
+    assert [site.units for site in sites] == [(0, 3), (), (0, 1, 2, 3)]
+    assert [(site.layer, site.key, site.total, site.unit_dim) for site in sites] == [
+        (layer, block_key(layer), 4, 3) for layer in range(3)
+    ]
+    assert not any(site.is_headless for site in sites), "a layer without blocks still has heads"
+    for part in layout.selections(sites[0], (3,)):
+        assert part.index.tolist() == [3, 4, 5]
+        assert 2 * len(part.index) == sites[0].module.get_parameter(part.path).shape[part.dim]
+
+
+def test_models_without_anything_to_cut_in_blocks() -> None:
+    model = tiny_model(num_persistent=0)
+    assert AllAttentionLayout().block_sites(model) == []
+    with pytest.raises(UnsupportedModel, match="no feed-forward layers, nor persistent vectors"):
+        attach(model, blocks=True)
+    assert gates_of(model) is None
+    # The code that came with an older checkpoint would not read the gate.
+    older = tiny_model()
+    del older.model.layers[0].attention.num_persistent
+    assert AllAttentionLayout().block_sites(older) == []
+
+
+def test_sizes_of_blocks() -> None:
+    assert attach(tiny_model(num_persistent=128), blocks=True).block_size == 16
+    assert attach(tiny_model(num_persistent=5), blocks=True).block_size == 1
+    with pytest.raises(InputError, match="must divide the width of every layer"):
+        attach(tiny_model(num_persistent=12), blocks=5)
+    model = cut(MODELS["persistent"](), PLANS["blocks alone"])
+    with pytest.raises(InputError, match="was cut in blocks of 3, but a block size of 4"):
+        attach(model, blocks=4)
+    assert attach(model, blocks=True).block_size == 3
+
+
+def test_both_kinds_of_vectors_are_cut_where_a_model_has_both() -> None:
+    """Blocks are of the feed-forward layers then; the persistent vectors stay."""
+    model = random = tiny_model(num_persistent=4, feed_forward_size=12)
+    gated = copy.deepcopy(random)
+    attach(gated, blocks=3).set_plan(PLANS["heads too"])
+    cut(model, PLANS["heads too"])
+    assert difference(logits(model), logits(gated)) <= 1e-5
+    assert [layer.attention.num_persistent for layer in model.model.layers] == [4, 4, 4]
+    assert [layer.feed_forward.width for layer in model.model.layers] == [6, 0, 3]
+
+
+@pytest.mark.parametrize("output_scale", [False, True])
+@models
+def test_cuts_compose_in_either_order(kind: str, output_scale: bool) -> None:
+    blocks, heads = {0: [0, 3], 1: []}, {0: [3], 2: [0, 2]}
+    at_once = cut(MODELS[kind](), plan_of(blocks, heads, output_scale=output_scale))
+    for plans in (
+        [plan_of(blocks, output_scale=output_scale), plan_of(None, heads, output_scale=output_scale)],
+        [plan_of(None, heads, output_scale=output_scale), plan_of(blocks, heads, output_scale=output_scale)],
+        [
+            plan_of({0: [0, 1, 3]}, {2: [0, 2]}, output_scale=output_scale),
+            plan_of(blocks, heads, output_scale=output_scale),
+        ],
+    ):
+        model = MODELS[kind]()
+        for plan in plans:
+            cut(model, plan)
+        assert difference(logits(model), logits(at_once)) <= 1e-5
+        assert model.config.head_plan == at_once.config.head_plan
+    with pytest.raises(InputError, match="keeps block 1 of layer 0, but that block was cut before"):
+        cut(at_once, plan_of({0: [0, 1], 1: []}, heads))
+
+
+def test_persistent_vectors_are_gone_with_the_heads_of_their_layer_whatever_a_plan_says() -> None:
+    keeps = plan_of({0: [1, 2], 1: [0, 3]}, {1: []})
+    model = cut(MODELS["persistent"](), keeps)
+    assert model.config.head_plan["blocks"]["kept"] == {"0": [1, 2], "1": [], "2": [0, 1, 2, 3]}
+    assert [site.units for site in AllAttentionLayout().block_sites(model)] == [(1, 2), (), (0, 1, 2, 3)]
+    gates = attach(model, blocks=True)
+    assert gates.headless == {block_key(1)} and block_key(1) not in gates.gates
+    # The same plan again, and one that says of that layer what is true, mean the same and are both accepted.
+    for blocks in ({0: [1], 1: [0, 3]}, {0: [1], 1: []}):
+        gates.set_plan(plan_of(blocks, {1: []}))
+        assert gates.plan() == plan_of({0: [1], 1: []}, {1: []})
+        smaller = cut(copy.deepcopy(model), plan_of(blocks, {1: []}))
+        assert difference(logits(smaller), logits(model)) <= 1e-5
+        assert model_cost(model, plan_of(blocks, {1: []})) == model_cost(smaller)
+    detach(model)
+    # A model cut by heads alone, which says nothing of blocks.
+    headless = cut(MODELS["persistent"](), plan_of(None, {1: []}))
+    assert attach(headless, blocks=3).present[block_key(1)] == ()
+    # A feed-forward layer outlives the heads.
+    other = cut(MODELS["feed-forward"](), keeps)
+    assert other.config.head_plan == keeps.to_dict()
+    assert attach(other, blocks=True).headless == frozenset()
+
+
+class ShiftedBlocks(AllAttentionLayout):
+    """The layout with one tensor's blocks shifted by one, its heads as they are."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def selections(self, site: Any, units: tuple[int, ...]) -> list[Selection]:
+        """Return the selections, that of `path` shifted."""
+        return [
+            replace(part, index=(part.index + site.unit_dim) % site.module.get_parameter(part.path).shape[part.dim])
+            if site.has_blocks and part.path == self.path
+            else part
+            for part in super().selections(site, units)
+        ]
+
+
+@pytest.mark.parametrize("given_gates", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [("persistent", "persistent_k"), ("persistent", "persistent_v")]
+    + [
+        ("feed-forward", f"{name}_proj.{part}") for name, part in (("up", "weight"), ("up", "bias"), ("down", "weight"))
+    ],
+)
+def test_a_layout_whose_blocks_are_shifted_is_found_out_and_nothing_changes(
+    kind: str, path: str, given_gates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODELS[kind](seed=5)
+    plan = plan_of({0: [0, 2], 1: [1]}, {0: [0, 1, 2]}, output_scale=True)
+    if given_gates:
+        attach(model, blocks=3).set_plan(plan_of({1: [2]}))
+    before, expected = snapshot(model), logits(model)
+    monkeypatch.setattr(deadhead.layouts, "_LAYOUTS", [ShiftedBlocks(path)])
+    with pytest.raises(CutError):
+        cut(model, plan)
+    assert_unchanged(model, before)
+    assert (gates_of(model) is not None) == given_gates
+    assert torch.equal(logits(model), expected)
+    monkeypatch.setattr(deadhead.layouts, "_LAYOUTS", [AllAttentionLayout()])
+    assert cut(model, plan).config.head_plan == plan.to_dict()
+
+
+def test_soft_gates_are_for_what_a_weight_can_take_up() -> None:
+    model = MODELS["persistent"]()
+    before = snapshot(model)
+    with pytest.raises(InputError, match="need hard gates, as a value between 0 and 1 in the softmax could not"):
+        attach(model, blocks=3, config=GateConfig(hard=False))
+    assert_unchanged(model, before)
+    attach(model, config=GateConfig(hard=False))
+    soft = MODELS["feed-forward"]()
+    gates = attach(soft, blocks=3, config=GateConfig(hard=False))
+    gates.gates[block_key(1)].set_log_alpha(torch.tensor([0.3, -0.5, 6.0, -0.2]))
+    expected = logits(soft)
+    assert difference(logits(cut(soft, gates.plan())), expected) <= 1e-5
+
+
+def test_gates_come_off_and_leave_a_copy_alone() -> None:
+    model = MODELS["persistent"]()
+    before, dense = snapshot(model), logits(model)
+    gates = attach(model, blocks=3)
+    assert len(gates) == 12 + 12 and gates.block_sparsity == 0.0
+    assert torch.equal(logits(model), dense)
+    twin = copy.deepcopy(model)
+    twin_gates = gates_of(twin)
+    assert twin_gates is not None
+    twin_gates.set_plan(PLANS["heads too"])
+    assert difference(logits(twin), dense) > 1e-2 and torch.equal(logits(model), dense)
+    assert twin_gates.block_sparsity == 0.75 and gates.block_sparsity == 0.0
+    deadhead.gating.rehang(model)
+    assert torch.equal(logits(model), dense)
+    assert_unchanged(detach(model), before)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+@models
+def test_a_plan_costs_what_the_cut_model_and_one_built_so_cost(kind: str, plan: HeadPlan) -> None:
+    position = "rotary" if plan.output_scale else "learned"
+    # torch's counter stumbles over the bias of an emptied layer where it needs a gradient.
+    model = MODELS[kind](position=position, attn_implementation="eager").requires_grad_(False)
+    dense, config = model_cost(model), copy.deepcopy(model.config)
+    gated = copy.deepcopy(model)
+    attach(gated, blocks=3)
+    assert replace(model_cost(gated), blocks=[], total_blocks=[], block_size=None) == replace(
+        dense, blocks=[], total_blocks=[], block_size=None
+    )
+    foretold = model_cost(model, plan)
+    cut(model, plan)
+    assert model_cost(model) == foretold == config_cost(model.config) == config_cost(config, plan)
+    assert foretold.parameters == sum({id(p): p.numel() for p in model.parameters()}.values())
+    assert plan.blocks is not None
+    there = (
+        plan.blocks.kept
+        if kind == "feed-forward"
+        else {k: b if plan.kept[k] else () for k, b in plan.blocks.kept.items()}
+    )
+    assert foretold.blocks == [len(blocks) for blocks in there.values()]
+    assert (foretold.total_blocks, foretold.block_size) == ([4, 4, 4], 3)
+    with torch.no_grad():
+        cache = model(input_ids=IDS[:, :9], use_cache=True).past_key_values
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True)
+    assert counter.get_total_flops() == 2 * model_cost(model, length=5).flops_per_token
+
+
+def test_parameters_of_blocks() -> None:
+    model = MODELS["persistent"]()
+    attention = sum(getattr(layer.attention, f"persistent_{x}").numel() for layer in model.model.layers for x in "kv")
+    dense = model_cost(model)
+    assert model_cost(cut(MODELS["persistent"](), plan_of({0: []}))).block_parameters * 3 == attention * 2
+    without = model_cost(model, PLANS["no block left"])
+    assert without.block_parameters == 0 and dense.parameters - without.parameters == attention
+    # A query meets each vector twice, in the score and in the sum.
+    assert dense.flops_per_token - without.flops_per_token == 2 * attention
+
+
+@models
+def test_magnitude_is_the_norm_of_what_the_cut_takes_away(kind: str) -> None:
+    found = score_heads(MODELS[kind](), "magnitude", blocks=3)
+
+    def square(module: Any) -> float:
+        return sum(float(parameter.detach().double().square().sum()) for parameter in module.parameters())
+
+    for block in range(4):
+        smaller = cut(MODELS[kind](), plan_of({1: [other for other in range(4) if other != block]}))
+        expected = (square(MODELS[kind]()) - square(smaller)) ** 0.5
+        assert float(found.scores[block_key(1)][block]) == pytest.approx(expected, rel=1e-3)
+    assert score_heads(MODELS[kind](), "random", blocks=3).plan(0.5).blocks is not None
+
+
+class _Weighted(torch.nn.Module):
+    """A gate by hand."""
+
+    idle = ()
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self) -> tuple[Tensor, None]:
+        """Return the values for each of three texts."""
+        return self.weights.expand(3, -1), None
+
+
+@pytest.mark.parametrize("with_gates", [False, True])
+def test_taylor_is_the_derivative_by_the_blocks_weight(with_gates: bool) -> None:
+    model = MODELS["persistent"](dtype=torch.float64)
+    ids = torch.randint(29, (3, 9), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "is_first": torch.tensor([True] * 3)}
+    reference = copy.deepcopy(model)
+    if with_gates:
+        attach(model, blocks=3)
+    before = snapshot(model)
+    found = score_heads(model, "taylor", [batch], blocks=3)
+    assert_unchanged(model, before)
+
+    def row_losses(layer: int, weights: list[float]) -> Tensor:
+        gate = _Weighted(torch.tensor(weights, dtype=torch.float64))
+        reference.model.layers[layer].attention.block_gate = gate
+        with torch.no_grad():
+            found = reference(input_ids=ids[:, :-1], use_cache=False).logits
+        del reference.model.layers[layer].attention.block_gate
+        return cross_entropy(found.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+    step = 1e-4
+    for layer in range(3):
+        for block in range(4):
+            more, less = (
+                row_losses(layer, [1.0 + sign * step * (other == block) for other in range(4)]) for sign in (1, -1)
+            )
+            expected = float(((more - less) / (2 * step)).abs().mean())
+            assert float(found.scores[block_key(layer)][block]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
+
+
+def test_output_differences_are_not_for_persistent_vectors() -> None:
+    batch = {"input_ids": IDS[:, :-1], "labels": IDS[:, 1:], "is_first": torch.tensor([True] * 2)}
+    with pytest.raises(InputError, match="no output difference, as a layer's output is no sum over them"):
+        score_heads(MODELS["persistent"](), "output-difference", [batch], blocks=3)
+    assert score_heads(MODELS["persistent"](), "output-difference", [batch]).plan(0.5).blocks is None
+    assert block_key(0) in score_heads(MODELS["feed-forward"](), "output-difference", [batch], blocks=3).scores
+
+
+@models
+def test_saved_gates_come_back_with_their_model(kind: str, tmp_path: Path) -> None:
+    model = cut(MODELS[kind](), plan_of({0: [0, 2, 3]}, {1: []}))
+    gates = attach(model, blocks=True)
+    for index, (_, gate) in enumerate(gates):
+        gate.set_log_alpha(torch.linspace(-1.0, 2.0 - index / 4, gate.num_heads))
+    deadhead.save(model, tmp_path / "gated")
+    loaded, loaded_gates = deadhead.load_gated(tmp_path / "gated")
+    assert loaded_gates.block_size == 3
+    assert loaded_gates.plan() == gates.plan()
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(detach(loaded)), logits(deadhead.load(tmp_path / "gated")))
+    other = hugging_face_model("gpt2")
+    with pytest.raises(InputError):
+        deadhead.load_gates(other, tmp_path / "gated")
+    assert gates_of(other) is None
+
+
+_BLOCKS = {"size": 3, "kept": {"0": [0]}, "total": {"0": 4}}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ("three", "head_plan must give blocks a size"),
+        ({**_BLOCKS, "size": None}, "head_plan must give blocks a size"),
+        ({**_BLOCKS, "kept": {}}, "each of the 1 layers in kept and total"),
+        ({**_BLOCKS, "total": {"0": 4, "1": 4}}, "each of the 1 layers in kept and total"),
+        ({**_BLOCKS, "size": 4}, "blocks of 4 do not make up the 12 persistent vectors of a layer"),
+        ({**_BLOCKS, "kept": {"0": [4]}}, "names a block of layer 0 that is not one of 4"),
+    ],
+)
+def test_a_configuration_whose_blocks_do_not_fit_is_refused(blocks: Any, message: str) -> None:
+    plan = {"kept": {"0": [0]}, "total": {"0": 8}, "blocks": blocks}
+    with pytest.raises(ValueError, match=message):
+        AllAttentionConfig(num_hidden_layers=1, num_persistent=12, head_plan=plan)
+    if isinstance(blocks, dict) and blocks["size"] == 4:
+        with pytest.raises(ValueError, match="do not make up the 15 hidden units"):
+            AllAttentionConfig(num_hidden_layers=1, num_persistent=0, feed_forward_size=15, head_plan=plan)
+
+
+def test_layers_as_their_configuration_says() -> None:
+    config = AllAttentionConfig(
+        num_hidden_layers=1,
+        num_persistent=12,
+        head_plan={
+            "kept": {"0": [0]},
+            "total": {"0": 8},
+            "blocks": _BLOCKS,
+        },
+    )
+    assert (config.layer_persistent(0), config.layer_feed_forward(0)) == (3, 0)
+    (site,) = find_layout(tiny_model()).block_sites(deadhead.models.AllAttentionForCausalLM(config))
+    assert site.units == (0,)
