@@ -33,7 +33,7 @@ _LEAST = 0.02
 # Units whose cost seems to be nothing, as noise has it, are pushed like those of so much of the mean cost.
 _LEAST_SLOPE = 0.05
 # How often a plan is made anew where a model's true cost is above what the sum over its layers says.
-_TRIES = 12
+_TRIES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,27 +212,26 @@ def plan_within(
     Returns:
         The plan, and its model's true share. That of the last try if none comes within the budget.
     """
-    allowed, tried = share, set[HeadPlan]()
-    best: tuple[HeadPlan, float] | None = None
-    last: tuple[HeadPlan, float] | None = None
+    known: dict[HeadPlan, float] = {}
+    allowed, low, high = share, costs.fixed / costs.total, 1.0
+    best: HeadPlan | None = None
     for _ in range(_TRIES):
         plan = scores.within(costs, allowed * costs.total)
-        while plan in tried and best is None and allowed * costs.total > costs.fixed:
-            # The two differ by less than a unit: the next smaller plan is needed.
-            allowed -= 1e-3
-            plan = scores.within(costs, allowed * costs.total)
-        if plan in tried:
-            break
-        tried.add(plan)
-        found = true_share(plan)
-        is_within = found <= share * (1 + slack) + 1e-12
-        if is_within and (best is None or found > best[1]):
-            best = plan, found
-        last = plan, found
-        counts = {key: len(units) for key, units in plan.units.items() if key in costs.tables}
-        # What is measured is not come up to: the clock differs by more from one time to the next.
-        if is_within and (slack or abs(found - costs.of(counts) / costs.total) < 1e-6):
-            break
-        allowed = min(1.0, allowed + share - found)
-    assert last is not None
-    return best or last
+        if plan not in known:
+            known[plan] = true_share(plan)
+        found = known[plan]
+        if found <= share * (1 + slack) + 1e-12:
+            if best is None or found > known[best]:
+                best = plan
+            counts = {key: len(units) for key, units in plan.units.items() if key in costs.tables}
+            # What is measured is not come up to: the clock differs by more from one time to the next.
+            if slack or abs(found - costs.of(counts) / costs.total) < 1e-6:
+                break
+            low = allowed
+        else:
+            high = allowed
+        # By the difference at first, then between what was enough and what was too much.
+        step = allowed + share - found
+        allowed = step if low < step < high and len(known) <= 2 else (low + high) / 2
+    best = plan if best is None else best
+    return best, known[best]
