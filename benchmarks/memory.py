@@ -125,6 +125,10 @@ def in_process(row: dict[str, Any], **environment: str) -> dict[str, Any]:
     return found
 
 
+def _mega(count: float) -> str:
+    return f"{count / 1e6:,.0f}"
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,7 +158,7 @@ def main() -> None:
             row["mode"],
             ", ".join(settings).replace("gradient_", ""),
             *(f"{paper[part] / 1e6:,.0f}" for part in parts),
-            *(text for n in ("tensors", "process") for text in (f"{row[n] / 1e6:,.0f}", f"{row[n] / paper['total']:.2f}")),
+            *(text for n in ("tensors", "process") for text in (_mega(row[n]), f"{row[n] / paper['total']:.2f}")),
         )
     Console(width=130).print(table)
     if options.json:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from deadhead.unit_costs import UnitCosts
 _SHARES = (0.0, 0.25, 0.5, 0.75)
 # Seconds that the measuring is to take, and how often each model is timed, at least and at most.
 _SECONDS = 40.0
-_REPEATS = (5, 60)
+_REPEATS = (4, 60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +229,11 @@ def _kind(key: Layer) -> str:
 
 
 def _rounds(models: Mapping[str, PreTrainedModel], how: Mapping[str, Any]) -> list[int]:
-    """Return how often each model is timed, in each of three rounds, by how long one time takes."""
-    begun = time.perf_counter()
-    bench(models, repeats=1, **how)
-    # One that counts and one that doesn't.
-    once = (time.perf_counter() - begun) / 2
+    """Return how often each model is timed, in each of some rounds, by how long the dense one takes."""
+    once = bench({"dense": models["dense"]}, repeats=1, **how)["dense"].seconds * len(models)
     repeats = min(max(round(_SECONDS / max(once, 1e-6)), _REPEATS[0]), _REPEATS[1])
-    return [max(2, repeats // 3)] * 3
+    # A slow spell of the machine then spoils one round; where a time is long, one round is all that can be afforded.
+    return [repeats // 3] * 3 if repeats >= 3 * _REPEATS[0] else [repeats]
 
 
 def _weights(model: PreTrainedModel, setting: Mapping[str, Any], length: int) -> dict[Layer, float]:

@@ -51,7 +51,14 @@ def test_a_speedup_is_measured_and_its_latencies_are_kept(given: Path, tmp_path:
         *("--budget-batch-size", 2, "--budget-length", 16, *_SHORT),
     )
     assert result["budget"]["kind"] == "speedup" and result["budget"]["reached"] > 0.5
-    assert (out / "latency.json").is_file()
+    # The plan's model was predicted from what was measured, too.
+    inspected = command.json(
+        *("inspect", given / "llama", "--plan", out / "head_plan.json", "--latency", out / "latency.json")
+    )
+    assert inspected["predicted_speedup"] >= 1.0
+    assert inspected["layouts"][0]["parameters"] == result["parameters"]
+    text = command("inspect", given / "llama", "--plan", out / "head_plan.json")
+    assert "--plan" in text and "blocks of" in text
     assert "blocks" in result
 
 

@@ -81,6 +81,13 @@ def inspect(
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", min=1, help="Of a recipe: tokens of its vocabulary.")
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Also count it once this head plan is applied.", show_default=False)
+    ] = None,
+    latency: Annotated[
+        Path | None,
+        typer.Option("--latency", help="With --plan: predict the speed by the latency.json of a --speedup."),
+    ] = None,
     training: Annotated[
         bool, typer.Option("--training", help="Also show the memory that training gates on it takes.")
     ] = False,
@@ -102,7 +109,11 @@ def inspect(
     Of a recipe, show what its model will cost, beside what others have published of that shape.
     """
     layouts = [_numbers(text) for text in heads or []]
+    if latency is not None and plan is None:
+        raise InputError("--latency predicts the speed of a plan's model; name the plan with --plan.")
     if model.suffix == ".toml":
+        if plan is not None:
+            raise InputError("A recipe's model is not there yet for a plan to be applied to; leave out --plan.")
         if training:
             raise InputError("The memory of training is counted of a model, not of a recipe; leave out --training.")
         _inspect_recipe(model, length, layouts, vocab_size, as_json)
@@ -112,13 +123,19 @@ def inspect(
     from deadhead import checkpoint
     from deadhead.cost import config_cost, first_heads
     from deadhead.gate_files import has_gates
+    from deadhead.latency import Latency
     from deadhead.plan import HeadPlan
     from deadhead.report.head_map import head_map_text
 
     try:
         config = checkpoint.load_config(model)
         cost = config_cost(config, length=length)
-        others = [config_cost(config, first_heads(config, counts), length=length) for counts in layouts]
+        others = [("--heads", config_cost(config, first_heads(config, counts), length=length)) for counts in layouts]
+        speedup = 1.0
+        if plan is not None:
+            head_plan = HeadPlan.from_json(plan)
+            others.append(("--plan", config_cost(config, head_plan, length=length)))
+            speedup = 1.0 if latency is None else Latency.from_json(latency).speedup(head_plan)
         settings = {"batch_size": batch_size, "length": sequence_length, "bf16": bf16}
         settings["gradient_checkpointing"] = gradient_checkpointing
         memory = _training_memory(config, settings) if training else {}
@@ -129,14 +146,16 @@ def inspect(
         raise InputError(f"The configuration in {model} cannot be used: {reason}.") from error
     gated = has_gates(model)
     if as_json:
-        asked: dict[str, Any] = {"layouts": [asdict(other) for other in others]} if others else {}
+        asked: dict[str, Any] = {"layouts": [asdict(other) for _, other in others]} if others else {}
+        if latency is not None:
+            asked["predicted_speedup"] = speedup
         if training:
             asked["training_memory"] = {mode: asdict(found) for mode, found in memory.items()}
         print_json({**asdict(cost), "gated": gated, **asked})
         return
     recorded = getattr(config, "head_plan", None)
-    plan = HeadPlan.keep_all(dict(enumerate(cost.total_heads))) if recorded is None else HeadPlan.from_dict(recorded)
-    console.print(head_map_text(plan))
+    present = HeadPlan.keep_all(dict(enumerate(cost.total_heads))) if recorded is None else HeadPlan.from_dict(recorded)
+    console.print(head_map_text(present))
     table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -149,11 +168,16 @@ def inspect(
         "  of the heads": f"{cost.attention_flops_per_token:,.0f}",
         "key/value cache a text, bytes": f"{cost.kv_cache_bytes:,}",
     }
+    if cost.block_size is not None:
+        rows[f"blocks of {cost.block_size}"] = f"{sum(cost.blocks)} of {sum(cost.total_blocks)}"
+        rows["  of the blocks, which go with them"] = f"{cost.block_parameters:,}"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
     if others:
-        console.print(_layouts_table([cost, *others]))
+        console.print(_layouts_table([("as it is", cost), *others]))
+    if latency is not None:
+        console.print(f"predicted speed by {escape(str(latency))}: {speedup:.2f} times that of the model as it is")
     if training:
         console.print(_memory_table(memory))
         console.print(
@@ -206,11 +230,11 @@ def _recipe_table(costs: list[ShapeCost]) -> Table:
     return table
 
 
-def _layouts_table(costs: list[Cost]) -> Table:
+def _layouts_table(costs: list[tuple[str, Cost]]) -> Table:
     table = _table("heads a layer", "gone", "parameters", "of heads", "FLOPs")
-    for cost in costs:
+    for name, cost in costs:
         table.add_row(
-            "--heads" if cost is not costs[0] else "as it is",
+            name,
             _heads(cost.heads),
             f"{1 - sum(cost.heads) / sum(cost.total_heads):.0%}",
             _short(cost.parameters - cost.embedding_parameters),
