@@ -95,7 +95,9 @@ def test_a_run_of_two_processes(place: Path, whole: subprocess.CompletedProcess[
     assert whole.stdout.count("The pruned model:") == 1
     assert "Traceback" not in whole.stderr
     summary = json.loads((place / "whole" / "summary.json").read_text())
-    assert set(summary) == {"dense", "gated", "cut", "finetuned", "data", "processes", "versions", "samples"}
+    assert set(summary) == {
+        *("dense", "gated", "cut", "finetuned", "budget", "data", "processes", "versions", "samples")
+    }
     assert summary["processes"] == 2
     assert sum(summary["finetuned"]["heads"]) == 4
     expected = ("dense", "gated", "pruned", "head_plan.json", "metrics.jsonl", "head_map.png", "recipe.toml")
