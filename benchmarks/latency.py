@@ -1,7 +1,8 @@
 """How well is a pruned model's speed predicted before it is made?
 
-The cost model of this machine is measured for a Llama-like model (see `deadhead.latency`), then random plans of heads and
-blocks, with other numbers in each layer, are cut and timed beside the dense model, and compared with what was predicted.
+The cost model of this machine is measured for a Llama-like model (see `deadhead.latency`), then random plans of heads
+and blocks, with other numbers in each layer, are cut and timed beside the dense model, and compared with what was
+predicted.
 
     python benchmarks/latency.py [--quick] [--workload prefill|decode] [--plans N]
 """
