@@ -232,7 +232,9 @@ def table(out: Path) -> str:
         ]
         for budget in [b for b in (*BUDGETS, *LAYERS) if b in here]:
             point = here[budget]
-            blocks = f"{sum(point['blocks'])}/{sum(point['total_blocks'])}" if point["blocks"] else ""
+            # Only heads have gates in the All-attention model unless blocks are asked for.
+            has_blocks = point["blocks"] and name != "all-attention"
+            blocks = f"{sum(point['blocks'])}/{sum(point['total_blocks'])}" if has_blocks else ""
             cells = (
                 budget,
                 f"{point['reached']:.3f}",

@@ -25,10 +25,10 @@ import deadhead
 from deadhead.timing import WORKLOADS, Workload, bench, efficiency
 
 LLAMA = {
-    "vocab_size": 8192,
+    "vocab_size": 4096,
     "hidden_size": 1024,
     "intermediate_size": 2816,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
 }
@@ -90,7 +90,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few repetitions")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     sizes = QUICK if args.quick else LLAMA
