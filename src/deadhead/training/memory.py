@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -125,7 +126,10 @@ def training_memory(
             trainee = _moved(prepared, torch.device("cpu"), fake)
         # Real ones: they are small, and which heads are computed depends on what they draw.
         attach_gates(unwrapped(trainee), recipe)
-        return step_memory(trainee, recipe, fake)
+        with warnings.catch_warnings():
+            # Torch looks for gradients of real tensors that meet fake ones; it hides its warning, but not an error.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            return step_memory(trainee, recipe, fake)
     except InputError:
         raise
     except (RuntimeError, ValueError) as error:
