@@ -182,7 +182,7 @@ def inspect(
         console.print(_memory_table(memory))
         console.print(
             f"Memory of training gates on {batch_size} rows at a time, GB: total is the most at any time, less than "
-            "the sum, and what tensors hold; allow a tenth more."
+            "the sum. It is what tensors hold; a process takes more, as its allocator wastes some."
         )
     if gated:
         console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")

@@ -72,9 +72,12 @@ def training_memory(
 ) -> TrainingMemory:
     """Count what `deadhead.train` will need of memory to train gates on a model, without making its weights.
 
-    Counted is what tensors hold. A process takes more: what its allocator wastes, libraries, a GPU's context. A teacher
-    is not counted, nor are batches that are accumulated, which keep the gradients from one to the next (then the sum of
-    the four parts is an upper bound).
+    Counted is what tensors hold. A process takes more: libraries, a GPU's context, and what its allocator wastes. With
+    glibc's on a CPU it was 1.1 to 3 times as much in all, most with checkpointing. It was about what is counted where
+    MALLOC_MMAP_THRESHOLD_=65536 was set before the process started (`benchmarks/memory.py`).
+
+    A teacher is not counted, nor are batches that are accumulated, which keep the gradients from one to the next (then
+    the sum of the four parts is an upper bound).
 
     Kernels are those of a CPU. On a GPU attention with dropout keeps less, and deadhead's own models more, as their
     blocked attention is for CPUs.
