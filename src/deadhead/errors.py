@@ -15,6 +15,10 @@ class CutError(RuntimeError):
     """A cut model did not compute what the model with closed gates computes. The model was put back as it was."""
 
 
+class ExportError(RuntimeError):
+    """An exported model did not run, or did not compute what PyTorch computes. Nothing was left in its place."""
+
+
 class DivergenceError(RuntimeError):
     """Training met a loss or a gradient that is not finite. The message names the step and what to try."""
 

@@ -1,0 +1,119 @@
+"""Hold what a runtime computes against what PyTorch computes: logits of a text, and a greedy continuation.
+
+Dimensions: B texts, T positions of the prompt, C tokens of the continuation, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deadhead.errors import ExportError
+from deadhead.modes import evaluating
+
+_PROMPT, _CONTINUATION = 24, 16
+
+
+class Runtime(Protocol):
+    """A model in a runtime, with its cache."""
+
+    def read(self, ids_BT: np.ndarray) -> np.ndarray:
+        """Read more tokens after those read before, and return the logits of each, (B, T, V), float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch computes in float32.
+
+    Args:
+        prompt_T: token ids.
+        continuation_C: the greedy continuation.
+        logits: of every position of both but the last, (T + C − 1, V).
+    """
+
+    prompt_T: np.ndarray
+    continuation_C: np.ndarray
+    logits: np.ndarray
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The tokens whose logits are `logits`, (T + C − 1,)."""
+        return np.concatenate([self.prompt_T, self.continuation_C[:-1]])
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a runtime came.
+
+    Args:
+        runtime: its name and version.
+        logit_difference: max|Δ| / max|reference| over all positions.
+        tolerance: the most that was allowed.
+        tokens: C.
+        tokens_equal: how many of the greedy continuation's tokens are the same before the first that is not.
+    """
+
+    runtime: str
+    logit_difference: float
+    tolerance: float
+    tokens: int
+    tokens_equal: int
+
+
+@torch.inference_mode()
+def make_reference(model: PreTrainedModel, seed: int = 0) -> Reference:
+    """Compute logits of a random text and its greedy continuation, without a cache: nothing is left to go wrong.
+
+    Args:
+        model: in any precision; it is run as it is.
+        seed: of the text.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    prompt = int(min(_PROMPT, longest // 2))
+    steps = int(min(_CONTINUATION, longest - prompt))
+    drawn = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(seed))
+    ids_BT: Tensor = drawn.to(model.device)
+    with evaluating(model):
+        for _ in range(steps):
+            logits = model(input_ids=ids_BT, use_cache=False).logits
+            ids_BT = torch.cat([ids_BT, logits[:, -1:].argmax(-1)], dim=1)
+    found = ids_BT[0].cpu().numpy()
+    return Reference(found[:prompt], found[prompt:], logits[0].float().cpu().numpy())
+
+
+def compare(reference: Reference, logits: np.ndarray, *, runtime: str, tolerance: float) -> Agreement:
+    """Return how near `logits`, of the reference's shape, are.
+
+    Raises:
+        ExportError: not near enough, or not numbers.
+    """
+    if logits.shape != reference.logits.shape:
+        raise ExportError(
+            f"{runtime} gave logits of shape {logits.shape} where PyTorch gives {reference.logits.shape}; nothing was "
+            "left at the place of the export."
+        )
+    difference = float(np.abs(logits - reference.logits).max() / max(np.abs(reference.logits).max(), 1e-30))
+    count = len(reference.continuation_C)
+    is_equal = logits[-count:].argmax(-1) == reference.continuation_C
+    equal = count if is_equal.all() else int(np.argmin(is_equal))
+    if not difference <= tolerance:  # NaN too
+        raise ExportError(
+            f"The exported model does not compute in {runtime} what it computes in PyTorch: its logits differ by "
+            f"{difference:.1e} of the largest, {tolerance:.0e} at most was expected, and {equal} of {count} greedy "
+            "tokens are equal; nothing was left at the place of the export."
+        )
+    return Agreement(runtime, difference, tolerance, count, equal)
+
+
+def run_reference(reference: Reference, runtime: Runtime) -> np.ndarray:
+    """Read the reference's prompt at once and its continuation token by token; return the logits, (T + C − 1, V)."""
+    parts = [reference.prompt_T[None], *(token[None, None] for token in reference.continuation_C[:-1])]
+    return np.concatenate([runtime.read(part)[0] for part in parts])

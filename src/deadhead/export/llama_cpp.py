@@ -1,0 +1,153 @@
+"""Run a GGUF file in llama.cpp, in a process of its own: a file that llama.cpp cannot read ends its process.
+
+    python -m deadhead.export.llama_cpp JOB.json OUT.npz
+
+is that process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deadhead.errors import ExportError, InputError
+
+_FLOAT32, _FLOAT16 = 0, 1
+
+
+def is_installed() -> bool:
+    """Tell whether llama.cpp's Python binding is there."""
+    return find_spec("llama_cpp") is not None
+
+
+def runtime_name() -> str:
+    """Return its name and version."""
+    return f"llama-cpp-python {version('llama-cpp-python')}"
+
+
+def require_installed(what: str) -> None:
+    """Check that the binding is there.
+
+    Raises:
+        InputError: it is not; `what` says what needs it.
+    """
+    if not is_installed():
+        raise InputError(f"{what} needs llama.cpp; install it: pip install llama-cpp-python (it is built from source).")
+
+
+def read_logits(
+    path: Path, prompt_T: np.ndarray, rest_C: np.ndarray, texts: Sequence[str] = (), *, half_cache: bool = False
+) -> tuple[np.ndarray, list[list[int]]]:
+    """Read a prompt at once and then token by token the rest.
+
+    Args:
+        path: a GGUF file.
+        prompt_T: token ids.
+        rest_C: token ids that follow.
+        texts: to be tokenized by the file's tokenizer.
+        half_cache: whether the key/value cache is float16, llama.cpp's default, instead of float32.
+
+    Returns:
+        the logits of every position, (T + C, V), and the tokens of each text.
+
+    Raises:
+        ExportError: llama.cpp could not read the file.
+    """
+    job = {
+        "task": "logits",
+        "path": str(path),
+        "prompt": prompt_T.tolist(),
+        "rest": rest_C.tolist(),
+        "texts": list(texts),
+        "half_cache": half_cache,
+    }
+    found = _run(job)
+    lengths = np.cumsum(found["lengths"])[:-1]
+    return found["logits"], [part.tolist() for part in np.split(found["tokens"], lengths)] if texts else []
+
+
+def quantize(path: Path, out: Path, kind: str) -> None:
+    """Let llama.cpp's own quantiser write `out` from a float file.
+
+    Args:
+        path: a GGUF file in float16 or float32.
+        out: the new one.
+        kind: llama.cpp's name of the type, as "q4_k_m".
+
+    Raises:
+        InputError: there is no such type.
+        ExportError: the quantiser failed.
+    """
+    require_installed(f"Type {kind}")
+    if kind not in quantized_types():
+        raise InputError(f"A type was expected (f32, f16, {', '.join(quantized_types())}), but {kind!r} came.")
+    _run({"task": "quantize", "path": str(path), "out": str(out), "kind": kind})
+
+
+def quantized_types() -> list[str]:
+    """Return the types that llama.cpp's quantiser knows, without the binding none."""
+    if not is_installed():
+        return []
+    import llama_cpp
+
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    names = [name.removeprefix(prefix).lower() for name in dir(llama_cpp) if name.startswith(prefix)]
+    return [name for name in names if name not in ("f16", "q8_0")]
+
+
+def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "job.json", Path(folder) / "out.npz"
+        asked.write_text(json.dumps(job), encoding="utf-8")
+        command = [sys.executable, "-m", "deadhead.export.llama_cpp", str(asked), str(answered)]
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if result.returncode or not answered.exists():
+            words = [line.strip() for line in result.stderr.splitlines() if "error" in line.lower() or "Err" in line]
+            reason = words[0].rstrip(".") if words else f"its process ended with code {result.returncode}"
+            raise ExportError(f"llama.cpp could not use the file: {reason}; nothing was left at the place of the export.")
+        with np.load(answered) as arrays:
+            return dict(arrays)
+
+
+def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    import llama_cpp
+
+    kind = _FLOAT16 if job["half_cache"] else _FLOAT32
+    ids, rest = job["prompt"], job["rest"]
+    model = llama_cpp.Llama(
+        job["path"], n_ctx=max(64, len(ids) + len(rest)), logits_all=True, type_k=kind, type_v=kind, verbose=True
+    )
+    model.eval(ids)
+    for token in rest:
+        model.eval([token])
+    texts = [model.tokenize(text.encode(), add_bos=False, special=False) for text in job["texts"]]
+    return {
+        "logits": np.array(model.scores[: len(ids) + len(rest)], dtype=np.float32),
+        "tokens": np.array([token for text in texts for token in text], dtype=np.int64),
+        "lengths": np.array([len(text) for text in texts], dtype=np.int64),
+    }
+
+
+def _quantize(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{job['kind'].upper()}")
+    code = llama_cpp.llama_model_quantize(job["path"].encode(), job["out"].encode(), settings)
+    if code:
+        raise RuntimeError(f"the quantiser's error {code}")
+    return {}
+
+
+if __name__ == "__main__":
+    task = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    np.savez(sys.argv[2], **{"logits": _logits, "quantize": _quantize}[task["task"]](task))  # type: ignore[arg-type]
