@@ -1,0 +1,147 @@
+"""Run an ONNX file in ONNX Runtime or OpenVINO: a session that keeps the cache.
+
+Dimensions: B texts, T new tokens, S tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deadhead.errors import ExportError, InputError
+from deadhead.export.agreement import Agreement, Reference, compare
+
+_PAST, _PRESENT = "past_key_values.", "present."
+# Distribution and module of each runtime.
+RUNTIMES = {"onnxruntime": ("onnxruntime", "onnxruntime"), "openvino": ("openvino", "openvino")}
+# Left padding of the second text of a check.
+_PADDING = 3
+
+
+def is_installed(runtime: str) -> bool:
+    """Tell whether "onnxruntime" or "openvino" is there."""
+    return find_spec(RUNTIMES[runtime][1]) is not None
+
+
+class FlatSession:
+    """A model with its cache.
+
+    Args:
+        path: a file that `write_onnx` wrote, or for OpenVINO its own `.xml`.
+        runtime: "onnxruntime" or "openvino".
+        threads: how many; 0: as the runtime chooses.
+
+    Raises:
+        InputError: the runtime is not installed.
+    """
+
+    def __init__(self, path: Path, runtime: str = "onnxruntime", *, threads: int = 0) -> None:
+        if not is_installed(runtime):
+            raise InputError(f"{runtime} is needed to run {path}, but is not installed: pip install {runtime}.")
+        self.name = f"{runtime} {version(RUNTIMES[runtime][0])}"
+        self._run, shapes = (_onnxruntime if runtime == "onnxruntime" else _openvino)(path, threads)
+        self._past_shapes = {name: shape for name, shape in shapes.items() if name.startswith(_PAST)}
+        self._inputs = set(shapes)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new text."""
+        self._past: dict[str, np.ndarray] = {}
+        self._mask_BS: np.ndarray | None = None
+
+    def read(self, ids_BT: np.ndarray, mask_BT: np.ndarray | None = None) -> np.ndarray:
+        """Read more tokens after those read before, and return the logits of each, (B, T, V).
+
+        Args:
+            ids_BT: token ids.
+            mask_BT: 0 where a token is padding, all on the left of a text; None: none is.
+        """
+        batch, new = ids_BT.shape
+        mask_BT = np.ones((batch, new), dtype=np.int64) if mask_BT is None else mask_BT
+        if self._mask_BS is None:
+            self._past = {
+                name: np.zeros((batch, heads, 0, width), dtype=np.float32)
+                for name, (heads, width) in self._past_shapes.items()
+            }
+            self._mask_BS = np.zeros((batch, 0), dtype=np.int64)
+        self._mask_BS = np.concatenate([self._mask_BS, mask_BT], axis=1)
+        positions = np.maximum(self._mask_BS.cumsum(1) - 1, 0)[:, -new:]
+        feed = {"input_ids": ids_BT, "attention_mask": self._mask_BS, "position_ids": positions, **self._past}
+        found = self._run({name: value for name, value in feed.items() if name in self._inputs})
+        self._past = {
+            name: found[_PRESENT + name.removeprefix(_PAST)] for name in self._past_shapes
+        }
+        return found["logits"]
+
+
+def _onnxruntime(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot load the file: {str(error).splitlines()[0]}.") from error
+    outputs = [output.name for output in session.get_outputs()]
+    shapes = {given.name: _heads_and_width(given.shape) for given in session.get_inputs()}
+    return lambda feed: dict(zip(outputs, session.run(outputs, feed), strict=True)), shapes
+
+
+def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    import openvino
+
+    # By default it may round to bfloat16, where the processor has it.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    except Exception as error:
+        raise ExportError(f"OpenVINO cannot load the file: {str(error).splitlines()[0]}.") from error
+    shapes = {
+        given.get_any_name(): _heads_and_width([d.get_length() if d.is_static else -1 for d in given.partial_shape])
+        for given in compiled.inputs
+    }
+    request = compiled.create_infer_request()
+
+    def run(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = request.infer(feed)
+        return {port.get_any_name(): np.array(value) for port, value in results.items()}
+
+    return run, shapes
+
+
+def _heads_and_width(shape: list[Any]) -> tuple[int, int]:
+    return (int(shape[1]), int(shape[3])) if len(shape) == 4 else (0, 0)
+
+
+def check(path: Path, reference: Reference, runtime: str, tolerance: float) -> Agreement:
+    """Run the reference's text, whole and padded on the left side by side, in two pieces and then token by token.
+
+    Raises:
+        ExportError: the runtime cannot run the file, or computes something else.
+    """
+    session = FlatSession(path, runtime)
+    ids, half = reference.ids, len(reference.prompt_T) // 2
+    padding = min(_PADDING, half)
+    ids_BT = np.stack([ids, np.concatenate([np.zeros(padding, dtype=ids.dtype), ids[: len(ids) - padding]])])
+    mask_BT = np.ones_like(ids_BT)
+    mask_BT[1, :padding] = 0
+    ends = [half, *range(len(reference.prompt_T), len(ids) + 1)]
+    parts: list[np.ndarray] = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        try:
+            parts.append(session.read(ids_BT[:, start:end], mask_BT[:, start:end]))
+        except Exception as error:
+            raise ExportError(f"{session.name} cannot run the file: {str(error).splitlines()[0]}.") from error
+    logits = np.concatenate(parts, axis=1)
+    # The padded text's tokens stand so much further right; those that it lost at the end are taken from the other.
+    padded = np.concatenate([logits[1, padding:], logits[0, len(ids) - padding :]])
+    found = [compare(reference, row, runtime=session.name, tolerance=tolerance) for row in (logits[0], padded)]
+    return max(found, key=lambda agreement: agreement.logit_difference)
