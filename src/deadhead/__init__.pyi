@@ -5,8 +5,9 @@ from .cost import Cost, model_cost
 from .criteria import score_heads
 from .cutting import cut
 from .data import load_text
-from .errors import CutError, DivergenceError, InputError, UnsupportedModel
+from .errors import CutError, DivergenceError, ExportError, InputError, UnsupportedModel
 from .evaluation import Evaluation, evaluate
+from .export.exporting import Exported, export_model
 from .gate_files import load_gates, save_gates
 from .gates import HeadGates
 from .gating import attach, detach, gates_of
@@ -36,6 +37,8 @@ __all__ = [
     "CutError",
     "DivergenceError",
     "Evaluation",
+    "ExportError",
+    "Exported",
     "GateConfig",
     "HeadGates",
     "HeadPlan",
@@ -52,6 +55,7 @@ __all__ = [
     "cut",
     "detach",
     "evaluate",
+    "export_model",
     "gate_config",
     "gates_of",
     "load",

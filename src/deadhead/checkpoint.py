@@ -29,6 +29,7 @@ from deadhead.gate_files import GATES_FILE, has_gates, load_gates, save_gates
 from deadhead.gates import HeadGates
 from deadhead.gating import gates_of, is_gate
 from deadhead.layouts import find_layout
+from deadhead.plan import HeadPlan
 
 PLAN_FILE = "head_plan.json"
 # In every model card of ours; a folder without it is not overwritten.
@@ -47,6 +48,7 @@ def save(
     metrics: Mapping[str, float] | None = None,
     base: str | Path | None = None,
     files: Sequence[Path] = (),
+    about: str | None = None,
 ) -> None:
     """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -61,6 +63,7 @@ def save(
         base: folder or name of the model it was made of; its licence and name go into the model card, and its licence
             files beside it.
         files: files and folders to copy beside the model; those that don't exist are left out.
+        about: what the model card says the model is; by default whether deadhead has cut it.
 
     Raises:
         InputError: `path` holds something else, cannot be written, or the device is full.
@@ -83,7 +86,7 @@ def save(
                 shutil.copytree(file, folder / file.name)
             elif file.exists():
                 shutil.copy2(file, folder / file.name)
-        write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base)))
+        write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base), about))
 
 
 def require_ours_or_free(path: Path) -> None:
@@ -220,7 +223,9 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
     return kept | ({} if name is None else {"base_model": name})
 
 
-def _model_card(model: PreTrainedModel, metrics: Mapping[str, float], origin: Mapping[str, Any]) -> str:
+def _model_card(
+    model: PreTrainedModel, metrics: Mapping[str, float], origin: Mapping[str, Any], about: str | None
+) -> str:
     cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
     front: dict[str, Any] = {**origin, "library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
     lines = [
@@ -229,10 +234,7 @@ def _model_card(model: PreTrainedModel, metrics: Mapping[str, float], origin: Ma
         "---",
         f"# {model.config.model_type}",
         "",
-        "A model that deadhead has not cut."
-        if plan is None
-        else f"{'Attention heads' if plan.blocks is None else 'Heads and blocks'} of this model were found dead and "
-        "cut off by deadhead.",
+        about or _about(plan),
         "",
         f"- heads a layer: {cost.heads}",
         *([f"- blocks of {cost.block_size} a layer: {cost.blocks}"] if plan is not None and plan.blocks else []),
@@ -243,8 +245,20 @@ def _model_card(model: PreTrainedModel, metrics: Mapping[str, float], origin: Ma
         "```python",
         "from transformers import AutoModelForCausalLM",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # or import deadhead first',
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{_how(model)}',
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _how(model: PreTrainedModel) -> str:
+    is_stock = type(model).__module__.startswith("transformers.")
+    return ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
+
+
+def _about(plan: HeadPlan | None) -> str:
+    if plan is None:
+        return "A model that deadhead has not cut."
+    what = "Attention heads" if plan.blocks is None else "Heads and blocks"
+    return f"{what} of this model were found dead and cut off by deadhead."

@@ -38,7 +38,7 @@ def execute(arguments: list[str]) -> int:
         import typer
 
         from deadhead.cli.app import app
-        from deadhead.errors import DivergenceError, InputError
+        from deadhead.errors import DivergenceError, ExportError, InputError
 
         wrapt.register_post_import_hook(_silence, "transformers")
         warnings.simplefilter("ignore")
@@ -52,6 +52,8 @@ def execute(arguments: list[str]) -> int:
             raise KeyboardInterrupt from None
         except (InputError, DivergenceError) as error:
             return _fail(str(error).rstrip("."), 2, error)
+        except ExportError as error:
+            return _fail(str(error).rstrip("."), 1, error)
         except BrokenPipeError:
             # The reader of our output went away, as `head` does; the interpreter must not try to flush it again.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115

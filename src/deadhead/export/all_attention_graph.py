@@ -12,22 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deadhead.errors import UnsupportedModel
 from deadhead.export.graphs import CacheTensor, FlatModel
 from deadhead.models import AllAttentionForCausalLM
+from deadhead.models.all_attention.adaptive import AdaptiveEmbedding
 
 
 def cache_of(model: AllAttentionForCausalLM) -> list[CacheTensor]:
-    """Return the cache's tensors.
-
-    Raises:
-        UnsupportedModel: the model has an adaptive softmax.
-    """
+    """Return the cache's tensors."""
     config = model.config
-    if config.adaptive_cutoffs is not None:
-        raise UnsupportedModel(
-            "A model with an adaptive softmax is not exported: what it computes depends on which words are in the text."
-        )
     counts = [len(config.layer_heads(layer)) for layer in range(config.num_hidden_layers)]
     return [
         CacheTensor(layer, kind, count, config.head_dim)
@@ -48,7 +40,7 @@ class FlatAllAttention(FlatModel):
         config = self.model.config
         new, memory = input_ids.shape[1], config.memory_length
         before = past[0].shape[2] if past else attention_mask.shape[1] - new
-        hidden = model.embed_tokens(input_ids) * config.hidden_size**0.5
+        hidden = _embed(model.embed_tokens, input_ids) * config.hidden_size**0.5
         # Where no token stands, M columns before the first included.
         absent_BS = functional.pad(attention_mask[:, -(before + new) :] == 0, (memory, 0), value=True)
         column_S = torch.arange(memory + before + new, device=input_ids.device)
@@ -150,3 +142,16 @@ def _rotate(x_BHTE: Tensor, position_BT: Tensor) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     first, second = x_BHTE.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def _embed(embedding: Any, input_ids: Tensor) -> Tensor:
+    """Look up every word in every band, where the model itself looks only into the band that it is in."""
+    if not isinstance(embedding, AdaptiveEmbedding):
+        hidden: Tensor = embedding(input_ids)
+        return hidden
+    parts = []
+    for (start, stop), table, projection in zip(embedding.bands, embedding.tables, embedding.projections, strict=True):
+        is_here = (input_ids >= start) & (input_ids < stop)
+        found = projection(table((input_ids - start).clamp(0, stop - start - 1)))
+        parts.append(torch.where(is_here[..., None], found, 0.0))
+    return torch.stack(parts).sum(0)

@@ -72,9 +72,7 @@ class FlatSession:
         positions = np.maximum(self._mask_BS.cumsum(1) - 1, 0)[:, -new:]
         feed = {"input_ids": ids_BT, "attention_mask": self._mask_BS, "position_ids": positions, **self._past}
         found = self._run({name: value for name, value in feed.items() if name in self._inputs})
-        self._past = {
-            name: found[_PRESENT + name.removeprefix(_PAST)] for name in self._past_shapes
-        }
+        self._past = {name: found[_PRESENT + name.removeprefix(_PAST)] for name in self._past_shapes}
         return found["logits"]
 
 

@@ -84,10 +84,14 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
         raise _refusal(kind, "attends to a sliding window, which that architecture of llama.cpp does not have")
     if config.hidden_act != "silu":
         raise _refusal(kind, f"has the activation {config.hidden_act}, where llama.cpp has silu")
-    layers = list(model.get_decoder().layers)  # type: ignore[operator]
+    layers = list(model.get_decoder().layers)
     shapes = [_shape(layer) for layer in layers]
     head_dim = next(
-        (q.shape[0] // shape.heads for layer, shape in zip(layers, shapes, strict=True) if (q := _query(layer)) is not None),
+        (
+            q.shape[0] // shape.heads
+            for layer, shape in zip(layers, shapes, strict=True)
+            if (q := _query(layer)) is not None
+        ),
         config.hidden_size // config.num_attention_heads,
     )
     alike = len(set(shapes)) == 1 and shapes[0].heads > 0 and shapes[0].units > 0
@@ -98,7 +102,7 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
     if architecture == "openelm" and not config.tie_word_embeddings:
         raise _refusal(
             kind,
-            "has an output layer of its own, which the one architecture of llama.cpp with norms of queries and keys and "
+            "has an output layer of its own, which llama.cpp's one architecture with norms of queries and keys and "
             "layers of different sizes does not have",
         )
     factors = _rope_factors(model, kind)
@@ -106,7 +110,10 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
         if norms:
             raise _refusal(kind, "scales its rotary frequencies, which that architecture of llama.cpp cannot say")
         architecture = "deci"
-    written = tuple(_written(shape, layer, index, architecture) for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True)))
+    written = tuple(
+        _written(shape, layer, index, architecture)
+        for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True))
+    )
     return GgufPlan(architecture, written, head_dim, factors)
 
 
@@ -142,7 +149,10 @@ def _rope_factors(model: PreTrainedModel, kind: str) -> Tensor | None:
     """Return what the plain frequencies are divided by, from those that the model has."""
     rotary: Any = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     parameters = model.config.rope_parameters
-    if parameters["rope_type"] not in ("default", "linear", "llama3") or parameters.get("partial_rotary_factor", 1) != 1:
+    if (
+        parameters["rope_type"] not in ("default", "linear", "llama3")
+        or parameters.get("partial_rotary_factor", 1) != 1
+    ):
         raise _refusal(kind, f"has rotary positions of type {parameters['rope_type']}, which are not written")
     found = rotary.inv_freq.float().cpu()
     plain = parameters["rope_theta"] ** -(torch.arange(len(found), dtype=torch.float32) / len(found))
@@ -173,7 +183,9 @@ def write_gguf(
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         alike = len(set(plan.layers)) == 1
-        units, heads, kv_heads = zip(*((layer.units, layer.heads, layer.kv_heads) for layer in plan.layers), strict=True)
+        units, heads, kv_heads = zip(
+            *((layer.units, layer.heads, layer.kv_heads) for layer in plan.layers), strict=True
+        )
         writer.add_feed_forward_length(units[0] if alike else list(units))
         writer.add_head_count(heads[0] if alike else list(heads))
         writer.add_head_count_kv(kv_heads[0] if alike else list(kv_heads))
@@ -232,7 +244,7 @@ _Entry = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 
 def _tensors(model: PreTrainedModel, plan: GgufPlan) -> Iterator[_Entry]:
     """Yield name, shape and values of every tensor in the file."""
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    decoder: Any = model.get_decoder()
     config: Any = model.config
 
     def entry(name: str, tensor: Tensor, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> _Entry:
@@ -241,7 +253,7 @@ def _tensors(model: PreTrainedModel, plan: GgufPlan) -> Iterator[_Entry]:
     yield entry("token_embd.weight", decoder.embed_tokens.weight)
     yield entry("output_norm.weight", decoder.norm.weight)
     if not config.tie_word_embeddings:
-        yield entry("output.weight", model.get_output_embeddings().weight)  # type: ignore[union-attr]
+        yield entry("output.weight", model.get_output_embeddings().weight)
     if plan.rope_factors is not None:
         yield entry("rope_freqs.weight", plan.rope_factors)
     for index, (layer, shape) in enumerate(zip(decoder.layers, plan.layers, strict=True)):
@@ -334,4 +346,6 @@ def require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise InputError("GGUF files are written by the library gguf; install it: pip install 'deadhead[gguf]'.") from None
+        raise InputError(
+            "GGUF files are written by the library gguf; install it: pip install 'deadhead[gguf]'."
+        ) from None

@@ -83,7 +83,7 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GgufT
     kind = type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False):
         raise _refusal(f"{kind} has no tokenizer.json")
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(backend.get("decoder")):
         raise _refusal(f"this one is of type {model['type']}")

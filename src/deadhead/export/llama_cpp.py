@@ -34,14 +34,18 @@ def runtime_name() -> str:
     return f"llama-cpp-python {version('llama-cpp-python')}"
 
 
-def require_installed(what: str) -> None:
-    """Check that the binding is there.
+def require_quantizer(kind: str) -> None:
+    """Check that llama.cpp's quantiser is there and makes such a type.
 
     Raises:
-        InputError: it is not; `what` says what needs it.
+        InputError: it is not, or does not.
     """
     if not is_installed():
-        raise InputError(f"{what} needs llama.cpp; install it: pip install llama-cpp-python (it is built from source).")
+        raise InputError(
+            f"Type {kind} is made by llama.cpp's quantiser, which is not installed: pip install llama-cpp-python."
+        )
+    if kind not in quantized_types():
+        raise InputError(f"A type was expected (f32, f16, {', '.join(quantized_types())}), but {kind!r} came.")
 
 
 def read_logits(
@@ -84,24 +88,18 @@ def quantize(path: Path, out: Path, kind: str) -> None:
         kind: llama.cpp's name of the type, as "q4_k_m".
 
     Raises:
-        InputError: there is no such type.
         ExportError: the quantiser failed.
     """
-    require_installed(f"Type {kind}")
-    if kind not in quantized_types():
-        raise InputError(f"A type was expected (f32, f16, {', '.join(quantized_types())}), but {kind!r} came.")
     _run({"task": "quantize", "path": str(path), "out": str(out), "kind": kind})
 
 
 def quantized_types() -> list[str]:
-    """Return the types that llama.cpp's quantiser knows, without the binding none."""
-    if not is_installed():
-        return []
+    """Return the types that llama.cpp's quantiser knows."""
     import llama_cpp
 
     prefix = "LLAMA_FTYPE_MOSTLY_"
     names = [name.removeprefix(prefix).lower() for name in dir(llama_cpp) if name.startswith(prefix)]
-    return [name for name in names if name not in ("f16", "q8_0")]
+    return [name for name in names if name != "f16"]
 
 
 def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -113,7 +111,9 @@ def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
         if result.returncode or not answered.exists():
             words = [line.strip() for line in result.stderr.splitlines() if "error" in line.lower() or "Err" in line]
             reason = words[0].rstrip(".") if words else f"its process ended with code {result.returncode}"
-            raise ExportError(f"llama.cpp could not use the file: {reason}; nothing was left at the place of the export.")
+            raise ExportError(
+                f"llama.cpp could not use the file: {reason}; nothing was left at the place of the export."
+            )
         with np.load(answered) as arrays:
             return dict(arrays)
 

@@ -41,7 +41,9 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
         UnsupportedModel: the model is no stock model that was cut.
     """
     if isinstance(model, AllAttentionForCausalLM):
-        raise UnsupportedModel("An All-attention model has no stock architecture to be padded to; export it with --to onnx.")
+        raise UnsupportedModel(
+            "An All-attention model has no stock architecture to be padded to; export it with --to onnx."
+        )
     plan = find_layout(model).recorded_plan(model)
     if plan is None or not isinstance(model, PrunedModel):
         raise UnsupportedModel(
@@ -57,7 +59,9 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
         made: PreTrainedModel = model_class._from_config(probe.config, dtype=model.dtype)
         _fill(made, model, source, blocks, original if is_dense else None)
         return made.eval()
-    raise UnsupportedModel(f"{stock_class(type(model)).__name__} cannot be padded: no stock configuration fits its heads.")
+    raise UnsupportedModel(
+        f"{stock_class(type(model)).__name__} cannot be padded: no stock configuration fits its heads."
+    )
 
 
 def _query_heads(unit: str, kept: Sequence[int], total: int, attention: Attention | None) -> list[int]:
@@ -71,7 +75,7 @@ def _query_heads(unit: str, kept: Sequence[int], total: int, attention: Attentio
 def _candidates(
     model: PreTrainedModel, source: Mapping[Key, Attention], blocks: Mapping[Key, FeedForward]
 ) -> Iterator[tuple[Any, PreTrainedModel, bool]]:
-    """Yield stock classes and models on the meta device, narrowest first, and whether each is as wide as the dense one."""
+    """Yield stock classes, models on the meta device, narrowest first, and whether each is as wide as the dense one."""
     stock: Any = stock_class(type(model))
     stock_config: Any = stock_class(type(model.config))
     values = {key: value for key, value in model.config.to_dict().items() if key not in _OURS}

@@ -1,0 +1,73 @@
+"""`deadhead export`: a checkpoint in the format of llama.cpp, ONNX Runtime, OpenVINO, or of its stock architecture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from deadhead.cli.console import AsJson, console, print_json
+from deadhead.cli.console import Model as ModelArgument
+from deadhead.errors import InputError
+
+
+def export(
+    model: ModelArgument,
+    to: Annotated[
+        Literal["gguf", "onnx", "openvino", "padded"],
+        typer.Option(
+            "--to",
+            help="gguf: a file for llama.cpp; onnx, openvino: a folder with the cache as inputs and outputs; padded: a "
+            "checkpoint of the stock architecture, for servers that take no other.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The new file (gguf) or folder.", show_default=False)],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Of gguf: f32, f16 (the default), bf16, q8_0, or one of llama.cpp's quantiser, such as q4_k_m.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        bool, typer.Option("--tokenizer/--no-tokenizer", help="Put the tokenizer into the file, or beside it.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Export a model, and check in the runtime that it computes what it does in PyTorch."""
+    import torch
+
+    from deadhead import checkpoint
+    from deadhead.data import load_tokenizer
+    from deadhead.export.exporting import export_model, require_exportable
+    from deadhead.gate_files import has_gates
+
+    if model.is_dir() and has_gates(model):
+        raise InputError(
+            f"The checkpoint {model} has gates that are still on; cut it first: deadhead cut {model} --plan "
+            f"{model / 'head_plan.json'}."
+        )
+    require_exportable(out, to=to, kind=kind)
+    network = checkpoint.load(model, dtype=None if to == "padded" else torch.float32)
+    has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()
+    words = load_tokenizer(model) if tokenizer and has_tokenizer else None
+    result = export_model(network, out, to=to, kind=kind, tokenizer=words, base=model)
+    if as_json:
+        print_json({**asdict(result), "path": str(out), "tokenizer": words is not None})
+        return
+    console.print(
+        f"{escape(str(out))}: {result.form}, {result.kind}, as {result.detail}, {result.num_bytes / 1e6:,.1f} MB"
+        + ("" if words is not None else ", without a tokenizer")
+    )
+    for agreement in result.agreements:
+        console.print(
+            f"{agreement.runtime}: logits differ from PyTorch's by {agreement.logit_difference:.1e} of the largest, "
+            f"{agreement.tokens_equal} of {agreement.tokens} greedy tokens are equal"
+        )
+    if result.unchecked is not None:
+        console.print(f"Not checked: {result.unchecked}.")

@@ -1,0 +1,244 @@
+"""Write a model in a runtime's format, run what was written, and leave it only if it computes what the model does."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead import checkpoint
+from deadhead.errors import ExportError, InputError
+from deadhead.export import flat, gguf, llama_cpp, onnx
+from deadhead.export.agreement import Agreement, Reference, compare, make_reference
+from deadhead.export.graphs import flat_model
+from deadhead.export.padded import pad_to_stock
+from deadhead.files import no_space_is_input_error, write_json
+from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, stock_class
+from deadhead.modes import evaluating
+
+FORMATS = ("gguf", "onnx", "openvino", "padded")
+# max|Δ| / max|reference| of logits that is taken for the same function, by the type of the weights. llama.cpp rounds
+# what it multiplies with quantised weights too; of what its own quantiser makes only numbers are asked.
+_TOLERANCE = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1, "q8_0": 0.25}
+_OPENVINO = "openvino_model.xml"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        path: the file or folder.
+        form: one of `FORMATS`.
+        kind: type of the weights.
+        detail: the architecture it was written as.
+        num_bytes: on disk, of the model alone.
+        agreements: what each runtime computed; none where none is installed.
+        unchecked: why it was not checked; None if it was.
+    """
+
+    path: Path
+    form: str
+    kind: str
+    detail: str
+    num_bytes: int
+    agreements: tuple[Agreement, ...]
+    unchecked: str | None = None
+
+
+def export_model(
+    model: PreTrainedModel,
+    out: str | Path,
+    *,
+    to: str,
+    kind: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base: str | Path | None = None,
+) -> Exported:
+    """Write a model for a runtime, and run it there where the runtime is installed.
+
+    Args:
+        model: dense or cut, without gates; in float32 or, for "padded", in any precision.
+        out: the new file for "gguf", the new folder for the others.
+        to: "gguf" (llama.cpp), "onnx", "openvino" or "padded" (the stock architecture, for servers that take no other).
+        kind: of "gguf" only, the weights' type: f32, f16 (the default), bf16, q8_0, or one of llama.cpp's quantiser.
+        tokenizer: goes into the file, or beside it.
+        base: the checkpoint that the model was loaded from, whose licence goes beside it.
+
+    Raises:
+        InputError: something is at `out` already, a library is missing, or the disk is full.
+        UnsupportedModel: the model, or the tokenizer, cannot be written in this format; the message says why.
+        ExportError: what was written does not compute what the model does; it is gone again.
+    """
+    out = Path(out)
+    require_exportable(out, to=to, kind=kind)
+    with evaluating(model), _new(out) as place:
+        if to == "gguf":
+            return _gguf(model, out, place, kind or "f16", tokenizer)
+        place.mkdir()
+        if to == "padded":
+            return _padded(model, out, place, tokenizer, base)
+        return _flat(model, out, place, to, tokenizer)
+
+
+def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
+    """Check what can be checked without the model: format, type, place and libraries; see `export_model`.
+
+    Raises:
+        InputError: one of them does not do.
+    """
+    if to not in FORMATS:
+        raise InputError(f"A format was expected ({', '.join(FORMATS)}), but {to!r} came.")
+    if kind is not None and to != "gguf":
+        raise InputError(f"A type of weights is chosen for gguf only, not for {to}; leave {kind!r} out.")
+    if to == "gguf" and out.suffix != ".gguf":
+        raise InputError(f"A file name that ends in .gguf was expected, but {out} came.")
+    if out.exists() or out.is_symlink():
+        raise InputError(f"There is something at {out} already; remove it or choose another place.")
+    if to == "gguf":
+        gguf.require_gguf()
+        if kind is not None and kind not in gguf.TYPES:
+            llama_cpp.require_quantizer(kind)
+    if to in ("onnx", "openvino"):
+        onnx.require_onnx()
+    if to == "openvino" and not flat.is_installed("openvino"):
+        raise InputError("OpenVINO writes its own files, but is not installed: pip install 'deadhead[openvino]'.")
+
+
+@contextmanager
+def _new(out: Path) -> Iterator[Path]:
+    """Yield a place beside `out` for what will be there when the block ends well."""
+    with no_space_is_input_error(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            yield folder / out.name
+            (folder / out.name).rename(out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _gguf(
+    model: PreTrainedModel, out: Path, place: Path, kind: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Exported:
+    from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
+
+    is_ours = kind in gguf.TYPES
+    plan = gguf.plan_file(model)
+    vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, model.config.vocab_size)
+    written = place if is_ours else place.with_suffix(".f16.gguf")
+    gguf.write_gguf(model, written, plan, kind=kind if is_ours else "f16", name=out.stem, tokenizer=vocabulary)
+    if not llama_cpp.is_installed():
+        reason = "llama.cpp is not installed (pip install llama-cpp-python)"
+        return Exported(out, "gguf", kind, plan.architecture, written.stat().st_size, (), reason)
+    reference = make_reference(model)
+    # What the quantiser is given must be right; of what it makes no more can be asked than that it runs.
+    agreement = _in_llama_cpp(written, reference, _TOLERANCE.get(kind, _TOLERANCE["f16"]), tokenizer, TEXTS)
+    if not is_ours:
+        llama_cpp.quantize(written, place, kind)
+        written.unlink()
+        agreement = _in_llama_cpp(place, reference, float("inf"), None, ())
+    return Exported(out, "gguf", kind, plan.architecture, place.stat().st_size, (agreement,))
+
+
+def _in_llama_cpp(
+    path: Path,
+    reference: Reference,
+    tolerance: float,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: tuple[str, ...],
+) -> Agreement:
+    asked = texts if tokenizer is not None else ()
+    logits, tokens = llama_cpp.read_logits(path, reference.prompt_T, reference.continuation_C[:-1], asked)
+    for text, found in zip(asked, tokens, strict=True):
+        expected = tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[misc]
+        if list(expected) != found:
+            raise InputError(
+                f"llama.cpp splits the text {text!r} into other tokens than this tokenizer does; export without it "
+                "(--no-tokenizer) and give the runtime token ids."
+            )
+    return compare(reference, logits, runtime=llama_cpp.runtime_name(), tolerance=tolerance)
+
+
+def _flat(
+    model: PreTrainedModel, out: Path, place: Path, to: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Exported:
+    reference = make_reference(model)
+    onnx.write_onnx(flat_model(model), place / onnx.FILE)
+    runtime, file = "onnxruntime", place / onnx.FILE
+    if to == "openvino":
+        runtime, file = "openvino", place / _OPENVINO
+        _convert_to_openvino(place / onnx.FILE, file)
+    agreements: tuple[Agreement, ...] = ()
+    if flat.is_installed(runtime):
+        agreements = (flat.check(file, reference, runtime, _TOLERANCE["f32"]),)
+    size = sum(path.stat().st_size for path in place.iterdir())
+    write_json(place / "config.json", _plain_config(model))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(place)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(place))
+    unchecked = None if agreements else f"{runtime} is not installed (pip install {runtime})"
+    return Exported(out, to, "f32", type(model).__name__, size, agreements, unchecked)
+
+
+def _plain_config(model: PreTrainedModel) -> dict[str, object]:
+    """Return the configuration as programs know it that only read its numbers: the stock type, and no code beside it."""
+    values: dict[str, object] = model.config.to_diff_dict()
+    values.pop("auto_map", None)
+    return {
+        **values,
+        "model_type": model.config.model_type.removeprefix(TYPE_PREFIX),
+        "architectures": [stock_class(type(model)).__name__],
+    }
+
+
+def _convert_to_openvino(source: Path, path: Path) -> None:
+    import openvino
+
+    openvino.save_model(openvino.convert_model(str(source)), str(path), compress_to_fp16=False)
+    for left in source.parent.glob(f"{source.name}*"):
+        left.unlink()
+
+
+def _padded(
+    model: PreTrainedModel,
+    out: Path,
+    place: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: str | Path | None,
+) -> Exported:
+    stock = pad_to_stock(model)
+    reference = make_reference(model)
+    kind = str(model.dtype).removeprefix("torch.")
+    tolerance = _TOLERANCE["f32"] if model.dtype in (torch.float32, torch.float64) else _TOLERANCE["bf16"]
+    name = f"transformers {transformers.__version__}, {type(stock).__name__}"
+    agreement = compare(reference, _logits(stock, reference.ids), runtime=name, tolerance=tolerance)
+    checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
+    # As a server loads it: neither our classes nor code of the checkpoint's.
+    loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, dtype=model.dtype).eval()
+    if not np.array_equal(_logits(loaded, reference.ids), _logits(stock, reference.ids)):
+        raise ExportError("The padded checkpoint does not load as it was saved; nothing was left at its place.")
+    size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    return Exported(out, "padded", kind, type(stock).__name__, size, (agreement,))
+
+
+_ABOUT = (
+    "A model whose attention heads deadhead has cut, padded with zeros so that all layers are alike again: it computes "
+    "what the cut model does, in its stock architecture, and costs more."
+)
+
+
+@torch.inference_mode()
+def _logits(model: Callable[..., object], ids: np.ndarray) -> np.ndarray:
+    output = model(input_ids=torch.from_numpy(ids)[None], use_cache=False)
+    found: np.ndarray = output.logits[0].float().numpy()  # type: ignore[attr-defined]
+    return found
