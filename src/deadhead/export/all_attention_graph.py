@@ -1,7 +1,8 @@
 """The All-attention Transformer, and Transformer-XL, written from its equations as one function of plain tensors.
 
-The model's own attention chooses among several ways by what it is given; a graph has one. The cache keeps the last M
-positions. Dimensions as in `deadhead.models.all_attention.modeling`.
+The model's own attention chooses among several ways by what it is given; a graph has one. It looks at the last M
+positions of the cache only, so whoever runs it may drop those before. Here S is M + T, the columns that the new tokens
+can see together. Other dimensions as in `deadhead.models.all_attention.modeling`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def cache_of(model: AllAttentionForCausalLM) -> list[CacheTensor]:
 
 
 class FlatAllAttention(FlatModel):
-    """See `FlatModel`. `past` is of any length; what comes out is of M positions at most."""
+    """See `FlatModel`."""
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
@@ -41,10 +42,10 @@ class FlatAllAttention(FlatModel):
         new, memory = input_ids.shape[1], config.memory_length
         before = past[0].shape[2] if past else attention_mask.shape[1] - new
         hidden = _embed(model.embed_tokens, input_ids) * config.hidden_size**0.5
-        # Where no token stands, M columns before the first included.
-        absent_BS = functional.pad(attention_mask[:, -(before + new) :] == 0, (memory, 0), value=True)
-        column_S = torch.arange(memory + before + new, device=input_ids.device)
-        distance_TS = torch.arange(new, device=input_ids.device)[:, None] + (memory + before) - column_S
+        # The last M + T columns, and where no token stands, those before the first token included.
+        absent_BS = functional.pad(attention_mask[:, -(before + new) :] == 0, (memory, 0), value=True)[:, before:]
+        column_S = torch.arange(memory + new, device=input_ids.device)
+        distance_TS = torch.arange(new, device=input_ids.device)[:, None] + memory - column_S
         in_window_TS = (distance_TS >= 0) & (distance_TS <= memory)
         shared = (model.content_bias, model.position_bias) if hasattr(model, "content_bias") else None
         table_WD = model._positions(hidden)
@@ -63,11 +64,11 @@ class FlatAllAttention(FlatModel):
             if attention.is_rotary:
                 queries, keys = _rotate(queries, position_ids), _rotate(keys, position_ids)
             keys, values = torch.cat([next(given), keys], dim=2), torch.cat([next(given), values], dim=2)
-            present += [keys[:, :, -memory:], values[:, :, -memory:]]
-            keys, values = (functional.pad(tensor, (0, 0, memory, 0)) for tensor in (keys, values))
+            present += [keys, values]
+            keys, values = (functional.pad(tensor, (0, 0, memory, 0))[:, :, before:] for tensor in (keys, values))
             hidden_columns_BS = absent_BS
             if config.attend_initial_memory:
-                keys, values = self._with_blanks(layer, keys, values, absent_BS, position_ids, new)
+                keys, values = self._with_blanks(layer, keys, values, absent_BS, position_ids)
                 hidden_columns_BS = torch.zeros_like(absent_BS)
             seen = in_window_TS & ~hidden_columns_BS[:, None, None, :]
             attended = self._attend(
@@ -82,7 +83,7 @@ class FlatAllAttention(FlatModel):
         return projection(hidden).unflatten(-1, (len(attention.heads), attention.head_dim)).transpose(1, 2)
 
     def _with_blanks(
-        self, layer: Any, keys: Tensor, values: Tensor, absent_BS: Tensor, position_ids: Tensor, new: int
+        self, layer: Any, keys: Tensor, values: Tensor, absent_BS: Tensor, position_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Let a zero hidden state stand in every column without a token."""
         attention = layer.attention

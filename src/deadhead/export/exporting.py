@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from deadhead import checkpoint
 from deadhead.errors import ExportError, InputError
-from deadhead.export import flat, gguf, llama_cpp, onnx
+from deadhead.export import flat, genai, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
 from deadhead.export.graphs import flat_model
 from deadhead.export.padded import pad_to_stock
 from deadhead.files import no_space_is_input_error, write_json
-from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, stock_class
+from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel, stock_class
 from deadhead.modes import evaluating
 
 FORMATS = ("gguf", "onnx", "openvino", "padded")
@@ -182,6 +182,8 @@ def _flat(
         agreements = (flat.check(file, reference, runtime, _TOLERANCE["f32"]),)
     size = sum(path.stat().st_size for path in place.iterdir())
     write_json(place / "config.json", _plain_config(model))
+    if to == "onnx":
+        write_json(place / genai.FILE, genai.genai_config(model))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(place)
     if tokenizer is not None:
@@ -191,14 +193,12 @@ def _flat(
 
 
 def _plain_config(model: PreTrainedModel) -> dict[str, object]:
-    """Return the configuration as programs know it that only read its numbers: the stock type, and no code beside it."""
+    """Return the configuration as programs know it that only read its numbers: of the stock type, without code."""
     values: dict[str, object] = model.config.to_diff_dict()
     values.pop("auto_map", None)
-    return {
-        **values,
-        "model_type": model.config.model_type.removeprefix(TYPE_PREFIX),
-        "architectures": [stock_class(type(model)).__name__],
-    }
+    if isinstance(model, PrunedModel):
+        values["model_type"] = model.config.model_type.removeprefix(TYPE_PREFIX)
+    return {**values, "architectures": [stock_class(type(model)).__name__]}
 
 
 def _convert_to_openvino(source: Path, path: Path) -> None:
