@@ -149,6 +149,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_move_in(
     [
         (OSError(errno.ENOSPC, "full"), "No space is left on the device while writing here"),
         (OSError(errno.EDQUOT, "quota"), "No space is left on the device while writing here"),
+        (OSError("19200 requested and 11936 written"), "No space is left on the device while writing here"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "No space is left"),
         (PermissionError(errno.EACCES, "Permission denied"), "here cannot be written: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system"), "here cannot be written: Read-only"),

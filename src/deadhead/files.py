@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # NumPy counts what it could write, and gives no number.
+        is_cut_short = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
+        if is_cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"No space is left on the device while writing {path}; free some and try again."
             ) from error

@@ -71,7 +71,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path, m
     """Told the wrong way of splitting, llama.cpp gives other tokens, and the file does not stay."""
     tokenizer = _fast(_trained(*_split("llama-bpe")))
     monkeypatch.setattr(gguf_tokenizer, "_split_of", lambda _: "gpt-2")
-    with pytest.raises(deadhead.InputError, match="into other tokens than this tokenizer does; .* --no-tokenizer"):
+    with pytest.raises(deadhead.InputError, match="into other tokens than this tokenizer does; .*--no-tokenizer"):
         deadhead.export_model(
             dense_model("llama", vocab_size=410), tmp_path / "model.gguf", to="gguf", kind="f32", tokenizer=tokenizer
         )

@@ -171,8 +171,9 @@ def _in_llama_cpp(
 def _flat(
     model: PreTrainedModel, out: Path, place: Path, to: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> Exported:
+    graph = flat_model(model)
     reference = make_reference(model)
-    onnx.write_onnx(flat_model(model), place / onnx.FILE)
+    onnx.write_onnx(graph, place / onnx.FILE)
     runtime, file = "onnxruntime", place / onnx.FILE
     if to == "openvino":
         runtime, file = "openvino", place / _OPENVINO

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.export.gguf_tokenizer import GgufTokenizer
-from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX
+from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -76,7 +76,8 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
     if kind not in _NATIVE:
         raise UnsupportedModel(
             f"A model of type {kind} cannot be written as GGUF: llama.cpp takes layers of different sizes for "
-            f"{', '.join(_NATIVE)} only. Export it with --to onnx, or with --to padded and convert that."
+            f"{', '.join(_NATIVE)} only. Export it with --to onnx"
+            + (", or with --to padded and convert that." if isinstance(model, PrunedModel) else ".")
         )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         kind == "mistral" and config.sliding_window is not None
