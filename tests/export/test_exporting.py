@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 
 import deadhead
 from deadhead.export.agreement import Reference, compare, make_reference, run_reference
@@ -60,6 +62,21 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
         with pytest.raises(deadhead.InputError, match=message):
             deadhead.export_model(model, tmp_path / out, **options)  # type: ignore[arg-type]
     assert tree(tmp_path) == before
+
+
+def test_models_that_are_not_plain_are_refused(tmp_path: Path) -> None:
+    """Gates and adapters would be lost without a word, and other precisions differ by their rounding."""
+    model = cut_by("llama", [1, 3, 1, 2])
+    with pytest.raises(deadhead.InputError, match="A model in float32 was expected, but this one is in torch.bfloat16"):
+        deadhead.export_model(copy.deepcopy(model).bfloat16(), tmp_path / "a", to="onnx")
+    deadhead.attach(model)
+    with pytest.raises(deadhead.InputError, match="The model has gates, which no runtime knows; cut it first"):
+        deadhead.export_model(model, tmp_path / "a", to="padded")
+    deadhead.detach(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).get_base_model()
+    with pytest.raises(deadhead.InputError, match="The model has PEFT adapters; merge them first"):
+        deadhead.export_model(adapted, tmp_path / "a", to="onnx")
+    assert not list(tmp_path.iterdir())
 
 
 _WITHOUT = """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -73,6 +74,16 @@ def progress(quiet: bool) -> Iterator[Report]:
             bars.update(tasks[name], completed=done, total=total, numbers=numbers)
 
         yield report
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that something goes on whose end cannot be told; silent without a terminal."""
+    if not errors.is_terminal:
+        yield
+        return
+    with errors.status(escape(what)):
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, console, print_json
+from deadhead.cli.console import AsJson, console, print_json, working
 from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
 
@@ -56,7 +56,8 @@ def export(
     network = checkpoint.load(model, dtype=None if to == "padded" else torch.float32)
     has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()
     words = load_tokenizer(model) if tokenizer and has_tokenizer else None
-    result = export_model(network, out, to=to, kind=kind, tokenizer=words, base=model)
+    with working(f"writing {out.name}, and checking it in its runtime"):
+        result = export_model(network, out, to=to, kind=kind, tokenizer=words, base=model)
     if as_json:
         print_json({**asdict(result), "path": str(out), "tokenizer": words is not None})
         return

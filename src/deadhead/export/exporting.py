@@ -20,7 +20,8 @@ from deadhead.export import flat, genai, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
 from deadhead.export.graphs import flat_model
 from deadhead.export.padded import pad_to_stock
-from deadhead.files import no_space_is_input_error, write_json
+from deadhead.files import no_space_is_input_error, remove_left_overs, write_json
+from deadhead.gating import gates_of
 from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel, stock_class
 from deadhead.modes import evaluating
 
@@ -66,7 +67,7 @@ def export_model(
     """Write a model for a runtime, and run it there where the runtime is installed.
 
     Args:
-        model: dense or cut, without gates; in float32 or, for "padded", in any precision.
+        model: dense or cut, on the CPU, in float32 or, for "padded", in any precision.
         out: the new file for "gguf", the new folder for the others.
         to: "gguf" (llama.cpp), "onnx", "openvino" or "padded" (the stock architecture, for servers that take no other).
         kind: of "gguf" only, the weights' type: f32, f16 (the default), bf16, q8_0, or one of llama.cpp's quantiser.
@@ -74,12 +75,14 @@ def export_model(
         base: the checkpoint that the model was loaded from, whose licence goes beside it.
 
     Raises:
-        InputError: something is at `out` already, a library is missing, or the disk is full.
+        InputError: something is at `out` already, a library is missing, the disk is full, or the model has gates or
+            adapters, is on another device or in another precision.
         UnsupportedModel: the model, or the tokenizer, cannot be written in this format; the message says why.
         ExportError: what was written does not compute what the model does; it is gone again.
     """
     out = Path(out)
     require_exportable(out, to=to, kind=kind)
+    _require_plain(model, to)
     with evaluating(model), _new(out) as place:
         if to == "gguf":
             return _gguf(model, out, place, kind or "f16", tokenizer)
@@ -113,11 +116,28 @@ def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
         raise InputError("OpenVINO writes its own files, but is not installed: pip install 'deadhead[openvino]'.")
 
 
+def _require_plain(model: PreTrainedModel, to: str) -> None:
+    if gates_of(model) is not None:
+        raise InputError(
+            "The model has gates, which no runtime knows; cut it first: deadhead.cut(model, gates.plan())."
+        )
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise InputError("The model has PEFT adapters; merge them first: model = model.merge_and_unload().")
+    if model.device.type != "cpu":
+        raise InputError(f"A model on the CPU was expected, but this one is on {model.device}; call model.cpu() first.")
+    if to != "padded" and model.dtype != torch.float32:
+        raise InputError(
+            f"A model in float32 was expected, but this one is in {model.dtype}; load it so: "
+            "deadhead.load(path, dtype=torch.float32)."
+        )
+
+
 @contextmanager
 def _new(out: Path) -> Iterator[Path]:
     """Yield a place beside `out` for what will be there when the block ends well."""
     with no_space_is_input_error(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_overs(out.parent, (out.name,))
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
             yield folder / out.name
