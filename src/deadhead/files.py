@@ -34,6 +34,9 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"{path} cannot be written: {error.strerror}; choose another place.") from error
+        if error.errno == errno.ENOENT and Path(str(error.filename)).name.startswith(f".{path.name}."):
+            # A place such as /proc, where nothing can be made.
+            raise InputError(f"{path} cannot be written: nothing can be made there; choose another place.") from error
         if error.errno in (errno.EBUSY, errno.EINVAL):
             raise InputError(f"{path} cannot be replaced by another folder; choose another place.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):

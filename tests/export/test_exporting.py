@@ -64,6 +64,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_models_that_are_not_plain_are_refused(tmp_path: Path) -> None:
     """Gates and adapters would be lost without a word, and other precisions differ by their rounding."""
     model = cut_by("llama", [1, 3, 1, 2])

@@ -52,6 +52,7 @@ def export(
             f"The checkpoint {model} has gates that are still on; cut it first: deadhead cut {model} --plan "
             f"{model / 'head_plan.json'}."
         )
+    kind = None if kind is None else kind.lower()
     require_exportable(out, to=to, kind=kind)
     network = checkpoint.load(model, dtype=None if to == "padded" else torch.float32)
     has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()

@@ -10,7 +10,7 @@ Dimensions: V vocabulary, D width, H heads, G key/value heads, E head width, F h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
+from deadhead.export.gguf_tensors import stored_tensors
 from deadhead.export.gguf_tokenizer import GgufTokenizer
 from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel
 
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types that are written here; what else there is, llama.cpp's own quantiser makes."""
 
+_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 # Model type → llama.cpp's architecture where all layers are alike.
 _NATIVE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# Architectures whose rotation turns neighbouring numbers, where transformers turns those half a head apart; and those
-# that take factors for the frequencies.
-_NEIGHBOURS, _FACTORS = ("llama", "deci"), ("llama", "deci")
+# Architectures that take factors for the rotary frequencies.
+_FACTORS = ("llama", "deci")
 # A block of Q8_0, and so the least hidden units of a layer of zeros.
 _BLOCK = 32
 
@@ -56,12 +57,14 @@ class GgufPlan:
         architecture: llama.cpp's name.
         layers: each one's numbers.
         head_dim: E.
+        has_norms: whether queries and keys are normed.
         rope_factors: (E / 2,), what each frequency is divided by; None where all are 1.
     """
 
     architecture: str
     layers: tuple[LayerShape, ...]
     head_dim: int
+    has_norms: bool
     rope_factors: Tensor | None
 
 
@@ -115,7 +118,7 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
         _written(shape, layer, index, architecture)
         for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True))
     )
-    return GgufPlan(architecture, written, head_dim, factors)
+    return GgufPlan(architecture, written, head_dim, norms, factors)
 
 
 def _refusal(kind: str, reason: str) -> UnsupportedModel:
@@ -206,27 +209,23 @@ def write_gguf(
         writer.close()
 
 
-_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-
-
 def _write_tensors(model: PreTrainedModel, plan: GgufPlan, writer: GGUFWriter, kind: str) -> None:
     import gguf
 
     # Twice over: a file begins with the shapes of all, and no more than one is to be in memory.
-    for name, shape, _ in _tensors(model, plan):
-        wanted = _type_of(shape, kind)
-        stored = gguf.quant_shape_to_byte_shape(shape, wanted)
-        count = int(np.prod(stored))
+    for stored in stored_tensors(model, plan):
+        wanted = _type_of(stored.shape, kind)
         if wanted == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
+            writer.add_tensor_info(stored.name, stored.shape, np.dtype(np.float32), 4 * math.prod(stored.shape))
         else:
-            writer.add_tensor_info(name, stored, np.dtype(np.uint8), count, raw_dtype=wanted)
+            shape = gguf.quant_shape_to_byte_shape(stored.shape, wanted)
+            writer.add_tensor_info(stored.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, shape, read in _tensors(model, plan):
-        values = read().detach().float().cpu().contiguous().numpy()
-        writer.write_tensor_data(gguf.quantize(values, _type_of(shape, kind)))
+    for stored in stored_tensors(model, plan):
+        values = stored.read().contiguous().numpy()
+        writer.write_tensor_data(gguf.quantize(values, _type_of(stored.shape, kind)))
 
 
 def _type_of(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
@@ -238,104 +237,6 @@ def _type_of(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     if kind == "q8_0" and shape[-1] % _BLOCK:
         return types.F16
     return types[kind.upper()]
-
-
-_Entry = tuple[str, tuple[int, ...], Callable[[], Tensor]]
-
-
-def _tensors(model: PreTrainedModel, plan: GgufPlan) -> Iterator[_Entry]:
-    """Yield name, shape and values of every tensor in the file."""
-    decoder: Any = model.get_decoder()
-    config: Any = model.config
-
-    def entry(name: str, tensor: Tensor, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> _Entry:
-        return name, tuple(tensor.shape), lambda: change(tensor)
-
-    yield entry("token_embd.weight", decoder.embed_tokens.weight)
-    yield entry("output_norm.weight", decoder.norm.weight)
-    if not config.tie_word_embeddings:
-        yield entry("output.weight", model.get_output_embeddings().weight)
-    if plan.rope_factors is not None:
-        yield entry("rope_freqs.weight", plan.rope_factors)
-    for index, (layer, shape) in enumerate(zip(decoder.layers, plan.layers, strict=True)):
-        block = f"blk.{index}"
-        if shape.heads:
-            yield entry(f"{block}.attn_norm.weight", layer.input_layernorm.weight)
-            yield from _attention(block, layer.self_attn, shape, plan, config)
-        yield entry(f"{block}.ffn_norm.weight", layer.post_attention_layernorm.weight)
-        yield from _feed_forward(block, layer.mlp, shape, config)
-
-
-def _attention(block: str, attention: Any, shape: LayerShape, plan: GgufPlan, config: Any) -> Iterator[_Entry]:
-    width, head_dim = config.hidden_size, plan.head_dim
-    is_empty = getattr(attention, "is_emptied", False)
-    turned = plan.architecture in _NEIGHBOURS
-
-    def projection(letter: str, heads: int, part: str) -> Tensor | None:
-        if is_empty:
-            return torch.zeros(heads * head_dim, width) if part == "weight" else None
-        tensor: Tensor | None = getattr(getattr(attention, f"{letter}_proj"), part)
-        return tensor
-
-    def order(heads: int) -> Callable[[Tensor], Tensor]:
-        return lambda tensor: interleave_halves(tensor, heads)
-
-    def same(tensor: Tensor) -> Tensor:
-        return tensor
-
-    numbers = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
-    for part in ("weight", "bias"):
-        found = {letter: projection(letter, heads, part) for letter, heads in numbers.items()}
-        tensors = {letter: tensor for letter, tensor in found.items() if tensor is not None}
-        if not tensors:
-            continue
-        if plan.architecture == "openelm":
-            rows = sum(tensor.shape[0] for tensor in tensors.values())
-            yield f"{block}.attn_qkv.{part}", (rows, *tensors["q"].shape[1:]), _joined(list(tensors.values()))
-            continue
-        for letter, tensor in tensors.items():
-            change = order(numbers[letter]) if turned and letter in "qk" else same
-            yield f"{block}.attn_{letter}.{part}", tuple(tensor.shape), _changed(tensor, change)
-    output = torch.zeros(width, shape.heads * head_dim) if is_empty else attention.o_proj.weight
-    yield f"{block}.attn_output.weight", tuple(output.shape), _changed(output, same)
-    if attention.o_proj.bias is not None:
-        bias = attention.o_proj.bias
-        yield f"{block}.attn_output.bias", tuple(bias.shape), _changed(bias, same)
-    if config.model_type.removeprefix(TYPE_PREFIX) == "qwen3":
-        for letter in "qk":
-            norm = torch.ones(head_dim) if is_empty else getattr(attention, f"{letter}_norm").weight
-            yield f"{block}.attn_{letter}_norm.weight", tuple(norm.shape), _changed(norm, same)
-
-
-def _feed_forward(block: str, mlp: Any, shape: LayerShape, config: Any) -> Iterator[_Entry]:
-    is_empty = not isinstance(mlp.down_proj, nn.Linear)
-    shapes = {"gate": (shape.units, config.hidden_size), "up": (shape.units, config.hidden_size)}
-    shapes["down"] = (config.hidden_size, shape.units)
-    for part, size in shapes.items():
-        module = getattr(mlp, f"{part}_proj")
-        weight = torch.zeros(size) if is_empty else module.weight
-        yield f"{block}.ffn_{part}.weight", size, _changed(weight, lambda tensor: tensor)
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            yield f"{block}.ffn_{part}.bias", tuple(bias.shape), _changed(bias, lambda tensor: tensor)
-
-
-def _changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-    return lambda: change(tensor)
-
-
-def _joined(tensors: list[Tensor]) -> Callable[[], Tensor]:
-    return lambda: torch.cat(tensors)
-
-
-def interleave_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Put rows that are rotated together side by side: i and i + E/2 of each head become 2i and 2i + 1.
-
-    Args:
-        tensor: (H · E, …), weight or bias of the queries' or keys' projection.
-        heads: H, or G.
-    """
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
 def require_gguf() -> None:

@@ -22,6 +22,8 @@ import numpy as np
 from deadhead.errors import ExportError, InputError
 
 _FLOAT32, _FLOAT16 = 0, 1
+# Types that want a matrix of importance, layers of experts, or another program.
+_NOT_MADE = ("iq1_", "iq2_", "q2_k_s", "mxfp4", "nvfp4", "q1_0")
 
 
 def is_installed() -> bool:
@@ -99,7 +101,7 @@ def quantized_types() -> list[str]:
 
     prefix = "LLAMA_FTYPE_MOSTLY_"
     names = [name.removeprefix(prefix).lower() for name in dir(llama_cpp) if name.startswith(prefix)]
-    return [name for name in names if name != "f16"]
+    return [name for name in names if name != "f16" and not name.startswith(_NOT_MADE)]
 
 
 def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -109,13 +111,21 @@ def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
         command = [sys.executable, "-m", "deadhead.export.llama_cpp", str(asked), str(answered)]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode or not answered.exists():
-            words = [line.strip() for line in result.stderr.splitlines() if "error" in line.lower() or "Err" in line]
-            reason = words[0].rstrip(".") if words else f"its process ended with code {result.returncode}"
             raise ExportError(
-                f"llama.cpp could not use the file: {reason}; nothing was left at the place of the export."
+                f"llama.cpp could not use the file: {_reason(result)}; nothing was left at the place of the export."
             )
         with np.load(answered) as arrays:
             return dict(arrays)
+
+
+def _reason(result: subprocess.CompletedProcess[str]) -> str:
+    """Return what llama.cpp said, which stands above what Python made of it."""
+    lines = [line.strip().rstrip(".!") for line in result.stderr.splitlines() if line.strip()]
+    for mark in ("error loading model: ", "ERROR: ", "GGML_ASSERT"):
+        for line in lines:
+            if mark in line:
+                return line.rpartition(mark)[2] or line
+    return lines[-1] if lines else f"its process ended with code {result.returncode}"
 
 
 def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
