@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,14 +17,6 @@ from deadhead.errors import ExportError
 from deadhead.modes import evaluating
 
 _PROMPT, _CONTINUATION = 24, 16
-
-
-class Runtime(Protocol):
-    """A model in a runtime, with its cache."""
-
-    def read(self, ids_BT: np.ndarray) -> np.ndarray:
-        """Read more tokens after those read before, and return the logits of each, (B, T, V), float32."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,9 +102,3 @@ def compare(reference: Reference, logits: np.ndarray, *, runtime: str, tolerance
             "tokens are equal; nothing was left at the place of the export."
         )
     return Agreement(runtime, difference, tolerance, count, equal)
-
-
-def run_reference(reference: Reference, runtime: Runtime) -> np.ndarray:
-    """Read the reference's prompt at once and its continuation token by token; return the logits, (T + C − 1, V)."""
-    parts = [reference.prompt_T[None], *(token[None, None] for token in reference.continuation_C[:-1])]
-    return np.concatenate([runtime.read(part)[0] for part in parts])

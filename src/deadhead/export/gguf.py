@@ -34,6 +34,8 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 # Model type → llama.cpp's architecture where all layers are alike.
 _NATIVE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# Types that norm queries and keys.
+_NORMED = ("qwen3",)
 # Architectures that take factors for the rotary frequencies.
 _FACTORS = ("llama", "deci")
 # A block of Q8_0, and so the least hidden units of a layer of zeros.
@@ -89,55 +91,49 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
     if config.hidden_act != "silu":
         raise _refusal(kind, f"has the activation {config.hidden_act}, where llama.cpp has silu")
     layers = list(model.get_decoder().layers)
-    shapes = [_shape(layer) for layer in layers]
-    head_dim = next(
-        (
-            q.shape[0] // shape.heads
-            for layer, shape in zip(layers, shapes, strict=True)
-            if (q := _query(layer)) is not None
-        ),
-        config.hidden_size // config.num_attention_heads,
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shapes = [_shape(layer, head_dim) for layer in layers]
+    factors = _rope_factors(model, kind)
+    architecture = _architecture(config, kind, shapes, head_dim, has_factors=factors is not None)
+    written = tuple(
+        _written(shape, layer, index, architecture)
+        for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True))
     )
-    alike = len(set(shapes)) == 1 and shapes[0].heads > 0 and shapes[0].units > 0
-    norms = kind == "qwen3"
+    return GgufPlan(architecture, written, head_dim, kind in _NORMED, factors)
+
+
+def _architecture(config: Any, kind: str, shapes: list[LayerShape], head_dim: int, *, has_factors: bool) -> str:
+    """Return the narrowest of llama.cpp's architectures that can say the model."""
+    first = shapes[0]
+    alike = len(set(shapes)) == 1 and first.heads > 0 and first.units > 0
     # Llama.cpp's Qwen2 wants heads that fill the width.
-    native = alike and (kind != "qwen2" or shapes[0].heads * head_dim == config.hidden_size)
-    architecture = _NATIVE[kind] if native else "openelm" if norms else "deci"
-    if architecture == "openelm" and not config.tie_word_embeddings:
+    native = alike and (kind != "qwen2" or first.heads * head_dim == config.hidden_size)
+    if native and not (has_factors and _NATIVE[kind] not in _FACTORS):
+        return _NATIVE[kind]
+    if kind not in _NORMED:
+        return "deci"
+    if has_factors:
+        raise _refusal(kind, "scales its rotary frequencies, which that architecture of llama.cpp cannot say")
+    if not config.tie_word_embeddings:
         raise _refusal(
             kind,
             "has an output layer of its own, which llama.cpp's one architecture with norms of queries and keys and "
             "layers of different sizes does not have",
         )
-    factors = _rope_factors(model, kind)
-    if factors is not None and architecture not in _FACTORS:
-        if norms:
-            raise _refusal(kind, "scales its rotary frequencies, which that architecture of llama.cpp cannot say")
-        architecture = "deci"
-    written = tuple(
-        _written(shape, layer, index, architecture)
-        for index, (shape, layer) in enumerate(zip(shapes, layers, strict=True))
-    )
-    return GgufPlan(architecture, written, head_dim, norms, factors)
+    return "openelm"
 
 
 def _refusal(kind: str, reason: str) -> UnsupportedModel:
     return UnsupportedModel(f"This {kind} model {reason}, so it cannot be written as GGUF; export it with --to onnx.")
 
 
-def _query(layer: nn.Module) -> Tensor | None:
-    projection = getattr(layer.self_attn, "q_proj", None)
-    return None if projection is None else projection.weight
-
-
-def _shape(layer: Any) -> LayerShape:
-    attention, units = layer.self_attn, 0
-    if isinstance(layer.mlp.down_proj, nn.Linear):
-        units = layer.mlp.down_proj.in_features
+def _shape(layer: Any, head_dim: int) -> LayerShape:
+    attention, down = layer.self_attn, layer.mlp.down_proj
+    units = down.in_features if isinstance(down, nn.Linear) else 0
     if getattr(attention, "is_emptied", False):
         return LayerShape(0, 0, units)
-    kv_heads = attention.k_proj.weight.shape[0] // attention.head_dim
-    return LayerShape(attention.q_proj.weight.shape[0] // attention.head_dim, kv_heads, units)
+    heads, kv_heads = (projection.out_features // head_dim for projection in (attention.q_proj, attention.k_proj))
+    return LayerShape(heads, kv_heads, units)
 
 
 def _written(shape: LayerShape, layer: Any, index: int, architecture: str) -> LayerShape:

@@ -21,7 +21,7 @@ import numpy as np
 
 from deadhead.errors import ExportError, InputError
 
-_FLOAT32, _FLOAT16 = 0, 1
+_FLOAT32 = 0
 # Types that want a matrix of importance, layers of experts, or another program.
 _NOT_MADE = ("iq1_", "iq2_", "q2_k_s", "mxfp4", "nvfp4", "q1_0")
 
@@ -51,16 +51,15 @@ def require_quantizer(kind: str) -> None:
 
 
 def read_logits(
-    path: Path, prompt_T: np.ndarray, rest_C: np.ndarray, texts: Sequence[str] = (), *, half_cache: bool = False
+    path: Path, prompt_T: np.ndarray, rest_C: np.ndarray, texts: Sequence[str] = ()
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Read a prompt at once and then token by token the rest.
+    """Read a prompt at once and then token by token the rest, with a key/value cache in float32.
 
     Args:
         path: a GGUF file.
         prompt_T: token ids.
         rest_C: token ids that follow.
         texts: to be tokenized by the file's tokenizer.
-        half_cache: whether the key/value cache is float16, llama.cpp's default, instead of float32.
 
     Returns:
         the logits of every position, (T + C, V), and the tokens of each text.
@@ -74,7 +73,6 @@ def read_logits(
         "prompt": prompt_T.tolist(),
         "rest": rest_C.tolist(),
         "texts": list(texts),
-        "half_cache": half_cache,
     }
     found = _run(job)
     lengths = np.cumsum(found["lengths"])[:-1]
@@ -131,10 +129,14 @@ def _reason(result: subprocess.CompletedProcess[str]) -> str:
 def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
     import llama_cpp
 
-    kind = _FLOAT16 if job["half_cache"] else _FLOAT32
     ids, rest = job["prompt"], job["rest"]
     model = llama_cpp.Llama(
-        job["path"], n_ctx=max(64, len(ids) + len(rest)), logits_all=True, type_k=kind, type_v=kind, verbose=True
+        job["path"],
+        n_ctx=max(64, len(ids) + len(rest)),
+        logits_all=True,
+        type_k=_FLOAT32,
+        type_v=_FLOAT32,
+        verbose=True,
     )
     model.eval(ids)
     for token in rest:

@@ -55,7 +55,9 @@ def write_onnx(model: FlatModel, path: Path) -> None:
     ids = torch.zeros((_BATCH, _NEW), dtype=torch.long)
     inputs = (ids, torch.ones((_BATCH, total), dtype=torch.long), positions, *past)
     new, whole = {0: "batch", 1: "sequence"}, {0: "batch", 1: "total"}
-    shapes: tuple[Any, ...] = (new, whole, new, tuple({0: "batch", 2: "past"} for _ in past))
+    shapes: tuple[Any, ...] = (new, whole, new)
+    if past:
+        shapes += (tuple({0: "batch", 2: "past"} for _ in past),)
     try:
         with _quietly():
             program = torch.onnx.export(

@@ -148,8 +148,8 @@ def _fill(
             if narrow is not None and narrow.width:
                 rows = rows_of_units(wide, name, torch.arange(narrow.width))
                 tensor.index_copy_(dim, rows, narrow.module.get_parameter(name))
-    given = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+    given = model.state_dict(keep_vars=True)
+    for name, tensor in made.state_dict(keep_vars=True).items():
         # What an emptied layer does not have any more, such as a norm that its heads shared, does nothing.
         if id(tensor) not in filled and name in given:
             tensor.copy_(given[name])
