@@ -43,7 +43,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@rm $(INCOMPLETE) && touch $@
 
 llama-cpp: $(INSTALLED) ## build llama.cpp's Python binding (minutes, a C++ compiler): GGUF exports are then checked
-	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { echo 'Building llama.cpp; this takes some minutes …'; $(PIP) llama-cpp-python; }
+	@$(BIN)/python -c 'import llama_cpp, uvicorn' 2>/dev/null || { echo 'Building llama.cpp; this takes some minutes …'; $(PIP) 'llama-cpp-python[server]'; }
 
 demo: $(INSTALLED) ## train, prune and cut a small model in minutes, or go on where it stopped (DEMO_ARGS)
 	$(BIN)/deadhead demo --resume $(DEMO_ARGS)
