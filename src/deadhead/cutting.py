@@ -275,7 +275,7 @@ def _restore_gates(
     state, config = before
     gates.config = config
     for key, gate in gates:
-        gate.config = replace(config, output_scale=False) if is_block_key(key) else config
+        gate.config = config.for_gate(of_blocks=is_block_key(key))
     gates.load_state_dict(state)
     if not keep:
         detach(model)

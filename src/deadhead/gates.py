@@ -335,7 +335,7 @@ class HeadGates:
             # Beyond saturation soft gates are exactly 0 or 1 too, so the plan holds exactly for both kinds.
             strength = max(abs(config.init), 3.0, config.saturation + 0.5)
             values = [strength if head in kept else -strength for head in self.heads[layer]]
-            gate.config = replace(config, output_scale=False) if is_block_key(layer) else config
+            gate.config = config.for_gate(of_blocks=is_block_key(layer))
             gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
 
     def require_plan(self, plan: HeadPlan) -> dict[Layer, tuple[int, ...]]:
@@ -357,9 +357,9 @@ class HeadGates:
             raise InputError(
                 f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(total)}."
             )
+        kept = plan.units
         units = {
-            layer: () if layer in self.headless else plan.units.get(layer, heads)
-            for layer, heads in self.present.items()
+            layer: () if layer in self.headless else kept.get(layer, heads) for layer, heads in self.present.items()
         }
         if plan.blocks is not None:
             self._require_blocks(plan.blocks)

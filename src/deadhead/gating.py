@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -153,7 +152,7 @@ def attach_to(
         if not set(site.units) <= set(gated[site.key]):
             raise InputError(f"The gates of layer {site.layer} are not those of a model with its heads {site.units}.")
         if site.units:
-            own = replace(config, output_scale=False) if site.has_blocks else config
+            own = config.for_gate(of_blocks=site.has_blocks)
             gate = HeadGate(len(gated[site.key]), own, costs[site.key]).to(_weight(layout, site).device)
             gate.keep([gated[site.key].index(head) for head in site.units])
             gate.train(model.training)

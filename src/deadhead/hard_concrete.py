@@ -12,7 +12,7 @@ use one such gate for each head, with hard decisions, and scale a layer's output
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ class GateConfig:
         ):
             if wrong:
                 raise InputError(f"A gate's {name} must be {rule}, but it is {getattr(self, name)}.")
+
+    def for_gate(self, *, of_blocks: bool) -> GateConfig:
+        """Return what one module's gates share: the output scale makes up for heads, never for blocks."""
+        return replace(self, output_scale=False) if of_blocks else self
 
     @property
     def open_threshold(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class UnitCosts:
     fixed: float
     tables: Mapping[Any, Tensor]
 
-    @property
+    @cached_property
     def total(self) -> float:
         """The cost of the model as it is."""
         return self.fixed + sum(float(table[-1]) for table in self.tables.values())
@@ -68,7 +69,7 @@ class UnitCosts:
         low_K = torch.minimum(bounded_K.floor().long(), (last_K - 1).clamp(min=0))
         return low_K, bounded_K - low_K
 
-    @property
+    @cached_property
     def _padded(self) -> Tensor:
         # Every table has two entries at least: a key has one unit or more.
         return torch.nn.utils.rnn.pad_sequence([table.double() for table in self.tables.values()], batch_first=True)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from deadhead.layouts.base import Layout, Selection, Site, head_columns
@@ -18,6 +17,7 @@ from deadhead.models.all_attention.layer import AllAttention, OutputBias
 from deadhead.models.all_attention.layer import FeedForward as FeedForwardLayer
 from deadhead.models.all_attention.modeling import AllAttentionModel
 from deadhead.models.pruned.feed_forward import FeedForward
+from deadhead.models.pruned.structure import keep_rows
 from deadhead.plan import HeadPlan, Unit
 
 
@@ -90,13 +90,7 @@ class AllAttentionLayout(Layout):
     def shrink(self, site: Site, units: tuple[int, ...]) -> None:
         """Select the rows that are left; a layer without any keeps nothing but the bias b_O."""
         for part in self.selections(site, units):
-            owner_path, _, name = part.path.rpartition(".")
-            owner = site.module.get_submodule(owner_path)
-            old = getattr(owner, name)
-            new = old.index_select(part.dim, part.index.to(old.device))
-            setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
-            if isinstance(owner, nn.Linear):
-                owner.out_features, owner.in_features = owner.weight.shape
+            keep_rows(site.module, part.path, part.dim, part.index)
         if isinstance(site, PersistentSite):
             tell_persistent(site, units)
             return

@@ -8,14 +8,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from deadhead.budget import plan_within
 from deadhead.cost import Cost, model_cost
 from deadhead.gating import block_size
 from deadhead.latency import Latency
 from deadhead.layouts import find_layout
 from deadhead.plan import HeadPlan
 from deadhead.ranking import HeadScores
-from deadhead.training.choosing import asked_blocks, budget_costs, budget_length, true_share
+from deadhead.training.choosing import asked_blocks, budget_length, plan_of_scores
 from deadhead.training.memory import TrainingMemory, training_memory
 from deadhead.training.recipe import PruneRecipe
 
@@ -76,18 +75,15 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
     nothing = HeadPlan.of_units(dict.fromkeys(units, ()), total, unit=unit, block_size=size)
     example, found = None, None
     if recipe.budget is not None:
-        example, found = _example(
-            model,
-            recipe,
-            HeadScores(
-                scores={key: _evenly(len(there)) for key, there in units.items()},
-                heads=units,
-                total=total,
-                unit=unit,
-                block_size=size,
-            ),
-            latency,
+        scores = HeadScores(
+            scores={key: _evenly(len(there)) for key, there in units.items()},
+            heads=units,
+            total=total,
+            unit=unit,
+            block_size=size,
         )
+        example, share = plan_of_scores(model, scores, recipe, latency=latency, predicted=True)
+        found = recipe.budget.reached(share)
     mode: Literal["full", "lora", "frozen"] = (
         "frozen" if recipe.freeze_weights else "lora" if recipe.lora_rank else "full"
     )
@@ -109,6 +105,7 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
             gradient_checkpointing=recipe.gradient_checkpointing,
             bf16=recipe.bf16,
             unit=recipe.unit,
+            blocks=asked_blocks(recipe, model),
         ),
     )
 
@@ -116,21 +113,3 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
 def _evenly(count: int) -> torch.Tensor:
     """Return scores by which layers lose their units in turn, the last first."""
     return -(torch.arange(count) + 0.5) / max(count, 1)
-
-
-def _example(
-    model: PreTrainedModel, recipe: PruneRecipe, scores: HeadScores, latency: Latency | None
-) -> tuple[HeadPlan, float]:
-    budget = recipe.budget
-    assert budget is not None
-    costs = budget_costs(model, recipe, latency=latency)
-    if costs is None:
-        plan = scores.plan(budget.value, ranking=recipe.ranking)
-        return plan, budget.reached(true_share(model, recipe, plan))
-    predicted = latency
-    if budget.kind == "speedup" and predicted is not None:
-        known = predicted
-        plan, share = plan_within(scores, costs[1], budget.share, lambda plan: 1 / known.speedup(plan))
-    else:
-        plan, share = plan_within(scores, costs[1], budget.share, lambda plan: true_share(model, recipe, plan))
-    return plan, budget.reached(share)

@@ -284,7 +284,7 @@ def rank(
     found = budget_costs(model, recipe, latency=latency)
     if found is not None:
         scores = scores.over(found[1])
-    return plan_of_scores(model, scores, recipe, latency=latency)
+    return plan_of_scores(model, scores, recipe, latency=latency)[0]
 
 
 def choose_units(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .structure import Key, OutputBias, is_projection, layer_keys, output_dim, tell_sizes, text_stack, weight_of
+from .structure import Key, OutputBias, is_projection, keep_rows, layer_keys, output_dim, text_stack, weight_of
 
 # Names of the projections into the hidden units and of the one out of them. Where the first has twice as many outputs
 # as the last has inputs, the gate's come first and then those it multiplies, or the other way round.
@@ -147,12 +147,7 @@ def shrink_feed_forward(feed_forward: FeedForward, units: Tensor) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]
         return
     for name, dim, _ in feed_forward.tensors():
-        owner_path, _, last = name.rpartition(".")
-        owner = module.get_submodule(owner_path)
-        old = getattr(owner, last)
-        rows = rows_of_units(feed_forward, name, units).to(old.device)
-        setattr(owner, last, nn.Parameter(old.index_select(dim, rows), requires_grad=old.requires_grad))
-        tell_sizes(owner)
+        keep_rows(module, name, dim, rows_of_units(feed_forward, name, units))
     for name in _WIDTHS:
         if vars(module).get(name) == feed_forward.width:
             setattr(module, name, len(units))

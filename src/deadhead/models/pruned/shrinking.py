@@ -23,8 +23,8 @@ from .structure import (
     emptied,
     find_attentions,
     head_order,
+    keep_rows,
     output_dim,
-    tell_sizes,
     weight_of,
 )
 
@@ -104,13 +104,8 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
         _empty(attention, outputs)
         return
     for part in attention.parts:
-        owner_path, _, name = part.path.rpartition(".")
-        owner = module.get_submodule(owner_path)
-        old = getattr(owner, name)
-        rows = rows_of(attention, part.order, old.shape[part.dim], heads).to(old.device)
-        new = old.index_select(part.dim, rows)
-        setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
-        tell_sizes(owner)
+        size = module.get_parameter(part.path).shape[part.dim]
+        keep_rows(module, part.path, part.dim, rows_of(attention, part.order, size, heads))
     num_heads, num_kv_heads, width = len(heads.queries), len(heads.kv), attention.head_dim
     numbers = dict.fromkeys(_HEAD_COUNTS, (attention.num_heads, num_heads))
     numbers |= dict.fromkeys(_KV_HEAD_COUNTS, (attention.num_kv_heads, num_kv_heads))

@@ -365,6 +365,16 @@ def config_head_names(config: Any) -> Iterator[tuple[str, bool]]:
                 yield name, is_kv
 
 
+def keep_rows(module: nn.Module, path: str, dim: int, rows: Tensor) -> None:
+    """Put in the place of a module's parameter some of its rows, by index along a dimension, in their order."""
+    owner_path, _, name = path.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    old = getattr(owner, name)
+    new = old.index_select(dim, rows.to(old.device))
+    setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    tell_sizes(owner)
+
+
 def tell_sizes(projection: nn.Module) -> None:
     """Let a projection's numbers be those of its weight."""
     weight = getattr(projection, "weight", None)
