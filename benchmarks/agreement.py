@@ -76,10 +76,9 @@ def exports(model: PreTrainedModel, folder: Path, *, traced: bool) -> Iterator[t
     if llama_cpp.is_installed():
         ways += [(f"llama.cpp {kind}", "gguf", kind) for kind in _GGUF_TYPES]
     if traced:
-        ways += [(name, form, None) for name, form in (("onnxruntime", "onnx"), ("openvino", "openvino"))]
+        runtimes = [name for name in ("onnxruntime", "openvino") if flat.is_installed(name)]
+        ways += [(name, name.removesuffix("runtime"), None) for name in runtimes]
     for name, form, kind in ways:
-        if form in flat.RUNTIMES and not flat.is_installed(form):
-            continue
         out = folder / (name.replace(" ", "-") + (".gguf" if form == "gguf" else ""))
         try:
             yield name, deadhead.export_model(model, out, to=form, kind=kind)

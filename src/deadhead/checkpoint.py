@@ -81,7 +81,7 @@ def save(
             save_gates(gates, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-        for file in (*files, *_licence_files(base)):
+        for file in (*files, *licence_files(base)):
             if file.is_dir():
                 shutil.copytree(file, folder / file.name)
             elif file.exists():
@@ -199,7 +199,8 @@ def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
     return model, load_gates(model, path)
 
 
-def _licence_files(base: str | Path | None) -> list[Path]:
+def licence_files(base: str | Path | None) -> list[Path]:
+    """Return the licence files of the checkpoint that a model was made of; none of one on the hub."""
     folder = Path(base) if base is not None else None
     if folder is None or not folder.is_dir():
         return []

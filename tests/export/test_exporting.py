@@ -141,7 +141,10 @@ def test_a_full_disk(to: str, name: str, small_disk: Path) -> None:
 def test_an_onnx_folder_has_what_programs_look_for(tmp_path: Path) -> None:
     """A plain configuration without code, and a session that reads as the model does."""
     model = cut_by("llama", [1, 3, 1, 2])
-    found = deadhead.export_model(model, tmp_path / "out", to="onnx")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "LICENSE.txt").write_text("be kind")
+    found = deadhead.export_model(model, tmp_path / "out", to="onnx", base=tmp_path / "base")
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "be kind"
     assert found.agreements[0].logit_difference <= 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])

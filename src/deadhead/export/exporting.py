@@ -72,7 +72,7 @@ def export_model(
         to: "gguf" (llama.cpp), "onnx", "openvino" or "padded" (the stock architecture, for servers that take no other).
         kind: of "gguf" only, the weights' type: f32, f16 (the default), bf16, q8_0, or one of llama.cpp's quantiser.
         tokenizer: goes into the file, or beside it.
-        base: the checkpoint that the model was loaded from, whose licence goes beside it.
+        base: the checkpoint that the model was loaded from, whose licence files go into the folder.
 
     Raises:
         InputError: something is at `out` already, a library is missing, the disk is full, or the model has gates or
@@ -89,7 +89,7 @@ def export_model(
         place.mkdir()
         if to == "padded":
             return _padded(model, out, place, tokenizer, base)
-        return _flat(model, out, place, to, tokenizer)
+        return _flat(model, out, place, to, tokenizer, base)
 
 
 def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
@@ -189,7 +189,12 @@ def _in_llama_cpp(
 
 
 def _flat(
-    model: PreTrainedModel, out: Path, place: Path, to: str, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel,
+    out: Path,
+    place: Path,
+    to: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: str | Path | None,
 ) -> Exported:
     graph = flat_model(model)
     reference = make_reference(model)
@@ -209,6 +214,8 @@ def _flat(
         model.generation_config.save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
+    for file in checkpoint.licence_files(base):
+        shutil.copy2(file, place / file.name)
     unchecked = None if agreements else f"{runtime} is not installed (pip install {runtime})"
     return Exported(out, to, "f32", type(model).__name__, size, agreements, unchecked)
 

@@ -16,15 +16,13 @@ from deadhead.errors import ExportError, InputError
 from deadhead.export.agreement import Agreement, Reference, compare
 
 _PAST, _PRESENT = "past_key_values.", "present."
-# Distribution and module of each runtime.
-RUNTIMES = {"onnxruntime": ("onnxruntime", "onnxruntime"), "openvino": ("openvino", "openvino")}
 # Left padding of the second text of a check.
 _PADDING = 3
 
 
 def is_installed(runtime: str) -> bool:
     """Tell whether "onnxruntime" or "openvino" is there."""
-    return find_spec(RUNTIMES[runtime][1]) is not None
+    return find_spec(runtime) is not None
 
 
 class FlatSession:
@@ -42,7 +40,7 @@ class FlatSession:
     def __init__(self, path: Path, runtime: str = "onnxruntime", *, threads: int = 0) -> None:
         if not is_installed(runtime):
             raise InputError(f"{runtime} is needed to run {path}, but is not installed: pip install {runtime}.")
-        self.name = f"{runtime} {version(RUNTIMES[runtime][0])}"
+        self.name = f"{runtime} {version(runtime)}"
         self._run, shapes = (_onnxruntime if runtime == "onnxruntime" else _openvino)(path, threads)
         self._past_shapes = {name: shape for name, shape in shapes.items() if name.startswith(_PAST)}
         self._inputs = set(shapes)

@@ -52,7 +52,7 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
         )
     source = {attention.key: attention for attention in find_attentions(model)[0]}
     blocks = {found.key: found for found in find_feed_forwards(model)}
-    original = {key: _query_heads(plan.unit, plan.kept[key], plan.total[key], source.get(key)) for key in plan.kept}
+    original = {key: _query_heads(plan.unit, plan.kept[key], source.get(key)) for key in plan.kept}
     for model_class, probe, is_dense in _candidates(model, source, blocks):
         if not _fits(probe, source, blocks):
             continue
@@ -64,7 +64,7 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
-def _query_heads(unit: str, kept: Sequence[int], total: int, attention: Attention | None) -> list[int]:
+def _query_heads(unit: str, kept: Sequence[int], attention: Attention | None) -> list[int]:
     """Return the query heads that a layer has left, by their index in the dense model."""
     if unit == "head" or attention is None:
         return list(kept)
