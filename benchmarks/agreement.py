@@ -5,14 +5,18 @@ way there is, and the largest difference of logits and the fewest equal greedy t
 worst case: nothing has learned to keep their logits apart.
 
     python benchmarks/agreement.py [--quick] [--plans N]
+    python benchmarks/agreement.py --types onnx|padded [TYPE …]
+
+tries every type of language model that transformers has instead, or those named, in one form.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import resource
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from _all_attention import machine
-from _tiny_models import scramble
+from _tiny_models import CAUSAL_TYPES, scramble, tiny_model
 from latency import random_plan
 from rich.console import Console
 from rich.table import Table
@@ -54,6 +58,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 8, "n_positions": 256},
     "deadhead_all_attention": {"num_persistent": 64, "memory_length": 16, "segment_length": 16},
 }
+_MEMORY = 10 << 30
 _GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_k_m", "q4_k_m")
 
 
@@ -86,14 +91,49 @@ def exports(model: PreTrainedModel, folder: Path, *, traced: bool) -> Iterator[t
             continue
 
 
+def outcome(kind: str, form: str) -> str:
+    """Return what became of a tiny model of a type, cut by a random plan: "works", or why not."""
+    try:
+        model = tiny_model(kind)
+        gates = deadhead.attach(model)
+    except Exception as error:  # it can't be built, or can't be cut: not of this program's making
+        return f"not cut: {type(error).__name__}"
+    plan = random_plan(gates, random.Random(0))
+    deadhead.detach(model)
+    try:
+        deadhead.cut(model, plan)
+        with tempfile.TemporaryDirectory() as folder:
+            deadhead.export_model(model, Path(folder) / "out", to=form)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+    return "works"
+
+
+def try_types(form: str, kinds: list[str]) -> None:
+    """Print every type and its outcome, and how many have which."""
+    # Some types build models of many gigabytes, whatever sizes they are given.
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    counts: Counter[str] = Counter()
+    for kind in kinds or CAUSAL_TYPES:
+        found = outcome(kind, form)
+        counts[found.split(":")[0]] += 1
+        print(f"{kind}: {found}", flush=True)
+    print(dict(counts))
+
+
 def main() -> None:
     """Cut, export, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", choices=("onnx", "padded"), help="try every type of transformers in this form")
+    parser.add_argument("kinds", metavar="TYPE", nargs="*", help="of --types: those to try, by default all")
     parser.add_argument("--quick", action="store_true", help="two families, one plan each")
     parser.add_argument("--plans", type=int, default=None, help="of each family (8; quick 1); the first is traced too")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.types:
+        try_types(args.types, args.kinds)
+        return
     families = list(_FAMILIES)[:2] if args.quick else list(_FAMILIES)
     found: dict[str, list[tuple[str, deadhead.Exported]]] = defaultdict(list)
     for family in families:

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead import checkpoint
-from deadhead.errors import ExportError, InputError
+from deadhead.errors import ExportError, InputError, UnsupportedModel
 from deadhead.export import flat, genai, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
 from deadhead.export.graphs import flat_model
@@ -246,14 +246,21 @@ def _padded(
 ) -> Exported:
     stock = pad_to_stock(model)
     reference = make_reference(model)
+    checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
+    try:
+        # As a server loads it: neither our classes nor code of the checkpoint's.
+        loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, dtype=model.dtype).eval()
+        logits, reloaded = _logits(stock, reference.ids), _logits(loaded, reference.ids)
+    except Exception as error:  # whatever a model's own code does with sizes that it was not made for
+        raise UnsupportedModel(
+            f"{type(stock).__name__} cannot be padded: its code does not load, or run, such a model "
+            f"({type(error).__name__})."
+        ) from error
     kind = str(model.dtype).removeprefix("torch.")
     tolerance = _TOLERANCE["f32"] if model.dtype in (torch.float32, torch.float64) else _TOLERANCE["bf16"]
     name = f"transformers {transformers.__version__}, {type(stock).__name__}"
-    agreement = compare(reference, _logits(stock, reference.ids), runtime=name, tolerance=tolerance)
-    checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
-    # As a server loads it: neither our classes nor code of the checkpoint's.
-    loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, dtype=model.dtype).eval()
-    if not np.array_equal(_logits(loaded, reference.ids), _logits(stock, reference.ids)):
+    agreement = compare(reference, logits, runtime=name, tolerance=tolerance)
+    if not np.array_equal(reloaded, logits):
         raise ExportError("The padded checkpoint does not load as it was saved; nothing was left at its place.")
     size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     return Exported(out, "padded", kind, type(stock).__name__, size, (agreement,))

@@ -54,7 +54,7 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     blocks = {found.key: found for found in find_feed_forwards(model)}
     original = {key: _query_heads(plan.unit, plan.kept[key], source.get(key)) for key in plan.kept}
     for model_class, probe, is_dense in _candidates(model, source, blocks):
-        if not _fits(probe, source, blocks):
+        if not _fits(probe, model, source, blocks):
             continue
         made: PreTrainedModel = model_class._from_config(probe.config, dtype=model.dtype)
         _fill(made, model, source, blocks, original if is_dense else None)
@@ -82,7 +82,7 @@ def _candidates(
     repeat = math.gcd(*(found.num_heads // found.num_kv_heads for found in source.values())) or 1
     widest = max((found.num_heads // repeat for found in source.values()), default=1)
     units = max((found.width for found in blocks.values()), default=0)
-    dense_heads = next(values[name] for name in _HEADS if name in values)
+    dense_heads = next((values[name] for name in _HEADS if name in values), 0)
     # Some configurations take a head's width though they do not name it.
     widths: list[dict[str, Any]] = [{}, *({"head_dim": found.head_dim} for found in list(source.values())[:1])]
     for count in range(widest, dense_heads // repeat + 1):
@@ -112,17 +112,33 @@ def _probe(model_class: Any, config_class: type[PreTrainedConfig], fields: dict[
     return made
 
 
-def _fits(probe: PreTrainedModel, source: Mapping[Key, Attention], blocks: Mapping[Key, FeedForward]) -> bool:
-    """Tell whether every layer's heads and hidden units have a place in the model."""
+def _fits(
+    probe: PreTrainedModel,
+    model: PreTrainedModel,
+    source: Mapping[Key, Attention],
+    blocks: Mapping[Key, FeedForward],
+) -> bool:
+    """Tell whether every layer's heads and hidden units have a place in a stock model, and all else is as it was."""
     targets = {found.key: found for found in find_attentions(probe)[0]}
     wider = {found.key: found for found in find_feed_forwards(probe)}
-    return all(
-        key in targets
-        and targets[key].head_dim == found.head_dim
-        and targets[key].num_heads >= found.num_heads
-        and [part.path for part in targets[key].parts] == [part.path for part in found.parts]
-        for key, found in source.items()
-    ) and all(key in wider and wider[key].width >= found.width for key, found in blocks.items())
+    resized = {id(found.module.get_parameter(part.path)) for found in targets.values() for part in found.parts}
+    resized |= {id(found.module.get_parameter(name)) for found in wider.values() for name, *_ in found.tensors()}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return (
+        all(
+            key in targets
+            and targets[key].head_dim == found.head_dim
+            and targets[key].num_heads >= found.num_heads
+            and [part.path for part in targets[key].parts] == [part.path for part in found.parts]
+            for key, found in source.items()
+        )
+        and all(key in wider and wider[key].width >= found.width for key, found in blocks.items())
+        and all(
+            tensor.shape == shapes.get(name, tensor.shape)
+            for name, tensor in probe.state_dict(keep_vars=True).items()
+            if id(tensor) not in resized
+        )
+    )
 
 
 def _fill(
