@@ -244,16 +244,19 @@ def _padded(
     tokenizer: PreTrainedTokenizerBase | None,
     base: str | Path | None,
 ) -> Exported:
-    stock = pad_to_stock(model)
-    reference = make_reference(model)
-    checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
     try:
+        stock = pad_to_stock(model)
+        reference = make_reference(model)
+        checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
         # As a server loads it: neither our classes nor code of the checkpoint's.
         loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, dtype=model.dtype).eval()
         logits, reloaded = _logits(stock, reference.ids), _logits(loaded, reference.ids)
-    except Exception as error:  # whatever a model's own code does with sizes that it was not made for
+    except InputError:
+        raise
+    # What a model's own code raises where it meets sizes that it was not made for.
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise UnsupportedModel(
-            f"{type(stock).__name__} cannot be padded: its code does not load, or run, such a model "
+            f"{stock_class(type(model)).__name__} cannot be padded: its code does not make, load or run such a model "
             f"({type(error).__name__})."
         ) from error
     kind = str(model.dtype).removeprefix("torch.")
