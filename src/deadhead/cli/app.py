@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from deadhead import __version__
-from deadhead.cli import convert, export, measure, model, phases, run
+from deadhead.cli import convert, export, measure, model, phases, report, run
 
 app = typer.Typer(
     name="deadhead",
@@ -41,3 +41,5 @@ app.command()(export.export)
 app.command("eval")(measure.evaluate)
 app.command()(measure.generate)
 app.command()(measure.bench)
+app.command()(report.report)
+app.command()(report.watch)

@@ -354,7 +354,7 @@ class Run:
         for stage in (*STAGES, *(["control"] if self.recipe.control else [])):
             rate = timings[timed.get(stage, stage)].tokens_per_second
             self._note(stage, {**self.summary()[stage], "tokens_per_second": round(rate, 1)})
-        prompt = _PROMPTS.get(self.recipe.data.source, "The ")
+        prompt = sample_prompt(self.recipe.data.source)
         after = {
             "dense": checkpoint.load(self.folder / "control") if self.recipe.control else dense.cpu(),
             "pruned": finetuned.cpu(),
@@ -370,7 +370,9 @@ def _segments_read(phases: tuple[PhaseRecipe, ...]) -> int:
     return sum(phase.training_steps * phase.gradient_accumulation * phase.batch_size for phase in phases)
 
 
-_PROMPTS = {"stdlib": "def read(self, "}
+def sample_prompt(source: str) -> str:
+    """Return what models that learned from a text are given to continue."""
+    return {"stdlib": "def read(self, "}.get(source, "The ")
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,84 @@
+"""Where each head of a model looks while it reads a sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead.errors import InputError
+from deadhead.evaluation import max_positions
+from deadhead.layouts import find_layout
+from deadhead.modes import evaluating
+from deadhead.report.run_facts import packed
+
+# Weights of all heads together that a page takes along, one byte each, and tokens that can be read on an axis.
+_MOST_WEIGHTS = 600_000
+_MOST_TOKENS = 48
+
+
+def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentence: str) -> dict[str, Any]:
+    """Return the attention weights of every head on a sentence.
+
+    Args:
+        model: dense, gated or cut; a causal language model.
+        tokenizer: its own.
+        sentence: what it reads; of a long one the beginning.
+
+    Returns:
+        ``tokens``; ``columns``, the tokens and, if the model has them, one for all persistent vectors together; and
+        ``layers``: by layer the ``heads`` there are, by the numbers of the dense model's query heads, of the ``total``
+        it had, and ``weights``, bytes (H, T, columns) in base64, 255 standing for 1.
+
+    Raises:
+        InputError: the sentence is empty, or the model does not tell its attention.
+    """
+    heads = sum(site.total for site in find_layout(model).sites(model, "head")) or 1
+    most = min(_MOST_TOKENS, max(8, math.isqrt(_MOST_WEIGHTS // heads)), max_positions(model) or _MOST_TOKENS)
+    ids = tokenizer(sentence, return_tensors="pt").input_ids[:, :most]
+    if ids.shape[1] == 0:
+        raise InputError("A sentence of at least one token was expected, but it is empty.")
+    if int(ids.max()) >= model.config.get_text_config().vocab_size:
+        raise InputError("The sentence has tokens that the model's vocabulary lacks; use the model's own tokenizer.")
+    attentions = _weights(model, ids.to(model.device))
+    tokens = [_readable(tokenizer, int(token)) for token in ids[0]]
+    length = len(tokens)
+    layers = {}
+    has_persistent = False
+    for site, weights in zip(find_layout(model).sites(model, "head"), attentions, strict=True):
+        if weights is None or not site.units:
+            continue
+        weights_HTK = weights[0].float()
+        if weights_HTK.shape[-1] > length:
+            has_persistent = True
+            rest_HT1 = weights_HTK[..., length:].sum(-1, keepdim=True)
+            weights_HTK = torch.cat([weights_HTK[..., :length], rest_HT1], dim=-1)
+        quantised = np.rint(weights_HTK.clamp(0, 1).cpu().numpy() * 255).astype(np.uint8)
+        layers[str(site.layer)] = {"heads": list(site.units), "total": site.total, "weights": packed(quantised)}
+    columns = [*tokens, *(["persistent vectors"] if has_persistent else [])]
+    return {"tokens": tokens, "columns": columns, "layers": layers}
+
+
+def _weights(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor | None, ...]:
+    """Return each layer's attention weights (1, H, T, K)."""
+    before = model.config._attn_implementation
+    try:
+        # The fused kernels do not keep the weights.
+        model.set_attn_implementation("eager")
+        with evaluating(model), torch.inference_mode():
+            found = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    finally:
+        model.set_attn_implementation(before)
+    if not found:
+        raise InputError(f"Models of type {model.config.model_type} do not tell their attention weights.")
+    return tuple(found)
+
+
+def _readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    text = tokenizer.decode([token])
+    text = text if isinstance(text, str) else str(text)
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or f"[{token}]"

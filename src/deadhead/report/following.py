@@ -1,0 +1,138 @@
+"""Follow a metrics.jsonl while it grows, in memory that stays small however long the run is."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Of the gates so many moments are kept at most; beyond that every other one is dropped.
+_MOST_FRAMES = 512
+_CHUNK = 1 << 24
+
+
+class Frames:
+    """Rows of numbers at growing steps, thinned by dropping every other one when they become too many.
+
+    Args:
+        most: rows kept at most; the newest is always among them.
+    """
+
+    def __init__(self, most: int = _MOST_FRAMES) -> None:
+        self.most = most
+        self.steps: list[int] = []
+        self.rows: list[Any] = []
+        self._stride = 1
+        self._seen = 0
+
+    def add(self, step: int, row: Any) -> None:
+        """Add the newest row."""
+        # All but the last lie on the grid of the stride; the last is there whether it does or not.
+        if self._seen and (self._seen - 1) % self._stride:
+            self.steps.pop()
+            self.rows.pop()
+        self.steps.append(step)
+        self.rows.append(row)
+        self._seen += 1
+        if len(self.steps) > self.most:
+            on_grid = (self._seen - 1) % (2 * self._stride) == 0
+            last = None if on_grid else (self.steps[-1], self.rows[-1])
+            self.steps, self.rows = self.steps[::2], self.rows[::2]
+            self._stride *= 2
+            if last is not None and self.steps[-1] != last[0]:
+                self.steps.append(last[0])
+                self.rows.append(last[1])
+
+
+class PhaseMetrics:
+    """What a phase has logged: scalars by name, and of its gates the open probability and output difference."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.scalars: dict[str, list[float | None]] = {}
+        self.open_probability: dict[str, Frames] = {}
+        self.difference: dict[str, list[float]] = {}
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take in one line."""
+        step = int(line["step"])
+        for name, value in line.items():
+            if name not in ("phase", "step") and isinstance(value, (int, float)) and not isinstance(value, bool):
+                self.scalars.setdefault(name, [None] * len(self.steps)).append(float(value))
+        self.steps.append(step)
+        for values in self.scalars.values():
+            if len(values) < len(self.steps):
+                values.append(None)
+        for layer, row in line.get("open_probability", {}).items():
+            # A page shows no finer steps than these; a byte each is what it takes along.
+            self.open_probability.setdefault(layer, Frames()).add(step, np.rint(np.clip(row, 0, 1) * 255).astype(np.uint8))
+        self.difference.update(line.get("output_difference", {}))
+
+
+class MetricsFollower:
+    """Reads what has been added to a metrics.jsonl since the last time.
+
+    Args:
+        path: the file; it may not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.phases: dict[str, PhaseMetrics] = {}
+        self._offset = 0
+        self._identity: tuple[int, int] | None = None
+
+    def update(self) -> bool:
+        """Read on; return whether anything is new.
+
+        A file that was replaced, as by a resumed run, which drops what it will do again, is read from its beginning.
+        """
+        try:
+            file = self.path.open("rb")
+        except OSError:
+            return False
+        with file:
+            status = os.fstat(file.fileno())
+            identity = (status.st_dev, status.st_ino)
+            if identity != self._identity or status.st_size < self._offset:
+                self._identity, self._offset, self.phases = identity, 0, {}
+            file.seek(self._offset)
+            changed = False
+            rest = b""
+            while chunk := file.read(_CHUNK):
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    self._offset += len(line) + 1
+                    changed |= self._take(line)
+        return changed
+
+    def _take(self, line: bytes) -> bool:
+        try:
+            values = json.loads(line)
+            self.phases.setdefault(str(values["phase"]), PhaseMetrics()).add(values)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False  # the line that was being written when the run was killed, or none of ours
+        return True
+
+
+def thin(steps: list[int], values: list[float | None], most: int = 1500) -> tuple[list[int], list[float | None]]:
+    """Return at most about `most` points of a curve that draw the same picture: of each stretch its lowest and highest.
+
+    Args:
+        steps: where.
+        values: what; None where nothing was logged, which is left out.
+        most: how many points.
+    """
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+    if len(known) <= most:
+        return [step for step, _ in known], [value for _, value in known]
+    height = np.array([value for _, value in known])
+    height = np.where(np.isfinite(height), height, np.inf)
+    kept = {0, len(known) - 1}
+    for stretch in np.array_split(np.arange(len(known)), most // 2):
+        kept |= {int(stretch[height[stretch].argmin()]), int(stretch[height[stretch].argmax()])}
+    chosen = sorted(kept)
+    return [known[place][0] for place in chosen], [known[place][1] for place in chosen]

@@ -1,0 +1,98 @@
+"""A run's page: one HTML file that holds all it needs and asks for nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from deadhead.files import finite, write_text
+from deadhead.report.glossary import GLOSSARY
+
+# In the order in which one needs the other.
+_SCRIPTS = ("text.js", "head_map.js", "charts.js", "run_view.js", "trial.js", "main.js")
+
+
+def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
+    """Return the page as HTML.
+
+    Args:
+        runs: of each run its ``facts`` (see `RunFacts`), the ``others``' points (see `sibling_points`), and by model
+            its ``attention`` patterns, or None.
+        live: whether a server gives the page out, which it asks for news.
+    """
+    from deadhead import __version__
+
+    scripts = _scripts()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(_read("page.html")).render(
+        policy=page_policy(live=live),
+        title=", ".join(run["facts"]["name"] for run in runs),
+        style=Markup(_read("page.css")),
+        scripts=[Markup(script) for script in scripts],
+        data=Markup(_script_json({"live": live, "runs": list(runs)})),
+        glossary=[{"key": key, "name": name, "meaning": meaning} for key, (name, meaning) in GLOSSARY.items()],
+        version=__version__,
+    )
+
+
+def write_page(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        runs: as for `render_page`.
+        path: the HTML file.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    write_text(path, render_page(runs))
+
+
+@cache
+def page_policy(*, live: bool) -> str:
+    """Return the content security policy: the page's own scripts run and no others, and no request leaves.
+
+    Args:
+        live: whether requests to the server that gave the page out are allowed.
+    """
+    hashes = " ".join(f"'sha256-{_hash(script)}'" for script in _scripts())
+    connect = "'self'" if live else "'none'"
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
+    )
+
+
+@cache
+def _scripts() -> tuple[str, str]:
+    """Return Plotly and our own script, as they stand in the page."""
+    ours = "\n".join(_read(name) for name in _SCRIPTS)
+    # What would end the element can only stand in strings and comments.
+    return tuple(text.replace("</script", "<\\/script") for text in (get_plotlyjs(), ours))  # type: ignore[return-value]
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+
+
+@cache
+def _read(name: str) -> str:
+    return importlib.resources.files("deadhead.report").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _script_json(value: Any) -> str:
+    """Return JSON that can stand in a script element: nothing in it begins a tag or ends a line of the script."""
+    text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

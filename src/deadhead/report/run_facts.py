@@ -1,0 +1,265 @@
+"""What a run's folder tells, finished or not, as the plain values that its page draws."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deadhead import checkpoint
+from deadhead.cost import config_cost
+from deadhead.errors import InputError
+from deadhead.files import read_json
+from deadhead.plan import HeadPlan, is_block_key, plain_key
+from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
+from deadhead.report.stages import verdict
+from deadhead.training.recipe import Recipe, load_recipe
+from deadhead.training.run import METRICS_FILE, RECIPE_FILE, STAGES, SUMMARY_FILE
+
+# In the order of the work; the control's phases run beside those of the pruned model.
+PHASES = {
+    "train": "dense training",
+    "prune": "training with gates",
+    "finetune": "fine-tuning",
+    "control_prune": "the dense control",
+    "control_finetune": "the dense control",
+}
+_SCALARS = ("loss", "l0", "lambda", "sparsity", "block_sparsity", "budget", "validation_perplexity")
+_FOLDERS = {"dense": "dense", "finetuned": "pruned"}
+_KEPT_COSTS = ("parameters", "flops_per_token", "kv_cache_bytes")
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is a run's, or what `deadhead prune` wrote."""
+    return any((folder / name).is_file() for name in (RECIPE_FILE, METRICS_FILE))
+
+
+class RunFacts:
+    """The facts of one run, read again only where its files have changed.
+
+    Args:
+        folder: a run's folder, a checkpoint that a single phase wrote, or the `.work` beside one that goes on.
+
+    Raises:
+        InputError: the folder is none of these.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise InputError(f"The folder of a run was expected at {folder}, but there is none.")
+        if not is_run(folder):
+            raise InputError(
+                f"{folder} is not the folder of a run: it has neither {RECIPE_FILE} nor {METRICS_FILE}; name one that "
+                "deadhead demo, run, train, prune or finetune made."
+            )
+        self.folder = folder
+        self.name = folder.resolve().name
+        self._metrics = MetricsFollower(folder / METRICS_FILE)
+        self._costs: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._seen: tuple[Any, ...] | None = None
+        self._facts: dict[str, Any] = {}
+
+    def update(self) -> bool:
+        """Read what is new; return whether anything is."""
+        changed = self._metrics.update()
+        names = (RECIPE_FILE, SUMMARY_FILE, checkpoint.PLAN_FILE)
+        seen = (*(_modified(self.folder / name) for name in names), *self._finished())
+        if not changed and seen == self._seen:
+            return False
+        self._facts = self._read()
+        self._seen = seen
+        return True
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the last `update` found, as JSON values; numbers may be infinite or NaN.
+
+        `recipe` (TOML), `summary`, `verdict`, `phases` (name, title, first step, steps done and planned, scalars as
+        [steps, values]), `gates` (steps, and of each layer's heads or blocks the total, those kept, the open probability
+        at these steps as bytes in base64 and the last output difference), `unit`, `costs` and `points`.
+        """
+        return self._facts
+
+    def _finished(self) -> tuple[bool, ...]:
+        return tuple((self.folder / name / "config.json").exists() for name in _FOLDERS.values())
+
+    def _read(self) -> dict[str, Any]:
+        recipe, summary = self._recipe(), self._summary()
+        plan = self._plan()
+        finished = all(stage in summary for stage in STAGES) and "samples" in summary
+        return {
+            "name": self.name,
+            "finished": finished,
+            "recipe": self._text(RECIPE_FILE),
+            "summary": summary,
+            "verdict": verdict(summary) if "finetuned" in summary and "dense" in summary else "",
+            "phases": self._phases(recipe),
+            "unit": "head" if plan is None else plan.unit,
+            "gates": self._gates(plan),
+            "costs": {stage: cost for stage, name in _FOLDERS.items() if (cost := self._cost(name))},
+            "points": size_points(self.name, summary, is_this=True),
+        }
+
+    def _recipe(self) -> Recipe | None:
+        try:
+            return load_recipe(self.folder / RECIPE_FILE)
+        except InputError:
+            return None  # a single phase has none; one of another version says less, but its numbers can be shown
+
+    def _text(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    def _summary(self) -> dict[str, Any]:
+        path = self.folder / SUMMARY_FILE
+        found = read_json(path, what="summary of a run") if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
+    def _plan(self) -> HeadPlan | None:
+        path = self.folder / checkpoint.PLAN_FILE
+        return HeadPlan.from_json(path) if path.is_file() else None
+
+    def _phases(self, recipe: Recipe | None) -> list[dict[str, Any]]:
+        planned, begins = {}, {}
+        if recipe is not None:
+            planned = {
+                "train": 0 if recipe.dense else recipe.train.steps,
+                "prune": recipe.prune.training_steps,
+                "finetune": recipe.finetune.steps,
+            }
+            dense = recipe.train.steps
+            begins = {"train": 0, "prune": dense, "finetune": dense + planned["prune"]}
+            if recipe.control:
+                planned |= {f"control_{name}": planned[name] for name in ("prune", "finetune")}
+                begins |= {f"control_{name}": begins[name] for name in ("prune", "finetune")}
+        names = [*PHASES, *(name for name in self._metrics.phases if name not in PHASES)]
+        phases = []
+        for name in names:
+            found = self._metrics.phases.get(name, PhaseMetrics())
+            if not found.steps and not planned.get(name):
+                continue
+            phases.append(
+                {
+                    "name": name,
+                    "title": PHASES.get(name, name),
+                    "begin": begins.get(name, 0),
+                    "done": found.steps[-1] if found.steps else 0,
+                    "steps": planned.get(name) or (found.steps[-1] if found.steps else 0),
+                    "scalars": {
+                        key: thin(found.steps, found.scalars[key]) for key in _SCALARS if key in found.scalars
+                    },
+                }
+            )
+        return phases
+
+    def _gates(self, plan: HeadPlan | None) -> dict[str, Any]:
+        found = self._metrics.phases.get("prune", PhaseMetrics())
+        totals: dict[str, int] = {}
+        kept: dict[str, Sequence[int]] = {}
+        if plan is not None:
+            blocks = {} if plan.blocks is None else plan.blocks.total
+            totals = {str(layer): count for layer, count in plan.total.items()}
+            totals |= {f"blocks.{layer}": count for layer, count in blocks.items()}
+            kept = {str(key): units for key, units in plan.units.items()}
+        for key, frames in found.open_probability.items():
+            totals.setdefault(key, len(frames.rows[-1]))
+        steps = next(iter(found.open_probability.values())).steps if found.open_probability else []
+        layers = []
+        for key, total in totals.items():
+            rows = found.open_probability[key].rows if key in found.open_probability else []
+            rows = rows if all(len(row) == total for row in rows) else []
+            layers.append(
+                {
+                    "key": key,
+                    "layer": str(plain_key(key)),
+                    "what": "block" if is_block_key(key) else "head",
+                    "total": total,
+                    "kept": list(kept[key]) if key in kept else None,
+                    "open": packed(np.stack(rows)) if rows else "",
+                    "difference": found.difference.get(key, []),
+                }
+            )
+        return {"steps": steps, "layers": layers}
+
+    def _cost(self, name: str) -> dict[str, Any]:
+        """Return what a checkpoint costs on paper; nothing of one that is not there."""
+        path = self.folder / name / "config.json"
+        modified = _modified(path)
+        if modified is None:
+            return {}
+        if name not in self._costs or self._costs[name][0] != modified:
+            cost = asdict(config_cost(checkpoint.load_config(path.parent)))
+            self._costs[name] = modified, {key: cost[key] for key in _KEPT_COSTS}
+        return self._costs[name][1]
+
+
+def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[dict[str, Any]]:
+    """Return a run's models as points of a plot of perplexity against size: dense, pruned, and the dense control.
+
+    Args:
+        name: of the run.
+        summary: its summary.json.
+        is_this: whether it is the run that the page is of.
+    """
+    kept = ("parameters", "flops_per_token", "perplexity", "steps")
+    return [
+        {"run": name, "stage": stage, "this": is_this, **{key: summary[stage][key] for key in kept}}
+        for stage in ("dense", "cut", "finetuned", "control")
+        if stage in summary and all(key in summary[stage] for key in kept)
+    ]
+
+
+def comparable(summary: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two runs measured perplexity on the same text in as many tokens of the same kind.
+
+    Args:
+        summary: summary.json of one.
+        other: that of the other.
+    """
+    keys = ("sha256", "tokens")
+    here, there = summary.get("data", {}), other.get("data", {})
+    return bool(here) and all(here.get(key) == there.get(key) for key in keys)
+
+
+def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> list[dict[str, Any]]:
+    """Return the points of other runs that can be compared with one.
+
+    Args:
+        facts: the run.
+        others: folders of the others; None takes those beside it.
+
+    Raises:
+        InputError: one of `others` is not a run's folder.
+    """
+    here = facts.folder.resolve()
+    if others is None:
+        found = [path for path in here.parent.iterdir() if path != here and (path / SUMMARY_FILE).is_file()]
+    else:
+        found = [RunFacts(path).folder for path in others]
+    points = []
+    for path in sorted(found):
+        try:
+            summary = read_json(path / SUMMARY_FILE, what="summary of a run")
+        except InputError:
+            if others is not None:
+                raise
+            continue
+        if isinstance(summary, dict) and comparable(facts.facts["summary"], summary):
+            points += size_points(path.resolve().name, summary, is_this=False)
+    return points
+
+
+def packed(values: np.ndarray) -> str:
+    """Return bytes as base64, which a page unpacks into an array."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype=np.uint8).tobytes()).decode("ascii")
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None

@@ -1,0 +1,223 @@
+"""The live page: the same page, given out on this machine alone, with news of the run and a model to try."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deadhead.errors import InputError
+from deadhead.files import finite
+from deadhead.report.page import page_policy, render_page
+from deadhead.report.run_facts import RunFacts, sibling_points
+from deadhead.report.trial import Trial
+
+_HOSTS = ["127.0.0.1", "localhost"]
+# Of a request; a plan of the largest model's heads and a prompt are far below.
+_MOST_BYTES = 1 << 20
+
+
+class WatchedRun:
+    """A run that the page shows: its facts, read again when they change, and its models.
+
+    Args:
+        folder: of the run.
+        trial: its models.
+        sentence: what attention is first shown on.
+        prompt: what the models are first given to continue.
+    """
+
+    def __init__(self, folder: Path, trial: Trial, *, sentence: str, prompt: str) -> None:
+        self.facts = RunFacts(folder)
+        self.trial = trial
+        self.sentence = sentence
+        self.prompt = prompt
+        self._lock = threading.Lock()
+        self._models: tuple[str, ...] = ()
+        self._attention: dict[str, Any] | None = None
+        self._text = b""
+        self.mark = ""
+
+    def read(self) -> tuple[bytes, str]:
+        """Return what the page is to know, as JSON, and a mark that changes with it."""
+        with self._lock:
+            if self.facts.update() or not self._text:
+                self._text = json.dumps(finite(self._page_data()), allow_nan=False).encode("utf-8")
+                self.mark = f'"{hashlib.sha256(self._text).hexdigest()[:24]}"'
+            return self._text, self.mark
+
+    def _page_data(self) -> dict[str, Any]:
+        folder = self.facts.folder
+        models = tuple(name for name in ("dense", "pruned", ".") if (folder / name / "config.json").is_file())
+        if models != self._models:
+            self._models = models
+            try:
+                self._attention = self.trial.attention(self.sentence)
+            except InputError:
+                self._attention = None  # a model that does not tell its attention has a page all the same
+        return {
+            "facts": self.facts.facts,
+            "others": sibling_points(self.facts),
+            "attention": self._attention,
+            "sentence": self.sentence,
+        }
+
+
+class _Guard:
+    """Lets in only requests that know the token, and says what browsers may do with the answers."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app = app
+        self.token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if scope["path"] == "/":
+            given = given or request.query_params.get("token", "")
+        if not secrets.compare_digest(given.encode(), self.token.encode()):
+            response = PlainTextResponse(
+                "This page needs the token that stands in the address that deadhead watch printed.", status_code=403
+            )
+            await response(scope, receive, send)
+            return
+
+        async def send_guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *_security_headers()]
+            await send(message)
+
+        await self.app(scope, receive, send_guarded)
+
+
+def _security_headers() -> list[tuple[bytes, bytes]]:
+    headers = {
+        "content-security-policy": f"{page_policy(live=True)}; frame-ancestors 'none'",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-store",
+        "cross-origin-resource-policy": "same-origin",
+    }
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
+    """Return the application that serves the page.
+
+    Args:
+        runs: what it shows, side by side.
+        token: what every request must bring along: the page in its address, its own requests in a header.
+    """
+
+    def page(request: Request) -> Response:
+        return HTMLResponse(render_page([json.loads(run.read()[0]) for run in runs], live=True))
+
+    def news(request: Request) -> Response:
+        text, mark = _run(request).read()
+        if request.headers.get("if-none-match") == mark:
+            return Response(status_code=304)
+        return Response(text, media_type="application/json", headers={"ETag": mark})
+
+    def attention(request: Request) -> Response:
+        return JSONResponse(_run(request).trial.attention(request.query_params.get("sentence", "")))
+
+    def trial(request: Request) -> Response:
+        run = _run(request)
+        name = request.query_params.get("model")
+        if name is None:
+            return JSONResponse({"models": list(run.trial.models), "prompt": run.prompt})
+        return JSONResponse(run.trial.describe(name))
+
+    def measure(asked: Any) -> Response:
+        if not isinstance(asked, dict) or not isinstance(kept := asked.get("kept"), dict):
+            raise InputError('The request must be a JSON object with "run", "model", "kept" and "prompt".')
+        names = [asked.get("model"), asked.get("prompt")]
+        if not all(isinstance(name, str) for name in names):
+            raise InputError('"model" and "prompt" of the request must be strings.')
+        found = _numbered(str(asked.get("run"))).trial.measure(*names[:1], kept, names[1])
+        return JSONResponse(finite(found))
+
+    async def try_it(request: Request) -> Response:
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _MOST_BYTES:
+                return JSONResponse({"error": f"The request is over {_MOST_BYTES} bytes long."}, status_code=413)
+        try:
+            asked = json.loads(body)
+        except (ValueError, RecursionError):
+            return JSONResponse({"error": "The request is not JSON."}, status_code=400)
+        return await run_in_threadpool(measure, asked)
+
+    def _run(request: Request) -> WatchedRun:
+        return _numbered(request.query_params.get("run", ""))
+
+    def _numbered(number: str) -> WatchedRun:
+        if not number.isascii() or not number.isdigit() or len(number) > 6 or int(number) >= len(runs):
+            raise InputError(f"The page has {len(runs)} runs, numbered from 0, but run {number!r} was asked for.")
+        return runs[int(number)]
+
+    def bad_input(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": str(error)}, status_code=400)
+
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Route("/api/run", news),
+            Route("/api/attention", attention),
+            Route("/api/trial", trial, methods=["GET"]),
+            Route("/api/trial", try_it, methods=["POST"]),
+        ],
+        # A name that some page's owner lets point here is refused before anything else is looked at.
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS), Middleware(_Guard, token=token)],
+        exception_handlers={InputError: bad_input},
+    )
+
+
+def serve(runs: Sequence[WatchedRun], *, port: int | None, ready: Callable[[str], None], token: str = "") -> None:
+    """Serve the page on 127.0.0.1 until interrupted.
+
+    Args:
+        runs: what it shows.
+        port: where; None takes 6007, or any that is free.
+        ready: called with the page's address, token included, once it can be opened.
+        token: empty: a fresh one.
+
+    Raises:
+        InputError: the port is taken or not allowed.
+    """
+    token = token or secrets.token_urlsafe(24)
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with listening:
+        try:
+            listening.bind(("127.0.0.1", 6007 if port is None else port))
+        except OSError as error:
+            if port is not None:
+                raise InputError(
+                    f"Port {port} cannot be had ({error.strerror}); choose another with --port, or leave it out."
+                ) from None
+            listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"
+        config = uvicorn.Config(make_app(runs, token=token), log_level="warning", access_log=False)
+        ready(address)
+        uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,206 @@
+"""A model whose heads can be switched off and on: what it makes of held-out text and of a prompt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead import checkpoint
+from deadhead.data import TokenStream, load_text, load_tokenizer
+from deadhead.errors import InputError
+from deadhead.evaluation import evaluate
+from deadhead.gate_files import has_gates
+from deadhead.gates import HeadGates
+from deadhead.gating import attach
+from deadhead.generate import generate_text
+from deadhead.layouts import find_layout
+from deadhead.modes import best_device
+from deadhead.plan import HeadPlan, is_block_key, layer_key, plain_key
+from deadhead.report.attention import attention_patterns
+from deadhead.training.recipe import DataRecipe
+
+_NEW_TOKENS = 120
+_LONGEST_PROMPT = 2000
+
+
+@dataclass
+class _Loaded:
+    model: PreTrainedModel
+    gates: HeadGates
+    tokenizer: PreTrainedTokenizerBase
+    text: TokenStream
+    whole: float
+    scale: bool
+
+
+class Trial:
+    """The models of a run, with gates for whoever clicks.
+
+    One model is held at a time, and one request served at a time.
+
+    Args:
+        folder: a run's folder, or a checkpoint.
+        data: the text whose held-out part is scored.
+        cache: where the text lies in tokens already, or None.
+        tokens: how many tokens of it.
+    """
+
+    def __init__(self, folder: Path, data: DataRecipe, *, cache: Path | None = None, tokens: int = 2048) -> None:
+        self.folder = folder
+        self.data = data
+        self.cache = cache
+        self.tokens = tokens
+        self._lock = threading.Lock()
+        self._name = ""
+        self._loaded: _Loaded | None = None
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """The folders of the models there are, by name; those with gates first."""
+        names = {"gated": "gated", "dense": "dense", "model": "."}
+        found = {name: self.folder / folder for name, folder in names.items()}
+        return {name: path for name, path in found.items() if (path / "config.json").is_file()}
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Load a model; return its folder, its unit and, by layer, the units there are and those that its plan keeps.
+
+        Raises:
+            InputError: there is no such model, or it or the text cannot be read.
+        """
+        with self._lock:
+            loaded = self._load(name)
+            gates = loaded.gates
+            plan = self._plan(gates)
+            planned = {} if plan is None else plan.units
+            present = gates.present
+            return {
+                "folder": str(self.models[name]),
+                "unit": gates.unit,
+                "layers": [
+                    {
+                        "key": str(key),
+                        "layer": str(plain_key(key)),
+                        "what": "block" if is_block_key(key) else "head",
+                        "total": total,
+                        "present": list(present.get(key, ())),
+                        "planned": list(planned[key]) if key in planned else None,
+                    }
+                    for key, total in gates.total.items()
+                ],
+            }
+
+    def measure(self, name: str, kept: Mapping[str, Sequence[int]], prompt: str) -> dict[str, Any]:
+        """Switch all heads off but some; return the perplexity, the continuation of a prompt and the head plan.
+
+        Args:
+            name: of the model.
+            kept: units that are on, by key; all are of a key that is not named.
+            prompt: how the text begins.
+
+        Raises:
+            InputError: a head is named that the model does not have, or the prompt cannot be used.
+        """
+        if len(prompt) > _LONGEST_PROMPT:
+            raise InputError(f"The prompt has {len(prompt)} characters, but at most {_LONGEST_PROMPT} are taken.")
+        with self._lock:
+            loaded = self._load(name)
+            gates = loaded.gates
+            plan = HeadPlan.of_units(
+                {layer_key(key): units for key, units in kept.items()},
+                dict(gates.total),
+                unit=gates.unit,
+                output_scale=loaded.scale,
+                block_size=gates.block_size,
+            )
+            gates.set_plan(plan)
+            perplexity = self._perplexity(loaded.model, loaded.text)
+            continuation = generate_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_NEW_TOKENS)
+            return {
+                "perplexity": perplexity,
+                "whole": loaded.whole,
+                "continuation": continuation,
+                "on": sum(len(units) for units in plan.units.values()),
+                "total": sum(gates.total.values()),
+                "plan": plan.to_dict(),
+            }
+
+    def attention(self, sentence: str) -> dict[str, Any]:
+        """Return the attention patterns of every model there is, by the name that the page has for it.
+
+        Raises:
+            InputError: the sentence cannot be used.
+        """
+        with self._lock:
+            return run_attention(self.folder, sentence)
+
+    def _load(self, name: str) -> _Loaded:
+        if self._loaded is not None and self._name == name:
+            return self._loaded
+        folder = self.models.get(name)
+        if folder is None:
+            raise InputError(f"There is no model {name!r} here; there are: {', '.join(self.models) or 'none yet'}.")
+        self._loaded = None
+        model, gates = self._gated(folder)
+        model.to(best_device())  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(folder)
+        text, _ = load_text(
+            self.data.source,
+            tokenizer=tokenizer,
+            column=self.data.column,
+            split=self.data.split,
+            cache_dir=self.cache if self.cache is not None and self.cache.is_dir() else None,
+        )
+        scale = gates.config.output_scale
+        gates.set_plan(HeadPlan.of_units(gates.present, gates.total, unit=gates.unit, block_size=gates.block_size))
+        whole = self._perplexity(model, text.splits["valid"])
+        self._name, self._loaded = name, _Loaded(model, gates, tokenizer, text.splits["valid"], whole, scale)
+        return self._loaded
+
+    def _gated(self, folder: Path) -> tuple[PreTrainedModel, HeadGates]:
+        """Load a model with the gates it was saved with, or with fresh ones on what its run's plan counts."""
+        if has_gates(folder):
+            return checkpoint.load_gated(folder)
+        model = checkpoint.load(folder)
+        path = self.folder / checkpoint.PLAN_FILE
+        plan = HeadPlan.from_json(path) if path.is_file() else find_layout(model).recorded_plan(model)
+        if plan is None:
+            return model, attach(model)
+        return model, attach(model, unit=plan.unit, blocks=False if plan.blocks is None else plan.blocks.size)
+
+    def _plan(self, gates: HeadGates) -> HeadPlan | None:
+        path = self.folder / checkpoint.PLAN_FILE
+        if not path.is_file():
+            return None
+        plan = HeadPlan.from_json(path)
+        gates.require_plan(plan)
+        return plan
+
+    def _perplexity(self, model: PreTrainedModel, text: TokenStream) -> float:
+        return evaluate(model, text, limit=self.tokens).perplexity
+
+
+def run_attention(
+    folder: Path, sentence: str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Return the attention patterns of a run's dense and pruned model on a sentence, as far as they are there.
+
+    Args:
+        folder: of the run, or a checkpoint.
+        sentence: what the models read.
+        progress: told of models done and to do.
+
+    Raises:
+        InputError: the sentence cannot be used.
+    """
+    names = {"dense": "dense", "finetuned": "pruned", "model": "."}
+    found = {name: folder / inner for name, inner in names.items() if (folder / inner / "config.json").is_file()}
+    patterns: dict[str, Any] = {}
+    for done, (name, path) in enumerate(found.items()):
+        patterns[name] = attention_patterns(checkpoint.load(path), load_tokenizer(path), sentence)
+        progress(done + 1, len(found))
+    return patterns
