@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,16 +48,16 @@ def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     length = len(tokens)
     layers = {}
     has_persistent = False
-    for site, weights in zip(find_layout(model).sites(model, "head"), attentions, strict=True):
-        if weights is None or not site.units:
+    for site, found in zip(find_layout(model).sites(model, "head"), attentions, strict=True):
+        if found is None or not site.units:
             continue
-        weights_HTK = weights[0].float()
+        weights_HTK = found[0].float()
         if weights_HTK.shape[-1] > length:
             has_persistent = True
             rest_HT1 = weights_HTK[..., length:].sum(-1, keepdim=True)
             weights_HTK = torch.cat([weights_HTK[..., :length], rest_HT1], dim=-1)
-        quantised = np.rint(weights_HTK.clamp(0, 1).cpu().numpy() * 255).astype(np.uint8)
-        layers[str(site.layer)] = {"heads": list(site.units), "total": site.total, "weights": packed(quantised)}
+        weights = packed(weights_HTK.cpu().numpy())
+        layers[str(site.layer)] = {"heads": list(site.units), "total": site.total, "weights": weights}
     columns = [*tokens, *(["persistent vectors"] if has_persistent else [])]
     return {"tokens": tokens, "columns": columns, "layers": layers}
 

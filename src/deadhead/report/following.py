@@ -48,12 +48,12 @@ class Frames:
 
 
 class PhaseMetrics:
-    """What a phase has logged: scalars by name, and of its gates the open probability and output difference."""
+    """What a phase has logged: scalars by name, and of its gates, by layer, open probability and output difference."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.scalars: dict[str, list[float | None]] = {}
-        self.open_probability: dict[str, Frames] = {}
+        self.open_probability = Frames()
         self.difference: dict[str, list[float]] = {}
 
     def add(self, line: dict[str, Any]) -> None:
@@ -66,9 +66,8 @@ class PhaseMetrics:
         for values in self.scalars.values():
             if len(values) < len(self.steps):
                 values.append(None)
-        for layer, row in line.get("open_probability", {}).items():
-            # A page shows no finer steps than these; a byte each is what it takes along.
-            self.open_probability.setdefault(layer, Frames()).add(step, np.rint(np.clip(row, 0, 1) * 255).astype(np.uint8))
+        if "open_probability" in line:
+            self.open_probability.add(step, line["open_probability"])
         self.difference.update(line.get("output_difference", {}))
 
 

@@ -74,11 +74,11 @@ def page_policy(*, live: bool) -> str:
 
 
 @cache
-def _scripts() -> tuple[str, str]:
-    """Return Plotly and our own script, as they stand in the page."""
+def _scripts() -> list[str]:
+    """Return our own script, Plotly, and what begins to use it, as they stand in the page."""
     ours = "\n".join(_read(name) for name in _SCRIPTS)
     # What would end the element can only stand in strings and comments.
-    return tuple(text.replace("</script", "<\\/script") for text in (get_plotlyjs(), ours))  # type: ignore[return-value]
+    return [text.replace("</script", "<\\/script") for text in (ours, get_plotlyjs(), "beginCharts();")]
 
 
 def _hash(script: str) -> str:

@@ -165,12 +165,13 @@ class RunFacts:
             totals = {str(layer): count for layer, count in plan.total.items()}
             totals |= {f"blocks.{layer}": count for layer, count in blocks.items()}
             kept = {str(key): units for key, units in plan.units.items()}
-        for key, frames in found.open_probability.items():
-            totals.setdefault(key, len(frames.rows[-1]))
-        steps = next(iter(found.open_probability.values())).steps if found.open_probability else []
+        frames = found.open_probability
+        for key, row in (frames.rows[-1] if frames.rows else {}).items():
+            totals.setdefault(key, len(row))
         layers = []
         for key, total in totals.items():
-            rows = found.open_probability[key].rows if key in found.open_probability else []
+            rows = [frame.get(key, ()) for frame in frames.rows]
+            # Of gates on something else than the plan counts there is nothing to show.
             rows = rows if all(len(row) == total for row in rows) else []
             layers.append(
                 {
@@ -179,11 +180,11 @@ class RunFacts:
                     "what": "block" if is_block_key(key) else "head",
                     "total": total,
                     "kept": list(kept[key]) if key in kept else None,
-                    "open": packed(np.stack(rows)) if rows else "",
+                    "open": packed(np.array(rows)) if rows else "",
                     "difference": found.difference.get(key, []),
                 }
             )
-        return {"steps": steps, "layers": layers}
+        return {"steps": frames.steps, "layers": layers}
 
     def _cost(self, name: str) -> dict[str, Any]:
         """Return what a checkpoint costs on paper; nothing of one that is not there."""
@@ -253,9 +254,10 @@ def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> lis
     return points
 
 
-def packed(values: np.ndarray) -> str:
-    """Return bytes as base64, which a page unpacks into an array."""
-    return base64.b64encode(np.ascontiguousarray(values, dtype=np.uint8).tobytes()).decode("ascii")
+def packed(shares: np.ndarray) -> str:
+    """Return numbers in [0, 1] as a byte each, 255 standing for 1, in base64: a page shows no finer steps."""
+    steps = np.rint(np.nan_to_num(shares).clip(0, 1) * 255).astype(np.uint8)
+    return base64.b64encode(steps.tobytes()).decode("ascii")
 
 
 def _modified(path: Path) -> float | None:

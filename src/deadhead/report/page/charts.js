@@ -60,32 +60,39 @@ function trainingChart(facts) {
     curve('budget', 'share', { name: 'of the budget’s cost left', colour: COLOURS.extra, dash: 'dashdot' })];
   add('closed', ...shares);
 
-  const height = 110 * Math.max(rows.length, 1) + 90;
-  const found = layout(height, { hovermode: 'closest', shapes: [], annotations: [] });
+  const height = 110 * Math.max(rows.length, 1) + 104;
+  const found = layout(height, { hovermode: 'closest', shapes: [], annotations: [], margin: { l: 62, r: 16, t: 38, b: 44 } });
   const gap = 0.045;
   const tall = rows.length ? (1 - gap * (rows.length - 1)) / rows.length : 1;
   rows.forEach((title, row) => {
     const top = 1 - row * (tall + gap);
     found[row ? `yaxis${row + 1}` : 'yaxis'] = axis(title, { domain: [Math.max(0, top - tall), top], nticks: 4,
       ...(title === 'closed' ? { tickformat: '.0%', rangemode: 'tozero' } : {}),
-      ...(title === 'perplexity' ? { type: 'log', dtick: 'D2' } : {}) });
+      ...(title === 'perplexity' && isWide(traces.filter((trace) => trace.row === row)) ? { type: 'log' } : {}) });
   });
   found.xaxis = axis('step of the whole run', { anchor: rows.length > 1 ? `y${rows.length}` : 'y' });
   for (const trace of traces) {
     trace.yaxis = trace.row ? `y${trace.row + 1}` : 'y';
     delete trace.row;
   }
-  for (const phase of facts.phases.filter((phase) => !phase.name.startsWith('control') && phase.steps)) {
+  facts.phases.filter((phase) => !phase.name.startsWith('control') && phase.steps).forEach((phase, place) => {
     found.shapes.push({ type: 'line', xref: 'x', yref: 'paper', x0: phase.begin, x1: phase.begin, y0: 0, y1: 1,
       line: { color: COLOURS.control, width: 1, dash: 'dot' } });
     found.annotations.push({ xref: 'x', yref: 'paper', x: phase.begin, y: 1, yanchor: 'bottom', xanchor: 'left',
-      text: plain(phase.title), showarrow: false, font: { size: 11 } });
-  }
+      // One above the other: short phases are narrower than their names.
+      text: plain(phase.title), showarrow: false, font: { size: 11 }, yshift: place % 2 ? 13 : 0 });
+  });
   const table = facts.phases.flatMap((phase) => (phase.scalars.loss ? phase.scalars.loss[0] : []).map((step, place) => [
     `${phase.title}, step ${step}`, phase.scalars.loss[1][place],
     ...['l0', 'lambda', 'sparsity'].map((name) => valueAt(phase.scalars[name], step))]));
   return { traces, layout: found, say: 'Loss, validation perplexity, L0, lambda and sparsity over the steps of the run',
     table: ['Training', ['step', 'loss', 'L0', 'λ', 'sparsity'], table] };
+}
+
+/** Whether a curve falls so far that only logarithms show its end. */
+function isWide(traces) {
+  const values = traces.flatMap((trace) => trace.y).filter((value) => value > 0);
+  return Math.max(...values) > 8 * Math.min(...values);
 }
 
 function valueAt(curve, step) {
@@ -137,8 +144,8 @@ function layerChart(facts, open, chosen) {
       hovertemplate: `${layer.what} ${index}, step %{x}: open in %{y:.0%} of the draws<extra></extra>` };
   });
   return { traces, say: `Open probability of each ${layer.what} of layer ${layer.layer}`,
-    layout: layout(240, { title: { text: plain(`layer ${layer.layer}: solid stays, dashed is cut, thick is the one chosen`), font: { size: 13 } },
-      margin: { l: 62, r: 16, t: 34, b: 44 }, xaxis: axis('step of the phase with gates'),
+    caption: `Layer ${layer.layer}: solid stays, dashed is cut, thick is the one chosen.`,
+    layout: layout(240, { margin: { l: 62, r: 16, t: 10, b: 44 }, xaxis: axis('step of the phase with gates'),
       yaxis: axis('open', { range: [-0.03, 1.03], tickformat: '.0%' }) }),
     table: [`Layer ${layer.layer}`, ['step', ...traces.map((trace) => trace.name)], steps.map((step, frame) => [step, ...traces.map((trace) => trace.y[frame])])] };
 }
@@ -182,7 +189,8 @@ function sizeChart(facts, others, size) {
     for (const stage of Object.keys(symbols)) {
       const found = points.filter((point) => point.this === isThis && point.stage === stage && point.perplexity !== null);
       if (!found.length) continue;
-      traces.push({ type: 'scatter', mode: 'markers', name: isThis ? STAGES[stage] : `${STAGES[stage]}, ${name}`,
+      traces.push({ type: 'scatter', mode: 'markers', name: isThis ? STAGES[stage] : name,
+        showlegend: isThis || !traces.length,
         x: found.map((point) => point[size]), y: found.map((point) => point.perplexity),
         marker: { symbol: symbols[stage], size: isThis ? 13 : 9, opacity: isThis ? 1 : 0.7,
           color: stage === 'control' ? COLOURS.control : stage === 'cut' ? COLOURS.cut : isThis ? COLOURS.kept : '#56b4e9' },
@@ -246,7 +254,7 @@ function attentionChart(facts, patterns, chosen) {
     const z = Array.from({ length: rows }, (_, row) => Array.from(weights.subarray(begin + row * columns, begin + (row + 1) * columns), (w) => w / 255));
     const suffix = place ? place + 1 : '';
     const width = 1 / shown.length;
-    const common = { showgrid: false, zeroline: false, tickmode: 'array', tickfont: { size: 10 } };
+    const common = { showgrid: false, zeroline: false, tickmode: 'array', ticks: '', tickfont: { size: 10 } };
     result[`xaxis${suffix}`] = axis('is read', { ...common, domain: [place * width, (place + 0.92) * width], tickangle: -90,
       tickvals: patterns.columns.map((_, i) => i), ticktext: patterns.columns.map(plain), anchor: `y${suffix}` });
     result[`yaxis${suffix}`] = axis(place ? '' : 'reads', { ...common, autorange: 'reversed', anchor: `x${suffix}`, showticklabels: !place,

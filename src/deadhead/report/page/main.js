@@ -88,4 +88,4 @@ if (page.live) {
     follow(view, server);
   }
 }
-document.documentElement.dataset.ready = 'true';
+document.documentElement.dataset.ready = Math.round(performance.now());

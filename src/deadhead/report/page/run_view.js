@@ -8,6 +8,12 @@ const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) drawWaiting(entry.target);
 }, { rootMargin: '200px' });
 
+/** Begin to draw charts: Plotly, which takes a second to start, stands behind all else in the page. */
+function beginCharts() {
+  for (const place of waiting.keys()) seen.observe(place);
+  document.documentElement.dataset.charts = Math.round(performance.now());
+}
+
 function drawWaiting(place) {
   const draw = waiting.get(place);
   if (!draw) return;
@@ -26,7 +32,8 @@ class Figure {
     this.scroll = element('div', { className: 'scroll' });
     this.details.append(this.scroll);
     this.details.addEventListener('toggle', () => this.fill());
-    place.replaceChildren(this.plot, this.details);
+    this.caption = element('figcaption');
+    place.replaceChildren(this.caption, this.plot, this.details);
   }
 
   /** Draw what `make` returns, now or when it comes into view. */
@@ -34,12 +41,13 @@ class Figure {
     waiting.set(this.place, () => {
       this.chart = make();
       this.plot.setAttribute('aria-label', this.chart.say);
+      this.caption.textContent = this.chart.caption || '';
       this.plot.style.minHeight = `${this.chart.layout.height}px`;
       Plotly.react(this.plot, this.chart.traces, this.chart.layout, CONFIG).then(() => after(this.plot, this.chart));
       this.fill();
     });
     seen.unobserve(this.place);
-    seen.observe(this.place);
+    if (window.Plotly) seen.observe(this.place);
   }
 
   fill() {
@@ -147,7 +155,7 @@ class RunView {
   sayChosen() {
     if (!this.chosen) return;
     const cell = this.map.cells.get(this.chosen.key)?.cells[this.chosen.index];
-    this.find('.chosen').textContent = cell ? `Chosen: ${cell.title}.` : '';
+    this.find('.chosen-text').textContent = cell ? `Chosen: ${cell.title}.` : '';
   }
 
   choose(key, index) {
