@@ -40,6 +40,15 @@ Model = Annotated[
 Data = Annotated[
     str, typer.Option("--data", help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].", show_default=True)
 ]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--report-to",
+        metavar="TRACKER",
+        help="Also report to a tracker through transformers, such as wandb; may be repeated.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
 
 

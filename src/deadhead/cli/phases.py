@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
+from deadhead.cli.console import AsJson, Quiet, ReportTo, console, print_json, progress
 
 if TYPE_CHECKING:
     from deadhead.training.recipe import DataRecipe, PhaseRecipe, PruneRecipe, Recipe
@@ -58,6 +58,10 @@ Temperature = Annotated[float | None, typer.Option("--distill-temperature", help
 Teacher = Annotated[
     Path | None, typer.Option("--teacher", help="The model to distil from: a folder, or a name on the hub.")
 ]
+EvalEvery = Annotated[
+    int | None,
+    typer.Option("--eval-every", min=0, help="Steps between two validation perplexities (0: none)."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")]
 Column = Annotated[str | None, typer.Option("--column", help="Text column of an hf: data set.")]
 Split = Annotated[str | None, typer.Option("--split", help="The one split of an hf: data set to use.")]
@@ -90,12 +94,14 @@ def train(
     schedule: Schedule = None,
     gradient_accumulation: Accumulation = None,
     save_every: SaveEvery = None,
+    eval_every: EvalEvery = None,
     bf16: Bf16 = None,
     gradient_checkpointing: Checkpointing = None,
     column: Column = None,
     split: Split = None,
     seed: PhaseSeed = None,
     resume: Resume = False,
+    report_to: ReportTo = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +124,7 @@ def train(
     )
     text = _changed(base.data, tokenizer=tokenizer, vocab_size=vocab_size, column=column, split=split)
     phase = _changed(base.train, **_common(locals()))
-    _run("train", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, shape=shape)
+    _run("train", phase, out, model, data, text, _seed(seed, base), resume, report_to, quiet, as_json, shape=shape)
 
 
 def prune(
@@ -219,6 +225,7 @@ def prune(
     schedule: Schedule = None,
     gradient_accumulation: Accumulation = None,
     save_every: SaveEvery = None,
+    eval_every: EvalEvery = None,
     bf16: Bf16 = None,
     gradient_checkpointing: Checkpointing = None,
     lora_rank: Lora = None,
@@ -229,6 +236,7 @@ def prune(
     split: Split = None,
     seed: PhaseSeed = None,
     resume: Resume = False,
+    report_to: ReportTo = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -271,7 +279,21 @@ def prune(
         _dry_run(model, phase, quiet, as_json)
         return
     text = _changed(base.data, column=column, split=split)
-    _run("prune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, cut=cut, teacher=teacher)
+    _run(
+        "prune",
+        phase,
+        out,
+        model,
+        data,
+        text,
+        _seed(seed, base),
+        resume,
+        report_to,
+        quiet,
+        as_json,
+        cut=cut,
+        teacher=teacher,
+    )
 
 
 def finetune(
@@ -286,6 +308,7 @@ def finetune(
     schedule: Schedule = None,
     gradient_accumulation: Accumulation = None,
     save_every: SaveEvery = None,
+    eval_every: EvalEvery = None,
     bf16: Bf16 = None,
     gradient_checkpointing: Checkpointing = None,
     lora_rank: Lora = None,
@@ -296,6 +319,7 @@ def finetune(
     split: Split = None,
     seed: PhaseSeed = None,
     resume: Resume = False,
+    report_to: ReportTo = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -303,7 +327,9 @@ def finetune(
     base = _base(recipe)
     phase = _changed(base.finetune, **_common(locals()))
     text = _changed(base.data, column=column, split=split)
-    _run("finetune", phase, out, model, data, text, _seed(seed, base), resume, quiet, as_json, teacher=teacher)
+    _run(
+        "finetune", phase, out, model, data, text, _seed(seed, base), resume, report_to, quiet, as_json, teacher=teacher
+    )
 
 
 def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:
@@ -349,7 +375,7 @@ def _seed(given: int | None, base: Recipe) -> int:
 def _common(given: dict[str, Any]) -> dict[str, Any]:
     names = (
         *("steps", "batch_size", "sequence_length", "learning_rate", "schedule", "gradient_accumulation"),
-        *("save_every", "bf16", "gradient_checkpointing", "lora_rank", "distill", "distill_temperature"),
+        *("save_every", "eval_every", "bf16", "gradient_checkpointing", "lora_rank", "distill", "distill_temperature"),
     )
     return {name: given.get(name) for name in names}
 
@@ -363,6 +389,7 @@ def _run(
     text: DataRecipe,
     seed: int,
     resume: bool,
+    report_to: list[str] | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -380,6 +407,7 @@ def _run(
             seed=seed,
             resume=resume,
             progress=report,
+            report_to=report_to or (),
             **options,
         )
     if not leave():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
+from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, print_json, progress
 
 if TYPE_CHECKING:
     from deadhead.training.recipe import Recipe
@@ -24,6 +25,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
     resume: Resume = False,
     scale_steps: Steps = None,
+    report_to: ReportTo = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -31,7 +33,8 @@ def demo(
     from deadhead.training.recipe import parse_recipe
 
     text = (importlib.resources.files("deadhead.recipes") / "demo.toml").read_text(encoding="utf-8")
-    _execute(_scaled(parse_recipe(text, name="demo"), scale_steps), out, resume=resume, quiet=quiet, as_json=as_json)
+    recipe = _scaled(parse_recipe(text, name="demo"), scale_steps)
+    _execute(recipe, out, report_to or (), resume=resume, quiet=quiet, as_json=as_json)
 
 
 def run(
@@ -39,6 +42,7 @@ def run(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; by default runs/NAME.")] = None,
     resume: Resume = False,
     scale_steps: Steps = None,
+    report_to: ReportTo = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -46,7 +50,8 @@ def run(
     from deadhead.training.recipe import load_recipe
 
     loaded = _scaled(load_recipe(recipe), scale_steps)
-    _execute(loaded, out or Path("runs") / loaded.name, resume=resume, quiet=quiet, as_json=as_json)
+    folder = out or Path("runs") / loaded.name
+    _execute(loaded, folder, report_to or (), resume=resume, quiet=quiet, as_json=as_json)
 
 
 def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
@@ -57,8 +62,8 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
 
     def scaled(section: Any) -> dict[str, Any]:
         values = section.model_dump()
-        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps", "cut_settled")
-        whole = ("steps", "cut_settled")
+        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps", "cut_settled", "eval_every")
+        whole = ("steps", "cut_settled", "eval_every")
         return values | {
             name: max(1 if name in whole else 0, round(values[name] * factor)) for name in names if values.get(name)
         }
@@ -71,22 +76,29 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
     return result
 
 
-def _execute(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool, as_json: bool) -> None:
+def _execute(
+    recipe: Recipe, folder: Path, report_to: Sequence[str], *, resume: bool, quiet: bool, as_json: bool
+) -> None:
     from deadhead import checkpoint
     from deadhead.plan import HeadPlan
     from deadhead.report.head_map import head_map_text, save_head_map
     from deadhead.report.stages import stages_table, verdict
+    from deadhead.report.writing import report_run
     from deadhead.training.logs import read_metrics
     from deadhead.training.processes import is_main, leave
     from deadhead.training.run import METRICS_FILE, Run
 
     with progress(quiet or not is_main()) as report:
-        summary = Run.start(recipe, folder, resume=resume, progress=report).execute()
+        run = Run.start(recipe, folder, resume=resume, progress=report, report_to=report_to)
+        if is_main() and not quiet and errors.is_terminal:
+            errors.print(f"Watch it: deadhead watch {escape(str(folder))}")
+        summary = run.execute()
     if not leave():
         return
     plan = HeadPlan.from_json(folder / checkpoint.PLAN_FILE)
     picture = folder / "head_map.png"
     save_head_map(plan, read_metrics(folder / METRICS_FILE), picture)
+    page = report_run(folder).path
     if as_json:
         print_json(summary)
         return
@@ -96,4 +108,5 @@ def _execute(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool, as_json
     for name, text in summary["samples"].items():
         console.print(f"[bold]{name} model continues:[/bold]\n{escape(text)}\n")
     console.print(f"Head map and gates over time: {escape(str(picture))}")
+    console.print(f"The run's page, for a browser: {escape(str(page))}")
     console.print(f"The pruned model: {escape(str(folder / 'pruned'))}")

@@ -18,7 +18,10 @@ GLOSSARY = {
     "l0": ("L0", "How many gates are expected to be open, summed over all layers: what the sparsity loss counts."),
     "lambda": ("λ", "What an open head costs in the loss, in nats a token. With a target there is none, and it is 0."),
     "sparsity": ("sparsity", "The share of the heads (or blocks) whose gates are closed."),
-    "lm_loss": ("language-modelling loss", "Mean negative log-likelihood of the next token, in nats, on training text."),
+    "lm_loss": (
+        "language-modelling loss",
+        "Mean negative log-likelihood of a token of training text, in nats.",
+    ),
     "perplexity": (
         "perplexity",
         "exp of the mean loss on text that was not trained on: among how many tokens the model seems to guess. Less is "

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deadhead.files import no_space_is_input_error
 from deadhead.plan import HeadPlan, Layer
 
@@ -45,6 +47,26 @@ def gate_courses(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[
     steps = [int(line["step"]) for line in lines]
     layers = lines[0]["open_probability"] if lines else {}
     return steps, {layer: [line["open_probability"][layer] for line in lines] for layer in layers}
+
+
+def head_map_image(open_probability: Sequence[Sequence[float]], *, side: int = 16) -> np.ndarray:
+    """Return the gates as pixels, a row a layer: filled blue as they are open, framed in orange where they are shut.
+
+    Args:
+        open_probability: one row a layer, one number a gate.
+        side: of a gate's square, in pixels.
+
+    Returns:
+        (layers · side, most gates · side, 3) bytes.
+    """
+    kept, cut = (np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) for colour in (_KEPT, _CUT))
+    image = np.full((len(open_probability) * side, max(map(len, open_probability)) * side, 3), 255, dtype=np.uint8)
+    for row, chances in enumerate(open_probability):
+        for column, chance in enumerate(chances):
+            square = image[row * side : (row + 1) * side - 1, column * side : (column + 1) * side - 1]
+            square[:] = kept if chance >= 0.5 else cut
+            square[2:-2, 2:-2] = 255 + (kept - 255) * chance
+    return image
 
 
 def save_head_map(plan: HeadPlan, metrics: Sequence[Mapping[str, Any]], path: Path) -> None:

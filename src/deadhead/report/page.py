@@ -87,7 +87,7 @@ def _hash(script: str) -> str:
 
 @cache
 def _read(name: str) -> str:
-    return importlib.resources.files("deadhead.report").joinpath("page", name).read_text(encoding="utf-8")
+    return (importlib.resources.files("deadhead.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def _script_json(value: Any) -> str:

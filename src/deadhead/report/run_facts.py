@@ -28,7 +28,7 @@ PHASES = {
     "control_prune": "the dense control",
     "control_finetune": "the dense control",
 }
-_SCALARS = ("loss", "l0", "lambda", "sparsity", "block_sparsity", "budget", "validation_perplexity")
+_SCALARS = ("loss", "l0", "lambda", "sparsity", "block_sparsity", "budget", "eval_perplexity")
 _FOLDERS = {"dense": "dense", "finetuned": "pruned"}
 _KEPT_COSTS = ("parameters", "flops_per_token", "kv_cache_bytes")
 
@@ -79,8 +79,8 @@ class RunFacts:
         """What the last `update` found, as JSON values; numbers may be infinite or NaN.
 
         `recipe` (TOML), `summary`, `verdict`, `phases` (name, title, first step, steps done and planned, scalars as
-        [steps, values]), `gates` (steps, and of each layer's heads or blocks the total, those kept, the open probability
-        at these steps as bytes in base64 and the last output difference), `unit`, `costs` and `points`.
+        [steps, values]), `gates` (steps, and of each layer's heads or blocks the total, those kept, the open
+        probability at these steps as bytes in base64 and the last output difference), `unit`, `costs` and `points`.
         """
         return self._facts
 
@@ -149,9 +149,7 @@ class RunFacts:
                     "begin": begins.get(name, 0),
                     "done": found.steps[-1] if found.steps else 0,
                     "steps": planned.get(name) or (found.steps[-1] if found.steps else 0),
-                    "scalars": {
-                        key: thin(found.steps, found.scalars[key]) for key in _SCALARS if key in found.scalars
-                    },
+                    "scalars": {key: thin(found.steps, found.scalars[key]) for key in _SCALARS if key in found.scalars},
                 }
             )
         return phases

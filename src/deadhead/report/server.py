@@ -149,10 +149,10 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
     def measure(asked: Any) -> Response:
         if not isinstance(asked, dict) or not isinstance(kept := asked.get("kept"), dict):
             raise InputError('The request must be a JSON object with "run", "model", "kept" and "prompt".')
-        names = [asked.get("model"), asked.get("prompt")]
-        if not all(isinstance(name, str) for name in names):
+        name, prompt = asked.get("model"), asked.get("prompt")
+        if not isinstance(name, str) or not isinstance(prompt, str):
             raise InputError('"model" and "prompt" of the request must be strings.')
-        found = _numbered(str(asked.get("run"))).trial.measure(*names[:1], kept, names[1])
+        found = _numbered(str(asked.get("run"))).trial.measure(name, kept, prompt)
         return JSONResponse(finite(found))
 
     async def try_it(request: Request) -> Response:

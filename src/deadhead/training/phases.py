@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from deadhead.budget import BudgetTarget
@@ -26,14 +24,13 @@ from deadhead.errors import InputError
 from deadhead.evaluation import max_positions
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
-from deadhead.gating import gates_of, is_gate
+from deadhead.gating import gates_of
 from deadhead.hard_concrete import GateConfig
 from deadhead.latency import Latency
 from deadhead.layouts import find_layout
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.ranking import HeadScores
-from deadhead.training.adapters import lora
 from deadhead.training.choosing import (
     ROW,
     asked_blocks,
@@ -51,9 +48,12 @@ from deadhead.training.distillation import Distillation
 from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.processes import on_main
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
+from deadhead.training.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.settled import SettledHeads, restore_trimmed
 from deadhead.training.sparsity import SparsityCallback
+from deadhead.training.trainee import checkpoint_activations, trainee
 from deadhead.training.trainer import LanguageModelTrainer, last_checkpoint
+from deadhead.training.validation import Validation
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
@@ -104,6 +104,9 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Path | None = None,
     tensorboard: Path | None = None,
+    report_to: Sequence[str] = (),
+    run_name: str | None = None,
+    valid: TokenStream | None = None,
     report: Report | None = None,
     resume: bool = False,
 ) -> PreTrainedModel:
@@ -123,6 +126,9 @@ def train(
         callbacks: further callbacks, called after ours.
         metrics: metrics.jsonl, or None.
         tensorboard: where TensorBoard events go, or None.
+        report_to: trackers that the numbers go to through transformers' integrations, such as "wandb".
+        run_name: what the trackers call the run.
+        valid: the validation text, for a recipe with `eval_every`.
         report: told of every step, for a progress bar.
         resume: go on from the newest whole checkpoint in `folder`, if there is one.
 
@@ -137,12 +143,16 @@ def train(
             settings: dict[str, Any] = {"phase": phase, "seed": seed, "first_segment": first_segment}
             settings |= {"gates": gates, "latency": latency, "teacher": teacher, "callbacks": callbacks}
             settings |= {"metrics": metrics, "tensorboard": tensorboard, "report": report}
+            settings |= {"report_to": report_to, "run_name": run_name, "valid": valid}
             return train(model, text, recipe, folder=temporary, **settings)
     folder = Path(folder)
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
     if recipe.distill and teacher is None:
         raise InputError("The recipe's distill asks for a teacher to learn from, but none was given.")
+    if recipe.eval_every and valid is None:
+        raise InputError("The recipe's eval_every asks for a validation text, but none was given.")
+    require_trackers(report_to)
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
         raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
     cut_settled = recipe.cut_settled if isinstance(recipe, PruneRecipe) and gates is not None else 0
@@ -168,7 +178,9 @@ def train(
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or recipe.steps,
         seed=seed,
+        # Trackers come after our own callbacks, whose numbers they are to see.
         report_to=[],
+        run_name=run_name,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -207,6 +219,8 @@ def train(
         ours.append(sparsity_callback(gates, recipe, target))
         if cut_settled:
             ours.append(SettledHeads(gates, cut_settled))
+    if recipe.eval_every and valid is not None:
+        ours.append(Validation(model, valid, every=recipe.eval_every, tokens=recipe.eval_tokens))
     if metrics is not None:
         ours.append(MetricsFile(metrics, phase, gates))
     checkpoint = last_checkpoint(folder) if resume else None
@@ -215,22 +229,22 @@ def train(
     elif gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
         look = partial(_score, model, text, recipe, recipe.start_from, recipe.start_batches)
         gates.lean(on_main(lambda: look(seed=seed, first_segment=first_segment)), spread=_LEAN)
-    writer = None
-    if tensorboard is not None and args.process_index == 0:
-        # What a stopped run wrote after its checkpoint is hidden.
-        step = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
-        writer = SummaryWriter(log_dir=str(tensorboard), purge_step=step + 1)
-        ours.append(TensorBoardCallback(writer))
     if report is not None:
         ours.append(StepReporter(report))
     distillation = None
     if teacher is not None:
         distillation = Distillation(teacher, weight=recipe.distill, temperature=recipe.distill_temperature)
     if recipe.gradient_checkpointing:
-        _checkpoint_activations(model, True)
+        checkpoint_activations(model, True)
+    begin = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     try:
-        with _trainee(model, recipe) as trainee:
-            trainer = LanguageModelTrainer(trainee, args, dataset, distillation, callbacks=[*ours, *callbacks])
+        with ExitStack() as stack:
+            learning = stack.enter_context(trainee(model, recipe))
+            if args.process_index == 0:
+                if tensorboard is not None:
+                    ours += stack.enter_context(tensorboard_callbacks(tensorboard, gates, begin=begin))
+                ours += stack.enter_context(tracker_callbacks(report_to))
+            trainer = LanguageModelTrainer(learning, args, dataset, distillation, callbacks=[*ours, *callbacks])
             trainer.remove_callback(PrinterCallback)
             if args.world_size > 1 and hasattr(model.config, "memory_length"):
                 # Dropout of its own for each process. The order of texts for models without memory is drawn from the
@@ -245,10 +259,8 @@ def train(
                 else:
                     trainer.resume(checkpoint)
     finally:
-        if writer is not None:
-            writer.close()
         if recipe.gradient_checkpointing:
-            _checkpoint_activations(model, False)
+            checkpoint_activations(model, False)
         model.eval()
     return model
 
@@ -369,40 +381,6 @@ def _segments(
     )
 
 
-def _trainee(model: PreTrainedModel, recipe: PhaseRecipe) -> AbstractContextManager[nn.Module]:
-    """Return what learns while the block runs: the gates alone, adapters, or the weights."""
-    if isinstance(recipe, PruneRecipe) and recipe.freeze_weights:
-        return _only_gates_learn(model)
-    return lora(model, recipe.lora_rank) if recipe.lora_rank else _in_float32(model)
-
-
-@contextmanager
-def _in_float32(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Hold weights in float32 while the block runs: in bfloat16 a small step is rounded away."""
-    precisions = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float()
-        yield model
-    finally:
-        for name, parameter in model.named_parameters():
-            # Parameter by parameter: buffers such as rotary frequencies are in float32 for good.
-            parameter.data = parameter.data.to(precisions[name])
-
-
-@contextmanager
-def _only_gates_learn(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Freeze everything but the gates while the block runs."""
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_gate(name))
-        yield model
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
-
-
 def _segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
     """Return the tokens of a row."""
     if hasattr(model.config, "memory_length"):
@@ -417,13 +395,3 @@ def _segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
     if most is not None and length > most:
         raise InputError(f"The model has {most} positions, but a sequence_length of {length} was asked for.")
     return length
-
-
-def _checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
-    """Switch gradient checkpointing on or off, under the name that this version of transformers has for it."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        settings = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
-        getattr(model, f"{name}_checkpointing_enable")(**settings)
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from deadhead.training.inputs import dense_folder, load_dense, prepare_text, req
 from deadhead.training.phases import choose_units, train
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
+from deadhead.training.reporting import require_trackers
 from deadhead.training.trainer import last_checkpoint
 
 STAGES = ("dense", "gated", "cut", "finetuned")
@@ -100,26 +101,37 @@ class Run:
         recipe: what to do.
         progress: told of what goes on, in the main process.
         fresh: whether the folder was made just now.
+        report_to: trackers that every phase reports to; see `deadhead.train`.
     """
 
     folder: Path
     recipe: Recipe
     progress: Progress = lambda *_: None
     fresh: bool = False
+    report_to: Sequence[str] = ()
 
     @classmethod
     def start(
-        cls, recipe: Recipe, folder: str | Path, *, resume: bool = False, progress: Progress | None = None
+        cls,
+        recipe: Recipe,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        progress: Progress | None = None,
+        report_to: Sequence[str] = (),
     ) -> Run:
         """Make a run's folder, or reopen it.
 
         Raises:
             InputError: the folder holds something else, holds a run and `resume` was not asked for, or holds a run of
-                another recipe.
+                another recipe, or a tracker is not there.
         """
+        require_trackers(report_to)
         folder = Path(folder)
         fresh = on_main(lambda: cls._open(recipe, folder, resume=resume))
-        return cls(folder, recipe, progress if progress is not None and is_main() else lambda *_: None, fresh)
+        return cls(
+            folder, recipe, progress if progress is not None and is_main() else lambda *_: None, fresh, report_to
+        )
 
     @staticmethod
     def _open(recipe: Recipe, folder: Path, *, resume: bool) -> bool:
@@ -280,6 +292,9 @@ class Run:
             teacher=checkpoint.load(self.folder / "dense") if recipe.distill and phase != "train" else None,
             metrics=self.folder / METRICS_FILE,
             tensorboard=self.folder / "tensorboard" / phase,
+            report_to=self.report_to,
+            run_name=f"{self.recipe.name} {phase}",
+            valid=text.splits["valid"],
             report=lambda done, total, logs: self.progress(phase, done, total, logs),
             resume=True,
         )

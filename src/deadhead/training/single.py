@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from deadhead.training.inputs import prepare_text
 from deadhead.training.phases import choose_units, train
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
+from deadhead.training.reporting import require_trackers
 from deadhead.training.run import METRICS_FILE, Progress, build_model
 from deadhead.training.trainer import last_checkpoint
 
@@ -49,6 +50,7 @@ def run_single(
     teacher: Path | None = None,
     resume: bool = False,
     progress: Progress = _silent,
+    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run one phase and write its checkpoint; return what was measured.
 
@@ -68,11 +70,13 @@ def run_single(
             at the start, and no teacher in other phases.
         resume: go on from the last checkpoint in `OUT.work`.
         progress: told of what goes on, in the main process.
+        report_to: trackers; see `deadhead.train`.
 
     Raises:
         InputError: something given cannot be used.
         DivergenceError: training diverged.
     """
+    require_trackers(report_to)
     out = out.resolve()
     work = out.with_name(out.name + ".work")
     on_main(lambda: _check_places(out, work, model, resume=resume))
@@ -117,6 +121,9 @@ def run_single(
                 teacher=_load_teacher(teacher or (model if phase == "prune" else None)) if recipe.distill else None,
                 metrics=work / METRICS_FILE,
                 tensorboard=work / "tensorboard",
+                report_to=report_to,
+                run_name=f"{out.name} {phase}",
+                valid=text.splits["valid"],
                 report=lambda done, total, logs: progress(phase, done, total, logs),
                 resume=resume,
             )

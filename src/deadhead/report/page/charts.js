@@ -39,7 +39,7 @@ function trainingChart(facts) {
   const add = (title, ...filled) => { if (filled.some(Boolean)) rows.push(title); };
 
   add('loss, nats', curve('loss', 'loss', {}));
-  let any = curve('validation_perplexity', 'perplexity', { points: true });
+  let any = curve('eval_perplexity', 'perplexity', { points: true });
   if (stages.length) {
     any = true;
     const symbols = { dense: 'square', gated: 'circle-open', cut: 'x', finetuned: 'circle', control: 'diamond' };

@@ -1,0 +1,97 @@
+"""Write a run's page to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deadhead.errors import InputError
+from deadhead.report.page import write_page
+from deadhead.report.run_facts import RunFacts, sibling_points
+from deadhead.report.trial import run_attention
+from deadhead.training.recipe import DataRecipe, load_recipe
+from deadhead.training.run import RECIPE_FILE
+
+REPORT_FILE = "report.html"
+_SENTENCE = "The gardener cut the dead flowers, and the rose that she had planted bloomed."
+_CODE = "def read(self, size=-1):\n    return self.file.read(size)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was written.
+
+    Args:
+        path: the HTML file.
+        bytes: its size.
+        runs_beside: the names of the runs it is compared with.
+        lacks: why the page shows no attention, or "".
+    """
+
+    path: Path
+    bytes: int
+    runs_beside: tuple[str, ...]
+    lacks: str
+
+
+def report_run(
+    run: str | Path,
+    path: str | Path | None = None,
+    *,
+    others: Sequence[str | Path] | None = None,
+    sentence: str | None = None,
+    attention: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Write a run's page: one HTML file that opens from disk and needs no network.
+
+    Args:
+        run: a run's folder, finished or not, or a checkpoint that a single phase wrote.
+        path: the HTML file; None takes report.html in the folder.
+        others: runs to compare with; None takes those beside it that were measured on the same text.
+        sentence: what attention is shown on; None takes one of ours.
+        attention: whether the models are loaded to show where their heads look.
+        progress: told of the models read and to read.
+
+    Raises:
+        InputError: `run` or one of `others` is not a run's folder, the sentence cannot be read, or the page cannot be
+            written.
+    """
+    folder = Path(run)
+    path = folder / REPORT_FILE if path is None else Path(path)
+    if path.is_dir():
+        raise InputError(f"The page is one file, but {path} is a folder; name a file.")
+    facts = RunFacts(folder)
+    facts.update()
+    points = sibling_points(facts, None if others is None else [Path(other) for other in others])
+    text = default_sentence(text_of(folder)) if sentence is None else sentence
+    patterns: dict[str, Any] | None = None
+    lacks = "" if attention else "it was not asked for"
+    if attention:
+        try:
+            patterns = run_attention(folder, text, progress)
+        except InputError as error:
+            if sentence is not None:
+                raise
+            # A model that does not tell its attention has a page all the same.
+            lacks = str(error)
+    write_page([{"facts": facts.facts, "others": points, "attention": patterns, "sentence": text}], path)
+    names = tuple(dict.fromkeys(point["run"] for point in points))
+    return Report(path=path, bytes=path.stat().st_size, runs_beside=names, lacks=lacks)
+
+
+def text_of(folder: Path) -> DataRecipe:
+    """Return what text a run has learned from, or the one that commands take where none is named.
+
+    Raises:
+        InputError: the run's recipe cannot be read.
+    """
+    recipe = folder / RECIPE_FILE
+    return load_recipe(recipe).data if recipe.is_file() else DataRecipe()
+
+
+def default_sentence(data: DataRecipe) -> str:
+    """Return a sentence of the kind that a text consists of."""
+    return _CODE if data.source == "stdlib" else _SENTENCE
