@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install llama-cpp demo test test-full lint bench wheel clean
+.PHONY: help install llama-cpp browser demo test test-full lint bench wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
@@ -44,6 +44,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 
 llama-cpp: $(INSTALLED) ## build llama.cpp's Python binding (minutes, a C++ compiler): GGUF exports are then checked
 	@$(BIN)/python -c 'import llama_cpp, uvicorn' 2>/dev/null || { echo 'Building llama.cpp; this takes some minutes …'; $(PIP) 'llama-cpp-python[server]'; }
+
+browser: ## install Debian's Chromium, in which the tests open a run's page; needs root
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 
 demo: $(INSTALLED) ## train, prune and cut a small model in minutes, or go on where it stopped (DEMO_ARGS)
 	$(BIN)/deadhead demo --resume $(DEMO_ARGS)

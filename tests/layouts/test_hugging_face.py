@@ -31,7 +31,7 @@ from deadhead.layouts import find_layout
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.models.pruned import feed_forward, shrinking
 from deadhead.plan import HeadPlan, Unit, is_block_key
-from deadhead.training.phases import _checkpoint_activations
+from deadhead.training.learning import checkpoint_activations
 from tests.helpers import assert_unchanged, cached_logits, chunks, difference, gradients, random_plan, snapshot
 
 # One of each kind: separate projections with groups, biases, norms and sinks; fused ones in every order; one key/value
@@ -421,7 +421,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_type: str) -> None:
         return {layer: gradient.clone() for layer, gradient in found.items()}
 
     plain = gate_gradients()
-    _checkpoint_activations(model, True)
+    checkpoint_activations(model, True)
     checkpointed = gate_gradients()
     assert any(bool(gradient.any()) for gradient in plain.values())
     for layer, gradient in plain.items():

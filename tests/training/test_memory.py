@@ -14,8 +14,8 @@ import deadhead
 from benchmarks._tiny_models import tiny_config as tiny_transformers_config
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.training.choosing import attach_gates
+from deadhead.training.learning import checkpoint_activations, learner
 from deadhead.training.memory import Mode, TrainingMemory, step_memory, training_memory
-from deadhead.training.phases import _checkpoint_activations, _trainee
 from deadhead.training.recipe import PruneRecipe
 from tests.helpers import tiny_config
 
@@ -59,8 +59,8 @@ def _really(config: PreTrainedConfig, recipe: PruneRecipe) -> TrainingMemory:
     model = _made(config)
     attach_gates(model, recipe)
     if recipe.gradient_checkpointing:
-        _checkpoint_activations(model, True)
-    with _trainee(model, recipe) as trainee:
+        checkpoint_activations(model, True)
+    with learner(model, recipe) as trainee:
         return step_memory(trainee, recipe)
 
 

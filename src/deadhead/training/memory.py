@@ -28,7 +28,8 @@ from deadhead.gating import detach, gates_of, is_gate, unwrapped
 from deadhead.losses import SegmentLoss
 from deadhead.plan import Unit
 from deadhead.training.choosing import attach_gates
-from deadhead.training.phases import _checkpoint_activations, _segment_length, _trainee
+from deadhead.training.learning import checkpoint_activations, learner
+from deadhead.training.phases import _segment_length
 from deadhead.training.recipe import PruneRecipe, changed
 
 Mode = Literal["full", "lora", "frozen"]
@@ -121,11 +122,11 @@ def training_memory(
     else:
         model = detach(_moved(config_or_model, torch.device("meta")))
     if gradient_checkpointing:
-        _checkpoint_activations(model, True)
+        checkpoint_activations(model, True)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         # On the meta device adapters are made without contents too.
-        with torch.device("meta"), _trainee(model, recipe) as prepared:
+        with torch.device("meta"), learner(model, recipe) as prepared:
             trainee = _moved(prepared, torch.device("cpu"), fake)
         # Real ones: they are small, and which heads are computed depends on what they draw.
         attach_gates(unwrapped(trainee), recipe)

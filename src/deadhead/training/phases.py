@@ -45,13 +45,13 @@ from deadhead.training.choosing import (
     reached,
 )
 from deadhead.training.distillation import Distillation
+from deadhead.training.learning import checkpoint_activations, learner
 from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.processes import on_main
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.settled import SettledHeads, restore_trimmed
 from deadhead.training.sparsity import SparsityCallback
-from deadhead.training.trainee import checkpoint_activations, trainee
 from deadhead.training.trainer import LanguageModelTrainer, last_checkpoint
 from deadhead.training.validation import Validation
 
@@ -239,7 +239,7 @@ def train(
     begin = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     try:
         with ExitStack() as stack:
-            learning = stack.enter_context(trainee(model, recipe))
+            learning = stack.enter_context(learner(model, recipe))
             if args.process_index == 0:
                 if tensorboard is not None:
                     ours += stack.enter_context(tensorboard_callbacks(tensorboard, gates, begin=begin))

@@ -13,7 +13,7 @@ from deadhead.training.adapters import lora
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe
 
 
-def trainee(model: PreTrainedModel, recipe: PhaseRecipe) -> AbstractContextManager[nn.Module]:
+def learner(model: PreTrainedModel, recipe: PhaseRecipe) -> AbstractContextManager[nn.Module]:
     """Return what learns while the block runs: the gates alone, adapters, or the weights."""
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights:
         return _only_gates_learn(model)

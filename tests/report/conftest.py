@@ -1,0 +1,59 @@
+"""Runs, and a real browser to look at them with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from deadhead.training.run import Run
+from tests.small import small_recipe, write_prose
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of 2 layers × 4 heads of which half go, with its control."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    text = write_prose(folder.parent.parent)
+    phases: dict[str, Any] = {name: {"eval_every": 2, "eval_tokens": 50} for name in ("train", "finetune")}
+    recipe = small_recipe(text, prune={"sparsity": 0.5, "eval_every": 2, "eval_tokens": 50}, control=True, **phases)
+    Run.start(recipe, folder).execute()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Return a Chromium of this machine's, without a window."""
+    found = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("There is no Chromium here; on Debian `make browser` installs it.")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # As root Chromium runs without its sandbox only.
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """Return a fresh page; the test fails if anything is written to its console, raised in it, or shown as a dialog."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    yield page
+    context.close()
+    assert not wrong
