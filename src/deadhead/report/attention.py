@@ -36,7 +36,10 @@ def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Raises:
         InputError: the sentence is empty, or the model does not tell its attention.
     """
-    heads = sum(site.total for site in find_layout(model).sites(model, "head")) or 1
+    layout = find_layout(model)
+    plan = layout.recorded_plan(model)
+    all_sites = layout.sites(model, "head" if plan is None else plan.unit)
+    heads = sum(site.total for site in all_sites) or 1
     most = min(_MOST_TOKENS, max(8, math.isqrt(_MOST_WEIGHTS // heads)), max_positions(model) or _MOST_TOKENS)
     ids = tokenizer(sentence, return_tensors="pt").input_ids[:, :most]
     if ids.shape[1] == 0:
@@ -48,22 +51,29 @@ def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     length = len(tokens)
     layers = {}
     has_persistent = False
-    for site, found in zip(find_layout(model).sites(model, "head"), attentions, strict=True):
-        if found is None or not site.units:
-            continue
+    # A layer without heads has nothing to tell.
+    sites = [site for site in all_sites if site.units]
+    if len(sites) != len(attentions):
+        raise InputError(f"Models of type {model.config.model_type} do not tell the attention of all their layers.")
+    for site, found in zip(sites, attentions, strict=True):
         weights_HTK = found[0].float()
         if weights_HTK.shape[-1] > length:
             has_persistent = True
             rest_HT1 = weights_HTK[..., length:].sum(-1, keepdim=True)
             weights_HTK = torch.cat([weights_HTK[..., :length], rest_HT1], dim=-1)
-        weights = packed(weights_HTK.cpu().numpy())
-        layers[str(site.layer)] = {"heads": list(site.units), "total": site.total, "weights": weights}
+        # A model that was cut by groups counts in groups, each with as many query heads.
+        each = len(weights_HTK) // len(site.units)
+        layers[str(site.layer)] = {
+            "heads": [unit * each + place for unit in site.units for place in range(each)],
+            "total": site.total * each,
+            "weights": packed(weights_HTK.cpu().numpy()),
+        }
     columns = [*tokens, *(["persistent vectors"] if has_persistent else [])]
     return {"tokens": tokens, "columns": columns, "layers": layers}
 
 
-def _weights(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor | None, ...]:
-    """Return each layer's attention weights (1, H, T, K)."""
+def _weights(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """Return the attention weights (1, H, T, K) of each layer that has heads."""
     before = model.config._attn_implementation
     try:
         # The fused kernels do not keep the weights.
@@ -74,7 +84,7 @@ def _weights(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor | None, ...]:
         model.set_attn_implementation(before)
     if not found:
         raise InputError(f"Models of type {model.config.model_type} do not tell their attention weights.")
-    return tuple(found)
+    return [weights for weights in found if weights is not None]
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -110,8 +110,11 @@ class Trial:
         with self._lock:
             loaded = self._load(name)
             gates = loaded.gates
+            asked = {layer_key(key): units for key, units in kept.items()}
+            if unknown := set(asked) - set(gates.total):
+                raise InputError(f"The model has no layer {min(map(str, unknown))!r}.")
             plan = HeadPlan.of_units(
-                {layer_key(key): units for key, units in kept.items()},
+                asked,
                 dict(gates.total),
                 unit=gates.unit,
                 output_scale=loaded.scale,

@@ -9,8 +9,9 @@ class HeadMap {
    */
   constructor(place, onClick, toggles = false) {
     Object.assign(this, { place, onClick, toggles, layers: [], cells: new Map(), shape: '' });
-    // One tab stop; arrows move within, as in any grid.
+    // One tab stop, the cell that was last in focus; arrows move within, as in any grid.
     place.addEventListener('keydown', (event) => this.move(event));
+    place.addEventListener('focusin', (event) => this.stopAt(event.target.closest('.cell')));
   }
 
   /** Build the tables, unless those there are have the same shape. */
@@ -23,8 +24,15 @@ class HeadMap {
     const tables = ['head', 'block'].filter((what) => layers.some((layer) => layer.what === what));
     this.place.replaceChildren(...tables.map((what) => this.table(what)));
     this.place.classList.toggle('crowded', Math.max(0, ...layers.map((layer) => layer.total)) > 24);
-    const first = this.place.querySelector('.cell');
-    if (first) first.tabIndex = 0;
+    this.stop = null;
+    this.stopAt(this.place.querySelector('.cell'));
+  }
+
+  stopAt(cell) {
+    if (!cell) return;
+    if (this.stop) this.stop.tabIndex = -1;
+    this.stop = cell;
+    cell.tabIndex = 0;
   }
 
   table(what) {
@@ -86,9 +94,6 @@ class HeadMap {
     const layer = this.layers[row];
     if (!layer) return;
     const place = Math.min(Math.max(Number(cell.dataset.index) + step[1], 0), layer.total - 1);
-    const target = this.cells.get(layer.key).cells[place];
-    cell.tabIndex = -1;
-    target.tabIndex = 0;
-    target.focus();
+    this.cells.get(layer.key).cells[place].focus();
   }
 }
