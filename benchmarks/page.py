@@ -42,7 +42,7 @@ def write_run(folder: Path, *, steps: int, layers: int, heads: int) -> None:
 
 
 def open_times(page: Path, repeats: int) -> dict[str, float]:
-    """Return medians, in seconds from the beginning of the navigation: head map there, all loaded, first chart drawn."""
+    """Return medians in seconds from the beginning of the navigation: head map there, all loaded, a chart drawn."""
     from playwright.sync_api import sync_playwright
 
     found = next(path for name in _BROWSERS if (path := shutil.which(name)))
@@ -85,7 +85,8 @@ def main() -> None:
         begin = time.perf_counter()
         written = report_run(folder, attention=False)
         seconds = time.perf_counter() - begin
-        print(f"{options.steps:,} steps of {options.layers} × {options.heads} heads, metrics.jsonl {logged / 1e6:.0f} MB")
+        shape = f"{options.layers} × {options.heads} heads"
+        print(f"{options.steps:,} steps of {shape}, metrics.jsonl {logged / 1e6:.0f} MB")
         print(f"page {written.bytes / 1e6:.2f} MB, written in {seconds:.1f} s")
         if not any(shutil.which(name) for name in _BROWSERS):
             print("There is no Chromium here; on Debian `make browser` installs it.")

@@ -75,3 +75,12 @@ def test_everything_is_timed(found: Any) -> None:
 def test_a_token_reads_less_than_all_parameters(found: Any) -> None:
     whole, half, quarter = found["read"]
     assert quarter < half < whole < found["parameters"]
+
+
+def test_the_page_benchmark_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/page.py", "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "500 steps of 16 × 16 heads" in done.stdout
+    assert "page 5" in done.stdout

@@ -15,6 +15,7 @@ from .hard_concrete import GateConfig
 from .models import AllAttentionConfig, AllAttentionForCausalLM
 from .plan import BlockPlan, HeadPlan
 from .ranking import HeadScores
+from .report.writing import Report, report_run
 from .timing import bench
 from .training import (
     PhaseRecipe,
@@ -46,6 +47,7 @@ __all__ = [
     "InputError",
     "PhaseRecipe",
     "PruneRecipe",
+    "Report",
     "SparsityCallback",
     "UnsupportedModel",
     "attach",
@@ -64,6 +66,7 @@ __all__ = [
     "load_text",
     "model_cost",
     "rank",
+    "report_run",
     "save",
     "save_gates",
     "score_heads",
