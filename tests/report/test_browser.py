@@ -244,6 +244,13 @@ def test_live(small_run: Path, watched: tuple[Path, str], page: Page, tmp_path: 
 
     _try_heads(first, page, small_run, tmp_path)
     assert second.locator(".trial").is_hidden(), "there is no model yet"
+    # Models that come to be can be tried without loading the page anew.
+    for name in ("dense", "gated"):
+        # A run's models appear whole, as these do.
+        shutil.copytree(small_run / name, tmp_path / name)
+        (tmp_path / name).rename(goes_on / name)
+        second.locator(f'.trial-model option[value="{name}"]').wait_for(state="attached")
+    assert second.locator(".trial-model").input_value() == "dense", "what is being tried stays"
 
 
 def _try_heads(run: Any, page: Page, folder: Path, tmp_path: Path) -> None:

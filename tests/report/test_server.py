@@ -92,10 +92,9 @@ def test_news_only_where_there_are_some(client: TestClient, folder: Path) -> Non
 
 
 def test_a_trial(client: TestClient) -> None:
-    assert client.get("/api/trial?run=0", headers=_AUTHORISED).json() == {
-        "models": ["gated", "dense"],
-        "prompt": "the ",
-    }
+    known = client.get("/api/run?run=0", headers=_AUTHORISED).json()
+    assert (known["models"], known["prompt"]) == (["gated", "dense"], "the ")
+    assert client.get("/api/trial?run=0", headers=_AUTHORISED).status_code == 400
     model = client.get("/api/trial?run=0&model=gated", headers=_AUTHORISED).json()
     assert [layer["total"] for layer in model["layers"]] == [4, 4]
     asked = {"run": 0, "model": "gated", "kept": {"0": [1]}, "prompt": "the cat"}

@@ -85,7 +85,7 @@ class RunFacts:
         return self._facts
 
     def _finished(self) -> tuple[bool, ...]:
-        return tuple((self.folder / name / "config.json").exists() for name in _FOLDERS.values())
+        return tuple((self.folder / name / "config.json").exists() for name in (*_FOLDERS.values(), "gated"))
 
     def _read(self) -> dict[str, Any]:
         recipe, summary = self._recipe(), self._summary()

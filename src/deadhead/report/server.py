@@ -75,6 +75,8 @@ class WatchedRun:
             "others": sibling_points(self.facts),
             "attention": self._attention,
             "sentence": self.sentence,
+            "models": list(self.trial.models),
+            "prompt": self.prompt,
         }
 
 
@@ -140,11 +142,7 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
         return JSONResponse(_run(request).trial.attention(request.query_params.get("sentence", "")))
 
     def trial(request: Request) -> Response:
-        run = _run(request)
-        name = request.query_params.get("model")
-        if name is None:
-            return JSONResponse({"models": list(run.trial.models), "prompt": run.prompt})
-        return JSONResponse(run.trial.describe(name))
+        return JSONResponse(_run(request).trial.describe(request.query_params.get("model", "")))
 
     def measure(asked: Any) -> Response:
         if not isinstance(asked, dict) or not isinstance(kept := asked.get("kept"), dict):

@@ -31,7 +31,7 @@ function trainingChart(facts) {
         row: rows.length, legendgroup: isControl ? 'control' : look.name || title, showlegend: false,
         line: { color: isControl ? COLOURS.control : look.colour || COLOURS.kept, width: 1.6,
           dash: isControl ? 'dash' : look.dash || 'solid' },
-        hovertemplate: `${phase.title}, step %{x:,}<br>${isControl ? 'dense control: ' : ''}${look.name || title} %{y:.4~g}<extra></extra>` });
+        hovertemplate: `${plain(phase.title)}, step %{x:,}<br>${isControl ? 'dense control: ' : ''}${look.name || title} %{y:.4~g}<extra></extra>` });
     }
     return found.length > 0;
   };

@@ -48,19 +48,16 @@ class Server {
   }
 }
 
-/** Keep a run up to date: its facts every second, the model to try once there is one. */
+/** Keep a run up to date: its facts every second, and the models to try once there are any. */
 async function follow(view, server) {
   const connection = document.getElementById('connection');
-  let trial = null;
+  const trial = new Trial(view, server);
   let wait = 1000;
   for (;;) {
     try {
       const run = await server.news(`api/run?run=${view.index}`);
       if (run) view.update(run);
-      if (!trial || run) {
-        const one = trial || new Trial(view, server);
-        if (!trial && await one.begin()) trial = one;
-      }
+      await trial.refresh(view.run);
       connection.textContent = 'live';
       wait = 1000;
     } catch (error) {

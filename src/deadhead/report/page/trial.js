@@ -12,15 +12,16 @@ class Trial {
     view.find('.trial-prompt').addEventListener('change', () => this.measure());
   }
 
-  /** Ask which models can be tried, until there is one. */
-  async begin() {
-    const found = await this.server.get(`api/trial?run=${this.view.index}`);
-    if (!found.models.length) return false;
+  /** Offer the models there are now; of a run that goes on there come to be more. */
+  async refresh(run) {
+    const select = this.view.find('.trial-model');
+    if (run.models.join() !== [...select.options].map((option) => option.value).join()) {
+      select.replaceChildren(...run.models.map((name) => element('option', { value: name, selected: name === this.name }, STAGES[name] || name)));
+    }
+    if (this.name || !run.models.length) return;
+    if (this.view.find('.trial').hidden) this.view.find('.trial-prompt').value = run.prompt;
     this.view.find('.trial').hidden = false;
-    this.view.find('.trial-model').replaceChildren(...found.models.map((name) => element('option', { value: name }, STAGES[name] || name)));
-    this.view.find('.trial-prompt').value = found.prompt;
-    await this.open(found.models[0]);
-    return true;
+    await this.open(select.value);
   }
 
   async open(name) {
