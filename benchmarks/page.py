@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from _browser import MISSING, launch_options
 
 from deadhead.report.writing import report_run
-
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def write_run(folder: Path, *, steps: int, layers: int, heads: int) -> None:
@@ -41,14 +40,13 @@ def write_run(folder: Path, *, steps: int, layers: int, heads: int) -> None:
     (folder / "head_plan.json").write_text(json.dumps(plan), encoding="utf-8")
 
 
-def open_times(page: Path, repeats: int) -> dict[str, float]:
+def open_times(page: Path, repeats: int, launch: dict[str, Any]) -> dict[str, float]:
     """Return medians in seconds from the beginning of the navigation: head map there, all loaded, a chart drawn."""
     from playwright.sync_api import sync_playwright
 
-    found = next(path for name in _BROWSERS if (path := shutil.which(name)))
     times: dict[str, list[float]] = {"head map": [], "loaded": [], "first chart": []}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(**launch)
         for _ in range(repeats):
             # Tall enough that the first chart is in view.
             context = browser.new_context(viewport={"width": 1280, "height": 1600})
@@ -88,10 +86,11 @@ def main() -> None:
         shape = f"{options.layers} × {options.heads} heads"
         print(f"{options.steps:,} steps of {shape}, metrics.jsonl {logged / 1e6:.0f} MB")
         print(f"page {written.bytes / 1e6:.2f} MB, written in {seconds:.1f} s")
-        if not any(shutil.which(name) for name in _BROWSERS):
-            print("There is no Chromium here; on Debian `make browser` installs it.")
+        launch = launch_options()
+        if launch is None:
+            print(MISSING)
             return
-        for name, value in open_times(written.path, options.repeats).items():
+        for name, value in open_times(written.path, options.repeats, launch).items():
             print(f"{name:>12} after {value:.2f} s")
 
 

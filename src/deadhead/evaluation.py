@@ -78,14 +78,7 @@ def evaluate(
     targets = len(text.tokens) - 1 if limit is None else min(limit, len(text.tokens) - 1)
     if targets < 1:
         raise InputError(f"A text of at least 2 tokens is needed to measure perplexity, but it has {len(text.tokens)}.")
-    # A token outside the vocabulary would crash or, on a GPU, corrupt the process.
-    largest = int(text.tokens[: targets + 1].max())
-    vocabulary = model.config.get_text_config().vocab_size
-    if largest >= vocabulary:
-        raise InputError(
-            f"The text has token {largest}, but the model's vocabulary ends at {vocabulary - 1}; "
-            "use the tokenizer the model was trained with."
-        )
+    require_known(model, int(text.tokens[: targets + 1].max()), of="text")
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
         if hasattr(model.config, "memory_length"):
@@ -105,6 +98,25 @@ def evaluate(
         tokens=targets,
         tokens_per_second=targets / seconds,
     )
+
+
+def require_known(model: PreTrainedModel, largest: int, *, of: str) -> None:
+    """Check that a model has all tokens of a text: others would crash or, on a GPU, corrupt the process.
+
+    Args:
+        model: it.
+        largest: the largest token there is.
+        of: what the text is, for the message.
+
+    Raises:
+        InputError: the model's vocabulary ends before it.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise InputError(
+            f"The {of} has token {largest}, but the model's vocabulary ends at {vocabulary - 1}; "
+            "use the tokenizer the model was trained with."
+        )
 
 
 def evaluation_window(model: PreTrainedModel, window: int | None = None) -> int:

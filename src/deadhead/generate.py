@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.errors import InputError
+from deadhead.evaluation import require_known
 
 
 def generate_text(
@@ -33,12 +34,7 @@ def generate_text(
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[-1] == 0:
         raise InputError("A prompt of at least one token was expected, but it is empty.")
-    vocabulary = model.config.get_text_config().vocab_size
-    if int(ids.max()) >= vocabulary:
-        raise InputError(
-            f"The prompt has token {int(ids.max())}, but the model's vocabulary ends at {vocabulary - 1}; "
-            "use the tokenizer the model was trained with."
-        )
+    require_known(model, int(ids.max()), of="prompt")
     if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
         raise InputError(f"The temperature must be 0 or lie between 0.001 and 1000, but it is {temperature}.")
     if max_new_tokens < 1:

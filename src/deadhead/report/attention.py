@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.errors import InputError
-from deadhead.evaluation import max_positions
+from deadhead.evaluation import max_positions, require_known
 from deadhead.layouts import find_layout
 from deadhead.modes import evaluating
 from deadhead.report.run_facts import packed
@@ -44,8 +44,7 @@ def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     ids = tokenizer(sentence, return_tensors="pt").input_ids[:, :most]
     if ids.shape[1] == 0:
         raise InputError("A sentence of at least one token was expected, but it is empty.")
-    if int(ids.max()) >= model.config.get_text_config().vocab_size:
-        raise InputError("The sentence has tokens that the model's vocabulary lacks; use the model's own tokenizer.")
+    require_known(model, int(ids.max()), of="sentence")
     attentions = _weights(model, ids.to(model.device))
     tokens = [_readable(tokenizer, int(token)) for token in ids[0]]
     length = len(tokens)

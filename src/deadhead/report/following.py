@@ -23,28 +23,34 @@ class Frames:
 
     def __init__(self, most: int = _MOST_FRAMES) -> None:
         self.most = most
-        self.steps: list[int] = []
-        self.rows: list[Any] = []
+        # Every so many of those that came, and the newest beside them.
+        self._even: list[tuple[int, Any]] = []
+        self._newest: list[tuple[int, Any]] = []
         self._stride = 1
         self._seen = 0
 
     def add(self, step: int, row: Any) -> None:
         """Add the newest row."""
-        # All but the last lie on the grid of the stride; the last is there whether it does or not.
-        if self._seen and (self._seen - 1) % self._stride:
-            self.steps.pop()
-            self.rows.pop()
-        self.steps.append(step)
-        self.rows.append(row)
+        self._newest = [(step, row)]
+        if self._seen % self._stride == 0:
+            self._even += self._newest
+            if len(self._even) > self.most:
+                self._even = self._even[::2]
+                self._stride *= 2
         self._seen += 1
-        if len(self.steps) > self.most:
-            on_grid = (self._seen - 1) % (2 * self._stride) == 0
-            last = None if on_grid else (self.steps[-1], self.rows[-1])
-            self.steps, self.rows = self.steps[::2], self.rows[::2]
-            self._stride *= 2
-            if last is not None and self.steps[-1] != last[0]:
-                self.steps.append(last[0])
-                self.rows.append(last[1])
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the rows that are kept."""
+        return [step for step, _ in self._kept()]
+
+    @property
+    def rows(self) -> list[Any]:
+        """The rows that are kept."""
+        return [row for _, row in self._kept()]
+
+    def _kept(self) -> list[tuple[int, Any]]:
+        return self._even if self._even[-1:] == self._newest else [*self._even, *self._newest]
 
 
 class PhaseMetrics:

@@ -8,14 +8,13 @@ import importlib.resources
 import json
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from deadhead.files import finite, write_text
+from deadhead.files import finite
 from deadhead.report.glossary import GLOSSARY
 
 # In the order in which one needs the other.
@@ -32,30 +31,16 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
     """
     from deadhead import __version__
 
-    scripts = _scripts()
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(_read("page.html")).render(
         policy=page_policy(live=live),
         title=", ".join(run["facts"]["name"] for run in runs),
         style=Markup(_read("page.css")),
-        scripts=[Markup(script) for script in scripts],
+        scripts=[Markup(script) for script in _scripts()],
         data=Markup(_script_json({"live": live, "runs": list(runs)})),
         glossary=[{"key": key, "name": name, "meaning": meaning} for key, (name, meaning) in GLOSSARY.items()],
         version=__version__,
     )
-
-
-def write_page(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the page, whole or not at all.
-
-    Args:
-        runs: as for `render_page`.
-        path: the HTML file.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    write_text(path, render_page(runs))
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from deadhead import checkpoint
 from deadhead.cost import config_cost
 from deadhead.errors import InputError
 from deadhead.files import read_json
-from deadhead.plan import HeadPlan, is_block_key, plain_key
+from deadhead.plan import HeadPlan, block_key, is_block_key, plain_key
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
 from deadhead.report.stages import verdict
 from deadhead.training.recipe import Recipe, load_recipe
@@ -29,13 +29,31 @@ PHASES = {
     "control_finetune": "the dense control",
 }
 _SCALARS = ("loss", "l0", "lambda", "sparsity", "block_sparsity", "budget", "eval_perplexity")
-_FOLDERS = {"dense": "dense", "finetuned": "pruned"}
+# By the names of their stages, the checkpoints in a run's folder, and those whose costs are compared.
+_CHECKPOINTS = {"dense": "dense", "gated": "gated", "finetuned": "pruned"}
+_COMPARED = ("dense", "finetuned")
 _KEPT_COSTS = ("parameters", "flops_per_token", "kv_cache_bytes")
 
 
-def is_run(folder: Path) -> bool:
-    """Tell whether a folder is a run's, or what `deadhead prune` wrote."""
-    return any((folder / name).is_file() for name in (RECIPE_FILE, METRICS_FILE))
+def checkpoints_in(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
+    """Return those of some checkpoints in a run's folder that are there.
+
+    Args:
+        folder: of the run.
+        names: by what each is called here, its folder in the run's.
+    """
+    found = {name: folder / inner for name, inner in names.items()}
+    return {name: path for name, path in found.items() if (path / "config.json").is_file()}
+
+
+def plan_in(folder: Path) -> HeadPlan | None:
+    """Return the head plan in a run's or a checkpoint's folder, or None if there is none yet.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / checkpoint.PLAN_FILE
+    return HeadPlan.from_json(path) if path.is_file() else None
 
 
 class RunFacts:
@@ -51,7 +69,7 @@ class RunFacts:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise InputError(f"The folder of a run was expected at {folder}, but there is none.")
-        if not is_run(folder):
+        if not any((folder / name).is_file() for name in (RECIPE_FILE, METRICS_FILE)):
             raise InputError(
                 f"{folder} is not the folder of a run: it has neither {RECIPE_FILE} nor {METRICS_FILE}; name one that "
                 "deadhead demo, run, train, prune or finetune made."
@@ -59,7 +77,7 @@ class RunFacts:
         self.folder = folder
         self.name = folder.resolve().name
         self._metrics = MetricsFollower(folder / METRICS_FILE)
-        self._costs: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._costs: dict[str, tuple[int, dict[str, Any]]] = {}
         self._seen: tuple[Any, ...] | None = None
         self._facts: dict[str, Any] = {}
 
@@ -67,7 +85,7 @@ class RunFacts:
         """Read what is new; return whether anything is."""
         changed = self._metrics.update()
         names = (RECIPE_FILE, SUMMARY_FILE, checkpoint.PLAN_FILE)
-        seen = (*(_modified(self.folder / name) for name in names), *self._finished())
+        seen = (*(_modified(self.folder / name) for name in names), *checkpoints_in(self.folder, _CHECKPOINTS))
         if not changed and seen == self._seen:
             return False
         self._facts = self._read()
@@ -84,12 +102,9 @@ class RunFacts:
         """
         return self._facts
 
-    def _finished(self) -> tuple[bool, ...]:
-        return tuple((self.folder / name / "config.json").exists() for name in (*_FOLDERS.values(), "gated"))
-
     def _read(self) -> dict[str, Any]:
         recipe, summary = self._recipe(), self._summary()
-        plan = self._plan()
+        plan = plan_in(self.folder)
         finished = all(stage in summary for stage in STAGES) and "samples" in summary
         return {
             "name": self.name,
@@ -100,7 +115,7 @@ class RunFacts:
             "phases": self._phases(recipe),
             "unit": "head" if plan is None else plan.unit,
             "gates": self._gates(plan),
-            "costs": {stage: cost for stage, name in _FOLDERS.items() if (cost := self._cost(name))},
+            "costs": {stage: cost for stage in _COMPARED if (cost := self._cost(_CHECKPOINTS[stage]))},
             "points": size_points(self.name, summary, is_this=True),
         }
 
@@ -118,10 +133,6 @@ class RunFacts:
         path = self.folder / SUMMARY_FILE
         found = read_json(path, what="summary of a run") if path.is_file() else {}
         return found if isinstance(found, dict) else {}
-
-    def _plan(self) -> HeadPlan | None:
-        path = self.folder / checkpoint.PLAN_FILE
-        return HeadPlan.from_json(path) if path.is_file() else None
 
     def _phases(self, recipe: Recipe | None) -> list[dict[str, Any]]:
         planned, begins = {}, {}
@@ -161,14 +172,14 @@ class RunFacts:
         if plan is not None:
             blocks = {} if plan.blocks is None else plan.blocks.total
             totals = {str(layer): count for layer, count in plan.total.items()}
-            totals |= {f"blocks.{layer}": count for layer, count in blocks.items()}
+            totals |= {block_key(layer): count for layer, count in blocks.items()}
             kept = {str(key): units for key, units in plan.units.items()}
-        frames = found.open_probability
-        for key, row in (frames.rows[-1] if frames.rows else {}).items():
+        frames = found.open_probability.rows
+        for key, row in (frames[-1] if frames else {}).items():
             totals.setdefault(key, len(row))
         layers = []
         for key, total in totals.items():
-            rows = [frame.get(key, ()) for frame in frames.rows]
+            rows = [frame.get(key, ()) for frame in frames]
             # Of gates on something else than the plan counts there is nothing to show.
             rows = rows if all(len(row) == total for row in rows) else []
             layers.append(
@@ -182,7 +193,7 @@ class RunFacts:
                     "difference": found.difference.get(key, []),
                 }
             )
-        return {"steps": frames.steps, "layers": layers}
+        return {"steps": found.open_probability.steps, "layers": layers}
 
     def _cost(self, name: str) -> dict[str, Any]:
         """Return what a checkpoint costs on paper; nothing of one that is not there."""
@@ -213,7 +224,7 @@ def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[di
 
 
 def comparable(summary: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether two runs measured perplexity on the same text in as many tokens of the same kind.
+    """Tell whether two runs learned from the same text, in as many tokens.
 
     Args:
         summary: summary.json of one.
@@ -258,7 +269,7 @@ def packed(shares: np.ndarray) -> str:
     return base64.b64encode(steps.tobytes()).decode("ascii")
 
 
-def _modified(path: Path) -> float | None:
+def _modified(path: Path) -> int | None:
     try:
         return path.stat().st_mtime_ns
     except OSError:

@@ -24,8 +24,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deadhead.errors import InputError
 from deadhead.files import finite
 from deadhead.report.page import page_policy, render_page
-from deadhead.report.run_facts import RunFacts, sibling_points
-from deadhead.report.trial import Trial
+from deadhead.report.run_facts import RunFacts, checkpoints_in, sibling_points
+from deadhead.report.trial import ATTENTION_OF, Trial
 
 _HOSTS = ["127.0.0.1", "localhost"]
 # Of a request; a plan of the largest model's heads and a prompt are far below.
@@ -48,22 +48,21 @@ class WatchedRun:
         self.sentence = sentence
         self.prompt = prompt
         self._lock = threading.Lock()
-        self._models: tuple[str, ...] = ()
+        self._models: dict[str, Path] = {}
         self._attention: dict[str, Any] | None = None
         self._text = b""
-        self.mark = ""
+        self._mark = ""
 
     def read(self) -> tuple[bytes, str]:
         """Return what the page is to know, as JSON, and a mark that changes with it."""
         with self._lock:
             if self.facts.update() or not self._text:
                 self._text = json.dumps(finite(self._page_data()), allow_nan=False).encode("utf-8")
-                self.mark = f'"{hashlib.sha256(self._text).hexdigest()[:24]}"'
-            return self._text, self.mark
+                self._mark = f'"{hashlib.sha256(self._text).hexdigest()[:24]}"'
+            return self._text, self._mark
 
     def _page_data(self) -> dict[str, Any]:
-        folder = self.facts.folder
-        models = tuple(name for name in ("dense", "pruned", ".") if (folder / name / "config.json").is_file())
+        models = checkpoints_in(self.facts.folder, ATTENTION_OF)
         if models != self._models:
             self._models = models
             try:
@@ -190,19 +189,18 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
     )
 
 
-def serve(runs: Sequence[WatchedRun], *, port: int | None, ready: Callable[[str], None], token: str = "") -> None:
+def serve(runs: Sequence[WatchedRun], *, port: int | None, ready: Callable[[str], None]) -> None:
     """Serve the page on 127.0.0.1 until interrupted.
 
     Args:
         runs: what it shows.
         port: where; None takes 6007, or any that is free.
         ready: called with the page's address, token included, once it can be opened.
-        token: empty: a fresh one.
 
     Raises:
         InputError: the port is taken or not allowed.
     """
-    token = token or secrets.token_urlsafe(24)
+    token = secrets.token_urlsafe(24)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with listening:

@@ -22,8 +22,11 @@ from deadhead.layouts import find_layout
 from deadhead.modes import best_device
 from deadhead.plan import HeadPlan, is_block_key, layer_key, plain_key
 from deadhead.report.attention import attention_patterns
+from deadhead.report.run_facts import checkpoints_in, plan_in
 from deadhead.training.recipe import DataRecipe
 
+# By the names that the page has for them, the models in a run's folder whose attention it shows.
+ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}
 _NEW_TOKENS = 120
 _LONGEST_PROMPT = 2000
 
@@ -62,9 +65,7 @@ class Trial:
     @property
     def models(self) -> dict[str, Path]:
         """The folders of the models there are, by name; those with gates first."""
-        names = {"gated": "gated", "dense": "dense", "model": "."}
-        found = {name: self.folder / folder for name, folder in names.items()}
-        return {name: path for name, path in found.items() if (path / "config.json").is_file()}
+        return checkpoints_in(self.folder, {"gated": "gated", "dense": "dense", "model": "."})
 
     def describe(self, name: str) -> dict[str, Any]:
         """Load a model; return its folder, its unit and, by layer, the units there are and those that its plan keeps.
@@ -75,8 +76,10 @@ class Trial:
         with self._lock:
             loaded = self._load(name)
             gates = loaded.gates
-            plan = self._plan(gates)
+            plan = plan_in(self.folder)
             planned = {} if plan is None else plan.units
+            if plan is not None:
+                gates.require_plan(plan)
             present = gates.present
             return {
                 "folder": str(self.models[name]),
@@ -169,19 +172,10 @@ class Trial:
         if has_gates(folder):
             return checkpoint.load_gated(folder)
         model = checkpoint.load(folder)
-        path = self.folder / checkpoint.PLAN_FILE
-        plan = HeadPlan.from_json(path) if path.is_file() else find_layout(model).recorded_plan(model)
+        plan = plan_in(self.folder) or find_layout(model).recorded_plan(model)
         if plan is None:
             return model, attach(model)
         return model, attach(model, unit=plan.unit, blocks=False if plan.blocks is None else plan.blocks.size)
-
-    def _plan(self, gates: HeadGates) -> HeadPlan | None:
-        path = self.folder / checkpoint.PLAN_FILE
-        if not path.is_file():
-            return None
-        plan = HeadPlan.from_json(path)
-        gates.require_plan(plan)
-        return plan
 
     def _perplexity(self, model: PreTrainedModel, text: TokenStream) -> float:
         return evaluate(model, text, limit=self.tokens).perplexity
@@ -200,8 +194,7 @@ def run_attention(
     Raises:
         InputError: the sentence cannot be used.
     """
-    names = {"dense": "dense", "finetuned": "pruned", "model": "."}
-    found = {name: folder / inner for name, inner in names.items() if (folder / inner / "config.json").is_file()}
+    found = checkpoints_in(folder, ATTENTION_OF)
     patterns: dict[str, Any] = {}
     for done, (name, path) in enumerate(found.items()):
         patterns[name] = attention_patterns(checkpoint.load(path), load_tokenizer(path), sentence)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from deadhead.errors import InputError
-from deadhead.report.page import write_page
+from deadhead.files import write_text
+from deadhead.report.page import render_page
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.trial import run_attention
 from deadhead.training.recipe import DataRecipe, load_recipe
@@ -77,7 +78,8 @@ def report_run(
                 raise
             # A model that does not tell its attention has a page all the same.
             lacks = str(error)
-    write_page([{"facts": facts.facts, "others": points, "attention": patterns, "sentence": text}], path)
+    page = {"facts": facts.facts, "others": points, "attention": patterns, "sentence": text}
+    write_text(path, render_page([page]))
     names = tuple(dict.fromkeys(point["run"] for point in points))
     return Report(path=path, bytes=path.stat().st_size, runs_beside=names, lacks=lacks)
 

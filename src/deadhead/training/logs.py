@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,12 @@ from deadhead.plan import is_block_key
 
 # Fields that differ between two runs of the same recipe; everything else is equal bit for bit.
 TIMING_FIELDS = ("seconds",)
+
+
+def add_to_log(state: TrainerState, logs: dict[str, Any], values: Mapping[str, float]) -> None:
+    """Add numbers to what is being logged, in a callback's on_log; callbacks that come later in the list see them."""
+    logs.update(values)
+    state.log_history[-1].update(values)
 
 
 class MetricsFile(TrainerCallback):

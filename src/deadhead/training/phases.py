@@ -52,7 +52,7 @@ from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.settled import SettledHeads, restore_trimmed
 from deadhead.training.sparsity import SparsityCallback
-from deadhead.training.trainer import LanguageModelTrainer, last_checkpoint
+from deadhead.training.trainer import LanguageModelTrainer, checkpoint_step, last_checkpoint
 from deadhead.training.validation import Validation
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
@@ -236,7 +236,7 @@ def train(
         distillation = Distillation(teacher, weight=recipe.distill, temperature=recipe.distill_temperature)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model, True)
-    begin = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+    begin = 0 if checkpoint is None else checkpoint_step(checkpoint)
     try:
         with ExitStack() as stack:
             learning = stack.enter_context(learner(model, recipe))

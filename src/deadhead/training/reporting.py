@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
@@ -53,7 +52,7 @@ class _HeadMapImage(TrainerCallback):
         for name, has_blocks in (("head map", False), ("block map", True)):
             rows = [p.tolist() for key, p in found.items() if is_block_key(key) == has_blocks]
             if rows:
-                self.writer.add_image(name, np.asarray(head_map_image(rows)), step, dataformats="HWC")
+                self.writer.add_image(name, head_map_image(rows), step, dataformats="HWC")
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -62,6 +61,8 @@ def require_trackers(names: Sequence[str]) -> None:
     Raises:
         InputError: one is not.
     """
+    if not names:
+        return  # looking for what is installed takes a moment
     known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
     for name in names:
         if name not in known:
@@ -75,16 +76,11 @@ def tracker_callbacks(names: Sequence[str]) -> Iterator[list[TrainerCallback]]:
     """Yield the Trainer's own integrations of some trackers; they come last, to see what ours add to a log.
 
     Args:
-        names: as the Trainer's `report_to`. TensorBoard is written anyhow.
-
-    Raises:
-        InputError: a tracker is not known or not installed.
+        names: as the Trainer's `report_to`; see `require_trackers`. TensorBoard is written anyhow.
     """
-    require_trackers(names)
+    others = [name for name in names if name != "tensorboard"]
     try:
-        yield [
-            make() for make in get_reporting_integration_callbacks([name for name in names if name != "tensorboard"])
-        ]
+        yield [make() for make in get_reporting_integration_callbacks(others)]
     finally:
         # The integration leaves its run open, which the next phase would go on in, from step 0.
         if "wandb" in names and "wandb" in sys.modules:

@@ -16,6 +16,7 @@ from deadhead.penalty import SparsityTarget, Weighting, linear_warmup, penalty_g
 from deadhead.plan import is_block_key, plain_key
 from deadhead.ranking import Ranking
 from deadhead.training.gate_optimizer import GateOptimizer, default_rate
+from deadhead.training.logs import add_to_log
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
@@ -194,8 +195,6 @@ class SparsityCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the gates' numbers to training logs; callbacks that come later in the list see them."""
+        """Add the gates' numbers to training logs."""
         if logs is not None and "loss" in logs:
-            metrics = self.metrics()
-            logs.update(metrics)
-            state.log_history[-1].update(metrics)
+            add_to_log(state, logs, self.metrics())

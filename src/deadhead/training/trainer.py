@@ -158,7 +158,7 @@ class LanguageModelTrainer(Trainer):
                     self.segment_loss.memory = memory
                 elif self.distillation is not None:
                     self.distillation.memory = memory
-        if _step(checkpoint) >= self.args.max_steps:
+        if checkpoint_step(checkpoint) >= self.args.max_steps:
             # All steps are done; transformers would do one more.
             self._load_from_checkpoint(str(checkpoint))
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -173,10 +173,11 @@ class LanguageModelTrainer(Trainer):
 def checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoint folders in `output_dir`, whole or not, oldest first."""
     found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=_step)
+    return sorted(found, key=checkpoint_step)
 
 
-def _step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's folder is named by."""
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from deadhead.data import TokenStream
 from deadhead.evaluation import evaluate
+from deadhead.training.logs import add_to_log
 
 
 class Validation(TrainerCallback):
@@ -43,7 +44,7 @@ class Validation(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the number; callbacks that come later in the list see it."""
+        """Add the number to the training log."""
         if logs is not None and "loss" in logs and self.perplexity is not None:
-            logs["eval_perplexity"] = state.log_history[-1]["eval_perplexity"] = self.perplexity
+            add_to_log(state, logs, {"eval_perplexity": self.perplexity})
             self.perplexity = None

@@ -121,7 +121,7 @@ function gatesChart(facts, open) {
   const traces = z.length ? [{ type: 'heatmap', x: steps, z, zmin: 0, zmax: 1, colorscale: SHADES,
     customdata: names.map((name) => steps.map(() => plain(name))), colorbar: { title: { text: 'open' }, thickness: 12, tickformat: '.0%' },
     hovertemplate: '%{customdata}<br>step %{x}: open in %{z:.0%} of the draws<extra></extra>' }] : [];
-  return { traces, names, say: 'Open probability of every gate over the steps of the phase with gates',
+  return { traces, say: 'Open probability of every gate over the steps of the phase with gates',
     layout: layout(height, { margin: { l: 62, r: 8, t: 8, b: 44 }, xaxis: axis('step of the phase with gates', { showgrid: false }),
       yaxis: axis('layer', { autorange: 'reversed', showgrid: false, zeroline: false, tickmode: 'array',
         tickvals: marked.map(([row]) => row), ticktext: marked.map(([, name]) => plain(name)) }) }),

@@ -43,7 +43,7 @@ class Figure {
       this.plot.setAttribute('aria-label', this.chart.say);
       this.caption.textContent = this.chart.caption || '';
       this.plot.style.minHeight = `${this.chart.layout.height}px`;
-      Plotly.react(this.plot, this.chart.traces, this.chart.layout, CONFIG).then(() => after(this.plot, this.chart));
+      Plotly.react(this.plot, this.chart.traces, this.chart.layout, CONFIG).then(() => after(this.plot));
       this.fill();
     });
     seen.unobserve(this.place);
@@ -63,7 +63,7 @@ class RunView {
     this.body.append(...this.root.querySelectorAll(':scope > section'));
     this.root.append(this.body);
     place.append(this.root);
-    this.chosen = null;
+    this.chosen = { key: '', index: 0 };
     this.frame = null;
     this.figures = Object.fromEntries([...this.root.querySelectorAll('figure')].map((figure) => [figure.dataset.chart, new Figure(figure)]));
     this.map = new HeadMap(this.find('.map'), (layer, head) => this.choose(layer.key, head));
@@ -83,7 +83,7 @@ class RunView {
     this.facts = run.facts;
     const { facts } = this;
     this.open = new Map(facts.gates.layers.filter((layer) => layer.open).map((layer) => [layer.key, bytes(layer.open)]));
-    if (!this.chosen && facts.gates.layers.length) this.chosen = { key: facts.gates.layers[0].key, index: 0 };
+    if (!this.chosen.key && facts.gates.layers.length) this.chosen.key = facts.gates.layers[0].key;
     this.find('.name').textContent = facts.name;
     this.showProgress();
     this.find('.verdict').textContent = facts.verdict;
@@ -97,7 +97,7 @@ class RunView {
     scrub.value = this.frame;
     this.paintMap();
     this.figures.training.draw(() => trainingChart(this.facts));
-    this.figures.gates.draw(() => gatesChart(this.facts, this.open), (plot, chart) => this.pickFrom(plot, chart));
+    this.figures.gates.draw(() => gatesChart(this.facts, this.open), (plot) => this.pickFrom(plot));
     this.figures.costs.draw(() => costsChart(this.facts));
     this.drawSize();
     this.setAttention(run.attention);
@@ -153,7 +153,6 @@ class RunView {
   }
 
   sayChosen() {
-    if (!this.chosen) return;
     const cell = this.map.cells.get(this.chosen.key)?.cells[this.chosen.index];
     this.find('.chosen-text').textContent = cell ? `Chosen: ${cell.title}.` : '';
   }
@@ -164,7 +163,7 @@ class RunView {
     this.drawChosen();
   }
 
-  pickFrom(plot, chart) {
+  pickFrom(plot) {
     plot.removeAllListeners('plotly_click');
     plot.on('plotly_click', (event) => {
       let row = event.points[0].pointIndex[0];
@@ -194,9 +193,8 @@ class RunView {
   }
 
   drawChosen() {
-    const chosen = this.chosen || { key: '', index: 0 };
-    this.figures.layer.draw(() => layerChart(this.facts, this.open, chosen));
-    this.figures.difference.draw(() => differenceChart(this.facts, chosen));
+    this.figures.layer.draw(() => layerChart(this.facts, this.open, this.chosen));
+    this.figures.difference.draw(() => differenceChart(this.facts, this.chosen));
     this.drawAttention();
   }
 
@@ -207,16 +205,12 @@ class RunView {
   /** Take in attention patterns, by model; null keeps those there are. */
   setAttention(patterns) {
     if (patterns) this.attention = patterns;
-    const select = this.find('.attention-of');
-    const names = Object.keys(this.attention || {});
-    if ([...select.options].map((option) => option.value).join() !== names.join()) {
-      select.replaceChildren(...names.map((name) => element('option', { value: name }, STAGES[name] || name)));
-    }
+    offer(this.find('.attention-of'), Object.keys(this.attention || {}));
   }
 
   drawAttention() {
     const patterns = (this.attention || {})[this.find('.attention-of').value];
-    this.figures.attention.draw(() => attentionChart(this.facts, patterns, this.chosen || { key: '', index: 0 }));
+    this.figures.attention.draw(() => attentionChart(this.facts, patterns, this.chosen));
   }
 
   showSamples() {

@@ -20,6 +20,13 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
+/** Let a select offer the models of some names; the one that is chosen stays. */
+function offer(select, names) {
+  if (names.join() === [...select.options].map((option) => option.value).join()) return;
+  const chosen = select.value;
+  select.replaceChildren(...names.map((name) => element('option', { value: name, selected: name === chosen }, STAGES[name] || name)));
+}
+
 /** Plotly reads a few HTML tags in its labels; escaped, they stay what they are. */
 function plain(text) {
   return String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');

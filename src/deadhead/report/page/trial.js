@@ -15,9 +15,7 @@ class Trial {
   /** Offer the models there are now; of a run that goes on there come to be more. */
   async refresh(run) {
     const select = this.view.find('.trial-model');
-    if (run.models.join() !== [...select.options].map((option) => option.value).join()) {
-      select.replaceChildren(...run.models.map((name) => element('option', { value: name, selected: name === this.name }, STAGES[name] || name)));
-    }
+    offer(select, run.models);
     if (this.name || !run.models.length) return;
     if (this.view.find('.trial').hidden) this.view.find('.trial-prompt').value = run.prompt;
     this.view.find('.trial').hidden = false;

@@ -1,0 +1,17 @@
+"""The browser of this machine in which pages are opened."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+# As root Chromium runs without its sandbox only.
+_ARGUMENTS = ["--no-sandbox"]
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+MISSING = "There is no Chromium here; on Debian `make browser` installs it."
+
+
+def launch_options() -> dict[str, Any] | None:
+    """Return what Playwright is to launch Chromium with, or None if there is none here."""
+    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
+    return None if found is None else {"executable_path": found, "args": _ARGUMENTS}
