@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -383,12 +384,51 @@ _DAMAGES = {
 def test_damage_is_said_in_one_sentence(damage: Any, tmp_path: Path) -> None:
     deadhead.save(tiny_model(), tmp_path / "model")
     damage(tmp_path / "model")
+    # As in a folder that another program wrote; with the checksums every change is seen (see below).
+    (tmp_path / "model" / "SHA256SUMS").unlink()
     with pytest.raises(InputError, match=_DAMAGES[damage]) as caught:
         deadhead.load(tmp_path / "model")
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith(".")
     assert "model" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "head_gates.json", "head_gates.safetensors", "tokenizer.json"]
+)
+def test_one_flipped_bit_is_found_and_named(name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """In every byte of a small file and in some of a large one, even where what it says remains good JSON."""
+    folder = tmp_path / "model"
+    deadhead.save(_gated(), folder, tokenizer=tokenizer)
+    model, _ = deadhead.load_gated(folder)
+    good = (folder / name).read_bytes()
+    draw = random.Random(name)
+    for place in draw.sample(range(len(good)), min(len(good), 20)):
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << draw.randrange(8)
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{name} is not what was saved there, so says its checksum") as caught:
+            deadhead.load_gated(folder)
+        assert "\n" not in str(caught.value)
+    (folder / name).write_bytes(good)
+    assert_same_tensors(deadhead.load_gated(folder)[0].state_dict(), model.state_dict())
+
+
+def test_what_people_may_edit_is_not_held_against_them(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    deadhead.save(tiny_model(), folder)
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=False).returncode == 0
+    for name in ("README.md", "generation_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("\n", "\n\n", 1))
+    deadhead.load(folder)
+    _change_config(folder, hidden_dropout=0.25)
+    with pytest.raises(
+        InputError, match=r"config\.json is not what was saved .* if the change is meant, delete SHA256"
+    ):
+        deadhead.load(folder)
+    (folder / "SHA256SUMS").unlink()
+    assert deadhead.load(folder).config.hidden_dropout == 0.25
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -422,6 +462,7 @@ def test_gates_that_are_not_there_or_damaged(tmp_path: Path) -> None:
         deadhead.save(_gated(), tmp_path / "gated")
         path = tmp_path / "gated" / name
         path.unlink() if content is None else path.write_bytes(content)
+        (tmp_path / "gated" / "SHA256SUMS").unlink()
         with pytest.raises(InputError, match=message) as caught:
             deadhead.load_gated(tmp_path / "gated")
         assert "\n" not in str(caught.value)

@@ -5,7 +5,7 @@ from .cost import Cost, model_cost
 from .criteria import score_heads
 from .cutting import cut
 from .data import load_text
-from .errors import CutError, DivergenceError, ExportError, InputError, UnsupportedModel
+from .errors import CutError, DivergenceError, ExportError, InputError, RunWarning, UnsupportedModel
 from .evaluation import Evaluation, evaluate
 from .export.exporting import Exported, export_model
 from .gate_files import load_gates, save_gates
@@ -48,6 +48,7 @@ __all__ = [
     "PhaseRecipe",
     "PruneRecipe",
     "Report",
+    "RunWarning",
     "SparsityCallback",
     "UnsupportedModel",
     "attach",

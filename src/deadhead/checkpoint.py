@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from deadhead.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.cost import model_cost
 from deadhead.errors import InputError
 from deadhead.files import read_json, replaced_folder, require_replaceable, write_text
@@ -37,6 +38,9 @@ _TAG = '"deadhead", "pruned-attention-heads"'
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 # What of the base model's card stays true of the cut model.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
+# What decides what a model computes; people may edit the rest.
+_VERIFIED = {".safetensors", ".json", ".model", ".txt"}
+_NOT_VERIFIED = {"generation_config.json"}
 _ENDINGS = {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt", ".model"}
 
 
@@ -87,6 +91,7 @@ def save(
             elif file.exists():
                 shutil.copy2(file, folder / file.name)
         write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base), about))
+        write_checksums(folder)
 
 
 def require_ours_or_free(path: Path) -> None:
@@ -100,7 +105,7 @@ def require_ours_or_free(path: Path) -> None:
     if (path / "config.json").exists() and not (card.is_file() and _TAG in card.read_text("utf-8", errors="replace")):
         raise InputError(f"{path} holds a model that deadhead did not write; choose another place.")
     for entry in path.iterdir() if path.is_dir() else ():
-        known = entry.name == "tensorboard" or entry.name.upper().startswith(_LICENCES)
+        known = entry.name in ("tensorboard", CHECKSUMS_FILE) or entry.name.upper().startswith(_LICENCES)
         if not known and entry.suffix not in _ENDINGS:
             raise InputError(f"{path} holds {entry.name} beside a checkpoint of deadhead; choose another place.")
 
@@ -119,6 +124,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     if not local and not _looks_like_a_name(path):
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     if local:
+        require_unchanged(Path(path))
         config = read_json(Path(path) / "config.json", what="model configuration")
         kind = config.get("model_type") if isinstance(config, dict) else None
         if isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING:
@@ -154,6 +160,21 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
             )
     model.eval()
     return model
+
+
+def require_unchanged(folder: Path) -> None:
+    """Check weights, configuration, plan, gates and tokenizer against the checksums that were saved with them, if any.
+
+    Raises:
+        InputError: a file is not what was saved.
+    """
+    names = [name for name in read_checksums(folder) if Path(name).suffix in _VERIFIED and name not in _NOT_VERIFIED]
+    changed = changed_file(folder, among=names)
+    if changed is not None:
+        raise InputError(
+            f"{folder / changed} is not what was saved there, so says its checksum in {CHECKSUMS_FILE}: it is damaged "
+            f"or was changed; restore it, or, if the change is meant, delete {CHECKSUMS_FILE}."
+        )
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:

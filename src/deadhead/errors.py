@@ -20,7 +20,22 @@ class ExportError(RuntimeError):
 
 
 class DivergenceError(RuntimeError):
-    """Training met a loss or a gradient that is not finite. The message names the step and what to try."""
+    """Training met a loss, gradient or weight that is not finite. The message names the step and what to try.
+
+    Args:
+        message: the sentence.
+        step: of the optimizer, counted from 1.
+        reason: a clause, such as "loss is nan".
+    """
+
+    def __init__(self, message: str, step: int = 0, reason: str = "") -> None:
+        super().__init__(message)
+        self.step = step
+        self.reason = reason
+
+
+class RunWarning(UserWarning):
+    """Something a run met and went on from, which its user should know. The command line prints it."""
 
 
 def own_sentence(error: ValueError) -> str:

@@ -4,72 +4,30 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import deadhead
-from deadhead import DivergenceError, InputError, PhaseRecipe, PruneRecipe
-from deadhead.gates import HeadGates
+from deadhead import DivergenceError, InputError, PhaseRecipe
 from deadhead.models import AllAttentionForCausalLM
+from deadhead.training.checkpoints import last_checkpoint
 from deadhead.training.choosing import gate_config
 from deadhead.training.phases import rank
-from deadhead.training.trainer import last_checkpoint
 from tests.helpers import tiny_config, tiny_model
 from tests.small import assert_same_tensors, metrics, stream
-
-_BATCH = 2
-_TEXT = stream(100)
-
-
-def _recipe(**changes: Any) -> PhaseRecipe:
-    return PhaseRecipe(**{"steps": 6, "batch_size": _BATCH, "learning_rate": 3e-3, "log_every": 1, **changes})
-
-
-def _prune_recipe(**changes: Any) -> PruneRecipe:
-    values = {
-        "steps": 6,
-        "batch_size": _BATCH,
-        "learning_rate": 3e-3,
-        "log_every": 1,
-        "l0": 0.1,
-        "gate_lr": 0.0,
-        "gate_lr_scale": 100.0,
-    }
-    return PruneRecipe(**{**values, **changes})
-
-
-class _Killed(Exception):
-    """The process is gone."""
-
-
-class _At(TrainerCallback):
-    """Does something once, at the end of a step."""
-
-    def __init__(self, step: int, action: Any) -> None:
-        self.step = step
-        self.action = action
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        if state.global_step == self.step:
-            self.action(kw["model"])
-
-
-def _kill(_: Any) -> None:
-    raise _Killed
+from tests.small_phase import BATCH, TEXT, phase_recipe, prune_recipe, run_phase
 
 
 def _segments(index: int, *, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return inputs and next tokens of batch `index`, written down without the dataset, and whether the text begins."""
-    length, tokens = 6, torch.from_numpy(_TEXT.tokens.astype("int64"))
-    per_row = (len(tokens) - 1) // (_BATCH * length)
+    length, tokens = 6, torch.from_numpy(TEXT.tokens.astype("int64"))
+    per_row = (len(tokens) - 1) // (BATCH * length)
     segment = (index + first) % per_row
-    starts = [(row * per_row + segment) * length for row in range(_BATCH)]
+    starts = [(row * per_row + segment) * length for row in range(BATCH)]
     inputs = torch.stack([tokens[start : start + length] for start in starts])
     labels = torch.stack([tokens[start + 1 : start + length + 1] for start in starts])
     return inputs, labels, segment == 0
@@ -109,8 +67,8 @@ def test_memory_is_the_text_before(accumulation: int, tmp_path: Path) -> None:
     """Training equals a plain loop that carries memory, over the end of the text and on from its beginning."""
     model, by_hand = tiny_model(), tiny_model()
     steps = 10 if accumulation == 1 else 6
-    recipe = _recipe(steps=steps, gradient_accumulation=accumulation)
-    deadhead.train(model, _TEXT, recipe, metrics=tmp_path / "metrics.jsonl", first_segment=3)
+    recipe = phase_recipe(steps=steps, gradient_accumulation=accumulation)
+    deadhead.train(model, TEXT, recipe, metrics=tmp_path / "metrics.jsonl", first_segment=3)
     expected = _by_hand(by_hand, steps, accumulation=accumulation, first=3)
     assert _losses(tmp_path) == pytest.approx(expected, rel=1e-6)
     for name, value in by_hand.state_dict().items():
@@ -124,8 +82,8 @@ def test_seeded_loss_does_not_change(tmp_path: Path) -> None:
     """The losses of a short run with gates, to the digits that machines agree on. A change of meaning changes them."""
     torch.manual_seed(0)
     model = AllAttentionForCausalLM(tiny_config())
-    gates = deadhead.attach(model, config=gate_config(_prune_recipe(), model, seed=0))
-    deadhead.train(model, stream(400), _prune_recipe(steps=8), gates=gates, metrics=tmp_path / "metrics.jsonl")
+    gates = deadhead.attach(model, config=gate_config(prune_recipe(), model, seed=0))
+    deadhead.train(model, stream(400), prune_recipe(steps=8), gates=gates, metrics=tmp_path / "metrics.jsonl")
     lines = metrics(tmp_path)
     assert [line["loss"] for line in lines] == pytest.approx(_SEEDED_LOSSES, abs=1e-3)
     assert [line["l0"] for line in lines] == pytest.approx(_SEEDED_L0, abs=1e-3)
@@ -135,56 +93,25 @@ _SEEDED_LOSSES = [4.0891, 3.9889, 4.2282, 3.7976, 3.8383, 4.3916, 3.6699, 3.8414
 _SEEDED_L0 = [11.3117, 11.0891, 10.8277, 10.4963, 10.0796, 9.5686, 8.9553, 8.2397]
 
 
-def _phase(
-    folder: Path,
-    recipe: PhaseRecipe,
-    *,
-    kill: int | None = None,
-    resume: bool = False,
-    callbacks: tuple[TrainerCallback, ...] = (),
-) -> tuple[AllAttentionForCausalLM, HeadGates | None]:
-    """Train a fresh copy of one model; the recipe says whether with gates."""
-    model = tiny_model(hidden_dropout=0.2, attention_dropout=0.1)
-    gates = None
-    if isinstance(recipe, PruneRecipe):
-        gates = deadhead.attach(model, config=gate_config(recipe, model, seed=1))
-    stops = () if kill is None else (_At(kill, _kill),)
-    try:
-        deadhead.train(
-            model,
-            _TEXT,
-            recipe,
-            folder=folder / "checkpoints",
-            gates=gates,
-            metrics=folder / "metrics.jsonl",
-            tensorboard=folder / "tensorboard",
-            callbacks=(*callbacks, *stops),
-            resume=resume,
-        )
-    except _Killed:
-        assert kill is not None
-    return model, gates
-
-
 @pytest.mark.parametrize(
     "recipe",
     [
-        _recipe(steps=8, save_every=2, schedule="cosine", warmup_steps=2, weight_decay=0.1),
+        phase_recipe(steps=8, save_every=2, schedule="cosine", warmup_steps=2, weight_decay=0.1),
         # Logs and checkpoints at different steps: the mean that was being taken must go on too.
-        _recipe(steps=8, save_every=4, log_every=3, gradient_accumulation=2),
-        _prune_recipe(steps=8, save_every=4, log_every=3, l0_warmup_steps=10),
-        _prune_recipe(steps=8, save_every=4, sparsity=0.5, weighting="output_difference", gradient_accumulation=2),
-        _prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, start_from="taylor", start_batches=2),
-        _prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, criterion="topk"),
-        _recipe(steps=8, save_every=4, bf16=True),
+        phase_recipe(steps=8, save_every=4, log_every=3, gradient_accumulation=2),
+        prune_recipe(steps=8, save_every=4, log_every=3, l0_warmup_steps=10),
+        prune_recipe(steps=8, save_every=4, sparsity=0.5, weighting="output_difference", gradient_accumulation=2),
+        prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, start_from="taylor", start_batches=2),
+        prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, criterion="topk"),
+        phase_recipe(steps=8, save_every=4, bf16=True),
     ],
     ids=["train", "train-log-between", "prune", "prune-target", "prune-leaning", "prune-topk", "bf16"],
 )
 def test_killed_and_resumed_is_as_if_never_stopped(recipe: PhaseRecipe, tmp_path: Path) -> None:
-    whole, whole_gates = _phase(tmp_path / "whole", recipe)
-    _phase(tmp_path / "killed", recipe, kill=5)
+    whole, whole_gates = run_phase(tmp_path / "whole", recipe)
+    run_phase(tmp_path / "killed", recipe, kill=5)
     assert last_checkpoint(tmp_path / "killed" / "checkpoints") == tmp_path / "killed" / "checkpoints" / "checkpoint-4"
-    resumed, gates = _phase(tmp_path / "killed", recipe, resume=True)
+    resumed, gates = run_phase(tmp_path / "killed", recipe, resume=True)
     assert_same_tensors(resumed.state_dict(), whole.state_dict())
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     if gates is not None and whole_gates is not None:
@@ -193,114 +120,47 @@ def test_killed_and_resumed_is_as_if_never_stopped(recipe: PhaseRecipe, tmp_path
 
 
 def test_gates_begin_as_a_one_shot_criterion_ranks_heads(tmp_path: Path) -> None:
-    leaning = _prune_recipe(steps=1, sparsity=0.5, gate_lr=1e-6, start_from="taylor", start_batches=2)
-    _, gates = _phase(tmp_path / "leaning", leaning)
-    ranked = rank(tiny_model(), _TEXT, _prune_recipe(steps=2, sparsity=0.5, criterion="taylor"))
+    leaning = prune_recipe(steps=1, sparsity=0.5, gate_lr=1e-6, start_from="taylor", start_batches=2)
+    _, gates = run_phase(tmp_path / "leaning", leaning)
+    ranked = rank(tiny_model(), TEXT, prune_recipe(steps=2, sparsity=0.5, criterion="taylor"))
     assert gates is not None
     found = gates.plan(sparsity=0.5)
     assert found.kept == ranked.kept
-    _, alike = _phase(tmp_path / "alike", leaning.model_copy(update={"start_from": None}))
+    _, alike = run_phase(tmp_path / "alike", leaning.model_copy(update={"start_from": None}))
     assert alike is not None and alike.plan(sparsity=0.5).kept != found.kept
 
 
 def test_a_one_shot_criterion_trains_no_gates(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ranks heads and trains no gates"):
-        _phase(tmp_path, _prune_recipe(criterion="magnitude", sparsity=0.5))
+        run_phase(tmp_path, prune_recipe(criterion="magnitude", sparsity=0.5))
     with pytest.raises(InputError, match="trains gates; use deadhead.train"):
-        rank(tiny_model(), _TEXT, _prune_recipe(sparsity=0.5))
+        rank(tiny_model(), TEXT, prune_recipe(sparsity=0.5))
 
 
 def test_resumed_after_its_last_step_does_nothing_more(tmp_path: Path) -> None:
-    recipe = _prune_recipe(steps=4, save_every=4)
-    whole, _ = _phase(tmp_path, recipe)
+    recipe = prune_recipe(steps=4, save_every=4)
+    whole, _ = run_phase(tmp_path, recipe)
     lines = metrics(tmp_path)
-    resumed, _ = _phase(tmp_path, recipe, resume=True)
+    resumed, _ = run_phase(tmp_path, recipe, resume=True)
     assert_same_tensors(resumed.state_dict(), whole.state_dict())
     assert metrics(tmp_path) == lines
 
 
-def _delete_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def _truncate_optimizer(folder: Path) -> None:
-    path = folder / "optimizer.pt"
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def _delete_marker(folder: Path) -> None:
-    (folder / "complete.json").unlink()
-
-
-def _empty_marker(folder: Path) -> None:
-    (folder / "complete.json").write_text("")
-
-
-def _odd_marker(folder: Path) -> None:
-    (folder / "complete.json").write_text("[1, 2]")
-
-
-def _delete_memory(folder: Path) -> None:
-    (folder / "segment_memory_rank0.safetensors").unlink()
-
-
-@pytest.mark.parametrize(
-    "damage", [_delete_weights, _truncate_optimizer, _delete_marker, _empty_marker, _odd_marker, _delete_memory]
-)
-def test_a_checkpoint_cut_short_is_passed_over(damage: Any, tmp_path: Path) -> None:
-    """An older whole one is taken instead; without one the phase begins anew. Both end in the same weights."""
-    recipe = _recipe(steps=4, save_every=2)
-    whole, _ = _phase(tmp_path / "whole", recipe)
-    _phase(tmp_path / "killed", recipe, kill=3)
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-3")
-    damage(checkpoints / "checkpoint-3")
-    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
-    resumed, _ = _phase(tmp_path / "killed", recipe, resume=True)
-    assert_same_tensors(resumed.state_dict(), whole.state_dict())
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-4"]
-
-    damage(checkpoints / "checkpoint-4")
-    assert last_checkpoint(checkpoints) is None
-    begun_anew, _ = _phase(tmp_path / "killed", recipe, resume=True)
-    assert_same_tensors(begun_anew.state_dict(), whole.state_dict())
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-
-
 def test_a_line_cut_short_in_the_metrics_is_written_anew(tmp_path: Path) -> None:
-    recipe = _recipe(steps=4, save_every=2)
-    _phase(tmp_path / "whole", recipe)
-    _phase(tmp_path / "killed", recipe, kill=3)
+    recipe = phase_recipe(steps=4, save_every=2)
+    run_phase(tmp_path / "whole", recipe)
+    run_phase(tmp_path / "killed", recipe, kill=3)
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "train", "st')
-    _phase(tmp_path / "killed", recipe, resume=True)
+    run_phase(tmp_path / "killed", recipe, resume=True)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-
-
-@torch.no_grad()
-def _poison(model: Any) -> None:
-    model.model.norm.weight.fill_(float("nan"))
-
-
-def test_a_loss_that_is_not_a_number_stops_training(tmp_path: Path) -> None:
-    callbacks = (_At(3, _poison),)
-    with pytest.raises(DivergenceError) as caught:
-        _phase(tmp_path, _recipe(steps=6, save_every=2), callbacks=callbacks)
-    checkpoint = tmp_path / "checkpoints" / "checkpoint-2"
-    message = str(caught.value)
-    assert message.startswith(f"Training stopped at step 4: the loss is nan; the last good checkpoint is {checkpoint}.")
-    assert "\n" not in message
-    # Nothing half-written: the whole checkpoint, and a line for each step that was done.
-    assert list((tmp_path / "checkpoints").iterdir()) == [checkpoint]
-    assert last_checkpoint(tmp_path / "checkpoints") == checkpoint
-    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_a_learning_rate_far_too_high_stops_training(tmp_path: Path) -> None:
     with pytest.raises(
         DivergenceError, match=r"stopped at step [23]: the .*; no checkpoint had been written yet\. Try"
     ):
-        _phase(tmp_path, _recipe(learning_rate=1e30))
+        run_phase(tmp_path, phase_recipe(learning_rate=1e30))
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
@@ -309,18 +169,13 @@ def test_a_gradient_that_is_not_finite_stops_training_before_the_step(tmp_path: 
     before = copy.deepcopy(model.state_dict())
     model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(DivergenceError, match="stopped at step 1: the gradient norm is nan|inf"):
-        deadhead.train(model, _TEXT, _recipe(), folder=tmp_path)
+        deadhead.train(model, TEXT, phase_recipe(), folder=tmp_path)
     assert_same_tensors(model.state_dict(), before)
 
 
-def test_without_a_folder_no_checkpoint_is_written_or_named(tmp_path: Path) -> None:
-    with pytest.raises(DivergenceError, match="stopped at step 4: .*; no checkpoint had been written yet"):
-        deadhead.train(tiny_model(), _TEXT, _recipe(save_every=1), callbacks=[_At(3, _poison)])
-
-
 def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
-    full, _ = _phase(tmp_path / "full", _recipe())
-    half, _ = _phase(tmp_path / "half", _recipe(bf16=True))
+    full, _ = run_phase(tmp_path / "full", phase_recipe())
+    half, _ = run_phase(tmp_path / "half", phase_recipe(bf16=True))
     assert half.dtype == torch.float32
     assert _losses(tmp_path / "half") != _losses(tmp_path / "full")
     assert _losses(tmp_path / "half") == pytest.approx(_losses(tmp_path / "full"), rel=0.05)
@@ -329,15 +184,15 @@ def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
     """With dropout and gate noise, which must be the same when the forward pass is run again."""
-    recipe = _prune_recipe(steps=4)
-    plain, plain_gates = _phase(tmp_path / "plain", recipe)
-    sparing, gates = _phase(tmp_path / "sparing", recipe.model_copy(update={"gradient_checkpointing": True}))
+    recipe = prune_recipe(steps=4)
+    plain, plain_gates = run_phase(tmp_path / "plain", recipe)
+    sparing, gates = run_phase(tmp_path / "sparing", recipe.model_copy(update={"gradient_checkpointing": True}))
     assert _losses(tmp_path / "sparing") == pytest.approx(_losses(tmp_path / "plain"), rel=1e-6)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(sparing.state_dict()[name], value, rtol=1e-4, atol=1e-6)
     assert gates is not None and plain_gates is not None
     assert not sparing.model.gradient_checkpointing
-    assert deadhead.evaluate(sparing, _TEXT).loss == pytest.approx(deadhead.evaluate(plain, _TEXT).loss, rel=1e-5)
+    assert deadhead.evaluate(sparing, TEXT).loss == pytest.approx(deadhead.evaluate(plain, TEXT).loss, rel=1e-5)
 
 
 def test_accumulated_batches_count_alike(tmp_path: Path) -> None:
@@ -349,7 +204,7 @@ def test_accumulated_batches_count_alike(tmp_path: Path) -> None:
         folder.mkdir()
         model = tiny_model(memory_length=1)
         # One step; row 1 of the batch is the second batch of one row, whose memory of one position is taken away.
-        recipe = _recipe(steps=1, batch_size=rows, gradient_accumulation=accumulation)
+        recipe = phase_recipe(steps=1, batch_size=rows, gradient_accumulation=accumulation)
         if rows == 1:
             _forget(model)
         deadhead.train(model, text, recipe, metrics=folder / "metrics.jsonl")
@@ -367,7 +222,7 @@ def _forget(model: AllAttentionForCausalLM) -> None:
 
 
 def test_metrics_and_tensorboard_hold_the_same_numbers(tmp_path: Path) -> None:
-    _phase(tmp_path, _prune_recipe(steps=3))
+    run_phase(tmp_path, prune_recipe(steps=3))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
@@ -390,18 +245,18 @@ def test_metrics_and_tensorboard_hold_the_same_numbers(tmp_path: Path) -> None:
 def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     deadhead.train(
-        tiny_model(), _TEXT, _recipe(steps=3, log_every=2), report=lambda done, total, _: told.append((done, total))
+        tiny_model(), TEXT, phase_recipe(steps=3, log_every=2), report=lambda done, total, _: told.append((done, total))
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_gates_need_a_prune_recipe() -> None:
+def test_gates_need_aprune_recipe() -> None:
     model = tiny_model()
     gates = deadhead.attach(model)
     with pytest.raises(InputError, match="A phase with gates needs a prune recipe"):
-        deadhead.train(model, _TEXT, _recipe(), gates=gates)
+        deadhead.train(model, TEXT, phase_recipe(), gates=gates)
 
 
 def test_a_text_too_short_is_refused() -> None:
     with pytest.raises(InputError, match="At least 13 tokens were expected for 2 rows of segments of 6, but .* has 12"):
-        deadhead.train(tiny_model(), stream(12), _recipe())
+        deadhead.train(tiny_model(), stream(12), phase_recipe())

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 130 interrupted.
+"""The command line. Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 130 interrupted, 143 terminated.
 
 Commands import what they need when they run: torch and transformers take seconds, and help and wrong options need
 neither.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import warnings
 from typing import Any
 
 import wrapt
+
+_RESUMABLE = "whole checkpoints are kept, and --resume goes on from the last"
 
 
 def main() -> None:
@@ -21,9 +24,15 @@ def main() -> None:
     # would look through all of them again and again, for a second and a half.
     gc.disable()
     wrapt.register_post_import_hook(_collect_what_comes, "deadhead.models")
+    signal.signal(signal.SIGTERM, _terminate)
     code = execute(sys.argv[1:])
     gc.freeze()
     sys.exit(code)
+
+
+def _terminate(*_: Any) -> None:
+    # Blocks are left as after Ctrl-C, so that nothing half-written stays.
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _collect_what_comes(_: Any) -> None:
@@ -38,10 +47,12 @@ def execute(arguments: list[str]) -> int:
         import typer
 
         from deadhead.cli.app import app
-        from deadhead.errors import DivergenceError, ExportError, InputError
+        from deadhead.errors import DivergenceError, ExportError, InputError, RunWarning
 
         wrapt.register_post_import_hook(_silence, "transformers")
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", RunWarning)
+        warnings.showwarning = _show  # type: ignore[assignment]
         try:
             code = app(arguments, prog_name="deadhead", standalone_mode=False)
             if code == 130:
@@ -66,7 +77,19 @@ def execute(arguments: list[str]) -> int:
                 raise
             return 1
     except KeyboardInterrupt as error:
-        return _fail("Interrupted; whole checkpoints are kept, and --resume goes on from the last", 130, error)
+        return _fail(f"Interrupted; {_RESUMABLE}", 130, error)
+    except SystemExit as error:
+        if error.code != 128 + signal.SIGTERM:
+            raise
+        return _fail(f"Terminated; {_RESUMABLE}", 128 + signal.SIGTERM, error)
+
+
+def _show(message: Warning, *_: Any) -> None:
+    """Print a warning that is meant for the user, once where several processes train together."""
+    from deadhead.errors import RunWarning
+
+    if isinstance(message, RunWarning) and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"deadhead: {message}\n")
 
 
 def _silence(_: Any) -> None:

@@ -57,8 +57,8 @@ class MetricsFile(TrainerCallback):
         write_text(self.path, "".join(kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log at the end of a phase and before a checkpoint: where one resumed begins to average, all must end."""
-        if control.should_save or state.global_step >= state.max_steps:
+        """Log the last step of a phase too."""
+        if state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(

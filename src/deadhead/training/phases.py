@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from deadhead.budget import BudgetTarget
 from deadhead.criteria import READS_TEXT, OneShot, score_heads
 from deadhead.data import SegmentDataset, TokenStream
-from deadhead.errors import InputError
+from deadhead.errors import DivergenceError, InputError
 from deadhead.evaluation import max_positions
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
@@ -31,6 +31,8 @@ from deadhead.layouts import find_layout
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.ranking import HeadScores
+from deadhead.training.arguments import training_arguments
+from deadhead.training.checkpoints import checkpoint_step, checkpoints, last_checkpoint
 from deadhead.training.choosing import (
     ROW,
     asked_blocks,
@@ -50,12 +52,12 @@ from deadhead.training.logs import MetricsFile, StepReporter
 from deadhead.training.processes import on_main
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
+from deadhead.training.rolling_back import roll_back, smaller_step
 from deadhead.training.settled import SettledHeads, restore_trimmed
 from deadhead.training.sparsity import SparsityCallback
-from deadhead.training.trainer import LanguageModelTrainer, checkpoint_step, last_checkpoint
+from deadhead.training.stopping import Stopping
+from deadhead.training.trainer import LanguageModelTrainer
 from deadhead.training.validation import Validation
-
-_SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 # How far apart gates begin that lean: so far that few of them are open to doubt.
 _LEAN = 3.0
@@ -132,22 +134,31 @@ def train(
         report: told of every step, for a progress bar.
         resume: go on from the newest whole checkpoint in `folder`, if there is one.
 
+    On Ctrl-C or SIGTERM the step is finished and a checkpoint saved before the signal takes effect. After a loss or a
+    gradient that is not finite, the phase goes on from its last checkpoint with half the learning rate, once.
+
     Raises:
-        InputError: the text is too short, something is asked for that is not there (bf16, PEFT, a teacher), or settings
-            do not go together.
-        DivergenceError: the loss or the gradient is not finite.
+        InputError: the text is too short, something is asked for that is not there (bf16, PEFT, a teacher), settings
+            do not go together, or `folder` has checkpoints but `resume` was not asked for.
+        DivergenceError: the loss or the gradient is not finite, and there is no checkpoint to roll back to, or it
+            happened again.
+
+    Warns:
+        RunWarning: a checkpoint is damaged and passed over, or the phase rolled back.
     """
+    settings: dict[str, Any] = {"phase": phase, "seed": seed, "first_segment": first_segment}
+    settings |= {"gates": gates, "latency": latency, "teacher": teacher, "callbacks": callbacks}
+    settings |= {"metrics": metrics, "tensorboard": tensorboard, "report": report}
+    settings |= {"report_to": report_to, "run_name": run_name, "valid": valid}
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            recipe = recipe.model_copy(update={"save_every": 0})
-            settings: dict[str, Any] = {"phase": phase, "seed": seed, "first_segment": first_segment}
-            settings |= {"gates": gates, "latency": latency, "teacher": teacher, "callbacks": callbacks}
-            settings |= {"metrics": metrics, "tensorboard": tensorboard, "report": report}
-            settings |= {"report_to": report_to, "run_name": run_name, "valid": valid}
-            return train(model, text, recipe, folder=temporary, **settings)
+            return train(model, text, recipe.model_copy(update={"save_every": 0}), folder=temporary, **settings)
     folder = Path(folder)
-    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
+    if not resume and checkpoints(folder):
+        raise InputError(
+            f"{folder} holds checkpoints of an earlier training; go on with resume=True, or choose another folder."
+        )
+    asked = recipe
     if recipe.distill and teacher is None:
         raise InputError("The recipe's distill asks for a teacher to learn from, but none was given.")
     if recipe.eval_every and valid is None:
@@ -159,40 +170,7 @@ def train(
     if cut_settled and recipe.lora_rank:
         raise InputError("cut_settled would cut weights that LoRA adapters stand beside; leave out one of the two.")
     recipe = with_defaults(recipe, model)
-    assert recipe.learning_rate is not None
-    set_seed(seed)
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=_SCHEDULERS[recipe.schedule],
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        adam_beta2=recipe.adam_beta2,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.bf16,
-        logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if recipe.save_every else "no",
-        save_steps=recipe.save_every or recipe.steps,
-        seed=seed,
-        # Trackers come after our own callbacks, whose numbers they are to see.
-        report_to=[],
-        run_name=run_name,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        average_tokens_across_devices=False,
-        # transformers refuses bf16 on a CPU unless it is told that the CPU is meant.
-        use_cpu=not torch.accelerator.is_available(),
-    )
-    if args.n_gpu > 1:
-        raise InputError(
-            f"Training in one process would spread batches over {args.n_gpu} GPUs and mix up the segments' memories; "
-            "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
-        )
+    args = training_arguments(recipe, folder, seed=seed, run_name=run_name)
     if cut_settled and gates is not None and gates.unit == "head" and find_layout(model).repeats_keys(model):
         raise InputError(
             "cut_settled needs whole groups: heads that share a key/value head would each get a copy of it, which then "
@@ -214,8 +192,8 @@ def train(
                 f"have {'none' if recipe.blocks else 'some'}; attach them with deadhead.attach_gates(model, recipe)."
             )
         # Before anything is cut: costs are those of the whole model.
-        asked = recipe
-        target = on_main(lambda: budget_target(model, asked, latency=latency))
+        prune = recipe
+        target = on_main(lambda: budget_target(model, prune, latency=latency))
         ours.append(sparsity_callback(gates, recipe, target))
         if cut_settled:
             ours.append(SettledHeads(gates, cut_settled))
@@ -237,6 +215,8 @@ def train(
     if recipe.gradient_checkpointing:
         checkpoint_activations(model, True)
     begin = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    ours += smaller_step(folder, checkpoint)
+    stopping = Stopping(saves=bool(recipe.save_every))
     try:
         with ExitStack() as stack:
             learning = stack.enter_context(learner(model, recipe))
@@ -244,12 +224,16 @@ def train(
                 if tensorboard is not None:
                     ours += stack.enter_context(tensorboard_callbacks(tensorboard, gates, begin=begin))
                 ours += stack.enter_context(tracker_callbacks(report_to))
-            trainer = LanguageModelTrainer(learning, args, dataset, distillation, callbacks=[*ours, *callbacks])
+            last = [*ours, *callbacks, stopping]
+            trainer = LanguageModelTrainer(
+                learning, args, dataset, distillation, keep=recipe.save_total_limit, callbacks=last
+            )
             trainer.remove_callback(PrinterCallback)
             if args.world_size > 1 and hasattr(model.config, "memory_length"):
                 # Dropout of its own for each process. The order of texts for models without memory is drawn from the
                 # same seed, and must be the same.
                 set_seed(seed + args.process_index)
+            stack.enter_context(stopping.heeding_signals())
             # With many gates closed gradients underflow.
             with warnings.catch_warnings(), no_space_is_input_error(folder), flushing_denormals():
                 # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
@@ -258,11 +242,19 @@ def train(
                     trainer.train()
                 else:
                     trainer.resume(checkpoint)
+    except DivergenceError as error:
+        if cut_settled:
+            # The checkpoint may have heads that are gone by now.
+            raise
+        failed = error
+    else:
+        return model
     finally:
         if recipe.gradient_checkpointing:
             checkpoint_activations(model, False)
         model.eval()
-    return model
+    on_main(lambda: roll_back(Path(folder), failed))
+    return train(model, text, asked, folder=folder, resume=True, **settings)
 
 
 def rank(

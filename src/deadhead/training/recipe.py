@@ -81,7 +81,8 @@ class PhaseRecipe(_Section):
     warm-up; AdamW's weight decay and second beta; clipping norm; accumulated batches; bf16 mixed precision; rank of the
     LoRA adapters that learn in place of the weights (0: the weights learn); distill, the weight in the loss of what a
     teacher says (0: none), and its temperature; steps between two logged lines and between two checkpoints to resume
-    from (0: none); steps between two measurements of validation perplexity (0: none), and the tokens scored in one.
+    from (0: none), of which save_total_limit stay, so that a damaged one is no loss; steps between two measurements of
+    validation perplexity (0: none), and the tokens scored in one.
     """
 
     steps: int = Field(300, ge=1)
@@ -101,6 +102,7 @@ class PhaseRecipe(_Section):
     distill_temperature: float = Field(2.0, gt=0)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(100, ge=0)
+    save_total_limit: int = Field(2, ge=1)
     eval_every: int = Field(0, ge=0)
     eval_tokens: int = Field(16384, ge=1)
 

@@ -27,13 +27,14 @@ from deadhead.models import AllAttentionConfig, TransformerXLConfig
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.timing import bench
+from deadhead.training.checkpoints import newest_finished
 from deadhead.training.choosing import asked_blocks
 from deadhead.training.inputs import dense_folder, load_dense, prepare_text, require_same_training
 from deadhead.training.phases import choose_units, train
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
 from deadhead.training.reporting import require_trackers
-from deadhead.training.trainer import last_checkpoint
+from deadhead.training.rolling_back import rolled_back
 
 STAGES = ("dense", "gated", "cut", "finetuned")
 RECIPE_FILE = "recipe.toml"
@@ -169,7 +170,7 @@ class Run:
             with flushing_denormals():
                 return self._execute()
         except BaseException:
-            begun = self._done("dense") or last_checkpoint(self.folder / "checkpoints" / "train") is not None
+            begun = self._done("dense") or newest_finished(self.folder / "checkpoints" / "train") is not None
             if self.fresh and not begun and is_main() and self.folder.exists():
                 remove_folder(self.folder, last=RECIPE_FILE)
             raise
@@ -201,7 +202,8 @@ class Run:
             self._finish(model, "gated", steps, text, tokenizer)
         plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
         if not self._done("pruned"):
-            model, _ = checkpoint.load_gated(self.folder / "gated")
+            model, gates = checkpoint.load_gated(self.folder / "gated")
+            self._require_plan_of(gates, plan)
             cut(model, plan).to(best_device())  # type: ignore[arg-type]
             on_main(lambda: self._measure(model, "cut", steps, text))
             self._train(model, text, "finetune", recipe.finetune, after=(recipe.train, recipe.prune))
@@ -235,6 +237,14 @@ class Run:
         data = {"source": source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)}
         noted = {"data": data, "processes": processes, "versions": _versions()}
         write_json(self.folder / SUMMARY_FILE, {**summary, **noted})
+
+    def _require_plan_of(self, gates: HeadGates, plan: HeadPlan) -> None:
+        """Check that head_plan.json is what the gates learned: a changed digit would cut other heads."""
+        if plan != gates.plan():
+            raise InputError(
+                f"{self.folder / checkpoint.PLAN_FILE} is not the plan of the gates in {self.folder / 'gated'}; it was "
+                "changed or is damaged: restore it. A plan of your own is for deadhead cut."
+            )
 
     def _choose_heads(self, model: PreTrainedModel, text: TokenizedCorpus) -> HeadGates:
         """Attach gates and close those of the heads that go; note what became of the budget."""
@@ -277,12 +287,13 @@ class Run:
         gates: HeadGates | None = None,
         latency: Latency | None = None,
     ) -> None:
+        folder = self.folder / "checkpoints" / phase
         # Each phase goes on in the text where those before it stopped, so that none gains from reading twice.
         train(
             model,
             text.splits["train"],
             recipe,
-            folder=self.folder / "checkpoints" / phase,
+            folder=folder,
             phase=phase,
             seed=self.recipe.seed,
             first_segment=_segments_read(after) // recipe.batch_size,
@@ -298,6 +309,8 @@ class Run:
             report=lambda done, total, logs: self.progress(phase, done, total, logs),
             resume=True,
         )
+        if is_main() and (setback := rolled_back(folder)) is not None:
+            self._note("rolled_back", {**self.summary().get("rolled_back", {}), phase: setback})
 
     def _finish(
         self,

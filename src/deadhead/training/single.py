@@ -19,14 +19,15 @@ from deadhead.files import read_json, write_json
 from deadhead.gates import HeadGates
 from deadhead.latency import Latency
 from deadhead.layouts import find_layout
+from deadhead.training.checkpoints import newest_finished
 from deadhead.training.choosing import LATENCY_FILE
 from deadhead.training.inputs import prepare_text
 from deadhead.training.phases import choose_units, train
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.reporting import require_trackers
+from deadhead.training.rolling_back import rolled_back
 from deadhead.training.run import METRICS_FILE, Progress, build_model
-from deadhead.training.trainer import last_checkpoint
 
 _SETTINGS_FILE = "settings.json"
 
@@ -155,6 +156,7 @@ def run_single(
                 base=model,
                 files=(work / METRICS_FILE, work / "tensorboard", work / LATENCY_FILE),
             )
+            setback = rolled_back(work / "checkpoints")
             shutil.rmtree(work, ignore_errors=True)
             cost = model_cost(network)
             plan = gates.plan() if gates is not None and not cut else find_layout(network).recorded_plan(network)
@@ -162,6 +164,7 @@ def run_single(
                 "heads": cost.heads if gates is None or cut or plan is None else plan.heads,
                 **({} if plan is None or plan.blocks is None else {"blocks": plan.blocks.blocks}),
                 **({} if budget is None else {"budget": budget}),
+                **({} if setback is None else {"rolled_back": setback}),
                 "parameters": cost.parameters,
                 "flops_per_token": cost.flops_per_token,
                 "perplexity": measured.perplexity,
@@ -210,6 +213,6 @@ def _gone_if_unused(work: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if fresh and is_main() and last_checkpoint(work / "checkpoints") is None:
+        if fresh and is_main() and newest_finished(work / "checkpoints") is None:
             shutil.rmtree(work, ignore_errors=True)
         raise

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -16,15 +18,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deadhead.errors import DivergenceError, InputError
-from deadhead.files import no_space_is_input_error, read_json, write_json
+from deadhead.files import no_space_is_input_error
 from deadhead.losses import SegmentLoss
+from deadhead.training.checkpoints import checkpoint_step, finish_checkpoint, newest_finished
 from deadhead.training.distillation import Distillation
 from deadhead.training.settled import save_trimmed
 from deadhead.training.sparsity import SparsityCallback
 
-_MEMORY_FILE = "{whose}_memory_rank{rank}.safetensors"
-# Written last: a checkpoint without it, or with files of other sizes, was cut short.
-_COMPLETE_FILE = "complete.json"
+# What each process knows that transformers does not save: memories, and sums since the last line of the log.
+_RANK_FILE = "deadhead_rank{rank}.safetensors"
 
 
 class LanguageModelTrainer(Trainer):
@@ -35,6 +37,7 @@ class LanguageModelTrainer(Trainer):
         args: transformers' arguments.
         train_dataset: a `deadhead.data.SegmentDataset` with as many rows as a batch over all processes.
         distillation: what a teacher adds to the loss, or None.
+        keep: how many checkpoints stay.
         kwargs: what transformers' Trainer takes.
     """
 
@@ -44,17 +47,20 @@ class LanguageModelTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Dataset[Any],
         distillation: Distillation | None = None,
+        keep: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.distillation = distillation
+        self.keep = keep
         # All segments have the same length, so the mean over accumulated batches is the mean of their means.
         self.model_accepts_loss_kwargs = False
         self.segment_loss = SegmentLoss(model)
         self.clipped_steps = 0
         self.steps_since_log = 0
-        # Sum of the losses of this process since the last step of the optimizer.
+        # Sums of the losses of this process, since the last step of the optimizer and since the last line of the log.
         self.step_loss: Tensor | float = 0.0
+        self.logged_loss: Tensor | float = 0.0
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         if not self.segment_loss.has_memory:
@@ -80,6 +86,7 @@ class LanguageModelTrainer(Trainer):
                 step of the optimizer: one that stopped alone would leave the others waiting for it.
         """
         loss: Tensor = super().training_step(*args, **kwargs)
+        self.logged_loss = self.logged_loss + loss
         if self.args.world_size > 1:
             self.step_loss = self.step_loss + loss
         elif not bool(torch.isfinite(loss)):
@@ -100,18 +107,25 @@ class LanguageModelTrainer(Trainer):
         self.clipped_steps += bool(self.args.max_grad_norm and value > self.args.max_grad_norm)
         return norm
 
-    def _divergence(self, what: str, value: float) -> DivergenceError:
-        step = self.state.global_step + 1
-        last = last_checkpoint(Path(str(self.args.output_dir)))
+    def _divergence(self, what: str, value: float, *, step: int | None = None) -> DivergenceError:
+        step = self.state.global_step + 1 if step is None else step
+        last = newest_finished(Path(str(self.args.output_dir)))
         kept = "no checkpoint had been written yet" if last is None else f"the last good checkpoint is {last}"
         return DivergenceError(
             f"Training stopped at step {step}: the {what} is {value}; {kept}. "
-            "Try a smaller learning rate, more warm-up steps or a smaller max_grad_norm."
+            "Try a smaller learning rate, more warm-up steps or a smaller max_grad_norm.",
+            step,
+            f"{what} is {value}",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, with the share of steps whose gradient was clipped since the last time."""
         if "loss" in logs and self.steps_since_log:
+            # Transformers' own mean begins anew where a stopped run goes on; this one is of all steps since the last
+            # line, so that lines are equal wherever it was stopped.
+            mean = self.accelerator.reduce(torch.as_tensor(self.logged_loss, device=self.args.device), "mean")
+            logs["loss"] = float(cast(Tensor, mean)) / self.steps_since_log
+            self.logged_loss = 0.0
             logs["clipped"] = self.clipped_steps / self.steps_since_log
             self.clipped_steps = self.steps_since_log = 0
             if self.distillation is not None:
@@ -121,43 +135,79 @@ class LanguageModelTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with no_space_is_input_error(folder):
-            super()._save_checkpoint(model, trial)
-            for whose, memory in self._memories().items():
-                if memory is not None:
-                    tensors = {str(layer): states.contiguous() for layer, states in enumerate(memory)}
-                    save_file(tensors, folder / self._memory_file(whose))
-            if self.args.should_save and self.model is not None:
-                save_trimmed(self.model, folder)
+        if self.args.should_save and folder.exists():
+            # Cut short or damaged: from a whole one training would have gone on.
+            shutil.rmtree(folder)
+        if self.args.distributed_state is not None:
+            self.accelerator.wait_for_everyone()
+        self._require_finite_weights()
+        try:
+            with no_space_is_input_error(folder):
+                super()._save_checkpoint(model, trial)
+                save_file(self._rank_state(), folder / _RANK_FILE.format(rank=self.args.process_index))
+                if self.args.should_save and self.model is not None:
+                    save_trimmed(self.model, folder)
+        except Exception:
+            # On a full disk what is left of it would be in the way.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         if self.args.distributed_state is not None:
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-            sizes.pop(_COMPLETE_FILE, None)
-            write_json(folder / _COMPLETE_FILE, sizes)
-            for old in checkpoints(output_dir):
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
+            finish_checkpoint(folder, keep=self.keep)
+
+    def _require_finite_weights(self) -> None:
+        """Let no checkpoint pass for good that would lose the run: its loss was that of the weights before the step."""
+        weights = [parameter.detach() for parameter in cast(nn.Module, self.model).parameters()]
+        bad = torch.tensor(float(sum(not bool(torch.isfinite(weight).all()) for weight in weights)))
+        # All processes, which may hold different parts of the weights, stop together.
+        if float(cast(Tensor, self.accelerator.reduce(bad.to(self.args.device), "sum"))):
+            raise self._divergence("weights' largest value", math.nan, step=self.state.global_step)
+
+    def _rank_state(self) -> dict[str, Tensor]:
+        """Return what this process must remember, as tensors."""
+        sums = {"logged_loss": self.logged_loss, "clipped_steps": self.clipped_steps}
+        sums["steps_since_log"] = self.steps_since_log
+        if self.distillation is not None:
+            sums |= {"divergence": self.distillation.divergence, "batches": self.distillation.batches}
+        state = {name: torch.as_tensor(value).detach().cpu().clone() for name, value in sums.items()}
+        for whose, memory in self._memories().items():
+            for layer, states in enumerate(memory or ()):
+                state[f"{whose}.{layer}"] = states.contiguous()
+        return state
 
     def _memories(self) -> dict[str, tuple[Tensor, ...] | None]:
         teacher = {} if self.distillation is None else {"teacher": self.distillation.memory}
         return {"segment": self.segment_loss.memory, **teacher}
 
-    def _memory_file(self, whose: str) -> str:
-        return _MEMORY_FILE.format(whose=whose, rank=self.args.process_index)
+    def _load_rank_state(self, state: Mapping[str, Tensor]) -> None:
+        def memory(whose: str) -> tuple[Tensor, ...] | None:
+            count = sum(name.startswith(f"{whose}.") for name in state)
+            return tuple(state[f"{whose}.{layer}"].to(self.args.device) for layer in range(count)) or None
+
+        self.logged_loss = state["logged_loss"].to(self.args.device)
+        self.clipped_steps, self.steps_since_log = int(state["clipped_steps"]), int(state["steps_since_log"])
+        self.segment_loss.memory = memory("segment")
+        if self.distillation is not None:
+            self.distillation.divergence = state["divergence"].to(self.args.device)
+            self.distillation.batches = int(state["batches"])
+            self.distillation.memory = memory("teacher")
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped."""
-        for whose in self._memories():
-            path = checkpoint / self._memory_file(whose)
-            if path.exists():
-                # Not loaded there at once: of several processes on a CPU it is called cpu:0, which safetensors refuses.
-                states = load_file(path)
-                memory = tuple(states[str(layer)].to(self.args.device) for layer in range(len(states)))
-                if whose == "segment":
-                    self.segment_loss.memory = memory
-                elif self.distillation is not None:
-                    self.distillation.memory = memory
+        """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped.
+
+        Raises:
+            InputError: what this process must remember is not there.
+        """
+        path = checkpoint / _RANK_FILE.format(rank=self.args.process_index)
+        try:
+            # Not loaded there at once: of several processes on a CPU it is called cpu:0, which safetensors refuses.
+            self._load_rank_state(load_file(path))
+        except (OSError, KeyError, SafetensorError) as error:
+            raise InputError(
+                f"The checkpoint {checkpoint} cannot be resumed from: {path.name} is missing or not what was expected; "
+                "delete the checkpoint, and an earlier one is taken, or the phase begins anew."
+            ) from error
         if checkpoint_step(checkpoint) >= self.args.max_steps:
             # All steps are done; transformers would do one more.
             self._load_from_checkpoint(str(checkpoint))
@@ -168,29 +218,3 @@ class LanguageModelTrainer(Trainer):
                     callback.restore(state)
         else:
             self.train(resume_from_checkpoint=str(checkpoint))
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders in `output_dir`, whole or not, oldest first."""
-    found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Return the step that a checkpoint's folder is named by."""
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint in `output_dir` whose files are all there in full, or None."""
-    for folder in reversed(checkpoints(output_dir)):
-        marker = folder / _COMPLETE_FILE
-        if not marker.exists():
-            continue
-        try:
-            sizes = dict(read_json(marker, what="list of a checkpoint's files"))
-        except (InputError, TypeError, ValueError):
-            continue
-        if all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
-            return folder
-    return None

@@ -1,0 +1,81 @@
+"""Training that is told to stop, by Ctrl-C or SIGTERM, finishes its step and leaves a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopping(TrainerCallback):
+    """Ends the training after the step in which a signal came, with a checkpoint of that step.
+
+    Several processes agree on the step: each tells the others whether it was told. It comes after all callbacks that
+    ask for a log or a checkpoint.
+
+    Args:
+        saves: whether there is a place for a checkpoint.
+    """
+
+    def __init__(self, *, saves: bool) -> None:
+        self.saves = saves
+        self.signal: int | None = None
+        self.has_stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop, if this process or another was told to."""
+        told = self.signal or 0
+        if args.world_size > 1:
+            numbers = torch.tensor(told, device=args.device)
+            distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+            told = int(numbers)
+        if told and state.global_step < state.max_steps:
+            self.signal, self.has_stopped = told, True
+            control.should_save = self.saves
+            control.should_training_stop = True
+
+    @contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Wait for the step to end when a signal comes in the block; once the block has ended, deliver it.
+
+        A second signal is delivered at once. Signals are left alone outside of the main thread, and where they are
+        ignored, as Ctrl-C is in what a shell runs in the background.
+
+        Raises:
+            KeyboardInterrupt: after SIGINT, or after another signal that its handler lets pass.
+        """
+        handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in _SIGNALS}
+            handlers = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+
+        def restore() -> None:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                restore()
+                signal.raise_signal(number)
+            self.signal = number
+
+        for number in handlers:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            restore()
+        if self.signal is not None:
+            signal.raise_signal(self.signal)
+            if self.has_stopped:
+                # A handler of the caller's own let it pass, but training has not come to its end.
+                raise KeyboardInterrupt
