@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +13,8 @@ import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
 from deadhead.cli import execute
-from deadhead.plan import HeadPlan
 from deadhead.training.recipe import to_toml
-from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, write_prose
+from tests.small import child, small_recipe, tree
 
 _TRAIN = "train --data {text} --out {out} --steps 2 --batch-size 2 --layers 2 --width 32 --heads 4 --segment-length 8"
 _PRUNE = "prune --model {model} --data {text} --out {out} --steps 2 --batch-size 2"
@@ -329,34 +325,3 @@ def test_in_a_process_of_its_own(given: Path, tmp_path: Path) -> None:
     assert (code, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("deadhead: There is no folder nothing, and the Hugging Face hub gave no model")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_interrupted_and_resumed(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ctrl-C in the middle of a run: 130, one sentence, whole checkpoints only, and it goes on to the same weights."""
-    recipe = small_recipe(write_prose(tmp_path), train={"steps": 120, "save_every": 30}, finetune={"steps": 2})
-    (tmp_path / "r.toml").write_text(to_toml(recipe))
-    # What a shell runs in the background ignores Ctrl-C, and so do its children.
-    heeding = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {_MAIN}"
-    process = child(heeding, "run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run"))
-    checkpoints = tmp_path / "run" / "checkpoints" / "train"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/complete.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert errors == "deadhead: Interrupted; whole checkpoints are kept, and --resume goes on from the last.\n"
-    assert output == ""
-    run = tmp_path / "run"
-    assert not (run / "dense").exists()
-    assert not [path for path in run.iterdir() if path.name.startswith(".")]
-    assert [path for path in checkpoints.iterdir() if (path / "complete.json").exists()]
-
-    assert execute(["run", str(tmp_path / "r.toml"), "--out", str(run), "--resume", "--quiet"]) == 0
-    assert execute(["run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "whole"), "--quiet"]) == 0
-    capsys.readouterr()
-    for name in ("dense", "gated", "pruned"):
-        assert_same_tensors(weights(run / name), weights(tmp_path / "whole" / name))
-    assert metrics(run) == metrics(tmp_path / "whole")
-    assert HeadPlan.from_json(run / "head_plan.json") == HeadPlan.from_json(tmp_path / "whole" / "head_plan.json")
