@@ -126,8 +126,6 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixt
     signals = {signal.SIGINT: (130, "Interrupted"), signal.SIGTERM: (143, "Terminated")}
     command = ("run", str(tmp_path / "r.toml"), "--out")
     processes = {number: child(heeding, *command, str(tmp_path / number.name)) for number in signals}
-    # While the two load.
-    assert execute([*command, str(tmp_path / "whole"), "--quiet"]) == 0
     for number, process in processes.items():
         lines = tmp_path / number.name / "metrics.jsonl"
         deadline = time.monotonic() + 120
@@ -135,6 +133,7 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixt
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         os.kill(process.pid, number)
+    assert execute([*command, str(tmp_path / "whole"), "--quiet"]) == 0
     for number, process in processes.items():
         code, word = signals[number]
         output, errors = process.communicate(timeout=60)
@@ -146,7 +145,7 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixt
         # A step of its own: there is no other reason for a checkpoint before step 100.
         assert checkpoint is not None and 14 <= checkpoint_step(checkpoint) < 100
         assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == checkpoint_step(checkpoint)
-        assert not [path for path in run.rglob(".*")]
+        assert not list(run.rglob(".*"))
 
         assert execute([*command, str(run), "--resume", "--quiet"]) == 0
         for name in ("dense", "gated", "pruned"):
