@@ -56,6 +56,10 @@ def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None)
     raise InputError(f"A kind of tokenizer was expected ({', '.join(KINDS)}), but {kind!r} came.")
 
 
+# How a tokenizer was loaded, which it would write into its next configuration as if it were part of it.
+_LOADED_BY = ("is_local", "local_files_only")
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a saved tokenizer, or one of the hub by its name.
 
@@ -70,6 +74,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"A tokenizer was expected at {path}, but it could not be loaded: {reason}.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"A tokenizer was expected at {path}, but {type(tokenizer).__name__} came; check the folder.")
+    for noted in _LOADED_BY:
+        tokenizer.init_kwargs.pop(noted, None)
     return tokenizer
 
 

@@ -1,0 +1,197 @@
+"""Real runs in child processes that are killed at a chosen moment, and what differs from a run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from deadhead.checksums import CHECKSUMS_FILE
+from deadhead.training import Recipe, Run
+from deadhead.training.recipe import parse_recipe
+
+# What Python tells of before it changes the file system.
+_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree"}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+_TIMES = ("seconds", "tokens_per_second")
+
+
+_RECIPE = """
+name = "kills"
+evaluation_tokens = 200
+control = true
+
+[data]
+source = {source!r}
+
+[model]
+layers = 2
+width = 32
+heads = 4
+persistent = 8
+memory_length = 8
+segment_length = 8
+hidden_dropout = 0.1
+
+[train]
+steps = 12
+batch_size = 2
+save_every = 5
+log_every = 3
+learning_rate = 0.002
+
+[prune]
+steps = 14
+batch_size = 2
+save_every = 3
+log_every = 4
+eval_every = 6
+learning_rate = 0.002
+sparsity = 0.5
+weighting = "output_difference"
+start_from = "taylor"
+
+[finetune]
+steps = 8
+batch_size = 2
+save_every = 3
+log_every = 3
+distill = 0.5
+learning_rate = 0.002
+"""
+
+
+def kills_recipe(folder: Path) -> Recipe:
+    """Return the recipe of a run of some seconds, on a text that is written to `folder`."""
+    text = folder / "text.txt"
+    draw = random.Random(0)
+    words = ["the", "old", "cat", "sees", "a", "bird"]
+    text.write_text("\n".join(" ".join(draw.choices(words, k=6)) for _ in range(300)))
+    return parse_recipe(_RECIPE.format(source=str(text)), name="kills")
+
+
+def attempt(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    at_change: int | None = None,
+    after: float | None = None,
+    number: int = signal.SIGKILL,
+    count_in: Path | None = None,
+) -> int:
+    """Begin a run, or go on with it, in a child process; return its exit code, negative for a signal.
+
+    Args:
+        recipe: the run's.
+        folder: of the run.
+        at_change: the signal comes before so many changes to files below `folder` were made.
+        after: the signal comes after so many seconds.
+        number: the signal.
+        count_in: gets the number of changes, if the run comes to its end.
+    """
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            code = _run(recipe, folder, at_change, number, count_in)
+        finally:
+            os._exit(code)
+    timer = None
+    if after is not None:
+        timer = threading.Timer(after, _kill, (process, number))
+        timer.start()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if timer is not None:
+        timer.cancel()
+    return code
+
+
+def _kill(process: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def _run(recipe: Recipe, folder: Path, at_change: int | None, number: int, count_in: Path | None) -> int:
+    changes = 0
+    root = str(folder)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal changes
+        if event == "open":
+            path, _, flags = arguments
+            changes_files = isinstance(flags, int) and bool(flags & _WRITES)
+        else:
+            path, changes_files = (arguments[0] if arguments else None), event in _CHANGES
+        if changes_files and isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(root):
+            changes += 1
+            if changes == at_change:
+                os.kill(os.getpid(), number)
+
+    sys.addaudithook(watch)
+    # What a test or a benchmark has on the screen is not for its children to repeat.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        Run.start(recipe, folder, resume=True).execute()
+    except KeyboardInterrupt:
+        return 130
+    if count_in is not None:
+        count_in.write_text(str(changes))
+    return 0
+
+
+def differences(folder: Path, whole: Path) -> list[str]:
+    """Return what of a run differs from that of another, timing aside: files, tensors, lines, numbers."""
+    found = []
+    files, expected = (
+        {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} for run in (folder, whole)
+    )
+    # TensorBoard begins a file for each process; cards name speeds nowhere, but lists of hashes cover events.
+    compared = {name for name in files | expected if not name.startswith("tensorboard/")}
+    for name in sorted(compared):
+        if (name in files) != (name in expected):
+            found.append(f"{name} is in one only")
+        elif name == "metrics.jsonl":
+            found += [] if _lines(folder / name) == _lines(whole / name) else [name]
+        elif name == "summary.json":
+            same = without_times(_json(folder / name)) == without_times(_json(whole / name))
+            found += [] if same else [name]
+        elif name.endswith(".safetensors"):
+            mine, theirs = load_file(folder / name), load_file(whole / name)
+            same = mine.keys() == theirs.keys() and all(mine[key].equal(theirs[key]) for key in mine)
+            found += [] if same else [name]
+        elif not name.endswith(CHECKSUMS_FILE):
+            found += [] if (folder / name).read_bytes() == (whole / name).read_bytes() else [name]
+    return found
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _lines(path: Path) -> list[Any]:
+    return [without_times(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_times(value: Any) -> Any:
+    """Return JSON values without the fields that two runs of one recipe need not share."""
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in _TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def seconds_of(recipe: Recipe, folder: Path) -> float:
+    """Return how long an uninterrupted run takes, from the fork of its process."""
+    begin = time.perf_counter()
+    code = attempt(recipe, folder, count_in=folder.with_name(folder.name + ".changes"))
+    assert code == 0, f"the run failed with {code}"
+    return time.perf_counter() - begin
