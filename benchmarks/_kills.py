@@ -6,16 +6,19 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from deadhead.checksums import CHECKSUMS_FILE
+from deadhead.errors import InputError
 from deadhead.training import Recipe, Run
 from deadhead.training.recipe import parse_recipe
 
@@ -86,6 +89,7 @@ def attempt(
     at_change: int | None = None,
     after: float | None = None,
     number: int = signal.SIGKILL,
+    fill: Path | None = None,
     count_in: Path | None = None,
 ) -> int:
     """Begin a run, or go on with it, in a child process; return its exit code, negative for a signal.
@@ -96,13 +100,14 @@ def attempt(
         at_change: the signal comes before so many changes to files below `folder` were made.
         after: the signal comes after so many seconds.
         number: the signal.
+        fill: with `at_change`, no signal comes, but this file grows until its disk is full.
         count_in: gets the number of changes, if the run comes to its end.
     """
     process = os.fork()
     if process == 0:
         code = 1
         try:
-            code = _run(recipe, folder, at_change, number, count_in)
+            code = _run(recipe, folder, at_change, number, fill, count_in)
         finally:
             os._exit(code)
     timer = None
@@ -120,7 +125,9 @@ def _kill(process: int, number: int) -> None:
         os.kill(process, number)
 
 
-def _run(recipe: Recipe, folder: Path, at_change: int | None, number: int, count_in: Path | None) -> int:
+def _run(
+    recipe: Recipe, folder: Path, at_change: int | None, number: int, fill: Path | None, count_in: Path | None
+) -> int:
     changes = 0
     root = str(folder)
 
@@ -134,7 +141,7 @@ def _run(recipe: Recipe, folder: Path, at_change: int | None, number: int, count
         if changes_files and isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(root):
             changes += 1
             if changes == at_change:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number) if fill is None else fill_disk(fill)
 
     sys.addaudithook(watch)
     # What a test or a benchmark has on the screen is not for its children to repeat.
@@ -144,9 +151,38 @@ def _run(recipe: Recipe, folder: Path, at_change: int | None, number: int, count
         Run.start(recipe, folder, resume=True).execute()
     except KeyboardInterrupt:
         return 130
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     if count_in is not None:
         count_in.write_text(str(changes))
     return 0
+
+
+def fill_disk(path: Path) -> None:
+    """Let a file grow until its disk has no byte left."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        for size in (1 << 20, 1 << 12, 1):
+            with suppress(OSError):
+                while os.write(file, bytes(size)):
+                    pass
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def small_disk(folder: Path, *, megabytes: int = 16) -> Iterator[Path | None]:
+    """Yield `folder` with a file system of its own in memory; None where such cannot be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def differences(folder: Path, whole: Path) -> list[str]:

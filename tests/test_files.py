@@ -198,12 +198,21 @@ def test_only_what_is_ours_may_be_replaced(tmp_path: Path) -> None:
 
 def test_left_overs_of_a_killed_process(tmp_path: Path) -> None:
     """They don't make a folder foreign, and can be removed by the names they were to get."""
-    (tmp_path / ".recipe.toml.x1").write_text("half")
+    (tmp_path / ".recipe.toml.x1abcdef").write_text("half")
     require_replaceable(tmp_path, ("recipe.toml",))
-    (tmp_path / ".dense.x2").mkdir()
-    (tmp_path / ".dense.x2" / "model.safetensors").write_text("half")
+    (tmp_path / ".dense.x2_bcdef").mkdir()
+    (tmp_path / ".dense.x2_bcdef" / "model.safetensors").write_text("half")
     (tmp_path / ".git").mkdir()
-    remove_left_overs(tmp_path, ("recipe.toml", "dense"))
-    assert [path.name for path in tmp_path.iterdir()] == [".git"]
+    (tmp_path / ".gitignore").write_text("not ours")
+    (tmp_path / ".pruned.x3abcdef.old").mkdir()
+    (tmp_path / ".pruned.x3abcdef.old" / "config.json").write_text("{}")
+    (tmp_path / ".pruned.x3abcdef").mkdir()
+    remove_left_overs(tmp_path, "recipe.toml")
+    assert not (tmp_path / ".recipe.toml.x1abcdef").exists() and (tmp_path / ".dense.x2_bcdef").exists()
+    remove_left_overs(tmp_path)
+    # What had been moved aside for a new one that never came is back.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".git", ".gitignore", "pruned"]
+    assert (tmp_path / "pruned" / "config.json").exists()
+    (tmp_path / "pruned").rename(tmp_path / "other")
     with pytest.raises(InputError, match="was not written by deadhead"):
         require_replaceable(tmp_path, ("recipe.toml",))

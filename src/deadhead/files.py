@@ -16,6 +16,13 @@ from typing import Any
 
 from deadhead.errors import InputError
 
+# What safetensors, NumPy and torch's own writer say of a disk that is full.
+_NATIVE_WORDS = ("No space left", "os error 28", "iostream error", "unexpected pos", "PytorchStreamWriter failed")
+
+
+# The names that `tempfile` makes of the prefixes below; a replaced folder is moved aside under one of them.
+_BEING_WRITTEN = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<aside>\.old)?")
+
 
 @contextmanager
 def no_space_is_input_error(path: Path) -> Iterator[None]:
@@ -43,7 +50,7 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
             raise InputError(f"{path} cannot be made a folder: a file of that name is in the way.") from error
         raise
     except Exception as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
+        if any(words in str(error) for words in _NATIVE_WORDS):
             raise InputError(
                 f"No space is left on the device while writing {path}; free some and try again."
             ) from error
@@ -133,14 +140,26 @@ def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
 
 
 def _is_left_over(entry: Path, names: tuple[str, ...]) -> bool:
-    # What was being written when the process was killed.
-    return any(entry.name.startswith(f".{name}.") for name in names)
+    """Tell whether something was being written, under one of some names, when the process was killed."""
+    match = _BEING_WRITTEN.fullmatch(entry.name)
+    return match is not None and match["name"] in names
 
 
-def remove_left_overs(folder: Path, names: tuple[str, ...]) -> None:
-    """Remove what a killed process was writing in `folder` under one of `names`, files and folders."""
+def remove_left_overs(folder: Path, name: str | None = None) -> None:
+    """Remove the files and folders that a killed process was writing in a folder; what it had moved aside comes back.
+
+    Args:
+        folder: in which nobody else writes now.
+        name: what was to come of them; None: anything.
+    """
     for entry in folder.iterdir():
-        if _is_left_over(entry, names):
+        match = _BEING_WRITTEN.fullmatch(entry.name)
+        if match is None or name not in (None, match["name"]):
+            continue
+        if match["aside"] and not (folder / match["name"]).exists():
+            # Killed between the two moves of `replaced_folder`.
+            entry.rename(folder / match["name"])
+        else:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
@@ -171,9 +190,12 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 os.replace(path, old)
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
             if old.exists() and not path.exists():
                 os.replace(old, path)
+            if isinstance(error, InputError) and temporary.name in str(error):
+                # The place that was being written in has a name that says nothing to anybody.
+                raise InputError(re.sub(rf"\S*{re.escape(temporary.name)}\S*", str(path), str(error))) from error
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -47,6 +47,8 @@ def _folder_of(name: str, file: str = "letter.txt") -> Callable[[Path], object]:
 def _damaged(change: Callable[[Path], object]) -> Callable[[Path], object]:
     def prepare(folder: Path) -> None:
         shutil.copytree(folder.parent / "given" / "model", folder / "damaged")
+        # As in a checkpoint that others wrote: by its checksums every change would be seen.
+        (folder / "damaged" / "SHA256SUMS").unlink()
         change(folder / "damaged")
 
     return prepare

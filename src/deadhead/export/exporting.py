@@ -137,7 +137,7 @@ def _new(out: Path) -> Iterator[Path]:
     """Yield a place beside `out` for what will be there when the block ends well."""
     with no_space_is_input_error(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_overs(out.parent, (out.name,))
+        remove_left_overs(out.parent, out.name)
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
             yield folder / out.name

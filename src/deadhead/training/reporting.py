@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from deadhead.errors import InputError
+from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
 from deadhead.plan import is_block_key
 from deadhead.report.head_map import head_map_image
@@ -30,12 +33,32 @@ def tensorboard_callbacks(folder: Path, gates: HeadGates | None, *, begin: int) 
         folder: where they go.
         gates: the gates being trained, or None.
         begin: the step that is gone on from; what a stopped run wrote of later ones is hidden.
+
+    Raises:
+        InputError: they cannot be written, as on a full disk.
     """
-    writer = SummaryWriter(log_dir=str(folder), purge_step=begin + 1)
+    with no_space_is_input_error(folder), _thread_speaks_through_its_writer():
+        writer = SummaryWriter(log_dir=str(folder), purge_step=begin + 1)
+        try:
+            yield [TensorBoardCallback(writer), *([] if gates is None else [_HeadMapImage(writer, gates)])]
+        finally:
+            writer.close()
+
+
+@contextmanager
+def _thread_speaks_through_its_writer() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing why it could not write: its writer raises the same when next used."""
+    usual = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if type(failed.thread).__module__ != event_file_writer.__name__:
+            usual(failed)
+
+    threading.excepthook = hook
     try:
-        yield [TensorBoardCallback(writer), *([] if gates is None else [_HeadMapImage(writer, gates)])]
+        yield
     finally:
-        writer.close()
+        threading.excepthook = usual
 
 
 class _HeadMapImage(TrainerCallback):

@@ -40,7 +40,6 @@ STAGES = ("dense", "gated", "cut", "finetuned")
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
-_FOLDERS = ("dense", "gated", "pruned", "control", "tokenizer")
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Told of the name of what goes on, how much is done, how much there is, and the last numbers."""
@@ -151,7 +150,9 @@ class Run:
                     f"{folder} holds a run of another recipe; resume it with: "
                     f"deadhead run {folder / RECIPE_FILE} --out {folder} --resume."
                 )
-            remove_left_overs(folder, (*_FOLDERS, RECIPE_FILE, SUMMARY_FILE, checkpoint.PLAN_FILE))
+            remove_left_overs(folder)
+            if (folder / "tokens").is_dir():
+                remove_left_overs(folder / "tokens")
         else:
             write_text(folder / RECIPE_FILE, to_toml(recipe))
         return fresh

@@ -15,7 +15,7 @@ from deadhead.cost import model_cost
 from deadhead.cutting import cut as cut_heads
 from deadhead.errors import InputError
 from deadhead.evaluation import evaluate
-from deadhead.files import read_json, write_json
+from deadhead.files import read_json, remove_left_overs, write_json
 from deadhead.gates import HeadGates
 from deadhead.latency import Latency
 from deadhead.layouts import find_layout
@@ -186,6 +186,8 @@ def _check_places(out: Path, work: Path, model: Path | None, *, resume: bool) ->
         raise InputError(
             f"There is nothing to resume: {work}, where a stopped phase leaves its checkpoints, is not there."
         )
+    if resume:
+        remove_left_overs(out.parent, out.name)
 
 
 def _keep_settings(work: Path, settings: dict[str, Any]) -> None:
