@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ def _terminate(*_: object) -> None:
 
 
 @pytest.fixture
-def handling() -> Any:
-    """Handle SIGTERM, which would end the tests, while a test runs; return the handler that pytest finds after it."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+def handling() -> Iterator[None]:
+    """Handle SIGTERM, which would end the tests, and SIGINT, which is ignored in what a shell runs in the background."""
+    handlers = {signal.SIGTERM: _terminate, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    assert signal.getsignal(signal.SIGTERM) is _terminate
-    signal.signal(signal.SIGTERM, before)
+    found = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert found == handlers
 
 
 @pytest.mark.parametrize(
