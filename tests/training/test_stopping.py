@@ -37,7 +37,7 @@ def _terminate(*_: object) -> None:
 
 @pytest.fixture
 def handling() -> Iterator[None]:
-    """Handle SIGTERM, which would end the tests, and SIGINT, which is ignored in what a shell runs in the background."""
+    """Handle SIGTERM, which would end the tests, and SIGINT, which what a shell runs in the background ignores."""
     handlers = {signal.SIGTERM: _terminate, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
