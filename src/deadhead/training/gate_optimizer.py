@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deadhead.gates import HeadGates
+from deadhead.sharding import whole
 
 # The rate of a short phase, and how far a gate with gradients of typical size may move in all in a longer one.
 _HIGHEST_RATE, _WAY = 0.3, 45.0
@@ -60,7 +61,7 @@ class GateOptimizer:
         gradients, pushes = [], []
         for (_, gate), push in zip(self.gates, penalty, strict=True):
             parameter = gate.log_alpha_bias
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = torch.zeros_like(gate.stored) if parameter.grad is None else whole(parameter.grad)
             # The stored parameter is log_alpha / lr_scale.
             gradients.append(gradient.float() / gate.config.lr_scale)
             pushes.append(push.float() / gate.config.lr_scale)
