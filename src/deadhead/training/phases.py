@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -200,7 +200,10 @@ def train(
         )
     if cut_settled and args.world_size > 1:
         raise InputError("cut_settled needs a single process: data parallelism does not take parameters that shrink.")
-    dataset = _segments(model, text, recipe, rows=recipe.batch_size * args.world_size, first_segment=first_segment)
+    rows = recipe.batch_size * args.world_size
+    dataset = _segments(model, text, recipe, rows=rows, first_segment=first_segment)
+    # The last rows of a shuffled text that make no whole batch: several processes would fill it up, one would not.
+    args.dataloader_drop_last = len(cast(Sized, dataset)) >= rows
     ours: list[TrainerCallback] = []
     if gates is not None:
         if not isinstance(recipe, PruneRecipe):

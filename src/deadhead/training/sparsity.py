@@ -182,6 +182,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hold the target."""
+        if self.optimizer is not None:
+            self.optimizer.hold()
         self.gates.gather()
         if self.target is not None:
             is_last = state.global_step >= state.max_steps
