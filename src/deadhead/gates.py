@@ -59,9 +59,8 @@ class HeadGate(nn.Module):
         # With several processes: what this one measured in this step, and the average that the step began with.
         self.measured: list[Tensor] = []
         self._average_before: Tensor | None = None
-        # Of a sharded parameter: all of it, and its version then.
+        # All of a sharded parameter, if it is known. (Its version would not tell: optimizers do not count it up.)
         self._gathered: Tensor | None = None
-        self._gathered_version = -1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadGate:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -85,16 +84,20 @@ class HeadGate(nn.Module):
     def stored(self) -> Tensor:
         """The parameter as it is stored, log_alpha / lr_scale, shape (H,); gradients can be taken by it.
 
-        Outside the layer's forward FSDP2 leaves each process a slice. Then this is a copy of the whole, gathered again
-        after an optimizer has changed the slices: all processes must read it then. Later reads need no other process.
+        Outside the layer's forward FSDP2 leaves each process a slice. Then this is a copy of the whole. It is gathered
+        the first time it is read after a forward in training mode, by all processes together; after that each may read
+        it on its own.
         """
         parameter = self.log_alpha_bias
         if not is_sharded(parameter):
             return parameter
-        if self._gathered is None or self._gathered_version != parameter._version:
+        if self._gathered is None:
             self._gathered = whole(parameter).requires_grad_()
-            self._gathered_version = parameter._version
         return self._gathered
+
+    def forget_gathered(self) -> None:
+        """Take note that an optimizer may have changed a sharded parameter."""
+        self._gathered = None
 
     @property
     def log_alpha(self) -> Tensor:
@@ -156,7 +159,6 @@ class HeadGate(nn.Module):
         overwrite(self.log_alpha_bias, values)
         if is_sharded(self.log_alpha_bias):
             self._gathered = values.detach().to(self.log_alpha_bias.device, copy=True).requires_grad_()
-            self._gathered_version = self.log_alpha_bias._version
 
     @torch.no_grad()
     def measure(self, alone_H: Tensor, together: Tensor) -> None:
@@ -280,6 +282,7 @@ class HeadGates:
             noise |= _subset_noise({gate: noise[gate] for gate in group}, count, self.config)
         for gate, u_H in noise.items():
             gate.draw(u_H, measure=(self._step + self._micro_batch) % _MEASURE_EVERY == 0)
+            gate.forget_gathered()
         self._micro_batch += 1
 
     def draw_exactly(self, groups: Sequence[tuple[list[HeadGate], int]]) -> None:
@@ -308,9 +311,10 @@ class HeadGates:
     def gather(self) -> None:
         """Bring the copies of sharded gates up to date, in all processes together; without FSDP2 nothing is done.
 
-        Afterwards each process may read gates on its own, until an optimizer steps.
+        Afterwards each process may read gates on its own, until the next forward in training mode.
         """
         for gate in self.gates.values():
+            gate.forget_gathered()
             _ = gate.stored
 
     def log_alpha(self) -> dict[Layer, Tensor]:

@@ -182,9 +182,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hold the target."""
-        if self.optimizer is not None:
+        if self.optimizer is None:
+            self.gates.gather()
+        else:
             self.optimizer.hold()
-        self.gates.gather()
         if self.target is not None:
             is_last = state.global_step >= state.max_steps
             self.target.project(self.gates, state.global_step, self.weighting, is_last=is_last)
