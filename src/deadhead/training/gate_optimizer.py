@@ -73,7 +73,9 @@ class GateOptimizer:
             return
         square = float(torch.cat([gradient.cpu() for gradient in gradients]).square().mean())
         # Also where nothing moves, in a step that is left out.
-        self._moved = [(gate, gate.stored.detach().clone()) for _, gate in self.gates if is_sharded(gate.log_alpha_bias)]
+        self._moved = [
+            (gate, gate.stored.detach().clone()) for _, gate in self.gates if is_sharded(gate.log_alpha_bias)
+        ]
         if not math.isfinite(square):
             # An overflow under a loss scaler, which leaves out this step of the weights too.
             return
