@@ -15,6 +15,7 @@ from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Layer, Unit
+from deadhead.sharding import require_whole
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
@@ -133,6 +134,7 @@ def attach_to(
     model = unwrapped(model)
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
+    require_whole(model.parameters(), "Attaching gates")
     layout = find_layout(model)
     unit = layout.choose_unit(model, unit, what="gates open and close")
     config = config or GateConfig()

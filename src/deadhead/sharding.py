@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from deadhead.errors import InputError
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -14,7 +18,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor. One that is sharded is gathered, detached, so all processes must call this together."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def share_out(values: Tensor, like: Tensor) -> Tensor:
@@ -31,3 +35,21 @@ def overwrite(parameter: Tensor, values: Tensor) -> None:
     """Overwrite a parameter, sharded or not, with `values`, which every process has whole."""
     with torch.no_grad():
         parameter.copy_(share_out(values.to(parameter.device, parameter.dtype), parameter))
+
+
+def require_whole(parameters: Iterable[Tensor], what: str) -> None:
+    """Check that no parameter is sharded.
+
+    Args:
+        parameters: of a model.
+        what: what is to be done, as the sentence begins.
+
+    Raises:
+        InputError: one is.
+    """
+    if any(is_sharded(parameter) for parameter in parameters):
+        raise InputError(
+            f"{what} needs whole tensors, but those of this model are shared out among processes (by FSDP2 or tensor "
+            "parallelism): attach gates before a Trainer shards the model, load it without tp_plan, and cut in one "
+            "process, from a saved copy of the weights."
+        )

@@ -2,9 +2,8 @@
 
     torchrun --nproc-per-node 2 -m tests.training.world FOLDER [few]
 
-Each writes rank0.safetensors and so on: by case, log_alpha, output differences, weights and the noise of every forward.
-A batch over all processes is of four rows, whatever their number. So that processes can be told from one another by what
-they compute and not by chance, there is no dropout.
+Each writes a file of tensors: by case, log_alpha, output differences, weights and the noise of every forward. A batch
+over all processes is of four rows, whatever their number. There is no dropout, which each process draws for itself.
 """
 
 from __future__ import annotations

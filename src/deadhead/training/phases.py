@@ -47,7 +47,7 @@ from deadhead.training.choosing import (
 from deadhead.training.distillation import Distillation
 from deadhead.training.learning import checkpoint_activations, learner
 from deadhead.training.logs import MetricsFile, StepReporter
-from deadhead.training.processes import on_main
+from deadhead.training.processes import on_main, require_data_parallel
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.settled import SettledHeads, restore_trimmed
@@ -153,6 +153,7 @@ def train(
     if recipe.eval_every and valid is None:
         raise InputError("The recipe's eval_every asks for a validation text, but none was given.")
     require_trackers(report_to)
+    require_data_parallel()
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
         raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
     cut_settled = recipe.cut_settled if isinstance(recipe, PruneRecipe) and gates is not None else 0

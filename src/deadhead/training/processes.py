@@ -12,14 +12,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed import PrefixStore, TCPStore
+from transformers import TrainingArguments
 
 from deadhead.errors import DivergenceError, InputError
 
@@ -100,6 +102,46 @@ def main_first(work: Callable[[], _T]) -> _T:
     done: list[_T] = []
     on_main(lambda: done.append(work()))
     return done[0] if done else work()
+
+
+def require_supported(args: TrainingArguments) -> None:
+    """Check that gates can learn under the engine that a Trainer uses.
+
+    Raises:
+        InputError: DeepSpeed, Megatron, the first FSDP, or batches spread over several GPUs of one process.
+    """
+    kind = PartialState._shared_state.get("distributed_type", DistributedType.NO)
+    if args.deepspeed is not None or kind == DistributedType.DEEPSPEED:
+        raise InputError(
+            "SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP or FSDP2."
+        )
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    if kind == DistributedType.FSDP and plugin is not None and plugin.fsdp_version != 2:
+        raise InputError(
+            "Under the first FSDP a process has flat pieces of parameters, in which gates cannot be told apart; "
+            'use FSDP2: fsdp_config={"version": 2}, or accelerate launch --fsdp_version 2.'
+        )
+    if kind == DistributedType.MEGATRON_LM:
+        raise InputError("SparsityCallback does not work with Megatron-LM's own models; use DDP or FSDP2.")
+    if args.n_gpu > 1:
+        raise InputError(
+            f"This process would spread batches over {args.n_gpu} GPUs, in copies of the model that share no gates; "
+            "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def require_data_parallel() -> None:
+    """Check that a phase of deadhead's own keeps whole models in all processes: they are measured and cut afterwards.
+
+    Raises:
+        InputError: the launcher was told to shard them.
+    """
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise InputError(
+                f"deadhead's own commands train data-parallel, but the launcher asks for {what}; start them with "
+                "torchrun, or put SparsityCallback into a Trainer script of your own, which FSDP2 may shard."
+            )
 
 
 def leave() -> bool:
@@ -198,7 +240,7 @@ def _launched() -> int:
 def _state() -> PartialState:
     # Asked for anew each time: transformers' TrainingArguments resets it, and keeps the process group.
     try:
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE, **_own_store())
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(
@@ -213,6 +255,20 @@ def _state() -> PartialState:
     if os.environ.get("TORCHELASTIC_RUN_ID") and threading.current_thread() is threading.main_thread():
         _watch()
     return state
+
+
+def _own_store() -> dict[str, Any]:
+    """Return where processes that the launcher has started again find one another; {} for the first time.
+
+    torchrun gives them the store of those that failed, addresses and all, and one that looks up an old address waits.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or torch.distributed.is_initialized():
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
+    ranks = {"rank": int(os.environ["RANK"]), "world_size": _launched()}
+    return {"store": PrefixStore(f"deadhead/connection/{attempt}", store), **ranks}
 
 
 def _is_first() -> bool:

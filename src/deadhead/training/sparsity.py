@@ -18,6 +18,7 @@ from deadhead.ranking import Ranking
 from deadhead.sharding import share_out
 from deadhead.training.gate_optimizer import GateOptimizer, default_rate
 from deadhead.training.logs import add_to_log
+from deadhead.training.processes import require_supported
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
@@ -115,10 +116,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the gates will learn, and go on where a checkpoint left off."""
-        if args.deepspeed is not None:
-            raise InputError(
-                "SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP."
-            )
+        require_supported(args)
         if self.optimizer is not None and self.gate_lr is None:
             self.optimizer.lr = default_rate(state.max_steps)
         self.restore(state)
