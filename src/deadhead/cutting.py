@@ -22,6 +22,7 @@ from deadhead.layouts import Layout, Selection, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
 from deadhead.plan import HeadPlan, Layer, is_block_key
+from deadhead.sharding import require_whole
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
@@ -59,6 +60,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             "The model still has PEFT adapters, whose tensors a cut would not fit; merge them first: "
             "model = model.merge_and_unload()."
         )
+    require_whole(model.parameters(), "A cut")
     layout = find_layout(model)
     gates = gates_of(model)
     # Merging adapters replaces the output projections that the gates hang on.

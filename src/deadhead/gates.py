@@ -15,9 +15,12 @@ from deadhead.errors import InputError
 from deadhead.hard_concrete import GateConfig, gate_values, l0_probability, soft_values
 from deadhead.plan import BlockPlan, HeadPlan, Layer, Unit, is_block_key, plain_key
 from deadhead.ranking import HeadScores, Ranking
+from deadhead.sharding import is_sharded, overwrite, whole
 
 # Forwards from one measurement of the output differences to the next: measuring takes as long as a projection.
 _MEASURE_EVERY = 10
+# Weight of the newest measurement in the running output differences.
+_DIFFERENCE_RATE = 0.4
 
 
 class HeadGate(nn.Module):
@@ -29,6 +32,8 @@ class HeadGate(nn.Module):
 
     Where heads are cut while training goes on, their gates stay here, shut for good: noise, output scale and the
     optimizer's state of the others do not change.
+
+    Under FSDP2 the parameter is a slice for each process, and every process has a copy of the whole (see `stored`).
 
     Args:
         num_heads: H, heads this layer has now.
@@ -51,6 +56,11 @@ class HeadGate(nn.Module):
         self.track_difference = False
         self.measures_now = False
         self._idle: tuple[int, ...] | None = ()
+        # With several processes: what this one measured in this step, and the average that the step began with.
+        self.measured: list[Tensor] = []
+        self._average_before: Tensor | None = None
+        # All of a sharded parameter, if it is known. (Its version would not tell: optimizers do not count it up.)
+        self._gathered: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadGate:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -71,9 +81,28 @@ class HeadGate(nn.Module):
         return len(self.kept) == self.num_heads
 
     @property
+    def stored(self) -> Tensor:
+        """The parameter as it is stored, log_alpha / lr_scale, shape (H,); gradients can be taken by it.
+
+        Outside the layer's forward FSDP2 leaves each process a slice. Then this is a copy of the whole. It is gathered
+        the first time it is read after a forward in training mode, by all processes together; after that each may read
+        it on its own.
+        """
+        parameter = self.log_alpha_bias
+        if not is_sharded(parameter):
+            return parameter
+        if self._gathered is None:
+            self._gathered = whole(parameter).requires_grad_()
+        return self._gathered
+
+    def forget_gathered(self) -> None:
+        """Take note that an optimizer may have changed a sharded parameter."""
+        self._gathered = None
+
+    @property
     def log_alpha(self) -> Tensor:
         """The gates' parameters at full scale, shape (H,)."""
-        return self.log_alpha_bias * self.config.lr_scale
+        return self.stored * self.config.lr_scale
 
     @property
     def open_probability(self) -> Tensor:
@@ -89,7 +118,7 @@ class HeadGate(nn.Module):
     @property
     def is_kept(self) -> Tensor:
         """Which heads are still in the module, bool, shape (H,)."""
-        return torch.zeros_like(self.log_alpha_bias, dtype=torch.bool).index_fill(0, self.kept, True)
+        return torch.zeros_like(self.difference, dtype=torch.bool).index_fill(0, self.kept, True)
 
     @property
     def idle(self) -> tuple[int, ...]:
@@ -121,9 +150,50 @@ class HeadGate(nn.Module):
         self._idle = () if self.measures_now else None
 
     def set_log_alpha(self, values: Tensor) -> None:
-        """Overwrite log_alpha, shape (H,)."""
+        """Overwrite log_alpha, shape (H,); all processes write the same."""
         with torch.no_grad():
-            self.log_alpha_bias.copy_(values / self.config.lr_scale)
+            self.set_stored(values / self.config.lr_scale)
+
+    def set_stored(self, values: Tensor) -> None:
+        """Overwrite the parameter as it is stored, shape (H,); all processes write the same."""
+        overwrite(self.log_alpha_bias, values)
+        if is_sharded(self.log_alpha_bias):
+            self._gathered = values.detach().to(self.log_alpha_bias.device, copy=True).requires_grad_()
+
+    @torch.no_grad()
+    def measure(self, alone_H: Tensor, together: Tensor) -> None:
+        """Update the running average of the output differences by one batch of this process.
+
+        Args:
+            alone_H: Σ ‖W_O^h a_h‖² over the batch's tokens, of the heads in the module.
+            together: Σ ‖Σ_open W_O a‖² over them, 0-dimensional.
+        """
+        # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
+        self.measures_now = False
+        if _processes() > 1:
+            if not self.measured:
+                self._average_before = self.difference.clone()
+            self.measured.append(torch.cat([alone_H, together[None]]))
+        self._average(alone_H, together)
+
+    def _average(self, alone_H: Tensor, together: Tensor) -> None:
+        difference_H = relative_difference(alone_H, together)
+        first = not bool(self.difference.any())
+        average_H = self.difference[self.kept].lerp(difference_H, 1.0 if first else _DIFFERENCE_RATE)
+        self.difference.index_copy_(0, self.kept, average_H)
+
+    @torch.no_grad()
+    def measured_by_all(self, sums: Sequence[Tensor]) -> None:
+        """Put in place of what this process measured in this step what all of them did, in the form of `measured`."""
+        if self._average_before is not None:
+            self.difference.copy_(self._average_before)
+            for summed in sums:
+                self._average(summed[:-1], summed[-1])
+        self.forget_measured()
+
+    def forget_measured(self) -> None:
+        """Begin a step."""
+        self.measured, self._average_before = [], None
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the gate values z of the heads in the module, and the output scale.
@@ -194,6 +264,8 @@ class HeadGates:
     def begin_step(self, step: int) -> None:
         """Tell which optimizer step comes next: noise is a function of seed, step and forward within the step."""
         self._step, self._micro_batch = step, 0
+        for gate in self.gates.values():
+            gate.forget_measured()
 
     def draw(self) -> None:
         """Draw fresh noise for every gate, equal on all ranks. Every forward in training mode begins with it."""
@@ -210,6 +282,7 @@ class HeadGates:
             noise |= _subset_noise({gate: noise[gate] for gate in group}, count, self.config)
         for gate, u_H in noise.items():
             gate.draw(u_H, measure=(self._step + self._micro_batch) % _MEASURE_EVERY == 0)
+            gate.forget_gathered()
         self._micro_batch += 1
 
     def draw_exactly(self, groups: Sequence[tuple[list[HeadGate], int]]) -> None:
@@ -222,11 +295,27 @@ class HeadGates:
             gate.track_difference = on
 
     def average_difference(self) -> None:
-        """Take the mean of the output differences over all processes, each of which measured its own batches."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for gate in self.gates.values():
-                torch.distributed.all_reduce(gate.difference)
-                gate.difference /= torch.distributed.get_world_size()
+        """Take the output differences of this step over the tokens of all processes, as one with all rows would.
+
+        Each process measured its own batches. All must call this, before the step ends.
+        """
+        measured = [sums for gate in self.gates.values() for sums in gate.measured]
+        if _processes() == 1 or not measured:
+            return
+        summed = torch.cat(measured)
+        torch.distributed.all_reduce(summed)
+        parts = iter(summed.split([len(sums) for sums in measured]))
+        for gate in self.gates.values():
+            gate.measured_by_all([next(parts) for _ in gate.measured])
+
+    def gather(self) -> None:
+        """Bring the copies of sharded gates up to date, in all processes together; without FSDP2 nothing is done.
+
+        Afterwards each process may read gates on its own, until the next forward in training mode.
+        """
+        for gate in self.gates.values():
+            gate.forget_gathered()
+            _ = gate.stored
 
     def log_alpha(self) -> dict[Layer, Tensor]:
         """Return log_alpha by layer, detached, on the CPU."""
@@ -405,6 +494,17 @@ class HeadGates:
         for layer, gate in self:
             gate.set_log_alpha(state[f"{layer}.log_alpha"].to(gate.log_alpha_bias.device))
             gate.difference.copy_(state[f"{layer}.difference"])
+
+
+def relative_difference(alone_H: Tensor, together: Tensor) -> Tensor:
+    """Return d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, from the sums of squares, (H,)."""
+    return (alone_H / together.clamp(min=1e-12)).clamp(min=0).sqrt().clamp(max=1e3)
+
+
+def _processes() -> int:
+    """Return how many processes train together."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
 
 
 def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, config: GateConfig) -> dict[HeadGate, Tensor]:

@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGate, HeadGates, relative_difference
 from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Layer, Unit
+from deadhead.sharding import require_whole
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
-# Weight of the newest measurement in the running output differences.
-_DIFFERENCE_RATE = 0.4
 
 
 class _GateInput:
@@ -40,32 +39,28 @@ class _GateInput:
         if gate.measures_now and gate.training:
             # Autocast would turn the products to half precision.
             with torch.autocast(hidden.device.type, enabled=False):
-                self._measure(module, heads_BTHE.detach(), z_H.detach())
+                gate.measure(*_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach()))
         factor_H = (z_H * scale).to(hidden.dtype)
         return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
-
-    @torch.no_grad()
-    def _measure(self, module: nn.Module, heads_BTHE: Tensor, z_H: Tensor) -> None:
-        """Update the running average of the output differences."""
-        gate = self.gate
-        # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
-        gate.measures_now = False
-        difference_H = output_differences(module, heads_BTHE.flatten(0, -3), z_H)
-        first = not bool(gate.difference.any())
-        average_H = gate.difference[gate.kept].lerp(difference_H, 1.0 if first else _DIFFERENCE_RATE)
-        gate.difference.index_copy_(0, gate.kept, average_H)
 
 
 @torch.no_grad()
 def output_differences(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None = None) -> Tensor:
     """Return d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, before scale and bias, shape (H,).
 
-    ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
-
     Args:
         output: the output projection.
         heads_RHE: what the heads give to it, for R tokens.
         z_H: which heads are open; None: all.
+    """
+    return relative_difference(*_squares(output, heads_RHE, z_H))
+
+
+@torch.no_grad()
+def _squares(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sums over tokens of ‖W_O^h a_h‖², (H,), and of ‖Σ_open W_O a‖², 0-dimensional.
+
+    ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
     """
     rows_RHE = heads_RHE.float()
     weight_HED = head_columns(output).detach().float().T.unflatten(0, heads_RHE.shape[1:])
@@ -74,7 +69,7 @@ def output_differences(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None 
     alone_H = (moment_HEE * gram_HEE).sum((-1, -2))
     open_RHE = rows_RHE if z_H is None else rows_RHE * z_H[:, None]
     together = (open_RHE.flatten(1) @ weight_HED.flatten(0, 1)).square().sum()
-    return (alone_H / together.clamp(min=1e-12)).clamp(min=0).sqrt().clamp(max=1e3)
+    return alone_H, together
 
 
 class _DrawNoise:
@@ -139,6 +134,7 @@ def attach_to(
     model = unwrapped(model)
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
+    require_whole(model.parameters(), "Attaching gates")
     layout = find_layout(model)
     unit = layout.choose_unit(model, unit, what="gates open and close")
     config = config or GateConfig()

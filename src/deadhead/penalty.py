@@ -172,5 +172,5 @@ def penalty_gradient(gates: HeadGates, strength: float, weighting: Weighting = "
     The penalty does not depend on the batch, so its gradient is added once for each optimizer step, after clipping,
     and the reported loss stays the language model's own. `torch.autograd.grad` leaves hooks of data parallelism alone.
     """
-    parameters = [gate.log_alpha_bias for _, gate in gates]
+    parameters = [gate.stored for _, gate in gates]
     return list(torch.autograd.grad(l0_loss(gates, weighting) * strength, parameters)) if parameters else []

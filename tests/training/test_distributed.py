@@ -1,4 +1,4 @@
-"""Two processes: they learn the same, each from its own batches, and a run's folder is written by one of them."""
+"""A run of two processes: its folder is written by one of them, and it survives that one is killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,57 +17,11 @@ from deadhead.training import Run, load_recipe
 from deadhead.training.recipe import to_toml
 from tests.small import assert_same_tensors, metrics, small_recipe, weights, write_prose
 
-_PROGRAM = """
-import json, os, sys
-import torch
-import deadhead
-
-from transformers import LlamaConfig, LlamaForCausalLM
-
-text, tokenizer = deadhead.load_text(sys.argv[1])
-torch.manual_seed(0)
-models = {
-    "all_attention": deadhead.AllAttentionForCausalLM(deadhead.AllAttentionConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_persistent=8,
-        memory_length=8, segment_length=8,
-    )),
-    "llama": LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-    )),
-}
-found = {}
-for kind, model in models.items():
-    recipe = deadhead.PruneRecipe(
-        steps=6, batch_size=2, weighting="output_difference", sparsity=0.5, gate_lr_scale=50.0, learning_rate=2e-3,
-        output_scale=True, **({} if kind == "all_attention" else {"sequence_length": 8}),
-    )
-    gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model))
-    deadhead.train(model, text.splits["train"], recipe, gates=gates)
-    values = found[kind] = {str(layer): row.tolist() for layer, row in gates.log_alpha().items()}
-    values["weights"] = sum(float(p.double().sum()) for p in model.parameters())
-rank = os.environ["RANK"]
-with open(os.path.join(sys.argv[2], f"rank{rank}.json"), "w") as file:
-    json.dump(found, file)
-"""
-
 
 def _launch(place: Path, *program: str) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*launch, *program], cwd=place, env=environment, capture_output=True, text=True, timeout=240)
-
-
-def test_ranks_agree(tmp_path: Path) -> None:
-    """After a few steps of two gloo processes all gates and weights are equal, to the bit."""
-    text = write_prose(tmp_path)
-    (tmp_path / "program.py").write_text(_PROGRAM)
-    result = _launch(tmp_path, "program.py", str(text), str(tmp_path))
-    assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    for gates in first.values():
-        assert any(abs(value - 2.0) > 0.1 for value in gates["0"])
 
 
 @pytest.fixture(scope="module")
@@ -109,26 +64,33 @@ def test_a_run_of_two_processes(place: Path, whole: subprocess.CompletedProcess[
 
 _STEPS = {"train": 3, "prune": 5, "finetune": 3}
 
-# Stops all processes after a step, as a kill would, goes on, and notes the weights that each process ends with.
+# One of two processes is killed after a step, of a command that could be started anew as it stands.
+_KILLED = """
+import os, signal, sys
+from deadhead import cli
+from deadhead.training.logs import StepReporter
+
+goes_on = StepReporter.on_step_end
+
+def dies(self, args, state, control, **kwargs):
+    if (state.max_steps, state.global_step, os.environ["RANK"]) == (5, 3, "1"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    goes_on(self, args, state, control, **kwargs)
+
+StepReporter.on_step_end = dies
+sys.argv = ["deadhead", *"run whole.toml --out stopped --resume --quiet".split()]
+cli.main()
+"""
+
+# Both go on, and note the weights that each ends with.
 _STOPPED = """
-import json, os, sys
+import json, os
 from pathlib import Path
 from deadhead.training import Run, load_recipe
-from deadhead.training.logs import StepReporter
 from deadhead.training.recipe import DataRecipe
 from deadhead.training.single import run_single
 
 recipe, ends = load_recipe("whole.toml"), {}
-goes_on = StepReporter.on_step_end
-
-class Stopped(Exception):
-    pass
-
-def stops(self, args, state, control, **kwargs):
-    if (state.max_steps, state.global_step) == (5, 3):
-        raise Stopped
-    goes_on(self, args, state, control, **kwargs)
-
 finish = Run._finish
 
 def notes(self, model, name, *rest, **named):
@@ -136,12 +98,6 @@ def notes(self, model, name, *rest, **named):
     finish(self, model, name, *rest, **named)
 
 Run._finish = notes
-StepReporter.on_step_end = stops
-try:
-    Run.start(recipe, "stopped").execute()
-    raise AssertionError("It was to be stopped.")
-except Stopped:
-    StepReporter.on_step_end = goes_on
 Run.start(recipe, "stopped", resume=True).execute()
 Run.start(load_recipe("ranked.toml"), "ranked").execute()
 data = DataRecipe(source=recipe.data.source)
@@ -150,11 +106,20 @@ Path(f"ends{os.environ['RANK']}.json").write_text(json.dumps(ends))
 """
 
 
-def test_two_processes_stop_and_go_on(place: Path, whole: subprocess.CompletedProcess[str]) -> None:
-    """They end with the weights of a run that was not stopped, bit for bit, and with the same in both processes.
+def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) -> None:
+    """The other says how to go on, and ends; both end with the weights of a run of which none was killed, bit for bit.
 
-    The dense model of one run is where another begins, whose heads are ranked; and a phase runs on its own.
+    `--resume` is no error in a folder that is not there yet, so one command does for both. The
+    dense model of one run is where another begins, whose heads are ranked; and a phase runs on its own.
     """
+    (place / "killed.py").write_text(_KILLED)
+    start = time.monotonic()
+    result = _launch(place, "killed.py")
+    assert result.returncode == 1 and time.monotonic() - start < 60
+    said = [line for line in result.stderr.splitlines() if line.startswith("deadhead: ")]
+    assert len(said) == 1
+    assert said[0].endswith("go on from the last with: deadhead run whole.toml --out stopped --resume --quiet.")
+    assert "Error: [" not in result.stderr  # gloo's, in a traceback of ours
     (place / "stopped.py").write_text(_STOPPED)
     result = _launch(place, "stopped.py")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -162,7 +127,7 @@ def test_two_processes_stop_and_go_on(place: Path, whole: subprocess.CompletedPr
         assert_same_tensors(weights(place / "stopped" / name), weights(place / "whole" / name))
     assert metrics(place / "stopped") == metrics(place / "whole")
     ends = [json.loads((place / f"ends{rank}.json").read_text()) for rank in range(2)]
-    assert ends[0] == ends[1] and len(ends[0]) == 7
+    assert ends[0] == ends[1] and len(ends[0]) == 6
     assert_same_tensors(weights(place / "ranked" / "dense"), weights(place / "whole" / "dense"))
     assert len(json.loads((place / "ranked" / "summary.json").read_text())["cut"]["heads"]) == 2
     assert deadhead.model_cost(deadhead.load(place / "single")).heads == ends[0]["single"]["heads"]

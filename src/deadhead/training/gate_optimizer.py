@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deadhead.gates import HeadGates
+from deadhead.gates import HeadGate, HeadGates
+from deadhead.sharding import is_sharded, whole
 
 # The rate of a short phase, and how far a gate with gradients of typical size may move in all in a longer one.
 _HIGHEST_RATE, _WAY = 0.3, 45.0
@@ -49,6 +50,7 @@ class GateOptimizer:
         self.steps = 0
         self.square = 0.0
         self.means = [torch.zeros(gate.num_heads) for _, gate in gates]
+        self._moved: list[tuple[HeadGate, Tensor]] = []
 
     @torch.no_grad()
     def step(self, penalty: Sequence[Tensor]) -> None:
@@ -60,14 +62,20 @@ class GateOptimizer:
         gradients, pushes = [], []
         for (_, gate), push in zip(self.gates, penalty, strict=True):
             parameter = gate.log_alpha_bias
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = torch.zeros_like(gate.stored) if parameter.grad is None else whole(parameter.grad)
             # The stored parameter is log_alpha / lr_scale.
             gradients.append(gradient.float() / gate.config.lr_scale)
             pushes.append(push.float() / gate.config.lr_scale)
-            parameter.grad = None
+            # FSDP2's checkpoints want a state of every parameter in the model's own optimizer: it gets one there by a
+            # gradient of 0, and what it does to the gates all the same `hold` undoes.
+            parameter.grad = torch.zeros_like(parameter) if is_sharded(parameter) else None
         if not gradients:
             return
         square = float(torch.cat([gradient.cpu() for gradient in gradients]).square().mean())
+        # Also where nothing moves, in a step that is left out.
+        self._moved = [
+            (gate, gate.stored.detach().clone()) for _, gate in self.gates if is_sharded(gate.log_alpha_bias)
+        ]
         if not math.isfinite(square):
             # An overflow under a loss scaler, which leaves out this step of the weights too.
             return
@@ -81,6 +89,13 @@ class GateOptimizer:
             if typical:
                 moved = gate.log_alpha - self.lr * (mean / unbiased + push) / typical
                 gate.set_log_alpha(moved.clamp(-gate.config.bound, gate.config.bound))
+        self._moved = [(gate, gate.stored.detach().clone()) for gate, _ in self._moved]
+
+    def hold(self) -> None:
+        """Undo what the model's own optimizer, such as its weight decay, did to gates that FSDP2 shares out."""
+        for gate, values in self._moved:
+            gate.set_stored(values)
+        self._moved = []
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold; JSON keeps every bit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -49,7 +49,7 @@ from deadhead.training.choosing import (
 from deadhead.training.distillation import Distillation
 from deadhead.training.learning import checkpoint_activations, learner
 from deadhead.training.logs import MetricsFile, StepReporter
-from deadhead.training.processes import on_main
+from deadhead.training.processes import on_main, require_data_parallel
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.rolling_back import roll_back, smaller_step
@@ -164,6 +164,7 @@ def train(
     if recipe.eval_every and valid is None:
         raise InputError("The recipe's eval_every asks for a validation text, but none was given.")
     require_trackers(report_to)
+    require_data_parallel()
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
         raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
     cut_settled = recipe.cut_settled if isinstance(recipe, PruneRecipe) and gates is not None else 0
@@ -178,7 +179,10 @@ def train(
         )
     if cut_settled and args.world_size > 1:
         raise InputError("cut_settled needs a single process: data parallelism does not take parameters that shrink.")
-    dataset = _segments(model, text, recipe, rows=recipe.batch_size * args.world_size, first_segment=first_segment)
+    rows = recipe.batch_size * args.world_size
+    dataset = _segments(model, text, recipe, rows=rows, first_segment=first_segment)
+    # The last rows of a shuffled text that make no whole batch: several processes would fill it up, one would not.
+    args.dataloader_drop_last = len(cast(Sized, dataset)) >= rows
     ours: list[TrainerCallback] = []
     if gates is not None:
         if not isinstance(recipe, PruneRecipe):

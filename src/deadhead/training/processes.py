@@ -7,6 +7,10 @@ others wait, and if it fails there, all of them fail. With one process everythin
 from __future__ import annotations
 
 import os
+import shlex
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,8 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed import PrefixStore, TCPStore
+from transformers import TrainingArguments
 
 from deadhead.errors import DivergenceError, InputError
 
@@ -25,6 +31,10 @@ _PATIENCE = timedelta(hours=6)
 
 # Seconds that the main process has to speak before others do, and those that a process waits for the speaker to end.
 _PRECEDENCE, _SILENCE = 2.0, 30.0
+
+# Commands that have --resume, and what gloo says of a connection that is gone.
+_RESUMABLE = (["run"], ["demo"], ["train"], ["prune"], ["finetune"])
+_LOST = ("Connection", "Broken pipe", "Timed out", "Socket closed")
 
 _T = TypeVar("_T")
 
@@ -94,6 +104,46 @@ def main_first(work: Callable[[], _T]) -> _T:
     return done[0] if done else work()
 
 
+def require_supported(args: TrainingArguments) -> None:
+    """Check that gates can learn under the engine that a Trainer uses.
+
+    Raises:
+        InputError: DeepSpeed, Megatron, the first FSDP, or batches spread over several GPUs of one process.
+    """
+    kind = PartialState._shared_state.get("distributed_type", DistributedType.NO)
+    if args.deepspeed is not None or kind == DistributedType.DEEPSPEED:
+        raise InputError(
+            "SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP or FSDP2."
+        )
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    if kind == DistributedType.FSDP and plugin is not None and plugin.fsdp_version != 2:
+        raise InputError(
+            "Under the first FSDP a process has flat pieces of parameters, in which gates cannot be told apart; "
+            'use FSDP2: fsdp_config={"version": 2}, or accelerate launch --fsdp_version 2.'
+        )
+    if kind == DistributedType.MEGATRON_LM:
+        raise InputError("SparsityCallback does not work with Megatron-LM's own models; use DDP or FSDP2.")
+    if args.n_gpu > 1:
+        raise InputError(
+            f"This process would spread batches over {args.n_gpu} GPUs, in copies of the model that share no gates; "
+            "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def require_data_parallel() -> None:
+    """Check that a phase of deadhead's own keeps whole models in all processes: they are measured and cut afterwards.
+
+    Raises:
+        InputError: the launcher was told to shard them.
+    """
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise InputError(
+                f"deadhead's own commands train data-parallel, but the launcher asks for {what}; start them with "
+                "torchrun, or put SparsityCallback into a Trainer script of your own, which FSDP2 may shard."
+            )
+
+
 def leave() -> bool:
     """Take leave of the other processes, at the end of the program; return whether this is the main one."""
     main = is_main()
@@ -105,13 +155,20 @@ def leave() -> bool:
 def speaks(error: BaseException) -> bool:
     """Return whether this process is the one that says what went wrong; another one waits until its launcher ends it.
 
-    One failure often fails all processes, and the first that ends is the end of all.
+    One failure often fails all processes, and the first that ends is the end of all. Where a process was killed, one of
+    the others has said so, with how to go on, when this returns False.
 
     Args:
         error: what ends this process.
     """
     if _launched() == 1:
         return True
+    if _lost_another(error):
+        # Who notices first says so at once: the launcher is about to end those that are left. The others end soon, so
+        # that none keeps a connection open by which a third one waits.
+        _say_lost("Another process of this training was killed, or cannot be reached any more")
+        time.sleep(_PRECEDENCE)
+        return False
     if not isinstance(error, FailedElsewhere) and not isinstance(error.__cause__, FailedElsewhere):
         if os.environ.get("RANK", "0") != "0":
             # The main process may be about to fail too, and has a folder to tidy up.
@@ -123,6 +180,57 @@ def speaks(error: BaseException) -> bool:
     return False
 
 
+def _lost_another(error: BaseException) -> bool:
+    """Return whether `error` is that of a connection to another process, which was killed or whose machine is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    # gloo's are plain RuntimeErrors.
+    said = str(error)
+    return isinstance(error, RuntimeError) and "gloo" in said and any(word in said for word in _LOST)
+
+
+def _say_lost(what: str) -> None:
+    """Say what ended all processes, and how to go on, unless another process has said why already."""
+    if not _is_first():
+        return
+    arguments, end = sys.argv[1:], "start as many again"
+    if arguments[:1] in _RESUMABLE:
+        resume = [] if "--resume" in arguments else ["--resume"]
+        command = shlex.join(["deadhead", *arguments, *resume])
+        end = f"whole checkpoints are kept, and as many processes go on from the last with: {command}"
+    sys.stderr.write(f"deadhead: {what}; {end}.\n")
+    sys.stderr.flush()
+
+
+def _told_to_end(*_: Any) -> None:
+    """Be the handler of SIGTERM until somebody sets another; what there is to do, `_watch` does."""
+
+
+def _watch() -> None:
+    """Say how to go on, and end, when the launcher sends SIGTERM, as it does when another process was killed.
+
+    Without a handler a process would end without a word. The main thread cannot run one while it waits for a process
+    that is no more, so a thread of its own does. A handler that is set later, to end in an orderly way, has the say.
+    """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    others = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    if others != -1:
+        signal.set_wakeup_fd(others)
+        return
+    signal.signal(signal.SIGTERM, _told_to_end)
+
+    def wait() -> None:
+        while number := os.read(told, 1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _told_to_end:
+                _say_lost("The launcher ended this training, which was told to stop or lost another process")
+                os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _launched() -> int:
     """Return how many processes the launcher says it started."""
     value = os.environ.get("WORLD_SIZE", "1")
@@ -132,7 +240,7 @@ def _launched() -> int:
 def _state() -> PartialState:
     # Asked for anew each time: transformers' TrainingArguments resets it, and keeps the process group.
     try:
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE, **_own_store())
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(
@@ -144,7 +252,23 @@ def _state() -> PartialState:
             f"WORLD_SIZE says that {_launched()} processes train together, but this device knows no way to connect "
             "them; train with one process, and unset WORLD_SIZE."
         )
+    if os.environ.get("TORCHELASTIC_RUN_ID") and threading.current_thread() is threading.main_thread():
+        _watch()
     return state
+
+
+def _own_store() -> dict[str, Any]:
+    """Return where processes that the launcher has started again find one another; {} for the first time.
+
+    torchrun gives them the store of those that failed, addresses and all, and one that looks up an old address waits.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or torch.distributed.is_initialized():
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
+    ranks = {"rank": int(os.environ["RANK"]), "world_size": _launched()}
+    return {"store": PrefixStore(f"deadhead/connection/{attempt}", store), **ranks}
 
 
 def _is_first() -> bool:

@@ -15,8 +15,10 @@ from deadhead.gates import HeadGates
 from deadhead.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient
 from deadhead.plan import is_block_key, plain_key
 from deadhead.ranking import Ranking
+from deadhead.sharding import share_out
 from deadhead.training.gate_optimizer import GateOptimizer, default_rate
 from deadhead.training.logs import add_to_log
+from deadhead.training.processes import require_supported
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
@@ -91,7 +93,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         The gates are in it too: PEFT's checkpoints hold adapters only. JSON keeps every bit of a float32.
         """
         values = {
-            str(layer): {"log_alpha_bias": gate.log_alpha_bias.tolist(), "difference": gate.difference.tolist()}
+            str(layer): {"log_alpha_bias": gate.stored.tolist(), "difference": gate.difference.tolist()}
             for layer, gate in self.gates
         }
         parts = {"target": self.target, "optimizer": self.optimizer}
@@ -114,10 +116,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the gates will learn, and go on where a checkpoint left off."""
-        if args.deepspeed is not None:
-            raise InputError(
-                "SparsityCallback cannot add gradients under DeepSpeed, which steps inside backward; use DDP."
-            )
+        require_supported(args)
         if self.optimizer is not None and self.gate_lr is None:
             self.optimizer.lr = default_rate(state.max_steps)
         self.restore(state)
@@ -144,8 +143,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
                     part.load_state(attributes[name])
             with torch.no_grad():
                 for layer, gate in self.gates:
-                    for name, values in attributes.get("gates", {}).get(str(layer), {}).items():
-                        getattr(gate, name).copy_(torch.tensor(values))
+                    values = {
+                        name: torch.tensor(row) for name, row in attributes.get("gates", {}).get(str(layer), {}).items()
+                    }
+                    if values:
+                        gate.set_stored(values["log_alpha_bias"])
+                        gate.difference.copy_(values["difference"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,8 +167,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 "No gradient of the loss reached the gates; train the model they were attached to, not a copy."
             )
         self.strength = self.l0 * linear_warmup(state.global_step, self.warmup_steps) if self.target is None else 0.0
-        if self.weighting == "output_difference":
-            self.gates.average_difference()
+        self.gates.average_difference()
         self.last_l0 = float(self.gates.l0().detach())
         penalty = penalty_gradient(self.gates, self.strength, self.weighting)
         if self.optimizer is not None:
@@ -173,10 +175,15 @@ class SparsityCallback(TrainerCallback, ExportableState):
             return
         for (_, gate), gradient in zip(self.gates, penalty, strict=True):
             found = gate.log_alpha_bias.grad
+            gradient = share_out(gradient, gate.log_alpha_bias)
             gate.log_alpha_bias.grad = gradient if found is None else found + gradient
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hold the target."""
+        if self.optimizer is None:
+            self.gates.gather()
+        else:
+            self.optimizer.hold()
         if self.target is not None:
             is_last = state.global_step >= state.max_steps
             self.target.project(self.gates, state.global_step, self.weighting, is_last=is_last)
