@@ -1,6 +1,6 @@
 """Several processes against one: what is learned, what is sent, and on paper how far that goes.
 
-Measured here, with gloo on a CPU: a small Llama trains gates with the same batch over 1, 2 and 4 processes. The bytes are
+Measured here, with gloo on a CPU: a small Llama trains gates with the same batch over 1, 2 and 4 processes. Bytes are
 counted in DDP's communication hook, which sees every gradient that is reduced, and in calls of all_reduce for what the
 gates measure. Times of more processes than cores say nothing of a cluster, and are shown as what they are.
 
@@ -156,7 +156,12 @@ def on_paper(options: argparse.Namespace) -> list[dict[str, Any]]:
     )
     # Llama-2's sizes.
     llama = AutoConfig.for_model(
-        "llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+        "llama",
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
     )
     models = {"paper, 16 layers": (paper, 16 * 8), "Llama, 7B": (llama, 32 * 32)}
     rows, gpus = [], options.nodes * options.gpus
