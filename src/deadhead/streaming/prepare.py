@@ -59,11 +59,19 @@ class StreamedCut:
 
     @property
     def predicted_memory(self) -> int:
-        """About the most memory that the cut takes, in bytes: a layer's cut modules twice, and what is always there.
+        """About the most memory that the cut takes, in bytes."""
+        return predicted_memory(self.check.largest())
 
-        Twice, as a layer is held dense while it is cut.
-        """
-        return _BASE_BYTES + 2 * self.check.largest() + 8 * CHUNK
+
+def predicted_memory(layer_bytes: int) -> int:
+    """Return about the most memory that a cut takes: a layer's cut modules twice, and what is always there, in bytes.
+
+    Twice, as a layer is held dense while it is cut.
+
+    Args:
+        layer_bytes: of the largest layer's cut modules, in the precision of the check.
+    """
+    return _BASE_BYTES + 2 * layer_bytes + 8 * CHUNK
 
 
 def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
