@@ -16,6 +16,7 @@ from .models import AllAttentionConfig, AllAttentionForCausalLM
 from .plan import BlockPlan, HeadPlan
 from .ranking import HeadScores
 from .report.writing import Report, report_run
+from .streaming.cutting import CheckpointCut, cut_checkpoint
 from .timing import bench
 from .training import (
     PhaseRecipe,
@@ -34,6 +35,7 @@ __all__ = [
     "AllAttentionConfig",
     "AllAttentionForCausalLM",
     "BlockPlan",
+    "CheckpointCut",
     "Cost",
     "CutError",
     "DivergenceError",
@@ -56,6 +58,7 @@ __all__ = [
     "bench",
     "close_to_budget",
     "cut",
+    "cut_checkpoint",
     "detach",
     "evaluate",
     "export_model",

@@ -17,6 +17,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -78,20 +79,50 @@ def save(
     with replaced_folder(path) as folder:
         weights = {name: value for name, value in model.state_dict().items() if not is_gate(name)}
         model.save_pretrained(folder, state_dict=weights)
-        plan = find_layout(model).recorded_plan(model)
-        if plan is not None:
-            plan.to_json(folder / PLAN_FILE)
         if gates is not None:
             save_gates(gates, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-        for file in (*files, *licence_files(base)):
-            if file.is_dir():
-                shutil.copytree(file, folder / file.name)
-            elif file.exists():
-                shutil.copy2(file, folder / file.name)
-        write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base), about))
+        save_beside(model, folder, tokenizer=tokenizer, metrics=metrics, base=base, files=files, about=about)
         write_checksums(folder)
+
+
+def save_beside(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metrics: Mapping[str, float] | None = None,
+    base: str | Path | None = None,
+    files: Sequence[Path] = (),
+    about: str | None = None,
+) -> None:
+    """Write into a folder what `save` writes besides what `save_pretrained` does: head plan, tokenizer, model card.
+
+    Args:
+        model: as for `save`, as the rest; without weights will do.
+        folder: where the model is being written.
+        tokenizer: written if given.
+        metrics: for the model card.
+        base: what the model was made of.
+        files: to copy.
+        about: what the model card says the model is.
+    """
+    plan = find_layout(model).recorded_plan(model)
+    if plan is not None:
+        plan.to_json(folder / PLAN_FILE)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    for file in (*files, *licence_files(base)):
+        if file.is_dir():
+            shutil.copytree(file, folder / file.name)
+        elif file.exists():
+            shutil.copy2(file, folder / file.name)
+    write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base), about))
+
+
+def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model that was made without its weights the generation settings that lie in its checkpoint folder."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
 
 
 def require_ours_or_free(path: Path) -> None:

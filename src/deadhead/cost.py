@@ -70,7 +70,7 @@ def model_cost(
     """
     layout = find_layout(model)
     if plan is not None:
-        model = _skeleton(layout, model, plan)
+        model = cut_skeleton(layout, model, plan)
     sites = layout.sites(model, unit or layout.units(model)[0])
     if length is None:
         length = _default_length(model)
@@ -115,7 +115,7 @@ def _default_length(model: PreTrainedModel) -> int:
     return int(getattr(model.config, "memory_length", 1024))
 
 
-def _skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
+def cut_skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     """Return a copy of `model` without its weights, cut by `plan`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     copied = detach(copy.deepcopy(model, memo))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import CutError, InputError
-from deadhead.gates import HeadGates
+from deadhead.gates import HeadGate, HeadGates
 from deadhead.gating import attach, detach, gates_of, rehang
 from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import Layout, Selection, Site, find_layout, head_columns
@@ -30,7 +30,7 @@ _TOLERANCE_HALF = 5e-2
 # So many that whole texts and halves take different ways through our own model's attention.
 _CHECK_TEXTS, _CHECK_LENGTH = 3, 16
 # What a module raises whose numbers do not fit its tensors.
-_FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, ArithmeticError)
+FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, ArithmeticError)
 
 
 def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
@@ -77,26 +77,26 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             gates.set_plan(plan)
         factors = _gate_factors(gates)
         sites = layout.all_sites(model, plan.unit, gates.block_size)
-        expected = _watched_outputs(model, layout, sites)
+        expected = watched_outputs(model, layout, sites)
     except BaseException:
         _restore_gates(model, gates, before, keep=given_gates)
         raise
 
-    cache_before = _cache_values(layout, sites)
+    cache_before = cache_values(layout, sites)
     try:
         with _undone_on_failure(model):
             detach(model)
             for site in sites:
                 if site.units:
                     if site.output_path is not None:
-                        _fold(site, units[site.key], factors[site.key])
+                        fold(site, units[site.key], factors[site.key])
                     layout.shrink(site, units[site.key])
-            _require_same_function(model, expected)
+            require_same_function(model, expected)
             _record(layout, model, plan)
     except BaseException:
         _restore_gates(model, gates, before, keep=given_gates)
         raise
-    cache_now = _cache_values(layout, layout.sites(model, plan.unit))
+    cache_now = cache_values(layout, layout.sites(model, plan.unit))
     if cache_now > cache_before:
         warnings.warn(
             f"The key/value cache grows by {cache_now / cache_before - 1:.0%}: where groups are left with different "
@@ -132,7 +132,7 @@ def trim(model: PreTrainedModel, plan: HeadPlan, optimizer: torch.optim.Optimize
     for site in sites:
         if not units[site.key]:
             raise InputError(f"A layer keeps at least one head while it trains, but the plan leaves {site.layer} none.")
-    expected = _watched_outputs(model, layout, sites)
+    expected = watched_outputs(model, layout, sites)
     changes: list[tuple[nn.Parameter, nn.Parameter, Selection]] = []
     with _undone_on_failure(model):
         for site in sites:
@@ -145,7 +145,7 @@ def trim(model: PreTrainedModel, plan: HeadPlan, optimizer: torch.optim.Optimize
             gates.gates[site.key].keep([gates.heads[site.key].index(head) for head in kept])
             after = [site.module.get_parameter(part.path) for part in parts]
             changes += zip(before, after, parts, strict=True)
-        _require_same_function(model, expected)
+        require_same_function(model, expected)
         _record(layout, model, plan)
     if optimizer is not None:
         for old, new, part in changes:
@@ -167,7 +167,7 @@ def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrai
     sites = layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
     if any(site.units and not units[site.key] for site in sites):
         # What an emptied module must return.
-        _watched_outputs(copied, layout, sites)
+        watched_outputs(copied, layout, sites)
     for site in sites:
         if site.units and site.units != units[site.key]:
             layout.shrink(site, units[site.key])
@@ -188,7 +188,7 @@ def _replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new:
     }
 
 
-def _watched_outputs(model: PreTrainedModel, layout: Layout, sites: Sequence[Site]) -> Tensor:
+def watched_outputs(model: PreTrainedModel, layout: Layout, sites: Sequence[Site]) -> Tensor:
     """Run the model on the fixed text; the layout watches for what `shrink` must know."""
     watching = [layout.observe(site) for site in sites]
     try:
@@ -213,10 +213,15 @@ def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
         raise
 
 
-def _require_same_function(model: PreTrainedModel, expected: Tensor) -> None:
+def require_same_function(model: PreTrainedModel, expected: Tensor) -> None:
+    """Check that a cut model gives the outputs that the gated one gave.
+
+    Raises:
+        CutError: it does not.
+    """
     try:
         found = _check_outputs(model)
-    except _FAULTS as error:
+    except FAULTS as error:
         raise CutError(
             f"The model does not run any more with those heads cut off ({type(error).__name__}: "
             f"{str(error).strip().partition(chr(10))[0]}); nothing was cut. Please report this model's type, "
@@ -240,17 +245,24 @@ def _record(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> None:
     layout.record_plan(model, plan)
 
 
-def _cache_values(layout: Layout, sites: Sequence[Site]) -> int:
+def cache_values(layout: Layout, sites: Sequence[Site]) -> int:
+    """Return how many numbers all sites keep in the key/value cache for one position."""
     return sum(layout.cache_values(site, 1) for site in sites)
 
 
 def _gate_factors(gates: HeadGates) -> dict[Layer, Tensor]:
-    with evaluating(*(gate for _, gate in gates)), torch.no_grad():
-        return {layer: z_H * scale for layer, gate in gates for z_H, scale in [gate()]}
+    return {layer: head_factors(gate) for layer, gate in gates}
+
+
+def head_factors(gate: HeadGate) -> Tensor:
+    """Return what a cut folds into the output projection for each head of a gate, in evaluation, shape (H,)."""
+    with evaluating(gate), torch.no_grad():
+        z_H, scale = gate()
+        return z_H * scale
 
 
 @torch.no_grad()
-def _fold(site: Site, kept: tuple[int, ...], factor_H: Tensor) -> None:
+def fold(site: Site, kept: tuple[int, ...], factor_H: Tensor) -> None:
     """Multiply the columns of W_O of the heads that stay by their factors, in a new tensor: the old may be put back."""
     local = [site.units.index(head) for head in kept]
     factors = torch.ones_like(factor_H)

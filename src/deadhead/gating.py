@@ -261,6 +261,13 @@ def _remove_hooks(module: nn.Module, *kinds: type) -> None:
         del module._forward_pre_hooks[key]
 
 
+def take_off(site: Site) -> None:
+    """Take the gate off one site; the model's other gates stay."""
+    if site.output_path is not None:
+        _remove_hooks(site.output, _GateInput)
+    site.module._modules.pop(site.gate_name, None)
+
+
 def is_gate(name: str) -> bool:
     """Tell whether a parameter or buffer of a gated model, by its name, is a gate's."""
     return not set(_GATE_NAMES).isdisjoint(name.split("."))

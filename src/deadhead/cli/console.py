@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -20,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.text import Text
 
@@ -81,6 +83,36 @@ def progress(quiet: bool) -> Iterator[Report]:
             shown = {"loss": "loss {:.3f}", "sparsity": "closed {:.0%}"}
             numbers = "  ".join(text.format(logs[key]) for key, text in shown.items() if key in logs)
             bars.update(tasks[name], completed=done, total=total, numbers=numbers)
+
+        yield report
+
+
+@contextmanager
+def bytes_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that shows how many bytes are done, with rate and time left; silent as `progress` is.
+
+    What is named "checking" is shown beside the bytes, as a count.
+    """
+    if quiet or not errors.is_terminal:
+        yield lambda *_: None
+        return
+    columns = (
+        TextColumn("{task.description:>20}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[checked]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors) as bars:
+        task = bars.add_task("cut", total=None, checked="")
+
+        def report(name: str, done: int, total: int) -> None:
+            if name == "checking":
+                bars.update(task, checked=f"{done}/{total} layers checked")
+            else:
+                bars.update(task, completed=done, total=total)
 
         yield report
 

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, console, print_json
+from deadhead.cli.console import AsJson, Quiet, bytes_progress, console, print_json
 from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
 
@@ -27,34 +27,37 @@ def cut(
     model: ModelArgument,
     plan: Annotated[Path, typer.Option("--plan", help="The head plan, a JSON file.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder of the cut model.", show_default=False)],
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--in-memory",
+            help="Go shard by shard, never holding more than a layer, or load the model; by default the first where a "
+            "checkpoint is in shards or of 2 GiB or more.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped cut left in OUT.work.")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Cut a model by a head plan that was made elsewhere."""
-    from deadhead import checkpoint
-    from deadhead.cost import model_cost
-    from deadhead.cutting import cut as cut_heads
-    from deadhead.data import load_tokenizer
     from deadhead.plan import HeadPlan
     from deadhead.report.head_map import head_map_text
+    from deadhead.streaming.cutting import cut_checkpoint
 
     head_plan = HeadPlan.from_json(plan)
-    if out.resolve() == model.resolve():
-        raise InputError(f"The cut model must not overwrite the model it is made of, {model}; choose another --out.")
-    network = checkpoint.load(model)
-    before = model_cost(network, unit=head_plan.unit)
-    cut_heads(network, head_plan)
-    has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(model) if has_tokenizer else None
-    checkpoint.save(network, out, tokenizer=tokenizer, base=model)
-    after = model_cost(network)
+    with bytes_progress(quiet) as report:
+        done = cut_checkpoint(model, head_plan, out, stream=stream, resume=resume, progress=report)
     if as_json:
-        print_json({"before": asdict(before), "after": asdict(after)})
+        print_json(asdict(done))
         return
     console.print(head_map_text(head_plan))
     console.print(
-        f"{escape(str(out))}: {before.parameters:,} → {after.parameters:,} parameters, "
-        f"{before.flops_per_token:,.0f} → {after.flops_per_token:,.0f} FLOPs a token"
+        f"{escape(str(out))}: {done.before.parameters:,} → {done.after.parameters:,} parameters, "
+        f"{done.before.flops_per_token:,.0f} → {done.after.flops_per_token:,.0f} FLOPs a token"
     )
+    if done.why_in_memory is not None:
+        console.print(f"It was cut in memory, as {escape(done.why_in_memory)}.")
 
 
 def inspect(

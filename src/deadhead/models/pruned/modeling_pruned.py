@@ -13,6 +13,7 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
 from .shrinking import apply_plan
@@ -87,6 +88,7 @@ def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]
         made: Any = type(name, (stock,), fields)
         _classes[name] = made
         made.register_for_auto_class()
+        _convert_alike(stock.model_type, made.model_type)
         for auto in _AUTO_NAMES:
             if (model_class := _model_class(auto, stock)) is not None:
                 getattr(transformers, auto).register(made, pruned_class(model_class, stock), exist_ok=True)
@@ -115,12 +117,24 @@ def pruned_class(
             "config_class": config,
         }
         _classes[name] = type(name, (PrunedModel, stock), fields)
+        _convert_alike(stock.__name__, name)
         autos = [
             auto for auto, names in _AUTO_NAMES.items() if any(stock.__name__ in _names(v) for v in names.values())
         ]
         if autos:
             _classes[name].register_for_auto_class(autos[0])  # type: ignore[attr-defined]
     return _classes[name]
+
+
+def _convert_alike(stock: str, ours: str) -> None:
+    """Let files of a type or class of ours have the names and forms of tensors that those of transformers' have.
+
+    Some types' tensors have other names in files than in memory, or lie there one by one: Mixtral's experts do. A model
+    that was loaded from such files is saved in their form, so its cut self must be loaded from it too.
+    """
+    conversions = get_checkpoint_conversion_mapping(stock)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)
 
 
 def stock_class(found: type) -> type:

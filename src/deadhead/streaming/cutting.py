@@ -1,0 +1,357 @@
+"""Cut a checkpoint on disk: shard by shard where that can be, else in memory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from deadhead import checkpoint
+from deadhead.checksums import sha256_of, write_checksums
+from deadhead.cost import Cost, model_cost
+from deadhead.cutting import cut
+from deadhead.data import load_tokenizer
+from deadhead.errors import CutError, InputError
+from deadhead.files import (
+    no_space_is_input_error,
+    read_json,
+    remove_left_overs,
+    replaced_folder,
+    write_json,
+    write_text,
+)
+from deadhead.plan import HeadPlan
+from deadhead.streaming.copying import copy_pieces, hash_from_disk
+from deadhead.streaming.prepare import StreamedCut, prepare
+from deadhead.streaming.shape import NotStreamable
+from deadhead.streaming.stored import INDEX_FILE, has_stored, weights_size
+
+MANIFEST_FILE = "cut.json"
+_LOCK_FILE = "lock"
+_VERSION = 1
+# From so many bytes on a single file is cut without being loaded.
+STREAMED_FROM = 2 << 30
+# Bytes of the manifest, the tokenizer and the like, for which there must be room beside the weights.
+_ROOM = 1 << 20
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much: bytes of "copying", layers of "checking"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCut:
+    """What a cut of a checkpoint did.
+
+    Args:
+        before: what the model cost.
+        after: what the cut model costs.
+        streamed: whether it was cut shard by shard.
+        why_in_memory: why it was not, though it was large; None otherwise.
+        read_bytes: bytes of the source's tensors.
+        written_bytes: bytes of the new checkpoint's tensors.
+    """
+
+    before: Cost
+    after: Cost
+    streamed: bool
+    why_in_memory: str | None = None
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+def cut_checkpoint(
+    source: str | Path,
+    plan: HeadPlan,
+    out: str | Path,
+    *,
+    stream: bool | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> CheckpointCut:
+    """Write the checkpoint that `load`, `cut` and `save` would, without holding more of the model than a layer.
+
+    Tensors go from file to file, each into the file of the name that it comes from. Meanwhile each layer that loses
+    something is checked on random hidden states, gates closed against cut. What was written is read again and its hash
+    compared. Until all is done the new files lie in `OUT.work` beside `out`.
+
+    Args:
+        source: a checkpoint folder, or a name on the Hugging Face hub, which is cut in memory.
+        plan: the heads, and blocks, that stay.
+        out: the new folder; a checkpoint of ours that is there already is replaced as a whole.
+        stream: whether to go shard by shard; None: if the checkpoint has several shards, or one of 2 GiB or more, and
+            is one of which that can be done.
+        resume: go on with what a stopped cut left in `OUT.work`.
+        progress: see `Progress`; called from several threads.
+
+    Raises:
+        InputError: the checkpoint is damaged, cannot be cut that way, or not within this memory; the plan is not one
+            for it; `out` cannot be written; or there is nothing to resume, or something that was not asked for.
+        UnsupportedModel: the model has no prunable heads.
+        CutError: the cut model computes something else; nothing was left behind.
+
+    Warns:
+        UserWarning: as `cut` does.
+    """
+    folder, out = Path(source), Path(out)
+    if out.resolve() == folder.resolve():
+        raise InputError(f"The cut model must not overwrite the model it is made of, {source}; choose another --out.")
+    checkpoint.require_ours_or_free(out)
+    why: str | None = None
+    if stream or (stream is None and _is_large(folder)):
+        try:
+            return _streamed(folder, plan, out, resume=resume, progress=progress or (lambda *_: None))
+        except NotStreamable as error:
+            why = str(error)
+        if stream:
+            raise InputError(f"{source} cannot be cut shard by shard, as {why}; cut it in memory.")
+    if resume:
+        raise InputError("There is nothing to resume: a cut in memory leaves nothing when it is stopped.")
+    needed, free = weights_size(folder) if folder.is_dir() else 0, psutil.virtual_memory().available
+    if needed > free:
+        reason = f" It cannot be cut shard by shard, as {why}." if why else ""
+        raise InputError(
+            f"Cutting {source} in memory takes {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; use a larger "
+            f"machine.{reason}"
+        )
+    return _in_memory(source, plan, out, why)
+
+
+def _is_large(folder: Path) -> bool:
+    if not folder.is_dir() or not has_stored(folder):
+        return False
+    return (folder / INDEX_FILE).is_file() or weights_size(folder) >= STREAMED_FROM
+
+
+def _in_memory(source: str | Path, plan: HeadPlan, out: Path, why: str | None) -> CheckpointCut:
+    network = checkpoint.load(source)
+    before = model_cost(network, unit=plan.unit)
+    cut(network, plan)
+    checkpoint.save(network, out, tokenizer=_tokenizer(Path(source)), base=source)
+    return CheckpointCut(before=before, after=model_cost(network), streamed=False, why_in_memory=why)
+
+
+def _tokenizer(source: Path) -> Any:
+    return load_tokenizer(source) if not source.is_dir() or (source / "tokenizer_config.json").exists() else None
+
+
+def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress: Progress) -> CheckpointCut:
+    out = out.resolve()
+    work = out.with_name(out.name + ".work")
+    if work.exists() and not resume:
+        raise InputError(f"{work} is left of a cut that was stopped; go on with --resume, or delete it.")
+    if resume and not work.is_dir():
+        raise InputError(f"There is nothing to resume: {work}, where a stopped cut leaves its files, is not there.")
+    planned = prepare(source, plan)
+    tokenizer = _tokenizer(source)
+    if planned.cache_growth:
+        warnings.warn(
+            f"The key/value cache grows by {planned.cache_growth:.0%}: where groups are left with different numbers of "
+            "query heads, their keys and values are repeated. Plans of whole groups (unit 'kv_group') keep it small.",
+            stacklevel=3,
+        )
+    # One layer is checked before anything is written: whether layers of this kind can be.
+    layers = planned.check.layers
+    for place in layers[:1]:
+        planned.check.check(place)
+    with no_space_is_input_error(out), _work_folder(work) as manifest:
+        manifest.begin(_identity(planned, source))
+        if resume:
+            remove_left_overs(out.parent, out.name)
+        manifest.verify(planned)
+        _require_room(out, planned, manifest)
+        _copy_and_check(planned, manifest, layers, progress)
+        _publish(planned, manifest, source, tokenizer, out)
+    shutil.rmtree(work, ignore_errors=True)
+    return CheckpointCut(
+        before=planned.before,
+        after=planned.after,
+        streamed=True,
+        read_bytes=planned.stored.nbytes,
+        written_bytes=planned.written_bytes,
+    )
+
+
+class _Manifest:
+    """What a work folder says of itself: which cut it is of, and which files are finished, by their hash."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.finished: dict[str, str] = {}
+        self.identity: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        path = self.work / MANIFEST_FILE
+        self.identity = identity
+        if path.exists():
+            values = read_json(path, what="list of what a stopped cut has done")
+            finished = values.get("finished") if isinstance(values, dict) else None
+            if not isinstance(finished, dict) or {k: v for k, v in values.items() if k != "finished"} != identity:
+                raise InputError(
+                    f"{self.work} is left of a cut by another plan, or of a model that was changed since; resume with "
+                    "those, or delete it."
+                )
+            self.finished = {str(name): str(digest) for name, digest in finished.items()}
+        else:
+            self._write()
+
+    def verify(self, planned: StreamedCut) -> None:
+        """Forget, and remove, what is not the file that it was when it was finished."""
+        for entry in self.work.iterdir():
+            name = entry.name
+            if name in (MANIFEST_FILE, _LOCK_FILE):
+                continue
+            is_whole = name in planned.pieces and entry.is_file() and sha256_of(entry) == self.finished.get(name)
+            if not is_whole:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        self.finished = {name: digest for name, digest in self.finished.items() if (self.work / name).is_file()}
+
+    def finish(self, name: str, digest: str, part: Path) -> None:
+        with self._lock:
+            os.replace(part, self.work / name)
+            self.finished[name] = digest
+            self._write()
+
+    def _write(self) -> None:
+        write_json(self.work / MANIFEST_FILE, {**self.identity, "finished": dict(sorted(self.finished.items()))})
+
+
+@contextmanager
+def _work_folder(work: Path) -> Iterator[_Manifest]:
+    """Yield the manifest of a work folder, which goes if nothing in it is worth resuming, or the cut is a wrong one."""
+    work.mkdir(parents=True, exist_ok=True)
+    manifest = _Manifest(work)
+    with (work / _LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"Another process is cutting into {work}; let it finish, or stop it.") from None
+        fresh = not (work / MANIFEST_FILE).exists()
+        try:
+            yield manifest
+        except BaseException as error:
+            if isinstance(error, (CutError, NotStreamable)) or (fresh and not manifest.finished):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _identity(planned: StreamedCut, source: Path) -> dict[str, Any]:
+    stats = {name: (source / name).stat() for name in (*planned.stored.files, "config.json")}
+    return {
+        "version": _VERSION,
+        "plan": planned.plan.to_dict(),
+        "source": {name: {"size": found.st_size, "mtime_ns": found.st_mtime_ns} for name, found in stats.items()},
+    }
+
+
+def _require_room(out: Path, planned: StreamedCut, manifest: _Manifest) -> None:
+    needed = _ROOM + sum(
+        piece.nbytes for name, pieces in planned.pieces.items() if name not in manifest.finished for piece in pieces
+    )
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise InputError(
+            f"No space is left on the device for {out}: it needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
+            "free; free some and try again."
+        )
+
+
+def _copy_and_check(planned: StreamedCut, manifest: _Manifest, layers: list[int], progress: Progress) -> None:
+    """Copy in one thread, read again in another, and check layers in this one: the disk is what all wait for."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        copying = pool.submit(_copy, planned, manifest, pool, progress, stop)
+        try:
+            for count, place in enumerate(layers):
+                if copying.done() and copying.exception():
+                    break
+                if count:
+                    planned.check.check(place)
+                progress("checking", count + 1, len(layers))
+            copying.result()
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _copy(
+    planned: StreamedCut, manifest: _Manifest, pool: ThreadPoolExecutor, progress: Progress, stop: threading.Event
+) -> None:
+    stored, total = planned.stored, planned.stored.nbytes
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("copying", done, total)
+
+    checks: list[Future[None]] = []
+    for name, tensors in stored.files.items():
+        size = sum(tensor.nbytes for tensor in tensors)
+        if name not in planned.pieces or name in manifest.finished:
+            advance(size)
+            continue
+        part = manifest.work / f"{name}.part"
+        start = done
+        try:
+            digest = copy_pieces(stored.folder / name, part, planned.pieces[name], progress=advance, stop=stop)
+        except OSError:
+            part.unlink(missing_ok=True)  # the space it takes may be what is missing
+            raise
+        advance(start + size - done)
+        checks.append(pool.submit(_verify, manifest, name, digest, part, stop))
+    for check in checks:
+        check.result()
+
+
+def _verify(manifest: _Manifest, name: str, digest: str, part: Path, stop: threading.Event) -> None:
+    if hash_from_disk(part, stop) != digest:
+        raise InputError(
+            f"The disk gave back other bytes than were written to {part}; it may be failing, choose another place."
+        )
+    manifest.finish(name, digest, part)
+
+
+def _publish(planned: StreamedCut, manifest: _Manifest, source: Path, tokenizer: Any, out: Path) -> None:
+    """Put the files, and all that goes beside them, in the place of `out`."""
+    model: Any = planned.model
+    if (outputs := planned.check.attention_outputs()) is not None:
+        model.config.attention_outputs = outputs
+    if _identity(planned, source)["source"] != manifest.identity["source"]:
+        raise InputError(f"The weights in {source} were changed while they were cut; cut them again.")
+    checkpoint.read_generation_config(model, source)
+    with replaced_folder(out) as folder:
+        model.save_pretrained(folder, state_dict={})
+        for left in folder.glob("*.safetensors"):
+            left.unlink()
+        checkpoint.save_beside(model, folder, tokenizer=tokenizer, base=source)
+        for name in planned.pieces:
+            _link(manifest.work / name, folder / name)
+        if planned.stored.is_sharded:
+            write_text(folder / INDEX_FILE, _index(planned))
+        write_checksums(folder, manifest.finished)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:
+        # A file system without hard links; a kill before the end then costs the work that was done.
+        os.replace(file, target)
+
+
+def _index(planned: StreamedCut) -> str:
+    weight_map = {piece.source.name: name for name, pieces in planned.pieces.items() for piece in pieces}
+    metadata = {"total_parameters": planned.model.num_parameters(), "total_size": planned.written_bytes}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,306 @@
+"""Check a cut layer by layer: one layer's real tensors in a model without weights, gates closed against cut.
+
+Random hidden states come from a table in the place of the embeddings, and go through the text stack, in which all other
+layers hand on what they get. Of the layer, the modules that are cut have their real weights, and so has whatever is
+small; large matrices of the rest of it give zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from deadhead.cutting import FAULTS, fold, head_factors, require_same_function, watched_outputs
+from deadhead.gates import HeadGate, HeadGates
+from deadhead.gating import take_off
+from deadhead.layouts import Layout, Site
+from deadhead.models.pruned.structure import text_stack
+from deadhead.plan import Layer
+from deadhead.streaming.shape import NotStreamable, stub
+from deadhead.streaming.stored import StoredCheckpoint
+
+# Numbers of a tensor that is loaded whatever it is.
+_SMALL = 1 << 20
+# Rows of the table of hidden states.
+_TABLE = 97
+
+
+class LayerCheck:
+    """The check of a model's layers, in any order, each once.
+
+    Args:
+        stored: where the weights are.
+        model: without weights, with gates closed by the plan; layers that were checked are cut in it.
+        layout: its layout.
+        sites: its sites.
+        units: the units that stay, by key.
+        gates: the gates.
+
+    Raises:
+        NotStreamable: the model's layers do not lie in one list.
+    """
+
+    def __init__(
+        self,
+        stored: StoredCheckpoint,
+        model: PreTrainedModel,
+        layout: Layout,
+        sites: Sequence[Site],
+        units: Mapping[Layer, tuple[int, ...]],
+        gates: HeadGates,
+    ) -> None:
+        self.stored, self.model, self.layout, self.units, self.gates = stored, model, layout, units, gates
+        self._tensors = stored.tensors
+        self._names = {id(module): path for path, module in model.named_modules()}
+        self._outputs = 0
+        stack = text_stack(model)
+        paths: dict[int, list[str]] = {}
+        for path, module in stack.named_modules(remove_duplicate=False):
+            paths.setdefault(id(module), []).append(path)
+        self.sites: dict[int, list[Site]] = {}
+        containers: set[str] = set()
+        for site in sites:
+            if not site.units or site.units == units[site.key]:
+                continue
+            found = paths.get(id(site.module), [])
+            match = re.fullmatch(r"(.*?)\.?\b(\d+)(?:\..*)?", found[0]) if len(found) == 1 else None
+            if match is None:
+                raise NotStreamable(f"its layer {site.layer} is not one of a list of layers of their own")
+            containers.add(match[1])
+            self.sites.setdefault(int(match[2]), []).append(site)
+        if len(containers) > 1:
+            raise NotStreamable(f"it has more than one stack of layers: {', '.join(sorted(containers))}")
+        layers = stack.get_submodule(containers.pop()) if containers else nn.ModuleList()
+        if not isinstance(layers, nn.ModuleList):
+            raise NotStreamable("its layers are not in a list")
+        self._layers = layers
+        if self.sites:
+            self._fill_rest(stack)
+
+    @property
+    def layers(self) -> list[int]:
+        """The places of the layers to be checked."""
+        return sorted(self.sites)
+
+    def largest(self) -> int:
+        """Return the most bytes that one layer's tensors take while it is checked."""
+        size = self.model.dtype.itemsize
+        return max(
+            (
+                sum(parameter.numel() for _, _, parameter in self._real(self._layers[place], self.sites[place])) * size
+                for place in self.layers
+            ),
+            default=0,
+        )
+
+    def attention_outputs(self) -> int | None:
+        """Return how many values emptied modules return, once layers were checked; None if there is none."""
+        found: list[Any] = [module for module in self.model.modules() if hasattr(module, "num_outputs")]
+        return int(found[0].num_outputs) if found else None
+
+    def check(self, place: int) -> None:
+        """Check a layer.
+
+        Raises:
+            CutError: the cut layer computes something else.
+            NotStreamable: the layer does not run alone.
+        """
+        layer, sites = self._layers[place], self.sites[place]
+        self._fill(layer, sites)
+        try:
+            with self._alone(place):
+                expected = self._gated(layer, sites)
+                for site in sites:
+                    factor = head_factors(self.gates.gates[site.key])
+                    take_off(site)
+                    if site.output_path is not None:
+                        fold(site, self.units[site.key], factor)
+                    self.layout.shrink(site, self.units[site.key])
+                require_same_function(self.model, expected)
+        finally:
+            _empty(layer)
+
+    def _gated(self, layer: nn.Module, sites: Sequence[Site]) -> Tensor:
+        """Return the outputs with gates; other layers learn to return what this one does."""
+        seen: list[int] = []
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(len(output) if isinstance(output, tuple) else 0)
+
+        handle = layer.register_forward_hook(note)
+        failure: BaseException | None = None
+        tried: list[int] = []
+        try:
+            for count in (self._outputs, 0, 1, 2, 3):
+                if count in tried:
+                    continue
+                tried.append(count)
+                self._outputs = count
+                seen.clear()
+                try:
+                    expected = watched_outputs(self.model, self.layout, sites)
+                except FAULTS as error:
+                    failure = error
+                    continue
+                if seen and set(seen) == {count}:
+                    return expected
+        finally:
+            handle.remove()
+        kind = self.model.config.model_type
+        raise NotStreamable(f"a layer of a model of type {kind!r} does not run alone, to be checked") from failure
+
+    @contextmanager
+    def _alone(self, place: int) -> Any:
+        originals = list(self._layers)
+        try:
+            for index, original in enumerate(originals):
+                if index != place:
+                    self._layers[index] = _HandOn(original, index, self)
+            yield
+        finally:
+            for index, original in enumerate(originals):
+                self._layers[index] = original
+
+    @property
+    def outputs(self) -> int:
+        """How many values layers return, in a tuple; 0: one tensor alone."""
+        return self._outputs
+
+    def _real(self, layer: nn.Module, sites: Sequence[Site]) -> Iterable[tuple[nn.Module, str, nn.Parameter]]:
+        """Yield owner, name and stand-in of every parameter of a layer that is loaded."""
+        cut = {id(module) for site in sites for module in site.module.modules() if site.module is not layer}
+        for site in sites:
+            for part in self.layout.selections(site, site.units):
+                cut.add(id(site.module.get_submodule(part.path.rpartition(".")[0])))
+        for module in layer.modules():
+            if isinstance(module, HeadGate):
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (id(module) in cut or parameter.numel() <= _SMALL):
+                    yield module, name, parameter
+
+    def _fill(self, layer: nn.Module, sites: Sequence[Site]) -> None:
+        real = list(self._real(layer, sites))
+        owners = {id(module) for module, _, _ in real}
+        for module, name, parameter in real:
+            self._load(module, name, parameter)
+        for path, module in list(layer.named_modules()):
+            if id(module) in owners or not path or not any(True for _ in module.parameters(recurse=False)):
+                continue
+            parent, _, name = path.rpartition(".")
+            width = module.out_features if isinstance(module, nn.Linear) else None
+            if width is not None or name == "experts":
+                setattr(layer.get_submodule(parent), name, _Zeros(module, width))
+
+    def _load(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        path = self._names.get(id(module))
+        found = self._tensors.get(f"{path}.{name}")
+        if found is None or found.shape != tuple(parameter.shape):
+            if parameter.numel() > _SMALL:
+                raise NotStreamable(f"tensor {path}.{name} has another name or shape in the file")
+            # Routers and the like of models whose files have other names; what they are makes no difference.
+            values = torch.ones(parameter.shape, dtype=parameter.dtype)
+        else:
+            values = self.stored.read(found).to(parameter.dtype)
+        module._parameters[name] = nn.Parameter(values, requires_grad=False)
+
+    def _fill_rest(self, stack: nn.Module) -> None:
+        """Load what is small beside the layers, and put random hidden states in the place of the embeddings."""
+        inside = {id(module) for module in self._layers.modules()}
+        embeddings: Any = cast(Any, stack).get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
+        owner = next(
+            (
+                (module, name)
+                for module in stack.modules()
+                for name, child in module._modules.items()
+                if child is embeddings and child is not None
+            ),
+            None,
+        )
+        if owner is None or not isinstance(embeddings, nn.Embedding):
+            raise NotStreamable("the embeddings of its text are not found")
+        for module in stack.modules():
+            if id(module) in inside or module is embeddings:
+                continue
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.numel() <= _SMALL:
+                    self._load(module, name, parameter)
+        setattr(*owner, _HiddenStates(embeddings))
+
+
+def _empty(layer: nn.Module) -> None:
+    """Take the weights out of a layer again."""
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = stub(parameter)
+
+
+class _StandIn(nn.Module):
+    """Stands in the place of a module, with its attributes, and without its parameters."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # Not as a child: what looks for attention, or for weights, is not to find it.
+        self.__dict__["original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
+
+
+class _HiddenStates(_StandIn):
+    """Gives each token random hidden states."""
+
+    def __init__(self, original: nn.Embedding) -> None:
+        super().__init__(original)
+        shape = (_TABLE, original.weight.shape[1])
+        table = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(original.weight.dtype)
+        self.__dict__["table"] = table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return rows of the table."""
+        found: Tensor = self.__dict__["table"][ids % _TABLE]
+        return found
+
+
+class _HandOn(_StandIn):
+    """Hands on the hidden states that come, and lets the cache go on counting positions."""
+
+    def __init__(self, original: nn.Module, place: int, check: LayerCheck) -> None:
+        super().__init__(original)
+        self.__dict__.update(place=place, check=check)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the hidden states in the form in which the layer that is checked returns them."""
+        values = [*args, *kwargs.values()]
+        hidden = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        if cache is not None:
+            nothing = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], 1))
+            cache.update(nothing, nothing, self.__dict__["place"])
+        count = self.__dict__["check"].outputs
+        return (hidden, *[None] * (count - 1)) if count else hidden
+
+
+class _Zeros(_StandIn):
+    """Stands in the place of a large projection, or of experts: gives zeros for each position.
+
+    Args:
+        original: the module.
+        width: of what it gives; None: that of what it gets.
+    """
+
+    def __init__(self, original: nn.Module, width: int | None) -> None:
+        super().__init__(original)
+        self.__dict__["width"] = width
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return zeros (..., width)."""
+        return hidden.new_zeros((*hidden.shape[:-1], self.__dict__["width"] or hidden.shape[-1]))

@@ -1,0 +1,138 @@
+"""What a cut of a stored checkpoint will do, worked out from headers and configuration before a byte is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from deadhead import checkpoint
+from deadhead.cost import Cost, cut_skeleton, model_cost, skeleton
+from deadhead.cutting import FAULTS, cache_values
+from deadhead.errors import InputError
+from deadhead.gating import attach
+from deadhead.hard_concrete import GateConfig
+from deadhead.layouts import find_layout
+from deadhead.models import OWN_TYPES
+from deadhead.plan import HeadPlan
+from deadhead.streaming.copying import CHUNK, Piece
+from deadhead.streaming.layer_check import LayerCheck
+from deadhead.streaming.shape import NotStreamable, empty_model, kept_parts, load_dtype, require_stored, stored_shapes
+from deadhead.streaming.stored import StoredCheckpoint, read_stored
+
+# Of what lies around a layer's tensors while it is checked: Python, torch, transformers, buffers.
+_BASE_BYTES = 600 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedCut:
+    """A cut that is about to be made.
+
+    Args:
+        stored: the weights.
+        pieces: by file, what of its tensors goes into the new file of that name; files of which nothing stays are left
+            out.
+        plan: the heads, and blocks, that stay.
+        model: the cut model without weights, in the type it is loaded in.
+        check: of the layers.
+        before: what the model costs now.
+        after: what the cut model costs.
+        cache_growth: by what share the key/value cache grows; 0 if it does not.
+    """
+
+    stored: StoredCheckpoint
+    pieces: dict[str, tuple[Piece, ...]]
+    plan: HeadPlan
+    model: PreTrainedModel
+    check: LayerCheck
+    before: Cost
+    after: Cost
+    cache_growth: float
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of all tensors of the new checkpoint."""
+        return sum(piece.nbytes for pieces in self.pieces.values() for piece in pieces)
+
+    @property
+    def predicted_memory(self) -> int:
+        """About the most memory that the cut takes, in bytes."""
+        return predicted_memory(self.check.largest())
+
+
+def predicted_memory(layer_bytes: int) -> int:
+    """Return about the most memory that a cut takes: a layer's cut modules twice, and what is always there, in bytes.
+
+    Twice, as a layer is held dense while it is cut.
+
+    Args:
+        layer_bytes: of the largest layer's cut modules, in the precision of the check.
+    """
+    return _BASE_BYTES + 2 * layer_bytes + 8 * CHUNK
+
+
+def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
+    """Work out a cut.
+
+    Raises:
+        InputError: the checkpoint is damaged, or the plan is not one for this model.
+        UnsupportedModel: the model has no prunable heads.
+        NotStreamable: the checkpoint can only be cut in memory.
+    """
+    stored = read_stored(source)
+    try:
+        config = checkpoint.load_config(source)
+        dtype = load_dtype(config, stored)
+        own: Any = config
+        if config.model_type in OWN_TYPES or hasattr(own, "quantization_config"):
+            raise NotStreamable(f"models of type {config.model_type!r} are cut in memory, as are quantised ones")
+        dense = skeleton(config).to(dtype)  # type: ignore[arg-type]
+        # In float32 the check is as sharp as for a model of that precision.
+        model = empty_model(config, torch.promote_types(dtype, torch.float32))
+    except InputError:
+        raise
+    except (*FAULTS, OSError) as error:
+        raise NotStreamable(f"its configuration gives no model ({str(error).strip().partition(chr(10))[0]})") from error
+    dense_names = require_stored(stored, dense, dtype)
+    layout = find_layout(model)
+    size = None if plan.blocks is None else plan.blocks.size
+    gates = attach(
+        model,
+        config=GateConfig(output_scale=plan.output_scale),
+        unit=plan.unit,
+        blocks=False if size is None else size,
+    )
+    units = gates.require_plan(plan)
+    plan = replace(gates.plan_of(units), output_scale=plan.output_scale)
+    gates.set_plan(plan)
+    sites = layout.all_sites(model, plan.unit, size)
+    keeps = kept_parts(model, layout, sites, units, gates)
+    recorded = layout.recorded_plan(model)
+    noted = replace(plan, blocks=recorded.blocks) if recorded is not None and plan.blocks is None else plan
+    cut = cut_skeleton(layout, dense, noted)
+    cut_shapes = stored_shapes(cut)
+    if not cut_shapes.keys() <= dense_names.keys() or not keeps.keys() <= cut_shapes.keys():
+        raise NotStreamable("its attention has other names in files than in memory")
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    for file, tensors in stored.files.items():
+        found = tuple(Piece(source=t, keep=keeps.get(t.name)) for t in tensors if t.name in cut_shapes)
+        for piece in found:
+            if piece.shape != cut_shapes[piece.source.name]:
+                raise NotStreamable(f"tensor {piece.source.name} does not become what the cut model asks for")
+        if found:
+            pieces[file] = found
+    before = cache_values(layout, layout.sites(dense, plan.unit))
+    after = cache_values(layout, layout.sites(cut, plan.unit))
+    return StreamedCut(
+        stored=stored,
+        pieces=pieces,
+        plan=plan,
+        model=cut.to(dtype),  # type: ignore[arg-type]
+        check=LayerCheck(stored, model, layout, sites, units, gates),
+        before=model_cost(dense, unit=plan.unit),
+        after=model_cost(cut),
+        cache_growth=max(0.0, after / before - 1) if before else 0.0,
+    )

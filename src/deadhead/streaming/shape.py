@@ -1,0 +1,165 @@
+"""Models without weights: their tensors' names and shapes in a checkpoint, and what of each a head plan leaves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from deadhead.cutting import head_factors
+from deadhead.gates import HeadGates
+from deadhead.gating import is_gate
+from deadhead.layouts import Layout, Site
+from deadhead.plan import Layer
+from deadhead.streaming.copying import Keep
+from deadhead.streaming.stored import StoredCheckpoint
+
+# Buffers of older versions of transformers, which are worked out now.
+_IGNORED = (r"rotary_emb\.inv_freq$",)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class NotStreamable(Exception):
+    """This checkpoint cannot be cut shard by shard; the message is a clause that says why."""
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model on the CPU whose parameters are zeros that take no memory; its buffers are real.
+
+    Args:
+        config: of the model.
+        dtype: of its parameters.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    stubs: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                # One for one, so that tied parameters stay tied.
+                module._parameters[name] = stubs.setdefault(id(parameter), stub(parameter))
+    return model.eval()
+
+
+def stub(parameter: Tensor) -> nn.Parameter:
+    """Return zeros of a parameter's shape and type that take no memory."""
+    return nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+
+
+def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors that `save_pretrained` writes of a model.
+
+    Raises:
+        NotStreamable: transformers cannot tell without the values.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    groups: dict[int, list[str]] = {}
+    for name, parameter in named.items():
+        groups.setdefault(id(parameter), []).append(name)
+    ignored = set(model._keys_to_ignore_on_save or ())
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for names in groups.values():
+        spare = [name for name in sorted(names) if name in tied]
+        ignored |= set(spare[: len(names) - 1])
+    tensors = {
+        name: value.to("meta")
+        for name, value in model.state_dict().items()
+        if name not in ignored and not is_gate(name) and isinstance(value, Tensor)
+    }
+    try:
+        tensors = revert_weight_conversion(model, tensors)
+    except Exception as error:
+        raise NotStreamable(f"its tensors have other names or shapes in files than in memory ({error})") from error
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, str]:
+    """Check that a checkpoint's tensors are, one by one, those that the model would be saved as.
+
+    Args:
+        stored: the checkpoint.
+        model: of its configuration, without weights.
+        dtype: that the model is loaded in.
+
+    Returns:
+        The name in the checkpoint of every tensor that is saved, by that name.
+
+    Raises:
+        NotStreamable: they are not.
+    """
+    shapes, found = stored_shapes(model), stored.tensors
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    patterns = (*_IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    extra = {name for name in found.keys() - shapes.keys() if not any(re.search(p, name) for p in patterns)}
+    missing = shapes.keys() - found.keys()
+    # A tensor that others are tied to may be stored under another of its names.
+    if missing or extra:
+        names = ", ".join(sorted(missing | extra)[:2])
+        also = " (two names of one tensor)" if extra and extra <= tied.keys() else ""
+        raise NotStreamable(f"its tensors are not stored under the names they are saved by, such as {names}{also}")
+    for name, shape in shapes.items():
+        if found[name].shape != shape:
+            raise NotStreamable(f"tensor {name} has shape {list(found[name].shape)} in the file, not {list(shape)}")
+        stored_dtype = found[name].torch_dtype
+        if stored_dtype.is_floating_point and stored_dtype != dtype:
+            raise NotStreamable(f"tensor {name} is stored as {stored_dtype}, but loaded as {dtype}")
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in _HALF else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    for part in kept:
+        if any(part in name.split(".") for name in shapes):
+            raise NotStreamable(f"{part} of a model of this type is loaded as float32, but stored as {dtype}")
+    return {name: name for name in shapes}
+
+
+def kept_parts(
+    model: PreTrainedModel,
+    layout: Layout,
+    sites: Sequence[Site],
+    units: Mapping[Layer, tuple[int, ...]],
+    gates: HeadGates,
+) -> dict[str, Keep]:
+    """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
+
+    Args:
+        model: without weights, with gates closed by the plan.
+        layout: its layout.
+        sites: its sites.
+        units: the units that stay, by key.
+        gates: the gates, for the values that are folded into the output projections.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, Keep] = {}
+    for site in sites:
+        if not site.units or not units[site.key]:
+            continue
+        factor_H = head_factors(gates.gates[site.key])
+        kept = [site.units.index(unit) for unit in units[site.key]]
+        factor = factor_H[kept].repeat_interleave(site.unit_dim)
+        if site.units == units[site.key] and bool((factor == 1).all()):
+            continue
+        for part in layout.selections(site, units[site.key]):
+            name = f"{paths[id(site.module)]}.{part.path}"
+            is_output = site.output_path is not None and part.path == f"{site.output_path}.weight"
+            scales = is_output and not bool((factor == 1).all())
+            keep = Keep(dim=part.dim, index=part.index, factor=factor if scales else None)
+            if name in found:
+                raise NotStreamable(f"tensor {name} has parts of two kinds of units")
+            found[name] = keep
+    return found
+
+
+def load_dtype(config: PreTrainedConfig, stored: StoredCheckpoint) -> torch.dtype:
+    """Return the type that transformers loads a checkpoint in: the configuration's, or that of its first tensor."""
+    named: Any = getattr(config, "dtype", None)
+    if isinstance(named, str):
+        named = getattr(torch, named, None)
+    if isinstance(named, torch.dtype):
+        return named
+    types = [tensor.torch_dtype for tensor in stored.tensors.values()]
+    return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
