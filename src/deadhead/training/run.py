@@ -154,6 +154,9 @@ class Run:
             if (folder / "tokens").is_dir():
                 remove_left_overs(folder / "tokens")
         else:
+            if folder.is_dir():
+                # Killed while the recipe was being written.
+                remove_left_overs(folder, RECIPE_FILE)
             write_text(folder / RECIPE_FILE, to_toml(recipe))
         return fresh
 
