@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -69,7 +70,11 @@ class Budget:
 
     def reached(self, share: float) -> float:
         """Return what a model reaches of the budget, in the budget's own terms, given the share of the cost left."""
-        return {"sparsity": 1.0 - share, "speedup": 1.0 / share}.get(self.kind, share)
+        if self.kind == "sparsity":
+            return 1.0 - share
+        if self.kind == "speedup":
+            return 1.0 / share if share else math.inf
+        return share
 
     def require_reachable(self, costs: UnitCosts, *, has_blocks: bool) -> None:
         """Check that the model without any unit costs no more than may be left.

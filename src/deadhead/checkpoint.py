@@ -26,12 +26,13 @@ from transformers import (
 from deadhead.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.cost import model_cost
 from deadhead.errors import InputError
-from deadhead.files import read_json, replaced_folder, require_replaceable, write_text
+from deadhead.files import replaced_folder, require_replaceable, write_text
 from deadhead.gate_files import GATES_FILE, has_gates, load_gates, save_gates
 from deadhead.gates import HeadGates
 from deadhead.gating import gates_of, is_gate
 from deadhead.layouts import find_layout
 from deadhead.plan import HeadPlan
+from deadhead.reading import read_json
 
 PLAN_FILE = "head_plan.json"
 # In every model card of ours; a folder without it is not overwritten.

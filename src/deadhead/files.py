@@ -98,24 +98,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: Path, *, what: str) -> Any:
-    """Read JSON from `path`.
-
-    Raises:
-        InputError: the file is missing, unreadable or not JSON; `what` says what it should have been.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"A {what} was expected at {path}, but there is no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The {what} {path} cannot be read: {error}.") from None
-    except RecursionError:
-        raise InputError(f"The {what} {path} is not JSON that can be read: it is nested too deep.") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"The {what} {path} is not JSON: {error.msg} in line {error.lineno}.") from None
-
-
 def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
     """Refuse to write a folder over something that is not ours.
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
-from deadhead.files import read_json, write_bytes, write_json
+from deadhead.files import write_bytes, write_json
 from deadhead.gates import HeadGates
 from deadhead.gating import attach_to, detach
 from deadhead.hard_concrete import GateConfig
-from deadhead.plan import layer_key
+from deadhead.plan import Layer, layer_key
+from deadhead.reading import read_object, shown
 
 GATES_FILE = "head_gates.safetensors"
 GATES_CONFIG_FILE = "head_gates.json"
+# Of any constant; the seed is the largest.
+_LARGEST = 2**63
 
 
 def save_gates(gates: HeadGates, path: str | Path) -> None:
@@ -54,19 +58,22 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     folder = Path(path)
     if not has_gates(folder):
         raise InputError(f"Gates were expected in {folder}, but there is no {GATES_FILE}.")
-    values = read_json(folder / GATES_CONFIG_FILE, what="gate configuration")
+    path = folder / GATES_CONFIG_FILE
+    values = read_object(path, what="gate configuration")
+    unit, block_size = values.pop("unit", None), values.pop("block_size", None)
+    heads = _checked_heads(values.pop("heads", None), path)
+    if unit not in (None, "head", "kv_group") or not (block_size is None or _is_number(block_size, int)):
+        raise InputError(
+            f"The gate configuration {path} must have a unit, head or kv_group, and a number as block_size if any, but "
+            f"has {shown(unit)} and {shown(block_size)}."
+        )
+    config = _checked_config(values, path)
     try:
-        unit = values.pop("unit", None)
-        heads = values.pop("heads", None)
-        block_size = values.pop("block_size", None)
-        config = GateConfig(**values)
         state = load_file(folder / GATES_FILE)
-    except (TypeError, AttributeError):
-        raise InputError(f"The gate configuration {folder / GATES_CONFIG_FILE} has unknown keys: {values!r}.") from None
     except SafetensorError as error:
         raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
-    if heads is not None:
-        heads = {layer_key(layer): tuple(indices) for layer, indices in heads.items()}
+    except OSError as error:
+        raise InputError(f"The gates {folder / GATES_FILE} cannot be read: {error.strerror or error}.") from error
     gates = attach_to(model, config=config, unit=unit, blocks=block_size or False, heads=heads)
     try:
         gates.load_state_dict(state)
@@ -74,6 +81,36 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
         detach(model)
         raise
     return gates
+
+
+def _checked_config(values: dict[str, Any], path: Path) -> GateConfig:
+    known = asdict(GateConfig())
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"The gate configuration {path} has an unknown key {shown(name)}.")
+        kind = type(known[name])
+        if not (isinstance(value, bool) if kind is bool else _is_number(value, kind)):
+            raise InputError(
+                f"The gate configuration {path} must give {name} a value like {known[name]}, but gives {shown(value)}."
+            )
+    return GateConfig(**values)
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        return False
+    return abs(value) <= _LARGEST
+
+
+def _checked_heads(heads: Any, path: Path) -> dict[Layer, tuple[int, ...]] | None:
+    if heads is None:
+        return None
+    if not isinstance(heads, dict) or not all(
+        isinstance(indices, list) and all(_is_number(index, int) and index >= 0 for index in indices)
+        for indices in heads.values()
+    ):
+        raise InputError(f'"heads" of the gate configuration {path} must be an object with a list of heads a layer.')
+    return {layer_key(layer): tuple(indices) for layer, indices in heads.items()}
 
 
 def has_gates(path: str | Path) -> bool:

@@ -486,11 +486,14 @@ class HeadGates:
         """Take over what `state_dict` returned.
 
         Raises:
-            InputError: the state is of other layers or numbers of heads.
+            InputError: the state is of other layers or numbers of heads, or has values that are not finite.
         """
         expected: dict[str, Any] = {name: value.shape for name, value in self.state_dict().items()}
         if {name: value.shape for name, value in state.items()} != expected:
             raise InputError(f"The saved gates do not fit this model, which has {_counts(self.total)} heads a layer.")
+        for name, value in state.items():
+            if not value.is_floating_point() or not bool(value.isfinite().all()):
+                raise InputError(f"The saved gates have values in {name} that are not finite numbers.")
         for layer, gate in self:
             gate.set_log_alpha(state[f"{layer}.log_alpha"].to(gate.log_alpha_bias.device))
             gate.difference.copy_(state[f"{layer}.difference"])

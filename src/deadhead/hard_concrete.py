@@ -19,6 +19,9 @@ from torch import Tensor
 
 from deadhead.errors import InputError
 
+# Of the constants of the stretch and of log_alpha: beyond it σ is 0 or 1 whatever is drawn.
+_MOST = 1e3
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
@@ -49,13 +52,14 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         for name, wrong, rule in (
-            ("beta", self.beta <= 0, "above 0"),
-            ("gamma", self.gamma >= 0, "below 0"),
-            ("zeta", self.zeta <= 1, "above 1"),
-            ("lr_scale", self.lr_scale <= 0, "above 0"),
+            ("beta", not 0 < self.beta <= _MOST, f"above 0 and at most {_MOST:g}"),
+            ("gamma", not -_MOST <= self.gamma < 0, f"below 0 and at least {-_MOST:g}"),
+            ("zeta", not 1 < self.zeta <= _MOST, f"above 1 and at most {_MOST:g}"),
+            ("init", not abs(self.init) <= _MOST, f"at most {_MOST:g} from 0"),
+            ("lr_scale", not self.lr_scale > 0, "above 0"),
             ("epsilon", not 0 < self.epsilon < 0.5, "between 0 and 0.5"),
         ):
-            if wrong:
+            if wrong or not math.isfinite(getattr(self, name)):
                 raise InputError(f"A gate's {name} must be {rule}, but it is {getattr(self, name)}.")
 
     def for_gate(self, *, of_blocks: bool) -> GateConfig:

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from deadhead.cost import counted_costs
 from deadhead.cutting import pruned_copy
 from deadhead.errors import InputError
-from deadhead.files import read_json, write_json
+from deadhead.files import write_json
 from deadhead.gating import block_size
 from deadhead.layouts import find_layout
 from deadhead.plan import HeadPlan, Layer, is_block_key, layer_key
+from deadhead.reading import read_object
 from deadhead.timing import Workload, bench
 from deadhead.unit_costs import UnitCosts
 
@@ -140,7 +141,7 @@ class Latency:
         Raises:
             InputError: the file is missing, is not JSON or holds something else.
         """
-        values = read_json(Path(path), what="list of latencies")
+        values = read_object(Path(path), what="list of latencies")
         try:
             found = cls(**values)
             for name in ("units", "weights"):

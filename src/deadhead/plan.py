@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from deadhead.errors import InputError
-from deadhead.files import read_json, write_json
+from deadhead.files import write_json
+from deadhead.reading import read_json, shown
 
 Layer = int | str
 """A layer's index, or its module path where a model has more than one stack of layers."""
@@ -31,7 +32,7 @@ _BLOCKS = "blocks."
 
 def layer_key(key: Layer) -> Layer:
     """Return a layer's key as it is in memory: JSON writes indices as strings."""
-    return int(key) if isinstance(key, str) and re.fullmatch("[0-9]+", key) else key
+    return int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) else key
 
 
 def block_key(layer: Layer) -> str:
@@ -69,9 +70,13 @@ def _checked_total(values: Mapping[Layer, Any], unit: str) -> dict[Layer, int]:
         raise InputError("A head plan's totals must name at least one layer, but they are empty.")
     for layer, count in total.items():
         if not _is_count(count) or count == 0:
-            raise InputError(f"A head plan must give layer {layer} at least one {unit} in all, but gives {count!r}.")
+            raise InputError(
+                f"A head plan must give layer {layer} at least one {unit} in all, but gives {shown(count)}."
+            )
         if count > _MOST_HEADS:
-            raise InputError(f"A head plan gives layer {layer} {count} {unit}s, but no model has over {_MOST_HEADS}.")
+            raise InputError(
+                f"A head plan gives layer {layer} {shown(count)} {unit}s, but no model has over {_MOST_HEADS}."
+            )
     return total
 
 
@@ -79,23 +84,24 @@ def _checked_kept(values: Mapping[Layer, Any], total: Mapping[Layer, int], unit:
     kept: dict[Layer, tuple[int, ...]] = {layer: tuple(range(count)) for layer, count in total.items()}
     for layer, indices in _by_layer(values, f"kept {unit}s").items():
         if layer not in total:
-            names = ", ".join(str(name) for name in total)
-            raise InputError(f"The head plan names layer {layer}, but its totals have only: {names}.")
+            names = shown(list(total))
+            raise InputError(f"The head plan names layer {shown(layer)}, but its totals have only: {names[1:-1]}.")
         kept[layer] = _checked_indices(layer, indices, total[layer], unit)
     return kept
 
 
 def _checked_indices(layer: Layer, kept: Any, count: int, unit: str) -> tuple[int, ...]:
-    if isinstance(kept, (str, bytes)) or not isinstance(kept, Iterable):
-        raise InputError(f"The {unit}s kept in layer {layer} must be a list of numbers, but are {kept!r}.")
+    if isinstance(kept, (str, bytes, Mapping)) or not isinstance(kept, Iterable):
+        raise InputError(f"The {unit}s kept in layer {layer} must be a list of numbers, but are {shown(kept)}.")
     indices = list(kept)
     for index in indices:
         if not _is_count(index) or index >= count:
             raise InputError(
-                f"The head plan keeps {unit} {index!r} of layer {layer}, but its {unit}s are numbered 0 to {count - 1}."
+                f"The head plan keeps {unit} {shown(index)} of layer {layer}, but its {unit}s are numbered 0 to "
+                f"{count - 1}."
             )
     if len(set(indices)) != len(indices):
-        raise InputError(f"The head plan names a {unit} of layer {layer} twice: {indices}.")
+        raise InputError(f"The head plan names a {unit} of layer {layer} twice: {shown(indices)}.")
     return tuple(sorted(indices))
 
 
@@ -118,7 +124,7 @@ class BlockPlan:
 
     def __post_init__(self) -> None:
         if not _is_count(self.size) or self.size == 0:
-            raise InputError(f"A head plan's block size must be a number above 0, but it is {self.size!r}.")
+            raise InputError(f"A head plan's block size must be a number above 0, but it is {shown(self.size)}.")
         total = _checked_total(self.total, "block")
         object.__setattr__(self, "kept", _checked_kept(self.kept, total, "block"))
         object.__setattr__(self, "total", total)
@@ -183,9 +189,9 @@ class HeadPlan:
 
     def __post_init__(self) -> None:
         if self.unit not in ("head", "kv_group"):
-            raise InputError(f"A head plan's unit must be 'head' or 'kv_group', but it is {self.unit!r}.")
+            raise InputError(f"A head plan's unit must be 'head' or 'kv_group', but it is {shown(self.unit)}.")
         if not isinstance(self.output_scale, bool):
-            raise InputError(f"A head plan's output_scale must be true or false, but it is {self.output_scale!r}.")
+            raise InputError(f"A head plan's output_scale must be true or false, but it is {shown(self.output_scale)}.")
         total = _checked_total(self.total, "head")
         object.__setattr__(self, "kept", _checked_kept(self.kept, total, "head"))
         object.__setattr__(self, "total", total)
@@ -277,18 +283,23 @@ class HeadPlan:
             raise InputError('A head plan must be a JSON object with "version", "unit", "total" and "kept".')
         unknown = sorted(set(values) - _KEYS)
         if unknown:
-            raise InputError(f"The head plan has an unknown key {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}.")
+            raise InputError(
+                f"The head plan has an unknown key {shown(unknown[0])}; known are {', '.join(sorted(_KEYS))}."
+            )
         version = values.get("version", 1)
-        if isinstance(version, bool) or version not in _VERSIONS:
-            raise InputError(f"The head plan has version {version!r}, but this deadhead reads 1 and 2.")
+        if not _is_count(version) or version not in _VERSIONS:
+            raise InputError(f"The head plan has version {shown(version)}, but this deadhead reads 1 and 2.")
         if not isinstance(values["total"], dict) or not isinstance(values["kept"], dict):
             raise InputError('A head plan\'s "total" and "kept" must be JSON objects with one entry a layer.')
+        blocks = values.get("blocks")
+        if blocks is not None and version == 1:
+            raise InputError('The head plan has "blocks", which are of version 2, but its version is 1.')
         return cls(
             kept=values["kept"],
             total=values["total"],
             unit=cast(Unit, values.get("unit", "head")),
             output_scale=values.get("output_scale", False),
-            blocks=BlockPlan.from_dict(values["blocks"]) if values.get("blocks") else None,
+            blocks=None if blocks is None else BlockPlan.from_dict(blocks),
         )
 
     def to_json(self, path: str | Path) -> None:

@@ -26,11 +26,15 @@ def convert(
     out: Annotated[Path, typer.Option("--out", help="Folder of the checkpoint.", show_default=False)],
     memory_length: Annotated[
         int | None,
-        typer.Option("--memory-length", min=1, help="Positions of memory; by default half the position table's rows."),
+        typer.Option(
+            "--memory-length", min=1, max=2**24, help="Positions of memory; by default half the position table's rows."
+        ),
     ] = None,
     segment_length: Annotated[
         int | None,
-        typer.Option("--segment-length", min=1, help="Tokens a training step reads; by default the memory length."),
+        typer.Option(
+            "--segment-length", min=1, max=2**24, help="Tokens a training step reads; by default the memory length."
+        ),
     ] = None,
     attention_dropout: Annotated[
         float, typer.Option("--attention-dropout", min=0, max=1, help="For further training; the paper's is 0.2.")

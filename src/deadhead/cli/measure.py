@@ -27,10 +27,11 @@ def evaluate(
     model: Model,
     data: Data = "stdlib",
     on: Annotated[Literal["train", "valid", "test"], typer.Option("--on", help="Which part of the text.")] = "valid",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score only so many tokens.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows read side by side.")] = 8,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, max=10**15, help="Score only so many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=2**20, help="Rows read side by side.")] = 8,
     window: Annotated[
-        int | None, typer.Option("--window", min=2, help="Tokens seen at once by a model without memory (512).")
+        int | None,
+        typer.Option("--window", min=2, max=2**24, help="Tokens seen at once by a model without memory (512)."),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -66,7 +67,7 @@ def evaluate(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")] = "def ",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 200,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=2**24)] = 200,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.8,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -91,9 +92,9 @@ def bench(
         Path | None, typer.Option("--dense", help="The model to compare with.", show_default=False)
     ] = None,
     workload: Annotated[Literal["prefill", "decode", "train"], typer.Option("--workload")] = "prefill",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
-    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of each text.")] = 128,
-    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=2**20)] = 8,
+    length: Annotated[int, typer.Option("--length", min=1, max=2**24, help="Tokens of each text.")] = 128,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, max=10**6)] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""

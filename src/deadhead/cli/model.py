@@ -70,7 +70,7 @@ def inspect(
         ),
     ],
     length: Annotated[
-        int | None, typer.Option("--length", min=1, help="Positions before the token that is counted.")
+        int | None, typer.Option("--length", min=1, max=2**24, help="Positions before the token that is counted.")
     ] = None,
     heads: Annotated[
         list[str] | None,
@@ -82,7 +82,7 @@ def inspect(
         ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", min=1, help="Of a recipe: tokens of its vocabulary.")
+        int | None, typer.Option("--vocab-size", min=1, max=2**24, help="Of a recipe: tokens of its vocabulary.")
     ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Also count it once this head plan is applied.", show_default=False)
@@ -94,11 +94,17 @@ def inspect(
     training: Annotated[
         bool, typer.Option("--training", help="Also show the memory that training gates on it takes.")
     ] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of --training: rows of a batch.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=2**20, help="Of --training: rows of a batch.")
+    ] = 8,
     sequence_length: Annotated[
         int | None,
         typer.Option(
-            "--sequence-length", min=2, help="Of --training: tokens of a row, by default 256.", show_default=False
+            "--sequence-length",
+            min=2,
+            max=2**24,
+            help="Of --training: tokens of a row, by default 256.",
+            show_default=False,
         ),
     ] = None,
     gradient_checkpointing: Annotated[

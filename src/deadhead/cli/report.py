@@ -67,7 +67,7 @@ def watch(
         typer.Option("--data", help="The text to try heads on; by default the run's own, else 'stdlib'."),
     ] = None,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=2, help="Held-out tokens that are scored at each click.")
+        int, typer.Option("--tokens", min=2, max=10**9, help="Held-out tokens that are scored at each click.")
     ] = 2048,
     sentence: Sentence = None,
 ) -> None:

@@ -26,7 +26,8 @@ from deadhead.data.corpus import SPLITS, Corpus
 from deadhead.data.encoders import Encoder, encode_pieces, encoder_of, fingerprint_of
 from deadhead.data.pieces import Piece
 from deadhead.errors import InputError
-from deadhead.files import no_space_is_input_error, read_json, write_json
+from deadhead.files import no_space_is_input_error, write_json
+from deadhead.reading import read_json
 
 _FORMAT = 1
 _META = "meta.json"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deadhead.training.logs import parsed_line
+
 # Of the gates so many moments are kept at most; beyond that every other one is dropped.
 _MOST_FRAMES = 512
 _CHUNK = 1 << 24
+_LONGEST_LINE = 1 << 26
 
 
 class Frames:
@@ -64,9 +66,9 @@ class PhaseMetrics:
 
     def add(self, line: dict[str, Any]) -> None:
         """Take in one line."""
-        step = int(line["step"])
+        step = line["step"]
         for name, value in line.items():
-            if name not in ("phase", "step") and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if name not in ("phase", "step") and (type(value) is float or (type(value) is int and abs(value) < 2**63)):
                 self.scalars.setdefault(name, [None] * len(self.steps)).append(float(value))
         self.steps.append(step)
         for values in self.scalars.values():
@@ -112,14 +114,17 @@ class MetricsFollower:
                 for line in lines:
                     self._offset += len(line) + 1
                     changed |= self._take(line)
+                if len(rest) > _LONGEST_LINE:
+                    # None of ours; what follows of it is no line either.
+                    self._offset += len(rest)
+                    rest = b""
         return changed
 
     def _take(self, line: bytes) -> bool:
-        try:
-            values = json.loads(line)
-            self.phases.setdefault(str(values["phase"]), PhaseMetrics()).add(values)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        values = parsed_line(line)
+        if values is None:
             return False  # the line that was being written when the run was killed, or none of ours
+        self.phases.setdefault(values["phase"], PhaseMetrics()).add(values)
         return True
 
 

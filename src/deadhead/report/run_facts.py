@@ -13,12 +13,12 @@ import numpy as np
 from deadhead import checkpoint
 from deadhead.cost import config_cost
 from deadhead.errors import InputError
-from deadhead.files import read_json
 from deadhead.plan import HeadPlan, block_key, is_block_key, plain_key
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
 from deadhead.report.stages import verdict
 from deadhead.training.recipe import Recipe, load_recipe
-from deadhead.training.run import METRICS_FILE, RECIPE_FILE, STAGES, SUMMARY_FILE
+from deadhead.training.run import METRICS_FILE, RECIPE_FILE
+from deadhead.training.summary import STAGES, SUMMARY_FILE, read_summary
 
 # In the order of the work; the control's phases run beside those of the pruned model.
 PHASES = {
@@ -103,7 +103,7 @@ class RunFacts:
         return self._facts
 
     def _read(self) -> dict[str, Any]:
-        recipe, summary = self._recipe(), self._summary()
+        recipe, summary = self._recipe(), read_summary(self.folder)
         plan = plan_in(self.folder)
         finished = all(stage in summary for stage in STAGES) and "samples" in summary
         return {
@@ -128,11 +128,6 @@ class RunFacts:
     def _text(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-    def _summary(self) -> dict[str, Any]:
-        path = self.folder / SUMMARY_FILE
-        found = read_json(path, what="summary of a run") if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
 
     def _phases(self, recipe: Recipe | None) -> list[dict[str, Any]]:
         planned, begins = {}, {}
@@ -253,12 +248,12 @@ def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> lis
     points = []
     for path in sorted(found):
         try:
-            summary = read_json(path / SUMMARY_FILE, what="summary of a run")
+            summary = read_summary(path)
         except InputError:
             if others is not None:
                 raise
             continue
-        if isinstance(summary, dict) and comparable(facts.facts["summary"], summary):
+        if comparable(facts.facts["summary"], summary):
             points += size_points(path.resolve().name, summary, is_this=False)
     return points
 

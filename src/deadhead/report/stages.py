@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from deadhead.report.budget import budget_sentence
-from deadhead.training.run import STAGES
+from deadhead.training.summary import STAGES
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
@@ -33,8 +33,8 @@ def stages_table(summary: Mapping[str, Any]) -> Table:
             _units(values),
             f"{values['parameters']:,}",
             f"{values['flops_per_token'] / 1e6:.3f}",
-            f"{values['perplexity']:.3f}",
-            f"{values['bits_per_byte']:.3f}",
+            _number(values["perplexity"]),
+            _number(values["bits_per_byte"]),
             f"{values['tokens_per_second']:,.0f}",
         )
     captions = []
@@ -51,6 +51,11 @@ def _units(values: Mapping[str, Any]) -> str:
     return heads if not values.get("blocks") else f"{heads} | {' '.join(str(count) for count in values['blocks'])}"
 
 
+def _number(value: float | None) -> str:
+    # A summary has null for a number that is not finite.
+    return "∞" if value is None else f"{value:.3f}"
+
+
 def verdict(summary: Mapping[str, Any]) -> str:
     """Say in a few lines what was gained and lost: heads, FLOPs against measured speed, perplexity against control."""
     dense, final = summary["dense"], summary["finetuned"]
@@ -65,8 +70,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     ]
     if "budget" in summary:
         lines.append(budget_sentence(summary["budget"]))
-    if "control" in summary:
-        control = summary["control"]["perplexity"]
+    if "control" in summary and None not in (control := summary["control"]["perplexity"], final["perplexity"]):
         change = final["perplexity"] / control - 1
         side = "equal to" if abs(change) < 5e-4 else f"{abs(change):.1%} {'above' if change > 0 else 'below'}"
         lines.append(

@@ -23,15 +23,9 @@ from deadhead.cost import Cost, model_cost
 from deadhead.cutting import cut
 from deadhead.data import load_tokenizer
 from deadhead.errors import CutError, InputError
-from deadhead.files import (
-    no_space_is_input_error,
-    read_json,
-    remove_left_overs,
-    replaced_folder,
-    write_json,
-    write_text,
-)
+from deadhead.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
 from deadhead.plan import HeadPlan
+from deadhead.reading import read_json
 from deadhead.streaming.copying import copy_pieces, hash_from_disk
 from deadhead.streaming.prepare import StreamedCut, prepare
 from deadhead.streaming.shape import NotStreamable

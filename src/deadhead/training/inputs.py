@@ -10,10 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deadhead import checkpoint
 from deadhead.data import TokenizedCorpus, load_text, load_tokenizer
 from deadhead.errors import InputError
-from deadhead.files import read_json, replaced_folder
+from deadhead.files import replaced_folder
 from deadhead.models import OWN_TYPES
+from deadhead.reading import read_object
 from deadhead.training.processes import count, is_main, main_first
 from deadhead.training.recipe import DataRecipe, PhaseRecipe, load_recipe
+from deadhead.training.summary import SUMMARY_FILE, read_summary
 
 # Of a configuration, what transformers notes in every one, and what comes from the tokenizer.
 _NOT_COMPARED = {*PreTrainedConfig().to_dict()} - {"model_type"}
@@ -69,8 +71,8 @@ def dense_folder(path: str) -> Path:
             f"The recipe begins from the dense model in {path}, but there is no such folder; run the recipe that "
             "trains it first, or leave dense out."
         )
-    config = read_json(folder / "config.json", what="model configuration")
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    config = read_object(folder / "config.json", what="model configuration")
+    kind = config.get("model_type")
     if kind not in OWN_TYPES:
         raise InputError(
             f"The recipe begins from the dense model in {path}, which must be one of deadhead's own "
@@ -84,23 +86,22 @@ def dense_folder(path: str) -> Path:
     return folder
 
 
-def require_same_training(recipe: Path, summary: Path, train: PhaseRecipe, sha256: str) -> None:
+def require_same_training(recipe: Path, train: PhaseRecipe, sha256: str) -> None:
     """Check that a dense model was trained as this run would have trained it, where the run that did left a word of it.
 
     Otherwise later phases would read what it has read already, or be measured on what it was trained on.
 
     Args:
-        recipe: of the run that trained it; may be missing.
-        summary: of that run; may be missing.
+        recipe: of the run that trained it; it, or the summary beside it, may be missing.
         train: this run's dense phase.
         sha256: hash of this run's text.
 
     Raises:
         InputError: the phase, the text or the number of processes was another.
     """
-    if not recipe.is_file() or not summary.is_file():
+    noted = read_summary(recipe.parent)
+    if not recipe.is_file() or not noted:
         return
-    noted = read_json(summary, what="summary of a run")
     same = {
         "text": noted.get("data", {}).get("sha256") == sha256,
         "[train]": load_recipe(recipe).train == train,
@@ -110,7 +111,7 @@ def require_same_training(recipe: Path, summary: Path, train: PhaseRecipe, sha25
         if not is_same:
             raise InputError(
                 f"The dense model that the recipe begins from was trained with another {what} (so say {recipe} and "
-                f"{summary.name} beside it); use the same, or leave dense out."
+                f"{SUMMARY_FILE} beside it); use the same, or leave dense out."
             )
 
 

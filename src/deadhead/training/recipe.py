@@ -19,6 +19,7 @@ from deadhead.layouts import find_layout
 from deadhead.models import OWN_TYPES, AllAttentionConfig
 from deadhead.plan import Unit
 from deadhead.ranking import Ranking
+from deadhead.reading import read_text, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +29,15 @@ else:
 
 # log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
 _GATE_RATE = 0.02
+
+
+# Beyond these no training is meant, and arithmetic or memory would end; they keep slips of the keyboard out.
+_MOST_STEPS = 10**9
+_MOST_TOKENS = 10**15
+_MOST_ROWS = 2**20
+_LONGEST = 2**24
+_FASTEST = 1e3
+_LEAST_SHARE = 1e-4
 
 
 class _Section(BaseModel):
@@ -68,7 +78,7 @@ class DataRecipe(_Section):
 
     source: str = "stdlib"
     tokenizer: Literal["byte", "bpe", "word"] = "byte"
-    vocab_size: int | None = Field(None, ge=1)
+    vocab_size: int | None = Field(None, ge=1, le=2**24)
     column: str | None = None
     split: str | None = None
 
@@ -85,26 +95,26 @@ class PhaseRecipe(_Section):
     validation perplexity (0: none), and the tokens scored in one.
     """
 
-    steps: int = Field(300, ge=1)
-    batch_size: int = Field(16, ge=1)
-    sequence_length: int | None = Field(None, ge=2)
-    learning_rate: float | None = Field(None, gt=0)
+    steps: int = Field(300, ge=1, le=_MOST_STEPS)
+    batch_size: int = Field(16, ge=1, le=_MOST_ROWS)
+    sequence_length: int | None = Field(None, ge=2, le=_LONGEST)
+    learning_rate: float | None = Field(None, gt=0, le=_FASTEST)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=_MOST_STEPS)
+    weight_decay: float = Field(0.0, ge=0, le=_FASTEST)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, ge=0)
-    gradient_accumulation: int = Field(1, ge=1)
+    max_grad_norm: float = Field(1.0, ge=0, le=1e9)
+    gradient_accumulation: int = Field(1, ge=1, le=_MOST_ROWS)
     gradient_checkpointing: bool = False
     bf16: bool = False
-    lora_rank: int = Field(0, ge=0)
+    lora_rank: int = Field(0, ge=0, le=65536)
     distill: float = Field(0.0, ge=0, le=1)
-    distill_temperature: float = Field(2.0, gt=0)
-    log_every: int = Field(10, ge=1)
-    save_every: int = Field(100, ge=0)
-    save_total_limit: int = Field(2, ge=1)
-    eval_every: int = Field(0, ge=0)
-    eval_tokens: int = Field(16384, ge=1)
+    distill_temperature: float = Field(2.0, ge=0.01, le=1000)
+    log_every: int = Field(10, ge=1, le=_MOST_STEPS)
+    save_every: int = Field(100, ge=0, le=_MOST_STEPS)
+    save_total_limit: int = Field(2, ge=1, le=_MOST_STEPS)
+    eval_every: int = Field(0, ge=0, le=_MOST_STEPS)
+    eval_tokens: int = Field(16384, ge=1, le=_MOST_TOKENS)
 
     @property
     def training_steps(self) -> int:
@@ -134,30 +144,30 @@ class PruneRecipe(PhaseRecipe):
 
     criterion: Literal["gates", "topk", OneShot] = "gates"
     start_from: OneShot | None = None
-    start_batches: int = Field(64, ge=1)
+    start_batches: int = Field(64, ge=1, le=_MOST_STEPS)
     ranking: Ranking = "global"
-    l0: float = Field(0.01, ge=0)
+    l0: float = Field(0.01, ge=0, le=_FASTEST)
     sparsity: float | None = Field(None, ge=0, lt=1)
-    params: float | None = Field(None, gt=0, le=1)
-    flops: float | None = Field(None, gt=0, le=1)
-    kv_cache: float | None = Field(None, gt=0, le=1)
+    params: float | None = Field(None, ge=_LEAST_SHARE, le=1)
+    flops: float | None = Field(None, ge=_LEAST_SHARE, le=1)
+    kv_cache: float | None = Field(None, ge=_LEAST_SHARE, le=1)
     speedup: float | None = Field(None, ge=1, le=1000)
-    budget_length: int | None = Field(None, ge=1)
-    budget_batch_size: int = Field(8, ge=1)
+    budget_length: int | None = Field(None, ge=1, le=_LONGEST)
+    budget_batch_size: int = Field(8, ge=1, le=_MOST_ROWS)
     budget_workload: Literal["prefill", "decode", "train"] = "prefill"
     blocks: bool | None = None
-    block_size: int | None = Field(None, ge=1)
-    ramp_steps: int = Field(0, ge=0)
-    l0_warmup_steps: int = Field(0, ge=0)
-    gate_lr: float | None = Field(None, ge=0)
-    gate_lr_scale: float | None = Field(None, gt=0)
-    init: float = 2.0
+    block_size: int | None = Field(None, ge=1, le=_LONGEST)
+    ramp_steps: int = Field(0, ge=0, le=_MOST_STEPS)
+    l0_warmup_steps: int = Field(0, ge=0, le=_MOST_STEPS)
+    gate_lr: float | None = Field(None, ge=0, le=_FASTEST)
+    gate_lr_scale: float | None = Field(None, gt=0, le=1e9)
+    init: float = Field(2.0, ge=-1000, le=1000)
     output_scale: bool | None = None
     hard: bool = True
     weighting: Literal["plain", "output_difference"] = "plain"
     freeze_weights: bool = False
     unit: Unit | None = None
-    cut_settled: int = Field(0, ge=0)
+    cut_settled: int = Field(0, ge=0, le=_MOST_STEPS)
 
     @property
     def is_one_shot(self) -> bool:
@@ -248,7 +258,7 @@ class PublishedModel(_Section):
     name: str
     heads: list[int] | None = None
     sparsity: float | None = Field(None, ge=0, le=1)
-    parameters: int | None = Field(None, ge=1)
+    parameters: int | None = Field(None, ge=1, le=10**15)
 
 
 class Recipe(_Section):
@@ -266,7 +276,7 @@ class Recipe(_Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0, lt=2**31)
     control: bool = False
-    evaluation_tokens: int | None = Field(None, ge=1)
+    evaluation_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
     dense: str | None = Field(None, min_length=1)
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
@@ -280,16 +290,9 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe from a TOML file.
 
     Raises:
-        InputError: the file is missing or not TOML, or a key or value is not one of a recipe.
+        InputError: the file cannot be read or is not TOML, or a key or value is not one of a recipe.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"A recipe was expected at {path}, but there is no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The recipe {path} cannot be read as text: {error}.") from None
-    return parse_recipe(text, name=str(path))
+    return parse_recipe(read_text(Path(path), what="recipe"), name=str(path))
 
 
 def parse_recipe(text: str, *, name: str) -> Recipe:
@@ -302,8 +305,12 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
         return Recipe.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"The recipe {name} is not TOML: {error}.") from None
+    except RecursionError:
+        raise InputError(f"The recipe {name} is not TOML that can be read: it is nested too deep.") from None
     except ValidationError as error:
         raise InputError(f"The recipe {name} {_explain(error, Recipe)}.") from None
+    except ValueError:
+        raise InputError(f"The recipe {name} has a number or a date that cannot be: too many digits, say.") from None
 
 
 def changed(section: Any, **values: Any) -> Any:
@@ -325,9 +332,9 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     where = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         known = list(_section(root, where[:-1]).model_fields)
-        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(where[-1][:100], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return f"has an unknown key {'.'.join(where)!r}; {hint}"
+        return f"has an unknown key {shown('.'.join(where))}; {hint}"
     expected = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "no_sparsity":
         return f"does not say how many heads go: {expected}"
@@ -335,7 +342,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
         return f"does not go together: {expected}"
     if first["type"] == "foreign":
         return f"has layers of two kinds: {expected}"
-    return f"has a wrong value for {'.'.join(where)!r}: {expected}, but it is {first['input']!r}"
+    return f"has a wrong value for {'.'.join(where)!r}: {expected}, but it is {shown(first['input'])}"
 
 
 def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel]:

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deadhead.errors import DivergenceError, RunWarning
-from deadhead.files import read_json, write_json
+from deadhead.files import write_json
+from deadhead.reading import read_object
 from deadhead.training.checkpoints import checkpoint_step, last_checkpoint
 
 _FILE = "rolled_back.json"
@@ -28,7 +29,7 @@ def rolled_back(folder: Path) -> dict[str, Any] | None:
         `step` that failed, `to_step`, the checkpoint's, `reason`, and `factor` of the learning rate since.
     """
     path = folder / _FILE
-    return dict(read_json(path, what="note of a phase that rolled back")) if path.exists() else None
+    return dict(read_object(path, what="note of a phase that rolled back")) if path.exists() else None
 
 
 def roll_back(folder: Path, error: DivergenceError) -> None:

@@ -19,7 +19,7 @@ from deadhead.cutting import cut
 from deadhead.data import TokenizedCorpus, special_token_ids
 from deadhead.errors import InputError, own_sentence
 from deadhead.evaluation import evaluate
-from deadhead.files import read_json, remove_folder, remove_left_overs, require_replaceable, write_json, write_text
+from deadhead.files import remove_folder, remove_left_overs, require_replaceable, write_text
 from deadhead.gates import HeadGates
 from deadhead.generate import generate_text
 from deadhead.latency import Latency
@@ -35,10 +35,9 @@ from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
 from deadhead.training.reporting import require_trackers
 from deadhead.training.rolling_back import rolled_back
+from deadhead.training.summary import STAGES, read_summary, write_summary
 
-STAGES = ("dense", "gated", "cut", "finetuned")
 RECIPE_FILE = "recipe.toml"
-SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
@@ -195,7 +194,7 @@ class Run:
                 self._train(model, text, "train", recipe.train, after=())
             else:
                 trained = Path(recipe.dense).parent
-                require_same_training(trained / RECIPE_FILE, trained / SUMMARY_FILE, recipe.train, text.sha256)
+                require_same_training(trained / RECIPE_FILE, recipe.train, text.sha256)
                 model = load_dense(recipe.dense, model_config(recipe.model, len(tokenizer)))
             self._finish(model, "dense", steps, text, tokenizer)
         steps += recipe.prune.training_steps
@@ -240,7 +239,7 @@ class Run:
             )
         data = {"source": source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)}
         noted = {"data": data, "processes": processes, "versions": _versions()}
-        write_json(self.folder / SUMMARY_FILE, {**summary, **noted})
+        write_summary(self.folder, {**summary, **noted})
 
     def _require_plan_of(self, gates: HeadGates, plan: HeadPlan) -> None:
         """Check that head_plan.json is what the gates learned: a changed digit would cut other heads."""
@@ -271,14 +270,13 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Return summary.json."""
-        path = self.folder / SUMMARY_FILE
-        return dict(read_json(path, what="summary of a run")) if path.exists() else {}
+        return read_summary(self.folder)
 
     def _done(self, name: str) -> bool:
         return (self.folder / name / "config.json").exists()
 
     def _note(self, key: str, value: Any) -> None:
-        write_json(self.folder / SUMMARY_FILE, {**self.summary(), key: value})
+        write_summary(self.folder, {**self.summary(), key: value})
 
     def _train(
         self,

@@ -15,10 +15,11 @@ from deadhead.cost import model_cost
 from deadhead.cutting import cut as cut_heads
 from deadhead.errors import InputError
 from deadhead.evaluation import evaluate
-from deadhead.files import read_json, remove_left_overs, write_json
+from deadhead.files import remove_left_overs, write_json
 from deadhead.gates import HeadGates
 from deadhead.latency import Latency
 from deadhead.layouts import find_layout
+from deadhead.reading import read_json
 from deadhead.training.checkpoints import newest_finished
 from deadhead.training.choosing import LATENCY_FILE
 from deadhead.training.inputs import prepare_text

@@ -1,0 +1,125 @@
+"""Read files that others may have written: never more than a bound, and one sentence where they are not as expected."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from deadhead.errors import InputError
+
+# The longest file of settings, plans or configurations that is read; those of real models have kilobytes. A tokenizer,
+# which is read by its own library, may be longer.
+MOST_BYTES = 64 * 2**20
+
+
+def read_text(path: Path, *, what: str) -> str:
+    """Return the text of a small file.
+
+    Args:
+        path: of the file; a pipe that a shell made, as for `<(jq …)`, may be in its place.
+        what: what the file should have been, for messages.
+
+    Raises:
+        InputError: it is missing, is a named pipe, cannot be read, is longer than 64 MiB or is not UTF-8.
+    """
+    try:
+        # Opening a named pipe would wait for whoever writes into it. One of a shell has no name in any folder.
+        if stat.S_ISFIFO(path.stat().st_mode) and os.path.exists(os.path.realpath(path)):
+            raise InputError(f"The {what} {path} cannot be read as text: it is a named pipe, not a file.")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise InputError(f"The {what} {path} cannot be read: it is longer than {MOST_BYTES // 2**20} MiB.")
+        return data.decode("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"A {what} was expected at {path}, but there is no such file.") from None
+    except OSError as error:
+        raise InputError(f"The {what} {path} cannot be read as text: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"The {what} {path} cannot be read as text: byte {error.start} is not UTF-8.") from None
+    except ValueError as error:  # a name with a null character
+        raise InputError(f"The {what} {str(path)!r} cannot be read: {error}.") from None
+
+
+def read_json(path: Path, *, what: str) -> Any:
+    """Return the JSON value in a small file.
+
+    Args:
+        path: of the file.
+        what: what the file should have been, for messages.
+
+    Raises:
+        InputError: it cannot be read, see `read_text`, or is not JSON, or names a key twice.
+    """
+    return parse_json(read_text(path, what=what), name=f"The {what} {path}")
+
+
+def read_object(path: Path, *, what: str) -> dict[str, Any]:
+    """Return the JSON object in a small file.
+
+    Raises:
+        InputError: see `read_json`, or the JSON is no object.
+    """
+    found = read_json(path, what=what)
+    if not isinstance(found, dict):
+        raise InputError(f"The {what} {path} must be a JSON object, but it is a {_KINDS.get(type(found), 'number')}.")
+    return found
+
+
+_KINDS: dict[type, str] = {list: "list", str: "string", bool: "truth value", type(None): "null"}
+
+
+def parse_json(text: str | bytes, *, name: str) -> Any:
+    """Return the value of JSON text.
+
+    Args:
+        text: UTF-8.
+        name: begins the sentence of what is wrong.
+
+    Raises:
+        InputError: it is not JSON, is nested too deep, has a number of thousands of digits or names a key twice: two
+            programs would read such a file in two ways.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_twins)
+    except RecursionError:
+        raise InputError(f"{name} is not JSON that can be read: it is nested too deep.") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name} is not JSON: {error.msg} in line {error.lineno}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{name} is not JSON: it is not UTF-8.") from None
+    except _TwinKeys as error:
+        raise InputError(f"{name} names the key {shown(error.args[0])} twice; leave one of the two out.") from None
+    except ValueError:
+        raise InputError(f"{name} has a number of too many digits.") from None
+
+
+class _TwinKeys(ValueError):
+    pass
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _TwinKeys(key)
+        found[key] = value
+    return found
+
+
+def shown(value: Any, most: int = 120) -> str:
+    """Return a value as messages show it: short, whatever it is.
+
+    Args:
+        value: that was not expected.
+        most: characters.
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        # Python writes no decimal number of thousands of digits, but a hexadecimal one can be read.
+        return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 20]} … {text[-10:]}"
