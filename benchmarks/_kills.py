@@ -21,6 +21,7 @@ from deadhead.checksums import CHECKSUMS_FILE
 from deadhead.errors import InputError
 from deadhead.training import Recipe, Run
 from deadhead.training.recipe import parse_recipe
+from deadhead.training.summary import read_summary
 
 # What Python tells of before it changes the file system.
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree"}
@@ -199,7 +200,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
         elif name == "metrics.jsonl":
             found += [] if _lines(folder / name) == _lines(whole / name) else [name]
         elif name == "summary.json":
-            same = without_times(_json(folder / name)) == without_times(_json(whole / name))
+            same = without_times(read_summary(folder)) == without_times(read_summary(whole))
             found += [] if same else [name]
         elif name.endswith(".safetensors"):
             mine, theirs = load_file(folder / name), load_file(whole / name)
@@ -208,10 +209,6 @@ def differences(folder: Path, whole: Path) -> list[str]:
         elif not name.endswith(CHECKSUMS_FILE):
             found += [] if (folder / name).read_bytes() == (whole / name).read_bytes() else [name]
     return found
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _lines(path: Path) -> list[Any]:

@@ -15,7 +15,6 @@ import pytest
 from deadhead.errors import InputError
 from deadhead.files import (
     no_space_is_input_error,
-    read_json,
     remove_folder,
     remove_left_overs,
     replaced_folder,
@@ -70,29 +69,6 @@ def test_a_folder_half_removed_is_still_known(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "run" / "mark").exists()
     remove_folder(tmp_path / "run", last="mark")
     assert not (tmp_path / "run").exists()
-
-
-def test_json_round_trip(tmp_path: Path) -> None:
-    value = {"a": [1, 2.5, None, True], "b": {"c": "ü"}}
-    write_json(tmp_path / "value.json", value)
-    assert read_json(tmp_path / "value.json", what="value") == value
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "A recipe was expected at .*, but there is no such file"),
-        (b"{", "The recipe .* is not JSON: .* in line 1"),
-        (b"\xff", "The recipe .* cannot be read"),
-    ],
-)
-def test_unreadable_json_is_told_in_one_sentence(content: bytes | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        read_json(path, what="recipe")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:

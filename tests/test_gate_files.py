@@ -91,7 +91,7 @@ def _one_missing(folder: Path) -> None:
         (lambda folder: (folder / GATES_FILE).unlink(), "Gates were expected in .*, but there is no head_gates.safet"),
         (lambda folder: (folder / GATES_CONFIG_FILE).unlink(), "head_gates.json"),
         (lambda folder: (folder / GATES_CONFIG_FILE).write_text("[1]"), "gate configuration"),
-        (_unknown_key, "has unknown keys"),
+        (_unknown_key, "has an unknown key 'colour'"),
         (_cut_short, "are damaged or cut short"),
         (_one_missing, "The saved gates do not fit this model"),
     ],

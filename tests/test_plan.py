@@ -99,7 +99,17 @@ BAD: dict[str, tuple[Any, str]] = {
     "block size": (valid(version=2, blocks={"size": 0, "total": {"0": 2}, "kept": {}}), "block size"),
     "block": (valid(version=2, blocks={"size": 4, "total": {"0": 2}, "kept": {"0": [2]}}), "block 2 of layer 0"),
     "heads beyond measure": (valid(total={"0": 10**12, "1": 4}), "no model has over"),
-    "a key that is nearly a number": (valid(kept={"--1": [0]}), "names layer --1"),
+    "a key that is nearly a number": (valid(kept={"--1": [0]}), "names layer '--1'"),
+    "version as a fraction": (valid(version=1.0), "version 1.0"),
+    "blocks in version 1": (
+        valid(version=1, blocks={"size": 4, "total": {"0": 2}, "kept": {}}),
+        "which are of version 2",
+    ),
+    "blocks of nothing": (valid(version=2, blocks={}), '"size", "total" and "kept"'),
+    "blocks as a list": (valid(version=2, blocks=[]), '"size", "total" and "kept"'),
+    "blocks as a number": (valid(version=2, blocks=0), '"size", "total" and "kept"'),
+    "heads as an object": (valid(kept={"0": {}}), "must be a list of numbers, but are {}"),
+    "a layer of thousands of digits": (valid(kept={"1" * 5000: []}), "names layer '111"),
     "version as text": (valid(version="1"), "version '1'"),
     "version null": (valid(version=None), "version None"),
     "unknown key": (valid(heads={}), "unknown key 'heads'"),
@@ -119,7 +129,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "count as text": (valid(total={"0": "4"}, kept={}), "at least one head in all"),
     "null heads": (valid(total={"0": None}, kept={}), "at least one head in all"),
     "unknown layer": (valid(kept={"2": [0]}), "names layer 2, but its totals have only: 0, 1"),
-    "minus layer": (valid(kept={"-1": [0]}), "names layer -1"),
+    "minus layer": (valid(kept={"-1": [0]}), "names layer '-1'"),
     "head too large": (valid(kept={"0": [4]}), "head 4 of layer 0, but its heads are numbered 0 to 3"),
     "minus head": (valid(kept={"0": [-1]}), "head -1 of layer 0"),
     "half a head": (valid(kept={"0": [0.5]}), "head 0.5 of layer 0"),
@@ -175,7 +185,12 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_version_2_without_blocks_is_read() -> None:
-    assert HeadPlan.from_dict(valid(version=2, blocks={})) == HeadPlan.from_dict(valid())
+    assert HeadPlan.from_dict(valid(version=2, blocks=None)) == HeadPlan.from_dict(valid())
+
+
+def test_a_head_of_more_digits_than_python_writes() -> None:
+    with pytest.raises(InputError, match="keeps head a number of thousands of digits of layer 0"):
+        HeadPlan.from_dict(valid(kept={"0": [16**5000]}))
 
 
 def test_without_a_version_a_plan_is_read_as_the_first() -> None:

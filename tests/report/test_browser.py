@@ -20,6 +20,7 @@ from deadhead.evaluation import evaluate
 from deadhead.report.writing import report_run
 from deadhead.training.recipe import load_recipe
 from deadhead.training.single import run_single
+from deadhead.training.summary import read_summary, write_summary
 from tests.small import save_small_llama, small_recipe, write_prose
 
 if TYPE_CHECKING:
@@ -151,10 +152,10 @@ def test_hostile_text_stays_text(small_run: Path, page: Page, tmp_path: Path) ->
     folder = tmp_path / _HOSTILE.replace("/", "\u2215")
     shutil.copytree(small_run, folder)
     shutil.copytree(small_run, tmp_path / "beside <u>it")
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder)
     summary["samples"] = {_HOSTILE: _HOSTILE, "dense": "</pre><script>alert(3)</script>"}
     summary["versions"] = {_HOSTILE: _HOSTILE}
-    (folder / "summary.json").write_text(json.dumps(summary))
+    write_summary(folder, summary)
     (folder / "recipe.toml").write_text((folder / "recipe.toml").read_text() + f"\n# {_HOSTILE}\n")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics.append({"phase": _HOSTILE, "step": 1, "loss": 1.0})

@@ -14,6 +14,7 @@ from deadhead import HeadPlan, InputError, checkpoint
 from deadhead.cost import model_cost
 from deadhead.report.run_facts import RunFacts, packed, sibling_points
 from deadhead.training.logs import read_metrics
+from deadhead.training.summary import read_summary, write_summary
 from tests.small import tree
 
 
@@ -89,9 +90,9 @@ def test_only_runs_on_the_same_text_stand_beside(small_run: Path, tmp_path: Path
         (tmp_path / name).mkdir()
         for file in ("recipe.toml", "summary.json"):
             shutil.copy(small_run / file, tmp_path / name)
-    summary = json.loads((tmp_path / "other" / "summary.json").read_text())
+    summary = read_summary(tmp_path / "other")
     summary["data"]["sha256"] = "0" * 64
-    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    write_summary(tmp_path / "other", summary)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "summary.json").write_text("{")
     facts = _facts(tmp_path / "this")

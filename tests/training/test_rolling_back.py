@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from deadhead import DivergenceError, RunWarning
 from deadhead.training import Run
 from deadhead.training.checkpoints import last_checkpoint
 from deadhead.training.rolling_back import rolled_back
+from deadhead.training.summary import read_summary
 from tests.helpers import tiny_model
 from tests.small import Killed, assert_same_tensors, metrics, small_recipe, weights, write_prose
 from tests.small_phase import TEXT, At, phase_recipe, poison, prune_recipe, run_phase
@@ -147,4 +147,4 @@ def test_a_run_notes_it_in_its_summary(tmp_path: Path, monkeypatch: pytest.Monke
     assert summary["rolled_back"] == {
         "prune": {"step": 4, "to_step": 2, "reason": "loss is nan", "factor": 0.5},
     }
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert read_summary(tmp_path / "run") == summary

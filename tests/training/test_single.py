@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from deadhead import InputError, load
-from deadhead.files import read_json, write_json
+from deadhead.files import write_json
+from deadhead.reading import read_json
 from deadhead.training.recipe import DataRecipe, PhaseRecipe, changed
 from deadhead.training.single import run_single
 from tests.small import save_small_model, write_prose

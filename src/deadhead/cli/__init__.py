@@ -15,6 +15,7 @@ from typing import Any
 
 import wrapt
 
+_LONGEST_SENTENCE = 2000
 _RESUMABLE = "whole checkpoints are kept, and --resume goes on from the last"
 
 
@@ -73,6 +74,8 @@ def execute(arguments: list[str]) -> int:
             # A wrong command or option. Some versions of typer raise click's own exceptions, others a private copy.
             if hasattr(error, "format_message"):
                 return _fail(error.format_message().rstrip("."), 2, error)
+            if _is_out_of_memory(error):
+                return _fail("The memory of this machine is too small for that; ask for fewer rows or tokens", 2, error)
             if _speaks(error):
                 raise
             return 1
@@ -82,6 +85,12 @@ def execute(arguments: list[str]) -> int:
         if error.code != 128 + signal.SIGTERM:
             raise
         return _fail(f"Terminated; {_RESUMABLE}", 128 + signal.SIGTERM, error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Torch says of a GPU that it is full in a class of its own, and of a CPU in words.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _show(message: Warning, *_: Any) -> None:
@@ -102,8 +111,14 @@ def _silence(_: Any) -> None:
 def _fail(sentence: str, code: int, error: BaseException) -> int:
     if _speaks(error):
         end = "" if sentence.endswith(("?", "!")) else "."
-        sys.stderr.write(f"deadhead: {sentence}{end}\n")
+        sys.stderr.write(f"deadhead: {_one_line(sentence)}{end}\n")
     return code
+
+
+def _one_line(sentence: str) -> str:
+    """Return a sentence as a terminal may show it: names and values in it are others', and may hold anything."""
+    plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in sentence)
+    return plain if len(plain) <= _LONGEST_SENTENCE else f"{plain[: _LONGEST_SENTENCE - 100]} … {plain[-90:]}"
 
 
 def _speaks(error: BaseException) -> bool:

@@ -273,7 +273,7 @@ class Recipe(_Section):
     `published` changes nothing in a run; `deadhead inspect` shows what such models cost beside what is stated of them.
     """
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    name: str = Field("run", max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0, lt=2**31)
     control: bool = False
     evaluation_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
