@@ -143,12 +143,14 @@ _TOML = {
 }
 # What only the model, or the text, shows to be wrong: found before anything is trained.
 _PRUNES: dict[str, tuple[dict[str, object], str]] = {
-    "a cache that cannot be": ({"sparsity": None, "kv_cache": 0.0001}, "cannot be reached|above"),
-    "parameters that cannot be": ({"sparsity": None, "params": 0.001}, "cannot be reached"),
+    "FLOPs that cannot be": ({"flops": 0.001}, "cannot be reached"),
+    "more rows than the text has": ({"batch_size": 2**20}, "tokens were expected"),
+    "soft gates on persistent vectors": ({"hard": False, "blocks": True}, "need hard gates"),
+    "blocks that do not fit": ({"blocks": True, "block_size": 3}, "block"),
+    "parameters that cannot be": ({"params": 0.001}, "cannot be reached"),
     "groups of a model without": ({"unit": "kv_group"}, "kv_group"),
     "adapters of a model of ours": ({"lora_rank": 4}, "leave the LoRA rank out"),
-    "rows of a model with memory": ({"sequence_length": 8}, "leave it out"),
-    "distillation without a teacher": ({"distill": 0.5}, "teacher"),
+    "rows of a model with memory": ({"sequence_length": 9}, "leave it out"),
 }
 
 
@@ -170,17 +172,24 @@ def test_what_the_model_shows_is_said_before_it_is_trained(
     require_one_sentence(case, given, tmp_path, monkeypatch, capfd)
 
 
-@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "loop"])
+def test_a_dense_phase_has_no_teacher(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = Case("run r.toml --out {out}", r"\[train\] has no teacher yet", recipe(train={"distill": 0.5}))
+    require_one_sentence(case, given, tmp_path, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("place", ["../pipe", "/dev/zero", "../loop"])
 def test_what_is_no_file(
     place: str, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def prepare(folder: Path) -> None:
-        if place == "pipe":
-            os.mkfifo(folder / "pipe")
-        if place == "loop":
-            (folder / "loop").symlink_to("loop")
+        if place == "../pipe":
+            os.mkfifo(folder.parent / "pipe")
+        if place == "../loop":
+            (folder.parent / "loop").symlink_to("loop")
 
-    message = {"pipe": "is a named pipe", "/dev/zero": "longer than 64 MiB", "loop": "symbolic links"}[place]
+    message = {"../pipe": "is a named pipe", "/dev/zero": "longer than 64 MiB", "../loop": "symbolic links"}[place]
     require_one_sentence(Case(f"run {place} --out {{out}}", message, prepare), given, tmp_path, monkeypatch, capfd)
 
 

@@ -180,7 +180,7 @@ def train(
     if cut_settled and args.world_size > 1:
         raise InputError("cut_settled needs a single process: data parallelism does not take parameters that shrink.")
     rows = recipe.batch_size * args.world_size
-    dataset = _segments(model, text, recipe, rows=rows, first_segment=first_segment)
+    dataset = segments(model, text, recipe, rows=rows, first_segment=first_segment)
     # The last rows of a shuffled text that make no whole batch: several processes would fill it up, one would not.
     args.dataloader_drop_last = len(cast(Sized, dataset)) >= rows
     ours: list[TrainerCallback] = []
@@ -349,7 +349,7 @@ def _score(
     """Score heads by `count` batches of the recipe's size, if the criterion looks at any."""
     batches: Iterable[dict[str, Tensor]] = ()
     if criterion in READS_TEXT:
-        dataset = _segments(model, text, recipe, rows=recipe.batch_size, first_segment=first_segment)
+        dataset = segments(model, text, recipe, rows=recipe.batch_size, first_segment=first_segment)
         in_order = hasattr(model.config, "memory_length")
         generator = torch.Generator().manual_seed(seed)
         loader = DataLoader(
@@ -364,9 +364,21 @@ def _score(
         return score_heads(model, criterion, batches, unit=unit, blocks=blocks, seed=seed)
 
 
-def _segments(
+def segments(
     model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, *, rows: int, first_segment: int
 ) -> Dataset[Any]:
+    """Return what a phase reads of a text.
+
+    Args:
+        model: on any device; without weights on the meta device.
+        text: it.
+        recipe: of the phase.
+        rows: that are read side by side, on all processes.
+        first_segment: see `train`.
+
+    Raises:
+        InputError: the text is too short, or the recipe's sequence_length is not one that the model can read.
+    """
     has_memory = hasattr(model.config, "memory_length")
     return SegmentDataset(
         text.tokens,

@@ -31,6 +31,7 @@ from deadhead.training.checkpoints import newest_finished
 from deadhead.training.choosing import asked_blocks
 from deadhead.training.inputs import dense_folder, load_dense, prepare_text, require_same_training
 from deadhead.training.phases import choose_units, train
+from deadhead.training.preflight import require_fitting
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
 from deadhead.training.reporting import require_trackers
@@ -188,6 +189,8 @@ class Run:
         )
         on_main(lambda: self._note_beginning(text))
         steps = recipe.train.steps
+        if not self._done("gated"):
+            require_fitting(recipe, model_config(recipe.model, len(tokenizer)), text.splits["train"])
         if not self._done("dense"):
             if recipe.dense is None:
                 model = build_model(recipe.model, tokenizer, seed=recipe.seed)
