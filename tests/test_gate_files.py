@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,20 @@ def _unknown_key(folder: Path) -> None:
     (folder / GATES_CONFIG_FILE).write_text(json.dumps(values | {"colour": 3}))
 
 
+def _values(**values: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / GATES_CONFIG_FILE
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def _not_finite(folder: Path) -> None:
+    values = load_file(folder / GATES_FILE)
+    next(iter(values.values())).fill_(math.nan)
+    save_file(values, folder / GATES_FILE)
+
+
 def _cut_short(folder: Path) -> None:
     path = folder / GATES_FILE
     path.write_bytes(path.read_bytes()[:-7])
@@ -94,6 +109,32 @@ def _one_missing(folder: Path) -> None:
         (_unknown_key, "has an unknown key 'colour'"),
         (_cut_short, "are damaged or cut short"),
         (_one_missing, "The saved gates do not fit this model"),
+        (_not_finite, "that are not finite numbers"),
+        (lambda folder: (folder / GATES_CONFIG_FILE).write_text(""), "is not JSON"),
+        (lambda folder: (folder / GATES_CONFIG_FILE).write_text("[" * 10**5), "nested too deep"),
+        (lambda folder: (folder / GATES_FILE).write_bytes(b"\0" * 20), "are damaged or cut short"),
+        (lambda folder: (folder / GATES_FILE).write_bytes(b"\xff" * 20), "are damaged or cut short"),
+        (lambda folder: (folder / GATES_FILE).write_bytes(b""), "are damaged or cut short"),
+        (_values(beta="a"), "must give beta a value like 0.3"),
+        (_values(beta=True), "must give beta a value like 0.3"),
+        (_values(beta=-1.0), "beta must be above 0"),
+        (_values(beta=10**400), "must give beta a value like"),
+        (_values(gamma=0.0), "gamma must be below 0"),
+        (_values(zeta=1e300), "must give zeta a value"),
+        (_values(zeta=1e9), "zeta must be above 1 and at most 1000"),
+        (_values(init=-1e9), "init must be at most 1000 from 0"),
+        (_values(epsilon=0.5), "epsilon must be between 0 and 0.5"),
+        (_values(lr_scale=0), "lr_scale must be above 0"),
+        (_values(hard=1), "must give hard a value like True"),
+        (_values(seed=0.5), "must give seed a value like 0"),
+        (_values(unit="layer"), "must have a unit, head or kv_group"),
+        (_values(unit=["head"]), "must have a unit, head or kv_group"),
+        (_values(block_size="all"), "a number as block_size"),
+        (_values(block_size=5), "block"),
+        (_values(heads=[4]), '"heads" of the gate configuration'),
+        (_values(heads={"0": 4}), '"heads" of the gate configuration'),
+        (_values(heads={"0": ["a"]}), '"heads" of the gate configuration'),
+        (_values(heads={"0": [0]}), "are not those of a model"),
     ],
 )
 def test_damage_is_said_in_one_sentence_and_nothing_stays_attached(

@@ -123,6 +123,9 @@ def require_one_sentence(
         "llama": given / "llama",
         "plan": given / "plan.json",
         "out": "out",
+        "name": "nothing\nat all",
+        "escape": "\x1b[2J",
+        "null": "a\0b",
     }
     before, given_before = tree(folder), tree(given)
     capfd.readouterr()

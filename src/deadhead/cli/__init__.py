@@ -6,6 +6,7 @@ neither.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -16,6 +17,8 @@ from typing import Any
 import wrapt
 
 _LONGEST_SENTENCE = 2000
+# What is wrong with a place that was named, and not with the program.
+_OF_PLACES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO)
 _RESUMABLE = "whole checkpoints are kept, and --resume goes on from the last"
 
 
@@ -70,6 +73,10 @@ def execute(arguments: list[str]) -> int:
             # The reader of our output went away, as `head` does; the interpreter must not try to flush it again.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 0
+        except OSError as error:
+            if error.errno not in _OF_PLACES:
+                raise
+            return _fail(f"{error.filename} cannot be used: {error.strerror}; choose another place", 2, error)
         except Exception as error:
             # A wrong command or option. Some versions of typer raise click's own exceptions, others a private copy.
             if hasattr(error, "format_message"):
