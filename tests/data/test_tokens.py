@@ -111,7 +111,9 @@ def test_the_cache_is_used_again_until_text_or_tokenizer_change(
     assert len(list(cache.iterdir())) == 3
 
 
-@pytest.mark.parametrize("damage", ["short file", "no meta", "bad meta", "other fingerprint"])
+@pytest.mark.parametrize(
+    "damage", ["short file", "flipped bit", "other count", "no checksums", "no meta", "bad meta", "other fingerprint"]
+)
 def test_a_damaged_cache_is_made_anew(corpus: Corpus, tmp_path: Path, damage: str) -> None:
     cache = tmp_path / "cache"
     byte = build_tokenizer("byte", corpus)
@@ -120,6 +122,16 @@ def test_a_damaged_cache_is_made_anew(corpus: Corpus, tmp_path: Path, damage: st
     meta = json.loads((folder / "meta.json").read_text())
     if damage == "short file":
         (folder / "train.bin").write_bytes(b"\0\0")
+    elif damage == "flipped bit":
+        data = bytearray((folder / "train.bin").read_bytes())
+        data[len(data) // 2 & ~1] ^= 1
+        (folder / "train.bin").write_bytes(data)
+    elif damage == "other count":
+        meta_text = (folder / "meta.json").read_text()
+        (folder / "meta.json").write_text(meta_text.replace('"words": 1', '"words": 2'))
+        assert (folder / "meta.json").read_text() != meta_text
+    elif damage == "no checksums":
+        (folder / "SHA256SUMS").unlink()
     elif damage == "no meta":
         (folder / "meta.json").unlink()
     elif damage == "bad meta":

@@ -1,8 +1,8 @@
 """A corpus as token ids on disk: one flat file a split, mapped into memory, made once and used again.
 
 A folder of the cache holds `train.bin`, `valid.bin`, `test.bin` (little-endian, 16 bits an id if the vocabulary fits,
-else 32) and `meta.json`. Its name comes from the text and the tokenizer; it is written beside and moved in whole, so
-that several processes may make the same one at once.
+else 32), `meta.json` and the checksums of all of them. Its name comes from the text and the tokenizer; it is written
+beside and moved in whole, so that several processes may make the same one at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from deadhead.checksums import changed_file, read_checksums, write_checksums
 from deadhead.data.corpus import SPLITS, Corpus
 from deadhead.data.encoders import Encoder, encode_pieces, encoder_of, fingerprint_of
 from deadhead.data.pieces import Piece
@@ -125,6 +126,7 @@ def tokenize_corpus(
             temporary.chmod(0o755)
             meta["splits"] = _write_splits(temporary, corpus, encoder_of(tokenizer), separator, dtype, progress)
             write_json(temporary / _META, meta)
+            write_checksums(temporary)
             _move_in(temporary, folder, fingerprint)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -177,6 +179,9 @@ def _usable(folder: Path, fingerprint: str) -> TokenizedCorpus | None:
     if not folder.is_dir():
         return None
     with suppress(InputError, OSError, KeyError, TypeError, ValueError):
+        # The text itself is hashed at each start too, so this takes no longer than that.
+        if not read_checksums(folder) or changed_file(folder) is not None:
+            return None
         meta = read_json(folder / _META, what="description of token files")
         expected = {name: meta["splits"][name]["tokens"] * np.dtype(meta["dtype"]).itemsize for name in SPLITS}
         actual = {name: os.path.getsize(folder / f"{name}.bin") for name in SPLITS}
