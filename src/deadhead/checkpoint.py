@@ -14,7 +14,6 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -23,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from deadhead.checkpoint_guard import guarded_config, misshapen, require_sound
 from deadhead.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.cost import model_cost
 from deadhead.errors import InputError
@@ -32,7 +32,6 @@ from deadhead.gates import HeadGates
 from deadhead.gating import gates_of, is_gate
 from deadhead.layouts import find_layout
 from deadhead.plan import HeadPlan
-from deadhead.reading import read_json
 
 PLAN_FILE = "head_plan.json"
 # In every model card of ours; a folder without it is not overwritten.
@@ -157,27 +156,27 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     if local:
         require_unchanged(Path(path))
-        config = read_json(Path(path) / "config.json", what="model configuration")
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        if isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING:
-            raise InputError(
-                f"The checkpoint {path} has model type {kind!r} and cannot be loaded: neither deadhead nor "
-                "transformers knows it, and deadhead never runs code that a checkpoint brings along."
-            )
+        require_sound(Path(path))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, local_files_only=local, trust_remote_code=False
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except SafetensorError as error:
         raise InputError(f"The weights in {path} are damaged or cut short: {error}.") from error
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        reason = misshapen(Path(path)) if local else ""
+        reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:!")
         raise InputError(f"The weights in {path} do not fit its configuration: {reason}.") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
         if not local:
             raise _no_such_name(path, error) from error
-        raise InputError(f"The checkpoint {path} (model type {kind!r}) cannot be loaded: {reason}.") from error
+        raise InputError(f"The checkpoint {path} cannot be loaded: {reason}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if any(is_gate(str(name)) for name in info["unexpected_keys"]):
         raise InputError(
@@ -213,18 +212,15 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     """Load a model's configuration from a checkpoint folder, its file, or by its name on the Hugging Face hub.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, it cannot be used, or it is of a model that cannot be.
     """
-    local = not _looks_like_a_name(path)
-    if local and not Path(path).is_file() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"A checkpoint folder was expected at {path}, but it has no config.json.")
+    if not _looks_like_a_name(path):
+        if not Path(path).is_file() and not (Path(path) / "config.json").is_file():
+            raise InputError(f"A checkpoint folder was expected at {path}, but it has no config.json.")
+        return guarded_config(Path(path))[0]
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(path), local_files_only=local, trust_remote_code=False
-        )
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except OSError as error:
-        if local:
-            raise
         raise _no_such_name(path, error) from error
     return config
 

@@ -7,6 +7,8 @@ itself. What a unit saves is shared out among layers by the FLOPs that they lose
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 import statistics
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from deadhead.cost import counted_costs
@@ -33,6 +36,8 @@ _SHARES = (0.0, 0.25, 0.5, 0.75)
 # Seconds that the measuring is to take, and how often each model is timed, at least and at most.
 _SECONDS = 40.0
 _REPEATS = (4, 60)
+# Of anything that is counted; layers have fewer heads, and texts fewer tokens.
+_MOST = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +148,27 @@ class Latency:
         """
         values = read_object(Path(path), what="list of latencies")
         try:
-            found = cls(**values)
+            # Of JSON text even a strict check makes a dataclass.
+            found = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+            _require_sound(found)
             for name in ("units", "weights"):
                 keyed = {layer_key(key): value for key, value in getattr(found, name).items()}
                 object.__setattr__(found, name, keyed)
             found.costs()
-        except (TypeError, AttributeError, KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise InputError(f"{path} does not hold latencies that deadhead measured; delete it.") from error
         return found
+
+
+def _require_sound(latency: Latency) -> None:
+    """Check numbers before anything is computed from them; a ValueError says that one is none that was measured."""
+    curves = [float(number) for curve in latency.seconds.values() for pair in curve.items() for number in pair]
+    numbers = [latency.dense, *curves, *latency.weights.values()]
+    sizes = [latency.threads, latency.batch_size, latency.length, *latency.units.values(), sum(latency.units.values())]
+    if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or latency.dense <= 0:
+        raise ValueError("times must be numbers from 0")
+    if not all(1 <= size <= _MOST for size in sizes) or set(latency.units) != set(latency.weights):
+        raise ValueError("counts must be numbers from 1")
 
 
 def measure_latency(

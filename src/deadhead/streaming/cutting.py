@@ -26,10 +26,10 @@ from deadhead.errors import CutError, InputError
 from deadhead.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
 from deadhead.plan import HeadPlan
 from deadhead.reading import read_json
+from deadhead.stored import INDEX_FILE, has_stored, weights_size
 from deadhead.streaming.copying import copy_pieces, hash_from_disk
 from deadhead.streaming.prepare import StreamedCut, prepare
 from deadhead.streaming.shape import NotStreamable
-from deadhead.streaming.stored import INDEX_FILE, has_stored, weights_size
 
 MANIFEST_FILE = "cut.json"
 _LOCK_FILE = "lock"

@@ -23,8 +23,8 @@ from deadhead.gating import take_off
 from deadhead.layouts import Layout, Site
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Layer
+from deadhead.stored import StoredCheckpoint
 from deadhead.streaming.shape import NotStreamable, stub
-from deadhead.streaming.stored import StoredCheckpoint
 
 # Numbers of a tensor that is loaded whatever it is.
 _SMALL = 1 << 20

@@ -18,10 +18,10 @@ from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.models import OWN_TYPES
 from deadhead.plan import HeadPlan
+from deadhead.stored import StoredCheckpoint, read_stored
 from deadhead.streaming.copying import CHUNK, Piece
 from deadhead.streaming.layer_check import LayerCheck
 from deadhead.streaming.shape import NotStreamable, empty_model, kept_parts, load_dtype, require_stored, stored_shapes
-from deadhead.streaming.stored import StoredCheckpoint, read_stored
 
 # Of what lies around a layer's tensors while it is checked: Python, torch, transformers, buffers.
 _BASE_BYTES = 600 << 20

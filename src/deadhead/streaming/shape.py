@@ -17,8 +17,8 @@ from deadhead.gates import HeadGates
 from deadhead.gating import is_gate
 from deadhead.layouts import Layout, Site
 from deadhead.plan import Layer
+from deadhead.stored import StoredCheckpoint
 from deadhead.streaming.copying import Keep
-from deadhead.streaming.stored import StoredCheckpoint
 
 # Buffers of older versions of transformers, which are worked out now.
 _IGNORED = (r"rotary_emb\.inv_freq$",)

@@ -97,11 +97,9 @@ class AllAttentionConfig(PreTrainedConfig):
             "memory_length",
             "segment_length",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
+            self._require_number(name, least=1)
         for name in ("num_persistent", "feed_forward_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, but it is {getattr(self, name)}.")
+            self._require_number(name, least=0)
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"num_attention_heads must divide hidden_size, but {self.num_attention_heads} does not divide "
@@ -134,6 +132,11 @@ class AllAttentionConfig(PreTrainedConfig):
             )
         if self.head_plan is not None:
             self._validate_plan()
+
+    def _require_number(self, name: str, *, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, but it is {value!r}.")
 
     def _validate_plan(self) -> None:
         plan = self.head_plan if isinstance(self.head_plan, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 
 from deadhead.errors import InputError
+from deadhead.reading import parse_json, read_object
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -59,6 +59,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -143,14 +148,14 @@ def read_stored(folder: Path) -> StoredCheckpoint:
     """
     index = folder / INDEX_FILE
     if index.is_file():
-        weight_map = _read_index(index)
+        weight_map = read_index(index)
         names = sorted(set(weight_map.values()))
     elif (folder / WEIGHTS_FILE).is_file():
         weight_map, names = None, [WEIGHTS_FILE]
     else:
-        if any((folder / name).exists() for name in _PICKLES):
+        if any((folder / name).exists() for name in PICKLES):
             raise InputError(
-                f"The weights in {folder} are pickled ({_PICKLES[0]}); save them as safetensors, which alone are "
+                f"The weights in {folder} are pickled ({PICKLES[0]}); save them as safetensors, which alone are "
                 "cut shard by shard."
             )
         raise InputError(f"Weights were expected at {folder / WEIGHTS_FILE}, but there is no such file.")
@@ -180,12 +185,13 @@ def read_stored(folder: Path) -> StoredCheckpoint:
     return StoredCheckpoint(folder=folder, files=files, is_sharded=weight_map is not None)
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"The index {path} cannot be read: {_reason(error)}.") from None
-    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+def read_index(path: Path) -> dict[str, str]:
+    """Return which file each tensor of a sharded checkpoint is in, by an index that names files of its own folder.
+
+    Raises:
+        InputError: it cannot be read, is no index, or names another place.
+    """
+    weight_map = read_object(path, what="index of weights").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f'The index {path} must have a "weight_map" from names of tensors to names of files.')
     for name in weight_map.values():
@@ -212,10 +218,7 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
             header = file.read(length)
     except OSError as error:
         raise InputError(f"The weights {path} cannot be read: {error.strerror}.") from None
-    try:
-        values = json.loads(header.decode("utf-8"), object_pairs_hook=_without_twins)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"The weights in {path} are damaged: the header is not JSON ({_reason(error)}).") from None
+    values = parse_json(header, name=f"The weights in {path} are damaged: their header")
     if not isinstance(values, dict):
         raise InputError(f"The weights in {path} are damaged: the header is not a JSON object.")
     tensors = [_tensor(path, name, value, 8 + length) for name, value in values.items() if name != "__metadata__"]
@@ -246,15 +249,3 @@ def _tensor(path: Path, name: str, value: Any, start: int) -> StoredTensor:
             f"{begin} to {end}{known}."
         )
     return StoredTensor(name=name, file=path.name, dtype=dtype, shape=shape, begin=start + begin, end=start + end)
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return found
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
