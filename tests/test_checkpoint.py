@@ -358,7 +358,7 @@ def _list_config(folder: Path) -> None:
 
 
 _DAMAGES = {
-    _truncate: "The weights in .* are damaged or cut short",
+    _truncate: "The weights in .* are cut short",
     _truncate_header: "The weights in .* are damaged or cut short",
     _empty_weights: "The weights in .* are damaged or cut short",
     _without_weights: "cannot be loaded: .*no file named",
@@ -366,17 +366,17 @@ _DAMAGES = {
     _with_another_tensor: "not those of its configuration: unexpected tensor stray",
     _with_gate_keys: "was saved in the middle of training with gates; resume that run",
     _other_width: "do not fit its configuration",
-    _uneven_heads: "cannot be loaded: .*",
+    _uneven_heads: "cannot be used: .*",
     _more_layers: "not those of its configuration: missing tensor",
     _other_type: "model type 'no_such_type'.* cannot be loaded",
     _no_type: "cannot be loaded",
-    _text_for_a_number: "cannot be loaded",
-    _odd_plan: "cannot be loaded",
-    _plan_that_is_text: "cannot be loaded",
+    _text_for_a_number: "cannot be used",
+    _odd_plan: "cannot be used",
+    _plan_that_is_text: "cannot be used",
     _without_config: "A model configuration was expected at .*config.json, but there is no such file",
     _garbage_config: "The model configuration .* is not JSON",
     _binary_config: "The model configuration .* cannot be read",
-    _list_config: r"\(model type None\) cannot be loaded",
+    _list_config: "must be a JSON object",
 }
 
 

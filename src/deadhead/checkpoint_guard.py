@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from deadhead.cost import skeleton
 from deadhead.errors import InputError
-from deadhead.reading import read_object, read_text, shown
+from deadhead.reading import read_json, read_object, shown
 from deadhead.stored import INDEX_FILE, PICKLES, WEIGHTS_FILE, read_header, read_index
 
 MOST_LAYERS = 10_000
@@ -31,7 +31,7 @@ _COUNTS = re.compile(
     r"(num|n)_.*|.*(_size|_dim|_heads|_experts|_positions|_embeddings|_length|_rank)|n?_?(head|embd|inner|ctx)|d_\w+"
 )
 # Small files that transformers reads whole.
-_SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
@@ -83,7 +83,7 @@ def require_sound(folder: Path) -> None:
     """
     for name in _SMALL:
         if (folder / name).exists():
-            read_text(folder / name, what="file")
+            read_json(folder / name, what="file")
     config, model = guarded_config(folder)
     if not (folder / WEIGHTS_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         for name in PICKLES:

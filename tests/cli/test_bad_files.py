@@ -137,7 +137,7 @@ _CHECKPOINTS = {
         _file("model.safetensors", np.random.default_rng(0).bytes(5000)),
     ),
     "a header of no JSON": Case(
-        _EVAL, "damaged or cut short", _file("model.safetensors", (5).to_bytes(8, "little") + b"{{{{{")
+        _EVAL, "header is not JSON", _file("model.safetensors", (5).to_bytes(8, "little") + b"{{{{{")
     ),
     "weights of another shape": Case(_EVAL, "do not fit|are not those", _weights(_reshaped)),
     "a tensor missing": Case(_EVAL, "missing tensor", _weights(_without_one)),

@@ -102,7 +102,7 @@ _CASES = {
     "model is a file": Case("eval {text} --data {text}", "A checkpoint folder was expected"),
     "model is a folder of something": Case("generate d", "d/config.json, but there is no such file", folder_of("d")),
     "model is a name": Case("bench gpt2", "no folder gpt2, and the Hugging Face hub gave no model of that name"),
-    "model cut short": Case("eval damaged --data {text}", "damaged or cut short", damaged(cut_short)),
+    "model cut short": Case("eval damaged --data {text}", "cut short", damaged(cut_short)),
     "model cut short to prune": Case(_PRUNE.replace("{model}", "damaged"), "cut short", damaged(cut_short)),
     "weights missing": Case(
         "generate damaged", "no file named", damaged(lambda folder: (folder / "model.safetensors").unlink())

@@ -135,8 +135,10 @@ class AllAttentionConfig(PreTrainedConfig):
 
     def _require_number(self, name: str, *, least: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, but it is {value!r}.")
+        if not isinstance(value, int):
+            raise ValueError(f"{name} must be a whole number, but it is {value!r}.")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, but it is {value}.")
 
     def _validate_plan(self) -> None:
         plan = self.head_plan if isinstance(self.head_plan, dict) else {}
