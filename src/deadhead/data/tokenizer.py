@@ -56,6 +56,9 @@ def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None)
     raise InputError(f"A kind of tokenizer was expected ({', '.join(KINDS)}), but {kind!r} came.")
 
 
+# The files of tokenizers, and what the longest of them may have: those of real ones have some tens of megabytes.
+_NAMES = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "spiece", "sentencepiece", "chat_template")
+_MOST_BYTES = 2**29
 # How a tokenizer was loaded, which it would write into its next configuration as if it were part of it.
 _LOADED_BY = ("is_local", "local_files_only")
 
@@ -66,6 +69,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, or it can't be loaded.
     """
+    for file in Path(path).glob("*") if Path(path).is_dir() else ():
+        if file.name.startswith(_NAMES) and file.is_file() and file.stat().st_size > _MOST_BYTES:
+            raise InputError(
+                f"A tokenizer was expected at {path}, but {file.name} has {file.stat().st_size:,} bytes, more than any."
+            )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file

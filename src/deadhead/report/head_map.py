@@ -44,9 +44,15 @@ def gate_courses(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[
         metrics: lines of metrics.jsonl.
     """
     lines = [line for line in metrics if "open_probability" in line]
+    layers = _sizes(lines[0]) if lines else {}
+    # Of gates on another model, or in blocks of another size, there is no course to show with these.
+    lines = [line for line in lines if _sizes(line) == layers]
     steps = [int(line["step"]) for line in lines]
-    layers = lines[0]["open_probability"] if lines else {}
     return steps, {layer: [line["open_probability"][layer] for line in lines] for layer in layers}
+
+
+def _sizes(line: Mapping[str, Any]) -> dict[str, int]:
+    return {layer: len(row) for layer, row in line["open_probability"].items()}
 
 
 def head_map_image(open_probability: Sequence[Sequence[float]], *, side: int = 16) -> np.ndarray:

@@ -6,6 +6,8 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deadhead.checksums import CHECKSUMS_FILE, changed_file, write_checksums
@@ -16,6 +18,10 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoint folders in `output_dir`, whole or not, oldest first."""
     found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
     return sorted(found, key=checkpoint_step)
+
+
+# What transformers writes in torch's own format beside the weights.
+_TORCH_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin")
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -64,6 +70,25 @@ def last_checkpoint(output_dir: Path) -> Path | None:
             stacklevel=2,
         )
     return None
+
+
+def require_plain(checkpoint: Path) -> None:
+    """Check that what transformers keeps in torch's own format is tensors and plain values: others could run any code.
+
+    Its hashes may have been written anew by whoever changed it. Nothing of a pickle but its list of types is run.
+
+    Raises:
+        InputError: a file holds something else, or is none of torch's.
+    """
+    for path in sorted(path for ending in _TORCH_FILES for path in checkpoint.glob(ending)):
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # damaged files end in many kinds of errors
+            raise InputError(
+                f"{path} is damaged or holds more than tensors and plain values, and reading that could run any code; "
+                f"delete {checkpoint}, and an earlier checkpoint is taken, or the phase begins anew."
+            ) from error
 
 
 def newest_finished(output_dir: Path) -> Path | None:

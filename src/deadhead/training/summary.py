@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from deadhead.budget import BudgetKind
 from deadhead.errors import InputError
 from deadhead.files import json_text, write_json
 from deadhead.reading import read_object, shown
@@ -42,7 +43,7 @@ class _Data(_Part):
 
 
 class _Budget(_Part):
-    kind: str
+    kind: BudgetKind
     asked: float
     reached: float
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from deadhead.errors import DivergenceError, InputError
 from deadhead.files import no_space_is_input_error
 from deadhead.losses import SegmentLoss
-from deadhead.training.checkpoints import checkpoint_step, finish_checkpoint, newest_finished
+from deadhead.training.checkpoints import checkpoint_step, finish_checkpoint, newest_finished, require_plain
 from deadhead.training.distillation import Distillation
 from deadhead.training.settled import save_trimmed
 from deadhead.training.sparsity import SparsityCallback
@@ -197,8 +197,9 @@ class LanguageModelTrainer(Trainer):
         """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped.
 
         Raises:
-            InputError: what this process must remember is not there.
+            InputError: what this process must remember is not there, or a file is none that training wrote.
         """
+        require_plain(checkpoint)
         path = checkpoint / _RANK_FILE.format(rank=self.args.process_index)
         try:
             # Not loaded there at once: of several processes on a CPU it is called cpu:0, which safetensors refuses.
