@@ -163,6 +163,11 @@ def speaks(error: BaseException) -> bool:
     """
     if _launched() == 1:
         return True
+    # There is nothing left to tidy up, and a handler that raises would begin all of this anew. What a signal ends does
+    # not heed the same one again, which a launcher passes on; what waits for a speaker is ended by the launcher.
+    told = isinstance(error, (KeyboardInterrupt, SystemExit))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if told else signal.SIG_DFL)
     if _lost_another(error):
         # Who notices first says so at once: the launcher is about to end those that are left. The others end soon, so
         # that none keeps a connection open by which a third one waits.
@@ -175,8 +180,8 @@ def speaks(error: BaseException) -> bool:
             time.sleep(_PRECEDENCE)
         if _is_first():
             return True
-    # After Ctrl-C the launcher itself waits until all have ended.
-    time.sleep(_PRECEDENCE if isinstance(error, KeyboardInterrupt) else _SILENCE)
+    # After a signal the launcher itself waits until all have ended.
+    time.sleep(_PRECEDENCE if told else _SILENCE)
     return False
 
 
