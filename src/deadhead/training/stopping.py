@@ -19,8 +19,8 @@ from deadhead.training import processes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# A scheduler such as Slurm signals all processes of a job, among them a launcher, which passes the signal on: of several
-# processes each gets it twice, the second time within these seconds.
+# A scheduler such as Slurm signals all processes of a job, and its launcher passes the signal on to those it started:
+# they get it twice, the second time within these seconds.
 _PASSED_ON = 2.0
 
 
