@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -70,14 +69,10 @@ def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path: Path) -> N
     for name, stand_in in (("srun", _SRUN), ("scontrol", "#!/bin/bash\necho localhost\n")):
         (tmp_path / name).write_text(stand_in)
         (tmp_path / name).chmod(0o755)
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    slurm = {"JOB_NODELIST": "localhost", "JOB_NUM_NODES": "2", "GPUS_ON_NODE": "1", "JOB_ID": str(port)}
+    slurm = {"JOB_NODELIST": "localhost", "JOB_NUM_NODES": "2", "GPUS_ON_NODE": "1", "JOB_ID": str(os.getpid())}
     environment = _environment(tmp_path) | {f"SLURM_{name}": value for name, value in slurm.items()}
     (tmp_path / "text").write_text("One line of a text that is learned by heart. " * 40)
-    command = (
-        "--data text --layers 1 --width 16 --heads 2 --segment-length 8 --memory-length 8 --steps 2 --batch-size 1"
-    )
+    command = "--data text --layers 1 --width 16 --heads 2 --segment-length 8 --memory-length 8 --steps 2"
     lines = f"{script}\nbash -e deadhead.sbatch train {command} --out trained --quiet"
     result = subprocess.run(
         ["bash", "-e", "-c", lines], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
