@@ -84,3 +84,25 @@ def test_the_page_benchmark_runs() -> None:
     assert done.returncode == 0, done.stderr
     assert "500 steps of 16 × 16 heads" in done.stdout
     assert "page 5" in done.stdout
+
+
+@pytest.mark.full
+def test_two_processes_send_what_they_learn(tmp_path: Path) -> None:
+    """The gates are a part of the gradients that is there, and hardly one; the plan is that of one process."""
+    found = tmp_path / "scaling.json"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/scaling.py", "--quick", "--json", str(found)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads(found.read_text())["measured"]
+    assert one["sent"] == {"gradients": 0, "gates": 0, "all else": 0}
+    assert two["sent"]["gradients"] == 4 * two["parameters"]
+    assert two["sent"]["gates"] == 4 * two["gates"] > 0
+    assert 0 < two["sent"]["all else"] < 100
+    assert two["same plan"] and two["apart"]["weights"] < 1e-4
+    paper, llama = json.loads(found.read_text())["paper"]
+    assert paper["gate bytes"] < 1e-5 * paper["gradient bytes"] and llama["gate bytes"] < 1e-6 * llama["gradient bytes"]

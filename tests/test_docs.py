@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch.distributed import run
 
 ROOT = Path(__file__).parents[1]
 # The README's programs train for minutes; here they do everything they say, with fewer steps and a smaller text.
@@ -25,10 +26,7 @@ def _blocks(path: Path) -> list[tuple[str, str]]:
 def test_commands_run(name: str, tmp_path: Path) -> None:
     """Run each block; one that fails shows what it printed."""
     json_source = Path(__import__("json").__path__[0])
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = _environment()
     blocks = _blocks(ROOT / name)
     if name not in ("docs/method.md", "docs/architectures.md"):
         assert blocks, f"{name} has no commands, or the test does not find them"
@@ -45,6 +43,58 @@ def test_commands_run(name: str, tmp_path: Path) -> None:
         command = ["bash", "-e", "-c", code] if language == "bash" else [sys.executable, "-c", code]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{code}\n--- printed\n{result.stdout}\n{result.stderr}"
+
+
+def _environment(*first: Path) -> dict[str, str]:
+    return os.environ | {
+        "PATH": os.pathsep.join([*map(str, first), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+# Stands for Slurm's: starts the command as on two machines.
+_SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+"$@" & first=$!
+"$@" & second=$!
+wait $first && wait $second
+"""
+
+
+@pytest.mark.full
+def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path: Path) -> None:
+    """Two launchers on this machine find each other, train together, and do so again with the same line."""
+    script, *others = [code for _, code in _blocks(ROOT / "docs" / "distributed.md") if "#SBATCH" in code]
+    assert not others
+    for name, stand_in in (("srun", _SRUN), ("scontrol", "#!/bin/bash\necho localhost\n")):
+        (tmp_path / name).write_text(stand_in)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_NODELIST": "localhost", "JOB_NUM_NODES": "2", "GPUS_ON_NODE": "1", "JOB_ID": str(os.getpid())}
+    environment = _environment(tmp_path) | {f"SLURM_{name}": value for name, value in slurm.items()}
+    (tmp_path / "text").write_text("One line of a text that is learned by heart. " * 40)
+    command = "--data text --layers 1 --width 16 --heads 2 --segment-length 8 --memory-length 8 --steps 2"
+    lines = f"{script}\nbash -e deadhead.sbatch train {command} --out trained --quiet"
+    result = subprocess.run(
+        ["bash", "-e", "-c", lines], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("trained: heads a layer 2") == 1
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+
+
+def test_the_lines_for_real_machines_are_torchruns(tmp_path: Path) -> None:
+    """What needs several machines is understood by torchrun, and is the same on each but for its number."""
+    text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    lines = [line.split() for line in text.splitlines() if line.startswith("torchrun --nnodes")]
+    found = [run.get_args_parser().parse_args(line[1:]) for line in lines]
+    assert [arguments.node_rank for arguments in found] == [0, 1]
+    assert {(a.nnodes, a.rdzv_backend, a.rdzv_endpoint, a.training_script) for a in found} == {
+        ("2", "static", "node0:29500", "deadhead")
+    }
+    script = found[0].training_script_args
+    assert script == found[1].training_script_args and (ROOT / script[1]).exists()
+    command = [sys.executable, "-m", "deadhead", *script[:1], *script[2:], "--help"]
+    assert subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("path", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

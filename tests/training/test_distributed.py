@@ -135,11 +135,22 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
         Run.start(load_recipe(place / "whole.toml"), place / "stopped", resume=True).execute()
 
 
-def test_bad_input_ends_all_processes(place: Path) -> None:
-    """With one sentence, and the code for bad input."""
-    result = _launch(place, "-m", "deadhead", "run", "missing.toml", "--out", "missing")
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        # Found by the main process while the other waits for it, and by each as it begins.
+        (("run", "missing.toml", "--out", "missing"), "missing.txt; did you mean"),
+        pytest.param(("run", "whole.toml", "--nosuch"), "No such option: --nosuch", marks=pytest.mark.full),
+    ],
+    ids=["in the recipe", "an option"],
+)
+def test_bad_input_ends_all_processes(place: Path, program: tuple[str, ...], sentence: str) -> None:
+    """At once, with one sentence, and the code for bad input."""
+    result = _launch(place, "-m", "deadhead", *program)
+    # The launcher waits half a minute for one that does not heed SIGTERM.
+    assert "forcefully" not in result.stderr and "exitcode  : -9" not in result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("deadhead: ")]
-    assert len(said) == 1 and "there is no" in said[0] and "missing.txt" in said[0]
+    assert len(said) == 1 and sentence in said[0]
     # The launcher's own code says only that a process failed.
     assert result.returncode == 1
     assert "failed (exitcode: 2)" in result.stderr

@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from deadhead import HeadPlan, PhaseRecipe
 from deadhead.cli import execute
+from deadhead.training import stopping
 from deadhead.training.checkpoints import checkpoint_step, last_checkpoint
 from deadhead.training.recipe import to_toml
 from tests.small import assert_same_tensors, child, metrics, small_recipe, weights, write_prose
@@ -69,14 +71,24 @@ def test_the_step_is_finished_and_saved(
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
-def test_a_second_signal_takes_effect_at_once(tmp_path: Path, handling: None) -> None:
+@pytest.mark.parametrize(
+    ("second", "count", "step"),
+    [(signal.SIGINT, 1, 2), (signal.SIGINT, 2, 3), (signal.SIGTERM, 2, 2)],
+    ids=["twice", "passed on by a launcher", "another"],
+)
+def test_a_second_signal_takes_effect_at_once(
+    second: int, count: int, step: int, tmp_path: Path, handling: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the same one within seconds, where a launcher started several processes: a scheduler signals them too."""
+
     def twice(_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(second)
 
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(stopping, "processes", SimpleNamespace(count=lambda: count))
+    with pytest.raises(KeyboardInterrupt if second == signal.SIGINT else _Terminated):
         run_phase(tmp_path, phase_recipe(save_every=2), callbacks=(At(3, twice),))
-    assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-2"
+    assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / f"checkpoint-{step}"
 
 
 def test_in_the_last_step_training_comes_to_its_end(tmp_path: Path, handling: None) -> None:

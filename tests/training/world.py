@@ -148,6 +148,7 @@ def sharded(name: str, folder: Path, *, resume: bool = False, **settings: Any) -
     accelerate takes FSDP only where there is an accelerator: here it is told of one, and everything from there on is
     its own and the Trainer's way, with gloo.
     """
+    environment = dict(os.environ)
     fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     args = TrainingArguments(
         str(folder),
@@ -183,6 +184,10 @@ def sharded(name: str, folder: Path, *, resume: bool = False, **settings: Any) -
     trainer.save_model(str(folder / "saved"))
     found = _state(name, model, gates, noise)
     if COUNT > 1:
+        # TrainingArguments tells accelerate by environment variables, which would tell the next case too.
+        for variable in os.environ.keys() - environment.keys():
+            del os.environ[variable]
+        os.environ.update(environment)
         AcceleratorState._reset_state()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     return found

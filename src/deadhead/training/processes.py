@@ -29,7 +29,7 @@ from deadhead.errors import DivergenceError, InputError
 # once when one of them ends, so that only a process that hangs is waited for so long.
 _PATIENCE = timedelta(hours=6)
 
-# Seconds that the main process has to speak before others do, and those that a process waits for the speaker to end.
+# Seconds that the main process has to speak before others do, and those that a process waits for another to speak.
 _PRECEDENCE, _SILENCE = 2.0, 30.0
 
 # Commands that have --resume, and what gloo says of a connection that is gone.
@@ -163,6 +163,11 @@ def speaks(error: BaseException) -> bool:
     """
     if _launched() == 1:
         return True
+    # There is nothing left to tidy up, and a handler that raises would begin all of this anew. What a signal ends does
+    # not heed the same one again, which a launcher passes on; what waits for a speaker is ended by the launcher.
+    told = isinstance(error, (KeyboardInterrupt, SystemExit))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if told else signal.SIG_DFL)
     if _lost_another(error):
         # Who notices first says so at once: the launcher is about to end those that are left. The others end soon, so
         # that none keeps a connection open by which a third one waits.
@@ -175,8 +180,7 @@ def speaks(error: BaseException) -> bool:
             time.sleep(_PRECEDENCE)
         if _is_first():
             return True
-    # After Ctrl-C the launcher itself waits until all have ended.
-    time.sleep(_PRECEDENCE if isinstance(error, KeyboardInterrupt) else _SILENCE)
+    _wait_for_speaker()
     return False
 
 
@@ -271,13 +275,36 @@ def _own_store() -> dict[str, Any]:
     return {"store": PrefixStore(f"deadhead/connection/{attempt}", store), **ranks}
 
 
+def _failures() -> PrefixStore:
+    """Return where processes note that they failed: in the store through which the launcher connects them.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: there is none, or it is gone.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+    return PrefixStore(f"deadhead/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def _is_first() -> bool:
-    """Return whether no other process has asked before, by the store through which the launcher connects them."""
+    """Return whether no other process has asked before."""
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return int(PrefixStore(f"deadhead/{attempt}", store).add("failed", 1)) == 1
+        return int(_failures().add("failed", 1)) == 1
     except (KeyError, ValueError, RuntimeError):
         # Better said twice than never.
         return True
+
+
+def _wait_for_speaker() -> None:
+    """Wait until a process has asked whether it is the first, and spoken: the first that ends is the end of all.
+
+    On its own machine the launcher then ends this one. Those of other machines end by themselves.
+    """
+    deadline = time.monotonic() + _SILENCE
+    try:
+        failures = _failures()
+        while int(failures.add("failed", 0)) == 0 and time.monotonic() < deadline:
+            time.sleep(0.1)
+    except (KeyError, ValueError, RuntimeError):
+        pass  # the launcher that had the store is gone
+    time.sleep(_PRECEDENCE)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,7 +15,13 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deadhead.training import processes
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# A scheduler such as Slurm signals all processes of a job, and its launcher passes the signal on to those it started:
+# they get it twice, the second time within these seconds.
+_PASSED_ON = 2.0
 
 
 class Stopping(TrainerCallback):
@@ -47,13 +55,15 @@ class Stopping(TrainerCallback):
     def heeding_signals(self) -> Iterator[None]:
         """Wait for the step to end when a signal comes in the block; once the block has ended, deliver it.
 
-        A second signal is delivered at once. Signals are left alone outside of the main thread, and where they are
-        ignored, as Ctrl-C is in what a shell runs in the background.
+        A second signal is delivered at once, but for the same one that a launcher passes on. Signals are left alone
+        outside of the main thread, and where they are ignored, as Ctrl-C is in what a shell runs in the background.
 
         Raises:
             KeyboardInterrupt: after SIGINT, or after another signal that its handler lets pass.
         """
         handlers: dict[int, Any] = {}
+        passed_on = _PASSED_ON if processes.count() > 1 else 0.0
+        first = math.inf
         if threading.current_thread() is threading.main_thread():
             found = {number: signal.getsignal(number) for number in _SIGNALS}
             handlers = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
@@ -63,10 +73,14 @@ class Stopping(TrainerCallback):
                 signal.signal(number, handler)
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
+            nonlocal first
+            now = time.monotonic()
+            first = min(first, now)
+            if self.signal is None:
+                self.signal = number
+            elif number != self.signal or now - first >= passed_on:
                 restore()
                 signal.raise_signal(number)
-            self.signal = number
 
         for number in handlers:
             signal.signal(number, note)
