@@ -30,6 +30,7 @@ _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|\w*_?layers|num_hidden_groups|num_
 _COUNTS = re.compile(
     r"(num|n)_.*|.*(_size|_dim|_heads|_experts|_positions|_embeddings|_length|_rank)|n?_?(head|embd|inner|ctx)|d_\w+"
 )
+_ADAPTER = "adapter_config.json"
 # Small files that transformers reads whole.
 _SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -84,6 +85,11 @@ def require_sound(folder: Path) -> None:
     for name in _SMALL:
         if (folder / name).exists():
             read_json(folder / name, what="file")
+    if (folder / _ADAPTER).exists():
+        raise InputError(
+            f"{folder} holds an adapter ({_ADAPTER}), with which transformers would load a base model from wherever it "
+            "says; merge it into its model with PEFT's merge_and_unload, and save that."
+        )
     config, model = guarded_config(folder)
     if not (folder / WEIGHTS_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         for name in PICKLES:

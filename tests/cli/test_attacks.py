@@ -92,7 +92,7 @@ def test_an_adapter_beside_the_weights_is_refused(
         (folder / "evil" / "adapter_config.json").write_text(json.dumps(adapter))
         write_pickle(folder / "evil" / "adapter_model.bin", tmp_path / "touched")
 
-    case = Case("eval evil --data {text}", "adapter", prepare)
+    case = Case("eval evil --data {text}", "holds an adapter", prepare)
     require_one_sentence(case, given, tmp_path, monkeypatch, capfd)
     assert not (tmp_path / "touched").exists()
 
