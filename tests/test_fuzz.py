@@ -1,4 +1,4 @@
-"""Files that deadhead parses itself, damaged at random: each gives a value or one sentence. The long form is a benchmark."""
+"""Files that deadhead parses itself, damaged at random: each gives a value or one sentence."""
 
 from __future__ import annotations
 
