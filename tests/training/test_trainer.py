@@ -160,7 +160,7 @@ def test_a_learning_rate_far_too_high_stops_training(tmp_path: Path) -> None:
     with pytest.raises(
         DivergenceError, match=r"stopped at step [23]: the .*; no checkpoint had been written yet\. Try"
     ):
-        run_phase(tmp_path, phase_recipe(learning_rate=1e30))
+        run_phase(tmp_path, phase_recipe().model_copy(update={"learning_rate": 1e30}))
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
