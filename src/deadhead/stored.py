@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deadhead.errors import InputError
-from deadhead.reading import parse_json, read_object
+from deadhead.reading import parse_json, read_object, shown
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -195,9 +195,9 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f'The index {path} must have a "weight_map" from names of tensors to names of files.')
     for name in weight_map.values():
-        if "/" in name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+        if set("/\\\0") & set(name) or not name.endswith(".safetensors") or len(name) > 200:
             raise InputError(
-                f"The index {path} names {name!r}, but only .safetensors files of its own folder may be named there."
+                f"The index {path} names {shown(name)}, but only .safetensors files of its own folder may be there."
             )
     return weight_map
 

@@ -73,14 +73,12 @@ def execute(arguments: list[str]) -> int:
             # The reader of our output went away, as `head` does; the interpreter must not try to flush it again.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 0
-        except OSError as error:
-            if error.errno not in _OF_PLACES:
-                raise
-            return _fail(f"{error.filename} cannot be used: {error.strerror}; choose another place", 2, error)
         except Exception as error:
             # A wrong command or option. Some versions of typer raise click's own exceptions, others a private copy.
             if hasattr(error, "format_message"):
                 return _fail(error.format_message().rstrip("."), 2, error)
+            if isinstance(error, OSError) and error.filename and error.errno in _OF_PLACES:
+                return _fail(f"{error.filename} cannot be used: {error.strerror}; choose another place", 2, error)
             if _is_out_of_memory(error):
                 return _fail("The memory of this machine is too small for that; ask for fewer rows or tokens", 2, error)
             if _speaks(error):

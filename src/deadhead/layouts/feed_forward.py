@@ -34,6 +34,7 @@ def feed_forward_sites(
     Raises:
         InputError: the size is not one that these layers can have.
     """
+    found = [feed_forward for feed_forward in found if feed_forward.dense_width]
     if not found:
         return []
     size = choose_block_size([feed_forward.dense_width for feed_forward in found], size, recorded)

@@ -59,7 +59,7 @@ def _number(value: float | None) -> str:
 def verdict(summary: Mapping[str, Any]) -> str:
     """Say in a few lines what was gained and lost: heads, FLOPs against measured speed, perplexity against control."""
     dense, final = summary["dense"], summary["finetuned"]
-    gone = 1 - sum(final["heads"]) / sum(dense["heads"])
+    gone = 1 - sum(final["heads"]) / max(sum(dense["heads"]), 1)
     flops = 1 - final["flops_per_token"] / dense["flops_per_token"]
     speedup = final["tokens_per_second"] / dense["tokens_per_second"]
     possible = dense["flops_per_token"] / final["flops_per_token"]
@@ -70,7 +70,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     ]
     if "budget" in summary:
         lines.append(budget_sentence(summary["budget"]))
-    if "control" in summary and None not in (control := summary["control"]["perplexity"], final["perplexity"]):
+    if "control" in summary and final["perplexity"] and (control := summary["control"]["perplexity"]):
         change = final["perplexity"] / control - 1
         side = "equal to" if abs(change) < 5e-4 else f"{abs(change):.1%} {'above' if change > 0 else 'below'}"
         lines.append(

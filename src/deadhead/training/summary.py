@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -24,16 +24,20 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
+_Count = Annotated[int, Field(ge=0, le=10**6)]
+# Null stands for a number that is not finite.
+_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+
+
 class _Stage(_Part):
-    heads: list[int]
-    blocks: list[int] = []
-    parameters: int = Field(gt=0)
-    flops_per_token: float = Field(gt=0)
-    # Null stands for a number that is not finite.
-    perplexity: float | None
-    bits_per_byte: float | None
-    tokens_per_second: float = Field(gt=0)
-    steps: int
+    heads: list[_Count] = Field(min_length=1)
+    blocks: list[_Count] = []
+    parameters: int = Field(ge=1, le=10**15)
+    flops_per_token: float = Field(ge=1, le=1e18)
+    perplexity: _Finite
+    bits_per_byte: _Finite
+    tokens_per_second: float = Field(ge=1e-6, le=1e15)
+    steps: int = Field(ge=0, le=10**12)
 
 
 class _Data(_Part):
@@ -44,8 +48,8 @@ class _Data(_Part):
 
 class _Budget(_Part):
     kind: BudgetKind
-    asked: float
-    reached: float
+    asked: float = Field(ge=0, le=1000)
+    reached: float = Field(ge=0, le=1e6)
 
 
 class _Summary(TypedDict, total=False):
