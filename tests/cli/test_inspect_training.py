@@ -76,7 +76,7 @@ def test_a_configuration_alone(given: Path, tmp_path: Path, inspect: Any) -> Non
     (tmp_path / "broken.json").write_text("{")
     code, text, errors = inspect(tmp_path / "broken.json")
     assert (code, text, errors.count("\n")) == (2, "", 1)
-    assert f"The configuration in {tmp_path / 'broken.json'} cannot be used" in errors
+    assert f"The model configuration {tmp_path / 'broken.json'} is not JSON" in errors
 
 
 def test_seventy_billions(tmp_path: Path, inspect: Any) -> None:

@@ -427,6 +427,7 @@ def test_layers_as_their_configuration_says() -> None:
         num_hidden_layers=1,
         num_persistent=12,
         head_plan={
+            "version": 2,
             "kept": {"0": [0]},
             "total": {"0": 8},
             "blocks": _BLOCKS,

@@ -51,7 +51,7 @@ def test_a_run_of_two_processes(place: Path, whole: subprocess.CompletedProcess[
     assert "Traceback" not in whole.stderr
     summary = json.loads((place / "whole" / "summary.json").read_text())
     assert set(summary) == {
-        *("dense", "gated", "cut", "finetuned", "budget", "data", "processes", "versions", "samples")
+        *("dense", "gated", "cut", "finetuned", "budget", "data", "processes", "versions", "samples", "checksum")
     }
     assert summary["processes"] == 2
     assert sum(summary["finetuned"]["heads"]) == 4

@@ -8,6 +8,7 @@ is that process.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,8 @@ def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _reason(result: subprocess.CompletedProcess[str]) -> str:
     """Return what llama.cpp said, which stands above what Python made of it."""
+    if result.returncode < 0:
+        return f"its process crashed ({signal.Signals(-result.returncode).name})"
     lines = [line.strip().rstrip(".!") for line in result.stderr.splitlines() if line.strip()]
     for mark in ("error loading model: ", "ERROR: ", "GGML_ASSERT"):
         for line in lines:
@@ -130,6 +133,7 @@ def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
     import llama_cpp
 
     ids, rest = job["prompt"], job["rest"]
+    _use_plain_kernels()
     model = llama_cpp.Llama(
         job["path"],
         n_ctx=max(64, len(ids) + len(rest)),
@@ -147,6 +151,26 @@ def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
         "tokens": np.array([token for text in texts for token in text], dtype=np.int64),
         "lengths": np.array([len(text) for text in texts], dtype=np.int64),
     }
+
+
+def _use_plain_kernels() -> None:
+    """Keep llama.cpp from repacking quantised weights for special units of a processor.
+
+    Its kernels for AMX crash on some virtual machines, whatever the model, and what is checked here is the file.
+    """
+    import llama_cpp
+
+    library: Any = llama_cpp.llama_cpp
+    defaults = library.llama_model_default_params
+
+    def plain() -> Any:
+        params = defaults()
+        # Older versions do not have it.
+        if hasattr(params, "use_extra_bufts"):
+            params.use_extra_bufts = False
+        return params
+
+    library.llama_model_default_params = plain
 
 
 def _quantize(job: dict[str, Any]) -> dict[str, np.ndarray]:
