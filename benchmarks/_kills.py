@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from deadhead.training.recipe import parse_recipe
 from deadhead.training.summary import read_summary
 
 # What Python tells of before it changes the file system.
-_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree"}
+_CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 _TIMES = ("seconds", "tokens_per_second")
 
@@ -130,21 +130,14 @@ def _run(
     recipe: Recipe, folder: Path, at_change: int | None, number: int, fill: Path | None, count_in: Path | None
 ) -> int:
     changes = 0
-    root = str(folder)
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    def act(count: int) -> None:
         nonlocal changes
-        if event == "open":
-            path, _, flags = arguments
-            changes_files = isinstance(flags, int) and bool(flags & _WRITES)
-        else:
-            path, changes_files = (arguments[0] if arguments else None), event in _CHANGES
-        if changes_files and isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(root):
-            changes += 1
-            if changes == at_change:
-                os.kill(os.getpid(), number) if fill is None else fill_disk(fill)
+        changes = count
+        if count == at_change:
+            os.kill(os.getpid(), number) if fill is None else fill_disk(fill)
 
-    sys.addaudithook(watch)
+    before_changes(folder, act)
     # What a test or a benchmark has on the screen is not for its children to repeat.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -158,6 +151,27 @@ def _run(
     if count_in is not None:
         count_in.write_text(str(changes))
     return 0
+
+
+def before_changes(folder: Path, act: Callable[[int], None]) -> None:
+    """From now on, call `act` before each change that this process makes to files below `folder`, with its number.
+
+    There is no way back, so it is for child processes.
+    """
+    changes, root = 0, str(folder)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal changes
+        if event == "open":
+            path, _, flags = arguments
+            is_change = isinstance(flags, int) and bool(flags & _WRITES)
+        else:
+            path, is_change = (arguments[0] if arguments else None), event in _CHANGES
+        if is_change and isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(root):
+            changes += 1
+            act(changes)
+
+    sys.addaudithook(watch)
 
 
 def fill_disk(path: Path) -> None:

@@ -34,7 +34,7 @@ QUICK = LlamaConfig(
     dtype="bfloat16",
 )
 SEVENTY_BILLION = LlamaConfig(
-    vocab_size=128256,
+    vocab_size=32000,
     hidden_size=8192,
     intermediate_size=28672,
     num_hidden_layers=80,

@@ -2,7 +2,8 @@
 
 Writes a Llama of random bfloat16 weights in shards (7 billion parameters, 13.5 GB), and by a random plan
 cuts it with `deadhead cut`, in a process whose data may take 2 GiB. In turn with that the checkpoint is
-copied on the same disk, by `cp`. Both begin with nothing of the source in the page cache and end when all is on the disk.
+copied on the same disk, by `cp`. Both begin with nothing of the source in the page cache, and end when all is on the
+disk.
 Then:
 
 - every new file is hashed and compared with SHA256SUMS;
