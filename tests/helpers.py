@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deadhead.gates import HeadGates
 from deadhead.gating import is_gate
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
-from deadhead.plan import BlockPlan, HeadPlan, Unit
+from deadhead.plan import BlockPlan, HeadPlan, Unit, is_block_key
 
 
 def difference(values: Tensor, reference: Tensor) -> float:
@@ -251,3 +252,15 @@ def assert_unchanged(model: PreTrainedModel, before: Mapping[str, Any]) -> None:
         assert torch.equal(now["tensors"][name], value), name
     for part in ("identities", "requires_grad", "hooks", "attributes", "config"):
         assert now[part] == before[part], part
+
+
+def random_units(draw: random.Random, gates: HeadGates, *, output_scale: bool) -> HeadPlan:
+    """Return a plan that cuts at least one head, and where blocks have gates some of them; layers are often emptied."""
+    heads = {key: units for key, units in gates.heads.items() if not is_block_key(key)}
+    plan = random_plan(draw, heads, {key: gates.total[key] for key in heads}, output_scale=False, unit=gates.unit)
+    kept = {
+        key: () if draw.random() < 0.2 else tuple(draw.sample(units, draw.randint(0, len(units))))
+        for key, units in gates.heads.items()
+        if is_block_key(key)
+    }
+    return replace(gates.plan_of({**plan.units, **kept}), output_scale=output_scale)

@@ -13,7 +13,6 @@ import random
 import statistics
 import sys
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError, UnsupportedModel
-from deadhead.gates import HeadGates
 from deadhead.gating import attach, detach, gates_of
 from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
@@ -32,7 +30,16 @@ from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.models.pruned import feed_forward, shrinking
 from deadhead.plan import HeadPlan, Unit, is_block_key
 from deadhead.training.learning import checkpoint_activations
-from tests.helpers import assert_unchanged, cached_logits, chunks, difference, gradients, random_plan, snapshot
+from tests.helpers import (
+    assert_unchanged,
+    cached_logits,
+    chunks,
+    difference,
+    gradients,
+    random_plan,
+    random_units,
+    snapshot,
+)
 
 # One of each kind: separate projections with groups, biases, norms and sinks; fused ones in every order; one key/value
 # head; Conv1D; the output projection in another module; latent attention; sliding windows; a hybrid.
@@ -62,7 +69,7 @@ def invariant_case(model_type: str, seed: int) -> dict[str, float]:
     gated = copy.deepcopy(model)
     blocks = draw.choice([False, True, 4]) if HuggingFaceLayout().block_sites(model) else False
     gates = attach(gated, unit=unit, blocks=blocks)
-    plan = _random_units(draw, gates, output_scale=draw.random() < 0.3)
+    plan = random_units(draw, gates, output_scale=draw.random() < 0.3)
     gates.set_plan(plan)
     assert gates.plan() == plan
     with warnings.catch_warnings():
@@ -92,25 +99,13 @@ def invariant_case(model_type: str, seed: int) -> dict[str, float]:
     if sum(plan.heads) and draw.random() < 0.5:
         again = copy.deepcopy(small)
         gates = attach(again, blocks=bool(blocks) and draw.random() < 0.5)
-        second = _random_units(draw, gates, output_scale=False)
+        second = random_units(draw, gates, output_scale=False)
         gates.set_plan(second)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*key/value cache grows")
             expected = again(input_ids=ids).logits
             found[f"logits second cut {precision}"] = difference(cut(small, second)(input_ids=ids).logits, expected)
     return found
-
-
-def _random_units(draw: random.Random, gates: HeadGates, *, output_scale: bool) -> HeadPlan:
-    """Return a plan that cuts at least one head, and where blocks have gates some of them; layers are often emptied."""
-    heads = {key: units for key, units in gates.heads.items() if not is_block_key(key)}
-    plan = random_plan(draw, heads, {key: gates.total[key] for key in heads}, output_scale=False, unit=gates.unit)
-    kept = {
-        key: () if draw.random() < 0.2 else tuple(draw.sample(units, draw.randint(0, len(units))))
-        for key, units in gates.heads.items()
-        if is_block_key(key)
-    }
-    return replace(gates.plan_of({**plan.units, **kept}), output_scale=output_scale)
 
 
 def _gradient_difference(gated: Any, small: Any, plan: HeadPlan, ids: Tensor) -> float:
