@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from deadhead.cutting import FAULTS, fold, head_factors, require_same_function, watched_outputs
 from deadhead.gates import HeadGate, HeadGates
@@ -37,6 +37,7 @@ class LayerCheck:
 
     Args:
         stored: where the weights are.
+        names: of tensors in files, by those in memory.
         model: without weights, with gates closed by the plan; layers that were checked are cut in it.
         layout: its layout.
         sites: its sites.
@@ -50,6 +51,7 @@ class LayerCheck:
     def __init__(
         self,
         stored: StoredCheckpoint,
+        names: Mapping[str, str],
         model: PreTrainedModel,
         layout: Layout,
         sites: Sequence[Site],
@@ -57,7 +59,8 @@ class LayerCheck:
         gates: HeadGates,
     ) -> None:
         self.stored, self.model, self.layout, self.units, self.gates = stored, model, layout, units, gates
-        self._tensors = stored.tensors
+        tensors = stored.tensors
+        self._tensors = {name: tensors[there] for name, there in names.items() if there in tensors}
         self._names = {id(module): path for path, module in model.named_modules()}
         self._outputs = 0
         stack = text_stack(model)
@@ -280,11 +283,19 @@ class _HandOn(_StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden states in the form in which the layer that is checked returns them."""
         values = [*args, *kwargs.values()]
-        hidden = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
-        cache = next((value for value in values if isinstance(value, Cache)), None)
-        if cache is not None:
+        hidden = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+        if hidden is None:
+            raise TypeError("No hidden states came; they were handed on in a form that is not this model's.")
+        cache: Any = next((value for value in values if isinstance(value, Cache)), None)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        place = self.__dict__["place"]
+        # Linear attention and the like keep states that count nothing.
+        if cache is not None and (place >= len(cache.layers) or hasattr(cache.layers[place], "update")):
             nothing = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], 1))
-            cache.update(nothing, nothing, self.__dict__["place"])
+            # A layer that keeps no cache says so.
+            with suppress(NotImplementedError):
+                cache.update(nothing, nothing, place)
         count = self.__dict__["check"].outputs
         return (hidden, *[None] * (count - 1)) if count else hidden
 

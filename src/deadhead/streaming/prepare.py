@@ -21,7 +21,15 @@ from deadhead.plan import HeadPlan
 from deadhead.stored import StoredCheckpoint, read_stored
 from deadhead.streaming.copying import CHUNK, Piece
 from deadhead.streaming.layer_check import LayerCheck
-from deadhead.streaming.shape import NotStreamable, empty_model, kept_parts, load_dtype, require_stored, stored_shapes
+from deadhead.streaming.shape import (
+    NotStreamable,
+    empty_model,
+    kept_parts,
+    load_dtype,
+    require_stored,
+    stored_names,
+    stored_shapes,
+)
 
 # Of what lies around a layer's tensors while it is checked: Python, torch, transformers, buffers.
 _BASE_BYTES = 600 << 20
@@ -109,13 +117,14 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     plan = replace(gates.plan_of(units), output_scale=plan.output_scale)
     gates.set_plan(plan)
     sites = layout.all_sites(model, plan.unit, size)
-    keeps = kept_parts(model, layout, sites, units, gates)
+    names = stored_names(model)
+    keeps = {names.get(name, name): keep for name, keep in kept_parts(model, layout, sites, units, gates).items()}
     recorded = layout.recorded_plan(model)
     noted = replace(plan, blocks=recorded.blocks) if recorded is not None and plan.blocks is None else plan
     cut = cut_skeleton(layout, dense, noted)
     cut_shapes = stored_shapes(cut)
     if not cut_shapes.keys() <= dense_names.keys() or not keeps.keys() <= cut_shapes.keys():
-        raise NotStreamable("its attention has other names in files than in memory")
+        raise NotStreamable("what is cut of it lies in files otherwise than in memory")
     pieces: dict[str, tuple[Piece, ...]] = {}
     for file, tensors in stored.files.items():
         found = tuple(Piece(source=t, keep=keeps.get(t.name)) for t in tensors if t.name in cut_shapes)
@@ -131,7 +140,7 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         pieces=pieces,
         plan=plan,
         model=cut.to(dtype),  # type: ignore[arg-type]
-        check=LayerCheck(stored, model, layout, sites, units, gates),
+        check=LayerCheck(stored, names, model, layout, sites, units, gates),
         before=model_cost(dense, unit=plan.unit),
         after=model_cost(cut),
         cache_growth=max(0.0, after / before - 1) if before else 0.0,

@@ -58,6 +58,22 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     Raises:
         NotStreamable: transformers cannot tell without the values.
     """
+    return {name: tuple(value.shape) for name, value in _as_stored(model)[1].items()}
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the names in files of tensors that are written as they are in memory, by their names there.
+
+    Raises:
+        NotStreamable: transformers cannot tell without the values.
+    """
+    tensors, converted = _as_stored(model)
+    names = {id(value): name for name, value in converted.items()}
+    return {name: names[id(value)] for name, value in tensors.items() if id(value) in names}
+
+
+def _as_stored(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what is saved of a model, without values, as it is in memory and as it is in files."""
     named = dict(model.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}
     for name, parameter in named.items():
@@ -73,10 +89,9 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         if name not in ignored and not is_gate(name) and isinstance(value, Tensor)
     }
     try:
-        tensors = revert_weight_conversion(model, tensors)
+        return tensors, revert_weight_conversion(model, tensors)
     except Exception as error:
         raise NotStreamable(f"its tensors have other names or shapes in files than in memory ({error})") from error
-    return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
 def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, str]:
