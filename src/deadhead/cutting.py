@@ -28,7 +28,7 @@ from deadhead.sharding import require_whole
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 _TOLERANCE_HALF = 5e-2
 # So many that whole texts and halves take different ways through our own model's attention.
-_CHECK_TEXTS, _CHECK_LENGTH = 3, 16
+CHECK_TEXTS, _CHECK_LENGTH = 3, 16
 # What a module raises whose numbers do not fit its tensors.
 FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, ArithmeticError)
 
@@ -188,11 +188,13 @@ def _replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new:
     }
 
 
-def watched_outputs(model: PreTrainedModel, layout: Layout, sites: Sequence[Site]) -> Tensor:
-    """Run the model on the fixed text; the layout watches for what `shrink` must know."""
+def watched_outputs(
+    model: PreTrainedModel, layout: Layout, sites: Sequence[Site], *, texts: int = CHECK_TEXTS
+) -> Tensor:
+    """Run the model on so many fixed texts; the layout watches for what `shrink` must know."""
     watching = [layout.observe(site) for site in sites]
     try:
-        return _check_outputs(model)
+        return _check_outputs(model, texts)
     finally:
         for stop in watching:
             stop()
@@ -213,14 +215,14 @@ def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
         raise
 
 
-def require_same_function(model: PreTrainedModel, expected: Tensor) -> None:
+def require_same_function(model: PreTrainedModel, expected: Tensor, *, texts: int = CHECK_TEXTS) -> None:
     """Check that a cut model gives the outputs that the gated one gave.
 
     Raises:
         CutError: it does not.
     """
     try:
-        found = _check_outputs(model)
+        found = _check_outputs(model, texts)
     except FAULTS as error:
         raise CutError(
             f"The model does not run any more with those heads cut off ({type(error).__name__}: "
@@ -296,15 +298,15 @@ def _restore_gates(
 
 
 @torch.no_grad()
-def _check_outputs(model: PreTrainedModel) -> Tensor:
-    """Return the last hidden states of a fixed random text: whole, and again in two halves from a cache, side by side.
+def _check_outputs(model: PreTrainedModel, texts: int) -> Tensor:
+    """Return the last hidden states of fixed random texts: whole, and again in two halves from a cache, side by side.
 
     Hidden states, not logits, so that a model of any head class can be checked, on text.
     """
     stack = text_stack(model)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (_CHECK_TEXTS, _CHECK_LENGTH), generator=generator).to(model.device)
+    ids = torch.randint(vocabulary, (texts, _CHECK_LENGTH), generator=generator).to(model.device)
     half = _CHECK_LENGTH // 2
     takes_cache = "past_key_values" in inspect.signature(stack.forward).parameters
     with evaluating(model):

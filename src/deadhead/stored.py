@@ -36,6 +36,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# Bytes of a tensor that are read at once.
+_READ = 4 << 20
 # As the format's own reader has it; a longer header is a lie.
 _LONGEST_HEADER = 100_000_000
 
@@ -100,19 +102,22 @@ class StoredCheckpoint:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors)
 
-    def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """Return a tensor, in memory of its own.
+    def read_into(self, tensor: StoredTensor, out: torch.Tensor) -> None:
+        """Read a tensor's values, a few megabytes at a time, into a contiguous one of its shape, of any type.
 
         Raises:
             InputError: the file has become shorter.
         """
-        data = bytearray(tensor.nbytes)
-        path = self.folder / tensor.file
+        path, dtype = self.folder / tensor.file, tensor.torch_dtype
+        values = out.view(-1)
+        step = _READ // dtype.itemsize
+        data = bytearray(min(_READ, tensor.nbytes))
         with path.open("rb", buffering=0) as file:
-            read_exactly(file.fileno(), memoryview(data), tensor.begin, path)
-        if not data:
-            return torch.empty(tensor.shape, dtype=tensor.torch_dtype)
-        return torch.frombuffer(data, dtype=tensor.torch_dtype).view(tensor.shape)
+            for start in range(0, tensor.numel, step):
+                count = min(step, tensor.numel - start)
+                part = memoryview(data)[: count * dtype.itemsize]
+                read_exactly(file.fileno(), part, tensor.begin + start * dtype.itemsize, path)
+                values[start : start + count] = torch.frombuffer(part, dtype=dtype)
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:

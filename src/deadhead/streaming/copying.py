@@ -107,7 +107,7 @@ def copy_pieces(
     progress: Callable[[int], None],
     stop: threading.Event,
 ) -> str:
-    """Write a safetensors file of tensors of another, and send it to the disk.
+    """Write a safetensors file of tensors of another.
 
     Args:
         source: the file that holds them.
@@ -127,9 +127,10 @@ def copy_pieces(
     ordered = file_order(pieces)
     with source.open("rb", buffering=0) as file, _Writer(target) as writer:
         writer.put(memoryview(header_bytes(ordered)))
+        reader = _Reader(file.fileno(), source, writer.free)
         for piece in ordered:
             done = 0
-            for data, count in _parts(file.fileno(), source, piece):
+            for data, count in reader.parts(piece):
                 if stop.is_set():
                     raise Stopped
                 writer.put(data)
@@ -139,81 +140,80 @@ def copy_pieces(
     return writer.sha256
 
 
-def hash_from_disk(path: Path, stop: threading.Event) -> str:
-    """Return the SHA-256 of a file as the disk has it, not the page cache, as far as the system lets go of that.
+def send_to_disk(path: Path) -> None:
+    """Send a file to the disk, and let it go from the page cache: other files of the cut need the room."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    Raises:
-        Stopped: `stop` was set.
+
+class _Reader:
+    """Reads what is left of tensors.
+
+    Args:
+        descriptor: of the source.
+        path: of it, for messages.
+        free: where buffers come from, each until its bytes are written: memory that is new is cleared by the system.
     """
-    found = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        _forget(file.fileno())
-        while count := file.readinto(buffer):
-            if stop.is_set():
-                raise Stopped
-            found.update(buffer[:count])
-        _forget(file.fileno())
-    return found.hexdigest()
 
+    def __init__(self, descriptor: int, path: Path, free: queue.Queue[memoryview]) -> None:
+        self._descriptor, self._path, self._free = descriptor, path, free
+        self._slab = bytearray()
 
-def _forget(descriptor: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _parts(descriptor: int, path: Path, piece: Piece) -> Iterator[tuple[memoryview, int]]:
-    """Yield the bytes of what is left of a tensor, and how many of the source's they took."""
-    tensor, keep = piece.source, piece.keep
-    if keep is None:
-        yield from _range(descriptor, path, tensor.begin, tensor.end)
-        return
-    outer, rows = prod(tensor.shape[: keep.dim]), tensor.shape[keep.dim]
-    inner = prod(tensor.shape[keep.dim + 1 :]) * tensor.torch_dtype.itemsize
-    if not outer or not inner or not rows or not len(keep.index):
-        return
-    if outer == 1:
-        place = 0
-        for first, last in keep.runs():
-            if keep.factor is None:
-                yield from _range(descriptor, path, tensor.begin + first * inner, tensor.begin + last * inner)
-            else:
+    def parts(self, piece: Piece) -> Iterator[tuple[memoryview, int]]:
+        """Yield the bytes of what is left of a tensor, and how many of the source's they took."""
+        tensor, keep = piece.source, piece.keep
+        if keep is None:
+            yield from self._range(tensor.begin, tensor.end)
+            return
+        outer, rows = prod(tensor.shape[: keep.dim]), tensor.shape[keep.dim]
+        inner = prod(tensor.shape[keep.dim + 1 :]) * tensor.torch_dtype.itemsize
+        if not outer or not inner or not rows or not len(keep.index):
+            return
+        runs = keep.runs()
+        if outer == 1:
+            place = 0
+            for first, last in runs:
+                if keep.factor is None:
+                    yield from self._range(tensor.begin + first * inner, tensor.begin + last * inner)
+                    continue
                 step = max(1, CHUNK // inner)
                 for row in range(first, last, step):
                     count = min(step, last - row)
-                    values = _read(descriptor, path, tensor, row * inner, count * inner).view(count, -1)
+                    values = self._read(tensor, row * inner, count * inner).view(count, -1)
                     yield _bytes_of(_scaled(values, keep.factor[place : place + count, None])), count * inner
                     place += count
-        return
-    step = max(1, CHUNK // (rows * inner))
-    runs = keep.runs()
-    for start in range(0, outer, step):
-        count = min(step, outer - start)
-        size = count * rows * inner
-        slab = _read(descriptor, path, tensor, start * rows * inner, size).view(count, rows, -1)
-        kept = torch.cat([slab[:, first:last] for first, last in runs], dim=1) if runs else slab[:, :0]
-        if keep.factor is not None:
-            kept = _scaled(kept, keep.factor[:, None])
-        yield _bytes_of(kept), size
+            return
+        step = max(1, CHUNK // (rows * inner))
+        for start in range(0, outer, step):
+            count = min(step, outer - start)
+            size = count * rows * inner
+            slab = self._read(tensor, start * rows * inner, size).view(count, rows, -1)
+            kept = torch.cat([slab[:, first:last] for first, last in runs], dim=1)
+            if keep.factor is not None:
+                kept = _scaled(kept, keep.factor[:, None])
+            yield _bytes_of(kept), size
+
+    def _range(self, begin: int, end: int) -> Iterator[tuple[memoryview, int]]:
+        for place in range(begin, end, CHUNK):
+            buffer = self._free.get()[: end - place]
+            read_exactly(self._descriptor, buffer, place, self._path)
+            yield buffer, len(buffer)
+
+    def _read(self, tensor: StoredTensor, offset: int, size: int) -> Tensor:
+        """Return numbers that stay what they are until the next are read."""
+        if len(self._slab) < size:
+            self._slab = bytearray(size)
+        data = memoryview(self._slab)[:size]
+        read_exactly(self._descriptor, data, tensor.begin + offset, self._path)
+        return torch.frombuffer(data, dtype=tensor.torch_dtype)
 
 
 def _scaled(values: Tensor, factor: Tensor) -> Tensor:
     # As a cut in memory folds: rounded once, from float32.
     precise = torch.promote_types(values.dtype, torch.float32)
     return (values.to(precise) * factor.to(precise)).to(values.dtype)
-
-
-def _range(descriptor: int, path: Path, begin: int, end: int) -> Iterator[tuple[memoryview, int]]:
-    for place in range(begin, end, CHUNK):
-        buffer = memoryview(bytearray(min(CHUNK, end - place)))
-        read_exactly(descriptor, buffer, place, path)
-        yield buffer, len(buffer)
-
-
-def _read(descriptor: int, path: Path, tensor: StoredTensor, offset: int, size: int) -> Tensor:
-    data = bytearray(size)
-    read_exactly(descriptor, memoryview(data), tensor.begin + offset, path)
-    return torch.frombuffer(data, dtype=tensor.torch_dtype)
 
 
 def _bytes_of(values: Tensor) -> memoryview:
@@ -226,7 +226,11 @@ class _Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.sha256 = ""
+        self.free: queue.Queue[memoryview] = queue.Queue()
+        for _ in range(_WAITING + 2):
+            self.free.put(memoryview(bytearray(CHUNK)))
         self._waiting: queue.Queue[memoryview | None] = queue.Queue(_WAITING)
+        self._ended = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -246,24 +250,31 @@ class _Writer:
             raise self._error
 
     def _run(self) -> None:
-        is_open = True
         try:
             found = hashlib.sha256()
             with self.path.open("wb", buffering=0) as file:
-                while is_open:
-                    data = self._waiting.get()
-                    is_open = data is not None
-                    rest = data or memoryview(b"")
-                    found.update(rest)
+                for data in self._taken():
+                    found.update(data)
+                    rest = data
                     while rest:
                         rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
             self.sha256 = found.hexdigest()
         except BaseException as error:
             self._error = error
             # Whoever puts must not wait for a thread that has gone.
-            while is_open:
-                is_open = self._waiting.get() is not None
+            for _ in self._taken():
+                pass
+
+    def _taken(self) -> Iterator[memoryview]:
+        """Yield what is put until the end; buffers are free again once the next is asked for."""
+        while not self._ended:
+            data = self._waiting.get()
+            if data is None:
+                self._ended = True
+                return
+            yield data
+            if isinstance(data.obj, bytearray):
+                self.free.put(memoryview(data.obj))
 
 
-__all__ = ["Keep", "Piece", "Stopped", "copy_pieces", "hash_from_disk"]
+__all__ = ["Keep", "Piece", "Stopped", "copy_pieces", "send_to_disk"]

@@ -9,7 +9,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from deadhead.files import no_space_is_input_error, remove_left_overs, replaced_
 from deadhead.plan import HeadPlan
 from deadhead.reading import read_json
 from deadhead.stored import INDEX_FILE, has_stored, weights_size
-from deadhead.streaming.copying import copy_pieces, hash_from_disk
+from deadhead.streaming.copying import copy_pieces, send_to_disk
 from deadhead.streaming.prepare import StreamedCut, prepare
 from deadhead.streaming.shape import NotStreamable
 
@@ -36,6 +36,8 @@ _LOCK_FILE = "lock"
 _VERSION = 1
 # From so many bytes on a single file is cut without being loaded.
 STREAMED_FROM = 2 << 30
+# While one waits for the disk, or is hashed, another is read.
+_FILES_AT_ONCE = 2
 # Bytes of the manifest, the tokenizer and the like, for which there must be room beside the weights.
 _ROOM = 1 << 20
 
@@ -76,8 +78,8 @@ def cut_checkpoint(
     """Write the checkpoint that `load`, `cut` and `save` would, without holding more of the model than a layer.
 
     Tensors go from file to file, each into the file of the name that it comes from. Meanwhile each layer that loses
-    something is checked on random hidden states, gates closed against cut. What was written is read again and its hash
-    compared. Until all is done the new files lie in `OUT.work` beside `out`.
+    something is checked on random hidden states, gates closed against cut. Files are hashed as they are written; those
+    of a stopped cut are read again and compared with that. Until all is done they lie in `OUT.work` beside `out`.
 
     Args:
         source: a checkpoint folder, or a name on the Hugging Face hub, which is cut in memory.
@@ -212,6 +214,7 @@ class _Manifest:
         self.finished = {name: digest for name, digest in self.finished.items() if (self.work / name).is_file()}
 
     def finish(self, name: str, digest: str, part: Path) -> None:
+        send_to_disk(part)
         with self._lock:
             os.replace(part, self.work / name)
             self.finished[name] = digest
@@ -262,58 +265,50 @@ def _require_room(out: Path, planned: StreamedCut, manifest: _Manifest) -> None:
 
 
 def _copy_and_check(planned: StreamedCut, manifest: _Manifest, layers: list[int], progress: Progress) -> None:
-    """Copy in one thread, read again in another, and check layers in this one: the disk is what all wait for."""
+    """Copy files in threads of their own, and check layers in this one."""
     stop = threading.Event()
-    with ThreadPoolExecutor(2) as pool:
-        copying = pool.submit(_copy, planned, manifest, pool, progress, stop)
+    copied = _Count(planned.stored.nbytes, progress)
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        copies = [pool.submit(_copy, planned, manifest, name, copied, stop) for name in planned.stored.files]
         try:
             for count, place in enumerate(layers):
-                if copying.done() and copying.exception():
+                if any(copy.done() and copy.exception() for copy in copies):
                     break
                 if count:
                     planned.check.check(place)
                 progress("checking", count + 1, len(layers))
-            copying.result()
+            for copy in as_completed(copies):
+                copy.result()
         except BaseException:
             stop.set()
             raise
 
 
-def _copy(
-    planned: StreamedCut, manifest: _Manifest, pool: ThreadPoolExecutor, progress: Progress, stop: threading.Event
-) -> None:
-    stored, total = planned.stored, planned.stored.nbytes
-    done = 0
+class _Count:
+    """Bytes that are copied, of all, by several threads."""
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("copying", done, total)
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+        self._lock = threading.Lock()
 
-    checks: list[Future[None]] = []
-    for name, tensors in stored.files.items():
-        size = sum(tensor.nbytes for tensor in tensors)
-        if name not in planned.pieces or name in manifest.finished:
-            advance(size)
-            continue
-        part = manifest.work / f"{name}.part"
-        start = done
-        try:
-            digest = copy_pieces(stored.folder / name, part, planned.pieces[name], progress=advance, stop=stop)
-        except OSError:
-            part.unlink(missing_ok=True)  # the space it takes may be what is missing
-            raise
-        advance(start + size - done)
-        checks.append(pool.submit(_verify, manifest, name, digest, part, stop))
-    for check in checks:
-        check.result()
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._progress("copying", self._done, self._total)
 
 
-def _verify(manifest: _Manifest, name: str, digest: str, part: Path, stop: threading.Event) -> None:
-    if hash_from_disk(part, stop) != digest:
-        raise InputError(
-            f"The disk gave back other bytes than were written to {part}; it may be failing, choose another place."
-        )
+def _copy(planned: StreamedCut, manifest: _Manifest, name: str, copied: _Count, stop: threading.Event) -> None:
+    stored = planned.stored
+    pieces = () if name in manifest.finished else planned.pieces.get(name, ())
+    copied(sum(tensor.nbytes for tensor in stored.files[name]) - sum(piece.source.nbytes for piece in pieces))
+    if not pieces or stop.is_set():
+        return
+    part = manifest.work / f"{name}.part"
+    try:
+        digest = copy_pieces(stored.folder / name, part, pieces, progress=copied, stop=stop)
+    except OSError:
+        part.unlink(missing_ok=True)  # the space it takes may be what is missing
+        raise
     manifest.finish(name, digest, part)
 
 

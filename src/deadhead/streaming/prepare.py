@@ -79,7 +79,7 @@ def predicted_memory(layer_bytes: int) -> int:
     Args:
         layer_bytes: of the largest layer's cut modules, in the precision of the check.
     """
-    return _BASE_BYTES + 2 * layer_bytes + 8 * CHUNK
+    return _BASE_BYTES + 2 * layer_bytes + 16 * CHUNK
 
 
 def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
