@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._kills import before_changes
@@ -43,6 +44,8 @@ def _in_a_child(source: Path, out: Path, *, resume: bool, kill_at: int | None, c
     if process == 0:
         code, changes = 1, 0
         try:
+            # The parent's threads are not here: what would share work among them waits for ever.
+            torch.set_num_threads(1)
 
             def act(count: int) -> None:
                 nonlocal changes
