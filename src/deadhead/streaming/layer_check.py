@@ -96,17 +96,6 @@ class LayerCheck:
         """The places of the layers to be checked."""
         return sorted(self.sites)
 
-    def largest(self) -> int:
-        """Return the most bytes that one layer's tensors take while it is checked."""
-        size = self.model.dtype.itemsize
-        return max(
-            (
-                sum(parameter.numel() for _, _, parameter in self._real(self._layers[place], self.sites[place])) * size
-                for place in self.layers
-            ),
-            default=0,
-        )
-
     def attention_outputs(self) -> int | None:
         """Return how many values emptied modules return, once layers were checked; None if there is none."""
         found: list[Any] = [module for module in self.model.modules() if hasattr(module, "num_outputs")]

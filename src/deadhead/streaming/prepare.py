@@ -32,7 +32,7 @@ from deadhead.streaming.shape import (
 )
 
 # Of what lies around a layer's tensors while it is checked: Python, torch, transformers, buffers.
-_BASE_BYTES = 600 << 20
+_BASE_BYTES = 800 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,6 @@ class StreamedCut:
     def written_bytes(self) -> int:
         """Bytes of all tensors of the new checkpoint."""
         return sum(piece.nbytes for pieces in self.pieces.values() for piece in pieces)
-
-    @property
-    def predicted_memory(self) -> int:
-        """About the most memory that the cut takes, in bytes."""
-        return predicted_memory(self.check.largest())
 
 
 def predicted_memory(layer_bytes: int) -> int:
