@@ -128,7 +128,7 @@ class LayerCheck:
         seen: list[int] = []
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(len(output) if isinstance(output, tuple) else 0)
+            seen.append(len(output) if isinstance(output, (tuple, list)) else 0)
 
         handle = layer.register_forward_hook(note)
         failure: BaseException | None = None
