@@ -26,6 +26,7 @@ _FEW = ("falcon", "gemma2", "gpt_oss", "mixtral", "opt", "phi3", "deepseek_v3", 
 _IN_MEMORY = {
     "gemma3n_text": "does not run alone",
     "git": "more than one stack of layers",
+    "hrm_text": "lies in files otherwise than in memory",
     "hy_v4": "does not run alone",
     "phi4_multimodal": "more than one stack of layers|not one of a list of layers",
 }
