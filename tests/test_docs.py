@@ -6,15 +6,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from torch.distributed import run
 
+from tests.fork_server import fork_server
+
 ROOT = Path(__file__).parents[1]
 # The README's programs train for minutes; here they do everything they say, with fewer steps and a smaller text.
 _FEWER = [(r"steps=\d+", "steps=2"), (r'"stdlib"', '"json-source"'), (r"--scale-steps [\d.]+", "--scale-steps 0.01")]
+# Their commands start as a user's do; others skip the seconds that imports take.
+_IN_PROCESSES = ("README.md", "docs/report.md", "docs/distributed.md")
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,11 +28,20 @@ def _blocks(path: Path) -> list[tuple[str, str]]:
     return _BLOCK.findall(path.read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Path]:
+    """Return a folder of a `deadhead` that starts at once."""
+    # Addresses of sockets are short.
+    with TemporaryDirectory() as folder, fork_server(Path(folder)) as found:
+        yield found
+
+
 @pytest.mark.parametrize("name", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_commands_run(name: str, tmp_path: Path) -> None:
+def test_commands_run(name: str, tmp_path: Path, programs: Path) -> None:
     """Run each block; one that fails shows what it printed."""
     json_source = Path(__import__("json").__path__[0])
-    environment = _environment()
+    is_forked = name not in _IN_PROCESSES
+    environment = _environment(programs) if is_forked else _environment()
     blocks = _blocks(ROOT / name)
     if name not in ("docs/method.md", "docs/architectures.md"):
         assert blocks, f"{name} has no commands, or the test does not find them"
@@ -40,7 +55,8 @@ def test_commands_run(name: str, tmp_path: Path) -> None:
         if name == "README.md":
             for pattern, replacement in _FEWER:
                 code = re.sub(pattern, replacement, code)
-        command = ["bash", "-e", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        python = [str(programs / "run-python")] if is_forked else [sys.executable, "-c"]
+        command = ["bash", "-e", "-c", code] if language == "bash" else [*python, code]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{code}\n--- printed\n{result.stdout}\n{result.stderr}"
 
