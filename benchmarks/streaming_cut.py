@@ -47,6 +47,7 @@ from benchmarks._large_checkpoint import QUICK, SEVEN_BILLION, SEVENTY_BILLION, 
 from deadhead import HeadPlan
 from deadhead.checksums import CHECKSUMS_FILE, read_checksums, sha256_of
 from deadhead.plan import Unit
+from deadhead.streaming.copying import send_to_disk
 from deadhead.streaming.prepare import predicted_memory
 
 _LIMIT = 2 << 30
@@ -80,9 +81,7 @@ def draw_plan(config: LlamaConfig, seed: int) -> HeadPlan:
 def forget(folder: Path) -> None:
     """Send a folder's files to the disk, and out of the page cache."""
     for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        send_to_disk(path)
 
 
 def timed(command: list[str], source: Path, limit: int | None = None) -> Timing:

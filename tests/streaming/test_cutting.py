@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,7 +24,7 @@ from deadhead import HeadPlan, InputError
 from deadhead.cli import execute
 from deadhead.streaming import cutting
 from deadhead.streaming.cutting import cut_checkpoint
-from tests.small import assert_same_tensors, tree
+from tests.small import assert_same_tensors, tree, weights
 
 _SIZES: Any = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 _GROUPED: Any = {**_SIZES, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -42,10 +41,6 @@ def _saved(folder: Path, model: PreTrainedModel, shard: str) -> Path:
     return folder
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
-
-
 @pytest.mark.parametrize("shard", ["10KB", "40KB", "5GB"])
 @pytest.mark.parametrize("output_scale", [False, True])
 @pytest.mark.parametrize(
@@ -60,7 +55,7 @@ def test_as_in_memory(kind: str, unit: Any, output_scale: bool, shard: str, tmp_
     in_memory = cut_checkpoint(source, plan, tmp_path / "in_memory", stream=False)
     assert streamed.streamed and not in_memory.streamed
     assert (streamed.before, streamed.after) == (in_memory.before, in_memory.after)
-    assert_same_tensors(_tensors(tmp_path / "streamed"), _tensors(tmp_path / "in_memory"))
+    assert_same_tensors(weights(tmp_path / "streamed"), weights(tmp_path / "in_memory"))
     for name in ("config.json", "head_plan.json"):
         assert (tmp_path / "streamed" / name).read_text() == (tmp_path / "in_memory" / name).read_text()
     # The same function, after a check of its checksums.

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from benchmarks._tiny_models import CAUSAL_TYPES, tiny_model
 from deadhead import HeadPlan, InputError
@@ -16,7 +14,7 @@ from deadhead.gating import attach, detach
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.streaming.cutting import cut_checkpoint
 from tests.helpers import random_units
-from tests.small import assert_same_tensors
+from tests.small import assert_same_tensors, weights
 
 # Fused projections, experts, biases and sinks, latent attention, the output projection elsewhere, tied embeddings;
 # hybrids, whose cache has layers of several kinds; and other names in files than in memory.
@@ -34,10 +32,6 @@ _IN_MEMORY = {
 _LOADED_OTHERWISE = ("youtu",)
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
-
-
 def _cut_in_memory(model_type: str, seed: int, folder: Path) -> HeadPlan:
     """Save a random model and cut it by a random plan, which is returned."""
     draw = random.Random(f"{model_type} {seed}")
@@ -53,7 +47,7 @@ def _cut_in_memory(model_type: str, seed: int, folder: Path) -> HeadPlan:
 
 def _require_same(folder: Path, plan: HeadPlan) -> None:
     cut_checkpoint(folder / "source", plan, folder / "streamed", stream=True)
-    assert_same_tensors(_tensors(folder / "streamed"), _tensors(folder / "in memory"))
+    assert_same_tensors(weights(folder / "streamed"), weights(folder / "in memory"))
     for name in ("config.json", "head_plan.json"):
         assert (folder / "streamed" / name).read_text() == (folder / "in memory" / name).read_text()
 
