@@ -13,9 +13,10 @@ from torch import Tensor
 import deadhead
 from deadhead import PruneRecipe
 from deadhead.cutting import cut, trim
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.gating import attach
 from deadhead.hard_concrete import GateConfig
+from deadhead.head_gate import HeadGate
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
 from deadhead.plan import BlockPlan, HeadPlan, block_key, is_block_key
