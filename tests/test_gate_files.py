@@ -131,10 +131,6 @@ def _one_missing(folder: Path) -> None:
         (_values(unit=["head"]), "must have a unit, head or kv_group"),
         (_values(block_size="all"), "a number as block_size"),
         (_values(block_size=5), "block"),
-        (_values(heads=[4]), '"heads" of the gate configuration'),
-        (_values(heads={"0": 4}), '"heads" of the gate configuration'),
-        (_values(heads={"0": ["a"]}), '"heads" of the gate configuration'),
-        (_values(heads={"0": [0]}), "are not those of a model"),
     ],
 )
 def test_damage_is_said_in_one_sentence_and_nothing_stays_attached(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from deadhead.cutting import cut
 from deadhead.errors import InputError
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.gating import attach, detach
 from deadhead.hard_concrete import GateConfig, gate_values, l0_probability
+from deadhead.head_gate import HeadGate
 from deadhead.plan import HeadPlan
 from tests.helpers import difference, tiny_model
 

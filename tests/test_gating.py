@@ -12,9 +12,9 @@ from transformers import MambaConfig, MambaForCausalLM
 from deadhead.criteria import score_heads
 from deadhead.cutting import cut
 from deadhead.errors import InputError, UnsupportedModel
-from deadhead.gates import HeadGate
 from deadhead.gating import attach, detach, gates_of
 from deadhead.hard_concrete import GateConfig
+from deadhead.head_gate import HeadGate
 from deadhead.layouts import find_layout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention import layer as layer_module

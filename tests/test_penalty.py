@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deadhead.errors import InputError
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.hard_concrete import GateConfig
+from deadhead.head_gate import HeadGate
 from deadhead.penalty import SparsityTarget, difference_weights, l0_loss, linear_warmup, penalty_gradient
 from deadhead.training.gate_optimizer import GateOptimizer
 from tests.helpers import difference

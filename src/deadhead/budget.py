@@ -134,20 +134,16 @@ class BudgetTarget:
     def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
         """Move all log_alpha, after `step` steps (counted from 1), to where the wanted cost is expected."""
         keys = list(self.costs.tables)
-        places = {key: gates.gates[key].kept.cpu() for key in keys}
-        sizes = [len(places[key]) for key in keys]
+        sizes = [gates.gates[key].num_heads for key in keys]
         if not sum(sizes):
             return
-        values = torch.cat([gates.gates[key].log_alpha.detach().cpu()[places[key]] for key in keys])
+        values = torch.cat([gates.gates[key].log_alpha.detach().cpu() for key in keys])
         slopes = self._slopes(gates)
-        weights = torch.cat(
-            [unit_weights(gates.gates[key], weighting).cpu()[places[key]] * slopes[key] for key in keys]
-        )
+        weights = torch.cat([unit_weights(gates.gates[key], weighting).cpu() * slopes[key] for key in keys])
         moved = self._moved(values, weights, sizes, self.wanted(step, gates), gates)
         for key, part in zip(keys, moved.split(sizes), strict=True):
             gate = gates.gates[key]
-            whole = gate.log_alpha.detach().cpu().index_copy(0, places[key], part)
-            gate.set_log_alpha(whole.to(gate.log_alpha_bias.device))
+            gate.set_log_alpha(part.to(gate.log_alpha_bias.device))
 
     def _moved(self, values: Tensor, weights: Tensor, sizes: list[int], share: float, gates: HeadGates) -> Tensor:
         """Return values + μ · weights, μ such that the expected cost is a share of the dense one."""
@@ -176,7 +172,7 @@ class BudgetTarget:
         """Return by key what a unit costs at the expected counts, 1 on average."""
         counts = {key: float(p_H.sum()) for key, p_H in self._probabilities(gates).items()}
         slopes = self.costs.slopes(counts)
-        units = {key: len(gates.gates[key].kept) for key in slopes}
+        units = {key: gates.gates[key].num_heads for key in slopes}
         variable = self.costs.total - self.costs.fixed
         mean = variable / max(sum(len(table) - 1 for table in self.costs.tables.values()), 1)
         if not mean > 0:
@@ -190,7 +186,7 @@ class BudgetTarget:
         return {key: slope / average for key, slope in found.items()} if average else found
 
     def _probabilities(self, gates: HeadGates) -> dict[Any, Tensor]:
-        return {key: gates.gates[key].open_probability.cpu()[gates.gates[key].kept.cpu()] for key in self.costs.tables}
+        return {key: gates.gates[key].open_probability.cpu() for key in self.costs.tables}
 
     def state(self) -> dict[str, Any]:
         """Return what must be saved to go on exactly here."""

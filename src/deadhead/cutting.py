@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import CutError, InputError
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.gating import attach, detach, gates_of, rehang
 from deadhead.hard_concrete import GateConfig
-from deadhead.layouts import Layout, Selection, Site, find_layout, head_columns
+from deadhead.head_gate import HeadGate
+from deadhead.layouts import Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
 from deadhead.plan import HeadPlan, Layer, is_block_key
@@ -107,51 +108,6 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     return model
 
 
-def trim(model: PreTrainedModel, plan: HeadPlan, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Delete heads of a model that goes on training with its gates, in place; the optimizer goes on too.
-
-    The gates stay, those of the deleted heads shut for good, and the output scale stays a factor that counts all heads
-    there were when the gates were attached. Like a cut, it is checked, and put back if the model computes something
-    else.
-
-    Args:
-        model: with gates; those of the heads to be deleted are closed in evaluation.
-        plan: the heads that stay, at least one in each layer that has any. A later plan may keep fewer.
-        optimizer: what it remembers of the parameters is cut in the same way.
-
-    Raises:
-        InputError: the model has no gates, or the plan is not one for it or empties a layer.
-        CutError: the model computed something else; it was put back as it was.
-    """
-    gates = gates_of(model)
-    if gates is None:
-        raise InputError("Heads are cut in training from models with gates, but this one has none.")
-    units = gates.require_plan(plan)
-    layout = find_layout(model)
-    sites = [site for site in layout.all_sites(model, plan.unit, gates.block_size) if site.units]
-    for site in sites:
-        if not units[site.key]:
-            raise InputError(f"A layer keeps at least one head while it trains, but the plan leaves {site.layer} none.")
-    expected = watched_outputs(model, layout, sites)
-    changes: list[tuple[nn.Parameter, nn.Parameter, Selection]] = []
-    with _undone_on_failure(model):
-        for site in sites:
-            kept = units[site.key]
-            if kept == site.units:
-                continue
-            parts = layout.selections(site, kept)
-            before = [site.module.get_parameter(part.path) for part in parts]
-            layout.shrink(site, kept)
-            gates.gates[site.key].keep([gates.heads[site.key].index(head) for head in kept])
-            after = [site.module.get_parameter(part.path) for part in parts]
-            changes += zip(before, after, parts, strict=True)
-        require_same_function(model, expected)
-        _record(layout, model, plan)
-    if optimizer is not None:
-        for old, new, part in changes:
-            _replace_parameter(optimizer, old, new, part)
-
-
 def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrainedModel:
     """Return a copy without gates that is cut by a plan, to be timed: nothing is folded, checked or written down.
 
@@ -172,20 +128,6 @@ def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrai
         if site.units and site.units != units[site.key]:
             layout.shrink(site, units[site.key])
     return copied
-
-
-@torch.no_grad()
-def _replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, part: Selection) -> None:
-    """Let an optimizer train `new`, what is left of `old`, with what it remembers of it."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-    if old not in optimizer.state:
-        return
-    index = part.index.to(old.device)
-    optimizer.state[new] = {
-        name: value.index_select(part.dim, index) if isinstance(value, Tensor) and value.shape == old.shape else value
-        for name, value in optimizer.state.pop(old).items()
-    }
 
 
 def watched_outputs(

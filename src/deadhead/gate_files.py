@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from deadhead.errors import InputError
 from deadhead.files import write_bytes, write_json
 from deadhead.gates import HeadGates
-from deadhead.gating import attach_to, detach
+from deadhead.gating import attach, detach
 from deadhead.hard_concrete import GateConfig
-from deadhead.plan import Layer, layer_key
 from deadhead.reading import read_object, shown
 
 GATES_FILE = "head_gates.safetensors"
@@ -39,9 +38,6 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
     values = {**asdict(gates.config), "unit": gates.unit}
     if gates.block_size is not None:
         values["block_size"] = gates.block_size
-    if gates.present != gates.heads:
-        # Training has cut some: the output scale still counts all heads that the gates were attached to.
-        values["heads"] = {str(layer): list(heads) for layer, heads in gates.heads.items()}
     write_json(folder / GATES_CONFIG_FILE, values)
 
 
@@ -61,7 +57,6 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     path = folder / GATES_CONFIG_FILE
     values = read_object(path, what="gate configuration")
     unit, block_size = values.pop("unit", None), values.pop("block_size", None)
-    heads = _checked_heads(values.pop("heads", None), path)
     if unit not in (None, "head", "kv_group") or not (block_size is None or _is_number(block_size, int)):
         raise InputError(
             f"The gate configuration {path} must have a unit, head or kv_group, and a number as block_size if any, but "
@@ -74,7 +69,7 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
         raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
     except OSError as error:
         raise InputError(f"The gates {folder / GATES_FILE} cannot be read: {error.strerror or error}.") from error
-    gates = attach_to(model, config=config, unit=unit, blocks=block_size or False, heads=heads)
+    gates = attach(model, config=config, unit=unit, blocks=block_size or False)
     try:
         gates.load_state_dict(state)
     except InputError:
@@ -100,17 +95,6 @@ def _is_number(value: Any, kind: type) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         return False
     return abs(value) <= _LARGEST
-
-
-def _checked_heads(heads: Any, path: Path) -> dict[Layer, tuple[int, ...]] | None:
-    if heads is None:
-        return None
-    if not isinstance(heads, dict) or not all(
-        isinstance(indices, list) and all(_is_number(index, int) and index >= 0 for index in indices)
-        for indices in heads.values()
-    ):
-        raise InputError(f'"heads" of the gate configuration {path} must be an object with a list of heads a layer.')
-    return {layer_key(layer): tuple(indices) for layer, indices in heads.items()}
 
 
 def has_gates(path: str | Path) -> bool:

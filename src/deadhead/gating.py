@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
-from deadhead.gates import HeadGate, HeadGates, relative_difference
+from deadhead.gates import HeadGates
 from deadhead.hard_concrete import GateConfig
+from deadhead.head_gate import HeadGate
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
+from deadhead.output_difference import relative_difference
 from deadhead.plan import Layer, Unit
 from deadhead.sharding import require_whole
 
@@ -36,10 +38,10 @@ class _GateInput:
         gate = self.gate
         heads_BTHE = hidden.unflatten(-1, (-1, self.head_dim))
         z_H, scale = gate()
-        if gate.measures_now and gate.training:
+        if gate.output_difference.is_due and gate.training:
             # Autocast would turn the products to half precision.
             with torch.autocast(hidden.device.type, enabled=False):
-                gate.measure(*_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach()))
+                gate.output_difference.measure(*_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach()))
         factor_H = (z_H * scale).to(hidden.dtype)
         return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
 
@@ -111,26 +113,6 @@ def attach(
         InputError: the model has gates already, the blocks do not fit its layers, or soft gates are asked for on blocks
             of persistent vectors.
     """
-    return attach_to(model, config=config, unit=unit, blocks=blocks)
-
-
-def attach_to(
-    model: PreTrainedModel | nn.Module,
-    *,
-    config: GateConfig | None,
-    unit: Unit | None,
-    blocks: bool | int = False,
-    heads: Mapping[Layer, tuple[int, ...]] | None = None,
-) -> HeadGates:
-    """Attach gates to the heads there are, or to those there were before training cut some of them.
-
-    Args:
-        model: as for `attach`, as the rest.
-        config: the gates' constants.
-        unit: what a gate opens and closes.
-        blocks: whether blocks have gates too, or their size.
-        heads: by key, the units that the gates were attached to at first; None for those there are.
-    """
     model = unwrapped(model)
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
@@ -141,22 +123,18 @@ def attach_to(
     size = block_size(layout, model, blocks)
     sites = layout.all_sites(model, unit, size)
     _require_cuttable(layout, sites, config)
-    gated = {site.key: site.units if heads is None else tuple(heads.get(site.key, ())) for site in sites}
     costs = _relative_costs(layout, sites)
     gates: dict[Any, HeadGate] = {}
     for site in sites:
-        if not set(site.units) <= set(gated[site.key]):
-            raise InputError(f"The gates of layer {site.layer} are not those of a model with its heads {site.units}.")
         if site.units:
             own = config.for_gate(of_blocks=site.has_blocks)
-            gate = HeadGate(len(gated[site.key]), own, costs[site.key]).to(_weight(layout, site).device)
-            gate.keep([gated[site.key].index(head) for head in site.units])
+            gate = HeadGate(len(site.units), own, costs[site.key]).to(_weight(layout, site).device)
             gate.train(model.training)
             site.module.add_module(site.gate_name, gate)
             gates[site.key] = gate
     head_gates = HeadGates(
         gates,
-        heads=gated,
+        heads={site.key: site.units for site in sites},
         total={site.key: site.total for site in sites},
         unit=unit,
         config=config,

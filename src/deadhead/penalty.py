@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from deadhead.errors import InputError
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.hard_concrete import l0_probability
+from deadhead.head_gate import HeadGate
 from deadhead.plan import is_block_key
 from deadhead.ranking import Ranking
 
@@ -111,14 +112,14 @@ class SparsityTarget:
             return
         share = self.wanted(step, gates)
         for group in self._groups(gates):
-            values = torch.cat([gate.log_alpha[gate.kept] for gate in group])
+            values = torch.cat([gate.log_alpha for gate in group])
             if self.exact:
                 moved = _split_at(values, _count(group, share), group[0]) if is_last else values - values.mean()
             else:
-                weights = torch.cat([unit_weights(gate, weighting)[gate.kept] for gate in group])
+                weights = torch.cat([unit_weights(gate, weighting) for gate in group])
                 moved = _moved_to(values, weights, (1 - share) * sum(gate.num_heads for gate in group), group[0])
-            for gate, part in zip(group, moved.split([len(gate.kept) for gate in group]), strict=True):
-                gate.set_log_alpha(gate.log_alpha.index_copy(0, gate.kept, part))
+            for gate, part in zip(group, moved.split([gate.num_heads for gate in group]), strict=True):
+                gate.set_log_alpha(part)
 
     def _groups(self, gates: HeadGates) -> list[list[HeadGate]]:
         if self.ranking == "layer":

@@ -182,7 +182,7 @@ _NUMBERS = {
         ),
         "prune --model {llama} --data {text} --out {out} --steps 2": (
             *("--l0", "--sparsity", "--params", "--flops", "--kv-cache", "--speedup", "--gate-lr", "--gate-lr-scale"),
-            *("--init", "--lora-rank", "--block-size", "--budget-length", "--cut-settled", "--sequence-length"),
+            *("--init", "--lora-rank", "--block-size", "--budget-length", "--sequence-length"),
             *("--distill", "--distill-temperature", "--l0-warmup-steps", "--eval-every"),
         ),
         "eval {model} --data {text}": ("--limit", "--batch-size", "--window"),

@@ -123,7 +123,6 @@ _TOML = {
         "ranking layer holds a share of the heads",
     ),
     "topk of parameters": ('[prune]\nparams = 0.5\ncriterion = "topk"', "topk holds a share of the heads"),
-    "a speedup of a shrinking model": ("[prune]\nspeedup = 1.5\ncut_settled = 9", "leave one of the two out"),
     "blocks of a cache": ("[prune]\nkv_cache = 0.5\nblocks = true", "blocks hold no key/value cache"),
     "a size of no blocks": ("[prune]\nblocks = false\nblock_size = 4", "block_size is of blocks"),
     "blocks of nothing": ("[prune]\nblock_size = 0", "wrong value for 'prune.block_size'"),
@@ -134,7 +133,6 @@ _TOML = {
     "unknown unit": ('[prune]\nunit = "layer"', "wrong value for 'prune.unit'"),
     "unknown workload": ('[prune]\nbudget_workload = "sleep"', "wrong value for 'prune.budget_workload'"),
     "a length of nothing": ("[prune]\nbudget_length = 0", "wrong value for 'prune.budget_length'"),
-    "settled before it begins": ("[prune]\ncut_settled = -1", "wrong value for 'prune.cut_settled'"),
     # [[published]]
     "published without a name": ("[[published]]\nparameters = 3", "wrong value for 'published.0.name'"),
     "published as a section": ("[published]\nname = 'a'", "wrong value for 'published'"),

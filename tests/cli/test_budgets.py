@@ -113,7 +113,6 @@ def test_a_dry_run_says_what_would_be_left_and_writes_nothing(
         ("--kv-cache 0.5 --blocks", "blocks hold no key/value cache"),
         ("--flops 0.5 --criterion topk", "criterion topk holds a share of the heads"),
         ("--flops 0.5 --ranking layer", "ranking layer holds a share of the heads"),
-        ("--speedup 1.5 --cut-settled 3", "cut_settled"),
         (
             "--flops 0.5 --block-size 5",
             "block size must divide the width of every layer, .48., but it is 5; 4 would do",

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from deadhead.cutting import cut
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.gating import attach
 from deadhead.hard_concrete import GateConfig, gate_values, l0_probability
+from deadhead.head_gate import HeadGate
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
 from deadhead.penalty import penalty_gradient
 from tests.helpers import cached_logits, difference

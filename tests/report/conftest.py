@@ -22,7 +22,8 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
     text = write_prose(folder.parent.parent)
     phases: dict[str, Any] = {name: {"eval_every": 2, "eval_tokens": 50} for name in ("train", "finetune")}
-    recipe = small_recipe(text, prune={"sparsity": 0.5, "eval_every": 2, "eval_tokens": 50}, control=True, **phases)
+    prune = {"sparsity": 0.5, "track_difference": True, "eval_every": 2, "eval_tokens": 50}
+    recipe = small_recipe(text, prune=prune, control=True, **phases)
     Run.start(recipe, folder).execute()
     return folder
 

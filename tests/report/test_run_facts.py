@@ -53,6 +53,17 @@ def test_facts_of_a_finished_run(small_run: Path) -> None:
     assert tree(small_run) == before, "looking at a run changes nothing in it"
 
 
+def test_a_run_that_measured_no_output_differences_shows_none(small_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "head_plan.json").write_bytes((small_run / "head_plan.json").read_bytes())
+    lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("output_difference", None)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gates = _facts(tmp_path).facts["gates"]
+    assert gates["steps"] == [1, 2, 3, 4, 5]
+    assert [layer["difference"] for layer in gates["layers"]] == [[], []]
+
+
 def test_validation_is_among_the_curves(small_run: Path) -> None:
     phases = {phase["name"]: phase["scalars"] for phase in _facts(small_run).facts["phases"]}
     assert phases["prune"]["eval_perplexity"][0] == [2, 4, 5]

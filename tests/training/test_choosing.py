@@ -12,7 +12,6 @@ import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead.cost import cost_of_kind, model_cost
 from deadhead.errors import InputError
-from deadhead.plan import is_block_key
 from deadhead.training.choosing import asked_blocks, attach_gates, close_to_budget, true_share
 from deadhead.training.phases import rank
 from tests import helpers
@@ -151,18 +150,3 @@ def test_a_phase_that_is_killed_goes_on_to_the_same_plan_and_weights(tmp_path: P
     assert again == plan
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-
-
-def test_settled_units_are_cut_in_training_blocks_too() -> None:
-    model = tiny_model("llama")
-    recipe = recipe_of(sequence_length=12, flops=0.45, cut_settled=1, steps=16, ramp_steps=2, gate_lr=1.0)
-    gates = attach_gates(model, recipe)
-    deadhead.train(model, stream(900), recipe, gates=gates)
-    gone = {key: len(gates.heads[key]) - len(units) for key, units in gates.present.items()}
-    assert any(count for key, count in gone.items() if is_block_key(key)), gone
-    found = close_to_budget(model, gates, recipe)
-    deadhead.cut(model, gates.plan())
-    # The share is that of the model as it was before anything went.
-    dense = model_cost(tiny_model("llama"), length=12).flops_per_token
-    assert found is not None and found <= 0.45
-    assert model_cost(model, length=12).flops_per_token / dense == pytest.approx(found)

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.hard_concrete import GateConfig, l0_probability
+from deadhead.head_gate import HeadGate
 from deadhead.penalty import penalty_gradient
 from deadhead.training.gate_optimizer import GateOptimizer, default_rate
 

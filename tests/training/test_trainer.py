@@ -222,7 +222,7 @@ def _forget(model: AllAttentionForCausalLM) -> None:
 
 
 def test_metrics_and_tensorboard_hold_the_same_numbers(tmp_path: Path) -> None:
-    run_phase(tmp_path, prune_recipe(steps=3))
+    run_phase(tmp_path, prune_recipe(steps=3, track_difference=True))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
@@ -240,6 +240,25 @@ def test_metrics_and_tensorboard_hold_the_same_numbers(tmp_path: Path) -> None:
     scalars = events.Scalars("train/loss")
     assert [event.step for event in scalars] == [1, 2, 3]
     assert [event.value for event in scalars] == pytest.approx([line["loss"] for line in lines])
+
+
+def test_output_differences_are_measured_where_asked_for_and_change_no_bit_of_the_training(tmp_path: Path) -> None:
+    found = []
+    for track in (False, True):
+        folder = tmp_path / str(track)
+        # One of the draws that measure has gates that are closed.
+        recipe = prune_recipe(steps=12, l0=1.0, track_difference=track)
+        model, gates = run_phase(folder, recipe)
+        assert gates is not None
+        weights = {name: value for name, value in model.state_dict().items() if not name.endswith(".difference")}
+        found.append((weights, metrics(folder)))
+        assert gates.sparsity > 0
+        assert all(bool(row.all()) == track == bool(row.any()) for row in gates.difference().values())
+        assert all(("output_difference" in line) == track for line in found[-1][1])
+    (plain, lines), (tracked, tracked_lines) = found
+    assert_same_tensors(plain, tracked)
+    for line, other in zip(lines, tracked_lines, strict=True):
+        assert line == {name: value for name, value in other.items() if name != "output_difference"}
 
 
 def test_progress_is_told_of_every_step(tmp_path: Path) -> None:

@@ -210,10 +210,6 @@ def prune(
         bool | None,
         typer.Option("--freeze-weights/--no-freeze-weights", help="Train the gates alone: a probe for dead heads."),
     ] = None,
-    cut_settled: Annotated[
-        int | None,
-        typer.Option("--cut-settled", min=0, help="Cut a head in training once its gate was shut for so many steps."),
-    ] = None,
     cut: Annotated[bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be left and what memory training would take.")
@@ -272,7 +268,6 @@ def prune(
         weighting=weighting,
         unit=unit,
         freeze_weights=freeze_weights,
-        cut_settled=cut_settled,
         **_common(locals()),
     )
     if dry_run:

@@ -62,8 +62,8 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
 
     def scaled(section: Any) -> dict[str, Any]:
         values = section.model_dump()
-        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps", "cut_settled", "eval_every")
-        whole = ("steps", "cut_settled", "eval_every")
+        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps", "eval_every")
+        whole = ("steps", "eval_every")
         return values | {
             name: max(1 if name in whole else 0, round(values[name] * factor)) for name in names if values.get(name)
         }

@@ -114,10 +114,6 @@ class Layout(ABC):
             raise InputError(f"This model's {what} {' or '.join(units)}, but the unit {asked!r} was asked for.")
         return asked or units[0]
 
-    def repeats_keys(self, model: PreTrainedModel) -> bool:
-        """Tell whether cutting single query heads may leave copies of the key/value head that they share."""
-        return False
-
     @abstractmethod
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return the attention modules of `model`, one a layer, emptied ones included.

@@ -67,11 +67,6 @@ class HuggingFaceLayout(Layout):
             return ("head", "kv_group")
         return ("kv_group", "head")
 
-    def repeats_keys(self, model: PreTrainedModel) -> bool:
-        """Answer yes where there are several groups of several query heads."""
-        sizes = [dense_heads(attention) for attention in find_attentions(model)[0]]
-        return any(1 < num_kv_heads < num_heads for num_heads, num_kv_heads in sizes)
-
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return every module of the text stack whose structure is known.
 

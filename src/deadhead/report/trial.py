@@ -80,7 +80,6 @@ class Trial:
             planned = {} if plan is None else plan.units
             if plan is not None:
                 gates.require_plan(plan)
-            present = gates.present
             return {
                 "folder": str(self.models[name]),
                 "unit": gates.unit,
@@ -90,7 +89,7 @@ class Trial:
                         "layer": str(plain_key(key)),
                         "what": "block" if is_block_key(key) else "head",
                         "total": total,
-                        "present": list(present.get(key, ())),
+                        "present": list(gates.heads.get(key, ())),
                         "planned": list(planned[key]) if key in planned else None,
                     }
                     for key, total in gates.total.items()
@@ -162,7 +161,7 @@ class Trial:
             cache_dir=self.cache if self.cache is not None and self.cache.is_dir() else None,
         )
         scale = gates.config.output_scale
-        gates.set_plan(HeadPlan.of_units(gates.present, gates.total, unit=gates.unit, block_size=gates.block_size))
+        gates.set_plan(HeadPlan.of_units(gates.heads, gates.total, unit=gates.unit, block_size=gates.block_size))
         whole = self._perplexity(model, text.splits["valid"])
         self._name, self._loaded = name, _Loaded(model, gates, tokenizer, text.splits["valid"], whole, scale)
         return self._loaded

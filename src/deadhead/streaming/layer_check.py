@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from deadhead.cutting import FAULTS, fold, head_factors, require_same_function, watched_outputs
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
 from deadhead.gating import take_off
+from deadhead.head_gate import HeadGate
 from deadhead.layouts import Layout, Site
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plan import Layer

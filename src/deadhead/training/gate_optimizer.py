@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deadhead.gates import HeadGate, HeadGates
+from deadhead.gates import HeadGates
+from deadhead.head_gate import HeadGate
 from deadhead.sharding import is_sharded, whole
 
 # The rate of a short phase, and how far a gate with gradients of typical size may move in all in a longer one.

@@ -82,7 +82,8 @@ class MetricsFile(TrainerCallback):
             if values.block_size is not None:
                 line["blocks"] = [int(gate.is_open.sum()) for key, gate in values if is_block_key(key)]
             line["open_probability"] = {str(layer): p.tolist() for layer, p in values.open_probability().items()}
-            line["output_difference"] = {str(layer): d.tolist() for layer, d in values.difference().items()}
+            if values.tracks_difference:
+                line["output_difference"] = {str(layer): d.tolist() for layer, d in values.difference().items()}
         line["seconds"] = round(time.perf_counter() - self.begin, 3)
         with no_space_is_input_error(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

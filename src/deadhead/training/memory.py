@@ -155,8 +155,8 @@ def step_memory(trainee: nn.Module, recipe: PruneRecipe, fake: FakeTensorMode | 
     model = unwrapped(trainee)
     gates = gates_of(model)
     assert gates is not None
-    # As in training, whose steps measure once in a while. One that does is counted.
-    gates.track_difference()
+    # Training measures once in a while, if it does. A step that measures is counted.
+    gates.track_difference(recipe.track_difference or recipe.weighting == "output_difference")
     trainee.train()
     tensors = {id(tensor): tensor for tensor in (*trainee.parameters(), *trainee.buffers())}
     loss = SegmentLoss(model)

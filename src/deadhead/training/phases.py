@@ -27,7 +27,6 @@ from deadhead.gates import HeadGates
 from deadhead.gating import gates_of
 from deadhead.hard_concrete import GateConfig
 from deadhead.latency import Latency
-from deadhead.layouts import find_layout
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plan import HeadPlan
 from deadhead.ranking import HeadScores
@@ -53,7 +52,6 @@ from deadhead.training.processes import on_main, require_data_parallel
 from deadhead.training.recipe import PhaseRecipe, PruneRecipe, with_defaults
 from deadhead.training.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.rolling_back import roll_back, smaller_step
-from deadhead.training.settled import SettledHeads, restore_trimmed
 from deadhead.training.sparsity import SparsityCallback
 from deadhead.training.stopping import Stopping
 from deadhead.training.trainer import LanguageModelTrainer
@@ -88,6 +86,7 @@ def sparsity_callback(gates: HeadGates, recipe: PruneRecipe, budget: BudgetTarge
         budget=budget,
         ramp_steps=ramp_steps(recipe),
         weighting=recipe.weighting,
+        track_difference=recipe.track_difference,
     )
 
 
@@ -167,18 +166,8 @@ def train(
     require_data_parallel()
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
         raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
-    cut_settled = recipe.cut_settled if isinstance(recipe, PruneRecipe) and gates is not None else 0
-    if cut_settled and recipe.lora_rank:
-        raise InputError("cut_settled would cut weights that LoRA adapters stand beside; leave out one of the two.")
     recipe = with_defaults(recipe, model)
     args = training_arguments(recipe, folder, seed=seed, run_name=run_name)
-    if cut_settled and gates is not None and gates.unit == "head" and find_layout(model).repeats_keys(model):
-        raise InputError(
-            "cut_settled needs whole groups: heads that share a key/value head would each get a copy of it, which then "
-            'learns on its own; use unit = "kv_group", or leave cut_settled out.'
-        )
-    if cut_settled and args.world_size > 1:
-        raise InputError("cut_settled needs a single process: data parallelism does not take parameters that shrink.")
     rows = recipe.batch_size * args.world_size
     dataset = segments(model, text, recipe, rows=rows, first_segment=first_segment)
     # The last rows of a shuffled text that make no whole batch: several processes would fill it up, one would not.
@@ -195,20 +184,15 @@ def train(
                 f"The prune recipe {'asks for' if recipe.blocks else 'has no'} gates on blocks, but those attached "
                 f"have {'none' if recipe.blocks else 'some'}; attach them with deadhead.attach_gates(model, recipe)."
             )
-        # Before anything is cut: costs are those of the whole model.
         prune = recipe
         target = on_main(lambda: budget_target(model, prune, latency=latency))
         ours.append(sparsity_callback(gates, recipe, target))
-        if cut_settled:
-            ours.append(SettledHeads(gates, cut_settled))
     if recipe.eval_every and valid is not None:
         ours.append(Validation(model, valid, every=recipe.eval_every, tokens=recipe.eval_tokens))
     if metrics is not None:
         ours.append(MetricsFile(metrics, phase, gates))
     checkpoint = last_checkpoint(folder) if resume else None
-    if checkpoint is not None and gates is not None:
-        restore_trimmed(model, gates, checkpoint)
-    elif gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
+    if checkpoint is None and gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
         look = partial(_score, model, text, recipe, recipe.start_from, recipe.start_batches)
         gates.lean(on_main(lambda: look(seed=seed, first_segment=first_segment)), spread=_LEAN)
     if report is not None:
@@ -247,9 +231,6 @@ def train(
                 else:
                     trainer.resume(checkpoint)
     except DivergenceError as error:
-        if cut_settled:
-            # The checkpoint may have heads that are gone by now.
-            raise
         failed = error
     else:
         return model

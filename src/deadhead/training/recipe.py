@@ -136,10 +136,9 @@ class PruneRecipe(PhaseRecipe):
     is of parameters, FLOPs or time, and there are such layers). ranking, whether
     that share goes of all heads or of each layer's; l0_warmup_steps, init and output_scale are the stabilisers; gate_lr
     the rate of the gates' own optimizer (None: by the number of steps; 0: they learn in the model's, gate_lr_scale
-    times as fast); freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss; unit
-    what a gate opens and closes (None: key/value groups where there are any, else heads); cut_settled, after how many
-    steps in a row a shut gate's head is cut while training goes on (0: never; faster, but it cannot open again); the
-    rest are the gates' constants.
+    times as fast); freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss;
+    track_difference measures output differences, for the run's page, also where they do not weight the loss; unit what
+    a gate opens and closes (None: key/value groups where there are any, else heads); the rest are the gates' constants.
     """
 
     criterion: Literal["gates", "topk", OneShot] = "gates"
@@ -165,9 +164,9 @@ class PruneRecipe(PhaseRecipe):
     output_scale: bool | None = None
     hard: bool = True
     weighting: Literal["plain", "output_difference"] = "plain"
+    track_difference: bool = False
     freeze_weights: bool = False
     unit: Unit | None = None
-    cut_settled: int = Field(0, ge=0, le=_MOST_STEPS)
 
     @property
     def is_one_shot(self) -> bool:
@@ -203,10 +202,6 @@ class PruneRecipe(PhaseRecipe):
             what = "The criterion topk" if self.criterion == "topk" else "ranking layer"
             raise PydanticCustomError(
                 "budgets", f"{what} holds a share of the heads, so it goes with sparsity, not with {given[0]}"
-            )
-        if given == ["speedup"] and self.cut_settled:
-            raise PydanticCustomError(
-                "budgets", "cut_settled cuts the model that a speedup is measured against; leave one of the two out"
             )
         if given == ["kv_cache"] and self.blocks:
             raise PydanticCustomError("budgets", "blocks hold no key/value cache; leave blocks out")

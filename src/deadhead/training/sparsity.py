@@ -41,6 +41,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             0: they learn in the Trainer's, at `GateConfig.lr_scale` times the model's rate, as in the paper.
         ranking: with `sparsity`, "global" closes that share of all gates, "layer" of each layer's.
         exact: with `sparsity`, every draw leaves out exactly that share: differentiable subset pruning.
+        track_difference: measure output differences also where they do not weight the loss (`gates.difference()`).
 
     Raises:
         InputError: an argument is out of range; at the start of training: the gates are not among the parameters that
@@ -60,6 +61,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         gate_lr: float | None = None,
         ranking: Ranking = "global",
         exact: bool = False,
+        track_difference: bool = False,
     ) -> None:
         if not 0 <= l0 < math.inf:
             raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but it is {l0}.")
@@ -84,8 +86,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.optimizer = None if gate_lr == 0 else GateOptimizer(gates, gate_lr or default_rate(1))
         self.strength = 0.0
         self.last_l0 = float("nan")
-        # It weights the loss, and it is a diagnostic.
-        gates.track_difference()
+        if track_difference or weighting == "output_difference":
+            gates.track_difference()
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold; transformers writes it into trainer_state.json.

@@ -22,7 +22,6 @@ from deadhead.files import no_space_is_input_error
 from deadhead.losses import SegmentLoss
 from deadhead.training.checkpoints import checkpoint_step, finish_checkpoint, newest_finished, require_plain
 from deadhead.training.distillation import Distillation
-from deadhead.training.settled import save_trimmed
 from deadhead.training.sparsity import SparsityCallback
 
 # What each process knows that transformers does not save: memories, and sums since the last line of the log.
@@ -145,8 +144,6 @@ class LanguageModelTrainer(Trainer):
             with no_space_is_input_error(folder):
                 super()._save_checkpoint(model, trial)
                 save_file(self._rank_state(), folder / _RANK_FILE.format(rank=self.args.process_index))
-                if self.args.should_save and self.model is not None:
-                    save_trimmed(self.model, folder)
         except Exception:
             # On a full disk what is left of it would be in the way.
             shutil.rmtree(folder, ignore_errors=True)

@@ -88,6 +88,9 @@ class RunView {
     this.showProgress();
     this.find('.verdict').textContent = facts.verdict;
     this.root.querySelectorAll('.map-section').forEach((section) => { section.hidden = !facts.gates.layers.length; });
+    // Runs measure output differences only if they are asked to.
+    this.measured = facts.gates.layers.some((layer) => layer.difference.length);
+    for (const part of ['.difference-section', '.shade-in']) this.find(part).hidden = !this.measured;
     this.map.unit = facts.unit;
     this.map.build(facts.gates.layers);
     const scrub = this.find('.scrub');
@@ -194,7 +197,7 @@ class RunView {
 
   drawChosen() {
     this.figures.layer.draw(() => layerChart(this.facts, this.open, this.chosen));
-    this.figures.difference.draw(() => differenceChart(this.facts, this.chosen));
+    if (this.measured) this.figures.difference.draw(() => differenceChart(this.facts, this.chosen));
     this.drawAttention();
   }
 
