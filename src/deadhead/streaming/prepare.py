@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from deadhead import checkpoint
 from deadhead.cost import Cost, cut_skeleton, model_cost, skeleton
 from deadhead.cutting import cache_values
-from deadhead.errors import InputError
 from deadhead.gating import attach
 from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout

@@ -7,7 +7,10 @@ others wait, and if it fails there, all of them fail. With one process everythin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -145,7 +148,8 @@ def _launched() -> int:
 def _state() -> PartialState:
     # Asked for anew each time: transformers' TrainingArguments resets it, and keeps the process group.
     try:
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE, **_own_store())
+        with _ended_at_once():
+            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE, **_own_store())
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(
@@ -158,6 +162,22 @@ def _state() -> PartialState:
             "them; train with one process, and unset WORLD_SIZE."
         )
     return state
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let SIGTERM end this process while it connects, which it does before it writes anything.
+
+    Python runs no handler while torch waits for another process, and that one may have ended by bad input.
+    """
+    if torch.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _own_store() -> dict[str, Any]:
