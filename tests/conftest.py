@@ -17,6 +17,7 @@ os.environ.update(
     MPLBACKEND="Agg",
     TOKENIZERS_PARALLELISM="false",
     TQDM_DISABLE="1",
+    TRANSFORMERS_VERBOSITY="error",
 )
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has a core of its own; with torch's usual threads they would wait for each other.

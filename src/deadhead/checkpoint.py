@@ -220,7 +220,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         return guarded_config(Path(path))[0]
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except OSError as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_such_name(path, error) from error
     return config
 

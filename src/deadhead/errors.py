@@ -34,6 +34,10 @@ class DivergenceError(RuntimeError):
         self.reason = reason
 
 
+class FailedElsewhere(RuntimeError):
+    """Another process of this training failed, and says why."""
+
+
 class RunWarning(UserWarning):
     """Something a run met and went on from, which its user should know. The command line prints it."""
 

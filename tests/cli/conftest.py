@@ -1,32 +1,13 @@
-"""Checkpoints and texts that the command line's tests share, and what a command leaves changed in the process."""
+"""Checkpoints and texts that the command line's tests share."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from transformers.utils import logging as transformers_logging
 
 from deadhead.plan import HeadPlan
 from tests.small import save_small_llama, save_small_model, write_prose
-
-
-@pytest.fixture(autouse=True)
-def same_process() -> Iterator[None]:
-    """Undo what a command changes for the whole process, which is its own where a user runs it."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    hub_bars = are_progress_bars_disabled()
-    with warnings.catch_warnings():
-        yield
-    transformers_logging.set_verbosity(verbosity)
-    if bars:
-        transformers_logging.enable_progress_bar()
-    if not hub_bars:
-        enable_progress_bars()
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ Path(f"ends{os.environ['RANK']}.json").write_text(json.dumps(ends))
 
 
 def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) -> None:
-    """The other says how to go on, and ends; both end with the weights of a run of which none was killed, bit for bit.
+    """The other says so, and ends; both end with the weights of a run of which none was killed, bit for bit.
 
     `--resume` is no error in a folder that is not there yet, so one command does for both. The
     dense model of one run is where another begins, whose heads are ranked; and a phase runs on its own.
@@ -118,7 +118,7 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
     assert result.returncode == 1 and time.monotonic() - start < 60
     said = [line for line in result.stderr.splitlines() if line.startswith("deadhead: ")]
     assert len(said) == 1
-    assert said[0].endswith("go on from the last with: deadhead run whole.toml --out stopped --resume --quiet.")
+    assert said[0].endswith("; whole checkpoints are kept, and --resume goes on from the last.")
     assert "Error: [" not in result.stderr  # gloo's, in a traceback of ours
     (place / "stopped.py").write_text(_STOPPED)
     result = _launch(place, "stopped.py")
@@ -155,6 +155,26 @@ def test_bad_input_ends_all_processes(place: Path, program: tuple[str, ...], sen
     assert result.returncode == 1
     assert "failed (exitcode: 2)" in result.stderr
     assert not (place / "missing").exists()
+
+
+# Only the second process is given a wrong recipe, while the first waits to be connected with it.
+_ALONE = """
+import os, sys
+from deadhead import cli
+
+sys.argv = ["deadhead", "run", "whole.toml" if os.environ["RANK"] == "0" else "nosuch.toml", "--out", "alone"]
+cli.main()
+"""
+
+
+def test_bad_input_of_one_process_ends_the_other(place: Path) -> None:
+    (place / "alone.py").write_text(_ALONE)
+    result = _launch(place, "alone.py")
+    said = [line for line in result.stderr.splitlines() if line.startswith("deadhead: ")]
+    assert len(said) == 1 and "nosuch.toml" in said[0]
+    assert "failed (exitcode: 2) local_rank: 1" in result.stderr
+    assert "(SIGKILL)" not in result.stderr
+    assert not (place / "alone").exists()
 
 
 def test_processes_that_cannot_be_connected(place: Path) -> None:

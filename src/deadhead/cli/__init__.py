@@ -11,23 +11,26 @@ import gc
 import os
 import signal
 import sys
+import time
 import warnings
 from typing import Any
-
-import wrapt
 
 _LONGEST_SENTENCE = 2000
 # What is wrong with a place that was named, and not with the program.
 _OF_PLACES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO)
 _RESUMABLE = "whole checkpoints are kept, and --resume goes on from the last"
+# Seconds that a process waits before it says what went wrong: a launcher ends the others within one of the first end.
+_WAIT_OF_MAIN, _WAIT_OF_OTHERS = 2.0, 4.0
 
 
 def main() -> None:
     """Run the command line and exit."""
-    # Torch and transformers make a million objects that stay: while they load, and at the end, the garbage collector
-    # would look through all of them again and again, for a second and a half.
-    gc.disable()
-    wrapt.register_post_import_hook(_collect_what_comes, "deadhead.models")
+    # The libraries read these when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Torch and transformers make a million objects that stay. Looking through them takes half a second while they
+    # load, and a second at the end.
+    gc.set_threshold(100_000)
     signal.signal(signal.SIGTERM, _terminate)
     code = execute(sys.argv[1:])
     gc.freeze()
@@ -39,57 +42,58 @@ def _terminate(*_: Any) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def _collect_what_comes(_: Any) -> None:
-    gc.freeze()
-    gc.enable()
-
-
 def execute(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
-    # Imported here, so that Ctrl-C while it loads is caught too.
     try:
-        import typer
-
-        from deadhead.cli.app import app
-        from deadhead.errors import DivergenceError, ExportError, InputError, RunWarning
-
-        wrapt.register_post_import_hook(_silence, "transformers")
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", RunWarning)
-        warnings.showwarning = _show  # type: ignore[assignment]
-        try:
-            code = app(arguments, prog_name="deadhead", standalone_mode=False)
-            if code == 130:
-                # Newer versions of typer make an exit code of Ctrl-C themselves, without a word.
-                raise KeyboardInterrupt
-            return code if isinstance(code, int) else 0
-        except typer.Abort:
-            raise KeyboardInterrupt from None
-        except (InputError, DivergenceError) as error:
-            return _fail(str(error).rstrip("."), 2, error)
-        except ExportError as error:
-            return _fail(str(error).rstrip("."), 1, error)
-        except BrokenPipeError:
-            # The reader of our output went away, as `head` does; the interpreter must not try to flush it again.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            return 0
-        except Exception as error:
-            # A wrong command or option. Some versions of typer raise click's own exceptions, others a private copy.
-            if hasattr(error, "format_message"):
-                return _fail(error.format_message().rstrip("."), 2, error)
-            if isinstance(error, OSError) and error.filename and error.errno in _OF_PLACES:
-                return _fail(f"{error.filename} cannot be used: {error.strerror}; choose another place", 2, error)
-            if _is_out_of_memory(error):
-                return _fail("The memory of this machine is too small for that; ask for fewer rows or tokens", 2, error)
-            if _speaks(error):
-                raise
-            return 1
+        return _execute(arguments)
     except KeyboardInterrupt as error:
         return _fail(f"Interrupted; {_RESUMABLE}", 130, error)
     except SystemExit as error:
         if error.code != 128 + signal.SIGTERM:
             raise
-        return _fail(f"Terminated; {_RESUMABLE}", 128 + signal.SIGTERM, error)
+        # It has a cause if it ended the wait of `_speaks`.
+        reason = "Another process of this training failed" if error.__cause__ else "Terminated"
+        return _fail(f"{reason}; {_RESUMABLE}", 128 + signal.SIGTERM, error)
+
+
+def _execute(arguments: list[str]) -> int:
+    # Imported here, so that Ctrl-C while it loads is caught too.
+    import typer
+
+    from deadhead.cli.app import app
+    from deadhead.errors import DivergenceError, ExportError, InputError, RunWarning
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", RunWarning)
+            warnings.showwarning = _show  # type: ignore[assignment]
+            code = app(arguments, prog_name="deadhead", standalone_mode=False)
+        if code == 130:
+            # Newer versions of typer make an exit code of Ctrl-C themselves, without a word.
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except (InputError, DivergenceError) as error:
+        return _fail(str(error).rstrip("."), 2, error)
+    except ExportError as error:
+        return _fail(str(error).rstrip("."), 1, error)
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; the interpreter must not try to flush it again.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except Exception as error:
+        # A wrong command or option. Some versions of typer raise click's own exceptions, others a private copy.
+        if hasattr(error, "format_message"):
+            return _fail(error.format_message().rstrip("."), 2, error)
+        if isinstance(error, OSError) and error.filename and error.errno in _OF_PLACES:
+            return _fail(f"{error.filename} cannot be used: {error.strerror}; choose another place", 2, error)
+        if _is_out_of_memory(error):
+            return _fail("The memory of this machine is too small for that; ask for fewer rows or tokens", 2, error)
+        if _speaks(error, _WAIT_OF_MAIN):
+            raise
+        return 1
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -106,13 +110,6 @@ def _show(message: Warning, *_: Any) -> None:
         sys.stderr.write(f"deadhead: {message}\n")
 
 
-def _silence(_: Any) -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def _fail(sentence: str, code: int, error: BaseException) -> int:
     if _speaks(error):
         end = "" if sentence.endswith(("?", "!")) else "."
@@ -126,11 +123,31 @@ def _one_line(sentence: str) -> str:
     return plain if len(plain) <= _LONGEST_SENTENCE else f"{plain[: _LONGEST_SENTENCE - 100]} … {plain[-90:]}"
 
 
-def _speaks(error: BaseException) -> bool:
-    """Return whether this process is to say what went wrong: of several that train together one does."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        # Without torch, which may be what failed.
-        return True
-    from deadhead.training.processes import speaks
+def _speaks(error: BaseException, wait_of_main: float = 0.0) -> bool:
+    """Return whether this process is to say what went wrong: of several that train together one does.
 
-    return speaks(error)
+    One fault often fails all of them, and those that wait for a process that is gone fail too. The launcher sends
+    SIGTERM to the others once one has ended, so that who has waited here is the first to speak.
+
+    Args:
+        error: what ends this process.
+        wait_of_main: seconds that the main process waits; the others wait longer.
+
+    Raises:
+        SystemExit: another process ended in the meantime; `error` is its cause.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from deadhead.errors import FailedElsewhere
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        # A launcher passes the same signal on once more.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        return is_main
+    try:
+        time.sleep(wait_of_main if is_main else _WAIT_OF_OTHERS)
+    except SystemExit as end:
+        raise end from error
+    return not isinstance(error, FailedElsewhere) and not isinstance(error.__cause__, FailedElsewhere)

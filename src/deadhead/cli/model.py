@@ -136,23 +136,17 @@ def inspect(
     from deadhead.plan import HeadPlan
     from deadhead.report.head_map import head_map_text
 
-    try:
-        config = checkpoint.load_config(model)
-        cost = config_cost(config, length=length)
-        others = [("--heads", config_cost(config, first_heads(config, counts), length=length)) for counts in layouts]
-        speedup = 1.0
-        if plan is not None:
-            head_plan = HeadPlan.from_json(plan)
-            others.append(("--plan", config_cost(config, head_plan, length=length)))
-            speedup = 1.0 if latency is None else Latency.from_json(latency).speedup(head_plan)
-        settings = {"batch_size": batch_size, "length": sequence_length, "bf16": bf16}
-        settings["gradient_checkpointing"] = gradient_checkpointing
-        memory = _training_memory(config, settings) if training else {}
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
-        raise InputError(f"The configuration in {model} cannot be used: {reason}.") from error
+    config = checkpoint.load_config(model)
+    cost = config_cost(config, length=length)
+    others = [("--heads", config_cost(config, first_heads(config, counts), length=length)) for counts in layouts]
+    speedup = 1.0
+    if plan is not None:
+        head_plan = HeadPlan.from_json(plan)
+        others.append(("--plan", config_cost(config, head_plan, length=length)))
+        speedup = 1.0 if latency is None else Latency.from_json(latency).speedup(head_plan)
+    settings = {"batch_size": batch_size, "length": sequence_length, "bf16": bf16}
+    settings["gradient_checkpointing"] = gradient_checkpointing
+    memory = _training_memory(config, settings) if training else {}
     gated = has_gates(model)
     if as_json:
         asked: dict[str, Any] = {"layouts": [asdict(other) for _, other in others]} if others else {}

@@ -244,21 +244,15 @@ def _padded(
     tokenizer: PreTrainedTokenizerBase | None,
     base: str | Path | None,
 ) -> Exported:
-    try:
-        stock = pad_to_stock(model)
-        reference = make_reference(model)
-        checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
+    stock = pad_to_stock(model)
+    reference = make_reference(model)
+    with _runs_stock_code(model):
+        logits = _logits(stock, reference.ids)
+    checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
+    with _runs_stock_code(model):
         # As a server loads it: neither our classes nor code of the checkpoint's.
         loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, dtype=model.dtype).eval()
-        logits, reloaded = _logits(stock, reference.ids), _logits(loaded, reference.ids)
-    except InputError:
-        raise
-    # What a model's own code raises where it meets sizes that it was not made for.
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise UnsupportedModel(
-            f"{stock_class(type(model)).__name__} cannot be padded: its code does not make, load or run such a model "
-            f"({type(error).__name__})."
-        ) from error
+        reloaded = _logits(loaded, reference.ids)
     kind = str(model.dtype).removeprefix("torch.")
     tolerance = _TOLERANCE["f32"] if model.dtype in (torch.float32, torch.float64) else _TOLERANCE["bf16"]
     name = f"transformers {transformers.__version__}, {type(stock).__name__}"
@@ -267,6 +261,18 @@ def _padded(
         raise ExportError("The padded checkpoint does not load as it was saved; nothing was left at its place.")
     size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     return Exported(out, "padded", kind, type(stock).__name__, size, (agreement,))
+
+
+@contextmanager
+def _runs_stock_code(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what transformers' own code raises, where it meets sizes that it was not made for, into a refusal."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise UnsupportedModel(
+            f"{stock_class(type(model)).__name__} cannot be padded: its code does not load or run such a model "
+            f"({type(error).__name__})."
+        ) from error
 
 
 _ABOUT = (

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from deadhead import checkpoint
 from deadhead.cost import Cost, cut_skeleton, model_cost, skeleton
-from deadhead.cutting import FAULTS, cache_values
-from deadhead.errors import InputError
+from deadhead.cutting import cache_values
 from deadhead.gating import attach
 from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
@@ -86,18 +85,16 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         NotStreamable: the checkpoint can only be cut in memory.
     """
     stored = read_stored(source)
+    config = checkpoint.load_config(source)
+    dtype = load_dtype(config, stored)
+    own: Any = config
+    if config.model_type in OWN_TYPES or hasattr(own, "quantization_config"):
+        raise NotStreamable(f"models of type {config.model_type!r} are cut in memory, as are quantised ones")
     try:
-        config = checkpoint.load_config(source)
-        dtype = load_dtype(config, stored)
-        own: Any = config
-        if config.model_type in OWN_TYPES or hasattr(own, "quantization_config"):
-            raise NotStreamable(f"models of type {config.model_type!r} are cut in memory, as are quantised ones")
         dense = skeleton(config).to(dtype)  # type: ignore[arg-type]
         # In float32 the check is as sharp as for a model of that precision.
         model = empty_model(config, torch.promote_types(dtype, torch.float32))
-    except InputError:
-        raise
-    except (*FAULTS, OSError) as error:
+    except Exception as error:  # each architecture has faults of its own
         raise NotStreamable(f"its configuration gives no model ({str(error).strip().partition(chr(10))[0]})") from error
     dense_names = require_stored(stored, dense, dtype)
     layout = find_layout(model)

@@ -7,12 +7,10 @@ others wait, and if it fails there, all of them fail. With one process everythin
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,24 +21,13 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed import PrefixStore, TCPStore
 from transformers import TrainingArguments
 
-from deadhead.errors import DivergenceError, InputError
+from deadhead.errors import DivergenceError, FailedElsewhere, InputError
 
 # How long processes wait for one another: turning a large text into tokens takes hours. A launcher ends the others at
 # once when one of them ends, so that only a process that hangs is waited for so long.
 _PATIENCE = timedelta(hours=6)
 
-# Seconds that the main process has to speak before others do, and those that a process waits for another to speak.
-_PRECEDENCE, _SILENCE = 2.0, 30.0
-
-# Commands that have --resume, and what gloo says of a connection that is gone.
-_RESUMABLE = (["run"], ["demo"], ["train"], ["prune"], ["finetune"])
-_LOST = ("Connection", "Broken pipe", "Timed out", "Socket closed")
-
 _T = TypeVar("_T")
-
-
-class FailedElsewhere(RuntimeError):
-    """Another process failed, and says why."""
 
 
 def count() -> int:
@@ -152,89 +139,6 @@ def leave() -> bool:
     return main
 
 
-def speaks(error: BaseException) -> bool:
-    """Return whether this process is the one that says what went wrong; another one waits until its launcher ends it.
-
-    One failure often fails all processes, and the first that ends is the end of all. Where a process was killed, one of
-    the others has said so, with how to go on, when this returns False.
-
-    Args:
-        error: what ends this process.
-    """
-    if _launched() == 1:
-        return True
-    # There is nothing left to tidy up, and a handler that raises would begin all of this anew. What a signal ends does
-    # not heed the same one again, which a launcher passes on; what waits for a speaker is ended by the launcher.
-    told = isinstance(error, (KeyboardInterrupt, SystemExit))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN if told else signal.SIG_DFL)
-    if _lost_another(error):
-        # Who notices first says so at once: the launcher is about to end those that are left. The others end soon, so
-        # that none keeps a connection open by which a third one waits.
-        _say_lost("Another process of this training was killed, or cannot be reached any more")
-        time.sleep(_PRECEDENCE)
-        return False
-    if not isinstance(error, FailedElsewhere) and not isinstance(error.__cause__, FailedElsewhere):
-        if os.environ.get("RANK", "0") != "0":
-            # The main process may be about to fail too, and has a folder to tidy up.
-            time.sleep(_PRECEDENCE)
-        if _is_first():
-            return True
-    _wait_for_speaker()
-    return False
-
-
-def _lost_another(error: BaseException) -> bool:
-    """Return whether `error` is that of a connection to another process, which was killed or whose machine is gone."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    # gloo's are plain RuntimeErrors.
-    said = str(error)
-    return isinstance(error, RuntimeError) and "gloo" in said and any(word in said for word in _LOST)
-
-
-def _say_lost(what: str) -> None:
-    """Say what ended all processes, and how to go on, unless another process has said why already."""
-    if not _is_first():
-        return
-    arguments, end = sys.argv[1:], "start as many again"
-    if arguments[:1] in _RESUMABLE:
-        resume = [] if "--resume" in arguments else ["--resume"]
-        command = shlex.join(["deadhead", *arguments, *resume])
-        end = f"whole checkpoints are kept, and as many processes go on from the last with: {command}"
-    sys.stderr.write(f"deadhead: {what}; {end}.\n")
-    sys.stderr.flush()
-
-
-def _told_to_end(*_: Any) -> None:
-    """Be the handler of SIGTERM until somebody sets another; what there is to do, `_watch` does."""
-
-
-def _watch() -> None:
-    """Say how to go on, and end, when the launcher sends SIGTERM, as it does when another process was killed.
-
-    Without a handler a process would end without a word. The main thread cannot run one while it waits for a process
-    that is no more, so a thread of its own does. A handler that is set later, to end in an orderly way, has the say.
-    """
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    others = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    if others != -1:
-        signal.set_wakeup_fd(others)
-        return
-    signal.signal(signal.SIGTERM, _told_to_end)
-
-    def wait() -> None:
-        while number := os.read(told, 1):
-            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _told_to_end:
-                _say_lost("The launcher ended this training, which was told to stop or lost another process")
-                os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _launched() -> int:
     """Return how many processes the launcher says it started."""
     value = os.environ.get("WORLD_SIZE", "1")
@@ -244,7 +148,8 @@ def _launched() -> int:
 def _state() -> PartialState:
     # Asked for anew each time: transformers' TrainingArguments resets it, and keeps the process group.
     try:
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE, **_own_store())
+        with _ended_at_once():
+            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE, **_own_store())
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(
@@ -256,9 +161,23 @@ def _state() -> PartialState:
             f"WORLD_SIZE says that {_launched()} processes train together, but this device knows no way to connect "
             "them; train with one process, and unset WORLD_SIZE."
         )
-    if os.environ.get("TORCHELASTIC_RUN_ID") and threading.current_thread() is threading.main_thread():
-        _watch()
     return state
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let SIGTERM end this process while it connects, which it does before it writes anything.
+
+    Python runs no handler while torch waits for another process, and that one may have ended by bad input.
+    """
+    if torch.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _own_store() -> dict[str, Any]:
@@ -273,38 +192,3 @@ def _own_store() -> dict[str, Any]:
     store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
     ranks = {"rank": int(os.environ["RANK"]), "world_size": _launched()}
     return {"store": PrefixStore(f"deadhead/connection/{attempt}", store), **ranks}
-
-
-def _failures() -> PrefixStore:
-    """Return where processes note that they failed: in the store through which the launcher connects them.
-
-    Raises:
-        KeyError, ValueError, RuntimeError: there is none, or it is gone.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-    return PrefixStore(f"deadhead/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _is_first() -> bool:
-    """Return whether no other process has asked before."""
-    try:
-        return int(_failures().add("failed", 1)) == 1
-    except (KeyError, ValueError, RuntimeError):
-        # Better said twice than never.
-        return True
-
-
-def _wait_for_speaker() -> None:
-    """Wait until a process has asked whether it is the first, and spoken: the first that ends is the end of all.
-
-    On its own machine the launcher then ends this one. Those of other machines end by themselves.
-    """
-    deadline = time.monotonic() + _SILENCE
-    try:
-        failures = _failures()
-        while int(failures.add("failed", 0)) == 0 and time.monotonic() < deadline:
-            time.sleep(0.1)
-    except (KeyError, ValueError, RuntimeError):
-        pass  # the launcher that had the store is gone
-    time.sleep(_PRECEDENCE)

@@ -86,6 +86,12 @@ class Stopping(TrainerCallback):
             signal.signal(number, note)
         try:
             yield
+        except RuntimeError:
+            restore()
+            if self.signal is not None and processes.count() > 1:
+                # The launcher ends this process since another is gone, which the connection to it noticed too.
+                signal.raise_signal(self.signal)
+            raise
         finally:
             restore()
         if self.signal is not None:
