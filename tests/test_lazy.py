@@ -39,6 +39,7 @@ def test_every_public_name_is_there() -> None:
     for name in deadhead.__all__:
         assert getattr(deadhead, name) is not None
         assert name in dir(deadhead)
+    assert set(deadhead.__all__) == set(deadhead._HOME)
     with pytest.raises(AttributeError, match="nonsense"):
         deadhead.nonsense  # type: ignore[attr-defined]  # noqa: B018
 

@@ -4,23 +4,169 @@
     ...                                     # train with deadhead.SparsityCallback(gates)
     deadhead.cut(model, gates.plan())       # heads whose gates closed are gone
 
-The public API is what `__init__.pyi` lists; everything else may change. A name is loaded when it is first used, and the
-Auto classes of transformers learn of deadhead's models when transformers is imported.
+The public API is `__all__`; everything else may change. A name is loaded when it is first used, and the Auto classes of
+transformers learn of deadhead's models when transformers is imported.
 """
 
-import importlib
-from typing import Any
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING, Any
 
-import lazy_loader
-import wrapt
+if TYPE_CHECKING:
+    from deadhead.checkpoint import load, load_gated, save
+    from deadhead.cost import Cost, model_cost
+    from deadhead.criteria import score_heads
+    from deadhead.cutting import cut
+    from deadhead.data import load_text
+    from deadhead.errors import CutError, DivergenceError, ExportError, InputError, RunWarning, UnsupportedModel
+    from deadhead.evaluation import Evaluation, evaluate
+    from deadhead.export.exporting import Exported, export_model
+    from deadhead.gate_files import load_gates, save_gates
+    from deadhead.gates import HeadGates
+    from deadhead.gating import attach, detach, gates_of
+    from deadhead.hard_concrete import GateConfig
+    from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
+    from deadhead.plan import BlockPlan, HeadPlan
+    from deadhead.ranking import HeadScores
+    from deadhead.report.writing import Report, report_run
+    from deadhead.streaming.cutting import CheckpointCut, cut_checkpoint
+    from deadhead.timing import bench
+    from deadhead.training import (
+        PhaseRecipe,
+        PruneRecipe,
+        SparsityCallback,
+        attach_gates,
+        close_to_budget,
+        gate_config,
+        rank,
+        train,
+    )
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_HOME = {
+    "AllAttentionConfig": "models",
+    "AllAttentionForCausalLM": "models",
+    "BlockPlan": "plan",
+    "CheckpointCut": "streaming.cutting",
+    "Cost": "cost",
+    "CutError": "errors",
+    "DivergenceError": "errors",
+    "Evaluation": "evaluation",
+    "ExportError": "errors",
+    "Exported": "export.exporting",
+    "GateConfig": "hard_concrete",
+    "HeadGates": "gates",
+    "HeadPlan": "plan",
+    "HeadScores": "ranking",
+    "InputError": "errors",
+    "PhaseRecipe": "training",
+    "PruneRecipe": "training",
+    "Report": "report.writing",
+    "RunWarning": "errors",
+    "SparsityCallback": "training",
+    "UnsupportedModel": "errors",
+    "attach": "gating",
+    "attach_gates": "training",
+    "bench": "timing",
+    "close_to_budget": "training",
+    "cut": "cutting",
+    "cut_checkpoint": "streaming.cutting",
+    "detach": "gating",
+    "evaluate": "evaluation",
+    "export_model": "export.exporting",
+    "gate_config": "training",
+    "gates_of": "gating",
+    "load": "checkpoint",
+    "load_gated": "checkpoint",
+    "load_gates": "gate_files",
+    "load_text": "data",
+    "model_cost": "cost",
+    "rank": "training",
+    "report_run": "report.writing",
+    "save": "checkpoint",
+    "save_gates": "gate_files",
+    "score_heads": "criteria",
+    "train": "training",
+}
+"""Public names, and the modules that define them."""
+
+__all__ = [
+    "AllAttentionConfig",
+    "AllAttentionForCausalLM",
+    "BlockPlan",
+    "CheckpointCut",
+    "Cost",
+    "CutError",
+    "DivergenceError",
+    "Evaluation",
+    "ExportError",
+    "Exported",
+    "GateConfig",
+    "HeadGates",
+    "HeadPlan",
+    "HeadScores",
+    "InputError",
+    "PhaseRecipe",
+    "PruneRecipe",
+    "Report",
+    "RunWarning",
+    "SparsityCallback",
+    "UnsupportedModel",
+    "attach",
+    "attach_gates",
+    "bench",
+    "close_to_budget",
+    "cut",
+    "cut_checkpoint",
+    "detach",
+    "evaluate",
+    "export_model",
+    "gate_config",
+    "gates_of",
+    "load",
+    "load_gated",
+    "load_gates",
+    "load_text",
+    "model_cost",
+    "rank",
+    "report_run",
+    "save",
+    "save_gates",
+    "score_heads",
+    "train",
+]
 
 
-def _register_models(_: Any) -> None:
-    importlib.import_module("deadhead.models")
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-wrapt.register_post_import_hook(_register_models, "transformers")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Registration(MetaPathFinder):
+    """Lets the Auto classes know deadhead's models as soon as transformers is imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """Return the module's spec as the other finders know it, with our models imported behind it."""
+        if fullname != "transformers":
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), import_module("deadhead.models"))
+        return spec
+
+
+if "transformers" in sys.modules:
+    import_module("deadhead.models")
+else:
+    sys.meta_path.insert(0, _Registration())

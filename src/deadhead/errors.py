@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class InputError(ValueError):
     """Bad input: a recipe, path, text, plan or checkpoint that cannot be used. The command line exits with 2."""
@@ -45,3 +47,24 @@ class RunWarning(UserWarning):
 def own_sentence(error: ValueError) -> str:
     """Return what a check of our own configurations said: transformers wraps its sentence in a line of its own."""
     return str(error.__cause__ or error).strip().splitlines()[-1].strip()
+
+
+def is_installed(*modules: str) -> bool:
+    """Return whether all these top-level modules can be imported; none is imported."""
+    return all(find_spec(name) is not None for name in modules)
+
+
+def require_extra(extra: str, *modules: str, what: str) -> None:
+    """Check that the modules that an extra of the package brings are installed.
+
+    Args:
+        extra: its name, as in `pip install 'deadhead[extra]'`.
+        modules: top-level modules.
+        what: what needs them, as the subject of a sentence.
+
+    Raises:
+        InputError: one is not installed.
+    """
+    missing = [name for name in modules if not is_installed(name)]
+    if missing:
+        raise InputError(f"{what} needs {' and '.join(missing)}; install with: pip install 'deadhead[{extra}]'.")

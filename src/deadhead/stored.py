@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,10 @@ class StoredCheckpoint:
                 values[start : start + count] = torch.frombuffer(part, dtype=dtype)
 
 
+# Where the system cannot read at a place, threads that share a descriptor take turns.
+_SEEKING = threading.Lock()
+
+
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
     """Fill `buffer` from a file's bytes at `offset`.
 
@@ -128,7 +133,14 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -
     """
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        else:
+            with _SEEKING:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                data = os.read(descriptor, len(buffer) - done)
+            count = len(data)
+            buffer[done : done + count] = data
         if not count:
             raise InputError(f"{path} ended while it was read; the file was changed or is damaged, fetch it again.")
         done += count

@@ -14,7 +14,7 @@ from deadhead.training.recipe import to_toml
 from tests.conftest import ROOT
 from tests.small import small_recipe
 
-_PAPER = str(ROOT / "recipes" / "paper.toml")
+_PAPER = str(ROOT / "src" / "deadhead" / "recipes" / "paper.toml")
 
 
 @pytest.fixture

@@ -97,9 +97,14 @@ sys.exit(execute(["export", sys.argv[1], "--out", sys.argv[2], *sys.argv[4:]]))
     ("missing", "options", "code", "message"),
     [
         ("gguf", ["--to", "gguf"], 2, "pip install 'deadhead[gguf]'"),
-        ("onnxscript", ["--to", "onnx"], 2, "with the library onnxscript; install it: pip install 'deadhead[onnx]'"),
+        ("onnxscript", ["--to", "onnx"], 2, "needs onnxscript; install with: pip install 'deadhead[onnx]'"),
         ("openvino", ["--to", "openvino"], 2, "pip install 'deadhead[openvino]'"),
-        ("llama_cpp", ["--to", "gguf", "--type", "q4_k_m"], 2, "made by llama.cpp's quantiser, which is not installed"),
+        (
+            "llama_cpp",
+            ["--to", "gguf", "--type", "q4_k_m"],
+            2,
+            "quantiser makes, needs llama_cpp; install with: pip install 'deadhead[llama-cpp]'",
+        ),
         ("llama_cpp", ["--to", "gguf"], 0, "Not checked: llama.cpp is not installed"),
     ],
 )

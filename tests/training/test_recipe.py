@@ -16,7 +16,7 @@ from deadhead.training.recipe import PruneRecipe, Recipe, changed, load_recipe, 
 from deadhead.training.run import build_model, model_config
 from tests.small import small_recipe, write_prose
 
-_RECIPES = Path(__file__).parents[2] / "recipes"
+_RECIPES = Path(__file__).parents[2] / "src" / "deadhead" / "recipes"
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 _names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,99}", fullmatch=True)

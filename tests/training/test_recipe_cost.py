@@ -18,7 +18,7 @@ from deadhead.training.run import model_config
 from tests.conftest import ROOT
 from tests.small import write_prose
 
-_PAPER = ROOT / "recipes" / "paper.toml"
+_PAPER = ROOT / "src" / "deadhead" / "recipes" / "paper.toml"
 
 
 def _recipe(**sections: Any) -> Recipe:

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
+from deadhead.errors import require_extra
 
 _RUN = "A run's folder, or a checkpoint that deadhead prune, train or finetune wrote."
 Sentence = Annotated[str | None, typer.Option("--sentence", help="What attention is shown on.", show_default=False)]
@@ -72,6 +73,7 @@ def watch(
     sentence: Sentence = None,
 ) -> None:
     """Serve the page of one or more runs live, on this machine alone, with heads to switch off and on."""
+    require_extra("report", "starlette", "uvicorn", what="The live page")
     from deadhead.report.server import WatchedRun, serve
     from deadhead.report.trial import Trial
     from deadhead.report.writing import default_sentence, text_of

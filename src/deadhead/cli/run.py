@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, print_json, progress
+from deadhead.errors import is_installed
 
 if TYPE_CHECKING:
     from deadhead.training.recipe import Recipe
@@ -97,7 +98,8 @@ def _execute(
         return
     plan = HeadPlan.from_json(folder / checkpoint.PLAN_FILE)
     picture = folder / "head_map.png"
-    save_head_map(plan, read_metrics(folder / METRICS_FILE), picture)
+    if is_installed("matplotlib"):
+        save_head_map(plan, read_metrics(folder / METRICS_FILE), picture)
     page = report_run(folder).path
     if as_json:
         print_json(summary)
@@ -107,6 +109,9 @@ def _execute(
     console.print(f"\n{head_map_text(plan)}\n")
     for name, text in summary["samples"].items():
         console.print(f"[bold]{name} model continues:[/bold]\n{escape(text)}\n")
-    console.print(f"Head map and gates over time: {escape(str(picture))}")
+    if picture.exists():
+        console.print(f"Head map and gates over time: {escape(str(picture))}")
+    else:
+        console.print("A picture of the head map needs matplotlib: pip install 'deadhead[report]'.")
     console.print(f"The run's page, for a browser: {escape(str(page))}")
     console.print(f"The pruned model: {escape(str(folder / 'pruned'))}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from deadhead.data.pieces import PIECE_BYTES, Document, Piece, document_pieces, text_document
-from deadhead.errors import InputError
+from deadhead.errors import InputError, require_extra
 
 if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -84,6 +84,7 @@ def hub_rows(source: str, *, column: str | None, split: str | None) -> tuple[dic
     Raises:
         InputError: the source has another form, or can't be loaded, or has no such column or split, or no text.
     """
+    require_extra("data", "datasets", what=source)
     name, _, config = source.removeprefix("hf:").partition(":")
     if not name or ":" in config or source.endswith(":"):
         raise InputError(f"hf:NAME or hf:NAME:CONFIG was expected, but {source!r} came.")

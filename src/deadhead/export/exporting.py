@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead import checkpoint
-from deadhead.errors import ExportError, InputError, UnsupportedModel
+from deadhead.errors import ExportError, InputError, UnsupportedModel, is_installed, require_extra
 from deadhead.export import flat, genai, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
 from deadhead.export.graphs import flat_model
@@ -107,13 +107,13 @@ def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
     if out.exists() or out.is_symlink():
         raise InputError(f"There is something at {out} already; remove it or choose another place.")
     if to == "gguf":
-        gguf.require_gguf()
+        require_extra("gguf", "gguf", what="Export to GGUF")
         if kind is not None and kind not in gguf.TYPES:
             llama_cpp.require_quantizer(kind)
     if to in ("onnx", "openvino"):
-        onnx.require_onnx()
-    if to == "openvino" and not flat.is_installed("openvino"):
-        raise InputError("OpenVINO writes its own files, but is not installed: pip install 'deadhead[openvino]'.")
+        require_extra("onnx", "onnx", "onnxscript", what=f"Export to {to}")
+    if to == "openvino":
+        require_extra("openvino", "openvino", what="Export to openvino")
 
 
 def _require_plain(model: PreTrainedModel, to: str) -> None:
@@ -156,8 +156,8 @@ def _gguf(
     vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, model.config.vocab_size)
     written = place if is_ours else place.with_suffix(".f16.gguf")
     gguf.write_gguf(model, written, plan, kind=kind if is_ours else "f16", name=out.stem, tokenizer=vocabulary)
-    if not llama_cpp.is_installed():
-        reason = "llama.cpp is not installed (pip install llama-cpp-python)"
+    if not is_installed("llama_cpp"):
+        reason = "llama.cpp is not installed (pip install 'deadhead[llama-cpp]')"
         return Exported(out, "gguf", kind, plan.architecture, written.stat().st_size, (), reason)
     reference = make_reference(model)
     # What the quantiser is given must be right; of what it makes no more can be asked than that it runs.
@@ -204,7 +204,7 @@ def _flat(
         runtime, file = "openvino", place / _OPENVINO
         _convert_to_openvino(place / onnx.FILE, file)
     agreements: tuple[Agreement, ...] = ()
-    if flat.is_installed(runtime):
+    if is_installed(runtime):
         agreements = (flat.check(file, reference, runtime, _TOLERANCE["f32"]),)
     size = sum(path.stat().st_size for path in place.iterdir())
     write_json(place / "config.json", _plain_config(model))
@@ -216,7 +216,7 @@ def _flat(
         tokenizer.save_pretrained(str(place))
     for file in checkpoint.licence_files(base):
         shutil.copy2(file, place / file.name)
-    unchecked = None if agreements else f"{runtime} is not installed (pip install {runtime})"
+    unchecked = None if agreements else f"{runtime} is not installed (pip install 'deadhead[{to}]')"
     return Exported(out, to, "f32", type(model).__name__, size, agreements, unchecked)
 
 

@@ -6,23 +6,17 @@ Dimensions: B texts, T new tokens, S tokens so far, V vocabulary.
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deadhead.errors import ExportError, InputError
+from deadhead.errors import ExportError, require_extra
 from deadhead.export.agreement import Agreement, Reference, compare
 
 _PAST, _PRESENT = "past_key_values.", "present."
 # Left padding of the second text of a check.
 _PADDING = 3
-
-
-def is_installed(runtime: str) -> bool:
-    """Tell whether "onnxruntime" or "openvino" is there."""
-    return find_spec(runtime) is not None
 
 
 class FlatSession:
@@ -38,8 +32,7 @@ class FlatSession:
     """
 
     def __init__(self, path: Path, runtime: str = "onnxruntime", *, threads: int = 0) -> None:
-        if not is_installed(runtime):
-            raise InputError(f"{runtime} is needed to run {path}, but is not installed: pip install {runtime}.")
+        require_extra("openvino" if runtime == "openvino" else "onnx", runtime, what=f"Running {path}")
         self.name = f"{runtime} {version(runtime)}"
         self._run, shapes = (_onnxruntime if runtime == "onnxruntime" else _openvino)(path, threads)
         self._past_shapes = {name: shape for name, shape in shapes.items() if name.startswith(_PAST)}

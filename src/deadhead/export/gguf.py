@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError, UnsupportedModel
+from deadhead.errors import UnsupportedModel
 from deadhead.export.gguf_tensors import stored_tensors
 from deadhead.export.gguf_tokenizer import GgufTokenizer
 from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel
@@ -233,17 +233,3 @@ def _type_of(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     if kind == "q8_0" and shape[-1] % _BLOCK:
         return types.F16
     return types[kind.upper()]
-
-
-def require_gguf() -> None:
-    """Check that the library is there.
-
-    Raises:
-        InputError: it is not.
-    """
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "GGUF files are written by the library gguf; install it: pip install 'deadhead[gguf]'."
-        ) from None

@@ -14,22 +14,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deadhead.errors import ExportError, InputError
+from deadhead.errors import ExportError, InputError, require_extra
 
 _FLOAT32 = 0
 # Types that want a matrix of importance, layers of experts, or another program.
 _NOT_MADE = ("iq1_", "iq2_", "q2_k_s", "mxfp4", "nvfp4", "q1_0")
-
-
-def is_installed() -> bool:
-    """Tell whether llama.cpp's Python binding is there."""
-    return find_spec("llama_cpp") is not None
 
 
 def runtime_name() -> str:
@@ -43,10 +37,7 @@ def require_quantizer(kind: str) -> None:
     Raises:
         InputError: it is not, or does not.
     """
-    if not is_installed():
-        raise InputError(
-            f"Type {kind} is made by llama.cpp's quantiser, which is not installed: pip install llama-cpp-python."
-        )
+    require_extra("llama-cpp", "llama_cpp", what=f"Type {kind}, which llama.cpp's quantiser makes,")
     if kind not in quantized_types():
         raise InputError(f"A type was expected (f32, f16, {', '.join(quantized_types())}), but {kind!r} came.")
 

@@ -11,28 +11,13 @@ from typing import Any
 
 import torch
 
-from deadhead.errors import InputError, UnsupportedModel
+from deadhead.errors import UnsupportedModel
 from deadhead.export.graphs import FlatModel
 
 FILE = "model.onnx"
 _OPSET = 18
 # Any sizes but 0 and 1, which the exporter would take for constants, all different, so that none is taken for another.
 _BATCH, _NEW, _PAST = 2, 3, 5
-
-
-def require_onnx() -> None:
-    """Check that the libraries are there.
-
-    Raises:
-        InputError: one is not.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"ONNX files are written with the library {error.name}; install it: pip install 'deadhead[onnx]'."
-        ) from None
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deadhead.errors import require_extra
 from deadhead.files import no_space_is_input_error
 from deadhead.plan import HeadPlan, Layer
 
@@ -79,8 +80,9 @@ def save_head_map(plan: HeadPlan, metrics: Sequence[Mapping[str, Any]], path: Pa
     """Draw the head map and, if the metrics have them, the courses of the gates, into a PNG.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: matplotlib is not installed, or the file cannot be written.
     """
+    require_extra("report", "matplotlib", what="A picture of the head map")
     # The object interface: pyplot would keep state and look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

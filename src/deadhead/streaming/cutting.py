@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -224,6 +224,18 @@ class _Manifest:
         write_json(self.work / MANIFEST_FILE, {**self.identity, "finished": dict(sorted(self.finished.items()))})
 
 
+def _lock(descriptor: int) -> None:
+    """Lock a file until it is closed; OSError if another process has locked it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
 def _work_folder(work: Path) -> Iterator[_Manifest]:
     """Yield the manifest of a work folder, which goes if nothing in it is worth resuming, or the cut is a wrong one."""
@@ -231,7 +243,7 @@ def _work_folder(work: Path) -> Iterator[_Manifest]:
     manifest = _Manifest(work)
     with (work / _LOCK_FILE).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock.fileno())
         except OSError:
             raise InputError(f"Another process is cutting into {work}; let it finish, or stop it.") from None
         fresh = not (work / MANIFEST_FILE).exists()

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, require_extra
 from deadhead.gating import rehang
 
 
@@ -27,10 +27,9 @@ def lora(model: PreTrainedModel, rank: int) -> Iterator[nn.Module]:
     Raises:
         InputError: PEFT is not installed, or the model keeps segment memory, whose layers adapters would miss.
     """
-    try:
-        import peft
-    except ImportError:
-        raise InputError("A LoRA rank was asked for, which needs PEFT: pip install 'deadhead[peft]'.") from None
+    require_extra("peft", "peft", what="LoRA")
+    import peft
+
     if hasattr(model.config, "memory_length"):
         raise InputError(
             "LoRA is for pretrained models of transformers; deadhead's own read their projections' weights directly, "

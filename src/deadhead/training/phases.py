@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from deadhead.budget import BudgetTarget
 from deadhead.criteria import READS_TEXT, OneShot, score_heads
 from deadhead.data import SegmentDataset, TokenStream
-from deadhead.errors import DivergenceError, InputError
+from deadhead.errors import DivergenceError, InputError, require_extra
 from deadhead.evaluation import max_positions
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
@@ -163,6 +163,8 @@ def train(
     if recipe.eval_every and valid is None:
         raise InputError("The recipe's eval_every asks for a validation text, but none was given.")
     require_trackers(report_to)
+    if recipe.lora_rank:
+        require_extra("peft", "peft", what="LoRA")
     require_data_parallel()
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
         raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")

@@ -7,19 +7,20 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
-from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, is_installed, require_extra
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
 from deadhead.plan import is_block_key
 from deadhead.report.head_map import head_map_image
+
+if TYPE_CHECKING:  # TensorBoard is an extra
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 # TensorBoard keeps ten of a series of images on its slider; so many are there to be chosen from.
 _IMAGES = 20
@@ -29,6 +30,8 @@ _IMAGES = 20
 def tensorboard_callbacks(folder: Path, gates: HeadGates | None, *, begin: int) -> Iterator[list[TrainerCallback]]:
     """Yield what writes TensorBoard events: the scalars of every log and, with gates, the head map as an image.
 
+    Nothing is yielded or written where TensorBoard is not installed.
+
     Args:
         folder: where they go.
         gates: the gates being trained, or None.
@@ -37,6 +40,11 @@ def tensorboard_callbacks(folder: Path, gates: HeadGates | None, *, begin: int) 
     Raises:
         InputError: they cannot be written, as on a full disk.
     """
+    if not is_installed("tensorboard"):
+        yield []
+        return
+    from torch.utils.tensorboard.writer import SummaryWriter
+
     with no_space_is_input_error(folder), _thread_speaks_through_its_writer():
         writer = SummaryWriter(log_dir=str(folder), purge_step=begin + 1)
         try:
@@ -48,6 +56,8 @@ def tensorboard_callbacks(folder: Path, gates: HeadGates | None, *, begin: int) 
 @contextmanager
 def _thread_speaks_through_its_writer() -> Iterator[None]:
     """Keep TensorBoard's thread from printing why it could not write: its writer raises the same when next used."""
+    from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
+
     usual = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:
@@ -90,7 +100,9 @@ def require_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise InputError(f"transformers reports to {', '.join(known)}, but {name!r} was asked for.")
-        if name not in installed:
+        if name == "tensorboard":
+            require_extra("tensorboard", "tensorboard", what="Reporting to tensorboard")
+        elif name not in installed:
             raise InputError(f"Reporting to {name} needs its package; install it with: pip install {name}.")
 
 

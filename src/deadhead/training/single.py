@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from deadhead import checkpoint
 from deadhead.cost import model_cost
 from deadhead.cutting import cut as cut_heads
-from deadhead.errors import InputError
+from deadhead.errors import InputError, require_extra
 from deadhead.evaluation import evaluate
 from deadhead.files import remove_left_overs, write_json
 from deadhead.gates import HeadGates
@@ -79,6 +79,8 @@ def run_single(
         DivergenceError: training diverged.
     """
     require_trackers(report_to)
+    if recipe.lora_rank:
+        require_extra("peft", "peft", what="LoRA")
     out = out.resolve()
     work = out.with_name(out.name + ".work")
     on_main(lambda: _check_places(out, work, model, resume=resume))
