@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deadhead.cutting import remove_units
 from deadhead.errors import InputError
 from deadhead.gating import detach, is_gate
-from deadhead.layouts import Layout, find_layout
+from deadhead.layouts import Layout, Site, find_layout
 from deadhead.plan import HeadPlan, Layer, Unit
 from deadhead.unit_costs import UnitCosts
 
@@ -74,41 +75,36 @@ def model_cost(
     sites = layout.sites(model, unit or layout.units(model)[0])
     if length is None:
         length = _default_length(model)
-    embeddings = [*model.get_input_embeddings().parameters()]
-    if (output := model.get_output_embeddings()) is not None:
-        embeddings += output.parameters()
-    seen = {id(parameter): parameter.numel() for parameter in embeddings}
-    embedding_parameters = sum(seen.values())
-    inputs = set(seen) if output is None else set(seen) - {id(p) for p in output.parameters()}
-    seen |= {id(p): p.numel() for name, p in model.named_parameters() if not is_gate(name)}
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
+    given = {id(p): p.numel() for p in inputs.parameters()}
+    returned = {} if output is None else {id(p): p.numel() for p in output.parameters()}
+    every = given | returned | {id(p): p.numel() for name, p in model.named_parameters() if not is_gate(name)}
+    heads = [pair for site in sites for pair in _unit_parameters(layout, site)]
+    heads_flops = sum((2.0 * parameter.numel() for parameter, per_token in heads if per_token), 0.0)
+    heads_flops += sum(sum(layout.context_flops(site, length).values()) for site in sites if site.units)
+    # A table of embeddings is looked up, not multiplied, unless it is the output layer too.
+    other_flops = _other_flops(model, {id(parameter) for parameter, _ in heads} | (given.keys() - returned.keys()))
     blocks = layout.block_sites(model)
-    heads_parameters, heads_flops, block_parameters = 0, 0.0, 0
-    inside: set[int] = set()
-    for site in sites:
-        for part in layout.selections(site, site.units) if site.units else ():
-            parameter = site.module.get_parameter(part.path)
-            heads_parameters += parameter.numel()
-            heads_flops += 2.0 * parameter.numel() if part.per_token else 0.0
-            inside.add(id(parameter))
-        heads_flops += sum(layout.context_flops(site, length).values()) if site.units else 0.0
-    for site in blocks:
-        parts = layout.selections(site, site.units) if site.units else ()
-        block_parameters += sum(site.module.get_parameter(part.path).numel() for part in parts)
-    other_flops = _other_flops(model, inside | inputs)
     return Cost(
         heads=[len(site.units) for site in sites],
         total_heads=[site.total for site in sites],
-        parameters=sum(seen.values()),
-        embedding_parameters=embedding_parameters,
-        attention_parameters=heads_parameters,
+        parameters=sum(every.values()),
+        embedding_parameters=sum((given | returned).values()),
+        attention_parameters=sum(parameter.numel() for parameter, _ in heads),
         flops_per_token=other_flops + heads_flops,
         attention_flops_per_token=heads_flops,
         kv_cache_bytes=sum(layout.cache_values(site, length) for site in sites) * model.dtype.itemsize,
         blocks=[len(site.units) for site in blocks],
         total_blocks=[site.total for site in blocks],
         block_size=blocks[0].unit_dim if blocks else None,
-        block_parameters=block_parameters,
+        block_parameters=sum(p.numel() for site in blocks for p, _ in _unit_parameters(layout, site)),
     )
+
+
+def _unit_parameters(layout: Layout, site: Site) -> list[tuple[nn.Parameter, bool]]:
+    """Return the parameters with units in them, and whether each multiplies every token."""
+    parts = layout.selections(site, site.units) if site.units else ()
+    return [(site.module.get_parameter(part.path), part.per_token) for part in parts]
 
 
 def _default_length(model: PreTrainedModel) -> int:
@@ -119,10 +115,8 @@ def cut_skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreT
     """Return a copy of `model` without its weights, cut by `plan`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     copied = detach(copy.deepcopy(model, memo))
-    units = plan.units
-    for site in layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size):
-        if site.units and site.units != units[site.key]:
-            layout.shrink(site, units[site.key])
+    sites = layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
+    remove_units(layout, sites, plan.units)
     layout.record_plan(copied, plan)
     return copied
 
@@ -170,24 +164,21 @@ def counted_costs(
     if length is None:
         length = _default_length(model)
     sites = [site for site in layout.all_sites(model, unit, block_size) if site.units]
-    owners = Counter(
-        id(site.module.get_parameter(part.path)) for site in sites for part in layout.selections(site, site.units)
-    )
+    parameters = {site.key: _unit_parameters(layout, site) for site in sites}
+    owners = Counter(id(parameter) for found in parameters.values() for parameter, _ in found)
     # Of numbers that heads and blocks both own, persistent vectors, half counts for either, and so do their FLOPs.
-    are_shared = any(count > 1 for count in owners.values())
+    shares = {"persistent": 0.5} if any(count > 1 for count in owners.values()) else {}
     tables: dict[Layer, Tensor] = {}
     present = 0.0
     for site in sites:
+        found = parameters[site.key]
         if kind == "kv_cache":
             whole = float(layout.cache_values(site, length) * model.dtype.itemsize)
+        elif kind == "params":
+            whole = sum(parameter.numel() / owners[id(parameter)] for parameter, _ in found)
         else:
-            parts = [(site.module.get_parameter(p.path), p.per_token) for p in layout.selections(site, site.units)]
-            if kind == "params":
-                whole = sum(parameter.numel() / owners[id(parameter)] for parameter, _ in parts)
-            else:
-                whole = sum(2.0 * parameter.numel() for parameter, per_token in parts if per_token)
-                for name, flops in layout.context_flops(site, length).items():
-                    whole += flops / 2 if are_shared and name == "persistent" else flops
+            whole = sum(2.0 * parameter.numel() for parameter, per_token in found if per_token)
+            whole += sum(flops * shares.get(name, 1) for name, flops in layout.context_flops(site, length).items())
         present += whole
         count = len(site.units) if begun is None else begun[site.key]
         tables[site.key] = torch.arange(count + 1, dtype=torch.float64) * (whole / len(site.units))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -70,8 +70,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=size)
     before = gates.state_dict(), gates.config
     try:
-        units = gates.require_plan(plan)
-        plan = replace(gates.plan_of(units), output_scale=plan.output_scale)
+        plan = normal_plan(gates, plan)
         if gates.plan() != plan:
             gates.set_plan(plan)
         factors = _gate_factors(gates)
@@ -85,13 +84,9 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     try:
         with _undone_on_failure(model):
             detach(model)
-            for site in sites:
-                if site.units:
-                    if site.output_path is not None:
-                        fold(site, units[site.key], factors[site.key])
-                    layout.shrink(site, units[site.key])
+            remove_units(layout, sites, plan.units, factors)
             require_same_function(model, expected)
-            _record(layout, model, plan)
+            layout.record_plan(model, recorded_with(layout, model, plan))
     except BaseException:
         _restore_gates(model, gates, before, keep=given_gates)
         raise
@@ -122,9 +117,7 @@ def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrai
     if any(site.units and not units[site.key] for site in sites):
         # What an emptied module must return.
         watched_outputs(copied, layout, sites)
-    for site in sites:
-        if site.units and site.units != units[site.key]:
-            layout.shrink(site, units[site.key])
+    remove_units(layout, sites, units)
     return copied
 
 
@@ -179,12 +172,43 @@ def require_same_function(model: PreTrainedModel, expected: Tensor, *, texts: in
         )
 
 
-def _record(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> None:
-    """Note the plan in the configuration; blocks that earlier cuts left stay where it says nothing of blocks."""
+def normal_plan(gates: HeadGates, plan: HeadPlan) -> HeadPlan:
+    """Return a plan that names every unit of the gates: blocks of which it says nothing stay.
+
+    Raises:
+        InputError: the plan is not one for this model.
+    """
+    return replace(gates.plan_of(gates.require_plan(plan)), output_scale=plan.output_scale)
+
+
+def recorded_with(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> HeadPlan:
+    """Return a plan with the blocks that earlier cuts of the model left, where it says nothing of blocks."""
     before = layout.recorded_plan(model)
-    if plan.blocks is None and before is not None:
-        plan = replace(plan, blocks=before.blocks)
-    layout.record_plan(model, plan)
+    return replace(plan, blocks=before.blocks) if plan.blocks is None and before is not None else plan
+
+
+def remove_units(
+    layout: Layout,
+    sites: Iterable[Site],
+    units: Mapping[Layer, tuple[int, ...]],
+    factors: Mapping[Layer, Tensor] | None = None,
+) -> None:
+    """Remove the units that a plan drops, in place; modules that lose none are left alone.
+
+    Args:
+        layout: of the model.
+        sites: of its units.
+        units: the units that stay, by key.
+        factors: (H,) by key, what to fold into the output projections for each head; None for nothing.
+    """
+    for site in sites:
+        if not site.units:
+            continue
+        kept = units[site.key]
+        if factors is not None and site.output_path is not None:
+            fold(site, kept, factors[site.key])
+        if site.units != kept:
+            layout.shrink(site, kept)
 
 
 def cache_values(layout: Layout, sites: Sequence[Site]) -> int:

@@ -215,10 +215,10 @@ def test_no_permission_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(InputError, match=r"a\.txt, but it cannot be read: Permission denied\."):
         open_corpus(str(path))
 
-    def unlistable(self: Path) -> Iterator[Path]:
-        raise PermissionError(13, "Permission denied", str(self))
+    def unlistable(path: Path) -> Iterator[os.DirEntry[str]]:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "iterdir", unlistable)
+    monkeypatch.setattr(os, "scandir", unlistable)
     with pytest.raises(InputError, match="directory .* cannot be read: Permission denied"):
         open_corpus(str(tmp_path))
 

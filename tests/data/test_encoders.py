@@ -1,4 +1,4 @@
-"""Looking ids up must give what the tokenizer gives."""
+"""Encoders must give what the tokenizer gives when it is called."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from deadhead.data import Corpus, build_tokenizer
-from deadhead.data.encoders import (
-    ByteEncoder,
-    GeneralEncoder,
-    WordEncoder,
-    encode_pieces,
-    encoder_of,
-    fingerprint_of,
-)
+from deadhead.data.encoders import Encoder, encode_pieces, fingerprint_of
 from deadhead.data.pieces import Piece
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -40,38 +33,58 @@ def make() -> Callable[[str], PreTrainedTokenizerFast]:
     return made.__getitem__
 
 
-@pytest.mark.parametrize(("kind", "encoder_class"), [("byte", ByteEncoder), ("word", WordEncoder)])
-def test_looked_up_ids_are_the_tokenizers(
-    make: Callable[[str], PreTrainedTokenizerFast], kind: str, encoder_class: type
-) -> None:
+def called(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "word"])
+def test_ids_are_the_tokenizers(make: Callable[[str], PreTrainedTokenizerFast], kind: str) -> None:
     tokenizer = make(kind)
-    encoder, slow = encoder_of(tokenizer), GeneralEncoder(tokenizer)
-    assert isinstance(encoder, encoder_class)
-    assert slow.tokens_are_words == encoder.tokens_are_words == (kind == "word")
+    encoder = Encoder(tokenizer)
+    assert (encoder.is_bytes, encoder.is_words) == (kind == "byte", kind == "word")
 
     @settings(max_examples=150)
     @given(UNICODE | WORDS)
     def check(text: str) -> None:
-        np.testing.assert_array_equal(encoder([text])[0], slow([text])[0])
+        assert encoder([text])[0].tolist() == called(tokenizer, text)
 
     check()
+
+
+@given(UNICODE | WORDS)
+def test_words_are_those_of_a_split(make: Callable[[str], PreTrainedTokenizerFast], text: str) -> None:
+    tokenizer = make("word")
+    expected = tokenizer.convert_tokens_to_ids(text.replace("\n", " <eos> ").split())
+    assert Encoder(tokenizer)([text])[0].tolist() == expected
 
 
 def test_every_whitespace_character_of_unicode_splits_alike(make: Callable[[str], PreTrainedTokenizerFast]) -> None:
     text = "".join(
         f"a{chr(code)}" for code in range(0x110000) if chr(code).isspace() or code in (0x200B, 0xFEFF, 0x180E)
     )
-    np.testing.assert_array_equal(encoder_of(make("word"))([text])[0], GeneralEncoder(make("word"))([text])[0])
+    tokenizer = make("word")
+    expected = tokenizer.convert_tokens_to_ids(text.replace("\n", " <eos> ").split())
+    assert Encoder(tokenizer)([text])[0].tolist() == expected
 
 
-def test_other_tokenizers_are_run(make: Callable[[str], PreTrainedTokenizerFast]) -> None:
-    assert isinstance(encoder_of(make("bpe")), GeneralEncoder)
+def test_other_tokenizers_are_run() -> None:
     changed = build_tokenizer("byte", corpus_of("a"))
     changed.add_tokens(["hello"])
-    assert isinstance(encoder_of(changed), GeneralEncoder)
+    assert not Encoder(changed).is_bytes
+    assert Encoder(changed)(["hello"])[0].tolist() == called(changed, "hello") == [257]
     looked_for = build_tokenizer("byte", corpus_of("a"))
-    looked_for.backend_tokenizer.encode_special_tokens = False
-    assert isinstance(encoder_of(looked_for), GeneralEncoder)
+    looked_for.split_special_tokens = False
+    assert not Encoder(looked_for).is_bytes
+    assert Encoder(looked_for)(["a<eos>"])[0].tolist() == called(looked_for, "a<eos>") == [97, 256]
+
+
+def test_a_limit_of_the_tokenizer_does_not_cut_the_text() -> None:
+    limited = build_tokenizer("bpe", corpus_of("a b"))
+    expected = called(limited, "a b c d")
+    limited.backend_tokenizer.enable_truncation(2)
+    limited.backend_tokenizer.enable_padding(length=9)
+    assert Encoder(limited)(["a b c d"])[0].tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ["byte", "word"])
@@ -79,7 +92,7 @@ def test_other_tokenizers_are_run(make: Callable[[str], PreTrainedTokenizerFast]
 def test_ids_do_not_depend_on_where_pieces_are_cut(
     make: Callable[[str], PreTrainedTokenizerFast], kind: str, parts: list[str]
 ) -> None:
-    encoder = encoder_of(make(kind))
+    encoder = Encoder(make(kind))
     whole = encoder(["".join(parts)])[0]
     cut = list(encode_pieces(encoder, [Piece(part, False) for part in parts], None))
     np.testing.assert_array_equal(np.concatenate([np.zeros(0, dtype=np.uint32), *cut]), whole)
@@ -87,10 +100,10 @@ def test_ids_do_not_depend_on_where_pieces_are_cut(
 
 def test_documents_are_separated_once(make: Callable[[str], PreTrainedTokenizerFast]) -> None:
     pieces = [Piece("a", False), Piece("b", True), Piece("", True), Piece("a\n", True), Piece("b", False)]
-    byte = np.concatenate(list(encode_pieces(encoder_of(make("byte")), pieces, 256)))
+    byte = np.concatenate(list(encode_pieces(Encoder(make("byte")), pieces, 256)))
     assert byte.tolist() == [97, 98, 256, 256, 97, 10, 256, 98]
     word = make("word")
-    tokens = np.concatenate(list(encode_pieces(encoder_of(word), pieces, word.eos_token_id)))
+    tokens = np.concatenate(list(encode_pieces(Encoder(word), pieces, word.eos_token_id)))
     # The line end gives the third document its <eos>; "ab" is one word, which the vocabulary lacks.
     assert word.convert_ids_to_tokens(tokens.tolist()) == "<unk> <eos> <eos> a <eos> b".split()  # noqa: SIM905
 

@@ -66,7 +66,7 @@ def test_cut_falls_back_on_a_line_end_before_and_then_on_characters() -> None:
 
 def test_the_offset_of_a_bad_byte_counts_from_the_beginning_of_the_file(small_pieces: int) -> None:
     data = b"a line\n" * 5 + b"b\xffc"
-    document = Document(label="notes.txt", open=lambda: BytesIO(data), size=len(data), start=7)
+    document = Document(label="notes.txt", open=lambda: BytesIO(data), stop=len(data), start=7)
     with pytest.raises(InputError, match=r"notes\.txt, but byte 36 cannot be decoded"):
         list(document.texts())
 
@@ -74,13 +74,13 @@ def test_the_offset_of_a_bad_byte_counts_from_the_beginning_of_the_file(small_pi
 def test_a_character_cut_off_by_the_end_of_the_file_is_an_error() -> None:
     data = "a€".encode()[:-1]
     with pytest.raises(InputError, match="byte 1 cannot be decoded"):
-        list(Document(label="x", open=lambda: BytesIO(data), size=len(data)).texts())
+        list(Document(label="x", open=lambda: BytesIO(data), stop=len(data)).texts())
 
 
 def test_bytes_that_begin_no_character_end_in_an_error_not_in_a_loop(small_pieces: int) -> None:
     data = b"\x80" * 100
     with pytest.raises(InputError, match="byte 0 cannot be decoded"):
-        list(Document(label="x", open=lambda: BytesIO(data), size=len(data)).texts())
+        list(Document(label="x", open=lambda: BytesIO(data), stop=len(data)).texts())
 
 
 def test_only_the_last_piece_of_a_document_ends_it(small_pieces: int) -> None:

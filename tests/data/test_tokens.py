@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deadhead.data import Corpus, build_tokenizer, open_corpus, tokenize_corpus, tokens
-from deadhead.data.encoders import GeneralEncoder, encoder_of
+from deadhead.data.encoders import Encoder
 from deadhead.errors import InputError
 
 TEXT = "the cat — and\nthe dog\n\n" * 60
@@ -53,7 +53,8 @@ def test_counts_and_tokens_are_the_same_in_small_pieces(
     for split, stream in whole.splits.items():
         other = pieces.splits[split]
         assert (other.num_bytes, other.num_words) == (stream.num_bytes, stream.num_words)
-        if not isinstance(encoder_of(tokenizer), GeneralEncoder):  # byte pairs may differ at a cut
+        encoder = Encoder(tokenizer)
+        if encoder.is_bytes or encoder.is_words:  # byte pairs may differ at a cut
             np.testing.assert_array_equal(other.tokens, stream.tokens)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import deadhead
-from deadhead.export import gguf, gguf_tensors, llama_cpp
+from deadhead.export import exporting, gguf, gguf_tensors, llama_cpp
+from deadhead.export.gguf_plan import plan_file
 from tests.export.small import cut_by, cut_model, dense_model
 
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
@@ -96,8 +97,8 @@ def test_a_file_that_computes_something_else_does_not_stay(tmp_path: Path, monke
 @needs_llama_cpp
 def test_a_file_that_llama_cpp_cannot_read_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = cut_by("llama", [1, 3, 1, 2])
-    wrong = replace(gguf.plan_file(model), head_dim=16)
-    monkeypatch.setattr(gguf, "plan_file", lambda _: wrong)
+    wrong = replace(plan_file(model), head_dim=16)
+    monkeypatch.setattr(exporting, "plan_file", lambda _: wrong)
     with pytest.raises(deadhead.ExportError, match="llama.cpp could not use the file: .*wrong shape"):
         deadhead.export_model(model, tmp_path / "model.gguf", to="gguf", kind="f32")
     assert not list(tmp_path.iterdir())
@@ -109,7 +110,7 @@ def test_a_file_holds_each_layers_numbers(tmp_path: Path) -> None:
 
     model = cut_by("llama", [0, 3, 0, 2])
     path = tmp_path / "model.gguf"
-    gguf.write_gguf(model, path, gguf.plan_file(model), kind="f16", name="small")
+    gguf.write_gguf(model, path, plan_file(model), kind="f16", name="small")
     reader = GGUFReader(path)
     numbers = {name: reader.get_field(f"deci.attention.{name}") for name in ("head_count", "head_count_kv")}
     # Llama.cpp refuses a first layer without heads: there stands one of zeros.

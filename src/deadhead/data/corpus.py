@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
@@ -18,6 +18,7 @@ from deadhead.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 _FEW_DOCUMENTS = 40
+_Part = Rows | list[Document]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,50 +106,38 @@ def open_corpus(
         )
     if not source:
         raise InputError("A text file, a directory, stdlib or hf:NAME was expected, but nothing came.")
+    parts: Mapping[str, _Part]
     if source.startswith("hf:"):
-        own_rows, rows = hub_rows(source, column=column, split=split)
-        if rows is not None:
-            return Corpus(name=source, readers=_divided_rows(rows, valid_share, test_share))
-        missing = [name for name in SPLITS if name not in own_rows]
-        shares = (valid_share if "valid" in missing else 0, test_share if "test" in missing else 0)
-        readers = _divided_rows(own_rows["train"], *shares) if missing else {}
-        readers.update({name: part.pieces for name, part in own_rows.items() if name != "train" or not missing})
-        return Corpus(name=source, readers=readers)
-    for option, value in (("column", column), ("split", split)):
-        if value is not None:
-            raise InputError(f"{option} is for data sets, hf:NAME, but {source} came; leave {option} out.")
-    own, documents = ({}, stdlib_documents()) if source == "stdlib" else path_documents(Path(source))
-    if own:
-        shares = (0 if "valid" in own else valid_share, 0 if "test" in own else test_share)
-        own = {**_divided(own["train"], *shares), **{name: part for name, part in own.items() if name != "train"}}
-    return Corpus(name=source, readers=_document_readers(own or _divided(documents, valid_share, test_share)))
+        parts = hub_rows(source, column=column, split=split)
+    else:
+        for option, value in (("column", column), ("split", split)):
+            if value is not None:
+                raise InputError(f"{option} is for data sets, hf:NAME, but {source} came; leave {option} out.")
+        parts = {"train": stdlib_documents()} if source == "stdlib" else path_documents(Path(source))
+    readers = {name: _reader(part) for name, part in parts.items()}
+    if len(parts) < len(SPLITS):
+        shares = (0 if "valid" in parts else valid_share, 0 if "test" in parts else test_share)
+        readers = {**_divided(parts["train"], *shares), **{name: readers[name] for name in parts if name != "train"}}
+    return Corpus(name=source, readers=readers)
 
 
-def _document_readers(splits: Mapping[str, Sequence[Document]]) -> dict[str, Callable[[], Iterator[Piece]]]:
-    return {
-        name: partial(document_pieces, documents, separated=len(documents) > 1) for name, documents in splits.items()
-    }
+def _reader(part: _Part) -> Callable[[], Iterator[Piece]]:
+    return part.pieces if isinstance(part, Rows) else partial(document_pieces, part, separated=len(part) > 1)
 
 
-def _divided(documents: Sequence[Document], valid_share: float, test_share: float) -> dict[str, list[Document]]:
-    """Divide documents: whole ones if there are many, else each of them in three."""
-    if len(documents) >= _FEW_DOCUMENTS:
-        indices = _spread(len(documents), valid_share, test_share)
-        return {name: [documents[index] for index in chosen] for name, chosen in indices.items()}
+def _divided(part: _Part, valid_share: float, test_share: float) -> dict[str, Callable[[], Iterator[Piece]]]:
+    """Divide documents: whole ones, without reading them, if there are many, else each of them in three."""
+    if len(part) >= _FEW_DOCUMENTS:
+        indices = _spread(len(part), valid_share, test_share)
+        if isinstance(part, Rows):
+            return {name: part.select(chosen).pieces for name, chosen in indices.items()}
+        return {name: _reader([part[index] for index in chosen]) for name, chosen in indices.items()}
     splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
-    for document in documents:
-        for name, part in zip(SPLITS, document.cut(valid_share, test_share), strict=True):
-            if part.end > part.start:
-                splits[name].append(part)
-    return splits
-
-
-def _divided_rows(rows: Rows, valid_share: float, test_share: float) -> dict[str, Callable[[], Iterator[Piece]]]:
-    """Divide the rows of a data set in the same way, without reading them where they are many."""
-    if len(rows) < _FEW_DOCUMENTS:
-        return _document_readers(_divided(rows.documents(), valid_share, test_share))
-    indices = _spread(len(rows), valid_share, test_share)
-    return {name: rows.select(chosen).pieces for name, chosen in indices.items()}
+    for document in part.documents() if isinstance(part, Rows) else part:
+        for name, third in zip(SPLITS, document.cut(valid_share, test_share), strict=True):
+            if third.stop > third.start:
+                splits[name].append(third)
+    return {name: _reader(documents) for name, documents in splits.items()}
 
 
 def _spread(count: int, valid_share: float, test_share: float) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from deadhead.data.local import SPLIT_NAMES
 from deadhead.data.pieces import PIECE_BYTES, Document, Piece, document_pieces, text_document
 from deadhead.errors import InputError, require_extra
 
 if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
     from datasets import Dataset  # type: ignore[import-untyped]
 
-_OWN_NAMES = {"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _ROWS_READ_AT_ONCE = 256
 
 
@@ -55,13 +55,12 @@ class Rows:
 
     def documents(self) -> list[Document]:
         """One document a row that is not empty, for data sets of few rows: each is read when it is opened."""
-        documents = []
-        for row in range(len(self)):
-            size = len(self._encoded(row))
-            if size:
-                label = f"row {row} of {self._label}"
-                documents.append(Document(label=label, open=partial(self._open, row), size=size))
-        return documents
+        sizes = {row: len(self._encoded(row)) for row in range(len(self))}
+        return [
+            Document(label=f"row {row} of {self._label}", open=partial(self._open, row), stop=size)
+            for row, size in sizes.items()
+            if size
+        ]
 
     def _encoded(self, row: int) -> bytes:
         return (self._dataset[row][self._column] or "").encode()
@@ -70,8 +69,8 @@ class Rows:
         return BytesIO(self._encoded(row))
 
 
-def hub_rows(source: str, *, column: str | None, split: str | None) -> tuple[dict[str, Rows], Rows | None]:
-    """Load a data set: the splits it has, or else the rows that are to be divided.
+def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str, Rows]:
+    """Load a data set: the splits it has, or else the rows that are to be divided as "train".
 
     Args:
         source: `hf:NAME[:CONFIG]`. NAME may be a local folder; code of a data set is never run.
@@ -79,7 +78,7 @@ def hub_rows(source: str, *, column: str | None, split: str | None) -> tuple[dic
         split: one split of the data set, to be divided.
 
     Returns:
-        Rows by split, and rows without one. One of the two is empty.
+        Rows by split, "train" among them.
 
     Raises:
         InputError: the source has another form, or can't be loaded, or has no such column or split, or no text.
@@ -89,31 +88,39 @@ def hub_rows(source: str, *, column: str | None, split: str | None) -> tuple[dic
     if not name or ":" in config or source.endswith(":"):
         raise InputError(f"hf:NAME or hf:NAME:CONFIG was expected, but {source!r} came.")
     loaded = _load(source, name, config or None)
-    if split is None:
-        found = {ours: _first(loaded, names) for ours, names in _OWN_NAMES.items()}
-        own = {ours: dataset for ours, dataset in found.items() if dataset is not None}
-        if "train" not in own and len(loaded) > 1:
-            raise InputError(
-                f"A split named train was expected in {source}, but it has {_names(loaded)}; choose one with split."
-            )
-    elif split in loaded:
-        own = {}
-        loaded = {split: loaded[split]}
+    names = ", ".join(sorted(loaded))
+    if split is not None:
+        if split not in loaded:
+            raise InputError(f"A split of {source} was expected ({names}), but {split!r} came.")
+        own = {"train": loaded[split]}
     else:
-        raise InputError(f"A split of {source} was expected ({_names(loaded)}), but {split!r} came.")
-    chosen = own if len(own) > 1 else {"train": own["train"]} if "train" in own else loaded
-    rows = {ours: Rows(dataset, _text_column(dataset, column, source), source) for ours, dataset in chosen.items()}
+        found = {
+            ours: next((loaded[name] for name in theirs if name in loaded), None)
+            for ours, theirs in SPLIT_NAMES.items()
+        }
+        own = {ours: dataset for ours, dataset in found.items() if dataset is not None}
+        if "train" not in own:
+            if len(loaded) > 1:
+                raise InputError(
+                    f"A split named train was expected in {source}, but it has {names}; choose one with split."
+                )
+            own = {"train": next(iter(loaded.values()))}
+    rows = {ours: Rows(dataset, _text_column(dataset, column, source), source) for ours, dataset in own.items()}
     for ours, part in rows.items():
         if not any(piece.text for piece in part.pieces()):
             raise InputError(f"Text was expected in {source}, but its split {ours} has none; choose another split.")
-    if len(own) > 1:
-        return rows, None
-    return {}, next(iter(rows.values()))
+    return rows
 
 
 def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
     """All splits of a data set by name."""
-    from datasets import Dataset, load_dataset, load_from_disk
+    try:
+        from datasets import Dataset, load_dataset, load_from_disk
+    except ImportError as error:
+        raise InputError(
+            f"{source} is read by the library {error.name}, which is not installed: pip install datasets. "
+            "Text files, directories and stdlib need no library."
+        ) from error
 
     load: Callable[[], Dataset | Mapping[str, Dataset]] = partial(load_dataset, name, config)
     if any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
@@ -125,14 +132,6 @@ def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
         reason = lines[0].strip().rstrip(".:")
         raise InputError(f"The data set {source} could not be loaded: {reason}.") from error
     return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-
-
-def _first(loaded: Mapping[str, Dataset], names: Sequence[str]) -> Dataset | None:
-    return next((loaded[name] for name in names if name in loaded), None)
-
-
-def _names(loaded: Mapping[str, Dataset]) -> str:
-    return ", ".join(sorted(loaded))
 
 
 def _text_column(dataset: Dataset, column: str | None, source: str) -> str:

@@ -8,6 +8,7 @@ import re
 import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -16,15 +17,9 @@ from deadhead.data.pieces import Document
 from deadhead.errors import InputError
 
 _BINARY_PROBE_BYTES = 8192
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "valid": "valid",
-    "validation": "valid",
-    "val": "valid",
-    "dev": "valid",
-    "test": "test",
-}
+# Names that data sets, and parts of files' names, have for the splits; the first one that is there counts.
+SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_SPLIT_WORDS = {"training": "train"} | {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
 # Top-level names, fixed so that the text depends on Python's version only. Left out: what Python 3.13 no longer has,
 # what is made by the build of one platform, aliases of a few lines, and programs that only come along (idlelib,
@@ -47,17 +42,17 @@ _STDLIB_NAMES = """
 _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"}
 
 
-def path_documents(path: Path) -> tuple[dict[str, list[Document]], list[Document]]:
-    """Find the documents at a path: those of splits that the files' names tell, or else all in one list.
+def path_documents(path: Path) -> dict[str, list[Document]]:
+    """Find the documents at a path, by the split that the files' names tell, or else all as "train".
 
     Args:
         path: a text file, or a directory. Of a directory, all files below it that are UTF-8 text, sorted by their
             relative path; hidden ones, and symbolic links back to a folder already seen, are skipped.
 
     Returns:
-        Documents by split, and documents without one. One of the two is empty. A directory's own splits count when
-        there is one for training and another, and the files whose names tell no split are the smaller part of all
-        bytes (a licence, a note): those are then left out.
+        Documents by split, "train" among them. A directory's own splits count when there is one for training and
+        another, and the files whose names tell no split are the smaller part of all bytes (a licence, a note): those
+        are then left out.
 
     Raises:
         InputError: nothing there, no permission, empty, or not text.
@@ -72,13 +67,21 @@ def path_documents(path: Path) -> tuple[dict[str, list[Document]], list[Document
             f"A text file or a directory was expected at {path}, but it cannot be read: {reason}."
         ) from None
     if stat.S_ISREG(mode):
-        return {}, [_checked(path)]
+        return {"train": [_checked(path)]}
     if not stat.S_ISDIR(mode):
         raise InputError(
             f"A text file or a directory was expected, but {path} is neither; write the text to a file first."
         )
-    documents = _text_files(sorted(_files_below(path), key=lambda file: file.relative_to(path).as_posix()), path)
-    return _own_splits(documents)
+    files = list(_files_below(path))
+    if documents := _text_files(files, path):
+        return _own_splits(documents)
+    if not files:
+        raise InputError(f"Text files were expected below {path}, but it has no files that are not hidden.")
+    first = min(files, key=lambda file: file.relative_to(path).as_posix())
+    raise InputError(
+        f"Text files were expected below {path}, but of its {len(files)} files none is UTF-8 text that isn't empty, "
+        f"{first.name} for one; name a directory with text files."
+    )
 
 
 def stdlib_documents() -> list[Document]:
@@ -96,17 +99,12 @@ def stdlib_documents() -> list[Document]:
         elif package.is_dir():
             below = (file for file in package.rglob("*.py") if file.is_file())
             files += [file for file in below if not _STDLIB_SKIPPED_FOLDERS.intersection(file.relative_to(root).parts)]
-    documents = []
-    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
-        try:
-            documents.append(_checked(file))
-        except InputError:  # a few files hold another encoding on purpose, and some packages an empty __init__.py
-            continue
-    if not documents:
-        raise InputError(
-            f"The standard library's source was expected in {root}, but there is none; name a text file instead."
-        )
-    return documents
+    # A few files hold another encoding on purpose, and some packages have an empty __init__.py.
+    if documents := _text_files(files, root):
+        return documents
+    raise InputError(
+        f"The standard library's source was expected in {root}, but there is none; name a text file instead."
+    )
 
 
 def _open(path: Path) -> BinaryIO:
@@ -135,60 +133,41 @@ def _checked(path: Path) -> Document:
             f"UTF-8 text was expected in {path}, but it looks binary (byte {head.index(0)} is NUL); "
             "name a text file, or convert it to UTF-8 if it holds text in another encoding."
         )
-    document = Document(label=str(path), open=partial(_open, path), size=size)
+    document = Document(label=str(path), open=partial(_open, path), stop=size)
     for _ in document.texts():
         pass
     return document
 
 
 def _text_files(files: Sequence[Path], root: Path) -> list[Document]:
-    """The documents of those files that can be read and are text.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The documents of those files that can be read and are text, sorted by their path from `root`."""
     documents = []
-    for file in files:
-        try:
+    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
+        with suppress(InputError):
             documents.append(_checked(file))
-        except InputError:
-            continue
-    if documents:
-        return documents
-    if not files:
-        raise InputError(f"Text files were expected below {root}, but it has no files that are not hidden.")
-    raise InputError(
-        f"Text files were expected below {root}, but of its {len(files)} files none is UTF-8 text that isn't empty, "
-        f"{files[0].name} for one; name a directory with text files."
-    )
+    return documents
 
 
 def _files_below(root: Path) -> Iterator[Path]:
     """Regular files below a directory that are not hidden; each folder once, so that links can't make a loop."""
+
+    def refuse(error: OSError) -> None:
+        if error.filename == str(root):
+            raise InputError(f"The directory {root} cannot be read: {error.strerror}.") from None
+
     seen: set[tuple[int, int]] = set()
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = sorted(folder.iterdir())
-        except OSError as error:
-            if folder == root:
-                raise InputError(f"The directory {root} cannot be read: {error.strerror}.") from None
+    for folder, names, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            names.clear()
             continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if os.path.isdir(entry):  # unlike Path.is_dir, no error where permission lacks
-                waiting.append(entry)
-            elif os.path.isfile(entry):
-                yield entry
+        seen.add((status.st_dev, status.st_ino))
+        names[:] = sorted((name for name in names if not name.startswith(".")), reverse=True)
+        paths = [Path(folder, name) for name in files if not name.startswith(".")]
+        yield from (path for path in paths if os.path.isfile(path))
 
 
-def _own_splits(documents: list[Document]) -> tuple[dict[str, list[Document]], list[Document]]:
+def _own_splits(documents: list[Document]) -> dict[str, list[Document]]:
     """Sort documents by the split that their file names tell, if those are the greater part of the text."""
     splits: dict[str, list[Document]] = {}
     for document in documents:
@@ -196,10 +175,10 @@ def _own_splits(documents: list[Document]) -> tuple[dict[str, list[Document]], l
         found = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
         if len(found) == 1:
             splits.setdefault(found.pop(), []).append(document)
-    marked = sum(document.size for part in splits.values() for document in part)
-    if "train" in splits and len(splits) > 1 and 2 * marked > sum(document.size for document in documents):
-        return splits, []
-    return {}, documents
+    marked = sum(document.stop for part in splits.values() for document in part)
+    if "train" in splits and len(splits) > 1 and 2 * marked > sum(document.stop for document in documents):
+        return splits
+    return {"train": documents}
 
 
 def _missing(path: Path) -> str:

@@ -38,21 +38,14 @@ class Document:
     Attributes:
         label: what to call it in an error.
         open: opens it for reading at byte 0; raises InputError where that fails.
-        size: bytes of the whole, of which this document is `start` to `stop`.
         start: first byte.
-        stop: one past the last byte; the size if None.
+        stop: one past the last byte.
     """
 
     label: str
     open: Callable[[], BinaryIO]
-    size: int
     start: int = 0
-    stop: int | None = None
-
-    @property
-    def end(self) -> int:
-        """One past the last byte."""
-        return self.size if self.stop is None else self.stop
+    stop: int
 
     def texts(self) -> Iterator[str]:
         """Yield the text in pieces.
@@ -60,30 +53,45 @@ class Document:
         Raises:
             InputError: the bytes can't be read, or are not UTF-8 (the message gives the offset).
         """
+        position = self.start
         with self.open() as stream:
-            try:
-                stream.seek(self.start)
-                yield from _decoded(stream, self.start, self.end, self.label)
-            except OSError as error:
-                raise InputError(
-                    f"Text was expected in {self.label}, but it cannot be read: {error.strerror}."
-                ) from error
+            while position < self.stop:
+                try:
+                    stream.seek(position)
+                    block = stream.read(min(PIECE_BYTES, self.stop - position))
+                except OSError as error:
+                    raise InputError(
+                        f"Text was expected in {self.label}, but it cannot be read: {error.strerror}."
+                    ) from error
+                if not block:
+                    return
+                if position + len(block) < self.stop:
+                    block = block[: _last_cut(block)]
+                try:
+                    text = block.decode()
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"UTF-8 text was expected in {self.label}, but byte {position + error.start} cannot be "
+                        "decoded; convert the text to UTF-8."
+                    ) from None
+                yield text
+                position += len(block)
 
     def cut(self, valid_share: float, test_share: float) -> tuple[Document, Document, Document]:
         """Cut in three contiguous documents: for training, validation and test, the latter two of the shares given."""
-        length = self.end - self.start
+        length = self.stop - self.start
         with self.open() as stream:
-            valid_target = self._character_at(stream, self.end - int(length * (valid_share + test_share)))
-            test_target = self._character_at(stream, self.end - int(length * test_share))
+            valid_target = self._character_at(stream, self.stop - int(length * (valid_share + test_share)))
+            test_target = self._character_at(stream, self.stop - int(length * test_share))
             if valid_target == test_target:
-                valid = test = self._cut_near(stream, test_target, first=self.start, last=self.end)
+                valid = test = self._cut_near(stream, test_target, first=self.start, last=self.stop)
             else:
                 valid = self._cut_near(stream, valid_target, first=self.start, last=test_target)
-                test = self._cut_near(stream, test_target, first=valid, last=self.end)
+                test = self._cut_near(stream, test_target, first=valid, last=self.stop)
         return (
             replace(self, stop=valid),
             replace(self, start=valid, stop=test),
-            replace(self, start=test, stop=self.end),
+            replace(self, start=test),
         )
 
     def _cut_near(self, stream: BinaryIO, target: int, *, first: int, last: int) -> int:
@@ -92,7 +100,7 @@ class Document:
         Line ends count between `first` and `last`, but not at these, where a part would be empty. The target is the
         beginning of a character; where it is the document's beginning or end, an empty part is what is wanted.
         """
-        if target in (self.start, self.end):
+        if target in (self.start, self.stop):
             return target
         position = max(target - 1, first)  # the cut is after the line end
         stream.seek(position)
@@ -109,14 +117,14 @@ class Document:
     def _character_at(self, stream: BinaryIO, position: int) -> int:
         """The beginning of a character at `position` or after."""
         stream.seek(position)
-        data = stream.read(min(4, self.end - position))
+        data = stream.read(min(4, self.stop - position))
         return position + next((skipped for skipped, byte in enumerate(data) if not _is_continuation(byte)), len(data))
 
 
 def text_document(label: str, text: str) -> Document:
     """A document of a text in memory."""
     data = text.encode()
-    return Document(label=label, open=lambda: BytesIO(data), size=len(data))
+    return Document(label=label, open=lambda: BytesIO(data), stop=len(data))
 
 
 def document_pieces(documents: Iterable[Document], *, separated: bool) -> Iterator[Piece]:
@@ -150,32 +158,6 @@ def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:
             held = [text[cut:]]
     if any(held):
         yield Piece("".join(held), False)
-
-
-def _decoded(stream: BinaryIO, start: int, stop: int, label: str) -> Iterator[str]:
-    """Decode the bytes from `start` (where the stream stands) to `stop`."""
-    carry = b""
-    position = start  # of the first byte of `carry`
-    while True:
-        wanted = min(PIECE_BYTES - len(carry), stop - position - len(carry))
-        chunk = stream.read(wanted) if wanted else b""
-        block = carry + chunk
-        if not block:
-            return
-        at_end = len(chunk) < wanted or position + len(block) == stop
-        cut = len(block) if at_end else _last_cut(block)
-        try:
-            text = block[:cut].decode()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"UTF-8 text was expected in {label}, but byte {position + error.start} cannot be decoded; "
-                "convert the text to UTF-8."
-            ) from None
-        yield text
-        if at_end:
-            return
-        carry = block[cut:]
-        position += cut
 
 
 def _last_cut(block: bytes) -> int:

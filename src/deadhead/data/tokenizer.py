@@ -46,7 +46,7 @@ def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None)
             raise InputError(
                 f"A byte tokenizer has {_BYTES + 1} tokens, but vocab_size {vocab_size} came; leave vocab_size out."
             )
-        return _wrapped(_byte())
+        return byte_tokenizer()
     if kind == "bpe":
         return _wrapped(_bpe(corpus, _required(vocab_size, _BPE_VOCABULARY, least=_BYTES + 2, kind=kind)))
     if kind == "word":
@@ -119,16 +119,6 @@ def read_vocabulary(path: str | Path) -> PreTrainedTokenizerFast:
     return _wrapped(_of_words(lines), UNK)
 
 
-def word_normalizer() -> normalizers.Normalizer:
-    r"""Makes each line end a word of its own, and the whitespace of `str.split` that of the splitting that follows.
-
-    The latter differ in four control characters only. What the two together do is `text.replace("\n", " <eos> ")
-    .split()`, and so it may be computed.
-    """
-    separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
-    return normalizers.Sequence([separators, normalizers.Replace("\n", f" {EOS} ")])
-
-
 def _required(vocab_size: int | None, default: int, *, least: int, kind: str) -> int:
     size = default if vocab_size is None else vocab_size
     if size < least:
@@ -136,23 +126,20 @@ def _required(vocab_size: int | None, default: int, *, least: int, kind: str) ->
     return size
 
 
-def byte_characters() -> list[str]:
-    """The character that stands for each byte, in the order of the bytes.
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Make the tokenizer whose ids are the bytes of UTF-8, and `<eos>`.
 
     Byte-level tokenizers write a byte as the character of the same number where that is printable, and take the
     characters from U+0100 on for the others, in order.
     """
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     replacements = iter(sorted(character for character in alphabet if ord(character) >= _BYTES))
-    return [chr(byte) if chr(byte) in alphabet else next(replacements) for byte in range(_BYTES)]
-
-
-def _byte() -> Tokenizer:
-    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    characters = (chr(byte) if chr(byte) in alphabet else next(replacements) for byte in range(_BYTES))
+    vocabulary = {character: byte for byte, character in enumerate(characters)}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: _BYTES}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return _wrapped(tokenizer)
 
 
 def _bpe(corpus: Corpus, vocab_size: int) -> Tokenizer:
@@ -193,7 +180,10 @@ def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
 def _of_words(words: Sequence[str]) -> Tokenizer:
     """Words, whose places are their numbers, `<eos>` and `<unk>` among them."""
     tokenizer = Tokenizer(models.WordLevel({word: rank for rank, word in enumerate(words)}, unk_token=UNK))
-    tokenizer.normalizer = word_normalizer()
+    # Each line end is a word of its own, and the whitespace is that of `str.split`, which counts four control
+    # characters in: together, text.replace("\n", " <eos> ").split().
+    separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
+    tokenizer.normalizer = normalizers.Sequence([separators, normalizers.Replace("\n", f" {EOS} ")])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 

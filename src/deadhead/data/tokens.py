@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deadhead.checksums import changed_file, read_checksums, write_checksums
 from deadhead.data.corpus import SPLITS, Corpus
-from deadhead.data.encoders import Encoder, encode_pieces, encoder_of, fingerprint_of
+from deadhead.data.encoders import Encoder, encode_pieces, fingerprint_of
 from deadhead.data.pieces import Piece
 from deadhead.errors import InputError
 from deadhead.files import no_space_is_input_error, write_json
@@ -111,7 +111,7 @@ def tokenize_corpus(
         folder = Path(tempfile.mkdtemp(prefix="deadhead-"))
         try:
             with no_space_is_input_error(folder):
-                meta["splits"] = _write_splits(folder, corpus, encoder_of(tokenizer), separator, dtype, progress)
+                meta["splits"] = _write_splits(folder, corpus, Encoder(tokenizer), separator, dtype, progress)
             return TokenizedCorpus(folder, meta, temporary=True)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +124,7 @@ def tokenize_corpus(
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             temporary.chmod(0o755)
-            meta["splits"] = _write_splits(temporary, corpus, encoder_of(tokenizer), separator, dtype, progress)
+            meta["splits"] = _write_splits(temporary, corpus, Encoder(tokenizer), separator, dtype, progress)
             write_json(temporary / _META, meta)
             write_checksums(temporary)
             _move_in(temporary, folder, fingerprint)
@@ -153,7 +153,7 @@ def _write_splits(
                 if progress is not None:
                     done = sum(count["bytes"] for count in counts.values()) + counter.bytes
                     progress(done // 1000, corpus.num_bytes // 1000)
-        words = tokens if encoder.tokens_are_words else counter.words
+        words = tokens if encoder.is_words else counter.words
         counts[name] = {"tokens": tokens, "bytes": counter.bytes, "words": words}
     return counts
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deadhead.export.graphs import CacheTensor, FlatModel
+from deadhead.export.flat_model import CacheTensor, FlatModel
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention.adaptive import AdaptiveEmbedding
 

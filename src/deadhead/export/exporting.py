@@ -18,6 +18,8 @@ from deadhead import checkpoint
 from deadhead.errors import ExportError, InputError, UnsupportedModel, is_installed, require_extra
 from deadhead.export import flat, genai, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
+from deadhead.export.gguf_plan import plan_file
+from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
 from deadhead.export.graphs import flat_model
 from deadhead.export.padded import pad_to_stock
 from deadhead.files import no_space_is_input_error, remove_left_overs, write_json
@@ -149,10 +151,8 @@ def _new(out: Path) -> Iterator[Path]:
 def _gguf(
     model: PreTrainedModel, out: Path, place: Path, kind: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> Exported:
-    from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
-
     is_ours = kind in gguf.TYPES
-    plan = gguf.plan_file(model)
+    plan = plan_file(model)
     vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, model.config.vocab_size)
     written = place if is_ours else place.with_suffix(".f16.gguf")
     gguf.write_gguf(model, written, plan, kind=kind if is_ours else "f16", name=out.stem, tokenizer=vocabulary)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from deadhead.export.gguf import GgufPlan, LayerShape
+from deadhead.export.gguf_plan import GgufPlan, LayerShape
 
 # Architectures whose rotation turns neighbouring numbers, where transformers turns those half a head apart.
 _NEIGHBOURS = ("llama", "deci")

@@ -92,7 +92,24 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GgufT
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     # Without merges every byte is a token, wherever a word ends.
     split = _split_of(backend.get("pre_tokenizer")) if merges else "gpt-2"
-    tokens: dict[int, tuple[str, int]] = {token: (text, 1) for text, token in model["vocab"].items()}
+    tokens = _tokens(backend, vocab_size)
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
+    first: Any = tokenizer("a").input_ids[:1]
+    template = getattr(tokenizer, "chat_template", None)
+    return GgufTokenizer(
+        split=split,
+        tokens=tuple(text for text, _ in tokens),
+        types=tuple(kind for _, kind in tokens),
+        merges=tuple(merges or [_IMPOSSIBLE_MERGE]),
+        special={name: token for name, token in special.items() if token is not None},
+        adds_bos=special["bos"] is not None and first == [special["bos"]],
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _tokens(backend: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]:
+    """Return text and type of every token that the model has, in the order of their ids."""
+    tokens: dict[int, tuple[str, int]] = {token: (text, 1) for text, token in backend["model"]["vocab"].items()}
     for added in backend["added_tokens"]:
         tokens[added["id"]] = (added["content"], 3 if added["special"] else 4)
     if max(tokens) >= vocab_size:
@@ -100,19 +117,7 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GgufT
             f"The tokenizer has token {max(tokens)}, but the model's vocabulary ends at {vocab_size - 1}; give the "
             "tokenizer the model was trained with."
         )
-    listed = [tokens.get(token, (f"[UNUSED_{token}]", 5)) for token in range(vocab_size)]
-    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
-    first: Any = tokenizer("a").input_ids[:1]
-    template = getattr(tokenizer, "chat_template", None)
-    return GgufTokenizer(
-        split=split,
-        tokens=tuple(text for text, _ in listed),
-        types=tuple(kind for _, kind in listed),
-        merges=tuple(merges or [_IMPOSSIBLE_MERGE]),
-        special={name: token for name, token in special.items() if token is not None},
-        adds_bos=special["bos"] is not None and first == [special["bos"]],
-        chat_template=template if isinstance(template, str) else None,
-    )
+    return [tokens.get(token, (f"[UNUSED_{token}]", 5)) for token in range(vocab_size)]
 
 
 def _refusal(reason: str) -> InputError:

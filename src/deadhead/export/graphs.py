@@ -7,73 +7,20 @@ layer's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from deadhead.errors import UnsupportedModel
+from deadhead.export.all_attention_graph import FlatAllAttention, cache_of
+from deadhead.export.flat_model import CacheTensor, FlatModel
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.pruned.structure import emptied
 
 _KINDS = ("key", "value")
-
-
-@dataclass(frozen=True)
-class CacheTensor:
-    """A tensor of the cache, (B, G, P, E).
-
-    Args:
-        layer: the layer's index in the model.
-        kind: "key" or "value".
-        heads: G.
-        width: E.
-    """
-
-    layer: int
-    kind: str
-    heads: int
-    width: int
-
-    @property
-    def past_name(self) -> str:
-        """Its name as an input."""
-        return f"past_key_values.{self.layer}.{self.kind}"
-
-    @property
-    def present_name(self) -> str:
-        """Its name as an output, once the new tokens have joined it."""
-        return f"present.{self.layer}.{self.kind}"
-
-
-class FlatModel(nn.Module):
-    """A language model with its cache as tensors, of layers that have heads only.
-
-    Args:
-        model: the language model.
-        cache: what `read` takes and gives after `position_ids` and the logits, in this order.
-    """
-
-    def __init__(self, model: PreTrainedModel, cache: Sequence[CacheTensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.cache = tuple(cache)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return the logits (B, T, V) and the cache with the new tokens.
-
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, S), 0 where a position is padding.
-            position_ids: (B, T).
-            past: `cache`'s tensors.
-        """
-        raise NotImplementedError
 
 
 def flat_model(model: PreTrainedModel) -> FlatModel:
@@ -88,8 +35,6 @@ def flat_model(model: PreTrainedModel) -> FlatModel:
             "exported."
         )
     if isinstance(model, AllAttentionForCausalLM):
-        from deadhead.export.all_attention_graph import FlatAllAttention, cache_of
-
         return FlatAllAttention(model, cache_of(model))
     return _FlatHuggingFace(model, _cache_of(model))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deadhead.errors import UnsupportedModel
-from deadhead.export.graphs import FlatModel
+from deadhead.export.flat_model import FlatModel
 
 FILE = "model.onnx"
 _OPSET = 18

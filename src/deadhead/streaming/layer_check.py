@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from deadhead.cutting import fold, head_factors, require_same_function, watched_outputs
+from deadhead.cutting import head_factors, remove_units, require_same_function, watched_outputs
 from deadhead.gates import HeadGates
 from deadhead.gating import take_off
 from deadhead.head_gate import HeadGate
@@ -114,12 +114,10 @@ class LayerCheck:
         try:
             with self._alone(place):
                 expected = self._gated(layer, sites)
+                factors = {site.key: head_factors(self.gates.gates[site.key]) for site in sites}
                 for site in sites:
-                    factor = head_factors(self.gates.gates[site.key])
                     take_off(site)
-                    if site.output_path is not None:
-                        fold(site, self.units[site.key], factor)
-                    self.layout.shrink(site, self.units[site.key])
+                remove_units(self.layout, sites, self.units, factors)
                 require_same_function(self.model, expected, texts=_TEXTS)
         finally:
             _empty(layer)

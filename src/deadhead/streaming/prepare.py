@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deadhead import checkpoint
 from deadhead.cost import Cost, cut_skeleton, model_cost, skeleton
-from deadhead.cutting import cache_values
+from deadhead.cutting import cache_values, normal_plan, recorded_with
 from deadhead.gating import attach
 from deadhead.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
@@ -105,15 +105,13 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         unit=plan.unit,
         blocks=False if size is None else size,
     )
-    units = gates.require_plan(plan)
-    plan = replace(gates.plan_of(units), output_scale=plan.output_scale)
+    plan = normal_plan(gates, plan)
+    units = plan.units
     gates.set_plan(plan)
     sites = layout.all_sites(model, plan.unit, size)
     names = stored_names(model)
     keeps = {names.get(name, name): keep for name, keep in kept_parts(model, layout, sites, units, gates).items()}
-    recorded = layout.recorded_plan(model)
-    noted = replace(plan, blocks=recorded.blocks) if recorded is not None and plan.blocks is None else plan
-    cut = cut_skeleton(layout, dense, noted)
+    cut = cut_skeleton(layout, dense, recorded_with(layout, model, plan))
     cut_shapes = stored_shapes(cut)
     if not cut_shapes.keys() <= dense_names.keys() or not keeps.keys() <= cut_shapes.keys():
         raise NotStreamable("what is cut of it lies in files otherwise than in memory")

@@ -161,6 +161,15 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             return table.to(device=hidden_BTD.device, dtype=hidden_BTD.dtype)
         return None
 
+    def _cache(self, given: Cache | None, use_cache: bool | None, *, has_memory: bool) -> Cache | None:
+        """Return the cache to read and fill: what was given, a new one, or None."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = DynamicCache(config=self.config) if given is None and use_cache and not has_memory else given
+        if cache is not None:
+            append_in_place(cache)
+        return cache
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -190,25 +199,15 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
         if memory is not None and past_key_values is not None:
             raise ValueError("Give either memory (training) or past_key_values (evaluation), not both.")
         config = self.config
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training and memory is None
-        if use_cache and past_key_values is None and memory is None:
-            past_key_values = DynamicCache(config=config)
-        if past_key_values is not None:
-            append_in_place(past_key_values)
+        past_key_values = self._cache(past_key_values, use_cache, has_memory=memory is not None)
         embedded = self.embed_tokens(input_ids) * config.hidden_size**0.5 if inputs_embeds is None else inputs_embeds
         hidden = self.embedding_dropout(embedded)
-        padding_BS = None
-        if attention_mask is not None and not bool(attention_mask.all()):
-            padding_BS = attention_mask == 0
         positions_WD = self._positions(hidden)
         shared_bias = (self.content_bias, self.position_bias) if hasattr(self, "content_bias") else None
         if memory is None and past_key_values is None and config.attend_initial_memory:
             memory = (hidden.new_zeros((hidden.shape[0], config.memory_length, config.hidden_size)),) * len(self.layers)
-        if memory is not None and padding_BS is not None:
-            # Columns that the mask does not speak of lie before the text, in the memory.
-            columns = memory[0].shape[1] + hidden.shape[1]
-            padding_BS = nn.functional.pad(padding_BS, (max(0, columns - padding_BS.shape[1]), 0))
+        columns = 0 if memory is None else memory[0].shape[1] + hidden.shape[1]
+        padding_BS = _padding(attention_mask, columns)
         next_memory: list[Tensor] = []
         all_hidden, all_weights = [hidden], []
         for index, layer in enumerate(self.layers):
@@ -235,6 +234,16 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
+
+
+def _padding(attention_mask: Tensor | None, columns: int) -> Tensor | None:
+    """Return where a column is padding, (B, ≥ columns), or None if none is.
+
+    Columns that the mask does not speak of lie before the text, in the memory.
+    """
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return nn.functional.pad(attention_mask == 0, (max(0, columns - attention_mask.shape[1]), 0))
 
 
 class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):

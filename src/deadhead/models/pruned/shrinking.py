@@ -17,6 +17,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .feed_forward import apply_block_plan
 from .structure import (
+    HEAD_COUNTS,
+    KV_HEAD_COUNTS,
     Attention,
     OutputBias,
     config_head_names,
@@ -28,8 +30,6 @@ from .structure import (
     weight_of,
 )
 
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads")
-_KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _REPEATS = ("num_key_value_groups", "num_kv_groups", "n_rep")
 _WIDTHS = ("embed_dim", "all_head_size", "split_size", "hidden_size", "inner_dim", "attention_dim", "d_model", "n_embd")
 _KV_WIDTHS = ("kv_dim", "kv_size")
@@ -107,8 +107,8 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
         size = module.get_parameter(part.path).shape[part.dim]
         keep_rows(module, part.path, part.dim, rows_of(attention, part.order, size, heads))
     num_heads, num_kv_heads, width = len(heads.queries), len(heads.kv), attention.head_dim
-    numbers = dict.fromkeys(_HEAD_COUNTS, (attention.num_heads, num_heads))
-    numbers |= dict.fromkeys(_KV_HEAD_COUNTS, (attention.num_kv_heads, num_kv_heads))
+    numbers = dict.fromkeys(HEAD_COUNTS, (attention.num_heads, num_heads))
+    numbers |= dict.fromkeys(KV_HEAD_COUNTS, (attention.num_kv_heads, num_kv_heads))
     numbers |= dict.fromkeys(_REPEATS, (attention.num_heads // attention.num_kv_heads, num_heads // num_kv_heads))
     numbers |= dict.fromkeys(_WIDTHS, (attention.num_heads * width, num_heads * width))
     numbers |= dict.fromkeys(_KV_WIDTHS, (attention.num_kv_heads * width, num_kv_heads * width))

@@ -43,8 +43,8 @@ _SHARED = ("q_a_proj", "kv_a_proj_with_mqa", "indexer")
 # Attention to something else than the text itself is left alone.
 _CROSS = ("crossattention", "cross_attention", "encoder_attn", "cross_attn", "encoder_attention")
 
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads")
-_KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads")
+KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _HEAD_WIDTHS = ("v_head_dim", "head_dim", "attention_head_size", "head_size")
 
 Key = int | str
@@ -235,16 +235,16 @@ def _projections(inner: nn.Module) -> list[Part] | None:
 def _counts(inner: nn.Module, parts: list[Part], width: int) -> tuple[int, int]:
     """Return H and G, from the module's own numbers, its shared configuration's, and the projections' shapes."""
     config = getattr(inner, "config", None)
-    num_heads = _number(inner, _HEAD_COUNTS)
+    num_heads = _number(inner, HEAD_COUNTS)
     head_dim = _number(inner, _HEAD_WIDTHS)
     if num_heads is None and head_dim is not None:
         num_heads = width // head_dim
     if num_heads is None:
-        num_heads = _number(config, _HEAD_COUNTS)
+        num_heads = _number(config, HEAD_COUNTS)
     if not num_heads or width % num_heads:
         raise UnknownStructure(f"the number of heads cannot be told from its output projection's {width} inputs")
     sizes = {part.order: _tensor(inner, part.path).shape[part.dim] for part in reversed(parts)}
-    num_kv_heads = _number(inner, _KV_HEAD_COUNTS)
+    num_kv_heads = _number(inner, KV_HEAD_COUNTS)
     if num_kv_heads is None and (repeat := _number(inner, ("num_key_value_groups",))) is not None:
         num_kv_heads = num_heads // repeat
     if getattr(inner, "multi_query", False) and not getattr(inner, "new_decoder_architecture", False):
@@ -254,7 +254,7 @@ def _counts(inner: nn.Module, parts: list[Part], width: int) -> tuple[int, int]:
     if num_kv_heads is None and sizes.get("kv") == sizes.get("query"):
         num_kv_heads = num_heads
     if num_kv_heads is None and config is not None:
-        num_kv_heads = _number(config, _KV_HEAD_COUNTS)
+        num_kv_heads = _number(config, KV_HEAD_COUNTS)
     num_kv_heads = num_kv_heads or num_heads
     if num_heads % num_kv_heads:
         raise UnknownStructure(f"its {num_heads} query heads do not divide evenly among {num_kv_heads} key/value heads")
@@ -359,7 +359,7 @@ def _value(owner: Any, name: str) -> Any:
 
 def config_head_names(config: Any) -> Iterator[tuple[str, bool]]:
     """Yield the names under which a configuration keeps its numbers of heads, and whether it is key/value heads'."""
-    for is_kv, names in ((False, _HEAD_COUNTS), (True, _KV_HEAD_COUNTS)):
+    for is_kv, names in ((False, HEAD_COUNTS), (True, KV_HEAD_COUNTS)):
         for name in names:
             if isinstance(_value(config, name), int):
                 yield name, is_kv
