@@ -16,21 +16,21 @@ from typing import Any
 
 import deadhead
 from benchmarks._tiny_models import tiny_model
-from deadhead import checkpoint
-from deadhead.checksums import CHECKSUMS_FILE, read_checksums
-from deadhead.cost import config_cost
+from deadhead.attaching import detach
+from deadhead.checkpoints import checkpoint
+from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, GATES_FILE, load_gates, save_gates
+from deadhead.disk.checksums import CHECKSUMS_FILE, read_checksums
+from deadhead.disk.stored import read_stored
 from deadhead.errors import InputError
-from deadhead.gate_files import GATES_CONFIG_FILE, GATES_FILE, load_gates, save_gates
-from deadhead.gating import detach
-from deadhead.latency import Latency
-from deadhead.plan import BlockPlan, HeadPlan
-from deadhead.report.head_map import gate_courses
+from deadhead.measure.cost import config_cost
+from deadhead.measure.latency import Latency
+from deadhead.plans.head_map import gate_courses
+from deadhead.plans.plan import BlockPlan, HeadPlan
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.stages import stages_table
-from deadhead.stored import read_stored
-from deadhead.training.logs import read_metrics
-from deadhead.training.recipe import Recipe, load_recipe, to_toml
-from deadhead.training.summary import read_summary, write_summary
+from deadhead.training.callbacks.logs import read_metrics
+from deadhead.training.recipes.recipe import Recipe, load_recipe, to_toml
+from deadhead.training.runs.summary import read_summary, write_summary
 
 # What stands in files of all kinds, and what parsers stumble over.
 _WORDS = [

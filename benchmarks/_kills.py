@@ -17,11 +17,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from deadhead.checksums import CHECKSUMS_FILE
+from deadhead.disk.checksums import CHECKSUMS_FILE
 from deadhead.errors import InputError
 from deadhead.training import Recipe, Run
-from deadhead.training.recipe import parse_recipe
-from deadhead.training.summary import read_summary
+from deadhead.training.recipes.recipe import parse_recipe
+from deadhead.training.runs.summary import read_summary
 
 # What Python tells of before it changes the file system.
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree"}

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 import deadhead
-from deadhead.cost import model_cost
 from deadhead.data import TokenizedCorpus
+from deadhead.measure.cost import model_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
 
 # To be raised with whatever else changes the figures: points of another version are measured anew.

@@ -34,8 +34,8 @@ import deadhead
 from benchmarks._all_attention import machine
 from benchmarks._sweep import run_all
 from deadhead.data import TokenizedCorpus, load_text
-from deadhead.files import write_json
-from deadhead.timing import bench
+from deadhead.disk.files import write_json
+from deadhead.measure.timing import bench
 
 MODELS = ("all-attention", "gpt2", "llama-gqa")
 BUDGETS = ("sparsity=0.5", "params=0.75", "params=0.5", "flops=0.5", "kv_cache=0.5", "speedup=1.5", "speedup=2")

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import deadhead
-from deadhead.timing import WORKLOADS, Workload, bench, efficiency
+from deadhead.measure.timing import WORKLOADS, Workload, bench, efficiency
 
 KEPT = (8, 6, 4, 2)
 LLAMA = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 12}

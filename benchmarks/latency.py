@@ -1,8 +1,8 @@
 """How well is a pruned model's speed predicted before it is made?
 
-The cost model of this machine is measured for a Llama-like model (see `deadhead.latency`), then random plans of heads
-and blocks, with other numbers in each layer, are cut and timed beside the dense model, and compared with what was
-predicted.
+The cost model of this machine is measured for a Llama-like model (see `deadhead.measure.latency`), then random plans
+of heads and blocks, with other numbers in each layer, are cut and timed beside the dense model, and compared with what
+was predicted.
 
     python benchmarks/latency.py [--quick] [--workload prefill|decode] [--plans N]
 """
@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import deadhead
 from deadhead.cutting import pruned_copy
-from deadhead.latency import measure_latency
-from deadhead.timing import bench
+from deadhead.measure.latency import measure_latency
+from deadhead.measure.timing import bench
 
 SIZES = {
     "vocab_size": 8192,

@@ -94,7 +94,7 @@ def measure(model: str, mode: Any, dtype: str = "float32", **settings: bool) -> 
 
     import deadhead
     from deadhead.data import TokenStream
-    from deadhead.training.memory import training_memory
+    from deadhead.measure.memory import training_memory
 
     def config(**sizes: Any) -> Any:
         return AutoConfig.for_model(**{**MODELS[model], **sizes}, dtype=dtype)

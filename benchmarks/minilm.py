@@ -39,7 +39,7 @@ from transformers import AutoTokenizer, BertModel, PrinterCallback, Trainer, Tra
 from transformers.utils.logging import disable_progress_bar
 
 import deadhead
-from deadhead.gating import is_gate
+from deadhead.attaching import is_gate
 from deadhead.layouts import find_layout
 
 REMOVED = (12, 24, 36, 48, 60)

@@ -44,8 +44,8 @@ from benchmarks._paper import (
 from benchmarks._paper_tables import draw, report
 from benchmarks._sweep import run_all
 from deadhead.data import load_text
+from deadhead.disk.files import write_json
 from deadhead.errors import InputError
-from deadhead.files import write_json
 
 # λ of each curve. The paper's 0.01 to 0.02 close heads of a Transformer-XL of this size, and none of All-attention: its
 # heads, which hold what is a feed-forward layer there, are worth more.

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import deadhead
-from deadhead.timing import WORKLOADS, Workload, bench, efficiency
+from deadhead.measure.timing import WORKLOADS, Workload, bench, efficiency
 
 LLAMA = {
     "vocab_size": 4096,

@@ -34,7 +34,7 @@ from benchmarks._all_attention import machine
 from benchmarks._quality import METHODS, MODELS, Budget, measure_point, settings, train_dense
 from benchmarks._sweep import run_all
 from deadhead.data import load_text
-from deadhead.files import write_json
+from deadhead.disk.files import write_json
 
 SPARSITIES = (0.25, 0.5, 0.75)
 # By how much points of a sparsity come after those of half of the heads.

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import deadhead
 from benchmarks._tiny_models import CAUSAL_TYPES, VOCABULARY, tiny_model
-from deadhead.plan import is_block_key
+from deadhead.plans.plan import is_block_key
 
 _QUICK = ("llama", "gpt2", "gpt_neox", "phi3", "bert", "deepseek_v3", "mamba")
 _TOLERANCE = 1e-5

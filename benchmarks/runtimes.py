@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import deadhead
 from deadhead.export import flat, llama_cpp
 from deadhead.export.exporting import export_model
-from deadhead.timing import efficiency
+from deadhead.measure.timing import efficiency
 
 SIZES = {
     "vocab_size": 4096,

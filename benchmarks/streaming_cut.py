@@ -45,8 +45,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._large_checkpoint import QUICK, SEVEN_BILLION, SEVENTY_BILLION, size_of, tensors, write_checkpoint
 from deadhead import HeadPlan
-from deadhead.checksums import CHECKSUMS_FILE, read_checksums, sha256_of
-from deadhead.plan import Unit
+from deadhead.disk.checksums import CHECKSUMS_FILE, read_checksums, sha256_of
+from deadhead.plans.plan import Unit
 from deadhead.streaming.copying import send_to_disk
 from deadhead.streaming.prepare import predicted_memory
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deadhead.gates import HeadGates
-from deadhead.gating import is_gate
+from deadhead.attaching import is_gate
+from deadhead.gates.gates import HeadGates
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
-from deadhead.plan import BlockPlan, HeadPlan, Unit, is_block_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, Unit, is_block_key
 
 
 def difference(values: Tensor, reference: Tensor) -> float:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks._tiny_models import scramble
-from deadhead import checkpoint
+from deadhead.checkpoints import checkpoint
 from deadhead.data import TokenStream, load_text
-from deadhead.training.recipe import Recipe
-from deadhead.training.run import build_model
+from deadhead.training.recipes.recipe import Recipe
+from deadhead.training.runs.run import build_model
 
 _WORDS = [
     "the",

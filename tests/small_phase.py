@@ -10,9 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 import deadhead
 from deadhead import PhaseRecipe, PruneRecipe
-from deadhead.gates import HeadGates
+from deadhead.gates.gates import HeadGates
 from deadhead.models import AllAttentionForCausalLM
-from deadhead.training.choosing import gate_config
+from deadhead.training.phases.choosing import gate_config
 from tests.helpers import tiny_model
 from tests.small import KillAt, Killed, stream
 

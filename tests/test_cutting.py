@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from deadhead.attaching import attach, gates_of
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError
-from deadhead.gating import attach, gates_of
-from deadhead.hard_concrete import GateConfig
+from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM
-from deadhead.plan import BlockPlan, HeadPlan
+from deadhead.plans.plan import BlockPlan, HeadPlan
 from tests.helpers import assert_unchanged, difference, gradients, snapshot, tiny_model
 from tests.reload import WAYS, in_a_fresh_process
 from tests.small import assert_same_tensors

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 import deadhead.layouts
+from deadhead.attaching import attach, detach, gates_of
 from deadhead.cutting import cut
 from deadhead.errors import CutError
-from deadhead.gating import attach, detach, gates_of
-from deadhead.hard_concrete import GateConfig
+from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import Selection
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM
-from deadhead.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan
 from tests.helpers import (
     assert_unchanged,
     cached_logits,

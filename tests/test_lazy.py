@@ -46,7 +46,8 @@ def test_every_public_name_is_there() -> None:
 
 def test_functions_are_not_hidden_by_modules_of_theirs() -> None:
     code = """
-import deadhead.cli.app, deadhead.training.run, deadhead.cutting, deadhead.timing, deadhead.evaluation
+import deadhead.cli.app, deadhead.training.runs.run, deadhead.cutting
+import deadhead.measure.timing, deadhead.measure.evaluation
 import deadhead
 for name in deadhead.__all__:
     assert type(getattr(deadhead, name)).__name__ != "module", name

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from benchmarks import _paper_tables, paper
 from benchmarks._paper import ARCHITECTURES, SHAPES, WAYS, Budget, fresh, measure_point, prune_recipe, train_dense
-from deadhead.cost import model_cost
 from deadhead.data import load_text
+from deadhead.measure.cost import model_cost
 from tests.small import write_prose
 
 _BUDGET = Budget(dense=2, prune=3, finetune=2, tokens=200)

@@ -14,24 +14,24 @@ from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deadhead.checkpoint import load, load_gated, save
-    from deadhead.cost import Cost, model_cost
-    from deadhead.criteria import score_heads
+    from deadhead.attaching import attach, detach, gates_of
+    from deadhead.checkpoints.checkpoint import load, load_gated, save
+    from deadhead.checkpoints.gate_files import load_gates, save_gates
     from deadhead.cutting import cut
     from deadhead.data import load_text
     from deadhead.errors import CutError, DivergenceError, ExportError, InputError, RunWarning, UnsupportedModel
-    from deadhead.evaluation import Evaluation, evaluate
     from deadhead.export.exporting import Exported, export_model
-    from deadhead.gate_files import load_gates, save_gates
-    from deadhead.gates import HeadGates
-    from deadhead.gating import attach, detach, gates_of
-    from deadhead.hard_concrete import GateConfig
+    from deadhead.gates.gates import HeadGates
+    from deadhead.gates.hard_concrete import GateConfig
+    from deadhead.measure.cost import Cost, model_cost
+    from deadhead.measure.criteria import score_heads
+    from deadhead.measure.evaluation import Evaluation, evaluate
+    from deadhead.measure.timing import bench
     from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
-    from deadhead.plan import BlockPlan, HeadPlan
-    from deadhead.ranking import HeadScores
+    from deadhead.plans.plan import BlockPlan, HeadPlan
+    from deadhead.plans.scores import HeadScores
     from deadhead.report.writing import Report, report_run
     from deadhead.streaming.cutting import CheckpointCut, cut_checkpoint
-    from deadhead.timing import bench
     from deadhead.training import (
         PhaseRecipe,
         PruneRecipe,
@@ -48,18 +48,18 @@ __version__ = "0.1.0"
 _HOME = {
     "AllAttentionConfig": "models",
     "AllAttentionForCausalLM": "models",
-    "BlockPlan": "plan",
+    "BlockPlan": "plans.plan",
     "CheckpointCut": "streaming.cutting",
-    "Cost": "cost",
+    "Cost": "measure.cost",
     "CutError": "errors",
     "DivergenceError": "errors",
-    "Evaluation": "evaluation",
+    "Evaluation": "measure.evaluation",
     "ExportError": "errors",
     "Exported": "export.exporting",
-    "GateConfig": "hard_concrete",
-    "HeadGates": "gates",
-    "HeadPlan": "plan",
-    "HeadScores": "ranking",
+    "GateConfig": "gates.hard_concrete",
+    "HeadGates": "gates.gates",
+    "HeadPlan": "plans.plan",
+    "HeadScores": "plans.scores",
     "InputError": "errors",
     "PhaseRecipe": "training",
     "PruneRecipe": "training",
@@ -67,27 +67,27 @@ _HOME = {
     "RunWarning": "errors",
     "SparsityCallback": "training",
     "UnsupportedModel": "errors",
-    "attach": "gating",
+    "attach": "attaching",
     "attach_gates": "training",
-    "bench": "timing",
+    "bench": "measure.timing",
     "close_to_budget": "training",
     "cut": "cutting",
     "cut_checkpoint": "streaming.cutting",
-    "detach": "gating",
-    "evaluate": "evaluation",
+    "detach": "attaching",
+    "evaluate": "measure.evaluation",
     "export_model": "export.exporting",
     "gate_config": "training",
-    "gates_of": "gating",
-    "load": "checkpoint",
-    "load_gated": "checkpoint",
-    "load_gates": "gate_files",
+    "gates_of": "attaching",
+    "load": "checkpoints.checkpoint",
+    "load_gated": "checkpoints.checkpoint",
+    "load_gates": "checkpoints.gate_files",
     "load_text": "data",
-    "model_cost": "cost",
+    "model_cost": "measure.cost",
     "rank": "training",
     "report_run": "report.writing",
-    "save": "checkpoint",
-    "save_gates": "gate_files",
-    "score_heads": "criteria",
+    "save": "checkpoints.checkpoint",
+    "save_gates": "checkpoints.gate_files",
+    "score_heads": "measure.criteria",
     "train": "training",
 }
 """Public names, and the modules that define them."""

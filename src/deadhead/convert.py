@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deadhead.attaching import attach
 from deadhead.errors import InputError, own_sentence
-from deadhead.gates import HeadGates
-from deadhead.gating import attach
-from deadhead.hard_concrete import GateConfig
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.hard_concrete import GateConfig
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
 
 GATES = GateConfig(beta=0.333, output_scale=False)

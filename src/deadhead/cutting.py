@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deadhead.attaching import attach, detach, gates_of, rehang
 from deadhead.errors import CutError, InputError
-from deadhead.gates import HeadGates
-from deadhead.gating import attach, detach, gates_of, rehang
-from deadhead.hard_concrete import GateConfig
-from deadhead.head_gate import HeadGate
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.hard_concrete import GateConfig
+from deadhead.gates.head_gate import HeadGate
+from deadhead.gates.sharding import require_whole
 from deadhead.layouts import Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
-from deadhead.plan import HeadPlan, Layer, is_block_key
-from deadhead.sharding import require_whole
+from deadhead.plans.plan import HeadPlan, Layer, is_block_key
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deadhead.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan
 from tests.small import save_small_llama, save_small_model, write_prose
 
 

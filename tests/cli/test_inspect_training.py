@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from deadhead.cli import execute
-from deadhead.training.memory import training_memory
+from deadhead.measure.memory import training_memory
 from tests.conftest import ROOT
 
 

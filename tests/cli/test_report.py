@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deadhead.cli import execute
-from deadhead.training.run import Run
+from deadhead.training.runs.run import Run
 from tests.small import small_recipe, write_prose
 
 

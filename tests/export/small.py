@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deadhead
-from deadhead.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan
 from tests.helpers import random_plan, randomise
 
 SIZES: dict[str, Any] = {

@@ -15,7 +15,7 @@ from deadhead.export import flat, onnx
 from deadhead.export.agreement import make_reference
 from deadhead.export.flat_model import FlatModel
 from deadhead.export.graphs import flat_model
-from deadhead.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan
 from tests.export.small import cut_by, cut_model
 from tests.helpers import tiny_model
 

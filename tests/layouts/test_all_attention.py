@@ -10,7 +10,7 @@ from deadhead.cutting import cut
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts import Layout, Site, find_layout, head_columns, register
 from deadhead.layouts.all_attention import AllAttentionLayout
-from deadhead.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan
 from tests.helpers import tiny_model
 
 

@@ -17,16 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import deadhead
 import deadhead.layouts
 from benchmarks._tiny_models import tiny_model as hugging_face_model
-from deadhead.cost import config_cost, model_cost
-from deadhead.criteria import score_heads
+from deadhead.attaching import attach, detach, gates_of
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError, UnsupportedModel
-from deadhead.gating import attach, detach, gates_of
-from deadhead.hard_concrete import GateConfig
+from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import Selection, find_layout
 from deadhead.layouts.all_attention import AllAttentionLayout
+from deadhead.measure.cost import config_cost, model_cost
+from deadhead.measure.criteria import score_heads
 from deadhead.models import AllAttentionConfig
-from deadhead.plan import BlockPlan, HeadPlan, block_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, block_key
 from tests.helpers import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
 
@@ -268,7 +268,7 @@ def test_gates_come_off_and_leave_a_copy_alone() -> None:
     twin_gates.set_plan(PLANS["heads too"])
     assert difference(logits(twin), dense) > 1e-2 and torch.equal(logits(model), dense)
     assert twin_gates.block_sparsity == 0.75 and gates.block_sparsity == 0.0
-    deadhead.gating.rehang(model)
+    deadhead.attaching.rehang(model)
     assert torch.equal(logits(model), dense)
     assert_unchanged(detach(model), before)
 

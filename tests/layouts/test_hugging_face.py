@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
+from deadhead.attaching import attach, detach, gates_of
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError, UnsupportedModel
-from deadhead.gating import attach, detach, gates_of
-from deadhead.hard_concrete import GateConfig
+from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.models.pruned import feed_forward, shrinking
-from deadhead.plan import HeadPlan, Unit, is_block_key
-from deadhead.training.learning import checkpoint_activations
+from deadhead.plans.plan import HeadPlan, Unit, is_block_key
+from deadhead.training.phases.learning import checkpoint_activations
 from tests.helpers import (
     assert_unchanged,
     cached_logits,

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
+from deadhead.attaching import attach, detach
 from deadhead.cutting import cut
-from deadhead.gating import attach, detach
 from deadhead.models.pruned.modeling_pruned import PrunedModel, auto_map, pruned_class, pruned_config_class, stock_class
 from deadhead.models.pruned.shrinking import Heads, LayerConfig, heads_of
 from deadhead.models.pruned.structure import find_attentions, head_order, layer_keys
-from deadhead.plan import HeadPlan, Unit
+from deadhead.plans.plan import HeadPlan, Unit
 from tests.helpers import difference
 from tests.reload import WAYS, in_a_fresh_process
 from tests.small import assert_same_tensors

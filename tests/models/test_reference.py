@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from deadhead.attaching import attach
 from deadhead.cutting import cut
-from deadhead.gates import HeadGates
-from deadhead.gating import attach
-from deadhead.hard_concrete import GateConfig, gate_values, l0_probability
-from deadhead.head_gate import HeadGate
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.hard_concrete import GateConfig, gate_values, l0_probability
+from deadhead.gates.head_gate import HeadGate
+from deadhead.gates.penalty import penalty_gradient
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
-from deadhead.penalty import penalty_gradient
 from tests.helpers import cached_logits, difference
 
 ALLOWED = 1e-5

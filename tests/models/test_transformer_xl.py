@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deadhead
-from deadhead.cost import config_cost
+from deadhead.measure.cost import config_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig, TransformerXLForCausalLM
-from deadhead.plan import BlockPlan, HeadPlan
-from deadhead.training.recipe import ModelRecipe, PhaseRecipe, PruneRecipe, with_defaults
-from deadhead.training.run import model_config
+from deadhead.plans.plan import BlockPlan, HeadPlan
+from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, PruneRecipe, with_defaults
+from deadhead.training.runs.run import model_config
 from tests.helpers import cached_logits, chunks, difference, gradients, random_model, segment_logits
 from tests.models.test_all_attention import POSITIONS, text, written_out
 from tests.reload import WAYS, in_a_fresh_process

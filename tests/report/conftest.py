@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks._browser import MISSING, launch_options
-from deadhead.training.run import Run
+from deadhead.training.runs.run import Run
 from tests.small import small_recipe, write_prose
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import pytest
 
 from deadhead import HeadPlan, checkpoint, cut
 from deadhead.data import load_text, load_tokenizer
-from deadhead.evaluation import evaluate
+from deadhead.measure.evaluation import evaluate
 from deadhead.report.writing import report_run
-from deadhead.training.recipe import load_recipe
-from deadhead.training.single import run_single
-from deadhead.training.summary import read_summary, write_summary
+from deadhead.training.recipes.recipe import load_recipe
+from deadhead.training.runs.single import run_single
+from deadhead.training.runs.summary import read_summary, write_summary
 from tests.small import save_small_llama, small_recipe, write_prose
 
 if TYPE_CHECKING:

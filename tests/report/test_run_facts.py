@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from deadhead import HeadPlan, InputError, checkpoint
-from deadhead.cost import model_cost
+from deadhead.measure.cost import model_cost
 from deadhead.report.run_facts import RunFacts, packed, sibling_points
-from deadhead.training.logs import read_metrics
-from deadhead.training.summary import read_summary, write_summary
+from deadhead.training.callbacks.logs import read_metrics
+from deadhead.training.runs.summary import read_summary, write_summary
 from tests.small import tree
 
 

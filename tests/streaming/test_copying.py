@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deadhead import InputError
-from deadhead.stored import read_header
+from deadhead.disk.stored import read_header
 from deadhead.streaming import copying
 from deadhead.streaming.copying import Keep, Piece, Stopped, copy_pieces
 

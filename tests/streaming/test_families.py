@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks._tiny_models import CAUSAL_TYPES, tiny_model
 from deadhead import HeadPlan, InputError
-from deadhead.gating import attach, detach
+from deadhead.attaching import attach, detach
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.streaming.cutting import cut_checkpoint
 from tests.helpers import random_units

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deadhead.checksums import write_checksums
+from deadhead.disk.checksums import write_checksums
 from deadhead.errors import InputError
 from tests.bombs import write_pickle
 from tests.small_phase import phase_recipe, run_phase

@@ -14,7 +14,7 @@ import pytest
 import deadhead
 from deadhead import InputError
 from deadhead.training import Run, load_recipe
-from deadhead.training.recipe import to_toml
+from deadhead.training.recipes.recipe import to_toml
 from tests.small import assert_same_tensors, metrics, small_recipe, weights, write_prose
 
 
@@ -68,7 +68,7 @@ _STEPS = {"train": 3, "prune": 5, "finetune": 3}
 _KILLED = """
 import os, signal, sys
 from deadhead import cli
-from deadhead.training.logs import StepReporter
+from deadhead.training.callbacks.logs import StepReporter
 
 goes_on = StepReporter.on_step_end
 
@@ -87,8 +87,8 @@ _STOPPED = """
 import json, os
 from pathlib import Path
 from deadhead.training import Run, load_recipe
-from deadhead.training.recipe import DataRecipe
-from deadhead.training.single import run_single
+from deadhead.training.recipes.recipe import DataRecipe
+from deadhead.training.runs.single import run_single
 
 recipe, ends = load_recipe("whole.toml"), {}
 finish = Run._finish

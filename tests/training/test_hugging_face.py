@@ -13,10 +13,10 @@ from transformers import Trainer, TrainingArguments
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
 from deadhead import GateConfig, InputError, PhaseRecipe, PruneRecipe
-from deadhead.gates import HeadGates
-from deadhead.gating import is_gate
-from deadhead.training.choosing import gate_config
-from deadhead.training.recipe import with_defaults
+from deadhead.attaching import is_gate
+from deadhead.gates.gates import HeadGates
+from deadhead.training.phases.choosing import gate_config
+from deadhead.training.recipes.recipe import with_defaults
 from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
 
 _TEXT = stream(600, vocab_size=VOCABULARY)

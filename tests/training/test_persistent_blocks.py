@@ -12,15 +12,15 @@ from torch import Tensor
 
 import deadhead
 from deadhead import PruneRecipe
+from deadhead.attaching import attach
 from deadhead.cutting import cut
-from deadhead.gates import HeadGates
-from deadhead.gating import attach
-from deadhead.hard_concrete import GateConfig
-from deadhead.head_gate import HeadGate
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.hard_concrete import GateConfig
+from deadhead.gates.head_gate import HeadGate
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
-from deadhead.plan import BlockPlan, HeadPlan, block_key, is_block_key
-from deadhead.training.choosing import gate_config
+from deadhead.plans.plan import BlockPlan, HeadPlan, block_key, is_block_key
+from deadhead.training.phases.choosing import gate_config
 from tests.helpers import difference, tiny_model
 from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import deadhead
-from deadhead.gates import HeadGates
-from deadhead.sharding import whole
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.sharding import whole
 from tests.small import stream
 
 RANK, COUNT = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

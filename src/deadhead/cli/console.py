@@ -25,10 +25,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from deadhead.files import json_text
+from deadhead.disk.files import json_text
 
 if TYPE_CHECKING:
-    from deadhead.training.run import Progress as Report
+    from deadhead.training.runs.run import Progress as Report
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)

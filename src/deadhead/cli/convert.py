@@ -53,11 +53,11 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Read a state dict of the paper authors' released code and write a checkpoint."""
-    from deadhead import checkpoint
+    from deadhead.checkpoints import checkpoint
     from deadhead.convert import GATES, convert_state, read_state
-    from deadhead.cost import model_cost
     from deadhead.cutting import cut as cut_heads
     from deadhead.data import special_token_ids
+    from deadhead.measure.cost import model_cost
 
     if cut and not gates:
         raise InputError("Closed gates say what to cut, so --cut and --no-gates exclude each other; leave one out.")

@@ -42,10 +42,10 @@ def export(
     """Export a model, and check in the runtime that it computes what it does in PyTorch."""
     import torch
 
-    from deadhead import checkpoint
+    from deadhead.checkpoints import checkpoint
+    from deadhead.checkpoints.gate_files import has_gates
     from deadhead.data import load_tokenizer
     from deadhead.export.exporting import export_model, require_exportable
-    from deadhead.gate_files import has_gates
 
     if model.is_dir() and has_gates(model):
         raise InputError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _load(path: Path) -> PreTrainedModel:
-    from deadhead import checkpoint
+    from deadhead.checkpoints import checkpoint
     from deadhead.modes import best_device
 
     return checkpoint.load(path).to(best_device())  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and bits per byte on a text; every token is scored once."""
     from deadhead.data import load_text, load_tokenizer
-    from deadhead.evaluation import evaluate as measure
+    from deadhead.measure.evaluation import evaluate as measure
 
     network = _load(model)
     with progress(quiet) as report:
@@ -74,7 +74,7 @@ def generate(
 ) -> None:
     """Continue a text."""
     from deadhead.data import load_tokenizer
-    from deadhead.generate import generate_text
+    from deadhead.measure.generate import generate_text
 
     network = _load(model)
     text = generate_text(
@@ -98,9 +98,9 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
-    from deadhead.cost import model_cost
-    from deadhead.timing import bench as run_bench
-    from deadhead.timing import efficiency
+    from deadhead.measure.cost import model_cost
+    from deadhead.measure.timing import bench as run_bench
+    from deadhead.measure.timing import efficiency
 
     models = {"model": _load(model)}
     if dense is not None:

@@ -18,9 +18,9 @@ from deadhead.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from deadhead.cost import Cost
-    from deadhead.training.memory import TrainingMemory
-    from deadhead.training.recipe_cost import ShapeCost
+    from deadhead.measure.cost import Cost
+    from deadhead.measure.memory import TrainingMemory
+    from deadhead.training.runs.recipe_cost import ShapeCost
 
 
 def cut(
@@ -41,8 +41,8 @@ def cut(
     as_json: AsJson = False,
 ) -> None:
     """Cut a model by a head plan that was made elsewhere."""
-    from deadhead.plan import HeadPlan
-    from deadhead.report.head_map import head_map_text
+    from deadhead.plans.head_map import head_map_text
+    from deadhead.plans.plan import HeadPlan
     from deadhead.streaming.cutting import cut_checkpoint
 
     head_plan = HeadPlan.from_json(plan)
@@ -129,12 +129,12 @@ def inspect(
         return
     if vocab_size is not None:
         raise InputError("A checkpoint has its own vocabulary, --vocab-size is for recipes; leave it out.")
-    from deadhead import checkpoint
-    from deadhead.cost import config_cost, first_heads
-    from deadhead.gate_files import has_gates
-    from deadhead.latency import Latency
-    from deadhead.plan import HeadPlan
-    from deadhead.report.head_map import head_map_text
+    from deadhead.checkpoints import checkpoint
+    from deadhead.checkpoints.gate_files import has_gates
+    from deadhead.measure.cost import config_cost, first_heads
+    from deadhead.measure.latency import Latency
+    from deadhead.plans.head_map import head_map_text
+    from deadhead.plans.plan import HeadPlan
 
     config = checkpoint.load_config(model)
     cost = config_cost(config, length=length)
@@ -194,8 +194,8 @@ def inspect(
 def _inspect_recipe(
     path: Path, length: int | None, layouts: list[list[int]], vocab_size: int | None, as_json: bool
 ) -> None:
-    from deadhead.training.recipe import load_recipe
-    from deadhead.training.recipe_cost import expected_vocabulary, recipe_costs
+    from deadhead.training.recipes.recipe import load_recipe
+    from deadhead.training.runs.recipe_cost import expected_vocabulary, recipe_costs
 
     recipe = load_recipe(path)
     costs = recipe_costs(recipe, vocab_size=vocab_size, length=length, layouts=layouts)
@@ -249,7 +249,7 @@ def _layouts_table(costs: list[tuple[str, Cost]]) -> Table:
 
 def _training_memory(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, TrainingMemory]:
     """Return the memory of training by what learns, as far as it can be had of this model and here."""
-    from deadhead.training.memory import training_memory
+    from deadhead.measure.memory import training_memory
 
     has_lora = not hasattr(config, "memory_length") and find_spec("peft") is not None
     modes: list[Literal["full", "lora", "frozen"]] = ["full", "lora", "frozen"] if has_lora else ["full", "frozen"]

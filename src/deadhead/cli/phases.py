@@ -11,8 +11,8 @@ from rich.markup import escape
 from deadhead.cli.console import AsJson, Quiet, ReportTo, console, print_json, progress
 
 if TYPE_CHECKING:
-    from deadhead.training.recipe import DataRecipe, PhaseRecipe, PruneRecipe, Recipe
-    from deadhead.training.single import Phase
+    from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe, PruneRecipe, Recipe
+    from deadhead.training.runs.single import Phase
 
 ModelOption = Annotated[
     Path | None,
@@ -328,11 +328,11 @@ def finetune(
 
 
 def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:
-    from deadhead import checkpoint
-    from deadhead.cost import skeleton
+    from deadhead.checkpoints import checkpoint
+    from deadhead.measure.cost import skeleton
     from deadhead.report.dry_run import dry_run_table
-    from deadhead.training.choosing import measure_budget_latency
-    from deadhead.training.dry_run import dry_run
+    from deadhead.training.phases.choosing import measure_budget_latency
+    from deadhead.training.runs.dry_run import dry_run
 
     latency = None
     if phase.budget is not None and phase.budget.kind == "speedup":
@@ -352,13 +352,13 @@ def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> Non
 
 
 def _base(recipe: Path | None) -> Recipe:
-    from deadhead.training.recipe import Recipe, load_recipe
+    from deadhead.training.recipes.recipe import Recipe, load_recipe
 
     return Recipe() if recipe is None else load_recipe(recipe)
 
 
 def _changed(section: Any, **values: Any) -> Any:
-    from deadhead.training.recipe import changed
+    from deadhead.training.recipes.recipe import changed
 
     return changed(section, **values)
 
@@ -390,7 +390,7 @@ def _run(
     **options: Any,
 ) -> None:
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.single import run_single
+    from deadhead.training.runs.single import run_single
 
     with progress(quiet or not is_main()) as report:
         result = run_single(

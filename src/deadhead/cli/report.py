@@ -77,8 +77,8 @@ def watch(
     from deadhead.report.server import WatchedRun, serve
     from deadhead.report.trial import Trial
     from deadhead.report.writing import default_sentence, text_of
-    from deadhead.training.recipe import changed
-    from deadhead.training.run import sample_prompt
+    from deadhead.training.recipes.recipe import changed
+    from deadhead.training.runs.run import sample_prompt
 
     watched = []
     for folder in runs:

@@ -14,7 +14,7 @@ from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, print
 from deadhead.errors import is_installed
 
 if TYPE_CHECKING:
-    from deadhead.training.recipe import Recipe
+    from deadhead.training.recipes.recipe import Recipe
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
 Steps = Annotated[
@@ -31,7 +31,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Show the whole story on the Python standard library's own source, in minutes on two cores."""
-    from deadhead.training.recipe import parse_recipe
+    from deadhead.training.recipes.recipe import parse_recipe
 
     text = (importlib.resources.files("deadhead.recipes") / "demo.toml").read_text(encoding="utf-8")
     recipe = _scaled(parse_recipe(text, name="demo"), scale_steps)
@@ -48,7 +48,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run all phases of a recipe: dense training, gates, cut, fine-tuning."""
-    from deadhead.training.recipe import load_recipe
+    from deadhead.training.recipes.recipe import load_recipe
 
     loaded = _scaled(load_recipe(recipe), scale_steps)
     folder = out or Path("runs") / loaded.name
@@ -56,7 +56,7 @@ def run(
 
 
 def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
-    from deadhead.training.recipe import changed
+    from deadhead.training.recipes.recipe import changed
 
     if factor is None:
         return recipe
@@ -80,14 +80,14 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
 def _execute(
     recipe: Recipe, folder: Path, report_to: Sequence[str], *, resume: bool, quiet: bool, as_json: bool
 ) -> None:
-    from deadhead import checkpoint
-    from deadhead.plan import HeadPlan
-    from deadhead.report.head_map import head_map_text, save_head_map
+    from deadhead.checkpoints import checkpoint
+    from deadhead.plans.head_map import head_map_text, save_head_map
+    from deadhead.plans.plan import HeadPlan
     from deadhead.report.stages import stages_table, verdict
     from deadhead.report.writing import report_run
-    from deadhead.training.logs import read_metrics
+    from deadhead.training.callbacks.logs import read_metrics
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.run import METRICS_FILE, Run
+    from deadhead.training.runs.run import METRICS_FILE, Run
 
     with progress(quiet or not is_main()) as report:
         run = Run.start(recipe, folder, resume=resume, progress=report, report_to=report_to)

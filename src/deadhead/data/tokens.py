@@ -22,13 +22,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from deadhead.checksums import changed_file, read_checksums, write_checksums
 from deadhead.data.corpus import SPLITS, Corpus
 from deadhead.data.encoders import Encoder, encode_pieces, fingerprint_of
 from deadhead.data.pieces import Piece
+from deadhead.disk.checksums import changed_file, read_checksums, write_checksums
+from deadhead.disk.files import no_space_is_input_error, write_json
+from deadhead.disk.reading import read_json
 from deadhead.errors import InputError
-from deadhead.files import no_space_is_input_error, write_json
-from deadhead.reading import read_json
 
 _FORMAT = 1
 _META = "meta.json"

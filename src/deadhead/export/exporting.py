@@ -14,7 +14,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from deadhead import checkpoint
+from deadhead.attaching import gates_of
+from deadhead.checkpoints import checkpoint
+from deadhead.disk.files import no_space_is_input_error, remove_left_overs, write_json
 from deadhead.errors import ExportError, InputError, UnsupportedModel, is_installed, require_extra
 from deadhead.export import flat, genai, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
@@ -22,8 +24,6 @@ from deadhead.export.gguf_plan import plan_file
 from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
 from deadhead.export.graphs import flat_model
 from deadhead.export.padded import pad_to_stock
-from deadhead.files import no_space_is_input_error, remove_left_overs, write_json
-from deadhead.gating import gates_of
 from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel, stock_class
 from deadhead.modes import evaluating
 

@@ -18,7 +18,7 @@ from deadhead.models.all_attention.layer import FeedForward as FeedForwardLayer
 from deadhead.models.all_attention.modeling import AllAttentionModel
 from deadhead.models.pruned.feed_forward import FeedForward
 from deadhead.models.pruned.structure import keep_rows
-from deadhead.plan import HeadPlan, Unit
+from deadhead.plans.plan import HeadPlan, Unit
 
 
 class AllAttentionLayout(Layout):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.models.pruned.structure import output_dim, weight_of
-from deadhead.plan import BlockPlan, HeadPlan, Layer, Unit, block_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, Layer, Unit, block_key
 
 # Names of gates in a module.
 HEAD_GATE, BLOCK_GATE = "head_gate", "block_gate"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deadhead.layouts.base import Selection, Site, choose_block_size
 from deadhead.models.pruned.feed_forward import FeedForward, block_rows, rows_of_units
-from deadhead.plan import BlockPlan
+from deadhead.plans.plan import BlockPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from deadhead.models.pruned.feed_forward import block_rows, find_feed_forwards, 
 from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
 from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, rows_of, shrink
 from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
-from deadhead.plan import HeadPlan, Unit
+from deadhead.plans.plan import HeadPlan, Unit
 
 
 @dataclass(frozen=True, kw_only=True)

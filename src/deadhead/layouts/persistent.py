@@ -8,7 +8,7 @@ from typing import cast
 from deadhead.layouts.base import Selection, Site, choose_block_size
 from deadhead.models.all_attention.layer import AllAttention
 from deadhead.models.pruned.feed_forward import block_rows
-from deadhead.plan import BlockPlan
+from deadhead.plans.plan import BlockPlan
 
 _PATHS = ("persistent_k", "persistent_v")
 

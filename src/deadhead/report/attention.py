@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.errors import InputError
-from deadhead.evaluation import max_positions, require_known
 from deadhead.layouts import find_layout
+from deadhead.measure.evaluation import max_positions, require_known
 from deadhead.modes import evaluating
 from deadhead.report.run_facts import packed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deadhead.budget import BUDGET_NAMES
+from deadhead.gates.budget import BUDGET_NAMES
 
 
 def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from deadhead.report.budget import budget_sentence
-from deadhead.training.dry_run import DryRun
-from deadhead.training.recipe import PruneRecipe
+from deadhead.training.recipes.recipe import PruneRecipe
+from deadhead.training.runs.dry_run import DryRun
 
 
 def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from deadhead.files import finite
+from deadhead.disk.files import finite
 from deadhead.report.glossary import GLOSSARY
 
 # In the order in which one needs the other.

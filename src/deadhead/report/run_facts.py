@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from deadhead import checkpoint
-from deadhead.cost import config_cost
+from deadhead.checkpoints import checkpoint
 from deadhead.errors import InputError
-from deadhead.plan import HeadPlan, block_key, is_block_key, plain_key
+from deadhead.measure.cost import config_cost
+from deadhead.plans.plan import HeadPlan, block_key, is_block_key, plain_key
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
 from deadhead.report.stages import verdict
-from deadhead.training.recipe import Recipe, load_recipe
-from deadhead.training.run import METRICS_FILE, RECIPE_FILE
-from deadhead.training.summary import STAGES, SUMMARY_FILE, read_summary
+from deadhead.training.recipes.recipe import Recipe, load_recipe
+from deadhead.training.runs.run import METRICS_FILE, RECIPE_FILE
+from deadhead.training.runs.summary import STAGES, SUMMARY_FILE, read_summary
 
 # In the order of the work; the control's phases run beside those of the pruned model.
 PHASES = {

@@ -21,8 +21,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deadhead.disk.files import finite
 from deadhead.errors import InputError
-from deadhead.files import finite
 from deadhead.report.page import page_policy, render_page
 from deadhead.report.run_facts import RunFacts, checkpoints_in, sibling_points
 from deadhead.report.trial import ATTENTION_OF, Trial

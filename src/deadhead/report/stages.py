@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from deadhead.report.budget import budget_sentence
-from deadhead.training.summary import STAGES
+from deadhead.training.runs.summary import STAGES
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:

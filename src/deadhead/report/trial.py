@@ -10,20 +10,20 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deadhead import checkpoint
+from deadhead.attaching import attach
+from deadhead.checkpoints import checkpoint
+from deadhead.checkpoints.gate_files import has_gates
 from deadhead.data import TokenStream, load_text, load_tokenizer
 from deadhead.errors import InputError
-from deadhead.evaluation import evaluate
-from deadhead.gate_files import has_gates
-from deadhead.gates import HeadGates
-from deadhead.gating import attach
-from deadhead.generate import generate_text
+from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
+from deadhead.measure.evaluation import evaluate
+from deadhead.measure.generate import generate_text
 from deadhead.modes import best_device
-from deadhead.plan import HeadPlan, is_block_key, layer_key, plain_key
+from deadhead.plans.plan import HeadPlan, is_block_key, layer_key, plain_key
 from deadhead.report.attention import attention_patterns
 from deadhead.report.run_facts import checkpoints_in, plan_in
-from deadhead.training.recipe import DataRecipe
+from deadhead.training.recipes.recipe import DataRecipe
 
 # By the names that the page has for them, the models in a run's folder whose attention it shows.
 ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}

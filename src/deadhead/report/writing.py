@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deadhead.disk.files import write_text
 from deadhead.errors import InputError
-from deadhead.files import write_text
 from deadhead.report.page import render_page
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.trial import run_attention
-from deadhead.training.recipe import DataRecipe, load_recipe
-from deadhead.training.run import RECIPE_FILE
+from deadhead.training.recipes.recipe import DataRecipe, load_recipe
+from deadhead.training.runs.run import RECIPE_FILE
 
 REPORT_FILE = "report.html"
 _SENTENCE = "The gardener cut the dead flowers, and the rose that she had planted bloomed."

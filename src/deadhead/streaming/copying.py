@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deadhead.stored import StoredTensor, read_exactly
+from deadhead.disk.stored import StoredTensor, read_exactly
 
 # Bytes that are read at once, and how many such pieces may wait to be written.
 CHUNK = 8 << 20

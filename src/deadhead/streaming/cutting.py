@@ -17,16 +17,16 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from deadhead import checkpoint
-from deadhead.checksums import sha256_of, write_checksums
-from deadhead.cost import Cost, model_cost
+from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut
 from deadhead.data import load_tokenizer
+from deadhead.disk.checksums import sha256_of, write_checksums
+from deadhead.disk.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
+from deadhead.disk.reading import read_json
+from deadhead.disk.stored import INDEX_FILE, has_stored, weights_size
 from deadhead.errors import CutError, InputError
-from deadhead.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
-from deadhead.plan import HeadPlan
-from deadhead.reading import read_json
-from deadhead.stored import INDEX_FILE, has_stored, weights_size
+from deadhead.measure.cost import Cost, model_cost
+from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import copy_pieces, send_to_disk
 from deadhead.streaming.prepare import StreamedCut, prepare
 from deadhead.streaming.shape import NotStreamable

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from deadhead.attaching import take_off
 from deadhead.cutting import head_factors, remove_units, require_same_function, watched_outputs
-from deadhead.gates import HeadGates
-from deadhead.gating import take_off
-from deadhead.head_gate import HeadGate
+from deadhead.disk.stored import StoredCheckpoint
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Layout, Site
 from deadhead.models.pruned.structure import text_stack
-from deadhead.plan import Layer
-from deadhead.stored import StoredCheckpoint
+from deadhead.plans.plan import Layer
 from deadhead.streaming.shape import NotStreamable, stub
 
 # Numbers of a tensor that is loaded whatever it is.

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deadhead import checkpoint
-from deadhead.cost import Cost, cut_skeleton, model_cost, skeleton
+from deadhead.attaching import attach
+from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cache_values, normal_plan, recorded_with
-from deadhead.gating import attach
-from deadhead.hard_concrete import GateConfig
+from deadhead.disk.stored import StoredCheckpoint, read_stored
+from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
+from deadhead.measure.cost import Cost, cut_skeleton, model_cost, skeleton
 from deadhead.models import OWN_TYPES
-from deadhead.plan import HeadPlan
-from deadhead.stored import StoredCheckpoint, read_stored
+from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import CHUNK, Piece
 from deadhead.streaming.layer_check import LayerCheck
 from deadhead.streaming.shape import (

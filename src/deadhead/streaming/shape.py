@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from deadhead.attaching import is_gate
 from deadhead.cutting import head_factors
-from deadhead.gates import HeadGates
-from deadhead.gating import is_gate
+from deadhead.disk.stored import StoredCheckpoint
+from deadhead.gates.gates import HeadGates
 from deadhead.layouts import Layout, Site
-from deadhead.plan import Layer
-from deadhead.stored import StoredCheckpoint
+from deadhead.plans.plan import Layer
 from deadhead.streaming.copying import Keep
 
 # Buffers of older versions of transformers, which are worked out now.

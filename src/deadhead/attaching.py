@@ -1,0 +1,268 @@
+"""Attach gates to a model's heads, and blocks, through its layout, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deadhead.errors import InputError, UnsupportedModel
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.hard_concrete import GateConfig
+from deadhead.gates.head_gate import HeadGate
+from deadhead.gates.output_difference import relative_difference
+from deadhead.gates.sharding import require_whole
+from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
+from deadhead.models.pruned.structure import text_stack
+from deadhead.plans.plan import Layer, Unit
+
+_GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
+_GATES_ATTRIBUTE = "_deadhead_gates"
+
+
+class _GateInput:
+    """Multiplies the heads' outputs, side by side in the output projection's input, by their gates.
+
+    An object, not a closure, so that a deep copy of the model points at the copy's gates.
+    """
+
+    def __init__(self, gate: HeadGate, head_dim: int) -> None:
+        self.gate = gate
+        self.head_dim = head_dim
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        gate = self.gate
+        heads_BTHE = hidden.unflatten(-1, (-1, self.head_dim))
+        z_H, scale = gate()
+        if gate.output_difference.is_due and gate.training:
+            # Autocast would turn the products to half precision.
+            with torch.autocast(hidden.device.type, enabled=False):
+                gate.output_difference.measure(*_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach()))
+        factor_H = (z_H * scale).to(hidden.dtype)
+        return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
+
+
+@torch.no_grad()
+def output_differences(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None = None) -> Tensor:
+    """Return d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, before scale and bias, shape (H,).
+
+    Args:
+        output: the output projection.
+        heads_RHE: what the heads give to it, for R tokens.
+        z_H: which heads are open; None: all.
+    """
+    return relative_difference(*_squares(output, heads_RHE, z_H))
+
+
+@torch.no_grad()
+def _squares(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sums over tokens of ‖W_O^h a_h‖², (H,), and of ‖Σ_open W_O a‖², 0-dimensional.
+
+    ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
+    """
+    rows_RHE = heads_RHE.float()
+    weight_HED = head_columns(output).detach().float().T.unflatten(0, heads_RHE.shape[1:])
+    moment_HEE = torch.einsum("rhe,rhf->hef", rows_RHE, rows_RHE)
+    gram_HEE = weight_HED @ weight_HED.transpose(-1, -2)
+    alone_H = (moment_HEE * gram_HEE).sum((-1, -2))
+    open_RHE = rows_RHE if z_H is None else rows_RHE * z_H[:, None]
+    together = (open_RHE.flatten(1) @ weight_HED.flatten(0, 1)).square().sum()
+    return alone_H, together
+
+
+class _DrawNoise:
+    """Draws all gates' noise before the first layer, outside checkpointed and compiled regions."""
+
+    def __init__(self, gates: HeadGates) -> None:
+        self.gates = gates
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module.training:
+            self.gates.draw()
+
+
+def attach(
+    model: PreTrainedModel | nn.Module,
+    *,
+    config: GateConfig | None = None,
+    unit: Unit | None = None,
+    blocks: bool | int = False,
+) -> HeadGates:
+    """Add a trainable gate to every prunable head of `model`, and to blocks if asked.
+
+    Blocks are runs of a feed-forward layer's hidden units, or of the All-attention Transformer's persistent vectors, in
+    every head of a layer at once.
+
+    Args:
+        model: a model with a layout, or PEFT's wrapper of one; changed in place. With adapters, wrap first: PEFT
+            freezes what it finds, gates too.
+        config: the gates' constants; the default has no output scaling, as pretrained models need it. Blocks are never
+            scaled.
+        unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
+        blocks: whether blocks have gates too, or how many hidden units or persistent vectors make a block.
+
+    Returns:
+        The gates, which learn with the model's other parameters.
+
+    Raises:
+        UnsupportedModel: there is no head that could be pruned, or no block; the message says why.
+        InputError: the model has gates already, the blocks do not fit its layers, or soft gates are asked for on blocks
+            of persistent vectors.
+    """
+    model = unwrapped(model)
+    if gates_of(model) is not None:
+        raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
+    require_whole(model.parameters(), "Attaching gates")
+    layout = find_layout(model)
+    unit = layout.choose_unit(model, unit, what="gates open and close")
+    config = config or GateConfig()
+    size = block_size(layout, model, blocks)
+    sites = layout.all_sites(model, unit, size)
+    _require_cuttable(layout, sites, config)
+    costs = _relative_costs(layout, sites)
+    gates: dict[Any, HeadGate] = {}
+    for site in sites:
+        if site.units:
+            own = config.for_gate(of_blocks=site.has_blocks)
+            gate = HeadGate(len(site.units), own, costs[site.key]).to(_weight(layout, site).device)
+            gate.train(model.training)
+            site.module.add_module(site.gate_name, gate)
+            gates[site.key] = gate
+    head_gates = HeadGates(
+        gates,
+        heads={site.key: site.units for site in sites},
+        total={site.key: site.total for site in sites},
+        unit=unit,
+        config=config,
+        block_size=size,
+        headless=[site.key for site in sites if site.is_headless],
+    )
+    _hang(sites)
+    # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
+    text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
+    setattr(model, _GATES_ATTRIBUTE, head_gates)
+    return head_gates
+
+
+def _require_cuttable(layout: Layout, sites: Sequence[Site], config: GateConfig) -> None:
+    for site in sites:
+        if not site.units:
+            continue
+        if not _weight(layout, site).is_floating_point():
+            raise UnsupportedModel(
+                f"The weights of layer {site.layer} are quantised to {_weight(layout, site).dtype}, so heads "
+                "cannot be cut out of them; load the model in its full precision, prune it, and quantise it then."
+            )
+        if site.output_path is None and not config.hard:
+            raise InputError(
+                "Blocks of persistent vectors need hard gates, as a value between 0 and 1 in the softmax could not be "
+                "folded into a weight at the cut; use GateConfig(hard=True), or leave blocks out."
+            )
+
+
+def _weight(layout: Layout, site: Site) -> Tensor:
+    """Return a weight with the site's units in it: the output projection's, if there is one."""
+    if site.output_path is not None:
+        return head_columns(site.output)
+    return site.module.get_parameter(layout.selections(site, site.units)[0].path)
+
+
+def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> int | None:
+    """Return the size of a model's blocks as `attach` is asked for them, None for none.
+
+    Raises:
+        UnsupportedModel: it has none.
+        InputError: the size does not fit its layers.
+    """
+    if blocks is False:
+        return None
+    sites = layout.block_sites(model, None if blocks is True else blocks)
+    if not sites:
+        raise UnsupportedModel(
+            f"The model, of type {model.config.model_type!r}, has no feed-forward layers, nor persistent vectors, "
+            "that could be cut in blocks; leave blocks out."
+        )
+    return sites[0].unit_dim
+
+
+def _relative_costs(layout: Layout, sites: Sequence[Site]) -> dict[Layer, float]:
+    """Return what an open gate costs: 1 for heads, for blocks their parameters over those of the mean head."""
+    sizes = {site.key: _unit_parameters(layout, site) for site in sites if site.units}
+    heads = [
+        size for site in sites if site.units and not site.has_blocks for size in [sizes[site.key]] * len(site.units)
+    ]
+    mean = sum(heads) / len(heads) if heads else 1.0
+    return {site.key: sizes[site.key] / mean if site.has_blocks else 1.0 for site in sites if site.units}
+
+
+def _unit_parameters(layout: Layout, site: Site) -> float:
+    parts = layout.selections(site, site.units)
+    return sum(site.module.get_parameter(part.path).numel() for part in parts) / len(site.units)
+
+
+def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
+    """Return the model of transformers in PEFT's wrapper, or `model` itself."""
+    wrapper: Any = model
+    return cast(PreTrainedModel, wrapper.get_base_model() if hasattr(model, "get_base_model") else model)
+
+
+def rehang(model: PreTrainedModel | nn.Module) -> None:
+    """Move the gates to the output projections there are now, after PEFT has put adapters around them or merged them.
+
+    Does nothing to a model without gates.
+    """
+    model = unwrapped(model)
+    gates = gates_of(model)
+    if gates is None:
+        return
+    for module in model.modules():
+        _remove_hooks(module, _GateInput)
+    _hang(find_layout(model).all_sites(model, gates.unit, gates.block_size))
+    for _, gate in gates:
+        gate.log_alpha_bias.requires_grad_()
+
+
+def _hang(sites: Sequence[Site]) -> None:
+    for site in sites:
+        gate = site.module._modules.get(site.gate_name)
+        if isinstance(gate, HeadGate) and site.output_path is not None:
+            site.output.register_forward_pre_hook(_GateInput(gate, site.unit_dim))
+
+
+def _remove_hooks(module: nn.Module, *kinds: type) -> None:
+    # By type, not by handle: handles of a deep copy would point at the original.
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)]:
+        del module._forward_pre_hooks[key]
+
+
+def take_off(site: Site) -> None:
+    """Take the gate off one site; the model's other gates stay."""
+    if site.output_path is not None:
+        _remove_hooks(site.output, _GateInput)
+    site.module._modules.pop(site.gate_name, None)
+
+
+def is_gate(name: str) -> bool:
+    """Tell whether a parameter or buffer of a gated model, by its name, is a gate's."""
+    return not set(_GATE_NAMES).isdisjoint(name.split("."))
+
+
+def gates_of(model: nn.Module) -> HeadGates | None:
+    """Return the gates of `model`, or None if it has none."""
+    return getattr(model, _GATES_ATTRIBUTE, None)
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
+    for module in model.modules():
+        _remove_hooks(module, _GateInput, _DrawNoise)
+        for name in _GATE_NAMES:
+            if isinstance(module._modules.get(name), HeadGate):
+                del module._modules[name]
+    if gates_of(model) is not None:
+        delattr(model, _GATES_ATTRIBUTE)
+    return model

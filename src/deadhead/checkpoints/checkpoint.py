@@ -1,0 +1,314 @@
+"""Save and load models, dense, gated or cut: safetensors, one folder, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.repocard import metadata_load
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from deadhead.attaching import gates_of, is_gate
+from deadhead.checkpoints.gate_files import GATES_FILE, has_gates, load_gates, save_gates
+from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
+from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
+from deadhead.disk.files import replaced_folder, require_replaceable, write_text
+from deadhead.errors import InputError
+from deadhead.gates.gates import HeadGates
+from deadhead.layouts import find_layout
+from deadhead.measure.cost import model_cost
+from deadhead.plans.plan import HeadPlan
+
+PLAN_FILE = "head_plan.json"
+# In every model card of ours; a folder without it is not overwritten.
+_TAG = '"deadhead", "pruned-attention-heads"'
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+# What of the base model's card stays true of the cut model.
+_KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
+# What decides what a model computes; people may edit the rest.
+_VERIFIED = {".safetensors", ".json", ".model", ".txt"}
+_NOT_VERIFIED = {"generation_config.json"}
+_ENDINGS = {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt", ".model"}
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metrics: Mapping[str, float] | None = None,
+    base: str | Path | None = None,
+    files: Sequence[Path] = (),
+    about: str | None = None,
+) -> None:
+    """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    It holds the weights, the configuration, the modelling files (for places without deadhead), the head plan of a cut
+    model, the gates of a gated one (whose weights are then those of the ungated model), tokenizer and model card.
+
+    Args:
+        model: dense, gated or cut.
+        path: the folder; a checkpoint that is there already is replaced as a whole.
+        tokenizer: written beside the model if given.
+        metrics: measured numbers for the model card, such as {"perplexity": 5.9}.
+        base: folder or name of the model it was made of; its licence and name go into the model card, and its licence
+            files beside it.
+        files: files and folders to copy beside the model; those that don't exist are left out.
+        about: what the model card says the model is; by default whether deadhead has cut it.
+
+    Raises:
+        InputError: `path` holds something else, cannot be written, or the device is full.
+    """
+    path = Path(path)
+    require_ours_or_free(path)
+    gates = gates_of(model)
+    with replaced_folder(path) as folder:
+        weights = {name: value for name, value in model.state_dict().items() if not is_gate(name)}
+        model.save_pretrained(folder, state_dict=weights)
+        if gates is not None:
+            save_gates(gates, folder)
+        save_beside(model, folder, tokenizer=tokenizer, metrics=metrics, base=base, files=files, about=about)
+        write_checksums(folder)
+
+
+def save_beside(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metrics: Mapping[str, float] | None = None,
+    base: str | Path | None = None,
+    files: Sequence[Path] = (),
+    about: str | None = None,
+) -> None:
+    """Write into a folder what `save` writes besides what `save_pretrained` does: head plan, tokenizer, model card.
+
+    Args:
+        model: as for `save`, as the rest; without weights will do.
+        folder: where the model is being written.
+        tokenizer: written if given.
+        metrics: for the model card.
+        base: what the model was made of.
+        files: to copy.
+        about: what the model card says the model is.
+    """
+    plan = find_layout(model).recorded_plan(model)
+    if plan is not None:
+        plan.to_json(folder / PLAN_FILE)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    for file in (*files, *licence_files(base)):
+        if file.is_dir():
+            shutil.copytree(file, folder / file.name)
+        elif file.exists():
+            shutil.copy2(file, folder / file.name)
+    write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base), about))
+
+
+def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model that was made without its weights the generation settings that lie in its checkpoint folder."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+
+
+def require_ours_or_free(path: Path) -> None:
+    """Check that a checkpoint may be written to `path`: nothing is there, or a checkpoint that deadhead wrote.
+
+    Raises:
+        InputError: something else is there, other programs' models included.
+    """
+    require_replaceable(path, ("config.json",))
+    card = path / "README.md"
+    if (path / "config.json").exists() and not (card.is_file() and _TAG in card.read_text("utf-8", errors="replace")):
+        raise InputError(f"{path} holds a model that deadhead did not write; choose another place.")
+    for entry in path.iterdir() if path.is_dir() else ():
+        known = entry.name in ("tensorboard", CHECKSUMS_FILE) or entry.name.upper().startswith(_LICENCES)
+        if not known and entry.suffix not in _ENDINGS:
+            raise InputError(f"{path} holds {entry.name} beside a checkpoint of deadhead; choose another place.")
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a language model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
+
+    It never runs code that a checkpoint brings along. A gated checkpoint gives the ungated model; `load_gated` gives
+    both.
+
+    Raises:
+        InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
+    """
+    name = str(path)
+    local = Path(path).is_dir()
+    if not local and not _looks_like_a_name(path):
+        raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
+    if local:
+        require_unchanged(Path(path))
+        require_sound(Path(path))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except SafetensorError as error:
+        raise InputError(f"The weights in {path} are damaged or cut short: {error}.") from error
+    except RuntimeError as error:
+        reason = misshapen(Path(path)) if local else ""
+        reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:!")
+        raise InputError(f"The weights in {path} do not fit its configuration: {reason}.") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
+        if not local:
+            raise _no_such_name(path, error) from error
+        raise InputError(f"The checkpoint {path} cannot be loaded: {reason}.") from error
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    if any(is_gate(str(name)) for name in info["unexpected_keys"]):
+        raise InputError(
+            f"The checkpoint {path} was saved in the middle of training with gates; resume that run, or load a "
+            "checkpoint that deadhead.save wrote."
+        )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            first = sorted(str(item) for item in info[problem])[0]
+            raise InputError(
+                f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}."
+            )
+    model.eval()
+    return model
+
+
+def require_unchanged(folder: Path) -> None:
+    """Check weights, configuration, plan, gates and tokenizer against the checksums that were saved with them, if any.
+
+    Raises:
+        InputError: a file is not what was saved.
+    """
+    names = [name for name in read_checksums(folder) if Path(name).suffix in _VERIFIED and name not in _NOT_VERIFIED]
+    changed = changed_file(folder, among=names)
+    if changed is not None:
+        raise InputError(
+            f"{folder / changed} is not what was saved there, so says its checksum in {CHECKSUMS_FILE}: it is damaged "
+            f"or was changed; restore it, or, if the change is meant, delete {CHECKSUMS_FILE}."
+        )
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """Load a model's configuration from a checkpoint folder, its file, or by its name on the Hugging Face hub.
+
+    Raises:
+        InputError: there is none, it cannot be used, or it is of a model that cannot be.
+    """
+    if not _looks_like_a_name(path):
+        if not Path(path).is_file() and not (Path(path) / "config.json").is_file():
+            raise InputError(f"A checkpoint folder was expected at {path}, but it has no config.json.")
+        return guarded_config(Path(path))[0]
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _no_such_name(path, error) from error
+    return config
+
+
+def _no_such_name(path: str | Path, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    return InputError(f"There is no folder {path}, and the Hugging Face hub gave no model of that name: {reason}.")
+
+
+def _looks_like_a_name(path: str | Path) -> bool:
+    """Tell whether `path`, which is no folder, may be the name of a model on the Hugging Face hub: NAME or ORG/NAME."""
+    return not Path(path).exists() and bool(re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(path)))
+
+
+def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
+    """Load a model and its gates from a folder that was saved with gates on.
+
+    Raises:
+        InputError: the folder has no gates, or it cannot be loaded.
+    """
+    path = Path(path)
+    if path.is_dir() and not has_gates(path):
+        raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
+    model = load(path)
+    return model, load_gates(model, path)
+
+
+def licence_files(base: str | Path | None) -> list[Path]:
+    """Return the licence files of the checkpoint that a model was made of; none of one on the hub."""
+    folder = Path(base) if base is not None else None
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.upper().startswith(_LICENCES) and path.is_file())
+
+
+def _origin(base: str | Path | None) -> dict[str, Any]:
+    """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
+    if base is None:
+        return {}
+    name = None if Path(base).is_dir() else str(base)
+    metadata: dict[str, Any] = {}
+    try:
+        card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
+        if card.is_file():
+            metadata = metadata_load(card) or {}
+    except Exception:
+        # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
+        metadata = {}
+    kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
+    return kept | ({} if name is None else {"base_model": name})
+
+
+def _model_card(
+    model: PreTrainedModel, metrics: Mapping[str, float], origin: Mapping[str, Any], about: str | None
+) -> str:
+    cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
+    front: dict[str, Any] = {**origin, "library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        f"# {model.config.model_type}",
+        "",
+        about or _about(plan),
+        "",
+        f"- heads a layer: {cost.heads}",
+        *([f"- blocks of {cost.block_size} a layer: {cost.blocks}"] if plan is not None and plan.blocks else []),
+        f"- parameters: {cost.parameters:,}",
+        f"- FLOPs a token: {cost.flops_per_token:,.0f}",
+        *(f"- {name}: {value:.4g}" for name, value in metrics.items()),
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{_how(model)}',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _how(model: PreTrainedModel) -> str:
+    is_stock = type(model).__module__.startswith("transformers.")
+    return ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
+
+
+def _about(plan: HeadPlan | None) -> str:
+    if plan is None:
+        return "A model that deadhead has not cut."
+    what = "Attention heads" if plan.blocks is None else "Heads and blocks"
+    return f"{what} of this model were found dead and cut off by deadhead."

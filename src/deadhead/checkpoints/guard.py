@@ -1,0 +1,231 @@
+"""Refuse a checkpoint folder that declares what cannot be, before memory or time is spent on it.
+
+Transformers makes the model that a configuration describes, and fills what the files do not hold with new weights. So a
+file of a few kilobytes could ask for all the memory there is, or for a thousand million layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.nn.modules import module as torch_module
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from deadhead.disk.reading import read_json, read_object, shown
+from deadhead.disk.stored import INDEX_FILE, PICKLES, WEIGHTS_FILE, read_header, read_index
+from deadhead.errors import InputError
+from deadhead.measure.cost import skeleton
+
+MOST_LAYERS = 10_000
+MOST_PARAMETERS = 10**13
+# Of heads, experts, widths, words and positions.
+_MOST = 2**32
+# New weights that a checkpoint may ask for beside those it holds: 256 MiB in float32. What is missing is named later.
+_MOST_NEW = 2**26
+# In how many parts a number of a quantised checkpoint may be taken apart.
+_MOST_PACKED = 16
+_LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|\w*_?layers|num_hidden_groups|num_(layer|hidden)_repeats?|layer_types")
+_COUNTS = re.compile(
+    r"(num|n)_.*|.*(_size|_dim|_heads|_experts|_positions|_embeddings|_length|_rank)|n?_?(head|embd|inner|ctx)|d_\w+"
+)
+# Each takes some kilobytes; the largest models there are have a tenth, or less.
+_MOST_MODULES = 200_000
+# Where a configuration may name a kernel, which transformers would fetch and run.
+_KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+_ADAPTER = "adapter_config.json"
+# Small files that transformers reads whole.
+_SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """Return the configuration in a folder, or in its config.json, and the model it describes, without weights.
+
+    Args:
+        path: of either; nothing is fetched, and no code that comes with it runs.
+
+    Raises:
+        InputError: it is no configuration that can be used, or one of a model that cannot be.
+    """
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        _require_own_files(path)
+    file = path / "config.json" if path.is_dir() else path
+    values = read_object(file, what="model configuration")
+    kind = values.get("model_type")
+    if "auto_map" in values and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise InputError(
+            f"The checkpoint {folder} has model type {shown(kind)} and cannot be loaded: neither deadhead nor "
+            "transformers knows it, and deadhead never runs code that a checkpoint brings along."
+        )
+    for name, text in _texts(values):
+        if name in _KERNELS and "/" in text:
+            raise InputError(
+                f"The model configuration {file} wants {name} {shown(text)}, which is code of the Hugging Face hub; "
+                f"deadhead runs none that a checkpoint names: take {name} out."
+            )
+    for name, value in _numbers(values):
+        most = MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST if _COUNTS.fullmatch(name) else None
+        if most is not None and not 0 <= value <= most and value != -1:
+            raise InputError(
+                f"The model configuration {file} gives {name} as {shown(value)}, but between 0 and {most} was expected."
+            )
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        with _bounded():
+            model = skeleton(config)
+    except InputError:
+        raise
+    except Exception as error:  # each architecture has checks of its own, and its own faults where it has none
+        raise InputError(f"The configuration in {path} cannot be used: {_reason(error)}.") from error
+    parameters = _parameters(model)
+    if parameters > MOST_PARAMETERS:
+        raise InputError(
+            f"The model configuration {file} describes {parameters:.1e} parameters, but no model has over "
+            f"{MOST_PARAMETERS:.0e}."
+        )
+    return config, model
+
+
+def require_sound(folder: Path) -> None:
+    """Check what a checkpoint folder declares against the files that are in it, without reading a weight.
+
+    Raises:
+        InputError: the configuration is none, the weights are pickled, damaged, of another shape or far too few for
+            it, or an index names files outside the folder.
+    """
+    for name in _SMALL:
+        if (folder / name).exists():
+            read_json(folder / name, what="file")
+    if (folder / _ADAPTER).exists():
+        raise InputError(
+            f"{folder} holds an adapter ({_ADAPTER}), with which transformers would load a base model from wherever it "
+            "says; merge it into its model with PEFT's merge_and_unload, and save that."
+        )
+    config, model = guarded_config(folder)
+    files = _weight_files(folder, config)
+    if not files:
+        return
+    if hasattr(config, "quantization_config"):
+        held = sum(file.stat().st_size for file in files) * _MOST_PACKED
+    else:
+        held = sum(tensor.numel for file in files for tensor in read_header(file))
+    parameters = _parameters(model)
+    if parameters > held + _MOST_NEW:
+        raise InputError(
+            f"The configuration in {folder} describes {parameters:,} parameters, but its files hold {held:,}; it is "
+            "another model's, or a file is missing."
+        )
+
+
+def misshapen(folder: Path) -> str:
+    """Return a clause that names a tensor whose shape is not the one that the configuration asks for, or ""."""
+    config, model = guarded_config(folder)
+    stored = {tensor.name: tensor for file in _weight_files(folder, config) for tensor in read_header(file)}
+    for name, parameter in model.named_parameters():
+        if name in stored and stored[name].shape != tuple(parameter.shape):
+            return f"{name} has shape {list(stored[name].shape)}, but {list(parameter.shape)} was expected"
+    return ""
+
+
+def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers of a configuration and the lengths of its lists, under the name of the nearest key."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _numbers(value, str(key))
+    elif isinstance(values, list):
+        yield name, len(values)
+        for value in values:
+            yield from _numbers(value, name)
+    elif isinstance(values, int) and not isinstance(values, bool):
+        yield name, values
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the strings of a configuration under the name of the nearest key."""
+    if isinstance(values, str):
+        yield name, values
+    inside = values.items() if isinstance(values, dict) else [(name, value) for value in _listed(values)]
+    for key, value in inside:
+        # A kernel may be named for each part of a model.
+        yield from _texts(value, name if name in _KERNELS else str(key))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _require_own_files(folder: Path) -> None:
+    """Check that no link leads out of a folder: what it leads to would be loaded, or copied beside a cut model.
+
+    The Hugging Face hub's cache, whose folders hold links to files beside them, is one folder in this.
+    """
+    places = [folder.resolve()]
+    if places[0].parent.name == "snapshots":
+        places.append(places[0].parent.parent / "blobs")
+    for entry in folder.iterdir():
+        if entry.is_symlink() and entry.exists() and not any(place in entry.resolve().parents for place in places):
+            raise InputError(
+                f"{entry} is a link to {entry.resolve()}, outside of its folder, and is not followed; put a copy there "
+                "if you trust where it leads."
+            )
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Stop whatever makes a model in the block once it has more modules than any.
+
+    Raises:
+        InputError: it has.
+    """
+    modules = 0
+
+    def count(*_: Any) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > _MOST_MODULES:
+            raise InputError(f"The configuration describes over {_MOST_MODULES:,} modules, but no model has as many.")
+
+    hook = torch_module.register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
+    """Return the files that transformers reads weights from, none if there are none: one is preferred to shards."""
+    named = getattr(config, "transformers_weights", None) or WEIGHTS_FILE
+    if not isinstance(named, str) or set("/\\\0") & set(named) or not named.endswith((".safetensors", INDEX_FILE)):
+        raise InputError(
+            f"The model configuration {folder / 'config.json'} names {shown(named)} for its weights, but only "
+            ".safetensors files of its own folder may be there."
+        )
+    if named.endswith(".safetensors") and (folder / named).is_file():
+        return [folder / named]
+    index = folder / (named if named.endswith(".json") else INDEX_FILE)
+    if not index.is_file():
+        for name in PICKLES:
+            if (folder / name).exists():
+                raise InputError(
+                    f"The weights in {folder} are pickled ({name}), and reading a pickle can run any code; where you "
+                    "trust them, load them with transformers and save them anew with save_pretrained."
+                )
+        return []
+    files = [folder / name for name in sorted(set(read_index(index).values()))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"The index {index} names a file {file.name}, but it is not there; fetch it again.")
+    return files
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().rstrip(".:")

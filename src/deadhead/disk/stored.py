@@ -1,0 +1,268 @@
+"""What a safetensors checkpoint holds: its files, and where in them each tensor lies. Nothing of a tensor is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deadhead.disk.reading import parse_json, read_object, shown
+from deadhead.errors import InputError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+# Bytes of a tensor that are read at once.
+_READ = 4 << 20
+# As the format's own reader has it; a longer header is a lie.
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a file.
+
+    Args:
+        name: its name.
+        file: name of the file.
+        dtype: as the format writes it, such as "BF16".
+        shape: its sizes.
+        begin: of its first byte, from the file's beginning.
+        end: one past its last byte.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.end - self.begin
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its type in torch."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCheckpoint:
+    """The weights of a checkpoint folder.
+
+    Args:
+        folder: it.
+        files: names of its files of weights, in order, and the tensors of each in the order of their bytes.
+        is_sharded: whether an index names the files.
+    """
+
+    folder: Path
+    files: Mapping[str, tuple[StoredTensor, ...]]
+    is_sharded: bool
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All tensors, by name."""
+        return {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors)
+
+    def read_into(self, tensor: StoredTensor, out: torch.Tensor) -> None:
+        """Read a tensor's values, a few megabytes at a time, into a contiguous one of its shape, of any type.
+
+        Raises:
+            InputError: the file has become shorter.
+        """
+        path, dtype = self.folder / tensor.file, tensor.torch_dtype
+        values = out.view(-1)
+        step = _READ // dtype.itemsize
+        data = bytearray(min(_READ, tensor.nbytes))
+        with path.open("rb", buffering=0) as file:
+            for start in range(0, tensor.numel, step):
+                count = min(step, tensor.numel - start)
+                part = memoryview(data)[: count * dtype.itemsize]
+                read_exactly(file.fileno(), part, tensor.begin + start * dtype.itemsize, path)
+                values[start : start + count] = torch.frombuffer(part, dtype=dtype)
+
+
+# Where the system cannot read at a place, threads that share a descriptor take turns.
+_SEEKING = threading.Lock()
+
+
+def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` from a file's bytes at `offset`.
+
+    Raises:
+        InputError: the file ends before.
+    """
+    done = 0
+    while done < len(buffer):
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        else:
+            with _SEEKING:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                data = os.read(descriptor, len(buffer) - done)
+            count = len(data)
+            buffer[done : done + count] = data
+        if not count:
+            raise InputError(f"{path} ended while it was read; the file was changed or is damaged, fetch it again.")
+        done += count
+
+
+def weights_size(folder: Path) -> int:
+    """Return how many bytes a folder's safetensors files have; 0 if there are none."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def has_stored(folder: Path) -> bool:
+    """Tell whether a folder holds weights that `read_stored` reads."""
+    return (folder / INDEX_FILE).is_file() or (folder / WEIGHTS_FILE).is_file()
+
+
+def read_stored(folder: Path) -> StoredCheckpoint:
+    """Read the headers of a folder's safetensors files, and check that they and the index say the truth.
+
+    Raises:
+        InputError: there are none, one is missing, cut short or damaged, or the index names other tensors or files
+            outside the folder.
+    """
+    index = folder / INDEX_FILE
+    if index.is_file():
+        weight_map = read_index(index)
+        names = sorted(set(weight_map.values()))
+    elif (folder / WEIGHTS_FILE).is_file():
+        weight_map, names = None, [WEIGHTS_FILE]
+    else:
+        if any((folder / name).exists() for name in PICKLES):
+            raise InputError(
+                f"The weights in {folder} are pickled ({PICKLES[0]}); save them as safetensors, which alone are "
+                "cut shard by shard."
+            )
+        raise InputError(f"Weights were expected at {folder / WEIGHTS_FILE}, but there is no such file.")
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"The index {index} names a file {name}, but it is not there; fetch it again.")
+    files = {name: read_header(folder / name) for name in names}
+    if weight_map is not None:
+        found: dict[str, str] = {}
+        for name, tensors in files.items():
+            for tensor in tensors:
+                if tensor.name in found:
+                    raise InputError(f"Tensor {tensor.name} is in two files of {folder}: {found[tensor.name]}, {name}.")
+                found[tensor.name] = name
+        for tensor_name in sorted(weight_map.keys() ^ found.keys()):
+            raise InputError(
+                f"The index {index} and the files it names disagree on tensor {tensor_name}: only "
+                f"{'the index' if tensor_name in weight_map else found[tensor_name]} has it; fetch the checkpoint "
+                "again."
+            )
+        for tensor_name, name in found.items():
+            if weight_map[tensor_name] != name:
+                raise InputError(
+                    f"The index {index} says that tensor {tensor_name} is in {weight_map[tensor_name]}, but it is in "
+                    f"{name}; fetch the checkpoint again."
+                )
+    return StoredCheckpoint(folder=folder, files=files, is_sharded=weight_map is not None)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return which file each tensor of a sharded checkpoint is in, by an index that names files of its own folder.
+
+    Raises:
+        InputError: it cannot be read, is no index, or names another place.
+    """
+    weight_map = read_object(path, what="index of weights").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f'The index {path} must have a "weight_map" from names of tensors to names of files.')
+    for name in weight_map.values():
+        if set("/\\\0") & set(name) or not name.endswith(".safetensors") or len(name) > 200:
+            raise InputError(
+                f"The index {path} names {shown(name)}, but only .safetensors files of its own folder may be there."
+            )
+    return weight_map
+
+
+def read_header(path: Path) -> tuple[StoredTensor, ...]:
+    """Return the tensors of a safetensors file in the order of their bytes, which they must cover without a gap.
+
+    Raises:
+        InputError: the file is cut short, or its header is none.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+            if length > min(size - 8, _LONGEST_HEADER):
+                raise InputError(f"The weights in {path} are damaged or cut short: its header does not fit the file.")
+            header = file.read(length)
+    except OSError as error:
+        raise InputError(f"The weights {path} cannot be read: {error.strerror}.") from None
+    values = parse_json(header, name=f"The weights in {path} are damaged: their header")
+    if not isinstance(values, dict):
+        raise InputError(f"The weights in {path} are damaged: the header is not a JSON object.")
+    tensors = [_tensor(path, name, value, 8 + length) for name, value in values.items() if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    place = 8 + length
+    for tensor in tensors:
+        if tensor.begin != place:
+            what = "overlaps another tensor" if tensor.begin < place else "leaves a gap before it"
+            raise InputError(f"The weights in {path} are damaged: by the header, {tensor.name} {what}.")
+        place = tensor.end
+    if place != size:
+        what = "cut short" if place > size else "damaged"
+        raise InputError(f"The weights in {path} are {what}: {place} bytes were expected, but there are {size}.")
+    return tuple(tensors)
+
+
+def _tensor(path: Path, name: str, value: Any, start: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        is_number = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+        is_true = is_number and dtype in DTYPES and end - begin == math.prod(shape) * DTYPES[dtype].itemsize
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"The weights in {path} are damaged: the header does not describe tensor {name}.") from None
+    if not is_true:
+        known = "" if dtype in DTYPES else f", and its type {dtype!r} is not known"
+        raise InputError(
+            f"The weights in {path} are damaged: by the header, tensor {name} has shape {list(shape)} and bytes "
+            f"{begin} to {end}{known}."
+        )
+    return StoredTensor(name=name, file=path.name, dtype=dtype, shape=shape, begin=start + begin, end=start + end)

@@ -1,0 +1,238 @@
+"""Budgets: how much of a dense model's parameters, FLOPs, cache or time may be left, and what holds gates there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from deadhead.errors import InputError
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.penalty import Weighting, linear_warmup, unit_weights
+from deadhead.plans.plan import HeadPlan
+from deadhead.plans.scores import HeadScores
+from deadhead.plans.unit_costs import UnitCosts
+
+BudgetKind = Literal["sparsity", "params", "flops", "kv_cache", "speedup"]
+BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
+BUDGET_NAMES: dict[BudgetKind, str] = {
+    "sparsity": "heads",
+    "params": "parameters",
+    "flops": "FLOPs a token",
+    "kv_cache": "key/value cache",
+    "speedup": "time",
+}
+
+# 2^-50 of the interval in which the multiplier is looked for is less than a float32 can tell.
+_HALVINGS = 50
+# Share of what units cost that a target leaves, and takes, in expectation at least: else all would end at their bound.
+_LEAST = 0.02
+# Units whose cost seems to be nothing, as noise has it, are pushed like those of so much of the mean cost.
+_LEAST_SLOPE = 0.05
+# How often a plan is made anew where a model's true cost is above what the sum over its layers says.
+_TRIES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What of the dense model may be left.
+
+    Args:
+        kind: "params" (all parameters), "flops" (of a token), "kv_cache" (bytes of a text), "speedup" (measured), or
+            "sparsity" (heads).
+        value: the share of the dense model's that may be left, in (0, 1]; of "sparsity" the share that goes, in
+            [0, 1); of "speedup" how many times as fast the model is to be, from 1.
+
+    Raises:
+        InputError: the value is out of range.
+    """
+
+    kind: BudgetKind
+    value: float
+
+    def __post_init__(self) -> None:
+        low, high = {"sparsity": (0.0, 1.0), "speedup": (1.0, 1000.0)}.get(self.kind, (0.0, 1.0))
+        wrong_end = self.value == (1.0 if self.kind == "sparsity" else 0.0)
+        if not low <= self.value <= high or wrong_end:
+            rule = {"sparsity": "at least 0 and below 1", "speedup": "at least 1"}.get(
+                self.kind, "above 0 and at most 1, as a share of the dense model's"
+            )
+            raise InputError(f"A budget of {self.kind} must be {rule}, but it is {self.value}.")
+
+    @property
+    def share(self) -> float:
+        """The share of the dense model's cost that may be left, in (0, 1]."""
+        return {"sparsity": 1.0 - self.value, "speedup": 1.0 / self.value}.get(self.kind, self.value)
+
+    def reached(self, share: float) -> float:
+        """Return what a model reaches of the budget, in the budget's own terms, given the share of the cost left."""
+        if self.kind == "sparsity":
+            return 1.0 - share
+        if self.kind == "speedup":
+            return 1.0 / share if share else math.inf
+        return share
+
+    def require_reachable(self, costs: UnitCosts, *, has_blocks: bool) -> None:
+        """Check that the model without any unit costs no more than may be left.
+
+        Raises:
+            InputError: it does; the message says what is possible.
+        """
+        least = costs.fixed / costs.total if costs.total else 0.0
+        if self.share < least:
+            flag = self.kind.replace("_", "-")
+            what = "heads and blocks" if has_blocks else "heads"
+            hint = "" if has_blocks or self.kind in ("sparsity", "kv_cache") else " (or add --blocks)"
+            raise InputError(
+                f"--{flag} {self.value:g} cannot be reached: without any {what} the model would be at "
+                f"{self.reached(least):.3f}; ask for less{hint}."
+            )
+
+
+class BudgetTarget:
+    """Holds what gates cost in expectation on a straight ramp to a budget.
+
+    The sparsity loss is Σ c_u P(open_u) with c_u what unit u costs, and its λ a Lagrange multiplier: after each step
+    log_alpha of every unit moves by w_u c_u times one number, the one that makes the expected cost what the ramp asks
+    for. So units go that are worth least for what they cost; which those are the language-modelling loss decides.
+
+    Args:
+        costs: what units cost; the keys are those of the gates.
+        share: of the dense cost that is to be left, in (0, 1].
+        ramp_steps: steps until the ramp has reached it.
+    """
+
+    exact = False
+
+    def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int) -> None:
+        if not 0 < share <= 1:
+            raise InputError(f"The share of the cost that is to be left must be above 0 and at most 1, but is {share}.")
+        self.costs = costs
+        self.share = share
+        self.ramp_steps = ramp_steps
+        # The share that is left where the ramp begins.
+        self.start: float | None = None
+
+    def wanted(self, step: int, gates: HeadGates) -> float:
+        """Return the share of the dense cost that draws are to have after `step` steps."""
+        if self.start is None:
+            self.start = max(self.expected(gates) / self.costs.total, self.share)
+        return self.start + (self.share - self.start) * linear_warmup(step, self.ramp_steps)
+
+    def expected(self, gates: HeadGates) -> float:
+        """Return what draws cost in expectation."""
+        return self.costs.of({key: float(p_H.sum()) for key, p_H in self._probabilities(gates).items()})
+
+    def prepare(self, gates: HeadGates, step: int) -> None:
+        """Do nothing before a step's draws: each gate decides alone."""
+
+    @torch.no_grad()
+    def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
+        """Move all log_alpha, after `step` steps (counted from 1), to where the wanted cost is expected."""
+        keys = list(self.costs.tables)
+        sizes = [gates.gates[key].num_heads for key in keys]
+        if not sum(sizes):
+            return
+        values = torch.cat([gates.gates[key].log_alpha.detach().cpu() for key in keys])
+        slopes = self._slopes(gates)
+        weights = torch.cat([unit_weights(gates.gates[key], weighting).cpu() * slopes[key] for key in keys])
+        moved = self._moved(values, weights, sizes, self.wanted(step, gates), gates)
+        for key, part in zip(keys, moved.split(sizes), strict=True):
+            gate = gates.gates[key]
+            gate.set_log_alpha(part.to(gate.log_alpha_bias.device))
+
+    def _moved(self, values: Tensor, weights: Tensor, sizes: list[int], share: float, gates: HeadGates) -> Tensor:
+        """Return values + μ · weights, μ such that the expected cost is a share of the dense one."""
+        offset, bound = gates.config.beta * gates.config.open_threshold, gates.config.bound
+        variable = self.costs.total - self.costs.fixed
+        least, most = self.costs.fixed + _LEAST * variable, self.costs.total - _LEAST * variable
+        wanted = min(max(share * self.costs.total, least), most)
+        key_of_U = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+        def moved(shift: float) -> Tensor:
+            return (values + shift * weights).clamp(-bound, bound)
+
+        def cost(shift: float) -> float:
+            open_U = torch.sigmoid(moved(shift) - offset).double()
+            return self.costs.of_counts(torch.zeros(len(sizes), dtype=torch.float64).index_add(0, key_of_U, open_U))
+
+        positive = weights[weights > 0]
+        high = 2 * bound / float(positive.min()) if len(positive) else 0.0
+        low = -high
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if cost(middle) > wanted else (middle, high)
+        return moved((low + high) / 2)
+
+    def _slopes(self, gates: HeadGates) -> dict[Any, float]:
+        """Return by key what a unit costs at the expected counts, 1 on average."""
+        counts = {key: float(p_H.sum()) for key, p_H in self._probabilities(gates).items()}
+        slopes = self.costs.slopes(counts)
+        units = {key: gates.gates[key].num_heads for key in slopes}
+        variable = self.costs.total - self.costs.fixed
+        mean = variable / max(sum(len(table) - 1 for table in self.costs.tables.values()), 1)
+        if not mean > 0:
+            return dict.fromkeys(slopes, 0.0)
+        found = {
+            # What costs nothing at all, as blocks cost no cache, is not pushed.
+            key: max(slope / mean, _LEAST_SLOPE) if float(self.costs.tables[key][-1]) > 0 else 0.0
+            for key, slope in slopes.items()
+        }
+        average = sum(found[key] * units[key] for key in found) / max(sum(units.values()), 1)
+        return {key: slope / average for key, slope in found.items()} if average else found
+
+    def _probabilities(self, gates: HeadGates) -> dict[Any, Tensor]:
+        return {key: gates.gates[key].open_probability.cpu() for key in self.costs.tables}
+
+    def state(self) -> dict[str, Any]:
+        """Return what must be saved to go on exactly here."""
+        return {"start": self.start}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.start = state["start"]
+
+
+def plan_within(
+    scores: HeadScores, costs: UnitCosts, share: float, true_share: Callable[[HeadPlan], float], *, slack: float = 0.0
+) -> tuple[HeadPlan, float]:
+    """Return the plan that keeps the units with the highest scores within a share of the dense cost.
+
+    Args:
+        scores: of the units.
+        costs: what units cost, as a sum over layers.
+        share: of the dense cost that may be left.
+        true_share: what share a plan's model really costs, which the sum may miss: a module may lose more than its
+            units, and a machine is no sum.
+        slack: by how much of `share` the true one may exceed it.
+
+    Returns:
+        The plan, and its model's true share. That of the last try if none comes within the budget.
+    """
+    known: dict[HeadPlan, float] = {}
+    allowed, low, high = share, costs.fixed / costs.total, 1.0
+    best: HeadPlan | None = None
+    for _ in range(_TRIES):
+        plan = scores.within(costs, allowed * costs.total)
+        if plan not in known:
+            known[plan] = true_share(plan)
+        found = known[plan]
+        if found <= share * (1 + slack) + 1e-12:
+            if best is None or found > known[best]:
+                best = plan
+            counts = {key: len(units) for key, units in plan.units.items() if key in costs.tables}
+            # What is measured is not come up to: the clock differs by more from one time to the next.
+            if slack or abs(found - costs.of(counts) / costs.total) < 1e-6:
+                break
+            low = allowed
+        else:
+            high = allowed
+        # By the difference at first, then between what was enough and what was too much.
+        step = allowed + share - found
+        allowed = step if low < step < high and len(known) <= 2 else (low + high) / 2
+    best = plan if best is None else best
+    return best, known[best]

@@ -1,0 +1,326 @@
+"""All gates of a model: their noise, their sparsity loss, and the plan they stand for."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deadhead.errors import InputError
+from deadhead.gates.hard_concrete import GateConfig, l0_probability
+from deadhead.gates.head_gate import HeadGate
+from deadhead.gates.output_difference import average_over_processes
+from deadhead.plans.plan import BlockPlan, HeadPlan, Layer, Unit, is_block_key, plain_key
+from deadhead.plans.scores import HeadScores, Ranking
+
+# Forwards from one measurement of the output differences to the next.
+_MEASURE_EVERY = 10
+
+
+class HeadGates:
+    """All gates of one model, in the order of its layers. Made by `deadhead.attach`.
+
+    Args:
+        gates: the gates by layer.
+        heads: by layer, the index in the original dense model of each head there is now.
+        total: heads of each layer of the original dense model; layers that have lost all heads are in it too.
+        unit: what a gate opens and closes.
+        config: the gates' constants.
+        block_size: size of the blocks that have gates too, or None. All mappings then have their keys as well.
+        headless: keys of blocks that went with the last head of their layer; what a plan says of them means nothing.
+    """
+
+    def __init__(
+        self,
+        gates: Mapping[Layer, HeadGate],
+        *,
+        heads: Mapping[Layer, tuple[int, ...]],
+        total: Mapping[Layer, int],
+        unit: Unit,
+        config: GateConfig,
+        block_size: int | None = None,
+        headless: Sequence[Layer] = (),
+    ) -> None:
+        self.gates = dict(gates)
+        self.heads = dict(heads)
+        self.total = dict(total)
+        self.unit = unit
+        self.config = config
+        self.block_size = block_size
+        self.headless = frozenset(headless)
+        self._step = 0
+        self._micro_batch = 0
+        self._exactly: list[tuple[list[HeadGate], int]] = []
+
+    def __iter__(self) -> Iterator[tuple[Layer, HeadGate]]:
+        return iter(self.gates.items())
+
+    def __len__(self) -> int:
+        """Return the number of gates."""
+        return sum(gate.num_heads for gate in self.gates.values())
+
+    def begin_step(self, step: int) -> None:
+        """Tell which optimizer step comes next: noise is a function of seed, step and forward within the step.
+
+        All processes must call this together, as it gathers sharded gates.
+        """
+        self._step, self._micro_batch = step, 0
+        for gate in self.gates.values():
+            gate.output_difference.begin_step()
+        self.gather()
+
+    def draw(self) -> None:
+        """Draw fresh noise for every gate, equal on all ranks. Every forward in training mode begins with it."""
+        # torch's CPU generator takes 32 bits of a seed, so the three numbers are hashed into as many.
+        key = f"{self.config.seed} {self._step} {self._micro_batch}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+        generator = torch.Generator().manual_seed(seed)
+        epsilon = self.config.epsilon
+        noise = {
+            gate: torch.rand(gate.num_heads, generator=generator) * (1 - 2 * epsilon) + epsilon
+            for gate in self.gates.values()
+        }
+        for group, count in self._exactly:
+            noise |= _subset_noise({gate: noise[gate] for gate in group}, count, self.config)
+        for gate, u_H in noise.items():
+            gate.draw(u_H, measure=(self._step + self._micro_batch) % _MEASURE_EVERY == 0)
+        self._micro_batch += 1
+
+    def draw_exactly(self, groups: Sequence[tuple[list[HeadGate], int]]) -> None:
+        """Let draws open exactly so many gates of each group, until told otherwise; () lets each gate decide alone."""
+        self._exactly = list(groups)
+
+    def track_difference(self, on: bool = True) -> None:
+        """Measure each head's output difference in one training forward of ten, or stop that.
+
+        Measuring takes as long as a projection, and does not change the training by a bit.
+        """
+        for gate in self.gates.values():
+            gate.output_difference.is_tracked = on
+
+    @property
+    def tracks_difference(self) -> bool:
+        """Whether output differences are measured in training."""
+        return any(gate.output_difference.is_tracked for gate in self.gates.values())
+
+    def average_difference(self) -> None:
+        """Take the output differences of this step over the tokens of all processes, as one with all rows would.
+
+        Each process measured its own batches. All must call this, before the step ends.
+        """
+        average_over_processes(gate.output_difference for gate in self.gates.values())
+
+    def gather(self) -> None:
+        """Bring the copies of sharded gates up to date, in all processes together; without FSDP2 nothing is done.
+
+        Afterwards each process may read gates on its own, until an optimizer changes them.
+        """
+        for gate in self.gates.values():
+            gate.gather()
+
+    def log_alpha(self) -> dict[Layer, Tensor]:
+        """Return log_alpha by layer, detached, on the CPU."""
+        return {layer: gate.log_alpha.detach().cpu() for layer, gate in self}
+
+    def open_probability(self) -> dict[Layer, Tensor]:
+        """Return by layer the chance that a head is open in a training draw, on the CPU."""
+        return {layer: gate.open_probability.cpu() for layer, gate in self}
+
+    def difference(self) -> dict[Layer, Tensor]:
+        """Return by layer the running relative output difference d_h of each head, on the CPU; 0 if never measured."""
+        return {layer: gate.difference.cpu() for layer, gate in self}
+
+    def l0(self) -> Tensor:
+        """Return the L0 sparsity loss, Σ over layers and heads of P(z > 0), with gradient (0-dimensional).
+
+        A block counts as much as its share of a head's parameters.
+        """
+        summands = [l0_probability(gate.log_alpha, self.config).sum() * gate.cost for _, gate in self]
+        return torch.stack(summands).sum() if summands else torch.zeros(())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the heads' gates that are closed in evaluation, in [0, 1]."""
+        return _closed_share([gate for key, gate in self if not is_block_key(key)])
+
+    @property
+    def block_sparsity(self) -> float:
+        """Share of the blocks' gates that are closed in evaluation, in [0, 1]."""
+        return _closed_share([gate for key, gate in self if is_block_key(key)])
+
+    def plan(self, *, sparsity: float | None = None, ranking: Ranking = "global") -> HeadPlan:
+        """Return the plan that keeps the heads open now.
+
+        Args:
+            sparsity: close exactly this share of the gates instead, those with the smallest log_alpha.
+            ranking: with `sparsity`, "global" compares the gates of all layers; "layer" closes the same share of each.
+        """
+        if sparsity is not None:
+            return self.scores().plan(sparsity, ranking=ranking)
+        is_open = {layer: gate.is_open.cpu() for layer, gate in self}
+        kept = {
+            layer: tuple(head for head, opened in zip(heads, is_open[layer].tolist(), strict=True) if opened)
+            if layer in is_open
+            else ()
+            for layer, heads in self.heads.items()
+        }
+        return self.plan_of(kept)
+
+    def plan_of(self, kept: Mapping[Layer, Sequence[int]]) -> HeadPlan:
+        """Return the plan that keeps some units, given by key."""
+        return HeadPlan.of_units(
+            kept,
+            self.total,
+            unit=self.unit,
+            output_scale=self.config.output_scale,
+            block_size=self.block_size,
+        )
+
+    def scores(self) -> HeadScores:
+        """Return log_alpha as scores."""
+        return HeadScores(
+            scores=self.log_alpha(),
+            heads=self.heads,
+            total=self.total,
+            unit=self.unit,
+            output_scale=self.config.output_scale,
+            block_size=self.block_size,
+        )
+
+    def lean(self, scores: HeadScores, *, spread: float) -> None:
+        """Move log_alpha apart, in even steps in the order of the heads' scores.
+
+        Gates then begin with an opinion, which training may change; draws differ where it is weakest.
+
+        Args:
+            scores: of the heads there are.
+            spread: standard deviation of what is added to log_alpha.
+        """
+        if not len(self):
+            return
+        values = torch.cat([scores.scores[layer] for layer in self.gates])
+        if bool(values.isnan().any()):
+            raise InputError("Some heads have a score that is not a number, so gates cannot lean by it.")
+        ranks = values.argsort(stable=True).argsort().float()
+        ranks = (ranks - ranks.mean()) / ranks.std(correction=0).clamp(min=1e-6)
+        for (_, gate), part in zip(self, ranks.split([gate.num_heads for _, gate in self]), strict=True):
+            gate.set_log_alpha(gate.log_alpha + spread * part.to(gate.log_alpha_bias.device))
+
+    def set_plan(self, plan: HeadPlan) -> None:
+        """Close the gates of the units that `plan` drops and open the others; take over its output scale.
+
+        Blocks of which the plan says nothing stay.
+
+        Raises:
+            InputError: the plan is of another model or unit, or keeps a head that was cut before.
+        """
+        units = self.require_plan(plan)
+        config = replace(self.config, output_scale=plan.output_scale)
+        self.config = config
+        for layer, gate in self:
+            kept = set(units[layer])
+            # Beyond saturation soft gates are exactly 0 or 1 too, so the plan holds exactly for both kinds.
+            strength = max(abs(config.init), 3.0, config.saturation + 0.5)
+            values = [strength if head in kept else -strength for head in self.heads[layer]]
+            gate.config = config.for_gate(of_blocks=is_block_key(layer))
+            gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
+
+    def require_plan(self, plan: HeadPlan) -> dict[Layer, tuple[int, ...]]:
+        """Check that `plan` is one for this model.
+
+        Returns:
+            The units that stay, by key; blocks of which the plan says nothing are among them, and none that went with
+            the heads of their layer.
+
+        Raises:
+            InputError: its unit, layers or numbers differ, or it keeps a head that was cut before.
+        """
+        if plan.unit != self.unit:
+            raise InputError(
+                f"The head plan counts in {plan.unit}s, but this model's gates open and close {self.unit}s."
+            )
+        total = {layer: count for layer, count in self.total.items() if not is_block_key(layer)}
+        if dict(plan.total) != total:
+            raise InputError(
+                f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(total)}."
+            )
+        kept = plan.units
+        units = {layer: () if layer in self.headless else kept.get(layer, heads) for layer, heads in self.heads.items()}
+        if plan.blocks is not None:
+            self._require_blocks(plan.blocks)
+        for layer, heads in self.heads.items():
+            gone = sorted(set(units[layer]) - set(heads))
+            if gone:
+                what = "block" if is_block_key(layer) else "head"
+                raise InputError(
+                    f"The head plan keeps {what} {gone[0]} of layer {plain_key(layer)}, but that {what} was cut before."
+                )
+        return units
+
+    def _require_blocks(self, blocks: BlockPlan) -> None:
+        if self.block_size is None:
+            raise InputError(
+                "The head plan also names blocks, but this model's gates are on heads alone; attach them with "
+                f"deadhead.attach(model, blocks={blocks.size})."
+            )
+        total = {plain_key(key): count for key, count in self.total.items() if is_block_key(key)}
+        if blocks.size != self.block_size or dict(blocks.total) != total:
+            raise InputError(
+                f"The head plan is for {_counts(blocks.total)} blocks of {blocks.size} a layer, but this model had "
+                f"{_counts(total)} of {self.block_size}."
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return log_alpha and the measured output differences of every layer, for saving."""
+        return {
+            f"{layer}.{name}": value.detach().cpu().clone()
+            for layer, gate in self
+            for name, value in (("log_alpha", gate.log_alpha), ("difference", gate.difference))
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            InputError: the state is of other layers or numbers of heads, or has values that are not finite.
+        """
+        expected: dict[str, Any] = {name: value.shape for name, value in self.state_dict().items()}
+        if {name: value.shape for name, value in state.items()} != expected:
+            raise InputError(f"The saved gates do not fit this model, which has {_counts(self.total)} heads a layer.")
+        for name, value in state.items():
+            if not value.is_floating_point() or not bool(value.isfinite().all()):
+                raise InputError(f"The saved gates have values in {name} that are not finite numbers.")
+        for layer, gate in self:
+            gate.set_log_alpha(state[f"{layer}.log_alpha"].to(gate.log_alpha_bias.device))
+            gate.difference.copy_(state[f"{layer}.difference"])
+
+
+def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, config: GateConfig) -> dict[HeadGate, Tensor]:
+    """Return noise u with which `count` of the gates are open: those with the largest log_alpha + Gumbel noise.
+
+    A hard gate is open where ln u − ln(1 − u) + log_alpha is above a constant, 0 by default, so u is σ of the Gumbel
+    noise minus a threshold between the last that is open and the first that is not; the gradient is that of the
+    hard-concrete gate with this noise (relaxed subset sampling with a straight-through estimator).
+    """
+    gumbel = torch.cat([-(-u_H.log()).log() for u_H in noise.values()])
+    values = torch.cat([gate.log_alpha.detach().cpu() for gate in noise])
+    ordered = (values + gumbel).sort(descending=True).values
+    ordered = torch.cat([ordered[:1] + 2, ordered, torch.full((1,), -math.inf)])
+    upper, lower = float(ordered[count]), float(ordered[count + 1])
+    threshold = (upper + lower) / 2 if lower > -math.inf else upper - 1
+    shifted = torch.sigmoid(gumbel - threshold + config.beta * config.open_threshold)
+    shifted = shifted.clamp(config.epsilon, 1 - config.epsilon)
+    return dict(zip(noise, shifted.split([gate.num_heads for gate in noise]), strict=True))
+
+
+def _closed_share(gates: Sequence[HeadGate]) -> float:
+    return 1.0 - sum(int(gate.is_open.sum()) for gate in gates) / max(sum(gate.num_heads for gate in gates), 1)
+
+
+def _counts(total: Mapping[Layer, int]) -> str:
+    return "[" + ", ".join(str(count) for count in total.values()) + "]"

@@ -1,0 +1,141 @@
+"""The gates of one layer: one hard-concrete variable for each of its heads, or of its blocks (see `hard_concrete`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deadhead.errors import InputError
+from deadhead.gates.hard_concrete import GateConfig, gate_values, soft_values
+from deadhead.gates.output_difference import OutputDifference
+from deadhead.gates.sharding import is_sharded, overwrite, whole
+
+
+class HeadGate(nn.Module):
+    """The gates of one layer's heads, or of its blocks, to which all that is said of heads applies.
+
+    The one parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate would
+    move log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It
+    stays float32 whatever the model is cast to.
+
+    Under FSDP2 the parameter is a slice for each process, and every process has a copy of the whole (see `gather`).
+
+    Args:
+        num_heads: H, heads this layer has now.
+        config: the gates' constants.
+        cost: what an open gate costs in the sparsity loss; a head costs 1.
+    """
+
+    noise: Tensor
+    difference: Tensor
+
+    def __init__(self, num_heads: int, config: GateConfig, cost: float = 1.0) -> None:
+        super().__init__()
+        self.config = config
+        self.cost = cost
+        self.log_alpha_bias = nn.Parameter(torch.full((num_heads,), config.init / config.lr_scale))
+        self.register_buffer("noise", torch.full((num_heads,), 0.5), persistent=False)
+        self.register_buffer("difference", torch.zeros(num_heads))
+        self.output_difference = OutputDifference(self)
+        self._computes_all = True
+        # All of a sharded parameter.
+        self._gathered: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadGate:
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor.is_meta else tensor.to(moved.device)
+
+        super()._apply(keep_float32, recurse)
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        """H, the number of gates."""
+        return self.log_alpha_bias.shape[0]
+
+    def gather(self) -> None:
+        """Copy all of a sharded parameter into this process; all processes must call this together.
+
+        The copy holds until an optimizer changes the parameter. Nothing is done to a parameter that is whole.
+        """
+        if is_sharded(self.log_alpha_bias):
+            self._gathered = whole(self.log_alpha_bias).requires_grad_()
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter as it is stored, log_alpha / lr_scale, shape (H,); gradients can be taken by it.
+
+        Outside the layer's forward FSDP2 leaves each process a slice. Then this is the copy that `gather` made.
+
+        Raises:
+            InputError: the parameter is sharded, and was not gathered.
+        """
+        if not is_sharded(self.log_alpha_bias):
+            return self.log_alpha_bias
+        if self._gathered is None:
+            raise InputError(
+                "This process has only a slice of the gates, which FSDP2 shards; call gates.gather() in all processes "
+                "before you read them."
+            )
+        return self._gathered
+
+    @property
+    def log_alpha(self) -> Tensor:
+        """The gates' parameters at full scale, shape (H,)."""
+        return self.stored * self.config.lr_scale
+
+    @property
+    def open_probability(self) -> Tensor:
+        """Chance that a head is open in a training draw, shape (H,): σ(log_alpha) for hard gates, P(z > 0) for soft."""
+        return torch.sigmoid(self.log_alpha.detach() - self.config.beta * self.config.open_threshold)
+
+    @property
+    def is_open(self) -> Tensor:
+        """Which heads are open in evaluation, bool, shape (H,)."""
+        # By the value itself, so that rounding at the threshold cannot make the plan differ from the forward pass.
+        return gate_values(self.log_alpha.detach(), self.config) > 0
+
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """Heads that need not be computed in this forward: in this training draw their z is 0 and has no gradient."""
+        if not self.training or self.noise.is_meta or self._computes_all:
+            return ()
+        z_H = soft_values(self.log_alpha.detach(), self.config, self.noise)
+        return tuple((z_H == 0).nonzero().flatten().tolist())
+
+    def draw(self, noise: Tensor, *, measure: bool) -> None:
+        """Take over the noise of a training draw, uniform in (0, 1), shape (H,).
+
+        Args:
+            noise: u.
+            measure: whether this forward updates the output differences, if they are tracked. Every head is computed in
+                it, tracked or not: skipped heads change rounding, and tracking must not change a bit of the training.
+        """
+        self.noise.copy_(noise)
+        self._computes_all = measure
+        self.output_difference.is_due = measure and self.output_difference.is_tracked
+
+    def set_log_alpha(self, values: Tensor) -> None:
+        """Overwrite log_alpha, shape (H,); all processes write the same."""
+        with torch.no_grad():
+            self.set_stored(values / self.config.lr_scale)
+
+    def set_stored(self, values: Tensor) -> None:
+        """Overwrite the parameter as it is stored, shape (H,); all processes write the same."""
+        overwrite(self.log_alpha_bias, values)
+        if is_sharded(self.log_alpha_bias):
+            self._gathered = values.detach().to(self.log_alpha_bias.device, copy=True).requires_grad_()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the gate values z, shape (H,), and the output scale.
+
+        The output scale is H / (open gates), 0-dimensional, a constant for the backward pass; 1 where it is off.
+        """
+        z_H = gate_values(self.log_alpha, self.config, self.noise if self.training else None)
+        if not self.config.output_scale:
+            return z_H, z_H.new_ones(())
+        num_open = (z_H.detach() > 0).sum().clamp(min=1)
+        return z_H, self.num_heads / num_open.to(z_H.dtype)

@@ -1,0 +1,177 @@
+"""The sparsity loss: L0 plain or weighted by output difference, its warm-up, and a target for the open share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deadhead.errors import InputError
+from deadhead.gates.gates import HeadGates
+from deadhead.gates.hard_concrete import l0_probability
+from deadhead.gates.head_gate import HeadGate
+from deadhead.plans.plan import is_block_key
+from deadhead.plans.scores import Ranking
+
+Weighting = Literal["plain", "output_difference"]
+
+# 2^-40 of the interval in which the shift is looked for is less than a float32 can tell.
+_HALVINGS = 40
+# Share of the gates that a target leaves open, and closed, in expectation at least.
+_LEAST = 0.02
+
+
+def difference_weights(difference_H: Tensor) -> Tensor:
+    """Return the weights w of a layer's heads in the sparsity loss, shape (H,), mean 1.
+
+    w falls as exp(−d / mean d) with the relative output difference d: a head whose removal hardly changes its layer's
+    output is pushed up to e times as hard as an average one. Bounded on purpose: with 1 / d a single dead head
+    would take the whole layer's share.
+    """
+    mean = difference_H.mean()
+    if not mean > 0:
+        return torch.ones_like(difference_H)
+    weights_H = torch.exp(-difference_H / mean)
+    return weights_H / weights_H.mean()
+
+
+def unit_weights(gate: HeadGate, weighting: Weighting) -> Tensor:
+    """Return the weights w of a layer's units in the sparsity loss, (H,)."""
+    if weighting == "plain":
+        return torch.ones_like(gate.difference)
+    return difference_weights(gate.difference)
+
+
+def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
+    """Return Σ w P(z > 0) over all heads (paper, the L0 term), and blocks by their cost, with gradient (0-dim.)."""
+    if weighting == "plain" or not len(gates):
+        return gates.l0()
+    return torch.stack(
+        [
+            (unit_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config)).sum() * gate.cost
+            for _, gate in gates
+        ]
+    ).sum()
+
+
+def linear_warmup(step: int, warmup_steps: int) -> float:
+    """Return the share of λ in force at `step` (counted from 0): a straight line from 0 to 1 (paper, warm-up)."""
+    return 1.0 if warmup_steps <= 0 else min(1.0, step / warmup_steps)
+
+
+class SparsityTarget:
+    """Holds the share of heads that draws leave out, in expectation, on a straight ramp to a target.
+
+    A multiplier in place of a fixed λ: after each step log_alpha of all heads moves by w times one number, the one that
+    makes Σ P(open) what the ramp asks for, so there is no λ to tune.
+    What the language-modelling loss says of each head decides which of them go.
+
+    Args:
+        sparsity: share of the heads' gates to close, in [0, 1), and of those of blocks, if there are any.
+        ramp_steps: steps until the ramp has reached it.
+        ranking: "global" holds the share of all gates, "layer" that of each layer.
+        exact: subset pruning (Li, Cotterell, Sachan 2021): each draw leaves out exactly that share, those with the
+            smallest log_alpha after Gumbel noise.
+    """
+
+    def __init__(self, sparsity: float, *, ramp_steps: int, ranking: Ranking = "global", exact: bool = False) -> None:
+        if not 0 <= sparsity < 1:
+            raise InputError(f"The target sparsity must be at least 0 and below 1, but it is {sparsity}.")
+        if ranking not in ("global", "layer"):
+            raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
+        self.sparsity = sparsity
+        self.ramp_steps = ramp_steps
+        self.ranking: Ranking = ranking
+        self.exact = exact
+        # The share left out where the ramp begins.
+        self.start: float | None = 0.0 if exact else None
+
+    def wanted(self, step: int, gates: HeadGates) -> float:
+        """Return the share of heads that draws are to leave out after `step` steps."""
+        if self.start is None:
+            open_now = torch.cat([p_H for key, p_H in gates.open_probability().items() if not is_block_key(key)])
+            self.start = min(1.0 - float(open_now.mean()), self.sparsity)
+        return self.start + (self.sparsity - self.start) * linear_warmup(step, self.ramp_steps)
+
+    def prepare(self, gates: HeadGates, step: int) -> None:
+        """Tell the gates, before the draws of `step` (counted from 0), how many of them are to be open."""
+        if self.exact and len(gates):
+            share = self.wanted(step + 1, gates)
+            gates.draw_exactly([(group, _count(group, share)) for group in self._groups(gates)])
+
+    @torch.no_grad()
+    def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
+        """Move all log_alpha, after `step` steps (counted from 1), to where the wanted share is left out.
+
+        Exact draws depend on differences only: there the mean is held, so that no gate runs into its bound, and after
+        the last step the gates that stay are moved above the threshold of evaluation, the others below.
+        """
+        if not len(gates):
+            return
+        share = self.wanted(step, gates)
+        for group in self._groups(gates):
+            values = torch.cat([gate.log_alpha for gate in group])
+            if self.exact:
+                moved = _split_at(values, _count(group, share), group[0]) if is_last else values - values.mean()
+            else:
+                weights = torch.cat([unit_weights(gate, weighting) for gate in group])
+                moved = _moved_to(values, weights, (1 - share) * sum(gate.num_heads for gate in group), group[0])
+            for gate, part in zip(group, moved.split([gate.num_heads for gate in group]), strict=True):
+                gate.set_log_alpha(part)
+
+    def _groups(self, gates: HeadGates) -> list[list[HeadGate]]:
+        if self.ranking == "layer":
+            return [[gate] for _, gate in gates]
+        kinds = [[gate for key, gate in gates if is_block_key(key) == is_block] for is_block in (False, True)]
+        return [gates_of_kind for gates_of_kind in kinds if gates_of_kind]
+
+    def state(self) -> dict[str, Any]:
+        """Return what must be saved to go on exactly here."""
+        return {"start": self.start}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.start = state["start"]
+
+
+def _count(group: Sequence[HeadGate], share: float) -> int:
+    total = sum(gate.num_heads for gate in group)
+    return total - round(share * total)
+
+
+def _moved_to(values: Tensor, weights: Tensor, count: float, gate: HeadGate) -> Tensor:
+    """Return values + μ · weights, μ such that `count` gates are expected to be open."""
+    offset, bound = gate.config.beta * gate.config.open_threshold, gate.config.bound
+    # Beyond these shares all gates would end at their bound, alike.
+    count = min(max(count, _LEAST * len(values)), (1 - _LEAST) * len(values))
+
+    def moved(shift: float) -> Tensor:
+        return (values + shift * weights).clamp(-bound, bound)
+
+    low, high = -8 * bound, 8 * bound
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if float(torch.sigmoid(moved(middle) - offset).sum()) > count:
+            high = middle
+        else:
+            low = middle
+    return moved((low + high) / 2)
+
+
+def _split_at(values: Tensor, count: int, gate: HeadGate) -> Tensor:
+    """Return the values moved so that the `count` largest are open in evaluation and, but for ties, no others."""
+    ordered = values.sort(descending=True).values
+    ordered = torch.cat([ordered[:1] + 2, ordered, ordered[-1:] - 2])
+    return values - (ordered[count] + ordered[min(count, len(values)) + 1]) / 2 + gate.config.open_threshold
+
+
+def penalty_gradient(gates: HeadGates, strength: float, weighting: Weighting = "plain") -> list[Tensor]:
+    """Return λ · ∂L0 / ∂gate of every layer, of the parameter as it is stored.
+
+    The penalty does not depend on the batch, so its gradient is added once for each optimizer step, after clipping,
+    and the reported loss stays the language model's own. `torch.autograd.grad` leaves hooks of data parallelism alone.
+    """
+    parameters = [gate.stored for _, gate in gates]
+    return list(torch.autograd.grad(l0_loss(gates, weighting) * strength, parameters)) if parameters else []

@@ -1,0 +1,231 @@
+"""What a model costs on paper: parameters, FLOPs, key/value cache. Works on the meta device too."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from deadhead.attaching import detach, is_gate
+from deadhead.cutting import remove_units
+from deadhead.errors import InputError
+from deadhead.layouts import Layout, Site, find_layout
+from deadhead.plans.plan import HeadPlan, Layer, Unit
+from deadhead.plans.unit_costs import UnitCosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Cost of a model with some of its heads, and blocks.
+
+    Args:
+        heads: heads left, one number a layer; key/value groups where the model has them and was not cut by heads.
+        total_heads: heads of the original dense model, one number a layer.
+        parameters: all parameters, shared tensors counted once.
+        embedding_parameters: those of embeddings and output layer.
+        attention_parameters: those that belong to heads and go with them.
+        flops_per_token: of one forward pass over a token at the given length; a multiply-add counts as 2. Norms,
+            softmax and the once-per-pass projection of relative positions are not counted.
+        attention_flops_per_token: the heads' part of it.
+        kv_cache_bytes: cache of one text at the given length, in the model's precision.
+        blocks: blocks left, one number a layer that has any; of the size that the model was cut by, or would be.
+        total_blocks: blocks of the original dense model, one number a layer that has any.
+        block_size: hidden units of a block; None where the model has none.
+        block_parameters: those that belong to blocks and go with them.
+    """
+
+    heads: list[int]
+    total_heads: list[int]
+    parameters: int
+    embedding_parameters: int
+    attention_parameters: int
+    flops_per_token: float
+    attention_flops_per_token: float
+    kv_cache_bytes: int
+    blocks: list[int] = field(default_factory=list)
+    total_blocks: list[int] = field(default_factory=list)
+    block_size: int | None = None
+    block_parameters: int = 0
+
+
+def model_cost(
+    model: PreTrainedModel, plan: HeadPlan | None = None, *, length: int | None = None, unit: Unit | None = None
+) -> Cost:
+    """Count what `model` costs, as it is or once `plan` were applied.
+
+    Args:
+        model: on any device, meta included; attached gates are not counted.
+        plan: heads that stay; None counts the heads there are.
+        length: positions before the token; by default the model's window, or 1024.
+        unit: what `heads` counts; by default what the model was cut by, else key/value groups where there are any.
+
+    Raises:
+        UnsupportedModel: the model has no layout.
+    """
+    layout = find_layout(model)
+    if plan is not None:
+        model = cut_skeleton(layout, model, plan)
+    sites = layout.sites(model, unit or layout.units(model)[0])
+    if length is None:
+        length = _default_length(model)
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
+    given = {id(p): p.numel() for p in inputs.parameters()}
+    returned = {} if output is None else {id(p): p.numel() for p in output.parameters()}
+    every = given | returned | {id(p): p.numel() for name, p in model.named_parameters() if not is_gate(name)}
+    heads = [pair for site in sites for pair in _unit_parameters(layout, site)]
+    heads_flops = sum((2.0 * parameter.numel() for parameter, per_token in heads if per_token), 0.0)
+    heads_flops += sum(sum(layout.context_flops(site, length).values()) for site in sites if site.units)
+    # A table of embeddings is looked up, not multiplied, unless it is the output layer too.
+    other_flops = _other_flops(model, {id(parameter) for parameter, _ in heads} | (given.keys() - returned.keys()))
+    blocks = layout.block_sites(model)
+    return Cost(
+        heads=[len(site.units) for site in sites],
+        total_heads=[site.total for site in sites],
+        parameters=sum(every.values()),
+        embedding_parameters=sum((given | returned).values()),
+        attention_parameters=sum(parameter.numel() for parameter, _ in heads),
+        flops_per_token=other_flops + heads_flops,
+        attention_flops_per_token=heads_flops,
+        kv_cache_bytes=sum(layout.cache_values(site, length) for site in sites) * model.dtype.itemsize,
+        blocks=[len(site.units) for site in blocks],
+        total_blocks=[site.total for site in blocks],
+        block_size=blocks[0].unit_dim if blocks else None,
+        block_parameters=sum(p.numel() for site in blocks for p, _ in _unit_parameters(layout, site)),
+    )
+
+
+def _unit_parameters(layout: Layout, site: Site) -> list[tuple[nn.Parameter, bool]]:
+    """Return the parameters with units in them, and whether each multiplies every token."""
+    parts = layout.selections(site, site.units) if site.units else ()
+    return [(site.module.get_parameter(part.path), part.per_token) for part in parts]
+
+
+def _default_length(model: PreTrainedModel) -> int:
+    return int(getattr(model.config, "memory_length", 1024))
+
+
+def cut_skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
+    """Return a copy of `model` without its weights, cut by `plan`."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
+    copied = detach(copy.deepcopy(model, memo))
+    sites = layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
+    remove_units(layout, sites, plan.units)
+    layout.record_plan(copied, plan)
+    return copied
+
+
+def _other_flops(model: PreTrainedModel, counted: set[int]) -> float:
+    """Count the multiply-adds of all matrices that are not counted yet, of experts those that a token goes through."""
+    total = 0.0
+    config: Any = model.config.get_text_config()
+    for name, module in model.named_modules():
+        weights = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+        if isinstance(module, (nn.Linear, Conv1D)):
+            total += 2.0 * sum(weight.numel() for weight in weights if weight.ndim == 2)
+        elif name.rpartition(".")[2] == "experts":
+            # Experts' matrices are stacked in one tensor.
+            stacked = [weight for weight in weights if weight.ndim == 3]
+            used = getattr(config, "num_experts_per_tok", None) or 1
+            total += sum(2.0 * weight.numel() * min(1.0, used / weight.shape[0]) for weight in stacked)
+    return total
+
+
+def counted_costs(
+    model: PreTrainedModel,
+    kind: Literal["params", "flops", "kv_cache"],
+    *,
+    unit: Unit,
+    block_size: int | None = None,
+    length: int | None = None,
+    begun: Mapping[Any, int] | None = None,
+) -> UnitCosts:
+    """Return what the units of a model cost in parameters, FLOPs a token or cache values, as a sum over layers.
+
+    Of single query heads that share keys and values, and of heads that share persistent vectors' blocks, the mean:
+    `model_cost` with a plan counts exactly.
+
+    Args:
+        model: as it is, with or without gates.
+        kind: which cost.
+        unit: what a head's index names.
+        block_size: of the blocks that are units too, or None.
+        length: positions before the token; as for `model_cost`.
+        begun: by key, how many units there were before training cut some of them; None for those there are.
+    """
+    layout = find_layout(model)
+    cost = model_cost(model, length=length, unit=unit)
+    if length is None:
+        length = _default_length(model)
+    sites = [site for site in layout.all_sites(model, unit, block_size) if site.units]
+    parameters = {site.key: _unit_parameters(layout, site) for site in sites}
+    owners = Counter(id(parameter) for found in parameters.values() for parameter, _ in found)
+    # Of numbers that heads and blocks both own, persistent vectors, half counts for either, and so do their FLOPs.
+    shares = {"persistent": 0.5} if any(count > 1 for count in owners.values()) else {}
+    tables: dict[Layer, Tensor] = {}
+    present = 0.0
+    for site in sites:
+        found = parameters[site.key]
+        if kind == "kv_cache":
+            whole = float(layout.cache_values(site, length) * model.dtype.itemsize)
+        elif kind == "params":
+            whole = sum(parameter.numel() / owners[id(parameter)] for parameter, _ in found)
+        else:
+            whole = sum(2.0 * parameter.numel() for parameter, per_token in found if per_token)
+            whole += sum(flops * shares.get(name, 1) for name, flops in layout.context_flops(site, length).items())
+        present += whole
+        count = len(site.units) if begun is None else begun[site.key]
+        tables[site.key] = torch.arange(count + 1, dtype=torch.float64) * (whole / len(site.units))
+    return UnitCosts(fixed=cost_of_kind(cost, kind) - present, tables=tables)
+
+
+def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"]) -> float:
+    """Return one of the numbers of a cost."""
+    return float({"params": cost.parameters, "flops": cost.flops_per_token, "kv_cache": cost.kv_cache_bytes}[kind])
+
+
+def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, length: int | None = None) -> Cost:
+    """Count what a model of this configuration costs, without making its weights."""
+    return model_cost(skeleton(config), plan, length=length)
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model of this configuration on the meta device, without weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:
+    """Return the plan by which the first so many heads of each layer stay, of those that it has.
+
+    Which heads stay makes no difference to what a model costs.
+
+    Args:
+        config: of a model that may be cut already.
+        counts: heads, or key/value groups where the model has them, one number a layer.
+
+    Raises:
+        InputError: there are not as many numbers as layers, or one is not between 0 and its layer's heads.
+        UnsupportedModel: the model has no layout.
+    """
+    model = skeleton(config)
+    layout = find_layout(model)
+    unit = layout.units(model)[0]
+    sites = layout.sites(model, unit)
+    present = [len(site.units) for site in sites]
+    if len(counts) != len(sites) or not all(0 <= count <= most for count, most in zip(counts, present, strict=True)):
+        raise InputError(
+            f"Heads that stay must be {len(sites)} numbers, one a layer and at most {present}, but are {list(counts)}."
+        )
+    return HeadPlan(
+        kept={site.layer: site.units[:count] for site, count in zip(sites, counts, strict=True)},
+        total={site.layer: site.total for site in sites},
+        unit=unit,
+    )

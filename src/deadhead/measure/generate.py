@@ -1,0 +1,54 @@
+"""Continue a text."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead.errors import InputError
+from deadhead.measure.evaluation import require_known
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Return `prompt` and its continuation.
+
+    Args:
+        model: a language model.
+        tokenizer: the one it was trained with.
+        prompt: how the text begins; not empty.
+        max_new_tokens: at most so many tokens are added.
+        temperature: 0 takes the likeliest token each time, more is more varied.
+        seed: of the sampling.
+
+    Raises:
+        InputError: the prompt is empty or has tokens that the model doesn't have, or a number is out of range.
+    """
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.shape[-1] == 0:
+        raise InputError("A prompt of at least one token was expected, but it is empty.")
+    require_known(model, int(ids.max()), of="prompt")
+    if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+        raise InputError(f"The temperature must be 0 or lie between 0.001 and 1000, but it is {temperature}.")
+    if max_new_tokens < 1:
+        raise InputError(f"At least one new token must be asked for, but {max_new_tokens} were.")
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        output = model.generate(  # type: ignore[operator]
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids).to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+            **sampling,
+        )
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,282 @@
+"""A cost model of this machine: how long a model takes as a function of the units that each of its layers keeps.
+
+Every layer's units are thinned out together, heads and blocks apart, and the whole model is timed each time beside the
+dense one: so a layer's time includes all that goes with it, memory traffic too, and no layer has to be called by
+itself. What a unit saves is shared out among layers by the FLOPs that they lose.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from transformers import PreTrainedModel
+
+from deadhead.attaching import block_size
+from deadhead.cutting import pruned_copy
+from deadhead.disk.files import write_json
+from deadhead.disk.reading import read_object
+from deadhead.errors import InputError
+from deadhead.layouts import find_layout
+from deadhead.measure.cost import counted_costs
+from deadhead.measure.timing import Workload, bench
+from deadhead.plans.plan import HeadPlan, Layer, is_block_key, layer_key
+from deadhead.plans.unit_costs import UnitCosts
+
+# Shares of its units that every layer keeps in the models that are timed, beside the dense one.
+_SHARES = (0.0, 0.25, 0.5, 0.75)
+# Seconds that the measuring is to take, and how often each model is timed, at least and at most.
+_SECONDS = 40.0
+_REPEATS = (4, 60)
+# Of anything that is counted; layers have fewer heads, and texts fewer tokens.
+_MOST = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Measured times of a model as its units go, on one machine, for one workload.
+
+    Args:
+        device: where it was measured: the processor's or GPU's name.
+        threads: of the CPU.
+        dtype: precision of the weights.
+        model_type: transformers' name of the architecture.
+        unit: what a head's index names.
+        block_size: of the blocks, or None where only heads were thinned out.
+        workload: see `deadhead.measure.timing`.
+        batch_size: texts at once.
+        length: tokens of a text.
+        new_tokens: that "decode" adds to each.
+        dense: median seconds of the model as it is.
+        seconds: by "heads" and "blocks", median seconds by the share of its units that every layer keeps.
+        units: by key, how many units there are.
+        weights: by key, what share of the time that goes with all heads, or all blocks, goes with this layer's.
+    """
+
+    device: str
+    threads: int
+    dtype: str
+    model_type: str
+    unit: str
+    block_size: int | None
+    workload: Workload
+    batch_size: int
+    length: int
+    new_tokens: int
+    dense: float
+    seconds: Mapping[str, Mapping[str, float]]
+    units: Mapping[Any, int]
+    weights: Mapping[Any, float]
+
+    def costs(self) -> UnitCosts:
+        """Return seconds as a sum over layers, a straight line between two measured shares, never falling."""
+        tables: dict[Layer, torch.Tensor] = {}
+        for key, count in self.units.items():
+            shares, saved = self._curve(_kind(key))
+            kept = torch.arange(count + 1, dtype=torch.float64) / count
+            place = torch.searchsorted(shares, kept, right=True).clamp(1, len(shares) - 1)
+            low, high = shares[place - 1], shares[place]
+            part = (kept - low) / (high - low)
+            tables[key] = self.weights[key] * (saved[place - 1] * (1 - part) + saved[place] * part)
+        return UnitCosts(fixed=self.dense - sum(float(table[-1]) for table in tables.values()), tables=tables)
+
+    def _curve(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return shares kept, rising, and the seconds that units take at each, 0 without any."""
+        measured = sorted((float(share), seconds) for share, seconds in self.seconds[kind].items())
+        shares = torch.tensor([*(share for share, _ in measured), 1.0], dtype=torch.float64)
+        seconds = torch.tensor([*(value for _, value in measured), self.dense], dtype=torch.float64)
+        # More units do not take less time: what looks like it is noise. Counted back from the dense model's time, the
+        # surest of them.
+        seconds = seconds.clamp(max=self.dense).flip(0).cummin(0).values.flip(0)
+        return shares, seconds - seconds[0]
+
+    def predict(self, plan: HeadPlan) -> float:
+        """Return the seconds that the model cut by a plan will take."""
+        kept = plan.units
+        return self.costs().of({key: len(kept.get(key, range(count))) for key, count in self.units.items()})
+
+    def speedup(self, plan: HeadPlan) -> float:
+        """Return how many times as fast the model cut by a plan will be."""
+        return self.dense / self.predict(plan)
+
+    def require(
+        self,
+        model: PreTrainedModel,
+        *,
+        unit: str | None,
+        blocks: bool | int,
+        workload: Workload,
+        batch_size: int,
+        length: int,
+    ) -> None:
+        """Check that this was measured of `model`, on this machine and in this way.
+
+        Raises:
+            InputError: it was not; the message names the first difference.
+        """
+        asked = {
+            **_setting(model, unit, blocks),
+            "workload": workload,
+            "batch_size": batch_size,
+            "length": length,
+        }
+        for name, value in asked.items():
+            if getattr(self, name) != value:
+                raise InputError(
+                    f"The latencies were measured with {name.replace('_', ' ')} {getattr(self, name)!r}, but this is "
+                    f"{value!r}; delete latency.json to measure anew."
+                )
+
+    def to_json(self, path: str | Path) -> None:
+        """Write it to a file, whole or not at all."""
+        write_json(Path(path), asdict(self))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Latency:
+        """Read it from a file.
+
+        Raises:
+            InputError: the file is missing, is not JSON or holds something else.
+        """
+        values = read_object(Path(path), what="list of latencies")
+        try:
+            # Of JSON text even a strict check makes a dataclass.
+            found = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+            _require_sound(found)
+            for name in ("units", "weights"):
+                keyed = {layer_key(key): value for key, value in getattr(found, name).items()}
+                object.__setattr__(found, name, keyed)
+            found.costs()
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
+            raise InputError(f"{path} does not hold latencies that deadhead measured; delete it.") from error
+        return found
+
+
+def _require_sound(latency: Latency) -> None:
+    """Check numbers before anything is computed from them; a ValueError says that one is none that was measured."""
+    curves = [float(number) for curve in latency.seconds.values() for pair in curve.items() for number in pair]
+    numbers = [latency.dense, *curves, *latency.weights.values()]
+    sizes = [latency.threads, latency.batch_size, latency.length, *latency.units.values(), sum(latency.units.values())]
+    if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or latency.dense <= 0:
+        raise ValueError("times must be numbers from 0")
+    if not all(1 <= size <= _MOST for size in sizes) or set(latency.units) != set(latency.weights):
+        raise ValueError("counts must be numbers from 1")
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    *,
+    unit: Any = None,
+    blocks: bool | int = False,
+    workload: Workload = "prefill",
+    batch_size: int = 8,
+    length: int = 128,
+    new_tokens: int = 16,
+    repeats: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Latency:
+    """Measure how long a model takes as the units of its layers go.
+
+    Args:
+        model: on the device that is meant; with gates or without; not changed.
+        unit: "head" or "kv_group", or None: groups where there are any.
+        blocks: whether blocks are thinned out too, or their size.
+        workload: what to time.
+        batch_size: B.
+        length: T.
+        new_tokens: that "decode" adds.
+        repeats: of each model; None: as many as fit into most of a minute.
+        progress: told how many models' repetitions are done, of how many.
+
+    Raises:
+        InputError: a number is below 1, or the unit or the blocks are not ones of this model.
+        UnsupportedModel: there is nothing to thin out.
+    """
+    layout = find_layout(model)
+    setting = _setting(model, unit, blocks)
+    sites = layout.all_sites(model, setting["unit"], setting["block_size"])
+    total = {site.key: site.total for site in sites}
+    weights = _weights(model, setting, length)
+    models = {"dense": pruned_copy(model)}
+    for kind in ("heads", "blocks"):
+        for share in _SHARES:
+            thinned = {site.key: round(share * len(site.units)) for site in sites if _kind(site.key) == kind}
+            kept = {site.key: site.units[: thinned.get(site.key)] for site in sites}
+            # Few units cannot be halved exactly.
+            true = sum(weights[key] * count / setting["units"][key] for key, count in thinned.items() if key in weights)
+            if thinned and true < 1:
+                plan = HeadPlan.of_units(kept, total, unit=setting["unit"], block_size=setting["block_size"])
+                models[f"{kind} {true}"] = pruned_copy(model, plan)
+    how: dict[str, Any] = {
+        "workload": workload,
+        "batch_size": batch_size,
+        "length": length,
+        "new_tokens": new_tokens,
+    }
+    rounds = _rounds(models, how) if repeats is None else [repeats]
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for done, count in enumerate(rounds):
+        progress(done, len(rounds))
+        for name, timing in bench(models, repeats=count, **how).items():
+            found[name].append(timing.seconds)
+    progress(len(rounds), len(rounds))
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    seconds: dict[str, dict[str, float]] = {}
+    for name, value in medians.items():
+        if name != "dense":
+            kind, kept_share = name.split()
+            seconds.setdefault(kind, {})[kept_share] = value
+    return Latency(
+        **setting,
+        **how,
+        dense=medians["dense"],
+        seconds=seconds,
+        weights=weights,
+    )
+
+
+def _kind(key: Layer) -> str:
+    return "blocks" if is_block_key(key) else "heads"
+
+
+def _rounds(models: Mapping[str, PreTrainedModel], how: Mapping[str, Any]) -> list[int]:
+    """Return how often each model is timed, in each of some rounds, by how long the dense one takes."""
+    once = bench({"dense": models["dense"]}, repeats=1, **how)["dense"].seconds * len(models)
+    repeats = min(max(round(_SECONDS / max(once, 1e-6)), _REPEATS[0]), _REPEATS[1])
+    # A slow spell of the machine then spoils one round; where a time is long, one round is all that can be afforded.
+    return [repeats // 3] * 3 if repeats >= 3 * _REPEATS[0] else [repeats]
+
+
+def _weights(model: PreTrainedModel, setting: Mapping[str, Any], length: int) -> dict[Layer, float]:
+    """Return each layer's share of what all layers' heads cost, or all their blocks, in FLOPs."""
+    costs = counted_costs(
+        model, "flops", unit=setting["unit"], block_size=setting["block_size"], length=max(1, length // 2)
+    )
+    whole = {key: float(table[-1]) for key, table in costs.tables.items()}
+    sums = {is_block: sum(v for key, v in whole.items() if is_block_key(key) == is_block) for is_block in (False, True)}
+    return {key: value / sums[is_block_key(key)] for key, value in whole.items()}
+
+
+def _setting(model: PreTrainedModel, unit: Any, blocks: bool | int) -> dict[str, Any]:
+    """Return what measured times depend on, of the model and the machine."""
+    layout = find_layout(model)
+    unit = layout.choose_unit(model, unit, what="heads are cut by")
+    size = block_size(layout, model, blocks)
+    is_gpu = model.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if is_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_type": model.config.model_type,
+        "unit": unit,
+        "block_size": size,
+        "units": {site.key: len(site.units) for site in layout.all_sites(model, unit, size) if site.units},
+    }

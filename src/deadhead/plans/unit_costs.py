@@ -1,0 +1,75 @@
+"""What a model costs as a function of how many units each of its layers keeps: parameters, FLOPs, bytes, seconds.
+
+Which of a layer's units stay makes no difference to any of these, only how many.
+
+Dimensions: K keys (a layer's heads, or its blocks), N most units of a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deadhead.plans.plan import Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitCosts:
+    """A cost that is a sum over layers, each a function of its number of units.
+
+    Args:
+        fixed: what is left when all units are gone.
+        tables: by key, what 0, 1, … all of its units cost together, (units + 1,), float64 on the CPU, from 0 upwards.
+    """
+
+    fixed: float
+    tables: Mapping[Any, Tensor]
+
+    @cached_property
+    def total(self) -> float:
+        """The cost of the model as it is."""
+        return self.fixed + sum(float(table[-1]) for table in self.tables.values())
+
+    def of(self, counts: Mapping[Any, float]) -> float:
+        """Return the cost with so many units of each key; between whole numbers it is interpolated."""
+        return self.of_counts(torch.tensor([float(counts[key]) for key in self.tables], dtype=torch.float64))
+
+    def of_counts(self, counts_K: Tensor) -> float:
+        """Return the cost with so many units of each key, in the order of the tables, (K,)."""
+        if not self.tables:
+            return self.fixed
+        low_K, share_K = self._place(counts_K)
+        padded_KN = self._padded
+        below_K = padded_KN.gather(1, low_K[:, None])[:, 0]
+        above_K = padded_KN.gather(1, low_K[:, None] + 1)[:, 0]
+        return self.fixed + float((below_K + share_K * (above_K - below_K)).sum())
+
+    def slopes(self, counts: Mapping[Any, float]) -> dict[Layer, float]:
+        """Return by key what one unit more or less costs at these counts: the line through the neighbours."""
+        found: dict[Layer, float] = {}
+        for key, table in self.tables.items():
+            last = len(table) - 1
+            low, high = max(0, round(counts[key]) - 1), min(last, round(counts[key]) + 1)
+            found[key] = float(table[high] - table[low]) / max(1, high - low)
+        return found
+
+    def saved(self, key: Layer, count: int) -> float:
+        """Return what goes when the last of `count` units of a key does."""
+        table = self.tables[key]
+        return float(table[count] - table[count - 1])
+
+    def _place(self, counts_K: Tensor) -> tuple[Tensor, Tensor]:
+        last_K = torch.tensor([len(table) - 1 for table in self.tables.values()])
+        bounded_K = torch.minimum(counts_K.double().clamp(min=0), last_K.double())
+        low_K = torch.minimum(bounded_K.floor().long(), (last_K - 1).clamp(min=0))
+        return low_K, bounded_K - low_K
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        # Every table has two entries at least: a key has one unit or more.
+        return torch.nn.utils.rnn.pad_sequence([table.double() for table in self.tables.values()], batch_first=True)

@@ -1,0 +1,1 @@
+"""What a Trainer calls: the sparsity loss, logs, signals, validation."""

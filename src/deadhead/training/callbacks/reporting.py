@@ -1,0 +1,122 @@
+"""Where a phase's numbers go besides metrics.jsonl: TensorBoard, and trackers through the Trainer's integrations."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from deadhead.disk.files import no_space_is_input_error
+from deadhead.errors import InputError, is_installed, require_extra
+from deadhead.gates.gates import HeadGates
+from deadhead.plans.head_map import head_map_image
+from deadhead.plans.plan import is_block_key
+
+if TYPE_CHECKING:  # TensorBoard is an extra
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+# TensorBoard keeps ten of a series of images on its slider; so many are there to be chosen from.
+_IMAGES = 20
+
+
+@contextmanager
+def tensorboard_callbacks(folder: Path, gates: HeadGates | None, *, begin: int) -> Iterator[list[TrainerCallback]]:
+    """Yield what writes TensorBoard events: the scalars of every log and, with gates, the head map as an image.
+
+    Nothing is yielded or written where TensorBoard is not installed.
+
+    Args:
+        folder: where they go.
+        gates: the gates being trained, or None.
+        begin: the step that is gone on from; what a stopped run wrote of later ones is hidden.
+
+    Raises:
+        InputError: they cannot be written, as on a full disk.
+    """
+    if not is_installed("tensorboard"):
+        yield []
+        return
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    with no_space_is_input_error(folder), _thread_speaks_through_its_writer():
+        writer = SummaryWriter(log_dir=str(folder), purge_step=begin + 1)
+        try:
+            yield [TensorBoardCallback(writer), *([] if gates is None else [_HeadMapImage(writer, gates)])]
+        finally:
+            writer.close()
+
+
+@contextmanager
+def _thread_speaks_through_its_writer() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing why it could not write: its writer raises the same when next used."""
+    from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
+
+    usual = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if type(failed.thread).__module__ != event_file_writer.__name__:
+            usual(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
+
+
+class _HeadMapImage(TrainerCallback):
+    def __init__(self, writer: SummaryWriter, gates: HeadGates) -> None:
+        self.writer = writer
+        self.gates = gates
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Draw the gates as they are now."""
+        step = state.global_step
+        if step % max(1, state.max_steps // _IMAGES) and step < state.max_steps:
+            return
+        found = self.gates.open_probability()
+        for name, has_blocks in (("head map", False), ("block map", True)):
+            rows = [p.tolist() for key, p in found.items() if is_block_key(key) == has_blocks]
+            if rows:
+                self.writer.add_image(name, head_map_image(rows), step, dataformats="HWC")
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Check that transformers knows these trackers and that they are installed.
+
+    Raises:
+        InputError: one is not.
+    """
+    if not names:
+        return  # looking for what is installed takes a moment
+    known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise InputError(f"transformers reports to {', '.join(known)}, but {name!r} was asked for.")
+        if name == "tensorboard":
+            require_extra("tensorboard", "tensorboard", what="Reporting to tensorboard")
+        elif name not in installed:
+            raise InputError(f"Reporting to {name} needs its package; install it with: pip install {name}.")
+
+
+@contextmanager
+def tracker_callbacks(names: Sequence[str]) -> Iterator[list[TrainerCallback]]:
+    """Yield the Trainer's own integrations of some trackers; they come last, to see what ours add to a log.
+
+    Args:
+        names: as the Trainer's `report_to`; see `require_trackers`. TensorBoard is written anyhow.
+    """
+    others = [name for name in names if name != "tensorboard"]
+    try:
+        yield [make() for make in get_reporting_integration_callbacks(others)]
+    finally:
+        # The integration leaves its run open, which the next phase would go on in, from step 0.
+        if "wandb" in names and "wandb" in sys.modules:
+            sys.modules["wandb"].finish()

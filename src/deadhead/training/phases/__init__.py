@@ -1,0 +1,1 @@
+"""One phase of training, and how units are chosen."""

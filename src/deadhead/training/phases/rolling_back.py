@@ -1,0 +1,85 @@
+"""After a loss or gradient that is not finite: back to the last good checkpoint, once, with a smaller step."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deadhead.disk.files import write_json
+from deadhead.disk.reading import read_object
+from deadhead.errors import DivergenceError, RunWarning
+from deadhead.training.phases.checkpoints import checkpoint_step, last_checkpoint
+
+_FILE = "rolled_back.json"
+
+# What the learning rate is multiplied by from then on.
+FACTOR = 0.5
+
+
+def rolled_back(folder: Path) -> dict[str, Any] | None:
+    """Return how a phase rolled back, or None if it never did.
+
+    Args:
+        folder: of the phase's checkpoints.
+
+    Returns:
+        `step` that failed, `to_step`, the checkpoint's, `reason`, and `factor` of the learning rate since.
+    """
+    path = folder / _FILE
+    return dict(read_object(path, what="note of a phase that rolled back")) if path.exists() else None
+
+
+def roll_back(folder: Path, error: DivergenceError) -> None:
+    """Note that the phase goes on from its last good checkpoint with a smaller step; the main process calls this.
+
+    Raises:
+        DivergenceError: it did so before, or there is no checkpoint.
+
+    Warns:
+        RunWarning: what happened, and what becomes of it.
+    """
+    before = rolled_back(folder)
+    if before is not None:
+        raise DivergenceError(
+            f"{error} It had rolled back from step {before['step']} before, to go on with {before['factor']} times the "
+            "learning rate."
+        ) from error
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise error
+    to_step = checkpoint_step(checkpoint)
+    write_json(folder / _FILE, {"step": error.step, "to_step": to_step, "reason": error.reason, "factor": FACTOR})
+    warnings.warn(
+        f"At step {error.step} the {error.reason}; going on from the checkpoint of step {to_step} with {FACTOR} times "
+        "the learning rate.",
+        RunWarning,
+        stacklevel=2,
+    )
+
+
+class SmallerStep(TrainerCallback):
+    """Multiplies the learning rate that a checkpoint from before the failure brings along."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Scale optimizer and schedule; checkpoints that are written from now on have it in them."""
+        for group in kwargs["optimizer"].param_groups:
+            group["lr"] *= FACTOR
+            group["initial_lr"] *= FACTOR
+        # Accelerate wraps the scheduler.
+        scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])
+        scheduler.base_lrs = [rate * FACTOR for rate in scheduler.base_lrs]
+        # What is logged of the first step.
+        scheduler._last_lr = [rate * FACTOR for rate in scheduler.get_last_lr()]
+
+
+def smaller_step(folder: Path, checkpoint: Path | None) -> list[TrainerCallback]:
+    """Return what makes the step smaller for a phase that goes on from `checkpoint`, if it is to be and is not yet."""
+    before = rolled_back(folder)
+    if before is None or checkpoint is None or checkpoint_step(checkpoint) > before["to_step"]:
+        return []
+    return [SmallerStep()]

@@ -1,0 +1,218 @@
+"""transformers' Trainer with segment memory, guards against divergence, and checkpoints that are known to be whole."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from deadhead.disk.files import no_space_is_input_error
+from deadhead.errors import DivergenceError, InputError
+from deadhead.measure.losses import SegmentLoss
+from deadhead.training.callbacks.sparsity import SparsityCallback
+from deadhead.training.phases.checkpoints import checkpoint_step, finish_checkpoint, newest_finished, require_plain
+from deadhead.training.phases.distillation import Distillation
+
+# What each process knows that transformers does not save: memories, and sums since the last line of the log.
+_RANK_FILE = "deadhead_rank{rank}.safetensors"
+
+
+class LanguageModelTrainer(Trainer):
+    """Trains a language model on contiguous segments, each after the true text before it.
+
+    Args:
+        model: a causal language model; those of ours get the memory of the segment before.
+        args: transformers' arguments.
+        train_dataset: a `deadhead.data.SegmentDataset` with as many rows as a batch over all processes.
+        distillation: what a teacher adds to the loss, or None.
+        keep: how many checkpoints stay.
+        kwargs: what transformers' Trainer takes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingArguments,
+        train_dataset: Dataset[Any],
+        distillation: Distillation | None = None,
+        keep: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.distillation = distillation
+        self.keep = keep
+        # All segments have the same length, so the mean over accumulated batches is the mean of their means.
+        self.model_accepts_loss_kwargs = False
+        self.segment_loss = SegmentLoss(model)
+        self.clipped_steps = 0
+        self.steps_since_log = 0
+        # Sums of the losses of this process, since the last step of the optimizer and since the last line of the log.
+        self.step_loss: Tensor | float = 0.0
+        self.logged_loss: Tensor | float = 0.0
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        if not self.segment_loss.has_memory:
+            return cast(Sampler[int], super()._get_train_sampler(train_dataset))
+        # The dataset is laid out so that reading it in order continues every row of the batch.
+        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states."""
+        outputs = self.segment_loss(model, inputs)
+        loss = outputs.loss
+        if self.distillation is not None:
+            loss = self.distillation.loss(loss, outputs.logits, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward of one batch.
+
+        Raises:
+            DivergenceError: the loss is NaN or infinite. Several processes look at their losses together, before the
+                step of the optimizer: one that stopped alone would leave the others waiting for it.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.logged_loss = self.logged_loss + loss
+        if self.args.world_size > 1:
+            self.step_loss = self.step_loss + loss
+        elif not bool(torch.isfinite(loss)):
+            raise self._divergence("loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if isinstance(self.step_loss, Tensor):
+            loss = float(cast(Tensor, self.accelerator.reduce(self.step_loss, "mean")))
+            self.step_loss = 0.0
+            if not math.isfinite(loss):
+                raise self._divergence("loss", loss)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = float(norm)
+        if not math.isfinite(value) and self.accelerator.scaler is None:
+            raise self._divergence("gradient norm", value)
+        self.steps_since_log += 1
+        self.clipped_steps += bool(self.args.max_grad_norm and value > self.args.max_grad_norm)
+        return norm
+
+    def _divergence(self, what: str, value: float, *, step: int | None = None) -> DivergenceError:
+        step = self.state.global_step + 1 if step is None else step
+        last = newest_finished(Path(str(self.args.output_dir)))
+        kept = "no checkpoint had been written yet" if last is None else f"the last good checkpoint is {last}"
+        return DivergenceError(
+            f"Training stopped at step {step}: the {what} is {value}; {kept}. "
+            "Try a smaller learning rate, more warm-up steps or a smaller max_grad_norm.",
+            step,
+            f"{what} is {value}",
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as transformers does, with the share of steps whose gradient was clipped since the last time."""
+        if "loss" in logs and self.steps_since_log:
+            # Transformers' own mean begins anew where a stopped run goes on; this one is of all steps since the last
+            # line, so that lines are equal wherever it was stopped.
+            mean = self.accelerator.reduce(torch.as_tensor(self.logged_loss, device=self.args.device), "mean")
+            logs["loss"] = float(cast(Tensor, mean)) / self.steps_since_log
+            self.logged_loss = 0.0
+            logs["clipped"] = self.clipped_steps / self.steps_since_log
+            self.clipped_steps = self.steps_since_log = 0
+            if self.distillation is not None:
+                logs["teacher_divergence"] = self.distillation.mean_divergence()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(str(self.args.output_dir))
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            # Cut short or damaged: from a whole one training would have gone on.
+            shutil.rmtree(folder)
+        if self.args.distributed_state is not None:
+            self.accelerator.wait_for_everyone()
+        self._require_finite_weights()
+        try:
+            with no_space_is_input_error(folder):
+                super()._save_checkpoint(model, trial)
+                save_file(self._rank_state(), folder / _RANK_FILE.format(rank=self.args.process_index))
+        except Exception:
+            # On a full disk what is left of it would be in the way.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if self.args.distributed_state is not None:
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(folder, keep=self.keep)
+
+    def _require_finite_weights(self) -> None:
+        """Let no checkpoint pass for good that would lose the run: its loss was that of the weights before the step."""
+        weights = [parameter.detach() for parameter in cast(nn.Module, self.model).parameters()]
+        bad = torch.tensor(float(sum(not bool(torch.isfinite(weight).all()) for weight in weights)))
+        # All processes, which may hold different parts of the weights, stop together.
+        if float(cast(Tensor, self.accelerator.reduce(bad.to(self.args.device), "sum"))):
+            raise self._divergence("weights' largest value", math.nan, step=self.state.global_step)
+
+    def _rank_state(self) -> dict[str, Tensor]:
+        """Return what this process must remember, as tensors."""
+        sums = {"logged_loss": self.logged_loss, "clipped_steps": self.clipped_steps}
+        sums["steps_since_log"] = self.steps_since_log
+        if self.distillation is not None:
+            sums |= {"divergence": self.distillation.divergence, "batches": self.distillation.batches}
+        state = {name: torch.as_tensor(value).detach().cpu().clone() for name, value in sums.items()}
+        for whose, memory in self._memories().items():
+            for layer, states in enumerate(memory or ()):
+                state[f"{whose}.{layer}"] = states.contiguous()
+        return state
+
+    def _memories(self) -> dict[str, tuple[Tensor, ...] | None]:
+        teacher = {} if self.distillation is None else {"teacher": self.distillation.memory}
+        return {"segment": self.segment_loss.memory, **teacher}
+
+    def _load_rank_state(self, state: Mapping[str, Tensor]) -> None:
+        def memory(whose: str) -> tuple[Tensor, ...] | None:
+            count = sum(name.startswith(f"{whose}.") for name in state)
+            return tuple(state[f"{whose}.{layer}"].to(self.args.device) for layer in range(count)) or None
+
+        self.logged_loss = state["logged_loss"].to(self.args.device)
+        self.clipped_steps, self.steps_since_log = int(state["clipped_steps"]), int(state["steps_since_log"])
+        self.segment_loss.memory = memory("segment")
+        if self.distillation is not None:
+            self.distillation.divergence = state["divergence"].to(self.args.device)
+            self.distillation.batches = int(state["batches"])
+            self.distillation.memory = memory("teacher")
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped.
+
+        Raises:
+            InputError: what this process must remember is not there, or a file is none that training wrote.
+        """
+        require_plain(checkpoint)
+        path = checkpoint / _RANK_FILE.format(rank=self.args.process_index)
+        try:
+            # Not loaded there at once: of several processes on a CPU it is called cpu:0, which safetensors refuses.
+            self._load_rank_state(load_file(path))
+        except (OSError, KeyError, SafetensorError) as error:
+            raise InputError(
+                f"The checkpoint {checkpoint} cannot be resumed from: {path.name} is missing or not what was expected; "
+                "delete the checkpoint, and an earlier one is taken, or the phase begins anew."
+            ) from error
+        if checkpoint_step(checkpoint) >= self.args.max_steps:
+            # All steps are done; transformers would do one more.
+            self._load_from_checkpoint(str(checkpoint))
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            for callback in self.callback_handler.callbacks:
+                # Checkpoints of adapters have no weights of gates.
+                if isinstance(callback, SparsityCallback):
+                    callback.restore(state)
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint))

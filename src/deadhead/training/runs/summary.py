@@ -1,0 +1,111 @@
+"""summary.json: what a run has measured so far, checked when it is read: runs go on from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from deadhead.gates.budget import BudgetKind
+from deadhead.errors import InputError
+from deadhead.disk.files import json_text, write_json
+from deadhead.disk.reading import read_object, shown
+
+STAGES = ("dense", "gated", "cut", "finetuned")
+SUMMARY_FILE = "summary.json"
+_CHECKSUM = "checksum"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+_Count = Annotated[int, Field(ge=0, le=10**6)]
+# Null stands for a number that is not finite.
+_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+
+
+class _Stage(_Part):
+    heads: list[_Count] = Field(min_length=1)
+    blocks: list[_Count] = []
+    parameters: int = Field(ge=1, le=10**15)
+    flops_per_token: float = Field(ge=1, le=1e18)
+    perplexity: _Finite
+    bits_per_byte: _Finite
+    tokens_per_second: float = Field(ge=1e-6, le=1e15)
+    steps: int = Field(ge=0, le=10**12)
+
+
+class _Data(_Part):
+    source: str
+    sha256: str
+    tokens: int
+
+
+class _Budget(_Part):
+    kind: BudgetKind
+    asked: float = Field(ge=0, le=1000)
+    reached: float = Field(ge=0, le=1e6)
+
+
+class _Summary(TypedDict, total=False):
+    # What is there must be of its kind, but need not be there yet.
+    dense: _Stage
+    gated: _Stage
+    cut: _Stage
+    finetuned: _Stage
+    control: _Stage
+    data: _Data
+    budget: _Budget
+    processes: int
+    samples: dict[str, str]
+    versions: dict[str, str]
+    rolled_back: dict[str, dict[str, Any]]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what a run has measured, by stage and otherwise; an empty dictionary if there is nothing yet.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        InputError: its summary.json cannot be read, is not what a run wrote, or was changed or damaged since.
+    """
+    path = folder / SUMMARY_FILE
+    if not path.exists():
+        return {}
+    values = read_object(path, what="summary of a run")
+    checksum = values.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(values):
+        raise InputError(
+            f"The summary of a run {path} is not what was written: it is damaged, or was edited; restore it, or take "
+            f'its "{_CHECKSUM}" out if what it says now is right.'
+        )
+    try:
+        TypeAdapter(_Summary).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"The summary of a run {path} has a wrong value for {where!r}: {first['msg'][0].lower()}{first['msg'][1:]},"
+            f" but it is {shown(first['input'])}; restore it."
+        ) from None
+    return values
+
+
+def write_summary(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write a run's summary.json, whole or not at all, with a checksum of what it says.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    write_json(folder / SUMMARY_FILE, {**values, _CHECKSUM: _checksum(values)})
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_text(values).encode()).hexdigest()

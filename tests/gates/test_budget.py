@@ -1,0 +1,188 @@
+"""Budgets: what may be asked for, gates that are held at one, and plans that meet it."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deadhead
+from benchmarks._tiny_models import tiny_model
+from deadhead.errors import InputError
+from deadhead.gates.budget import BUDGET_KINDS, Budget, BudgetTarget, plan_within
+from deadhead.gates.gates import HeadGates
+from deadhead.measure.cost import counted_costs, model_cost
+from deadhead.plans.plan import block_key, is_block_key
+from deadhead.plans.scores import HeadScores
+from deadhead.plans.unit_costs import UnitCosts
+
+
+def gated() -> tuple[Any, HeadGates]:
+    """Return a tiny Llama with gates on 3 × 4 groups and 3 × 8 blocks."""
+    model = tiny_model("llama")
+    return model, deadhead.attach(model, blocks=8)
+
+
+def costs_of(model: Any, gates: HeadGates, kind: Any = "params") -> UnitCosts:
+    """Return what its units cost."""
+    return counted_costs(model, kind, unit=gates.unit, block_size=gates.block_size)
+
+
+def scatter(gates: HeadGates, seed: int) -> None:
+    """Give every gate an opinion."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, gate in gates:
+        gate.set_log_alpha(torch.randn(gate.num_heads, generator=generator) * 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "share"),
+    [("sparsity", 0.25, 0.75), ("params", 0.6, 0.6), ("flops", 1.0, 1.0), ("kv_cache", 0.5, 0.5), ("speedup", 4, 0.25)],
+)
+def test_shares_and_what_is_reached_are_in_the_budgets_own_terms(kind: Any, value: float, share: float) -> None:
+    budget = Budget(kind=kind, value=value)
+    assert budget.share == share
+    assert budget.reached(share) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("sparsity", 1.0), ("sparsity", -0.1), ("params", 0.0), ("flops", 1.01), ("kv_cache", math.nan), ("speedup", 0.9)],
+)
+def test_values_out_of_range_are_refused(kind: Any, value: float) -> None:
+    with pytest.raises(InputError, match=f"budget of {kind} must be"):
+        Budget(kind=kind, value=value)
+
+
+def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
+    costs = UnitCosts(fixed=4.0, tables={0: torch.tensor([0.0, 3.0, 6.0])})
+    Budget(kind="params", value=0.4).require_reachable(costs, has_blocks=False)
+    with pytest.raises(InputError, match=r"--params 0.3 cannot be reached: without any heads .* 0.400.*--blocks"):
+        Budget(kind="params", value=0.3).require_reachable(costs, has_blocks=False)
+    with pytest.raises(InputError, match=r"--speedup 3 cannot be reached: without any heads and blocks .* 2.500"):
+        Budget(kind="speedup", value=3).require_reachable(costs, has_blocks=True)
+
+
+@pytest.mark.parametrize("kind", ["params", "flops", "kv_cache"])
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.35])
+def test_the_ramp_holds_the_expected_cost(kind: str, share: float) -> None:
+    model, gates = gated()
+    scatter(gates, 0)
+    costs = costs_of(model, gates, kind)
+    share = max(share, costs.fixed / costs.total + 0.05)
+    target = BudgetTarget(costs, share, ramp_steps=10)
+    begun = max(target.expected(gates) / costs.total, share)
+    for step in range(1, 13):
+        target.project(gates, step)
+        wanted = begun + (share - begun) * min(1.0, step / 10)
+        assert target.expected(gates) / costs.total == pytest.approx(wanted, abs=1e-5)
+
+
+def test_of_two_units_with_one_opinion_the_dearer_goes_first() -> None:
+    _, gates = gated()
+    costs = UnitCosts(
+        fixed=0.0,
+        tables={key: torch.linspace(0, 1.0 if is_block_key(key) else 40.0, gate.num_heads + 1) for key, gate in gates},
+    )
+    BudgetTarget(costs, 0.5, ramp_steps=1).project(gates, 1)
+    assert gates.sparsity == 1.0 and gates.block_sparsity == 0.0
+
+
+def test_what_costs_nothing_stays_where_it_is() -> None:
+    model, gates = gated()
+    scatter(gates, 3)
+    before = {key: gate.log_alpha.clone() for key, gate in gates}
+    costs = costs_of(model, gates, "kv_cache")
+    BudgetTarget(costs, 0.3, ramp_steps=1).project(gates, 1)
+    for key, gate in gates:
+        assert torch.equal(gate.log_alpha, before[key].clamp(-6, 6)) == is_block_key(key)
+
+
+def test_the_output_difference_weighs_too() -> None:
+    model, gates = gated()
+    for _, gate in gates:
+        gate.difference.copy_(torch.arange(gate.num_heads) / gate.num_heads + 0.1)
+    BudgetTarget(costs_of(model, gates), 0.5, ramp_steps=1).project(gates, 1, "output_difference")
+    for _, gate in gates:
+        assert bool((gate.log_alpha.diff() > 0).all()), (
+            "the less a unit changes its layer's output, the harder it is pushed"
+        )
+
+
+def test_a_target_goes_on_where_it_was_saved() -> None:
+    model, gates = gated()
+    costs = costs_of(model, gates)
+    target = BudgetTarget(costs, 0.5, ramp_steps=10)
+    target.project(gates, 3)
+    again = BudgetTarget(costs, 0.5, ramp_steps=10)
+    again.load_state(target.state())
+    assert again.wanted(7, gates) == target.wanted(7, gates)
+    with pytest.raises(InputError, match="above 0 and at most 1"):
+        BudgetTarget(costs, 0.0, ramp_steps=10)
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0.3, 1.0))
+@settings(deadline=None, max_examples=60)
+def test_plans_use_a_budget_up_and_never_exceed_it(seed: int, share: float) -> None:
+    draw = random.Random(seed)
+    keys = [0, 1, block_key(0), block_key(1)]
+    sizes = {key: draw.randint(1, 6) for key in keys}
+    steps = {key: torch.tensor([draw.uniform(0.1, 5.0) for _ in range(size)]) for key, size in sizes.items()}
+    costs = UnitCosts(
+        fixed=1.0, tables={k: torch.cat([torch.zeros(1), s]).cumsum(0).double() for k, s in steps.items()}
+    )
+    scores = HeadScores(
+        scores={key: torch.tensor([draw.gauss(0, 1) for _ in range(size)]) for key, size in sizes.items()},
+        heads={key: tuple(range(size)) for key, size in sizes.items()},
+        total=sizes,
+        unit="head",
+        block_size=4,
+    )
+    limit = share * costs.total
+    kept = scores.within(costs, limit).units
+    counts = {key: len(units) for key, units in kept.items()}
+    if limit >= costs.fixed:
+        assert costs.of(counts) <= limit + 1e-9
+    for key, units in kept.items():
+        gone = [unit for unit in range(sizes[key]) if unit not in units]
+        # Of a layer the best stay: their prices are those of the layer's number.
+        assert (
+            not gone
+            or not units
+            or min(float(scores.scores[key][unit]) for unit in units)
+            >= max(float(scores.scores[key][unit]) for unit in gone)
+        )
+        if gone:
+            assert costs.of({**counts, key: counts[key] + 1}) > limit - 1e-9, "what still fits stays"
+
+
+def test_heads_that_must_go_go_whatever_the_budget() -> None:
+    costs = UnitCosts(fixed=0.0, tables={0: torch.tensor([0.0, 1.0, 2.0])})
+    scores = HeadScores(scores={0: torch.tensor([-math.inf, 1.0])}, heads={0: (0, 1)}, total={0: 2}, unit="head")
+    assert scores.within(costs, 10.0).kept == {0: (1,)}
+
+
+def test_a_true_cost_above_the_sum_makes_the_plan_smaller() -> None:
+    model, gates = gated()
+    scatter(gates, 5)
+    costs = costs_of(model, gates)
+    dense = model_cost(model).parameters
+
+    def true(plan: deadhead.HeadPlan) -> float:
+        # As if each unit that goes left a tenth of itself behind.
+        share = model_cost(model, plan).parameters / dense
+        return share + 0.1 * (1 - share)
+
+    plan, found = plan_within(gates.scores(), costs, 0.6, true)
+    assert found == true(plan) and 0.55 < found <= 0.6
+    plain, _ = plan_within(gates.scores(), costs, 0.6, lambda plan: model_cost(model, plan).parameters / dense)
+    assert sum(plan.heads) + sum(plan.blocks.blocks) < sum(plain.heads) + sum(plain.blocks.blocks)  # type: ignore[union-attr]
+
+
+def test_every_kind_has_a_name() -> None:
+    assert set(deadhead.gates.budget.BUDGET_NAMES) == set(BUDGET_KINDS)  # type: ignore[attr-defined]

@@ -1,0 +1,210 @@
+"""One-shot criteria against brute force, on our own model, a GPT-2 and a Llama with grouped queries."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import deadhead
+from benchmarks._tiny_models import scramble
+from deadhead.errors import InputError
+from deadhead.layouts import find_layout, head_columns
+from deadhead.measure.criteria import ONE_SHOT, READS_TEXT, score_heads
+from deadhead.plans.plan import Unit
+from tests.helpers import assert_unchanged, snapshot, tiny_model
+
+IDS = torch.randint(29, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def gpt2() -> Any:
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=29, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
+    )
+    scramble(model, 0)
+    return model.eval()
+
+
+def llama() -> Any:
+    config: Any = LlamaConfig
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(config(vocab_size=29, num_key_value_heads=2, **sizes, bos_token_id=0, eos_token_id=0))
+    scramble(model, 0)
+    return model.eval()
+
+
+MODELS: dict[str, tuple[Callable[[], Any], Unit]] = {
+    "all-attention": (tiny_model, "head"),
+    "gpt2": (gpt2, "head"),
+    "llama, groups": (llama, "kv_group"),
+    "llama, heads": (llama, "head"),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request: Any) -> tuple[Any, Unit]:
+    make, unit = MODELS[request.param]
+    return make().double(), unit
+
+
+def batches(count: int = 1) -> list[dict[str, Tensor]]:
+    return [
+        {"input_ids": IDS[:, :-1], "labels": IDS[:, 1:], "is_first": torch.tensor([True, True, True])}
+        for _ in range(count)
+    ]
+
+
+def row_losses(model: Any) -> Tensor:
+    """Return the mean loss of each row's tokens, as the model computes it."""
+    logits = model(input_ids=IDS[:, :-1], use_cache=False).logits
+    if hasattr(model.config, "memory_length"):
+        wanted = IDS[:, 1:]
+    else:
+        logits, wanted = logits[:, :-1], IDS[:, 1:-1]
+    return cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(1)
+
+
+@torch.no_grad()
+def scaled(model: Any, site: Any, head: int, factor: float) -> Any:
+    """Return a copy whose head of this site gives `factor` times as much to the layer's output."""
+    other = copy.deepcopy(model)
+    found = next(s for s in find_layout(other).sites(other, "head") if s.layer == site.layer)
+    place = slice(head * site.unit_dim, (head + 1) * site.unit_dim)
+    head_columns(found.output)[:, place] *= factor
+    return other
+
+
+def test_taylor_is_the_derivative_by_the_heads_scale(case: tuple[Any, Unit]) -> None:
+    model, unit = case
+    found = score_heads(model, "taylor", batches(), unit=unit)
+    # Not smaller: a Llama's norms compute in float32 whatever the model's precision.
+    step = 2e-3
+    for site in find_layout(model).sites(model, unit):
+        for head in range(site.total):
+            with torch.no_grad():
+                more, less = (row_losses(scaled(model, site, head, 1 + sign * step)) for sign in (1, -1))
+            expected = float(((more - less) / (2 * step)).abs().mean())
+            assert float(found.scores[site.layer][head]) == pytest.approx(expected, rel=3e-3, abs=1e-5)
+
+
+def test_output_difference_is_what_the_layers_output_loses(case: tuple[Any, Unit]) -> None:
+    model, unit = case
+    found = score_heads(model, "output-difference", batches(), unit=unit)
+    for site in find_layout(model).sites(model, unit):
+        inputs: list[Tensor] = []
+        hook = site.output.register_forward_pre_hook(lambda _, args, into=inputs: into.append(args[0].detach()))
+        row_losses(model)
+        hook.remove()
+        weight = head_columns(site.output).detach()
+        whole = inputs[0] @ weight.T
+        for head in range(site.total):
+            place = slice(head * site.unit_dim, (head + 1) * site.unit_dim)
+            alone = inputs[0][..., place] @ weight[:, place].T
+            expected = float(alone.norm() / whole.norm())
+            assert float(found.scores[site.layer][head]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["all-attention", "gpt2", "llama, groups"])
+def test_magnitude_is_the_norm_of_what_the_cut_takes_away(name: str) -> None:
+    make, unit = MODELS[name]
+    model = make()
+    found = score_heads(model, "magnitude", unit=unit)
+    total = {layer: len(scores) for layer, scores in found.scores.items()}
+
+    def square(module: Any) -> float:
+        return sum(float(parameter.detach().double().square().sum()) for parameter in module.parameters())
+
+    for layer in total:
+        kept = {layer: range(1, total[layer])}
+        smaller = deadhead.cut(make(), deadhead.HeadPlan(kept=kept, total=total, unit=unit))
+        expected = (square(model) - square(smaller)) ** 0.5
+        assert float(found.scores[layer][0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_random_scores_follow_the_seed() -> None:
+    first, same, other = (score_heads(tiny_model(), "random", seed=seed).plan(0.5) for seed in (0, 0, 1))
+    assert first == same != other
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "output-difference"])
+def test_dead_heads_go_first(criterion: Any) -> None:
+    model = tiny_model()
+    dead = {0: [1], 2: [0, 3]}
+    with torch.no_grad():
+        for site in find_layout(model).sites(model, "head"):
+            for head in dead.get(site.layer, ()):  # type: ignore[call-overload]
+                for part in find_layout(model).selections(site, (head,)):
+                    site.module.get_parameter(part.path).index_fill_(part.dim, part.index, 0.0)
+    plan = score_heads(model, criterion, batches(2)).plan(3 / 12)
+    assert {layer: list(plan.cut(layer)) for layer in plan.kept} == {0: [1], 1: [], 2: [0, 3]}
+
+
+def test_the_memory_of_the_segment_before_is_seen() -> None:
+    first = score_heads(tiny_model(), "taylor", batches(2)).scores[0]
+    going_on = [*batches(), {**batches()[0], "is_first": torch.tensor([False] * 3)}]
+    assert not torch.allclose(score_heads(tiny_model(), "taylor", going_on).scores[0], first, rtol=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ONE_SHOT)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_as_before(criterion: Any, training: bool) -> None:
+    model = tiny_model(hidden_dropout=0.5).train(training)
+    before = snapshot(model)
+    score_heads(model, criterion, batches())
+    assert_unchanged(model, before)
+    assert model.training == training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("criterion", ONE_SHOT)
+def test_a_model_that_was_cut_is_scored_by_its_dense_indices(criterion: Any) -> None:
+    model = deadhead.cut(tiny_model(), deadhead.HeadPlan(kept={0: [1, 3], 1: []}, total=dict.fromkeys(range(3), 4)))
+    found = score_heads(model, criterion, batches())
+    assert found.heads == {0: (1, 3), 1: (), 2: (0, 1, 2, 3)}
+    assert {layer: len(scores) for layer, scores in found.scores.items()} == {0: 2, 2: 4}
+    deadhead.cut(model, found.plan(0.5))
+    assert sum(deadhead.model_cost(model).heads) == 3
+
+
+@pytest.mark.parametrize("criterion", READS_TEXT)
+def test_text_is_needed(criterion: Any) -> None:
+    with pytest.raises(InputError, match="no batch was given"):
+        score_heads(tiny_model(), criterion)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(InputError, match="The criterion must be one of magnitude, taylor"):
+        score_heads(tiny_model(), "best")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="cut by head, but the unit 'kv_group'"):
+        score_heads(tiny_model(), "random", unit="kv_group")
+    gated = tiny_model()
+    gates = deadhead.attach(gated)
+    gates.gates[1].set_log_alpha(torch.tensor([2.0, -2.0, 2.0, 2.0]))
+    with pytest.raises(InputError, match="some of its gates are closed"):
+        score_heads(gated, "random")
+
+
+def test_open_gates_change_no_score() -> None:
+    gated = tiny_model()
+    deadhead.attach(gated, config=deadhead.GateConfig(output_scale=True))
+    for criterion in READS_TEXT:
+        found, expected = (score_heads(model, criterion, batches()).scores for model in (gated, tiny_model()))
+        for layer, values in expected.items():
+            torch.testing.assert_close(found[layer], values, rtol=1e-4, atol=1e-6)
+
+
+def test_gates_lean_as_scores_rank_heads() -> None:
+    gates = deadhead.attach(tiny_model())
+    scores = score_heads(tiny_model(), "magnitude")
+    gates.lean(scores, spread=3.0)
+    leaning = torch.cat(list(gates.log_alpha().values()))
+    assert leaning.argsort().tolist() == torch.cat(list(scores.scores.values())).argsort().tolist()
+    assert float(leaning.mean()) == pytest.approx(2.0, abs=1e-5)
+    assert float(leaning.std(correction=0)) == pytest.approx(3.0, abs=1e-5)
+    assert gates.plan(sparsity=0.5) == scores.plan(0.5)

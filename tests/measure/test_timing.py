@@ -1,0 +1,92 @@
+"""The stopwatch: what it runs, what it leaves behind, and what it says of wrong numbers."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import deadhead
+from deadhead import HeadPlan, InputError
+from deadhead.measure.timing import WORKLOADS, Workload, bench, efficiency
+from tests.helpers import assert_unchanged, snapshot, tiny_model
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_each_workload_runs_every_model_in_turn(workload: Workload) -> None:
+    dense = tiny_model()
+    pruned = deadhead.cut(tiny_model(), HeadPlan(kept={0: (1,), 1: ()}, total=dict.fromkeys(range(3), 4)))
+    before = snapshot(dense)
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    for name, model in (("dense", dense), ("pruned", pruned)):
+
+        def look(_: Any, __: Any, kwargs: Any, name: str = name) -> None:
+            seen.append((name, tuple(kwargs["input_ids"].shape)))
+
+        model.register_forward_pre_hook(look, with_kwargs=True)
+    timings = bench(
+        {"dense": dense, "pruned": pruned}, workload=workload, batch_size=2, length=7, new_tokens=3, repeats=2
+    )
+    shapes = [(2, 7)] + [(2, 1)] * (3 if workload == "decode" else 0)
+    assert seen == [(name, shape) for _ in range(3) for name in ("dense", "pruned") for shape in shapes]
+    assert list(timings) == ["dense", "pruned"]
+    tokens = 2 * (3 if workload == "decode" else 7)
+    for timing in timings.values():
+        assert timing.workload == workload
+        assert timing.seconds > 0
+        assert timing.tokens_per_second == pytest.approx(tokens / timing.seconds)
+    # No gradient, mode or weight is left changed.
+    assert all(parameter.grad is None for parameter in dense.parameters())
+    assert not dense.training
+    for module in dense.modules():
+        module._forward_pre_hooks.clear()
+    assert_unchanged(dense, before)
+
+
+def test_the_median_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first repetition is warm-up; one slow one among the others does not count."""
+    times = iter([99.0, 0.0, 1.0, 0.0, 50.0, 0.0, 2.0])
+    # By the module's name in full: `deadhead.bench` is the function.
+    clock = SimpleNamespace(perf_counter=lambda: next(times))
+    monkeypatch.setattr(sys.modules["deadhead.measure.timing"], "time", clock)
+    timing = bench({"model": tiny_model()}, batch_size=1, length=4, repeats=3)["model"]
+    assert (timing.seconds, timing.tokens_per_second) == (2.0, 2.0)
+
+
+def test_training_mode_is_restored() -> None:
+    model = tiny_model().train()
+    for workload in WORKLOADS:
+        bench({"model": model}, workload=workload, batch_size=1, length=4, new_tokens=1, repeats=1)
+        assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "A benchmark's batch size must be at least 1, but it is 0"),
+        ({"length": -1}, "A benchmark's length must be at least 1, but it is -1"),
+        ({"new_tokens": 0}, "A benchmark's new tokens must be at least 1, but it is 0"),
+        ({"repeats": 0}, "A benchmark's repeats must be at least 1, but it is 0"),
+        ({"workload": "sleep"}, "must be one of prefill, decode, train, but it is 'sleep'"),
+    ],
+)
+def test_wrong_numbers(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        bench({"model": tiny_model()}, **options)
+
+
+def test_efficiency() -> None:
+    assert efficiency(dense_seconds=3.0, pruned_seconds=1.5, dense_flops=8.0, pruned_flops=2.0) == 0.5
+    assert efficiency(2.0, 1.0, 2.0, 1.0) == 1.0
+
+
+def test_the_process_random_state_is_left_alone() -> None:
+    model = tiny_model()
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    bench({"model": model}, batch_size=1, length=4, repeats=1)
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,75 @@
+"""Costs as sums over layers: totals, interpolation, slopes, and agreement with what is counted of real models."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Literal
+
+import pytest
+import torch
+
+import deadhead
+from benchmarks._tiny_models import tiny_model
+from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
+from deadhead.plans.plan import block_key
+from deadhead.plans.unit_costs import UnitCosts
+from tests import helpers
+
+COSTS = UnitCosts(
+    fixed=5.0,
+    tables={
+        0: torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64),
+        block_key(0): torch.tensor([0.0, 2.0, 2.0, 8.0], dtype=torch.float64),
+    },
+)
+
+
+def test_totals_interpolation_slopes_and_what_a_unit_saves() -> None:
+    assert COSTS.total == 16.0
+    assert COSTS.of({0: 2, block_key(0): 3}) == 16.0
+    assert COSTS.of({0: 0, block_key(0): 0}) == 5.0
+    assert COSTS.of({0: 1.5, block_key(0): 2.25}) == 5.0 + 2.0 + 3.5
+    assert COSTS.of({0: -1, block_key(0): 9}) == 13.0, "counts beyond the table are its ends"
+    assert COSTS.slopes({0: 1, block_key(0): 3}) == {0: 1.5, block_key(0): 6.0}
+    assert COSTS.slopes({0: 0, block_key(0): 1.4}) == {0: 1.0, block_key(0): 1.0}
+    assert COSTS.saved(0, 2) == 2.0 and COSTS.saved(block_key(0), 2) == 0.0
+    assert UnitCosts(fixed=2.0, tables={}).total == UnitCosts(fixed=2.0, tables={}).of({}) == 2.0
+
+
+@pytest.mark.parametrize("kind", ["params", "flops", "kv_cache"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "bert", "deepseek_v3", "own", "transformer-xl"])
+def test_the_sum_over_layers_is_what_is_counted_of_the_cut_model(
+    model_type: str, kind: Literal["params", "flops", "kv_cache"]
+) -> None:
+    model: Any
+    if model_type == "own":
+        model = helpers.tiny_model()
+    elif model_type == "transformer-xl":
+        model = helpers.random_model(
+            deadhead.models.TransformerXLConfig(  # type: ignore[attr-defined]
+                vocab_size=29,
+                hidden_size=16,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                feed_forward_size=24,
+                memory_length=5,
+                segment_length=6,
+            ),
+            0,
+        )
+    else:
+        model = tiny_model(model_type)
+    gates = deadhead.attach(model, blocks=True)
+    deadhead.detach(model)
+    costs = counted_costs(model, kind, unit=gates.unit, block_size=gates.block_size, length=40)
+    whole = cost_of_kind(model_cost(model, length=40), kind)
+    assert costs.total == pytest.approx(whole)
+    assert costs.fixed >= 0
+    draw = random.Random(1)
+    for _ in range(3):
+        kept = {key: tuple(draw.sample(units, draw.randint(1, len(units)))) for key, units in gates.heads.items()}
+        counted = cost_of_kind(model_cost(model, gates.plan_of(kept), length=40), kind)
+        # Persistent vectors are of a head and of a block, so that no sum over the two is exact.
+        error = 0.15 if model_type == "own" and kind != "kv_cache" else 1e-6
+        assert costs.of({key: len(units) for key, units in kept.items()}) == pytest.approx(counted, rel=error)
+        assert counted <= whole

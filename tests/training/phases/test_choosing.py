@@ -1,0 +1,152 @@
+"""Budgets of real models: trained for a few steps, met exactly, saved, reloaded, resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deadhead
+from benchmarks._tiny_models import tiny_model
+from deadhead.errors import InputError
+from deadhead.measure.cost import cost_of_kind, model_cost
+from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, true_share
+from deadhead.training.phases.phase import rank
+from tests import helpers
+from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
+from tests.small import KillAt, Killed, stream
+
+MODELS = {
+    "llama": lambda: tiny_model("llama"),
+    "gpt2": lambda: tiny_model("gpt2"),
+    "own": lambda: helpers.tiny_model(num_attention_heads=8, hidden_size=32),
+    "transformer-xl": tiny_transformer_xl,
+}
+
+
+def recipe_of(**values: Any) -> deadhead.PruneRecipe:
+    """Return a phase of a few steps."""
+    return deadhead.PruneRecipe(**{"steps": 6, "batch_size": 2, "save_every": 2, "learning_rate": 1e-3, **values})
+
+
+def row(name: str) -> dict[str, Any]:
+    """Return the length of a row, for models that have no segments."""
+    return {} if name in ("own", "transformer-xl") else {"sequence_length": 12}
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.75}, {"flops": 0.7}, {"kv_cache": 0.5}, {"sparsity": 0.5}])
+@pytest.mark.parametrize("name", MODELS)
+def test_trained_gates_meet_the_budget_and_the_cut_model_has_that_cost(
+    name: str, budget: dict[str, float], tmp_path: Path
+) -> None:
+    model = MODELS[name]()
+    recipe = recipe_of(**row(name), **budget)
+    ((kind, value),) = budget.items()
+    gates = attach_gates(model, recipe)
+    assert (gates.block_size is not None) == (kind in ("params", "flops") and name != "own")
+    before = model_cost(model, unit=gates.unit, length=12)
+    deadhead.train(model, stream(600), recipe, gates=gates)
+    found = close_to_budget(model, gates, recipe)
+    plan = gates.plan()
+    deadhead.cut(model, plan)
+    deadhead.save(model, tmp_path / "out")
+    after = model_cost(deadhead.load(tmp_path / "out"), length=12)
+    assert found is not None
+    if kind == "sparsity":
+        assert found == plan.sparsity == 0.5
+        return
+    kind_: Any = kind
+    share = cost_of_kind(after, kind_) / cost_of_kind(before, kind_)
+    if kind != "flops":  # counted at the length of a row there
+        assert found == pytest.approx(share)
+    assert 0.6 * value < found <= value
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.5}, {"flops": 0.6}])
+def test_heads_and_blocks_that_own_the_same_numbers_use_a_budget_up(budget: dict[str, float]) -> None:
+    model = helpers.tiny_model(num_attention_heads=8, hidden_size=32, num_persistent=32)
+    recipe = recipe_of(**budget, blocks=True)
+    gates = attach_gates(model, recipe)
+    deadhead.train(model, stream(600), recipe, gates=gates)
+    found = close_to_budget(model, gates, recipe)
+    (value,) = budget.values()
+    assert found is not None and value - 0.04 < found <= value
+    before = model_cost(model).parameters
+    deadhead.cut(model, gates.plan())
+    assert "flops" in budget or model_cost(model).parameters / before == pytest.approx(found)
+
+
+def test_single_query_heads_of_groups_meet_a_budget_that_their_sum_misses() -> None:
+    model = tiny_model("llama")
+    recipe = recipe_of(sequence_length=12, params=0.75, unit="head")
+    gates = attach_gates(model, recipe)
+    deadhead.train(model, stream(600), recipe, gates=gates)
+    found = close_to_budget(model, gates, recipe)
+    before = model_cost(model).parameters
+    with pytest.warns(UserWarning, match="key/value cache grows") if _grows(model, gates) else _nothing():
+        deadhead.cut(model, gates.plan())
+    assert found is not None and found <= 0.75
+    assert model_cost(model).parameters / before == pytest.approx(found)
+
+
+def _grows(model: Any, gates: deadhead.HeadGates) -> bool:
+    return model_cost(model, gates.plan()).kv_cache_bytes > model_cost(model).kv_cache_bytes
+
+
+def _nothing() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "output-difference", "random"])
+def test_rankings_meet_budgets_too(criterion: Any) -> None:
+    model = tiny_model("llama")
+    recipe = recipe_of(sequence_length=12, criterion=criterion, flops=0.6, steps=2)
+    plan = rank(model, stream(600), recipe)
+    share = true_share(model, recipe, plan)
+    assert 0.5 < share <= 0.6
+    assert plan.blocks is not None and (plan.blocks.sparsity > 0 or plan.sparsity > 0.5)
+
+
+def test_what_is_asked_decides_whether_blocks_have_gates() -> None:
+    llama, own = tiny_model("llama"), helpers.tiny_model()
+    assert asked_blocks(recipe_of(flops=0.5), llama) is True
+    assert asked_blocks(recipe_of(flops=0.5, block_size=4), llama) == 4
+    assert asked_blocks(recipe_of(block_size=4), llama) == 4
+    assert asked_blocks(recipe_of(flops=0.5, blocks=False), llama) is False
+    assert asked_blocks(recipe_of(kv_cache=0.5), llama) is False
+    assert asked_blocks(recipe_of(), llama) is False
+    assert asked_blocks(recipe_of(params=0.5), own) is False
+    assert asked_blocks(recipe_of(params=0.5), tiny_model("mixtral")) is False
+
+
+def test_gates_and_recipe_must_agree_on_blocks() -> None:
+    model = tiny_model("llama")
+    gates = deadhead.attach(model)
+    with pytest.raises(InputError, match="asks for gates on blocks, but those attached have none"):
+        deadhead.train(model, stream(600), recipe_of(sequence_length=12, flops=0.6), gates=gates)
+
+
+def test_a_phase_that_is_killed_goes_on_to_the_same_plan_and_weights(tmp_path: Path) -> None:
+    recipe = recipe_of(sequence_length=12, params=0.7)
+
+    def phase(folder: Path, *, resume: bool = False, kill: int | None = None) -> tuple[Any, deadhead.HeadPlan]:
+        model = tiny_model("llama")
+        gates = attach_gates(model, recipe, seed=3)
+        callbacks = [] if kill is None else [KillAt(kill)]
+        deadhead.train(
+            model, stream(600), recipe, gates=gates, folder=folder, resume=resume, callbacks=callbacks, seed=3
+        )
+        close_to_budget(model, gates, recipe)
+        return model, gates.plan()
+
+    whole, plan = phase(tmp_path / "whole")
+    with pytest.raises(Killed):
+        phase(tmp_path / "killed", kill=5)
+    resumed, again = phase(tmp_path / "killed", resume=True)
+    assert again == plan
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name

@@ -1,0 +1,124 @@
+"""Distillation: the loss is the formula, the student moves to its teacher, and a resumed phase is the same phase."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, TrainerCallback
+
+import deadhead
+from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
+from deadhead import InputError, PhaseRecipe
+from deadhead.training.phases.distillation import Distillation
+from tests.helpers import tiny_config as all_attention_config
+from tests.helpers import tiny_model as all_attention
+from tests.small import assert_same_tensors, metrics, stream
+
+_TEXT = stream(600, vocab_size=VOCABULARY)
+
+
+def _recipe(**changes: Any) -> PhaseRecipe:
+    values: dict[str, Any] = {"steps": 6, "batch_size": 2, "log_every": 1, "save_every": 3, "learning_rate": 3e-3}
+    return PhaseRecipe(**{**values, "distill": 0.7, **changes})
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.3, 2.0), (1.0, 1.0), (0.5, 4.0)])
+def test_the_loss_is_the_formula(weight: float, temperature: float) -> None:
+    """Written down anew, with probabilities and a plain sum over the vocabulary."""
+    teacher, student = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        said, logits = teacher(input_ids=ids).logits.double(), student(input_ids=ids).logits
+        p, q = (torch.softmax(values / temperature, dim=-1) for values in (said, logits.double()))
+        divergence = float((p * (p / q).log()).sum(-1).mean())
+    distillation = Distillation(teacher, weight=weight, temperature=temperature)
+    loss = float(distillation.loss(torch.tensor(3.0), logits, {"input_ids": ids}))
+    assert loss == pytest.approx((1 - weight) * 3.0 + weight * temperature**2 * divergence, rel=1e-5)
+    assert distillation.mean_divergence() == pytest.approx(divergence, rel=1e-5)
+    assert distillation.mean_divergence() == 0.0
+
+
+def test_nothing_is_to_be_learnt_from_oneself() -> None:
+    teacher = tiny_model("gpt2")
+    ids = torch.arange(3, 10)[None]
+    logits = teacher(input_ids=ids).logits
+    loss = Distillation(teacher, weight=1.0, temperature=2.0).loss(torch.tensor(5.0), logits, {"input_ids": ids})
+    assert abs(loss.item()) < 1e-6
+    loss.backward()
+    assert max(float(p.grad.abs().max()) for p in teacher.parameters() if p.grad is not None) < 1e-5
+
+
+def test_a_cut_student_moves_to_its_teacher(tmp_path: Path) -> None:
+    """The divergence falls, and the teacher stays as it was, bit for bit."""
+    teacher: Any = tiny_model("llama")
+    before = copy.deepcopy(teacher.state_dict())
+    plan = deadhead.HeadPlan(kept={0: (0,), 1: (1, 2), 2: (3,)}, total={0: 4, 1: 4, 2: 4}, unit="kv_group")
+    student = deadhead.cut(copy.deepcopy(teacher), plan)
+    recipe = _recipe(steps=40, distill=1.0, sequence_length=12)
+    deadhead.train(student, _TEXT, recipe, teacher=teacher, metrics=tmp_path / "metrics.jsonl")
+    divergences = [line["teacher_divergence"] for line in metrics(tmp_path)]
+    assert len(divergences) == 40
+    assert sum(divergences[-5:]) < 0.6 * sum(divergences[:5])
+    assert_same_tensors(teacher.state_dict(), before)
+
+
+class _Killed(Exception):
+    """The process is gone."""
+
+
+class _Kill(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 4:
+            raise _Killed
+
+
+@pytest.mark.parametrize("kind", ["memory", "plain"])
+def test_killed_and_resumed_is_as_if_never_stopped(kind: str, tmp_path: Path) -> None:
+    """The teacher's memory of the segment before is part of the checkpoint, and not mistaken for the student's."""
+
+    def run(folder: Path, *, kill: bool = False, resume: bool = False) -> Any:
+        teacher: Any = all_attention(seed=1) if kind == "memory" else tiny_model("llama", seed=1)
+        student: Any = all_attention(seed=2, hidden_dropout=0.1) if kind == "memory" else tiny_model("llama", seed=2)
+        text = stream(200) if kind == "memory" else _TEXT
+        settings: dict[str, Any] = {"folder": folder / "checkpoints", "metrics": folder / "metrics.jsonl"}
+        try:
+            callbacks = (_Kill(),) if kill else ()
+            deadhead.train(
+                student, text, _recipe(log_every=2), teacher=teacher, resume=resume, callbacks=callbacks, **settings
+            )
+        except _Killed:
+            assert kill
+        return student
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "killed", kill=True)
+    resumed = run(tmp_path / "killed", resume=True)
+    assert_same_tensors(resumed.state_dict(), whole.state_dict())
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert all(math.isfinite(line["teacher_divergence"]) for line in metrics(tmp_path / "whole"))
+
+
+def test_a_teacher_of_another_vocabulary_is_refused() -> None:
+    config: Any = tiny_config("llama")
+    config.vocab_size = VOCABULARY + 1
+    teacher = LlamaForCausalLM(config)
+    scramble(teacher, 0)
+    with pytest.raises(InputError, match="the model has 99 tokens and the teacher 100"):
+        deadhead.train(tiny_model("llama"), _TEXT, _recipe(), teacher=teacher)
+
+
+def test_an_adaptive_softmax_has_no_distribution_to_teach() -> None:
+    config = all_attention_config(adaptive_cutoffs=[5], adaptive_factor=2)
+    teacher, student = (deadhead.AllAttentionForCausalLM(config) for _ in range(2))
+    with pytest.raises(InputError, match="adaptive softmax"):
+        deadhead.train(student, stream(200), _recipe(), teacher=teacher)
+
+
+def test_a_teacher_without_weight_is_refused() -> None:
+    with pytest.raises(InputError, match="the weight of what it says, distill, is 0"):
+        deadhead.train(tiny_model("llama"), _TEXT, _recipe(distill=0.0), teacher=tiny_model("llama"))
