@@ -127,11 +127,12 @@ class PruneRecipe(PhaseRecipe):
 
     Args: criterion is "gates", "topk" (gates of which every draw opens the same number), or a one-shot criterion of
     `deadhead.measure.criteria`, which trains nothing and looks at `steps` batches; start_from, a one-shot criterion by
-    whose scores gates begin to lean, from start_batches batches (None: all begin alike); l0 is λ, in nats a token for an
-    open head. In its place one budget may be given, reached along a ramp over `ramp_steps` (0: two thirds of the phase):
-    sparsity, the share of heads that goes; params, flops or kv_cache, the share of the dense model's that is left; or
-    speedup, how many times as fast the model is to be on this machine. budget_length is the text's length for FLOPs,
-    cache and time (None: the model's memory, a row, or 1024), budget_batch_size and budget_workload are for time.
+    whose scores gates begin to lean, from start_batches batches (None: all begin alike); l0 is λ, in nats a token for
+    an open head. In its place one budget may be given, reached along a ramp over `ramp_steps` (0: two thirds of the
+    phase): sparsity, the share of heads that goes; params, flops or kv_cache, the share of the dense model's that is
+    left; or speedup, how many times as fast the model is to be on this machine. budget_length is the text's length
+    for FLOPs, cache and time (None: the model's memory, a row, or 1024), budget_batch_size and budget_workload are
+    for time.
     blocks, whether hidden units of feed-forward layers have gates too, in blocks of block_size (None: where the budget
     is of parameters, FLOPs or time, and there are such layers). ranking, whether
     that share goes of all heads or of each layer's; l0_warmup_steps, init and output_scale are the stabilisers; gate_lr
