@@ -12,7 +12,9 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from deadhead.cli import execute
+from deadhead.cost import skeleton
 from deadhead.training.memory import training_memory
+from deadhead.training.recipe import PruneRecipe
 from tests.conftest import ROOT
 
 
@@ -50,10 +52,12 @@ def test_the_numbers(settings: dict[str, bool], given: Path, inspect: Any) -> No
     code, text, errors = inspect(given / "llama", *arguments)
     assert (code, errors) == (0, "")
     found = json.loads(text)["training_memory"]
-    config = AutoConfig.from_pretrained(given / "llama")
+    model = skeleton(AutoConfig.from_pretrained(given / "llama"))
+    modes: dict[str, Any] = {"full": {}, "lora": {"lora_rank": 16}, "frozen": {"freeze_weights": True}}
     assert list(found) == ["full", "lora", "frozen"]
     for mode, memory in found.items():
-        assert memory == asdict(training_memory(config, mode=mode, batch_size=2, length=16, **settings))
+        recipe = PruneRecipe(batch_size=2, sequence_length=16, blocks=False, **settings, **modes[mode])  # type: ignore[arg-type]
+        assert memory == asdict(training_memory(model, recipe))
     assert "training_memory" not in json.loads(inspect(given / "llama", "--json")[1])
 
 
@@ -61,8 +65,8 @@ def test_a_model_of_ours(given: Path, inspect: Any) -> None:
     """It takes no adapters, and its rows are its segments."""
     found = json.loads(inspect(given / "model", "--training", "--json")[1])["training_memory"]
     assert list(found) == ["full", "frozen"]
-    config = AutoConfig.from_pretrained(given / "model")
-    assert found["full"] == asdict(training_memory(config, mode="full", batch_size=8))
+    model = skeleton(AutoConfig.from_pretrained(given / "model"))
+    assert found["full"] == asdict(training_memory(model, PruneRecipe(batch_size=8, blocks=False)))
 
 
 def test_a_configuration_alone(given: Path, tmp_path: Path, inspect: Any) -> None:
