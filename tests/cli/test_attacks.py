@@ -29,7 +29,6 @@ _COMMANDS = {
     "export gguf": "export {evil} --to gguf --out out.gguf",
     "watch": "watch {evil}",
     "report": "report {evil}",
-    "convert": "convert {evil}/pytorch_model.bin --out out",
 }
 
 

@@ -185,7 +185,7 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute([]) in (0, 2)
     output = "".join(capsys.readouterr())
     assert "Usage: deadhead" in output
-    commands = ("demo", "run", "train", "prune", "finetune", "cut", "inspect", "convert", "eval", "generate", "bench")
+    commands = ("demo", "run", "train", "prune", "finetune", "cut", "inspect", "eval", "generate", "bench")
     for command in commands:
         assert command in output
 

@@ -12,7 +12,9 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from deadhead.cli import execute
-from deadhead.measure.memory import training_memory
+from deadhead.measure.cost import skeleton
+from deadhead.training.recipes.recipe import PruneRecipe
+from deadhead.training.runs.memory import training_memory
 from tests.conftest import ROOT
 
 
@@ -50,10 +52,12 @@ def test_the_numbers(settings: dict[str, bool], given: Path, inspect: Any) -> No
     code, text, errors = inspect(given / "llama", *arguments)
     assert (code, errors) == (0, "")
     found = json.loads(text)["training_memory"]
-    config = AutoConfig.from_pretrained(given / "llama")
+    model = skeleton(AutoConfig.from_pretrained(given / "llama"))
+    modes: dict[str, Any] = {"full": {}, "lora": {"lora_rank": 16}, "frozen": {"freeze_weights": True}}
     assert list(found) == ["full", "lora", "frozen"]
     for mode, memory in found.items():
-        assert memory == asdict(training_memory(config, mode=mode, batch_size=2, length=16, **settings))
+        recipe = PruneRecipe(batch_size=2, sequence_length=16, blocks=False, **settings, **modes[mode])  # type: ignore[arg-type]
+        assert memory == asdict(training_memory(model, recipe))
     assert "training_memory" not in json.loads(inspect(given / "llama", "--json")[1])
 
 
@@ -61,8 +65,8 @@ def test_a_model_of_ours(given: Path, inspect: Any) -> None:
     """It takes no adapters, and its rows are its segments."""
     found = json.loads(inspect(given / "model", "--training", "--json")[1])["training_memory"]
     assert list(found) == ["full", "frozen"]
-    config = AutoConfig.from_pretrained(given / "model")
-    assert found["full"] == asdict(training_memory(config, mode="full", batch_size=8))
+    model = skeleton(AutoConfig.from_pretrained(given / "model"))
+    assert found["full"] == asdict(training_memory(model, PruneRecipe(batch_size=8, blocks=False)))
 
 
 def test_a_configuration_alone(given: Path, tmp_path: Path, inspect: Any) -> None:
@@ -101,7 +105,7 @@ def test_seventy_billions(tmp_path: Path, inspect: Any) -> None:
 
 
 def test_what_is_refused(given: Path, inspect: Any) -> None:
-    code, text, errors = inspect(ROOT / "src" / "deadhead" / "recipes" / "paper.toml", "--training")
+    code, text, errors = inspect(ROOT / "recipes" / "paper.toml", "--training")
     assert (code, text, errors.count("\n")) == (2, "", 1)
     assert "leave out --training" in errors
     code, text, errors = inspect(given / "llama", "--training", "--sequence-length", 100_000)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from deadhead import __version__
-from deadhead.cli import convert, export, measure, model, phases, report, run
+from deadhead.cli import export, measure, model, phases, report, run
 
 app = typer.Typer(
     name="deadhead",
@@ -36,7 +36,6 @@ def _root(
 
 for command in (run.demo, run.run, phases.train, phases.prune, phases.finetune, model.cut, model.inspect):
     app.command()(command)
-app.command()(convert.convert)
 app.command()(export.export)
 app.command("eval")(measure.evaluate)
 app.command()(measure.generate)

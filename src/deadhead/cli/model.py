@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from deadhead.measure.cost import Cost
-    from deadhead.measure.memory import TrainingMemory
+    from deadhead.training.runs.memory import TrainingMemory
     from deadhead.training.runs.recipe_cost import ShapeCost
 
 
@@ -144,7 +144,7 @@ def inspect(
         head_plan = HeadPlan.from_json(plan)
         others.append(("--plan", config_cost(config, head_plan, length=length)))
         speedup = 1.0 if latency is None else Latency.from_json(latency).speedup(head_plan)
-    settings = {"batch_size": batch_size, "length": sequence_length, "bf16": bf16}
+    settings = {"batch_size": batch_size, "sequence_length": sequence_length, "bf16": bf16}
     settings["gradient_checkpointing"] = gradient_checkpointing
     memory = _training_memory(config, settings) if training else {}
     gated = has_gates(model)
@@ -184,8 +184,8 @@ def inspect(
     if training:
         console.print(_memory_table(memory))
         console.print(
-            f"Memory of training gates on {batch_size} rows at a time, GB: total is the most at any time, less than "
-            "the sum. It is what tensors hold; a process takes more, as its allocator wastes some."
+            f"Memory of training gates on {batch_size} rows at a time, GB, within about 25 %: total is the most at any "
+            "time, less than the sum. It is what tensors hold; a process takes more, as its allocator wastes some."
         )
     if gated:
         console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")
@@ -249,11 +249,16 @@ def _layouts_table(costs: list[tuple[str, Cost]]) -> Table:
 
 def _training_memory(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, TrainingMemory]:
     """Return the memory of training by what learns, as far as it can be had of this model and here."""
-    from deadhead.measure.memory import training_memory
+    from deadhead.measure.cost import skeleton
+    from deadhead.training.recipes.recipe import PruneRecipe, changed
+    from deadhead.training.runs.memory import training_memory
 
+    recipe = changed(PruneRecipe(blocks=False), **settings)
     has_lora = not hasattr(config, "memory_length") and find_spec("peft") is not None
-    modes: list[Literal["full", "lora", "frozen"]] = ["full", "lora", "frozen"] if has_lora else ["full", "frozen"]
-    return {mode: training_memory(config, mode=mode, **settings) for mode in modes}
+    modes: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 16}, "frozen": {"freeze_weights": True}}
+    if not has_lora:
+        del modes["lora"]
+    return {mode: training_memory(skeleton(config), changed(recipe, **learns)) for mode, learns in modes.items()}
 
 
 def _memory_table(memory: dict[str, TrainingMemory]) -> Table:

@@ -8,7 +8,6 @@ back exactly.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,33 +91,6 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
-def read_vocabulary(path: str | Path) -> PreTrainedTokenizerFast:
-    """Make a word tokenizer of a vocabulary: one word a line, in the order of the tokens' numbers, UTF-8.
-
-    Raises:
-        InputError: the file can't be read, a line is no word or the word of another line, or `<eos>` or `<unk>` is
-            missing.
-    """
-    try:
-        lines = Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"A vocabulary was expected at {path}, but there is no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The vocabulary {path} cannot be read as UTF-8: {error}.") from None
-    seen: set[str] = set()
-    for number, word in enumerate(lines, start=1):
-        if word.split() != [word] or word in seen:
-            problem = "stands in an earlier line too" if word in seen else "is not one word"
-            raise InputError(
-                f"The vocabulary {path} must have one word a line, but line {number}, {word!r}, {problem}."
-            )
-        seen.add(word)
-    for word in (EOS, UNK):
-        if word not in seen:
-            raise InputError(f"The vocabulary {path} must have {EOS} and {UNK} among its words, but has no {word}.")
-    return _wrapped(_of_words(lines), UNK)
-
-
 def _required(vocab_size: int | None, default: int, *, least: int, kind: str) -> int:
     size = default if vocab_size is None else vocab_size
     if size < least:
@@ -174,12 +146,7 @@ def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
     kept = words if vocab_size is None else words[: vocab_size - 2]
     counts[UNK] += sum(counts[word] for word in words[len(kept) :])
     ranked = sorted([*kept, EOS, UNK], key=lambda word: (-counts[word], word))
-    return _of_words(ranked)
-
-
-def _of_words(words: Sequence[str]) -> Tokenizer:
-    """Words, whose places are their numbers, `<eos>` and `<unk>` among them."""
-    tokenizer = Tokenizer(models.WordLevel({word: rank for rank, word in enumerate(words)}, unk_token=UNK))
+    tokenizer = Tokenizer(models.WordLevel({word: rank for rank, word in enumerate(ranked)}, unk_token=UNK))
     # Each line end is a word of its own, and the whitespace is that of `str.split`, which counts four control
     # characters in: together, text.replace("\n", " <eos> ").split().
     separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")

@@ -367,12 +367,12 @@ def segments(
         text.tokens,
         # Without memory the rows of a batch need not go on where those of the last one ended.
         rows=rows if has_memory else 1,
-        segment_length=_segment_length(model, recipe),
+        segment_length=segment_length(model, recipe),
         first_segment=first_segment if has_memory else 0,
     )
 
 
-def _segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
+def segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
     """Return the tokens of a row."""
     if hasattr(model.config, "memory_length"):
         if recipe.sequence_length not in (None, model.config.segment_length):

@@ -21,7 +21,12 @@ from deadhead.disk.files import no_space_is_input_error
 from deadhead.errors import DivergenceError, InputError
 from deadhead.measure.losses import SegmentLoss
 from deadhead.training.callbacks.sparsity import SparsityCallback
-from deadhead.training.phases.checkpoints import checkpoint_step, finish_checkpoint, newest_finished, require_plain
+from deadhead.training.phases.checkpoints import (
+    checkpoint_step,
+    finish_checkpoint,
+    newest_finished,
+    require_plain,
+)
 from deadhead.training.phases.distillation import Distillation
 
 # What each process knows that transformers does not save: memories, and sums since the last line of the log.

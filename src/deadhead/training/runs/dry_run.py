@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ from deadhead.layouts import find_layout
 from deadhead.plans.plan import HeadPlan
 from deadhead.plans.scores import HeadScores
 from deadhead.training.phases.choosing import asked_blocks, budget_length, plan_of_scores
-from deadhead.measure.memory import TrainingMemory, training_memory
+from deadhead.training.runs.memory import TrainingMemory, training_memory
 from deadhead.training.recipes.recipe import PruneRecipe
 
 
@@ -63,7 +63,7 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
         latency: of this model on this machine, which a speedup needs.
 
     Raises:
-        UnsupportedModel: it has no head that could be pruned, or its memory cannot be counted.
+        UnsupportedModel: it has no head that could be pruned.
         InputError: the budget cannot be reached, or settings do not go together.
     """
     layout = find_layout(model)
@@ -84,9 +84,6 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
         )
         example, share = plan_of_scores(model, scores, recipe, latency=latency, predicted=True)
         found = recipe.budget.reached(share)
-    mode: Literal["full", "lora", "frozen"] = (
-        "frozen" if recipe.freeze_weights else "lora" if recipe.lora_rank else "full"
-    )
     return DryRun(
         length=length,
         unit=unit,
@@ -96,17 +93,7 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
         example=example,
         pruned=None if example is None else model_cost(model, example, length=length, unit=unit),
         reached=found,
-        memory=training_memory(
-            model,
-            mode=mode,
-            batch_size=recipe.batch_size,
-            length=recipe.sequence_length,
-            lora_rank=recipe.lora_rank or 16,
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            bf16=recipe.bf16,
-            unit=recipe.unit,
-            blocks=asked_blocks(recipe, model),
-        ),
+        memory=training_memory(model, recipe),
     )
 
 
