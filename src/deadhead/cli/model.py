@@ -159,24 +159,7 @@ def inspect(
     recorded = getattr(config, "head_plan", None)
     present = HeadPlan.keep_all(dict(enumerate(cost.total_heads))) if recorded is None else HeadPlan.from_dict(recorded)
     console.print(head_map_text(present))
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    rows = {
-        "heads": f"{sum(cost.heads)} of {sum(cost.total_heads)}",
-        "parameters": f"{cost.parameters:,}",
-        "  without embeddings and output layer": f"{cost.parameters - cost.embedding_parameters:,}",
-        "  of the heads, which go with them": f"{cost.attention_parameters:,}",
-        "FLOPs a token": f"{cost.flops_per_token:,.0f}",
-        "  of the heads": f"{cost.attention_flops_per_token:,.0f}",
-        "key/value cache a text, bytes": f"{cost.kv_cache_bytes:,}",
-    }
-    if cost.block_size is not None:
-        rows[f"blocks of {cost.block_size}"] = f"{sum(cost.blocks)} of {sum(cost.total_blocks)}"
-        rows["  of the blocks, which go with them"] = f"{cost.block_parameters:,}"
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
+    console.print(_cost_table(cost))
     if others:
         console.print(_layouts_table([("as it is", cost), *others]))
     if latency is not None:
@@ -230,6 +213,27 @@ def _recipe_table(costs: list[ShapeCost]) -> Table:
             f"{about}{_short(flops)}",
             "" if cost.stated_parameters is None else _short(cost.stated_parameters),
         )
+    return table
+
+
+def _cost_table(cost: Cost) -> Table:
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = {
+        "heads": f"{sum(cost.heads)} of {sum(cost.total_heads)}",
+        "parameters": f"{cost.parameters:,}",
+        "  without embeddings and output layer": f"{cost.parameters - cost.embedding_parameters:,}",
+        "  of the heads, which go with them": f"{cost.attention_parameters:,}",
+        "FLOPs a token": f"{cost.flops_per_token:,.0f}",
+        "  of the heads": f"{cost.attention_flops_per_token:,.0f}",
+        "key/value cache a text, bytes": f"{cost.kv_cache_bytes:,}",
+    }
+    if cost.block_size is not None:
+        rows[f"blocks of {cost.block_size}"] = f"{sum(cost.blocks)} of {sum(cost.total_blocks)}"
+        rows["  of the blocks, which go with them"] = f"{cost.block_parameters:,}"
+    for name, value in rows.items():
+        table.add_row(name, value)
     return table
 
 
