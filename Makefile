@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install llama-cpp browser demo test test-slow test-full lint bench wheel clean
+.PHONY: anew help install llama-cpp browser demo test test-slow test-full lint bench wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
@@ -28,20 +28,23 @@ help: ## list these targets
 
 install: $(INSTALLED) ## make .venv with deadhead, its extras and the tools, at the versions in requirements/
 
-$(CORE): pyproject.toml requirements/core.txt
+$(CORE): pyproject.toml requirements/core.txt $(if $(wildcard $(INCOMPLETE)),anew)
 	@command -v '$(PYTHON)' >/dev/null || { echo \
 		"There is no '$(PYTHON)' here: install Python 3.10 or newer, or name one, as in: make install PYTHON=python3.12" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
 		"deadhead needs Python 3.10 or newer, and '$(PYTHON)' is $$('$(PYTHON)' --version 2>&1); name another, as in: make install PYTHON=python3.12" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { echo \
 		"'$(PYTHON)' cannot make virtual environments, as its venv or ensurepip module is missing; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@if [ -e $(INCOMPLETE) ]; then echo 'The last installation did not end; starting anew.'; rm -rf .venv; fi
 	@mkdir -p .venv && touch $(INCOMPLETE)
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || '$(PYTHON)' -m venv .venv
 	@echo 'Installing into .venv; the first time this takes a minute or more …'
 	@$(PIP) --requirement requirements/core.txt
 	@$(PIP) --no-build-isolation --editable .
 	@rm $(INCOMPLETE) && touch $@
+
+anew:
+	@echo 'The last installation did not end; starting anew.'
+	@rm -rf .venv
 
 $(INSTALLED): $(CORE) requirements/dev.txt
 	@echo 'Installing what tests need …'

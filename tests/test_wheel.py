@@ -10,11 +10,12 @@ import sysconfig
 import zipfile
 from collections.abc import Iterable, Mapping
 from email import message_from_bytes
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
@@ -114,6 +115,8 @@ def _unmet(roots: Iterable[str], pins: Mapping[str, str], python: str) -> set[st
             if further.marker is None or any(
                 further.marker.evaluate(_environment(python, extra)) for extra in (requirement.extras or {""})
             ):
+                if version(name) != pins[name]:
+                    further.specifier = SpecifierSet()  # another version's requirements; the names will be the same
                 todo.append(further)
     return unmet
 

@@ -103,7 +103,7 @@ sys.exit(execute(["export", sys.argv[1], "--out", sys.argv[2], *sys.argv[4:]]))
             "llama_cpp",
             ["--to", "gguf", "--type", "q4_k_m"],
             2,
-            "quantiser makes, needs llama_cpp; install with: pip install 'deadhead[llama-cpp]'",
+            "needs llama_cpp; install with: pip install 'deadhead[llama-cpp]'",
         ),
         ("llama_cpp", ["--to", "gguf"], 0, "Not checked: llama.cpp is not installed"),
     ],
