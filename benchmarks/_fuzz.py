@@ -24,7 +24,7 @@ from deadhead.gate_files import GATES_CONFIG_FILE, GATES_FILE, load_gates, save_
 from deadhead.gating import detach
 from deadhead.latency import Latency
 from deadhead.plan import BlockPlan, HeadPlan
-from deadhead.report.head_map import gate_courses
+from deadhead.report.picture import gate_courses
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.stages import stages_table
 from deadhead.stored import read_stored

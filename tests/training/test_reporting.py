@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deadhead import InputError, checkpoint
 from deadhead.data import load_text
 from deadhead.evaluation import evaluate
-from deadhead.report.head_map import head_map_image
+from deadhead.report.picture import head_map_image
 from deadhead.training import Run, attach_gates, train
 from deadhead.training.recipe import to_toml
 from tests.small import assert_same_tensors, metrics, save_small_model, small_recipe, weights, write_prose

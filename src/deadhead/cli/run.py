@@ -81,7 +81,8 @@ def _execute(
 ) -> None:
     from deadhead import checkpoint
     from deadhead.plan import HeadPlan
-    from deadhead.report.head_map import head_map_text, save_head_map
+    from deadhead.report.head_map import head_map_text
+    from deadhead.report.picture import save_head_map
     from deadhead.report.stages import stages_table, verdict
     from deadhead.report.writing import report_run
     from deadhead.training.logs import read_metrics

@@ -23,9 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deadhead.errors import InputError
 from deadhead.files import finite
+from deadhead.report.attention import ATTENTION_OF
 from deadhead.report.page import page_policy, render_page
 from deadhead.report.run_facts import RunFacts, checkpoints_in, sibling_points
-from deadhead.report.trial import ATTENTION_OF, Trial
+from deadhead.report.trial import Trial
 
 _HOSTS = ["127.0.0.1", "localhost"]
 # Of a request; a plan of the largest model's heads and a prompt are far below.

@@ -19,7 +19,7 @@ from deadhead.errors import InputError
 from deadhead.files import no_space_is_input_error
 from deadhead.gates import HeadGates
 from deadhead.plan import is_block_key
-from deadhead.report.head_map import head_map_image
+from deadhead.report.picture import head_map_image
 
 # TensorBoard keeps ten of a series of images on its slider; so many are there to be chosen from.
 _IMAGES = 20
