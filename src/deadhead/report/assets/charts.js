@@ -126,7 +126,7 @@ function costsChart(facts) {
   const panels = rows.length ? [{ x: { range: [0, widest * 1.02], format: share, name: 'share of the dense model' }, rules: [1],
     y: { range: [rows.length, 0], ticks: rows.map((row, place) => [place + 0.5, row.name]) },
     bars: rows.map((row) => ({ value: row.share, text: share(row.share), say: `${row.name}: ${row.before} → ${row.after}` })) }] : [];
-  return { panels, panelHeight: 38 * rows.length, margin: { left: 108, top: 10 }, note: 'The pruned model has not been measured yet.', say: 'Share of the dense model that is left',
+  return { panels, panelHeight: 38 * rows.length, margin: { left: 112, top: 10 }, note: 'The pruned model has not been measured yet.', say: 'Share of the dense model that is left',
     table: ['Dense against cut', ['', 'dense', 'pruned', 'left'], rows.map((row) => [row.name, row.before, row.after, share(row.share)])] };
 }
 
@@ -176,16 +176,17 @@ function attentionChart(facts, patterns, chosen) {
     return { panels: [], note: `${text}.`, say: text, table: [text, ['token'], []] };
   }
   const { tokens, columns } = patterns;
+  const below = 7 * Math.min(18, Math.max(...columns.map((token) => token.length))) + 22;  // room for the names of columns
   const weights = found.unpacked ||= bytes(found.weights);
   const panels = shown.map((head) => {
     const begin = found.heads.indexOf(head) * tokens.length * columns.length;
     const at = (row, column) => weights[begin + row * columns.length + column];
     const ticks = (names) => names.map((token, place) => [place + 0.5, token]);
-    return { title: `layer ${layer.layer}, head ${head}`, x: { range: [0, columns.length], ticks: ticks(columns), turned: 84, name: 'is read' },
+    return { title: `layer ${layer.layer}, head ${head}`, x: { range: [0, columns.length], ticks: ticks(columns), turned: below, name: 'is read' },
       y: { range: [tokens.length, 0], ticks: ticks(tokens) }, cells: { rows: tokens.length, columns: columns.length, at,
         say: (row, column) => `${tokens[row]} reads ${columns[column]}\n${share(at(row, column) / 255)}` } };
   });
-  return { panels, panelHeight: Math.max(180, 13 * tokens.length), margin: { left: 78, bottom: 92 }, perRow: (width) => Math.floor(width / 190),
+  return { panels, panelHeight: Math.max(180, 13 * tokens.length), margin: { left: 78, bottom: below + 8 }, perRow: (width) => Math.floor(width / 190),
     say: `Attention pattern of layer ${layer.layer}, head ${shown.join(', ')}`,
     table: [`Layer ${layer.layer}, head ${shown[0]}`, ['reads', ...columns],
       tokens.map((token, row) => [token, ...columns.map((_, column) => panels[0].cells.at(row, column) / 255)])] };

@@ -8,7 +8,7 @@ const SYMBOLS = {
 const DASHES = { dashed: '6 4', dotted: '1.5 3', dashdot: '6 3 1.5 3' };
 const compact = new Intl.NumberFormat('en', { notation: 'compact', maximumSignificantDigits: 4 });
 const exact = new Intl.NumberFormat('en', { maximumSignificantDigits: 5 });
-const shortNumber = (value) => (Math.abs(value) >= 1e5 ? compact : exact).format(value);
+const shortNumber = (value) => (Math.abs(value) >= 1e4 ? compact : exact).format(value);
 
 function shape(tag, attributes = {}, ...children) {
   const made = document.createElementNS('http://www.w3.org/2000/svg', tag);
@@ -78,8 +78,8 @@ function withRoom(ticks, axis, room) {
 
 function drawAxes(into, panel, box, x, y, shown) {
   const [right, floor] = [box.left + box.width, box.top + box.height];
-  const short = (text) => text.length > 14 ? `${text.slice(0, 13)}…` : text;
-  for (const [value, text] of withRoom(y.ticks(Math.max(2, box.height / 34)), y, 10)) {
+  const short = (text) => text.length > 18 ? `${text.slice(0, 17)}…` : text;
+  for (const [value, text] of withRoom(y.ticks(Math.max(2, box.height / 28)), y, 10)) {
     if (!panel.y.ticks) into.append(shape('path', { class: 'grid', d: `M${box.left},${y.at(value)}H${right}` }));
     if (shown.y) into.append(shape('g', { class: 'tick-y' }, shape('text', { x: box.left - 6, y: y.at(value), dy: '.35em' }, short(text))));
   }
@@ -91,7 +91,7 @@ function drawAxes(into, panel, box, x, y, shown) {
         : { x: x.at(value), y: floor + 16 };
       into.append(shape('g', { class: 'tick-x' }, shape('text', spot, short(text))));
     }
-    if (panel.x.name) into.append(shape('text', { class: 'axis-name', x: right, y: floor + (panel.x.turned ? panel.x.turned : 33) }, panel.x.name));
+    if (panel.x.name) into.append(shape('text', { class: 'axis-name', x: right, y: floor + (panel.x.turned || 33) }, panel.x.name));
   }
   into.append(shape('path', { class: 'axis', d: `M${box.left},${floor}H${right}` }));
   if (panel.title) into.append(shape('text', { class: 'panel-title', x: box.left, y: box.top - 7 }, panel.title));
