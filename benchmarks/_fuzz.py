@@ -24,7 +24,7 @@ from deadhead.disk.stored import read_stored
 from deadhead.errors import InputError
 from deadhead.measure.cost import config_cost
 from deadhead.measure.latency import Latency
-from deadhead.plans.head_map import gate_courses
+from deadhead.plans.picture import gate_courses
 from deadhead.plans.plan import BlockPlan, HeadPlan
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.stages import stages_table

@@ -41,10 +41,10 @@ def write_run(folder: Path, *, steps: int, layers: int, heads: int) -> None:
 
 
 def open_times(page: Path, repeats: int, launch: dict[str, Any]) -> dict[str, float]:
-    """Return medians in seconds from the beginning of the navigation: head map there, all loaded, a chart drawn."""
+    """Return medians in seconds from the beginning of the navigation: all loaded, a chart drawn."""
     from playwright.sync_api import sync_playwright
 
-    times: dict[str, list[float]] = {"head map": [], "loaded": [], "first chart": []}
+    times: dict[str, list[float]] = {"loaded": [], "first chart": []}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(**launch)
         for _ in range(repeats):
@@ -54,11 +54,10 @@ def open_times(page: Path, repeats: int, launch: dict[str, Any]) -> dict[str, fl
             tab.goto("about:blank")
             begin = time.perf_counter()
             tab.goto(page.as_uri())
-            tab.wait_for_selector("html[data-charts]", state="attached")
+            tab.wait_for_selector("html[data-ready]", state="attached")
             times["loaded"].append(time.perf_counter() - begin)
-            tab.wait_for_selector("[data-chart=training] .main-svg")
+            tab.wait_for_selector("[data-chart=training] .drawing")
             times["first chart"].append(time.perf_counter() - begin)
-            times["head map"].append(int(tab.locator("html").get_attribute("data-ready") or 0) / 1e3)
             context.close()
         browser.close()
     return {name: statistics.median(values) for name, values in times.items()}

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deadhead import BlockPlan, HeadPlan, InputError
-from deadhead.plans.head_map import gate_courses, head_map_text, save_head_map
+from deadhead.plans.head_map import head_map_text
+from deadhead.plans.picture import gate_courses, save_head_map
 
 _PLAN = HeadPlan(kept={0: (0, 2), 1: (), 2: (0, 1, 2, 3)}, total={0: 4, 1: 4, 2: 4})
 

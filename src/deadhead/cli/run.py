@@ -81,7 +81,8 @@ def _execute(
     recipe: Recipe, folder: Path, report_to: Sequence[str], *, resume: bool, quiet: bool, as_json: bool
 ) -> None:
     from deadhead.checkpoints import checkpoint
-    from deadhead.plans.head_map import head_map_text, save_head_map
+    from deadhead.plans.head_map import head_map_text
+    from deadhead.plans.picture import save_head_map
     from deadhead.plans.plan import HeadPlan
     from deadhead.report.stages import stages_table, verdict
     from deadhead.report.writing import report_run

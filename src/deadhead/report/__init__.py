@@ -1,1 +1,1 @@
-"""What people look at: the head map as a picture and as characters, and the table of a run's stages."""
+"""What people look at: the head map, the tables of a run, and its page in a browser, written or served live."""

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deadhead.checkpoints import checkpoint
+from deadhead.data import load_tokenizer
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.evaluation import max_positions, require_known
 from deadhead.modes import evaluating
-from deadhead.report.run_facts import packed
+from deadhead.report.run_facts import checkpoints_in, packed
 
+# By the names that the page has for them, the models in a run's folder whose attention it shows.
+ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}
 # Weights of all heads together that a page takes along, one byte each, and tokens that can be read on an axis.
 _MOST_WEIGHTS = 600_000
 _MOST_TOKENS = 48
+
+
+def run_attention(
+    folder: Path, sentence: str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Return the attention patterns of a run's dense and pruned model on a sentence, as far as they are there.
+
+    Args:
+        folder: of the run, or a checkpoint.
+        sentence: what the models read.
+        progress: told of models done and to do.
+
+    Raises:
+        InputError: the sentence cannot be used.
+    """
+    found = checkpoints_in(folder, ATTENTION_OF)
+    patterns: dict[str, Any] = {}
+    for done, (name, path) in enumerate(found.items()):
+        patterns[name] = attention_patterns(checkpoint.load(path), load_tokenizer(path), sentence)
+        progress(done + 1, len(found))
+    return patterns
 
 
 def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentence: str) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from deadhead.disk.files import finite
 from deadhead.report.glossary import GLOSSARY
 
 # In the order in which one needs the other.
-_SCRIPTS = ("text.js", "head_map.js", "charts.js", "run_view.js", "trial.js", "main.js")
+_SCRIPTS = ("text.js", "head_map.js", "drawing.js", "charts.js", "run_view.js", "trial.js", "main.js")
 
 
 def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
@@ -36,7 +35,7 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
         policy=page_policy(live=live),
         title=", ".join(run["facts"]["name"] for run in runs),
         style=Markup(_read("page.css")),
-        scripts=[Markup(script) for script in _scripts()],
+        script=Markup(_script()),
         data=Markup(_script_json({"live": live, "runs": list(runs)})),
         glossary=[{"key": key, "name": name, "meaning": meaning} for key, (name, meaning) in GLOSSARY.items()],
         version=__version__,
@@ -45,34 +44,29 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
 
 @cache
 def page_policy(*, live: bool) -> str:
-    """Return the content security policy: the page's own scripts run and no others, and no request leaves.
+    """Return the content security policy: the page's own script runs and no other, and no request leaves.
 
     Args:
         live: whether requests to the server that gave the page out are allowed.
     """
-    hashes = " ".join(f"'sha256-{_hash(script)}'" for script in _scripts())
+    digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     connect = "'self'" if live else "'none'"
     return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:; "
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
 
 
 @cache
-def _scripts() -> list[str]:
-    """Return our own script, Plotly, and what begins to use it, as they stand in the page."""
-    ours = "\n".join(_read(name) for name in _SCRIPTS)
+def _script() -> str:
+    """Return the page's script as it stands in the page."""
     # What would end the element can only stand in strings and comments.
-    return [text.replace("</script", "<\\/script") for text in (ours, get_plotlyjs(), "beginCharts();")]
-
-
-def _hash(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    return "\n".join(_read(name) for name in _SCRIPTS).replace("</script", "<\\/script")
 
 
 @cache
 def _read(name: str) -> str:
-    return (importlib.resources.files("deadhead.report") / "page" / name).read_text(encoding="utf-8")
+    return (importlib.resources.files("deadhead.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _script_json(value: Any) -> str:

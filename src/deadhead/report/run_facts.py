@@ -12,7 +12,6 @@ import numpy as np
 
 from deadhead.checkpoints import checkpoint
 from deadhead.errors import InputError
-from deadhead.measure.cost import config_cost
 from deadhead.plans.plan import HeadPlan, block_key, is_block_key, plain_key
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
 from deadhead.report.stages import verdict
@@ -197,6 +196,8 @@ class RunFacts:
         if modified is None:
             return {}
         if name not in self._costs or self._costs[name][0] != modified:
+            from deadhead.measure.cost import config_cost  # loads torch
+
             cost = asdict(config_cost(checkpoint.load_config(path.parent)))
             self._costs[name] = modified, {key: cost[key] for key in _KEPT_COSTS}
         return self._costs[name][1]
@@ -218,20 +219,8 @@ def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[di
     ]
 
 
-def comparable(summary: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether two runs learned from the same text, in as many tokens.
-
-    Args:
-        summary: summary.json of one.
-        other: that of the other.
-    """
-    keys = ("sha256", "tokens")
-    here, there = summary.get("data", {}), other.get("data", {})
-    return bool(here) and all(here.get(key) == there.get(key) for key in keys)
-
-
 def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> list[dict[str, Any]]:
-    """Return the points of other runs that can be compared with one.
+    """Return the points of other runs that can be compared with one: of the same text, in as many tokens.
 
     Args:
         facts: the run.
@@ -240,7 +229,7 @@ def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> lis
     Raises:
         InputError: one of `others` is not a run's folder.
     """
-    here = facts.folder.resolve()
+    here, text = facts.folder.resolve(), facts.facts["summary"].get("data", {})
     if others is None:
         found = [path for path in here.parent.iterdir() if path != here and (path / SUMMARY_FILE).is_file()]
     else:
@@ -253,7 +242,8 @@ def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> lis
             if others is not None:
                 raise
             continue
-        if comparable(facts.facts["summary"], summary):
+        data = summary.get("data", {})
+        if text and all(text.get(key) == data.get(key) for key in ("sha256", "tokens")):
             points += size_points(path.resolve().name, summary, is_this=False)
     return points
 

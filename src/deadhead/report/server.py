@@ -23,9 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deadhead.disk.files import finite
 from deadhead.errors import InputError
+from deadhead.report.attention import ATTENTION_OF
 from deadhead.report.page import page_policy, render_page
 from deadhead.report.run_facts import RunFacts, checkpoints_in, sibling_points
-from deadhead.report.trial import ATTENTION_OF, Trial
+from deadhead.report.trial import Trial
 
 _HOSTS = ["127.0.0.1", "localhost"]
 # Of a request; a plan of the largest model's heads and a prompt are far below.
@@ -143,15 +144,6 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
     def trial(request: Request) -> Response:
         return JSONResponse(_run(request).trial.describe(request.query_params.get("model", "")))
 
-    def measure(asked: Any) -> Response:
-        if not isinstance(asked, dict) or not isinstance(kept := asked.get("kept"), dict):
-            raise InputError('The request must be a JSON object with "run", "model", "kept" and "prompt".')
-        name, prompt = asked.get("model"), asked.get("prompt")
-        if not isinstance(name, str) or not isinstance(prompt, str):
-            raise InputError('"model" and "prompt" of the request must be strings.')
-        found = _numbered(str(asked.get("run"))).trial.measure(name, kept, prompt)
-        return JSONResponse(finite(found))
-
     async def try_it(request: Request) -> Response:
         body = b""
         async for chunk in request.stream():
@@ -162,15 +154,10 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
             asked = json.loads(body)
         except (ValueError, RecursionError):
             return JSONResponse({"error": "The request is not JSON."}, status_code=400)
-        return await run_in_threadpool(measure, asked)
+        return await run_in_threadpool(_measure, runs, asked)
 
     def _run(request: Request) -> WatchedRun:
-        return _numbered(request.query_params.get("run", ""))
-
-    def _numbered(number: str) -> WatchedRun:
-        if not number.isascii() or not number.isdigit() or len(number) > 6 or int(number) >= len(runs):
-            raise InputError(f"The page has {len(runs)} runs, numbered from 0, but run {number!r} was asked for.")
-        return runs[int(number)]
+        return _numbered(runs, request.query_params.get("run", ""))
 
     def bad_input(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": str(error)}, status_code=400)
@@ -187,6 +174,21 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS), Middleware(_Guard, token=token)],
         exception_handlers={InputError: bad_input},
     )
+
+
+def _numbered(runs: Sequence[WatchedRun], number: str) -> WatchedRun:
+    if not number.isascii() or not number.isdigit() or len(number) > 6 or int(number) >= len(runs):
+        raise InputError(f"The page has {len(runs)} runs, numbered from 0, but run {number!r} was asked for.")
+    return runs[int(number)]
+
+
+def _measure(runs: Sequence[WatchedRun], asked: Any) -> Response:
+    if not isinstance(asked, dict) or not isinstance(kept := asked.get("kept"), dict):
+        raise InputError('The request must be a JSON object with "run", "model", "kept" and "prompt".')
+    name, prompt = asked.get("model"), asked.get("prompt")
+    if not isinstance(name, str) or not isinstance(prompt, str):
+        raise InputError('"model" and "prompt" of the request must be strings.')
+    return JSONResponse(finite(_numbered(runs, str(asked.get("run"))).trial.measure(name, kept, prompt)))
 
 
 def serve(runs: Sequence[WatchedRun], *, port: int | None, ready: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,10 @@ from deadhead.measure.evaluation import evaluate
 from deadhead.measure.generate import generate_text
 from deadhead.modes import best_device
 from deadhead.plans.plan import HeadPlan, is_block_key, layer_key, plain_key
-from deadhead.report.attention import attention_patterns
+from deadhead.report.attention import run_attention
 from deadhead.report.run_facts import checkpoints_in, plan_in
 from deadhead.training.recipes.recipe import DataRecipe
 
-# By the names that the page has for them, the models in a run's folder whose attention it shows.
-ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}
 _NEW_TOKENS = 120
 _LONGEST_PROMPT = 2000
 
@@ -178,24 +176,3 @@ class Trial:
 
     def _perplexity(self, model: PreTrainedModel, text: TokenStream) -> float:
         return evaluate(model, text, limit=self.tokens).perplexity
-
-
-def run_attention(
-    folder: Path, sentence: str, progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Any]:
-    """Return the attention patterns of a run's dense and pruned model on a sentence, as far as they are there.
-
-    Args:
-        folder: of the run, or a checkpoint.
-        sentence: what the models read.
-        progress: told of models done and to do.
-
-    Raises:
-        InputError: the sentence cannot be used.
-    """
-    found = checkpoints_in(folder, ATTENTION_OF)
-    patterns: dict[str, Any] = {}
-    for done, (name, path) in enumerate(found.items()):
-        patterns[name] = attention_patterns(checkpoint.load(path), load_tokenizer(path), sentence)
-        progress(done + 1, len(found))
-    return patterns

@@ -11,7 +11,6 @@ from deadhead.disk.files import write_text
 from deadhead.errors import InputError
 from deadhead.report.page import render_page
 from deadhead.report.run_facts import RunFacts, sibling_points
-from deadhead.report.trial import run_attention
 from deadhead.training.recipes.recipe import DataRecipe, load_recipe
 from deadhead.training.runs.run import RECIPE_FILE
 
@@ -71,6 +70,8 @@ def report_run(
     patterns: dict[str, Any] | None = None
     lacks = "" if attention else "it was not asked for"
     if attention:
+        from deadhead.report.attention import run_attention  # loads torch, which the page itself does without
+
         try:
             patterns = run_attention(folder, text, progress)
         except InputError as error:

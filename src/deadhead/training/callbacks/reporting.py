@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from deadhead.disk.files import no_space_is_input_error
 from deadhead.errors import InputError, is_installed, require_extra
 from deadhead.gates.gates import HeadGates
-from deadhead.plans.head_map import head_map_image
+from deadhead.plans.picture import head_map_image
 from deadhead.plans.plan import is_block_key
 
 if TYPE_CHECKING:  # TensorBoard is an extra

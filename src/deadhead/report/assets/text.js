@@ -27,11 +27,6 @@ function offer(select, names) {
   select.replaceChildren(...names.map((name) => element('option', { value: name, selected: name === chosen }, STAGES[name] || name)));
 }
 
-/** Plotly reads a few HTML tags in its labels; escaped, they stay what they are. */
-function plain(text) {
-  return String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');
-}
-
 function bytes(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 }

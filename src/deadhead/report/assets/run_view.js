@@ -1,18 +1,11 @@
 'use strict';
 // One run on the page: its sections, what is chosen in them, and when each chart is drawn.
 
-const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d'] };
-// Plotly draws in many milliseconds: what cannot be seen is drawn when it comes into view, or when the page is printed.
+// What cannot be seen is drawn when it comes into view, or when the page is printed.
 const waiting = new Map();
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) drawWaiting(entry.target);
 }, { rootMargin: '200px' });
-
-/** Begin to draw charts: Plotly, which takes a second to start, stands behind all else in the page. */
-function beginCharts() {
-  for (const place of waiting.keys()) seen.observe(place);
-  document.documentElement.dataset.charts = Math.round(performance.now());
-}
 
 function drawWaiting(place) {
   const draw = waiting.get(place);
@@ -25,8 +18,12 @@ function drawWaiting(place) {
 window.addEventListener('beforeprint', () => [...waiting.keys()].forEach(drawWaiting));
 
 class Figure {
-  constructor(place) {
-    this.place = place;
+  /**
+   * @param {HTMLElement} place what it is drawn into
+   * @param {(row: number) => void} pick called with the row of cells that is clicked
+   */
+  constructor(place, pick = null) {
+    Object.assign(this, { place, pick });
     this.plot = element('div', { className: 'plot', role: 'img' });
     this.details = element('details', {}, element('summary', {}, 'As a table'));
     this.scroll = element('div', { className: 'scroll' });
@@ -34,20 +31,25 @@ class Figure {
     this.details.addEventListener('toggle', () => this.fill());
     this.caption = element('figcaption');
     place.replaceChildren(this.caption, this.plot, this.details);
+    new ResizeObserver(() => { if (this.chart && this.plot.clientWidth !== this.width) this.paint(); }).observe(this.plot);
   }
 
   /** Draw what `make` returns, now or when it comes into view. */
-  draw(make, after = () => {}) {
+  draw(make) {
     waiting.set(this.place, () => {
       this.chart = make();
       this.plot.setAttribute('aria-label', this.chart.say);
       this.caption.textContent = this.chart.caption || '';
-      this.plot.style.minHeight = `${this.chart.layout.height}px`;
-      Plotly.react(this.plot, this.chart.traces, this.chart.layout, CONFIG).then(() => after(this.plot));
+      this.paint();
       this.fill();
     });
     seen.unobserve(this.place);
-    if (window.Plotly) seen.observe(this.place);
+    seen.observe(this.place);
+  }
+
+  paint() {
+    this.width = this.plot.clientWidth;
+    drawChart(this.plot, this.chart, this.pick);
   }
 
   fill() {
@@ -65,7 +67,8 @@ class RunView {
     place.append(this.root);
     this.chosen = { key: '', index: 0 };
     this.frame = null;
-    this.figures = Object.fromEntries([...this.root.querySelectorAll('figure')].map((figure) => [figure.dataset.chart, new Figure(figure)]));
+    this.figures = Object.fromEntries([...this.root.querySelectorAll('figure')].map((figure) => [figure.dataset.chart,
+      new Figure(figure, figure.dataset.chart === 'gates' ? (row) => this.chooseRow(row) : null)]));
     this.map = new HeadMap(this.find('.map'), (layer, head) => this.choose(layer.key, head));
     this.find('.scrub').addEventListener('input', (event) => { this.frame = Number(event.target.value); this.paintMap(); });
     this.find('.shade').addEventListener('change', () => this.paintMap());
@@ -100,7 +103,7 @@ class RunView {
     scrub.value = this.frame;
     this.paintMap();
     this.figures.training.draw(() => trainingChart(this.facts));
-    this.figures.gates.draw(() => gatesChart(this.facts, this.open), (plot) => this.pickFrom(plot));
+    this.figures.gates.draw(() => gatesChart(this.facts, this.open));
     this.figures.costs.draw(() => costsChart(this.facts));
     this.drawSize();
     this.setAttention(run.attention);
@@ -166,15 +169,12 @@ class RunView {
     this.drawChosen();
   }
 
-  pickFrom(plot) {
-    plot.removeAllListeners('plotly_click');
-    plot.on('plotly_click', (event) => {
-      let row = event.points[0].pointIndex[0];
-      for (const layer of this.facts.gates.layers.filter((one) => this.open.has(one.key))) {
-        if (row < layer.total) { this.choose(layer.key, row); return; }
-        row -= layer.total;
-      }
-    });
+  /** Choose the gate of a row of the chart of all gates. */
+  chooseRow(row) {
+    for (const layer of this.facts.gates.layers.filter((one) => this.open.has(one.key))) {
+      if (row < layer.total) { this.choose(layer.key, row); return; }
+      row -= layer.total;
+    }
   }
 
   play() {

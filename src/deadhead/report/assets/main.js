@@ -85,4 +85,4 @@ if (page.live) {
     follow(view, server);
   }
 }
-document.documentElement.dataset.ready = Math.round(performance.now());
+document.documentElement.dataset.ready = '';
