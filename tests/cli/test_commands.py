@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import deadhead
 from deadhead import HeadPlan
 from deadhead.cli import execute
-from deadhead.training.recipes.recipe import changed, parse_recipe, to_toml
+from deadhead.cli.run import _with_whole
+from deadhead.training.recipes.recipe import Recipe, changed, parse_recipe, to_toml
 from tests.small import assert_same_tensors, small_recipe, weights
 
 _STEPS = ("--steps", "3", "--batch-size", "2")
@@ -258,3 +259,23 @@ def test_another_architecture_than_the_recipes(given: Path, tmp_path: Path, comm
     config = deadhead.load(tmp_path / "xl").config
     assert (config.model_type, config.feed_forward_size) == ("deadhead_transformer_xl", 24)
     assert config.num_persistent == 0
+
+
+def test_the_whole_run_has_a_line_of_its_own() -> None:
+    """Its steps are those of all phases, and a phase that begins or is resumed counts those before it as done."""
+    recipe = Recipe.model_validate(
+        {
+            "control": True,
+            "train": {"steps": 5},
+            "prune": {"steps": 3, "sparsity": 0.5},
+            "finetune": {"steps": 4},
+        }
+    )
+    reports: list[tuple[str, int, int]] = []
+    report = _with_whole(lambda name, done, total, _: reports.append((name, done, total)), recipe)
+    for phase, done, steps in (("evaluating dense", 1, 2), ("prune", 2, 3), ("control_finetune", 4, 4)):
+        report(phase, done, steps, {})
+    assert [said for said in reports if said[0] == "whole run"] == [
+        ("whole run", done, 5 + 2 * (3 + 4)) for done in (0, 5 + 2, 19)
+    ]
+    assert ("evaluating dense", 1, 2) in reports and ("prune", 2, 3) in reports

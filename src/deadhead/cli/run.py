@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from deadhead.errors import is_installed
 
 if TYPE_CHECKING:
     from deadhead.training.recipes.recipe import Recipe
+    from deadhead.training.runs.run import Progress
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
 Steps = Annotated[
@@ -77,6 +79,24 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
     return result
 
 
+def _with_whole(report: Progress, recipe: Recipe) -> Progress:
+    """Return a progress function that also reports the steps of all phases, whose time left is that of the run."""
+    steps = {"train": 0 if recipe.dense else recipe.train.steps, "prune": recipe.prune.training_steps}
+    steps["finetune"] = recipe.finetune.steps
+    if recipe.control:
+        steps |= {f"control_{name}": steps[name] for name in ("prune", "finetune")}
+    *starts, total = accumulate(steps.values(), initial=0)
+    before = dict(zip(steps, starts, strict=True))
+
+    def told(name: str, done: int, of: int, logs: dict[str, Any]) -> None:
+        report(name, done, of, logs)
+        if name in before:
+            report("whole run", before[name] + done, total, {})
+
+    report("whole run", 0, total, {})  # its line stands above those of the phases
+    return told
+
+
 def _execute(
     recipe: Recipe, folder: Path, report_to: Sequence[str], *, resume: bool, quiet: bool, as_json: bool
 ) -> None:
@@ -91,7 +111,8 @@ def _execute(
     from deadhead.training.runs.run import METRICS_FILE, Run
 
     with progress(quiet or not is_main()) as report:
-        run = Run.start(recipe, folder, resume=resume, progress=report, report_to=report_to)
+        shown = _with_whole(report, recipe)
+        run = Run.start(recipe, folder, resume=resume, progress=shown, report_to=report_to)
         if is_main() and not quiet and errors.is_terminal:
             errors.print(f"Watch it: deadhead watch {escape(str(folder))}")
         summary = run.execute()

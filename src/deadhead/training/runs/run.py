@@ -405,7 +405,8 @@ def _segments_read(phases: tuple[PhaseRecipe, ...]) -> int:
 
 def sample_prompt(source: str) -> str:
     """Return what models that learned from a text are given to continue."""
-    return {"stdlib": "def read(self, "}.get(source, "The ")
+    # Ends before white space: tokenizers of byte pairs join it to what follows.
+    return {"stdlib": "def read(self, size=-1):"}.get(source, "The")
 
 
 def _versions() -> dict[str, str]:
