@@ -194,7 +194,7 @@ def inspect(
 def _inspect_recipe(
     path: Path, length: int | None, layouts: list[list[int]], vocab_size: int | None, as_json: bool
 ) -> None:
-    from deadhead.training.recipes.recipe import load_recipe
+    from deadhead.training.recipes.reading import load_recipe
     from deadhead.training.runs.recipe_cost import expected_vocabulary, recipe_costs
 
     recipe = load_recipe(path)

@@ -352,13 +352,14 @@ def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> Non
 
 
 def _base(recipe: Path | None) -> Recipe:
-    from deadhead.training.recipes.recipe import Recipe, load_recipe
+    from deadhead.training.recipes.reading import load_recipe
+    from deadhead.training.recipes.recipe import Recipe
 
     return Recipe() if recipe is None else load_recipe(recipe)
 
 
 def _changed(section: Any, **values: Any) -> Any:
-    from deadhead.training.recipes.recipe import changed
+    from deadhead.training.recipes.reading import changed
 
     return changed(section, **values)
 

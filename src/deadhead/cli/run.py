@@ -31,7 +31,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Show the whole story on the Python standard library's own source, in minutes on two cores."""
-    from deadhead.training.recipes.recipe import parse_recipe
+    from deadhead.training.recipes.reading import parse_recipe
 
     text = (importlib.resources.files("deadhead.recipes") / "demo.toml").read_text(encoding="utf-8")
     recipe = _scaled(parse_recipe(text, name="demo"), scale_steps)
@@ -48,7 +48,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run all phases of a recipe: dense training, gates, cut, fine-tuning."""
-    from deadhead.training.recipes.recipe import load_recipe
+    from deadhead.training.recipes.reading import load_recipe
 
     loaded = _scaled(load_recipe(recipe), scale_steps)
     folder = out or Path("runs") / loaded.name
@@ -56,7 +56,7 @@ def run(
 
 
 def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
-    from deadhead.training.recipes.recipe import changed
+    from deadhead.training.recipes.reading import changed
 
     if factor is None:
         return recipe

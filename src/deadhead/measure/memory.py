@@ -30,7 +30,8 @@ from deadhead.plans.plan import Unit
 from deadhead.training.phases.choosing import attach_gates
 from deadhead.training.phases.learning import checkpoint_activations, learner
 from deadhead.training.phases.phase import _segment_length
-from deadhead.training.recipes.recipe import PruneRecipe, changed
+from deadhead.training.recipes.reading import changed
+from deadhead.training.recipes.recipe import PruneRecipe
 
 Mode = Literal["full", "lora", "frozen"]
 
