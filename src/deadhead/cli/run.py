@@ -14,6 +14,8 @@ from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, print
 from deadhead.errors import is_installed
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from deadhead.training.recipes.recipe import Recipe
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
@@ -56,25 +58,26 @@ def run(
 
 
 def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
+    from deadhead.training.recipes.fields import about
     from deadhead.training.recipes.reading import changed
 
     if factor is None:
         return recipe
 
-    def scaled(section: Any) -> dict[str, Any]:
+    def scaled(section: BaseModel) -> dict[str, Any]:
         values = section.model_dump()
-        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps", "eval_every")
-        whole = ("steps", "eval_every")
+        fewest = {name: about(field, "scaled_from") for name, field in type(section).model_fields.items()}
         return values | {
-            name: max(1 if name in whole else 0, round(values[name] * factor)) for name in names if values.get(name)
+            name: max(least, round(values[name] * factor))
+            for name, least in fewest.items()
+            if least is not None and values[name]
         }
 
     sections: dict[str, Any] = {name: scaled(getattr(recipe, name)) for name in ("train", "prune", "finetune")}
     tokens = recipe.evaluation_tokens
     if tokens is not None and factor < 1:
         sections["evaluation_tokens"] = max(1000, round(tokens * factor))
-    result: Recipe = changed(recipe, **sections)
-    return result
+    return changed(recipe, **sections)
 
 
 def _execute(

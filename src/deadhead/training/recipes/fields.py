@@ -47,6 +47,14 @@ def about(field: FieldInfo, what: str) -> Any:
     return field.json_schema_extra.get(what) if isinstance(field.json_schema_extra, dict) else None
 
 
+def option_name(name: str, field: FieldInfo) -> str:
+    """Return a field's option on the command line, or "" for fields that have none."""
+    if not isinstance(field.json_schema_extra, dict):
+        return ""
+    option = about(field, "option")
+    return f"--{name.replace('_', '-')}" if option is None else str(option)
+
+
 def kind(field: FieldInfo) -> Any:
     """Return the type of a field's values other than None."""
     given = tuple(inner for inner in get_args(field.annotation) if inner is not NoneType)

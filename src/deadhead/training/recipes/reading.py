@@ -6,7 +6,7 @@ import difflib
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,6 +18,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_S = TypeVar("_S", bound=BaseModel)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -47,7 +49,7 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
         raise InputError(f"The recipe {name} has a number or a date that cannot be: too many digits, say.") from None
 
 
-def changed(section: Any, **values: Any) -> Any:
+def changed(section: _S, **values: Any) -> _S:
     """Return a copy of a recipe or section with some values changed (None leaves a value as it is).
 
     Raises:
