@@ -19,8 +19,8 @@ _HEAD = """<!-- Written by `python docs/recipes.py` from the fields of recipes; 
 # Recipe fields
 
 A recipe is a TOML file that decides a run ([an example](training.md#one-recipe-all-phases)). Every field may be left
-out. A field with an option can also be given to `deadhead train`, `prune` or `finetune`, whose `--help` says the same as
-this page. From Python the sections are objects, and their fields describe themselves:
+out. A field with an option can also be given to `deadhead train`, `prune` or `finetune`; their `--help` shows the same
+text. From Python the sections are classes, and `help(deadhead.PruneRecipe)` describes their fields:
 
 ```python
 from deadhead import PruneRecipe
@@ -46,17 +46,17 @@ def page() -> str:
         fields = [
             (name, field)
             for name, field in own_fields(section).items()
-            if not (isinstance(field.default, (BaseModel, list)))
+            if not isinstance(field.default, (BaseModel, list))
         ]
         rows = ["| field | values | default | what | option |", "|---|---|---|---|---|"]
         rows += [f"| {' | '.join(_row(name, field))} |" for name, field in fields]
-        parts.append("\n\n".join(filter(None, [f"## {title}", section_text(section), note, "\n".join(rows)])) + "\n")
+        parts.append(
+            "\n\n".join(
+                filter(None, [f"## {title}", (section.__doc__ or "").partition("\n")[0], note, "\n".join(rows)])
+            )
+            + "\n"
+        )
     return "\n".join(parts)
-
-
-def section_text(section: type[BaseModel]) -> str:
-    """Return the first line of a section's docstring."""
-    return (section.__doc__ or "").partition("\n")[0]
 
 
 def _row(name: str, field: FieldInfo) -> tuple[str, ...]:
@@ -70,7 +70,8 @@ def _values(field: FieldInfo) -> str:
         return "a list of whole numbers" if choices == (int,) else ", ".join(f"`{choice}`" for choice in choices)
     names: dict[Any, str] = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
     unit = about(field, "unit")
-    return ", ".join(filter(None, [f"{names[values]}{f' of {unit}' * bool(unit)}", bounds_text(bounds(field))]))
+    named = names[values] if not unit else unit if values is float else f"{names[values]} of {unit}"
+    return ", ".join(filter(None, [named, bounds_text(bounds(field))]))
 
 
 def _default(field: FieldInfo) -> str:

@@ -49,14 +49,13 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a dense All-attention Transformer or Transformer-XL from scratch, or go on with a model."""
-    base = _base(recipe)
+    base = _with(_base(recipe), settings)
     given = base.model
     if settings.get("architecture", given.architecture) != given.architecture:
         # What the recipe says of the other architecture's layers does not hold.
         given = given.model_copy(update={"persistent": None, "feed_forward": None})
     shape, text, phase = (_with(section, settings) for section in (given, base.data, base.train))
-    seed = settings.get("seed", base.seed)
-    _run("train", phase, out, model, text.source, text, seed, resume, report_to, quiet, as_json, shape=shape)
+    _run("train", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, shape=shape)
 
 
 @takes_settings(DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size"))
@@ -84,7 +83,7 @@ def prune(
 
     The teacher of --distill is the model itself, unless --teacher names another.
     """
-    base = _base(recipe)
+    base = _with(_base(recipe), settings)
     begun = base.prune
     if settings.keys() & set(BUDGET_KINDS):
         # The recipe's budget does not hold where another is asked for.
@@ -93,9 +92,9 @@ def prune(
     if dry_run:
         _dry_run(model, phase, quiet, as_json)
         return
-    text, seed = _with(base.data, settings), settings.get("seed", base.seed)
+    text = _with(base.data, settings)
     options: dict[str, Any] = {"cut": cut, "teacher": teacher}
-    _run("prune", phase, out, model, text.source, text, seed, resume, report_to, quiet, as_json, **options)
+    _run("prune", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, **options)
 
 
 @takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"))
@@ -112,10 +111,11 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train a cut model on, to recover what the cut cost."""
-    base = _base(recipe)
+    base = _with(_base(recipe), settings)
     text, phase = _with(base.data, settings), _with(base.finetune, settings)
-    seed = settings.get("seed", base.seed)
-    _run("finetune", phase, out, model, text.source, text, seed, resume, report_to, quiet, as_json, teacher=teacher)
+    _run(
+        "finetune", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, teacher=teacher
+    )
 
 
 def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:

@@ -84,7 +84,7 @@ def default_text(field: FieldInfo) -> str:
 def bounds_text(given: dict[str, float]) -> str:
     """Return bounds in words."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    return ", ".join(f"{words[name]} {bound:,}" for name, bound in given.items())
+    return ", ".join(f"{words[name]} {bound:,.12g}" for name, bound in given.items())
 
 
 def sentence(field: FieldInfo) -> str:

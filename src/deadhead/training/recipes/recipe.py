@@ -328,9 +328,9 @@ class PublishedModel(_Section):
     """A model of a recipe's shape that others have published: what they say of it."""
 
     name: str = Field(description="Its name.")
-    heads: list[int] | None = setting(None, "Heads left in each layer.", unset="all, or as `sparsity` says")
+    heads: list[int] | None = setting(None, "Heads left in each layer.", unset="all, or as `sparsity` says", option="")
     sparsity: float | None = setting(
-        None, "Share of the heads that is gone, where no heads are stated.", unit="share", ge=0, le=1
+        None, "Share of the heads that is gone, where no heads are stated.", unit="share", option="", ge=0, le=1
     )
     parameters: int | None = setting(
         None, "Parameters without embeddings and output layer, as its authors count them.", ge=1, le=10**15
