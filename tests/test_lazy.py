@@ -27,9 +27,12 @@ assert not {"torch", "transformers", "numpy", "datasets", "matplotlib"} & set(sy
 
 def test_importing_loads_neither_torch_nor_transformers() -> None:
     _python("import deadhead; assert 'cut' in dir(deadhead) and deadhead.__version__" + _NOTHING_HEAVY)
+    _python("import deadhead.training.recipes.recipe" + _NOTHING_HEAVY)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["bench", "--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["prune", "--help"], ["bench", "--nonsense"]]
+)
 def test_help_and_wrong_options_need_nothing_heavy(arguments: list[str]) -> None:
     _python("import sys; from deadhead.cli import execute; execute(sys.argv[1:])" + _NOTHING_HEAVY, *arguments)
 

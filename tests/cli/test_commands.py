@@ -15,7 +15,8 @@ import deadhead
 from deadhead import HeadPlan
 from deadhead.cli import execute
 from deadhead.cli.run import _with_whole
-from deadhead.training.recipes.recipe import Recipe, changed, parse_recipe, to_toml
+from deadhead.training.recipes.reading import changed, parse_recipe, to_toml
+from deadhead.training.recipes.recipe import Recipe
 from tests.small import assert_same_tensors, small_recipe, weights
 
 _STEPS = ("--steps", "3", "--batch-size", "2")
@@ -239,7 +240,7 @@ def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch
     """The whole story from the recipe that is installed: a hundredth of its steps, short measurements."""
     pytest.importorskip("deadhead.recipes", reason="deadhead is not installed, so its recipes are not where it looks.")
     monkeypatch.setattr(
-        "deadhead.training.recipes.recipe.parse_recipe",
+        "deadhead.training.recipes.reading.parse_recipe",
         lambda text, name: changed(parse_recipe(text, name=name), evaluation_tokens=2000),
     )
     summary = command.json("demo", "--scale-steps", 0.01, "--out", tmp_path / "demo")

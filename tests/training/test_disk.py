@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks._kills import fill_disk, small_disk
 from deadhead.cli import execute
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.training.recipes.reading import to_toml
 from tests.small import child, small_recipe, tree, write_prose
 
 _PROGRAM = """

@@ -8,6 +8,7 @@ import typer
 
 from deadhead import __version__
 from deadhead.cli import export, measure, model, phases, report, run
+from deadhead.cli.settings import PhaseCommand
 
 app = typer.Typer(
     name="deadhead",
@@ -34,7 +35,11 @@ def _root(
     """Find the dead heads of a Transformer language model and cut them off."""
 
 
-for command in (run.demo, run.run, phases.train, phases.prune, phases.finetune, model.cut, model.inspect):
+for command in (run.demo, run.run):
+    app.command()(command)
+for command in (phases.train, phases.prune, phases.finetune):
+    app.command(cls=PhaseCommand)(command)
+for command in (model.cut, model.inspect):
     app.command()(command)
 app.command()(export.export)
 app.command("eval")(measure.evaluate)

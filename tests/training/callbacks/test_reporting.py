@@ -15,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deadhead import InputError, checkpoint
 from deadhead.data import load_text
 from deadhead.measure.evaluation import evaluate
-from deadhead.plans.picture import head_map_image
-from deadhead.training import Run, attach_gates, train
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.plans.head_map import head_map_image
+from deadhead.training.phases.choosing import attach_gates
+from deadhead.training.phases.phase import train
+from deadhead.training.recipes.reading import to_toml
+from deadhead.training.runs.run import Run
 from tests.small import assert_same_tensors, metrics, save_small_model, small_recipe, weights, write_prose
 
 

@@ -10,9 +10,9 @@ import torch
 
 import deadhead
 from deadhead import DivergenceError, RunWarning
-from deadhead.training import Run
 from deadhead.training.phases.checkpoints import last_checkpoint
 from deadhead.training.phases.rolling_back import rolled_back
+from deadhead.training.runs.run import Run
 from deadhead.training.runs.summary import read_summary
 from tests.helpers import tiny_model
 from tests.small import Killed, assert_same_tensors, metrics, small_recipe, weights, write_prose

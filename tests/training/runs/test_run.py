@@ -14,8 +14,10 @@ import torch
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.measure.evaluation import evaluate
-from deadhead.training import Recipe, Run, load_recipe
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.recipes.recipe import Recipe
+from deadhead.training.runs.run import Run
+from deadhead.training.recipes.reading import to_toml
 from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
 
 _STAGES = ("dense", "gated", "cut", "finetuned")
@@ -27,7 +29,8 @@ _NUMBERS = {
 # Kills itself where the progress tells of a moment; a child of its own for each, so that torch is imported once.
 _KILLED_AT = """
 import os, signal, sys, time
-from deadhead.training import Run, load_recipe
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.runs.run import Run
 failed = False
 for moment in sys.argv[2:]:
     folder = f"{sys.argv[1]}/{moment}"
