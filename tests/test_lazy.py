@@ -47,6 +47,7 @@ def test_every_public_name_is_there() -> None:
         deadhead.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
+@pytest.mark.slow
 def test_functions_are_not_hidden_by_modules_of_theirs() -> None:
     code = """
 import deadhead.cli.app, deadhead.training.runs.run, deadhead.cutting
@@ -58,7 +59,14 @@ for name in deadhead.__all__:
     _python(code)
 
 
-@pytest.mark.parametrize("first", ["import deadhead", "import transformers", "import transformers.models.auto"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("import deadhead", marks=pytest.mark.slow),
+        "import transformers",
+        pytest.param("import transformers.models.auto", marks=pytest.mark.slow),
+    ],
+)
 def test_auto_classes_know_our_models_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
     model = deadhead.AllAttentionForCausalLM(
         deadhead.AllAttentionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_persistent=3)

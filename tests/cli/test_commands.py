@@ -236,6 +236,7 @@ def test_a_whole_run(given: Path, tmp_path: Path, command: _Command, monkeypatch
     assert again["finetuned"]["perplexity"] == summary["finetuned"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole story from the recipe that is installed: a hundredth of its steps, short measurements."""
     pytest.importorskip("deadhead.recipes", reason="deadhead is not installed, so its recipes are not where it looks.")
@@ -252,6 +253,7 @@ def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch
     assert HeadPlan.from_json(tmp_path / "demo" / "head_plan.json").heads == summary["cut"]["heads"]
 
 
+@pytest.mark.slow
 def test_another_architecture_than_the_recipes(given: Path, tmp_path: Path, command: _Command) -> None:
     """What the recipe says of persistent vectors does not stand in the way."""
     (tmp_path / "small.toml").write_text(to_toml(small_recipe(given / "prose.txt")), encoding="utf-8")

@@ -115,6 +115,7 @@ def test_a_cut_takes_projections_only_and_an_empty_layer_keeps_its_feed_forward_
     assert model.model.layers[0].feed_forward.up_proj.weight.shape == (12, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WAYS)
 def test_checkpoints_reload_in_a_fresh_process_bit_for_bit(how: str, tmp_path: Path) -> None:
     ids, expected = text(2, 9), {}

@@ -13,6 +13,8 @@ from deadhead.cli import execute
 from deadhead.training.recipes.reading import to_toml
 from tests.small import child, small_recipe, tree, write_prose
 
+pytestmark = pytest.mark.slow
+
 _PROGRAM = """
 import random, shutil, sys
 from pathlib import Path

@@ -17,6 +17,8 @@ from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.runs.run import Run
 from tests.small import assert_same_tensors, metrics, small_recipe, weights, write_prose
 
+pytestmark = pytest.mark.slow
+
 
 def _launch(place: Path, *program: str) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
