@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from deadhead.training.phases.defaults import with_defaults
 from transformers import AutoModelForCausalLM
 
 import deadhead
 from deadhead.measure.cost import config_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig, TransformerXLForCausalLM
 from deadhead.plans.plan import BlockPlan, HeadPlan
+from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.runs.run import model_config
 from tests.helpers import cached_logits, chunks, difference, gradients, random_model, segment_logits

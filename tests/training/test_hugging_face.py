@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from deadhead.training.phases.defaults import with_defaults
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -17,6 +16,7 @@ from deadhead import GateConfig, InputError, PhaseRecipe, PruneRecipe
 from deadhead.attaching import is_gate
 from deadhead.gates.gates import HeadGates
 from deadhead.training.phases.choosing import gate_config
+from deadhead.training.phases.defaults import with_defaults
 from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
 
 _TEXT = stream(600, vocab_size=VOCABULARY)

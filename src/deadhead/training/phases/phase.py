@@ -51,9 +51,9 @@ from deadhead.training.phases.choosing import (
     ramp_steps,
     reached,
 )
+from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.phases.distillation import Distillation
 from deadhead.training.phases.learning import checkpoint_activations, learner
-from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.phases.rolling_back import roll_back, smaller_step
 from deadhead.training.phases.trainer import LanguageModelTrainer
 from deadhead.training.processes import on_main, require_data_parallel
