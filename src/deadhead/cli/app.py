@@ -35,12 +35,12 @@ def _root(
     """Find the dead heads of a Transformer language model and cut them off."""
 
 
-for command in (run.demo, run.run):
-    app.command()(command)
-for command in (phases.train, phases.prune, phases.finetune):
-    app.command(cls=PhaseCommand)(command)
-for command in (model.cut, model.inspect):
-    app.command()(command)
+app.command()(run.demo)
+app.command()(run.run)
+for phase in (phases.train, phases.prune, phases.finetune):
+    app.command(cls=PhaseCommand)(phase)
+app.command()(model.cut)
+app.command()(model.inspect)
 app.command()(export.export)
 app.command("eval")(measure.evaluate)
 app.command()(measure.generate)

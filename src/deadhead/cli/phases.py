@@ -54,7 +54,8 @@ def train(
     if settings.get("architecture", given.architecture) != given.architecture:
         # What the recipe says of the other architecture's layers does not hold.
         given = given.model_copy(update={"persistent": None, "feed_forward": None})
-    shape, text, phase = (_with(section, settings) for section in (given, base.data, base.train))
+    shape = _with(given, settings)
+    text, phase = _with(base.data, settings), _with(base.train, settings)
     _run("train", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, shape=shape)
 
 

@@ -28,7 +28,7 @@ class PhaseCommand(TyperCommand):
         for heading in (None, _FURTHER):
             options = [one for one in self.get_params(ctx) if getattr(one, "rich_help_panel", None) == heading]
             rows = [
-                (record[0], f"{one.help}  [required]" if one.required else one.help or "")
+                (record[0], f"{getattr(one, 'help', '')}{'  [required]' if one.required else ''}")
                 for one in options
                 if (record := one.get_help_record(ctx)) is not None
             ]
@@ -91,7 +91,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         show_default=False,
         rich_help_panel=None if about(field, "first") else _FURTHER,
     )
-    annotation = Annotated[Optional[values], info]  # noqa: UP045
+    annotation = Annotated[Optional[values], info]  # type: ignore[valid-type]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

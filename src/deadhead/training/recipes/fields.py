@@ -32,7 +32,7 @@ def setting(
         scaled_from: for steps that grow and shrink with the phase (`--scale-steps`): the fewest there may be then.
         bounds: what pydantic's `Field` takes: ge, gt, le, lt and others.
     """
-    extra = {"unit": unit, "unset": unset, "option": option, "first": first, "scaled_from": scaled_from}
+    extra: dict[str, Any] = {"unit": unit, "unset": unset, "option": option, "first": first, "scaled_from": scaled_from}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
