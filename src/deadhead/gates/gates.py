@@ -98,7 +98,7 @@ class HeadGates:
     def track_difference(self, on: bool = True) -> None:
         """Measure each head's output difference in one training forward of ten, or stop that.
 
-        Measuring takes as long as a projection, and does not change the training by a bit.
+        Measuring takes as long as a projection and does not change the training.
         """
         for gate in self.gates.values():
             gate.output_difference.is_tracked = on
@@ -109,10 +109,7 @@ class HeadGates:
         return any(gate.output_difference.is_tracked for gate in self.gates.values())
 
     def average_difference(self) -> None:
-        """Take the output differences of this step over the tokens of all processes, as one with all rows would.
-
-        Each process measured its own batches. All must call this, before the step ends.
-        """
+        """Take the output differences of this step over the tokens of all processes, which must all call this."""
         average_over_processes(gate.output_difference for gate in self.gates.values())
 
     def gather(self) -> None:
@@ -162,13 +159,10 @@ class HeadGates:
         """
         if sparsity is not None:
             return self.scores().plan(sparsity, ranking=ranking)
-        is_open = {layer: gate.is_open.cpu() for layer, gate in self}
-        kept = {
-            layer: tuple(head for head, opened in zip(heads, is_open[layer].tolist(), strict=True) if opened)
-            if layer in is_open
-            else ()
-            for layer, heads in self.heads.items()
-        }
+        kept: dict[Layer, tuple[int, ...]] = dict.fromkeys(self.heads, ())
+        for key, gate in self:
+            states = zip(self.heads[key], gate.is_open.tolist(), strict=True)
+            kept[key] = tuple(head for head, is_open in states if is_open)
         return self.plan_of(kept)
 
     def plan_of(self, kept: Mapping[Layer, Sequence[int]]) -> HeadPlan:
@@ -247,7 +241,7 @@ class HeadGates:
         total = {layer: count for layer, count in self.total.items() if not is_block_key(layer)}
         if dict(plan.total) != total:
             raise InputError(
-                f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(total)}."
+                f"The head plan is for {[*plan.total.values()]} heads a layer, but this model had {[*total.values()]}."
             )
         kept = plan.units
         units = {layer: () if layer in self.headless else kept.get(layer, heads) for layer, heads in self.heads.items()}
@@ -271,8 +265,8 @@ class HeadGates:
         total = {plain_key(key): count for key, count in self.total.items() if is_block_key(key)}
         if blocks.size != self.block_size or dict(blocks.total) != total:
             raise InputError(
-                f"The head plan is for {_counts(blocks.total)} blocks of {blocks.size} a layer, but this model had "
-                f"{_counts(total)} of {self.block_size}."
+                f"The head plan is for {[*blocks.total.values()]} blocks of {blocks.size} a layer, but this model had "
+                f"{[*total.values()]} of {self.block_size}."
             )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -291,7 +285,8 @@ class HeadGates:
         """
         expected: dict[str, Any] = {name: value.shape for name, value in self.state_dict().items()}
         if {name: value.shape for name, value in state.items()} != expected:
-            raise InputError(f"The saved gates do not fit this model, which has {_counts(self.total)} heads a layer.")
+            counts = [*self.total.values()]
+            raise InputError(f"The saved gates do not fit this model, which has {counts} heads a layer.")
         for name, value in state.items():
             if not value.is_floating_point() or not bool(value.isfinite().all()):
                 raise InputError(f"The saved gates have values in {name} that are not finite numbers.")
@@ -320,7 +315,3 @@ def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, config: GateConf
 
 def _closed_share(gates: Sequence[HeadGate]) -> float:
     return 1.0 - sum(int(gate.is_open.sum()) for gate in gates) / max(sum(gate.num_heads for gate in gates), 1)
-
-
-def _counts(total: Mapping[Layer, int]) -> str:
-    return "[" + ", ".join(str(count) for count in total.values()) + "]"

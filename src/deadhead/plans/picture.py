@@ -21,11 +21,7 @@ _KEPT, _CUT = "#0072b2", "#e69f00"
 
 
 def gate_courses(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[list[float]]]]:
-    """Return the logged steps, and by layer the open probability of each head at each of them.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-    """
+    """Return the steps in lines of metrics.jsonl, and by layer the open probability of each head at each of them."""
     lines = [line for line in metrics if "open_probability" in line]
     layers = _sizes(lines[0]) if lines else {}
     # Of gates on another model, or in blocks of another size, there is no course to show with these.
@@ -87,11 +83,10 @@ def _draw_heads(figure: Figure, grid: GridSpec, plan: HeadPlan) -> None:
     for row, (layer, total) in enumerate(plan.total.items()):
         for head in range(total):
             place = head + 0.06, row + 0.06
-            if head in plan.kept[layer]:
-                square = Rectangle(place, 0.88, 0.88, linewidth=1.5, facecolor=_KEPT, edgecolor=_KEPT)
-            else:
-                square = Rectangle(place, 0.88, 0.88, linewidth=1.5, facecolor="white", edgecolor=_CUT, hatch="xx")
-            heads.add_patch(square)
+            stays = head in plan.kept[layer]
+            colours = {"facecolor": _KEPT if stays else "white", "edgecolor": _KEPT if stays else _CUT}
+            hatch = None if stays else "xx"
+            heads.add_patch(Rectangle(place, 0.88, 0.88, linewidth=1.5, hatch=hatch, **colours))
         heads.text(most + 0.1, row + 0.5, count_text(plan, layer), va="center")
     # So wide that the text beside the squares fits.
     room = 0.9 if plan.blocks is None else 0.9 + 0.35 * most

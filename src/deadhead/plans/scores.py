@@ -95,7 +95,11 @@ class HeadScores:
         counts = {key: len(heads) for key, heads in self.heads.items()}
         spent = costs.of(counts)
         gone: list[tuple[float, Layer, int]] = []
-        for score, key, place in self._ascending(costs):
+        keys = [key for key in costs.tables if self.heads[key]]
+        scores = torch.cat([self.scores[key].flatten() for key in keys]) if keys else torch.empty(0)
+        units = [(key, place) for key in keys for place in range(len(self.heads[key]))]
+        for index in scores.argsort(stable=True).tolist():
+            score, (key, place) = float(scores[index]), units[index]
             if spent <= limit and score > -math.inf:
                 break
             if score > -math.inf and costs.saved(key, counts[key]) <= 0:
@@ -113,13 +117,6 @@ class HeadScores:
         return self._plan_of(
             {key: tuple(heads[place] for place in sorted(kept[key])) for key, heads in self.heads.items()}
         )
-
-    def _ascending(self, costs: UnitCosts) -> list[tuple[float, Layer, int]]:
-        """Return score, key and place of all units that have a cost, the lowest scores first."""
-        keys = [key for key in costs.tables if self.heads[key]]
-        scores = torch.cat([self.scores[key].flatten() for key in keys]) if keys else torch.empty(0)
-        units = [(key, place) for key in keys for place in range(len(self.heads[key]))]
-        return [(float(scores[index]), *units[index]) for index in scores.argsort(stable=True).tolist()]
 
     def _plan_of(self, kept: Mapping[Any, tuple[int, ...]]) -> HeadPlan:
         return HeadPlan.of_units(

@@ -43,7 +43,10 @@ class UnitCosts:
         """Return the cost with so many units of each key, in the order of the tables, (K,)."""
         if not self.tables:
             return self.fixed
-        low_K, share_K = self._place(counts_K)
+        last_K = torch.tensor([len(table) - 1 for table in self.tables.values()])
+        bounded_K = torch.minimum(counts_K.double().clamp(min=0), last_K.double())
+        low_K = torch.minimum(bounded_K.floor().long(), (last_K - 1).clamp(min=0))
+        share_K = bounded_K - low_K
         padded_KN = self._padded
         below_K = padded_KN.gather(1, low_K[:, None])[:, 0]
         above_K = padded_KN.gather(1, low_K[:, None] + 1)[:, 0]
@@ -62,12 +65,6 @@ class UnitCosts:
         """Return what goes when the last of `count` units of a key does."""
         table = self.tables[key]
         return float(table[count] - table[count - 1])
-
-    def _place(self, counts_K: Tensor) -> tuple[Tensor, Tensor]:
-        last_K = torch.tensor([len(table) - 1 for table in self.tables.values()])
-        bounded_K = torch.minimum(counts_K.double().clamp(min=0), last_K.double())
-        low_K = torch.minimum(bounded_K.floor().long(), (last_K - 1).clamp(min=0))
-        return low_K, bounded_K - low_K
 
     @cached_property
     def _padded(self) -> Tensor:

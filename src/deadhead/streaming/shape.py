@@ -30,12 +30,7 @@ class NotStreamable(Exception):
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model on the CPU whose parameters are zeros that take no memory; its buffers are real.
-
-    Args:
-        config: of the model.
-        dtype: of its parameters.
-    """
+    """Return a model on the CPU whose parameters are zeros that take no memory; its buffers are real."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     stubs: dict[int, nn.Parameter] = {}
@@ -94,16 +89,13 @@ def _as_stored(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Ten
         raise NotStreamable(f"its tensors have other names or shapes in files than in memory ({error})") from error
 
 
-def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, str]:
+def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Check that a checkpoint's tensors are, one by one, those that the model would be saved as.
 
     Args:
         stored: the checkpoint.
         model: of its configuration, without weights.
         dtype: that the model is loaded in.
-
-    Returns:
-        The name in the checkpoint of every tensor that is saved, by that name.
 
     Raises:
         NotStreamable: they are not.
@@ -129,7 +121,6 @@ def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torc
     for part in kept:
         if any(part in name.split(".") for name in shapes):
             raise NotStreamable(f"{part} of a model of this type is loaded as float32, but stored as {dtype}")
-    return {name: name for name in shapes}
 
 
 def kept_parts(
@@ -141,12 +132,7 @@ def kept_parts(
 ) -> dict[str, Keep]:
     """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
 
-    Args:
-        model: without weights, with gates closed by the plan.
-        layout: its layout.
-        sites: its sites.
-        units: the units that stay, by key.
-        gates: the gates, for the values that are folded into the output projections.
+    The gates, closed by the plan, have the values that are folded into the output projections.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, Keep] = {}
