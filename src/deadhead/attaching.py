@@ -16,7 +16,7 @@ from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
-from deadhead.plans.plan import Layer, Unit
+from deadhead.plans.plan import Unit, UnitKey
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
@@ -114,7 +114,7 @@ def attach(
     sites = layout.all_sites(model, unit, size)
     _require_cuttable(layout, sites, config)
     costs = _relative_costs(layout, sites)
-    gates: dict[Any, HeadGate] = {}
+    gates: dict[UnitKey, HeadGate] = {}
     for site in sites:
         if site.units:
             own = config.for_gate(of_blocks=site.has_blocks)
@@ -179,7 +179,7 @@ def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> in
     return sites[0].unit_dim
 
 
-def _relative_costs(layout: Layout, sites: Sequence[Site]) -> dict[Layer, float]:
+def _relative_costs(layout: Layout, sites: Sequence[Site]) -> dict[UnitKey, float]:
     """Return what an open gate costs: 1 for heads, for blocks their parameters over those of the mean head."""
     sizes = {site.key: _unit_parameters(layout, site) for site in sites if site.units}
     heads = [

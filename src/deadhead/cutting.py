@@ -23,7 +23,7 @@ from deadhead.gates.sharding import require_whole
 from deadhead.layouts import Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
-from deadhead.plans.plan import HeadPlan, Layer, is_block_key
+from deadhead.plans.plan import HeadPlan, UnitKey
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
@@ -85,7 +85,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     except BaseException:
         state, gates.config = before
         for key, gate in gates:
-            gate.config = gates.config.for_gate(of_blocks=is_block_key(key))
+            gate.config = gates.config.for_gate(of_blocks=key.kind == "block")
         gates.load_state_dict(state)
         if not given_gates:
             detach(model)
@@ -198,8 +198,8 @@ def recorded_with(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> Hea
 def remove_units(
     layout: Layout,
     sites: Iterable[Site],
-    units: Mapping[Layer, tuple[int, ...]],
-    factors: Mapping[Layer, Tensor] | None = None,
+    units: Mapping[UnitKey, tuple[int, ...]],
+    factors: Mapping[UnitKey, Tensor] | None = None,
 ) -> None:
     """Remove all but some units, given by key, in place; modules that lose none are left alone.
 

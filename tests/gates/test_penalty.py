@@ -18,7 +18,10 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.optimizer import GateOptimizer
 from deadhead.gates.penalty import SparsityTarget, difference_weights, l0_loss, linear_warmup, penalty_gradient
+from deadhead.plans.plan import UnitKey
 from tests.helpers import difference
+
+_KEYS = [UnitKey("head", layer) for layer in range(2)]
 
 
 def make_gates(config: GateConfig | None = None, seed: int = 0) -> HeadGates:
@@ -26,9 +29,9 @@ def make_gates(config: GateConfig | None = None, seed: int = 0) -> HeadGates:
     config = config or GateConfig()
     generator = torch.Generator().manual_seed(seed)
     gates = HeadGates(
-        {layer: HeadGate(5, config) for layer in range(2)},
-        heads={layer: tuple(range(5)) for layer in range(2)},
-        total=dict.fromkeys(range(2), 5),
+        {key: HeadGate(5, config) for key in _KEYS},
+        heads=dict.fromkeys(_KEYS, tuple(range(5))),
+        total=dict.fromkeys(_KEYS, 5),
         unit="head",
         config=config,
     )
@@ -152,8 +155,8 @@ def test_weights_say_which_heads_the_target_pushes() -> None:
     SparsityTarget(0.4, ramp_steps=1).project(plain, 1)
     SparsityTarget(0.4, ramp_steps=1).project(weighted, 1, "output_difference")
     assert sum(expected_open(plain).values()) == pytest.approx(sum(expected_open(weighted).values()), abs=1e-3)
-    assert bool((plain.log_alpha()[0].diff() == 0).all())
-    assert float(weighted.log_alpha()[0][2]) < float(weighted.log_alpha()[0][3])
+    assert bool((plain.log_alpha()[_KEYS[0]].diff() == 0).all())
+    assert float(weighted.log_alpha()[_KEYS[0]][2]) < float(weighted.log_alpha()[_KEYS[0]][3])
 
 
 @given(seed=st.integers(0, 10**6), sparsity=st.floats(0.0, 0.95), by_layer=st.booleans())

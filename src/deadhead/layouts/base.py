@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.models.pruned.structure import output_dim, weight_of
-from deadhead.plans.plan import BlockPlan, HeadPlan, Layer, Unit, block_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, Layer, Unit, UnitKey
 
 # Names of gates in a module.
 HEAD_GATE, BLOCK_GATE = "head_gate", "block_gate"
@@ -65,9 +65,9 @@ class Site:
     is_headless: bool = False
 
     @property
-    def key(self) -> Layer:
-        """The key of its units in a plan."""
-        return block_key(self.layer) if self.has_blocks else self.layer
+    def key(self) -> UnitKey:
+        """The key of its units."""
+        return UnitKey("block" if self.has_blocks else "head", self.layer)
 
     @property
     def gate_name(self) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from transformers import PreTrainedModel
 
 from deadhead.attaching import block_size
@@ -27,7 +27,7 @@ from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import counted_costs
 from deadhead.measure.timing import Workload, bench
-from deadhead.plans.plan import HeadPlan, Layer, is_block_key, layer_key
+from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
 # Shares of its units that every layer keeps in the models that are timed, beside the dense one.
@@ -38,6 +38,8 @@ _REPEATS = (4, 60)
 # Layers have fewer heads, and texts fewer tokens.
 _MOST = 2**24
 _Count = Annotated[int, Field(ge=1, le=_MOST)]
+# A UnitKey, which JSON text has as a string.
+_Key = Annotated[Any, BeforeValidator(UnitKey.parse)]
 _Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -74,14 +76,14 @@ class Latency:
     new_tokens: int
     dense: Annotated[_Number, Field(gt=0)]
     seconds: Mapping[str, Mapping[str, _Number]]
-    units: Mapping[Any, _Count]
-    weights: Mapping[Any, _Number]
+    units: Mapping[_Key, _Count]
+    weights: Mapping[_Key, _Number]
 
     def costs(self) -> UnitCosts:
         """Return seconds as a sum over layers, a straight line between two measured shares, never falling."""
-        tables: dict[Layer, torch.Tensor] = {}
+        tables: dict[UnitKey, torch.Tensor] = {}
         for key, count in self.units.items():
-            measured = sorted((float(share), seconds) for share, seconds in self.seconds[_kind(key)].items())
+            measured = sorted((float(share), seconds) for share, seconds in self.seconds[f"{key.kind}s"].items())
             shares = torch.tensor([*(share for share, _ in measured), 1.0], dtype=torch.float64)
             seconds = torch.tensor([*(value for _, value in measured), self.dense], dtype=torch.float64)
             # More units do not take less time: what looks like it is noise. Counted back from the dense model's time,
@@ -121,15 +123,19 @@ class Latency:
         """
         asked = {"workload": workload, "batch_size": batch_size, "length": length}
         for name, value in (_setting(model, unit, blocks) | asked).items():
-            if getattr(self, name) != value:
+            known = getattr(self, name)
+            if known != value:
+                if name == "units":
+                    known, value = _written(known), _written(value)
                 raise InputError(
-                    f"The latencies were measured with {name.replace('_', ' ')} {getattr(self, name)!r}, but this is "
-                    f"{value!r}; delete latency.json to measure anew."
+                    f"The latencies were measured with {name.replace('_', ' ')} {known!r}, but this is {value!r}; "
+                    "delete latency.json to measure anew."
                 )
 
     def to_json(self, path: str | Path) -> None:
         """Write it to a file, whole or not at all."""
-        write_json(Path(path), asdict(self))
+        keyed = {"units": _written(self.units), "weights": _written(self.weights)}
+        write_json(Path(path), asdict(self) | keyed)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Latency:
@@ -147,13 +153,15 @@ class Latency:
                 raise ValueError("shares must lie between 0 and 1, and units must be fewer")
             if set(found.units) != set(found.weights):
                 raise ValueError("units and weights must be of the same layers")
-            for name in ("units", "weights"):
-                keyed = {layer_key(key): value for key, value in getattr(found, name).items()}
-                object.__setattr__(found, name, keyed)
             found.costs()
         except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise InputError(f"{path} does not hold latencies that deadhead measured; delete it.") from error
         return found
+
+
+def _written(values: Mapping[UnitKey, Any]) -> dict[str, Any]:
+    """Return values by key as a file has them."""
+    return {str(key): value for key, value in values.items()}
 
 
 def measure_latency(
@@ -170,16 +178,8 @@ def measure_latency(
 ) -> Latency:
     """Measure how long a model takes as the units of its layers go.
 
-    Args:
-        model: on the device that is meant; with gates or without; not changed.
-        unit: "head" or "kv_group", or None: groups where there are any.
-        blocks: whether blocks are thinned out too, or their size.
-        workload: what to time.
-        batch_size: B.
-        length: T.
-        new_tokens: that "decode" adds.
-        repeats: of each model; None: as many as fit into most of a minute.
-        progress: told how many models' repetitions are done, of how many.
+    The model is timed on the device it is on, and not changed. The workload is one of `bench`. Each model is repeated
+    as often as fits into most of a minute, if `repeats` does not say. `progress` is told rounds done, and in all.
 
     Raises:
         InputError: a number is below 1, or the unit or the blocks are not ones of this model.
@@ -191,15 +191,15 @@ def measure_latency(
     total = {site.key: site.total for site in sites}
     weights = _weights(model, setting, length)
     models = {"dense": pruned_copy(model)}
-    for kind in ("heads", "blocks"):
+    for kind in ("head", "block"):
         for share in _SHARES:
-            thinned = {site.key: round(share * len(site.units)) for site in sites if _kind(site.key) == kind}
+            thinned = {site.key: round(share * len(site.units)) for site in sites if site.key.kind == kind}
             kept = {site.key: site.units[: thinned.get(site.key)] for site in sites}
             # Few units cannot be halved exactly.
             true = sum(weights[key] * count / setting["units"][key] for key, count in thinned.items() if key in weights)
             if thinned and true < 1:
                 plan = HeadPlan.of_units(kept, total, unit=setting["unit"], block_size=setting["block_size"])
-                models[f"{kind} {true}"] = pruned_copy(model, plan)
+                models[f"{kind}s {true}"] = pruned_copy(model, plan)
     sizes = {"batch_size": batch_size, "length": length, "new_tokens": new_tokens}
     how: dict[str, Any] = {"workload": workload, **sizes}
     if repeats is None:
@@ -223,18 +223,14 @@ def measure_latency(
     return Latency(**setting, **how, dense=dense, seconds=seconds, weights=weights)
 
 
-def _kind(key: Layer) -> str:
-    return "blocks" if is_block_key(key) else "heads"
-
-
-def _weights(model: PreTrainedModel, setting: Mapping[str, Any], length: int) -> dict[Layer, float]:
+def _weights(model: PreTrainedModel, setting: Mapping[str, Any], length: int) -> dict[UnitKey, float]:
     """Return each layer's share of what all layers' heads cost, or all their blocks, in FLOPs."""
     costs = counted_costs(
         model, "flops", unit=setting["unit"], block_size=setting["block_size"], length=max(1, length // 2)
     )
     whole = {key: float(table[-1]) for key, table in costs.tables.items()}
-    sums = {is_block: sum(v for key, v in whole.items() if is_block_key(key) == is_block) for is_block in (False, True)}
-    return {key: value / sums[is_block_key(key)] for key, value in whole.items()}
+    sums = {kind: sum(value for key, value in whole.items() if key.kind == kind) for kind in ("head", "block")}
+    return {key: value / sums[key.kind] for key, value in whole.items()}
 
 
 def _setting(model: PreTrainedModel, unit: Any, blocks: bool | int) -> dict[str, Any]:

@@ -37,12 +37,7 @@ def _sizes(line: Mapping[str, Any]) -> dict[str, int]:
 def head_map_image(open_probability: Sequence[Sequence[float]], *, side: int = 16) -> np.ndarray:
     """Return the gates as pixels, a row a layer: filled blue as they are open, framed in orange where they are shut.
 
-    Args:
-        open_probability: one row a layer, one number a gate.
-        side: of a gate's square, in pixels.
-
-    Returns:
-        (layers · side, most gates · side, 3) bytes.
+    A gate is a square of `side` pixels: (layers · side, most gates · side, 3) bytes in all.
     """
     kept, cut = (np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) for colour in (_KEPT, _CUT))
     image = np.full((len(open_probability) * side, max(map(len, open_probability)) * side, 3), 255, dtype=np.uint8)

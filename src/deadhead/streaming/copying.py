@@ -74,17 +74,9 @@ def copy_pieces(
     progress: Callable[[int], None],
     stop: threading.Event,
 ) -> str:
-    """Write a safetensors file of tensors of another.
+    """Write a safetensors file of tensors of another; return the SHA-256 of what was written, in hexadecimal.
 
-    Args:
-        source: the file that holds them.
-        target: the new file.
-        pieces: its tensors.
-        progress: called with bytes of the source as they are done with.
-        stop: ends the copy when it is set.
-
-    Returns:
-        SHA-256 of what was written, in hexadecimal.
+    `progress` is called with bytes of the source as they are done with; `stop` ends the copy when it is set.
 
     Raises:
         InputError: the source ended early.

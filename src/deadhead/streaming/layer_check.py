@@ -24,7 +24,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Layout, Site
 from deadhead.models.pruned.structure import text_stack
-from deadhead.plans.plan import Layer
+from deadhead.plans.plan import UnitKey
 from deadhead.streaming.shape import NotStreamable, stub
 
 # Numbers of a tensor that is loaded whatever it is.
@@ -38,14 +38,8 @@ _TABLE = 97
 class LayerCheck:
     """The check of a model's layers, in any order, each once.
 
-    Args:
-        stored: where the weights are.
-        names: of tensors in files, by those in memory.
-        model: without weights, with gates closed by the plan; layers that were checked are cut in it.
-        layout: its layout.
-        sites: its sites.
-        units: the units that stay, by key.
-        gates: the gates.
+    The model has no weights, and gates closed by the plan; layers that were checked are cut in it. `names` are those of
+    tensors in files, by those in memory; `units` the ones that stay.
 
     Raises:
         NotStreamable: the model's layers do not lie in one list.
@@ -58,7 +52,7 @@ class LayerCheck:
         model: PreTrainedModel,
         layout: Layout,
         sites: Sequence[Site],
-        units: Mapping[Layer, tuple[int, ...]],
+        units: Mapping[UnitKey, tuple[int, ...]],
         gates: HeadGates,
     ) -> None:
         self.stored, self.model, self.layout, self.units, self.gates = stored, model, layout, units, gates

@@ -17,7 +17,7 @@ from deadhead.cutting import head_factors
 from deadhead.disk.stored import StoredCheckpoint
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import Layout, Site
-from deadhead.plans.plan import Layer
+from deadhead.plans.plan import UnitKey
 from deadhead.streaming.copying import Keep
 
 # Buffers of older versions of transformers, which are worked out now.
@@ -90,12 +90,7 @@ def _as_stored(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Check that a checkpoint's tensors are, one by one, those that the model would be saved as.
-
-    Args:
-        stored: the checkpoint.
-        model: of its configuration, without weights.
-        dtype: that the model is loaded in.
+    """Check that a checkpoint's tensors are, one by one, those that a model loaded as `dtype` would be saved as.
 
     Raises:
         NotStreamable: they are not.
@@ -127,7 +122,7 @@ def kept_parts(
     model: PreTrainedModel,
     layout: Layout,
     sites: Sequence[Site],
-    units: Mapping[Layer, tuple[int, ...]],
+    units: Mapping[UnitKey, tuple[int, ...]],
     gates: HeadGates,
 ) -> dict[str, Keep]:
     """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
