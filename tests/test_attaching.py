@@ -124,7 +124,7 @@ def test_layers_without_heads_get_no_gate() -> None:
     cut(model, HeadPlan(kept={1: []}, total=TOTAL))
     assert [site.layer for site in find_layout(model).sites(model, "head") if site.units] == [0, 2]
     gates = attach(model)
-    assert list(gates.gates) == [0, 2] and len(gates) == 8
+    assert [key.layer for key in gates.gates] == [0, 2] and len(gates) == 8
     assert not any(isinstance(module, HeadGate) for module in model.model.layers[1].modules())
 
 

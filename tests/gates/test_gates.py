@@ -399,16 +399,16 @@ def test_after_a_cut_plans_count_in_heads_of_the_dense_model() -> None:
 
 def test_state_round_trip() -> None:
     first, second = _gates(), _gates()
-    for layer, gate in first:
+    for key, gate in first:
         gate.set_log_alpha(torch.randn(4))
-        gate.difference.copy_(torch.rand(4) + int(layer))
+        gate.difference.copy_(torch.rand(4) + int(key.layer))
     state = first.state_dict()
     second.load_state_dict(copy.deepcopy(state))
-    for layer, gate in first:
-        assert torch.equal(second.gates[layer].log_alpha, gate.log_alpha)
-        assert torch.equal(second.gates[layer].difference, gate.difference)
+    for key, gate in first:
+        assert torch.equal(second.gates[key].log_alpha, gate.log_alpha)
+        assert torch.equal(second.gates[key].difference, gate.difference)
     # What was saved does not move with the gates.
-    first.set_plan(HeadPlan(kept={0: []}, total=first.total))
+    first.set_plan(HeadPlan(kept={0: []}, total=dict.fromkeys(range(3), 4)))
     assert any(not torch.equal(value, state[name]) for name, value in first.state_dict().items())
     second.load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in second.state_dict().items())

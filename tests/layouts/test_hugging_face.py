@@ -28,7 +28,7 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.models.pruned import feed_forward, shrinking
-from deadhead.plans.plan import HeadPlan, Unit
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.training.phases.learning import checkpoint_activations
 from tests.helpers import (
     assert_unchanged,
@@ -303,7 +303,7 @@ def test_groups_by_default_and_query_heads_as_an_option() -> None:
     assert attach(model).total == {0: 4, 1: 4, 2: 4}
     detach(model)
     gates = attach(model, unit="head")
-    assert gates.total == {0: 8, 1: 8, 2: 8}
+    assert gates.total == {UnitKey("head", layer): 8 for layer in range(3)}
     detach(model)
     with pytest.raises(InputError, match="open and close head, but the unit 'kv_group'"):
         attach(tiny_model("gpt2"), unit="kv_group")

@@ -79,9 +79,9 @@ def _draw_heads(figure: Figure, grid: GridSpec, plan: HeadPlan) -> None:
         for head in range(total):
             place = head + 0.06, row + 0.06
             stays = head in plan.kept[layer]
-            colours = {"facecolor": _KEPT if stays else "white", "edgecolor": _KEPT if stays else _CUT}
-            hatch = None if stays else "xx"
-            heads.add_patch(Rectangle(place, 0.88, 0.88, linewidth=1.5, hatch=hatch, **colours))
+            inside, edge, hatch = (_KEPT, _KEPT, None) if stays else ("white", _CUT, "xx")
+            square = Rectangle(place, 0.88, 0.88, linewidth=1.5, facecolor=inside, edgecolor=edge, hatch=hatch)
+            heads.add_patch(square)
         heads.text(most + 0.1, row + 0.5, count_text(plan, layer), va="center")
     # So wide that the text beside the squares fits.
     room = 0.9 if plan.blocks is None else 0.9 + 0.35 * most
