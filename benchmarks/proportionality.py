@@ -49,7 +49,7 @@ def cut_to(model: PreTrainedModel, kind: str, kept: float) -> PreTrainedModel:
     small = copy.deepcopy(model)
     gates = deadhead.attach(small, blocks=kind != "heads")
     units = {
-        key: heads[: round(kept * len(heads))] if kind != "blocks" or str(key).startswith("blocks") else heads
+        key: heads[: round(kept * len(heads))] if kind != "blocks" or key.kind == "block" else heads
         for key, heads in gates.heads.items()
     }
     return deadhead.cut(small, gates.plan_of(units))

@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import deadhead
 from benchmarks._tiny_models import CAUSAL_TYPES, VOCABULARY, tiny_model
-from deadhead.plans.plan import is_block_key
 
 _QUICK = ("llama", "gpt2", "gpt_neox", "phi3", "bert", "deepseek_v3", "mamba")
 _TOLERANCE = 1e-5
@@ -135,8 +134,8 @@ def _stock_reloads(model_type: str, seed: int, ids: Tensor) -> bool:
 def _random_plan(gates: deadhead.HeadGates, seed: int) -> deadhead.HeadPlan:
     """Return a plan that empties the first layer, and keeps at least one head and cuts at least one in another."""
     draw = random.Random(seed)
-    kept = {layer: sorted(draw.sample(range(n), draw.randint(1, max(1, n - 1)))) for layer, n in gates.total.items()}
-    for keys in ([key for key in kept if is_block_key(key) == is_block] for is_block in (False, True)):
+    kept = {key: sorted(draw.sample(range(n), draw.randint(1, max(1, n - 1)))) for key, n in gates.total.items()}
+    for keys in ([key for key in kept if key.kind == kind] for kind in ("head", "block")):
         kept |= {key: [] for key in keys[:1]}
     return gates.plan_of(kept)
 

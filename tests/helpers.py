@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from deadhead.attaching import is_gate
 from deadhead.gates.gates import HeadGates
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
-from deadhead.plans.plan import BlockPlan, HeadPlan, Unit, is_block_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, Unit
 
 
 def difference(values: Tensor, reference: Tensor) -> float:
@@ -256,11 +256,12 @@ def assert_unchanged(model: PreTrainedModel, before: Mapping[str, Any]) -> None:
 
 def random_units(draw: random.Random, gates: HeadGates, *, output_scale: bool) -> HeadPlan:
     """Return a plan that cuts at least one head, and where blocks have gates some of them; layers are often emptied."""
-    heads = {key: units for key, units in gates.heads.items() if not is_block_key(key)}
-    plan = random_plan(draw, heads, {key: gates.total[key] for key in heads}, output_scale=False, unit=gates.unit)
+    heads = {key.layer: units for key, units in gates.heads.items() if key.kind == "head"}
+    total = {key.layer: count for key, count in gates.total.items() if key.kind == "head"}
+    plan = random_plan(draw, heads, total, output_scale=False, unit=gates.unit)
     kept = {
         key: () if draw.random() < 0.2 else tuple(draw.sample(units, draw.randint(0, len(units))))
         for key, units in gates.heads.items()
-        if is_block_key(key)
+        if key.kind == "block"
     }
     return replace(gates.plan_of({**plan.units, **kept}), output_scale=output_scale)

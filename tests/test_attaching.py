@@ -20,7 +20,7 @@ from deadhead.measure.criteria import score_heads
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
-from deadhead.plans.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan, UnitKey
 from tests.helpers import assert_unchanged, difference, snapshot, tiny_model
 
 IDS = torch.randint(29, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -124,7 +124,7 @@ def test_layers_without_heads_get_no_gate() -> None:
     cut(model, HeadPlan(kept={1: []}, total=TOTAL))
     assert [site.layer for site in find_layout(model).sites(model, "head") if site.units] == [0, 2]
     gates = attach(model)
-    assert list(gates.gates) == [0, 2] and len(gates) == 8
+    assert [key.layer for key in gates.gates] == [0, 2] and len(gates) == 8
     assert not any(isinstance(module, HeadGate) for module in model.model.layers[1].modules())
 
 
@@ -193,9 +193,9 @@ def test_output_differences_are_those_of_brute_force(output_scale: bool) -> None
         before = gates.difference()
         model(input_ids=torch.roll(IDS, step, dims=1))
         if step % 10:
-            assert all(torch.equal(values, before[layer]) for layer, values in gates.difference().items())
+            assert all(torch.equal(values, before[key]) for key, values in gates.difference().items())
             continue
-        for (layer, gate), heads in zip(gates, probe.inputs, strict=True):
+        for ((_, layer), gate), heads in zip(gates, probe.inputs, strict=True):
             is_open = gate()[0] > 0
             some_closed += int((~is_open).sum())
             weight = model.model.layers[layer].attention.o_proj.weight.detach()
@@ -203,7 +203,7 @@ def test_output_differences_are_those_of_brute_force(output_scale: bool) -> None
             expected[layer] = now if step == 0 else expected[layer].lerp(now, 0.4)
             assert difference(gate.difference, expected[layer]) <= 1e-5, (step, layer)
     assert some_closed > 3, "closed heads count as what they would add"
-    assert all(torch.equal(gates.difference()[layer], gate.difference) for layer, gate in gates)
+    assert all(torch.equal(gates.difference()[key], gate.difference) for key, gate in gates)
 
 
 def test_output_differences_are_only_measured_on_request_and_in_training() -> None:
@@ -221,35 +221,36 @@ def test_output_differences_are_only_measured_on_request_and_in_training() -> No
     gates.track_difference(False)
     gates.begin_step(10)
     model(input_ids=torch.roll(IDS, 3, dims=1))
-    assert all(torch.equal(values, measured[layer]) for layer, values in gates.difference().items())
+    assert all(torch.equal(values, measured[key]) for key, values in gates.difference().items())
 
 
 def test_a_layer_whose_draw_is_all_closed_stays_finite() -> None:
     model = tiny_model().train()
     gates = attach(model, config=GateConfig(output_scale=True))
     gates.track_difference()
-    gates.gates[1].set_log_alpha(torch.full((4,), -20.0))
+    gates.gates[UnitKey("head", 1)].set_log_alpha(torch.full((4,), -20.0))
     output = model(input_ids=IDS, labels=IDS)
     output.loss.backward()
     assert output.logits.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
     assert all(values.isfinite().all() for values in gates.difference().values())
-    assert not gates.gates[1]()[0].any()
+    assert not gates.gates[UnitKey("head", 1)]()[0].any()
 
 
 def test_a_closed_head_passes_no_gradient_but_its_gate_still_learns() -> None:
     model = tiny_model().train()
     gates = attach(model)
-    gates.gates[0].set_log_alpha(torch.tensor([-0.4, 0.5, 0.5, 0.5]))
+    gate = gates.gates[UnitKey("head", 0)]
+    gate.set_log_alpha(torch.tensor([-0.4, 0.5, 0.5, 0.5]))
     gates.begin_step(0)
     noise = torch.full((4,), 0.5)
-    gates.draw = lambda: [gate.noise.copy_(noise) for _, gate in gates]  # type: ignore[assignment,method-assign]
+    gates.draw = lambda: [each.noise.copy_(noise) for _, each in gates]  # type: ignore[assignment,method-assign]
     model(input_ids=IDS, labels=IDS).loss.backward()
     attention = model.model.layers[0].attention
-    assert gates.gates[0]()[0].tolist() == [0.0, 1.0, 1.0, 1.0]
+    assert gate()[0].tolist() == [0.0, 1.0, 1.0, 1.0]
     assert not attention.q_proj.weight.grad[:4].any() and attention.q_proj.weight.grad[4:].any()
     assert not attention.o_proj.weight.grad[:, :4].any()
-    assert gates.gates[0].log_alpha_bias.grad is not None and gates.gates[0].log_alpha_bias.grad[0] != 0
+    assert gate.log_alpha_bias.grad is not None and gate.log_alpha_bias.grad[0] != 0
 
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])

@@ -21,7 +21,7 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM
-from deadhead.plans.plan import BlockPlan, HeadPlan
+from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from tests.helpers import assert_unchanged, difference, gradients, snapshot, tiny_model
 from tests.reload import WAYS, in_a_fresh_process
 from tests.small import assert_same_tensors
@@ -204,7 +204,7 @@ def test_whatever_fails_the_model_is_as_before(
     if given_gates:
         gates = attach(model, config=GateConfig(hard=False))
         gates.track_difference()
-        gates.gates[0].set_log_alpha(torch.tensor([-0.3, 0.2, 5.0, -5.0]))
+        gates.gates[UnitKey("head", 0)].set_log_alpha(torch.tensor([-0.3, 0.2, 5.0, -5.0]))
         model(input_ids=IDS)
     model.config.head_plan = None
     before, config = snapshot(model), copy.deepcopy(model.config)

@@ -13,11 +13,10 @@ from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
-from deadhead.gates.output_difference import relative_difference
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
-from deadhead.plans.plan import Layer, Unit
+from deadhead.plans.plan import Unit, UnitKey
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
@@ -41,27 +40,18 @@ class _GateInput:
         if gate.output_difference.is_due and gate.training:
             # Autocast would turn the products to half precision.
             with torch.autocast(hidden.device.type, enabled=False):
-                gate.output_difference.measure(*_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach()))
+                gate.output_difference.measure(
+                    *output_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach())
+                )
         factor_H = (z_H * scale).to(hidden.dtype)
         return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
 
 
 @torch.no_grad()
-def output_differences(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None = None) -> Tensor:
-    """Return d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, before scale and bias, shape (H,).
-
-    Args:
-        output: the output projection.
-        heads_RHE: what the heads give to it, for R tokens.
-        z_H: which heads are open; None: all.
-    """
-    return relative_difference(*_squares(output, heads_RHE, z_H))
-
-
-@torch.no_grad()
-def _squares(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None) -> tuple[Tensor, Tensor]:
+def output_squares(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the sums over tokens of ‖W_O^h a_h‖², (H,), and of ‖Σ_open W_O a‖², 0-dimensional.
 
+    Of the heads (all where z_H is None) it takes what they give to the output projection, before scale and bias.
     ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
     """
     rows_RHE = heads_RHE.float()
@@ -124,7 +114,7 @@ def attach(
     sites = layout.all_sites(model, unit, size)
     _require_cuttable(layout, sites, config)
     costs = _relative_costs(layout, sites)
-    gates: dict[Any, HeadGate] = {}
+    gates: dict[UnitKey, HeadGate] = {}
     for site in sites:
         if site.units:
             own = config.for_gate(of_blocks=site.has_blocks)
@@ -189,7 +179,7 @@ def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> in
     return sites[0].unit_dim
 
 
-def _relative_costs(layout: Layout, sites: Sequence[Site]) -> dict[Layer, float]:
+def _relative_costs(layout: Layout, sites: Sequence[Site]) -> dict[UnitKey, float]:
     """Return what an open gate costs: 1 for heads, for blocks their parameters over those of the mean head."""
     sizes = {site.key: _unit_parameters(layout, site) for site in sites if site.units}
     heads = [

@@ -23,7 +23,7 @@ from deadhead.gates.sharding import require_whole
 from deadhead.layouts import Layout, Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
-from deadhead.plans.plan import HeadPlan, Layer, is_block_key
+from deadhead.plans.plan import HeadPlan, UnitKey
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
@@ -73,32 +73,36 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         plan = normal_plan(gates, plan)
         if gates.plan() != plan:
             gates.set_plan(plan)
-        factors = _gate_factors(gates)
+        factors = {key: head_factors(gate) for key, gate in gates}
         sites = layout.all_sites(model, plan.unit, gates.block_size)
         expected = watched_outputs(model, layout, sites)
-    except BaseException:
-        _restore_gates(model, gates, before, keep=given_gates)
-        raise
-
-    cache_before = cache_values(layout, sites)
-    try:
+        cache_before = cache_values(layout, sites)
         with _undone_on_failure(model):
             detach(model)
             remove_units(layout, sites, plan.units, factors)
             require_same_function(model, expected)
             layout.record_plan(model, recorded_with(layout, model, plan))
     except BaseException:
-        _restore_gates(model, gates, before, keep=given_gates)
+        state, gates.config = before
+        for key, gate in gates:
+            gate.config = gates.config.for_gate(of_blocks=key.kind == "block")
+        gates.load_state_dict(state)
+        if not given_gates:
+            detach(model)
         raise
     cache_now = cache_values(layout, layout.sites(model, plan.unit))
     if cache_now > cache_before:
-        warnings.warn(
-            f"The key/value cache grows by {cache_now / cache_before - 1:.0%}: where groups are left with different "
-            "numbers of query heads, their keys and values are repeated. Plans of whole groups (unit 'kv_group') keep "
-            "it small.",
-            stacklevel=2,
-        )
+        warn_of_cache(cache_now / cache_before - 1, stacklevel=3)
     return model
+
+
+def warn_of_cache(growth: float, *, stacklevel: int) -> None:
+    """Warn that the key/value cache of a cut model is larger, by a share of what it was."""
+    warnings.warn(
+        f"The key/value cache grows by {growth:.0%}: where groups are left with different numbers of query heads, "
+        "their keys and values are repeated. Plans of whole groups (unit 'kv_group') keep it small.",
+        stacklevel=stacklevel,
+    )
 
 
 def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrainedModel:
@@ -136,7 +140,10 @@ def watched_outputs(
 @contextmanager
 def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
     """Put modules, parameters, configuration and classes back as they were if the block raises."""
-    modules = [(module, type(module), _snapshot(module)) for module in model.modules()]
+    modules = [
+        (module, type(module), {name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(module).items()})
+        for module in model.modules()
+    ]
     config = type(model.config), dict(vars(model.config))
     try:
         yield
@@ -162,7 +169,8 @@ def require_same_function(model: PreTrainedModel, expected: Tensor, *, texts: in
             f"{str(error).strip().partition(chr(10))[0]}); nothing was cut. Please report this model's type, "
             f"{model.config.model_type!r}."
         ) from error
-    difference = _relative_difference(found, expected)
+    # What is not finite is infinitely far: no comparison with it holds.
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     allowed = _TOLERANCE.get(model.dtype, _TOLERANCE_HALF)
     if not difference <= allowed:
         raise CutError(
@@ -190,16 +198,12 @@ def recorded_with(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> Hea
 def remove_units(
     layout: Layout,
     sites: Iterable[Site],
-    units: Mapping[Layer, tuple[int, ...]],
-    factors: Mapping[Layer, Tensor] | None = None,
+    units: Mapping[UnitKey, tuple[int, ...]],
+    factors: Mapping[UnitKey, Tensor] | None = None,
 ) -> None:
-    """Remove the units that a plan drops, in place; modules that lose none are left alone.
+    """Remove all but some units, given by key, in place; modules that lose none are left alone.
 
-    Args:
-        layout: of the model.
-        sites: of its units.
-        units: the units that stay, by key.
-        factors: (H,) by key, what to fold into the output projections for each head; None for nothing.
+    The factors, (H,) by key, are folded into the output projections.
     """
     for site in sites:
         if not site.units:
@@ -214,10 +218,6 @@ def remove_units(
 def cache_values(layout: Layout, sites: Sequence[Site]) -> int:
     """Return how many numbers all sites keep in the key/value cache for one position."""
     return sum(layout.cache_values(site, 1) for site in sites)
-
-
-def _gate_factors(gates: HeadGates) -> dict[Layer, Tensor]:
-    return {layer: head_factors(gate) for layer, gate in gates}
 
 
 def head_factors(gate: HeadGate) -> Tensor:
@@ -245,22 +245,6 @@ def fold(site: Site, kept: tuple[int, ...], factor_H: Tensor) -> None:
     site.output.weight = nn.Parameter(scaled, requires_grad=weight.requires_grad)
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
-    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
-
-
-def _restore_gates(
-    model: PreTrainedModel, gates: HeadGates, before: tuple[Mapping[str, Tensor], GateConfig], *, keep: bool
-) -> None:
-    state, config = before
-    gates.config = config
-    for key, gate in gates:
-        gate.config = config.for_gate(of_blocks=is_block_key(key))
-    gates.load_state_dict(state)
-    if not keep:
-        detach(model)
-
-
 @torch.no_grad()
 def _check_outputs(model: PreTrainedModel, texts: int) -> Tensor:
     """Return the last hidden states of fixed random texts: whole, and again in two halves from a cache, side by side.
@@ -281,9 +265,3 @@ def _check_outputs(model: PreTrainedModel, texts: int) -> Tensor:
             if (cache := getattr(first, "past_key_values", None)) is not None:
                 parts.append(stack(input_ids=ids[:, half:], past_key_values=cache, use_cache=True)[0])
     return torch.cat([part if part.dtype == torch.float64 else part.float() for part in parts], dim=1)
-
-
-def _relative_difference(values: Tensor, reference: Tensor) -> float:
-    """Return max|Δ| / max|reference|; a number that is not finite counts as infinitely far."""
-    difference = float((values - reference).abs().max() / reference.abs().max().clamp(min=1e-30))
-    return difference if difference == difference else float("inf")

@@ -15,6 +15,7 @@ import deadhead
 from deadhead import HeadPlan
 from deadhead.cli import execute
 from deadhead.cli.run import _with_whole
+from deadhead.plans.plan import UnitKey
 from deadhead.training.recipes.reading import changed, parse_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe
 from tests.small import assert_same_tensors, small_recipe, weights
@@ -134,7 +135,7 @@ def test_gates_kept(given: Path, tmp_path: Path, command: _Command) -> None:
     model, gates = deadhead.load_gated(tmp_path / "gated")
     assert gates.plan().heads == result["heads"]
     assert not gates.config.output_scale
-    assert float(gates.difference()[0].min()) > 0
+    assert float(gates.difference()[UnitKey("head", 0)].min()) > 0
     assert command.json("inspect", tmp_path / "gated")["gated"] is True
     assert "saved with gates on" in command("inspect", tmp_path / "gated")
     # Cut later, by the plan the gates have learned.

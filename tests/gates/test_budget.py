@@ -18,9 +18,11 @@ from deadhead.gates.budget import Budget, BudgetTarget, plan_within
 from deadhead.gates.gates import HeadGates
 from deadhead.measure.cost import counted_costs, model_cost
 from deadhead.plans.kinds import BUDGET_KINDS
-from deadhead.plans.plan import block_key, is_block_key
+from deadhead.plans.plan import UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
+
+_KEY = UnitKey("head", 0)
 
 
 def gated() -> tuple[Any, HeadGates]:
@@ -61,7 +63,7 @@ def test_values_out_of_range_are_refused(kind: Any, value: float) -> None:
 
 
 def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
-    costs = UnitCosts(fixed=4.0, tables={0: torch.tensor([0.0, 3.0, 6.0])})
+    costs = UnitCosts(fixed=4.0, tables={_KEY: torch.tensor([0.0, 3.0, 6.0])})
     Budget(kind="params", value=0.4).require_reachable(costs, has_blocks=False)
     with pytest.raises(InputError, match=r"--params 0.3 cannot be reached: without any heads .* 0.400.*--blocks"):
         Budget(kind="params", value=0.3).require_reachable(costs, has_blocks=False)
@@ -86,10 +88,9 @@ def test_the_ramp_holds_the_expected_cost(kind: str, share: float) -> None:
 
 def test_of_two_units_with_one_opinion_the_dearer_goes_first() -> None:
     _, gates = gated()
-    costs = UnitCosts(
-        fixed=0.0,
-        tables={key: torch.linspace(0, 1.0 if is_block_key(key) else 40.0, gate.num_heads + 1) for key, gate in gates},
-    )
+    most = {"head": 40.0, "block": 1.0}
+    tables = {key: torch.linspace(0, most[key.kind], gate.num_heads + 1) for key, gate in gates}
+    costs = UnitCosts(fixed=0.0, tables=tables)
     BudgetTarget(costs, 0.5, ramp_steps=1).project(gates, 1)
     assert gates.sparsity == 1.0 and gates.block_sparsity == 0.0
 
@@ -101,7 +102,7 @@ def test_what_costs_nothing_stays_where_it_is() -> None:
     costs = costs_of(model, gates, "kv_cache")
     BudgetTarget(costs, 0.3, ramp_steps=1).project(gates, 1)
     for key, gate in gates:
-        assert torch.equal(gate.log_alpha, before[key].clamp(-6, 6)) == is_block_key(key)
+        assert torch.equal(gate.log_alpha, before[key].clamp(-6, 6)) == (key.kind == "block")
 
 
 def test_the_output_difference_weighs_too() -> None:
@@ -131,7 +132,7 @@ def test_a_target_goes_on_where_it_was_saved() -> None:
 @settings(deadline=None, max_examples=60)
 def test_plans_use_a_budget_up_and_never_exceed_it(seed: int, share: float) -> None:
     draw = random.Random(seed)
-    keys = [0, 1, block_key(0), block_key(1)]
+    keys = [UnitKey(kind, layer) for kind in ("head", "block") for layer in range(2)]
     sizes = {key: draw.randint(1, 6) for key in keys}
     steps = {key: torch.tensor([draw.uniform(0.1, 5.0) for _ in range(size)]) for key, size in sizes.items()}
     costs = UnitCosts(
@@ -163,8 +164,9 @@ def test_plans_use_a_budget_up_and_never_exceed_it(seed: int, share: float) -> N
 
 
 def test_heads_that_must_go_go_whatever_the_budget() -> None:
-    costs = UnitCosts(fixed=0.0, tables={0: torch.tensor([0.0, 1.0, 2.0])})
-    scores = HeadScores(scores={0: torch.tensor([-math.inf, 1.0])}, heads={0: (0, 1)}, total={0: 2}, unit="head")
+    costs = UnitCosts(fixed=0.0, tables={_KEY: torch.tensor([0.0, 1.0, 2.0])})
+    values = {_KEY: torch.tensor([-math.inf, 1.0])}
+    scores = HeadScores(scores=values, heads={_KEY: (0, 1)}, total={_KEY: 2}, unit="head")
     assert scores.within(costs, 10.0).kept == {0: (1,)}
 
 

@@ -18,7 +18,7 @@ from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig, gate_values, l0_probability
 from deadhead.gates.head_gate import HeadGate
-from deadhead.plans.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan, UnitKey
 from tests.helpers import difference, tiny_model
 
 CONFIGS = [
@@ -321,7 +321,7 @@ def test_set_plan_and_plan_round_trip(config: GateConfig, kept: list[set[int]], 
     assert gates.plan() == plan
     assert gates.sparsity == pytest.approx(plan.sparsity)
     # A plan is all or nothing, for soft gates too.
-    for layer, gate in gates:
+    for (_, layer), gate in gates:
         gate.eval()
         z_H, scale = gate()
         assert z_H.tolist() == [float(head in plan.kept[layer]) for head in range(4)]
@@ -331,10 +331,11 @@ def test_set_plan_and_plan_round_trip(config: GateConfig, kept: list[set[int]], 
 def _gates(config: GateConfig | None = None) -> HeadGates:
     """Return gates of three layers of four heads, without a model."""
     config = config or GateConfig()
+    keys = [UnitKey("head", layer) for layer in range(3)]
     return HeadGates(
-        {layer: HeadGate(4, config) for layer in range(3)},
-        heads=dict.fromkeys(range(3), (0, 1, 2, 3)),
-        total=dict.fromkeys(range(3), 4),
+        {key: HeadGate(4, config) for key in keys},
+        heads=dict.fromkeys(keys, (0, 1, 2, 3)),
+        total=dict.fromkeys(keys, 4),
         unit="head",
         config=config,
     )
@@ -384,12 +385,12 @@ def test_after_a_cut_plans_count_in_heads_of_the_dense_model() -> None:
     total = dict.fromkeys(range(3), 4)
     cut(model, HeadPlan(kept={0: [1, 3], 1: []}, total=total))
     gates = attach(model)
-    assert len(gates) == 6 and gates.total == total
+    assert len(gates) == 6 and gates.total == {UnitKey("head", layer): 4 for layer in total}
     assert gates.plan().kept == {0: (1, 3), 1: (), 2: (0, 1, 2, 3)}
     plan = HeadPlan(kept={0: [3], 1: [], 2: [0, 2]}, total=total)
     gates.set_plan(plan)
     assert gates.plan() == plan
-    assert gates.gates[0].is_open.tolist() == [False, True]
+    assert gates.gates[UnitKey("head", 0)].is_open.tolist() == [False, True]
     with pytest.raises(InputError, match="head 0 of layer 0, but that head was cut before"):
         gates.set_plan(HeadPlan(kept={0: [0], 1: []}, total=total))
     with pytest.raises(InputError, match="head 0 of layer 1, but that head was cut before"):
@@ -398,16 +399,16 @@ def test_after_a_cut_plans_count_in_heads_of_the_dense_model() -> None:
 
 def test_state_round_trip() -> None:
     first, second = _gates(), _gates()
-    for layer, gate in first:
+    for key, gate in first:
         gate.set_log_alpha(torch.randn(4))
-        gate.difference.copy_(torch.rand(4) + int(layer))
+        gate.difference.copy_(torch.rand(4) + int(key.layer))
     state = first.state_dict()
     second.load_state_dict(copy.deepcopy(state))
-    for layer, gate in first:
-        assert torch.equal(second.gates[layer].log_alpha, gate.log_alpha)
-        assert torch.equal(second.gates[layer].difference, gate.difference)
+    for key, gate in first:
+        assert torch.equal(second.gates[key].log_alpha, gate.log_alpha)
+        assert torch.equal(second.gates[key].difference, gate.difference)
     # What was saved does not move with the gates.
-    first.set_plan(HeadPlan(kept={0: []}, total=first.total))
+    first.set_plan(HeadPlan(kept={0: []}, total=dict.fromkeys(range(3), 4)))
     assert any(not torch.equal(value, state[name]) for name, value in first.state_dict().items())
     second.load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in second.state_dict().items())

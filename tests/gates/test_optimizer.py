@@ -12,13 +12,14 @@ from deadhead.gates.hard_concrete import GateConfig, l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.optimizer import GateOptimizer, default_rate
 from deadhead.gates.penalty import penalty_gradient
+from deadhead.plans.plan import UnitKey
 
 
 def make(count: int = 4, **config: float) -> tuple[HeadGates, HeadGate]:
     settings = GateConfig(**config)
     gate = HeadGate(count, settings)
-    heads = tuple(range(count))
-    return HeadGates({0: gate}, heads={0: heads}, total={0: count}, unit="head", config=settings), gate
+    heads, key = tuple(range(count)), UnitKey("head", 0)
+    return HeadGates({key: gate}, heads={key: heads}, total={key: count}, unit="head", config=settings), gate
 
 
 def give(gate: HeadGate, by_log_alpha: torch.Tensor) -> None:

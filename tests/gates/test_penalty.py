@@ -18,7 +18,10 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.optimizer import GateOptimizer
 from deadhead.gates.penalty import SparsityTarget, difference_weights, l0_loss, linear_warmup, penalty_gradient
+from deadhead.plans.plan import UnitKey
 from tests.helpers import difference
+
+_KEYS = [UnitKey("head", layer) for layer in range(2)]
 
 
 def make_gates(config: GateConfig | None = None, seed: int = 0) -> HeadGates:
@@ -26,9 +29,9 @@ def make_gates(config: GateConfig | None = None, seed: int = 0) -> HeadGates:
     config = config or GateConfig()
     generator = torch.Generator().manual_seed(seed)
     gates = HeadGates(
-        {layer: HeadGate(5, config) for layer in range(2)},
-        heads={layer: tuple(range(5)) for layer in range(2)},
-        total=dict.fromkeys(range(2), 5),
+        {key: HeadGate(5, config) for key in _KEYS},
+        heads=dict.fromkeys(_KEYS, tuple(range(5))),
+        total=dict.fromkeys(_KEYS, 5),
         unit="head",
         config=config,
     )
@@ -140,7 +143,7 @@ def test_the_ramp_begins_where_the_gates_are() -> None:
 def test_each_layer_has_a_target_of_its_own() -> None:
     gates = make_gates()
     SparsityTarget(0.4, ramp_steps=1, ranking="layer").project(gates, 1)
-    assert expected_open(gates) == {layer: pytest.approx(3.0, abs=1e-3) for layer in range(2)}
+    assert expected_open(gates) == dict.fromkeys(_KEYS, pytest.approx(3.0, abs=1e-3))
 
 
 def test_weights_say_which_heads_the_target_pushes() -> None:
@@ -152,8 +155,8 @@ def test_weights_say_which_heads_the_target_pushes() -> None:
     SparsityTarget(0.4, ramp_steps=1).project(plain, 1)
     SparsityTarget(0.4, ramp_steps=1).project(weighted, 1, "output_difference")
     assert sum(expected_open(plain).values()) == pytest.approx(sum(expected_open(weighted).values()), abs=1e-3)
-    assert bool((plain.log_alpha()[0].diff() == 0).all())
-    assert float(weighted.log_alpha()[0][2]) < float(weighted.log_alpha()[0][3])
+    assert bool((plain.log_alpha()[_KEYS[0]].diff() == 0).all())
+    assert float(weighted.log_alpha()[_KEYS[0]][2]) < float(weighted.log_alpha()[_KEYS[0]][3])
 
 
 @given(seed=st.integers(0, 10**6), sparsity=st.floats(0.0, 0.95), by_layer=st.booleans())
@@ -187,7 +190,7 @@ def test_exact_draws_heed_other_constants() -> None:
 def test_an_exact_target_forgets_no_order_on_its_ramp() -> None:
     """Gates that lean far, under an optimizer that keeps them within their bound, and gradients that say nothing."""
     gates = make_gates()
-    for layer, gate in gates:
+    for (_, layer), gate in gates:
         gate.set_log_alpha(torch.linspace(-3, 7, 10)[5 * layer : 5 * layer + 5])
     order = torch.cat(list(gates.log_alpha().values())).argsort().tolist()
     target = SparsityTarget(0.7, ramp_steps=5, exact=True)

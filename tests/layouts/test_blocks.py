@@ -26,7 +26,7 @@ from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.measure.cost import config_cost, model_cost
 from deadhead.measure.criteria import score_heads
 from deadhead.models import AllAttentionConfig
-from deadhead.plans.plan import BlockPlan, HeadPlan, block_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from tests.helpers import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
 
@@ -112,7 +112,7 @@ def test_sites_name_the_blocks_there_are_and_those_there_were(kind: str) -> None
     sites = layout.block_sites(model)
     assert [site.units for site in sites] == [(0, 3), (), (0, 1, 2, 3)]
     assert [(site.layer, site.key, site.total, site.unit_dim) for site in sites] == [
-        (layer, block_key(layer), 4, 3) for layer in range(3)
+        (layer, UnitKey("block", layer), 4, 3) for layer in range(3)
     ]
     assert not any(site.is_headless for site in sites), "a layer without blocks still has heads"
     for part in layout.selections(sites[0], (3,)):
@@ -182,7 +182,7 @@ def test_persistent_vectors_are_gone_with_the_heads_of_their_layer_whatever_a_pl
     assert model.config.head_plan["blocks"]["kept"] == {"0": [1, 2], "1": [], "2": [0, 1, 2, 3]}
     assert [site.units for site in AllAttentionLayout().block_sites(model)] == [(1, 2), (), (0, 1, 2, 3)]
     gates = attach(model, blocks=True)
-    assert gates.headless == {block_key(1)} and block_key(1) not in gates.gates
+    assert gates.headless == {UnitKey("block", 1)} and UnitKey("block", 1) not in gates.gates
     # The same plan again, and one that says of that layer what is true, mean the same and are both accepted.
     for blocks in ({0: [1], 1: [0, 3]}, {0: [1], 1: []}):
         gates.set_plan(plan_of(blocks, {1: []}))
@@ -193,7 +193,7 @@ def test_persistent_vectors_are_gone_with_the_heads_of_their_layer_whatever_a_pl
     detach(model)
     # A model cut by heads alone, which says nothing of blocks.
     headless = cut(MODELS["persistent"](), plan_of(None, {1: []}))
-    assert attach(headless, blocks=3).present[block_key(1)] == ()
+    assert attach(headless, blocks=3).heads[UnitKey("block", 1)] == ()
     # A feed-forward layer outlives the heads.
     other = cut(MODELS["feed-forward"](), keeps)
     assert other.config.head_plan == keeps.to_dict()
@@ -251,7 +251,7 @@ def test_soft_gates_are_for_what_a_weight_can_take_up() -> None:
     attach(model, config=GateConfig(hard=False))
     soft = MODELS["feed-forward"]()
     gates = attach(soft, blocks=3, config=GateConfig(hard=False))
-    gates.gates[block_key(1)].set_log_alpha(torch.tensor([0.3, -0.5, 6.0, -0.2]))
+    gates.gates[UnitKey("block", 1)].set_log_alpha(torch.tensor([0.3, -0.5, 6.0, -0.2]))
     expected = logits(soft)
     assert difference(logits(cut(soft, gates.plan())), expected) <= 1e-5
 
@@ -325,7 +325,7 @@ def test_magnitude_is_the_norm_of_what_the_cut_takes_away(kind: str) -> None:
     for block in range(4):
         smaller = cut(MODELS[kind](), plan_of({1: [other for other in range(4) if other != block]}))
         expected = (square(MODELS[kind]()) - square(smaller)) ** 0.5
-        assert float(found.scores[block_key(1)][block]) == pytest.approx(expected, rel=1e-3)
+        assert float(found.scores[UnitKey("block", 1)][block]) == pytest.approx(expected, rel=1e-3)
     assert score_heads(MODELS[kind](), "random", blocks=3).plan(0.5).blocks is not None
 
 
@@ -370,7 +370,7 @@ def test_taylor_is_the_derivative_by_the_blocks_weight(with_gates: bool) -> None
                 row_losses(layer, [1.0 + sign * step * (other == block) for other in range(4)]) for sign in (1, -1)
             )
             expected = float(((more - less) / (2 * step)).abs().mean())
-            assert float(found.scores[block_key(layer)][block]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
+            assert float(found.scores[UnitKey("block", layer)][block]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
 
 
 def test_output_differences_are_not_for_persistent_vectors() -> None:
@@ -378,7 +378,7 @@ def test_output_differences_are_not_for_persistent_vectors() -> None:
     with pytest.raises(InputError, match="no output difference, as a layer's output is no sum over them"):
         score_heads(MODELS["persistent"](), "output-difference", [batch], blocks=3)
     assert score_heads(MODELS["persistent"](), "output-difference", [batch]).plan(0.5).blocks is None
-    assert block_key(0) in score_heads(MODELS["feed-forward"](), "output-difference", [batch], blocks=3).scores
+    assert UnitKey("block", 0) in score_heads(MODELS["feed-forward"](), "output-difference", [batch], blocks=3).scores
 
 
 @models

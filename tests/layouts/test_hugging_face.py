@@ -28,7 +28,7 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.models.pruned import feed_forward, shrinking
-from deadhead.plans.plan import HeadPlan, Unit, is_block_key
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.training.phases.learning import checkpoint_activations
 from tests.helpers import (
     assert_unchanged,
@@ -170,7 +170,7 @@ def test_a_feed_forward_tensor_whose_blocks_are_shifted_is_found_out_and_nothing
     before = snapshot(model)
     gates = attach(model, blocks=8)
     detach(model)
-    kept = {key: units[::2] if is_block_key(key) else units for key, units in gates.heads.items()}
+    kept = {key: units[::2] if key.kind == "block" else units for key, units in gates.heads.items()}
     plan = gates.plan_of(kept)
     original = feed_forward.rows_of_units
 
@@ -191,9 +191,9 @@ def _plan(model: Any, seed: int = 0, unit: Unit | None = None) -> HeadPlan:
     gates = attach(model, unit=unit)
     detach(model)
     draw = random.Random(seed)
-    kept = {layer: tuple(draw.sample(heads, len(heads) // 2)) for layer, heads in gates.heads.items()}
+    kept = {key: tuple(draw.sample(heads, len(heads) // 2)) for key, heads in gates.heads.items()}
     first, *_, last = kept
-    return HeadPlan(kept={**kept, first: (), last: gates.heads[last]}, total=gates.total, unit=gates.unit)
+    return gates.plan_of({**kept, first: (), last: gates.heads[last]})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gpt_oss", "deepseek_v3", "bert"])
@@ -303,7 +303,7 @@ def test_groups_by_default_and_query_heads_as_an_option() -> None:
     assert attach(model).total == {0: 4, 1: 4, 2: 4}
     detach(model)
     gates = attach(model, unit="head")
-    assert gates.total == {0: 8, 1: 8, 2: 8}
+    assert gates.total == {UnitKey("head", layer): 8 for layer in range(3)}
     detach(model)
     with pytest.raises(InputError, match="open and close head, but the unit 'kv_group'"):
         attach(tiny_model("gpt2"), unit="kv_group")

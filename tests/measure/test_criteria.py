@@ -16,9 +16,9 @@ import deadhead
 from benchmarks._tiny_models import scramble
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout, head_columns
-from deadhead.measure.criteria import READS_TEXT, score_heads
-from deadhead.plans.kinds import ONE_SHOT
-from deadhead.plans.plan import Unit
+from deadhead.measure.criteria import score_heads
+from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
+from deadhead.plans.plan import Unit, UnitKey
 from tests.helpers import assert_unchanged, snapshot, tiny_model
 
 IDS = torch.randint(29, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -91,7 +91,7 @@ def test_taylor_is_the_derivative_by_the_heads_scale(case: tuple[Any, Unit]) -> 
             with torch.no_grad():
                 more, less = (row_losses(scaled(model, site, head, 1 + sign * step)) for sign in (1, -1))
             expected = float(((more - less) / (2 * step)).abs().mean())
-            assert float(found.scores[site.layer][head]) == pytest.approx(expected, rel=3e-3, abs=1e-5)
+            assert float(found.scores[site.key][head]) == pytest.approx(expected, rel=3e-3, abs=1e-5)
 
 
 def test_output_difference_is_what_the_layers_output_loses(case: tuple[Any, Unit]) -> None:
@@ -108,7 +108,7 @@ def test_output_difference_is_what_the_layers_output_loses(case: tuple[Any, Unit
             place = slice(head * site.unit_dim, (head + 1) * site.unit_dim)
             alone = inputs[0][..., place] @ weight[:, place].T
             expected = float(alone.norm() / whole.norm())
-            assert float(found.scores[site.layer][head]) == pytest.approx(expected, rel=1e-4)
+            assert float(found.scores[site.key][head]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["all-attention", "gpt2", "llama, groups"])
@@ -116,7 +116,7 @@ def test_magnitude_is_the_norm_of_what_the_cut_takes_away(name: str) -> None:
     make, unit = MODELS[name]
     model = make()
     found = score_heads(model, "magnitude", unit=unit)
-    total = {layer: len(scores) for layer, scores in found.scores.items()}
+    total = {key.layer: len(scores) for key, scores in found.scores.items()}
 
     def square(module: Any) -> float:
         return sum(float(parameter.detach().double().square().sum()) for parameter in module.parameters())
@@ -125,7 +125,7 @@ def test_magnitude_is_the_norm_of_what_the_cut_takes_away(name: str) -> None:
         kept = {layer: range(1, total[layer])}
         smaller = deadhead.cut(make(), deadhead.HeadPlan(kept=kept, total=total, unit=unit))
         expected = (square(model) - square(smaller)) ** 0.5
-        assert float(found.scores[layer][0]) == pytest.approx(expected, rel=1e-3)
+        assert float(found.scores[UnitKey("head", layer)][0]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_random_scores_follow_the_seed() -> None:
@@ -147,9 +147,10 @@ def test_dead_heads_go_first(criterion: Any) -> None:
 
 
 def test_the_memory_of_the_segment_before_is_seen() -> None:
-    first = score_heads(tiny_model(), "taylor", batches(2)).scores[0]
+    key = UnitKey("head", 0)
+    first = score_heads(tiny_model(), "taylor", batches(2)).scores[key]
     going_on = [*batches(), {**batches()[0], "is_first": torch.tensor([False] * 3)}]
-    assert not torch.allclose(score_heads(tiny_model(), "taylor", going_on).scores[0], first, rtol=1e-3)
+    assert not torch.allclose(score_heads(tiny_model(), "taylor", going_on).scores[key], first, rtol=1e-3)
 
 
 @pytest.mark.parametrize("criterion", ONE_SHOT)
@@ -167,8 +168,8 @@ def test_the_model_is_as_before(criterion: Any, training: bool) -> None:
 def test_a_model_that_was_cut_is_scored_by_its_dense_indices(criterion: Any) -> None:
     model = deadhead.cut(tiny_model(), deadhead.HeadPlan(kept={0: [1, 3], 1: []}, total=dict.fromkeys(range(3), 4)))
     found = score_heads(model, criterion, batches())
-    assert found.heads == {0: (1, 3), 1: (), 2: (0, 1, 2, 3)}
-    assert {layer: len(scores) for layer, scores in found.scores.items()} == {0: 2, 2: 4}
+    assert [*found.heads.values()] == [(1, 3), (), (0, 1, 2, 3)]
+    assert {key.layer: len(scores) for key, scores in found.scores.items()} == {0: 2, 2: 4}
     deadhead.cut(model, found.plan(0.5))
     assert sum(deadhead.model_cost(model).heads) == 3
 
@@ -186,7 +187,7 @@ def test_bad_arguments() -> None:
         score_heads(tiny_model(), "random", unit="kv_group")
     gated = tiny_model()
     gates = deadhead.attach(gated)
-    gates.gates[1].set_log_alpha(torch.tensor([2.0, -2.0, 2.0, 2.0]))
+    gates.gates[UnitKey("head", 1)].set_log_alpha(torch.tensor([2.0, -2.0, 2.0, 2.0]))
     with pytest.raises(InputError, match="some of its gates are closed"):
         score_heads(gated, "random")
 

@@ -19,7 +19,6 @@ from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import Timing
 from deadhead.models.pruned.feed_forward import find_feed_forwards
 from deadhead.models.pruned.structure import find_attentions
-from deadhead.plans.plan import is_block_key
 from tests import helpers
 from tests.helpers import assert_unchanged, snapshot
 
@@ -52,11 +51,11 @@ def test_what_each_unit_takes_is_found_out_and_predicts_any_plan() -> None:
     assert costs.total == pytest.approx(_REST + 12 * _HEAD + 24 * _BLOCK) == latency.dense
     assert costs.fixed == pytest.approx(_REST)
     for key, table in costs.tables.items():
-        each = _BLOCK if is_block_key(key) else _HEAD
+        each = _BLOCK if key.kind == "block" else _HEAD
         assert table.tolist() == pytest.approx([each * count for count in range(len(table))])
     gates = attach(model, blocks=8)
     plan = gates.plan_of({key: units[: index % 4] for index, (key, units) in enumerate(gates.heads.items())})
-    kept = sum(len(units) for key, units in plan.units.items() if not is_block_key(key)), sum(plan.blocks.blocks)  # type: ignore[union-attr]
+    kept = sum(len(units) for key, units in plan.units.items() if key.kind == "head"), sum(plan.blocks.blocks)  # type: ignore[union-attr]
     assert latency.predict(plan) == pytest.approx(_REST + _HEAD * kept[0] + _BLOCK * kept[1])
     assert latency.speedup(plan) == pytest.approx(latency.dense / latency.predict(plan))
     assert latency.speedup(gates.plan()) == pytest.approx(1.0)

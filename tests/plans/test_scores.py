@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deadhead.errors import InputError
-from deadhead.plans.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
+
+_BY_KEY = ("scores", "heads", "total")
 
 
 def scores(values: dict[Any, list[float]], **changes: Any) -> HeadScores:
@@ -22,8 +24,10 @@ def scores(values: dict[Any, list[float]], **changes: Any) -> HeadScores:
         "heads": heads,
         "total": {layer: max(1, len(numbers)) for layer, numbers in heads.items()},
         "unit": "head",
+        **changes,
     }
-    return HeadScores(**{**fields, **changes})
+    keyed = {name: {UnitKey("head", layer): v for layer, v in fields[name].items()} for name in _BY_KEY}
+    return HeadScores(**{**fields, **keyed})
 
 
 def test_the_lowest_of_all_layers_go() -> None:
@@ -41,8 +45,8 @@ def test_the_share_is_exact_and_nothing_kept_is_worth_less_than_what_goes(
     found = scores({layer: torch.rand(size, generator=draw).tolist() for layer, size in enumerate(sizes)})
     plan = found.plan(sparsity)
     assert sum(plan.heads) == sum(sizes) - round(sparsity * sum(sizes))
-    kept = [float(found.scores[layer][head]) for layer, heads in plan.kept.items() for head in heads]
-    gone = [float(found.scores[layer][head]) for layer in plan.kept for head in plan.cut(layer)]
+    kept = [float(found.scores[UnitKey("head", layer)][head]) for layer, heads in plan.kept.items() for head in heads]
+    gone = [float(found.scores[UnitKey("head", layer)][head]) for layer in plan.kept for head in plan.cut(layer)]
     assert not kept or not gone or min(kept) >= max(gone)
     by_layer = found.plan(sparsity, ranking="layer")
     assert by_layer.heads == [size - round(sparsity * size) for size in sizes]

@@ -11,28 +11,29 @@ import torch
 import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
-from deadhead.plans.plan import block_key
+from deadhead.plans.plan import UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 from tests import helpers
 
+_HEADS, _BLOCKS = UnitKey("head", 0), UnitKey("block", 0)
 COSTS = UnitCosts(
     fixed=5.0,
     tables={
-        0: torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64),
-        block_key(0): torch.tensor([0.0, 2.0, 2.0, 8.0], dtype=torch.float64),
+        _HEADS: torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64),
+        _BLOCKS: torch.tensor([0.0, 2.0, 2.0, 8.0], dtype=torch.float64),
     },
 )
 
 
 def test_totals_interpolation_slopes_and_what_a_unit_saves() -> None:
     assert COSTS.total == 16.0
-    assert COSTS.of({0: 2, block_key(0): 3}) == 16.0
-    assert COSTS.of({0: 0, block_key(0): 0}) == 5.0
-    assert COSTS.of({0: 1.5, block_key(0): 2.25}) == 5.0 + 2.0 + 3.5
-    assert COSTS.of({0: -1, block_key(0): 9}) == 13.0, "counts beyond the table are its ends"
-    assert COSTS.slopes({0: 1, block_key(0): 3}) == {0: 1.5, block_key(0): 6.0}
-    assert COSTS.slopes({0: 0, block_key(0): 1.4}) == {0: 1.0, block_key(0): 1.0}
-    assert COSTS.saved(0, 2) == 2.0 and COSTS.saved(block_key(0), 2) == 0.0
+    assert COSTS.of({_HEADS: 2, _BLOCKS: 3}) == 16.0
+    assert COSTS.of({_HEADS: 0, _BLOCKS: 0}) == 5.0
+    assert COSTS.of({_HEADS: 1.5, _BLOCKS: 2.25}) == 5.0 + 2.0 + 3.5
+    assert COSTS.of({_HEADS: -1, _BLOCKS: 9}) == 13.0, "counts beyond the table are its ends"
+    assert COSTS.slopes({_HEADS: 1, _BLOCKS: 3}) == {_HEADS: 1.5, _BLOCKS: 6.0}
+    assert COSTS.slopes({_HEADS: 0, _BLOCKS: 1.4}) == {_HEADS: 1.0, _BLOCKS: 1.0}
+    assert COSTS.saved(_HEADS, 2) == 2.0 and COSTS.saved(_BLOCKS, 2) == 0.0
     assert UnitCosts(fixed=2.0, tables={}).total == UnitCosts(fixed=2.0, tables={}).of({}) == 2.0
 
 

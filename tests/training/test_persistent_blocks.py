@@ -19,7 +19,7 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
-from deadhead.plans.plan import BlockPlan, HeadPlan, block_key, is_block_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from deadhead.training.phases.choosing import gate_config
 from tests.helpers import difference, tiny_model
 from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
@@ -33,7 +33,7 @@ def gated(log_alpha: list[float], heads: list[float] | None = None, **values: An
     model = tiny_model(**{"seed": 3, "num_persistent": 12, **values}).train()
     gates = attach(model, blocks=3, config=GateConfig(output_scale=True))
     for key, gate in gates:
-        gate.set_log_alpha(torch.tensor(log_alpha if is_block_key(key) else heads or [0.3, -0.3, 9.0, 0.1]))
+        gate.set_log_alpha(torch.tensor(log_alpha if key.kind == "block" else heads or [0.3, -0.3, 9.0, 0.1]))
     gates.begin_step(3)
     return model, gates
 
@@ -76,7 +76,7 @@ def test_a_shut_gate_learns_what_its_block_would_do() -> None:
     """Its gradient, as that of a block that is open, is the slope of the loss by z."""
     model, gates = gated([0.3, -0.3, 0.1, -0.1], heads=[20.0] * 4, dtype=torch.float64, num_hidden_layers=1)
     gates.draw()
-    gate = gates.gates[block_key(0)]
+    gate = gates.gates[UnitKey("block", 0)]
     z_J = gate()[0].detach()
     assert 0 < int(z_J.sum()) < 4
     attention = model.model.layers[0].attention
@@ -140,8 +140,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(attention_dropout: floa
             model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         torch.manual_seed(0)
         found.append(step(model))
-        assert not any(gate.difference.any() for key, gate in gates if is_block_key(key))
-        assert all(gate.difference.any() for key, gate in gates if not is_block_key(key))
+        assert not any(gate.difference.any() for key, gate in gates if key.kind == "block")
+        assert all(gate.difference.any() for key, gate in gates if key.kind == "head")
     assert_same(found[1], found[0])
 
 
@@ -188,7 +188,7 @@ def _begun() -> tuple[Any, HeadGates, PruneRecipe]:
     model = tiny_model(num_persistent=12, hidden_dropout=0.1, attention_dropout=0.1)
     gates = attach(model, config=gate_config(recipe, model, seed=4), blocks=3)
     for key, gate in gates:
-        gate.set_log_alpha(torch.tensor([6.0, -20.0, 6.0, -20.0] if is_block_key(key) else [6.0, 6.0, -20.0, 6.0]))
+        gate.set_log_alpha(torch.tensor([6.0, -20.0, 6.0, -20.0] if key.kind == "block" else [6.0, 6.0, -20.0, 6.0]))
     return model, gates, recipe
 
 

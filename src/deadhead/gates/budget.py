@@ -14,7 +14,7 @@ from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.penalty import Weighting, linear_warmup, unit_weights
 from deadhead.plans.kinds import BudgetKind
-from deadhead.plans.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
 
@@ -167,7 +167,7 @@ class BudgetTarget:
             low, high = (low, middle) if cost(middle) > wanted else (middle, high)
         return moved((low + high) / 2)
 
-    def _slopes(self, gates: HeadGates) -> dict[Any, float]:
+    def _slopes(self, gates: HeadGates) -> dict[UnitKey, float]:
         """Return by key what a unit costs at the expected counts, 1 on average."""
         counts = {key: float(p_H.sum()) for key, p_H in self._probabilities(gates).items()}
         slopes = self.costs.slopes(counts)
@@ -184,7 +184,7 @@ class BudgetTarget:
         average = sum(found[key] * units[key] for key in found) / max(sum(units.values()), 1)
         return {key: slope / average for key, slope in found.items()} if average else found
 
-    def _probabilities(self, gates: HeadGates) -> dict[Any, Tensor]:
+    def _probabilities(self, gates: HeadGates) -> dict[UnitKey, Tensor]:
         return {key: gates.gates[key].open_probability.cpu() for key in self.costs.tables}
 
     def state(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from deadhead.gates.hard_concrete import GateConfig, l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.output_difference import average_over_processes
 from deadhead.plans.kinds import Ranking
-from deadhead.plans.plan import BlockPlan, HeadPlan, Layer, Unit, is_block_key, plain_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, Unit, UnitKey
 from deadhead.plans.scores import HeadScores
 
 # Forwards from one measurement of the output differences to the next.
@@ -27,25 +27,25 @@ class HeadGates:
     """All gates of one model, in the order of its layers. Made by `deadhead.attach`.
 
     Args:
-        gates: the gates by layer.
-        heads: by layer, the index in the original dense model of each head there is now.
-        total: heads of each layer of the original dense model; layers that have lost all heads are in it too.
+        gates: the gates by key.
+        heads: by key, the index in the original dense model of each unit there is now.
+        total: by key, units of the original dense model; layers that have lost all of them are in it too.
         unit: what a gate opens and closes.
         config: the gates' constants.
-        block_size: size of the blocks that have gates too, or None. All mappings then have their keys as well.
+        block_size: size of the blocks that have gates too, or None.
         headless: keys of blocks that went with the last head of their layer; what a plan says of them means nothing.
     """
 
     def __init__(
         self,
-        gates: Mapping[Layer, HeadGate],
+        gates: Mapping[UnitKey, HeadGate],
         *,
-        heads: Mapping[Layer, tuple[int, ...]],
-        total: Mapping[Layer, int],
+        heads: Mapping[UnitKey, tuple[int, ...]],
+        total: Mapping[UnitKey, int],
         unit: Unit,
         config: GateConfig,
         block_size: int | None = None,
-        headless: Sequence[Layer] = (),
+        headless: Sequence[UnitKey] = (),
     ) -> None:
         self.gates = dict(gates)
         self.heads = dict(heads)
@@ -58,7 +58,7 @@ class HeadGates:
         self._micro_batch = 0
         self._exactly: list[tuple[list[HeadGate], int]] = []
 
-    def __iter__(self) -> Iterator[tuple[Layer, HeadGate]]:
+    def __iter__(self) -> Iterator[tuple[UnitKey, HeadGate]]:
         return iter(self.gates.items())
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class HeadGates:
     def track_difference(self, on: bool = True) -> None:
         """Measure each head's output difference in one training forward of ten, or stop that.
 
-        Measuring takes as long as a projection, and does not change the training by a bit.
+        Measuring takes as long as a projection and does not change the training.
         """
         for gate in self.gates.values():
             gate.output_difference.is_tracked = on
@@ -110,10 +110,7 @@ class HeadGates:
         return any(gate.output_difference.is_tracked for gate in self.gates.values())
 
     def average_difference(self) -> None:
-        """Take the output differences of this step over the tokens of all processes, as one with all rows would.
-
-        Each process measured its own batches. All must call this, before the step ends.
-        """
+        """Take the output differences of this step over the tokens of all processes, which must all call this."""
         average_over_processes(gate.output_difference for gate in self.gates.values())
 
     def gather(self) -> None:
@@ -124,17 +121,17 @@ class HeadGates:
         for gate in self.gates.values():
             gate.gather()
 
-    def log_alpha(self) -> dict[Layer, Tensor]:
-        """Return log_alpha by layer, detached, on the CPU."""
-        return {layer: gate.log_alpha.detach().cpu() for layer, gate in self}
+    def log_alpha(self) -> dict[UnitKey, Tensor]:
+        """Return log_alpha by key, detached, on the CPU."""
+        return {key: gate.log_alpha.detach().cpu() for key, gate in self}
 
-    def open_probability(self) -> dict[Layer, Tensor]:
-        """Return by layer the chance that a head is open in a training draw, on the CPU."""
-        return {layer: gate.open_probability.cpu() for layer, gate in self}
+    def open_probability(self) -> dict[UnitKey, Tensor]:
+        """Return by key the chance that a unit is open in a training draw, on the CPU."""
+        return {key: gate.open_probability.cpu() for key, gate in self}
 
-    def difference(self) -> dict[Layer, Tensor]:
-        """Return by layer the running relative output difference d_h of each head, on the CPU; 0 if never measured."""
-        return {layer: gate.difference.cpu() for layer, gate in self}
+    def difference(self) -> dict[UnitKey, Tensor]:
+        """Return by key the running relative output difference d_h of each unit, on the CPU; 0 if never measured."""
+        return {key: gate.difference.cpu() for key, gate in self}
 
     def l0(self) -> Tensor:
         """Return the L0 sparsity loss, Σ over layers and heads of P(z > 0), with gradient (0-dimensional).
@@ -147,12 +144,12 @@ class HeadGates:
     @property
     def sparsity(self) -> float:
         """Share of the heads' gates that are closed in evaluation, in [0, 1]."""
-        return _closed_share([gate for key, gate in self if not is_block_key(key)])
+        return _closed_share([gate for key, gate in self if key.kind == "head"])
 
     @property
     def block_sparsity(self) -> float:
         """Share of the blocks' gates that are closed in evaluation, in [0, 1]."""
-        return _closed_share([gate for key, gate in self if is_block_key(key)])
+        return _closed_share([gate for key, gate in self if key.kind == "block"])
 
     def plan(self, *, sparsity: float | None = None, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that keeps the heads open now.
@@ -163,16 +160,13 @@ class HeadGates:
         """
         if sparsity is not None:
             return self.scores().plan(sparsity, ranking=ranking)
-        is_open = {layer: gate.is_open.cpu() for layer, gate in self}
-        kept = {
-            layer: tuple(head for head, opened in zip(heads, is_open[layer].tolist(), strict=True) if opened)
-            if layer in is_open
-            else ()
-            for layer, heads in self.heads.items()
-        }
+        kept: dict[UnitKey, tuple[int, ...]] = dict.fromkeys(self.heads, ())
+        for key, gate in self:
+            states = zip(self.heads[key], gate.is_open.tolist(), strict=True)
+            kept[key] = tuple(head for head, is_open in states if is_open)
         return self.plan_of(kept)
 
-    def plan_of(self, kept: Mapping[Layer, Sequence[int]]) -> HeadPlan:
+    def plan_of(self, kept: Mapping[UnitKey, Sequence[int]]) -> HeadPlan:
         """Return the plan that keeps some units, given by key."""
         return HeadPlan.of_units(
             kept,
@@ -194,17 +188,13 @@ class HeadGates:
         )
 
     def lean(self, scores: HeadScores, *, spread: float) -> None:
-        """Move log_alpha apart, in even steps in the order of the heads' scores.
+        """Move log_alpha apart, in even steps in the order of the units' scores, by a standard deviation of `spread`.
 
         Gates then begin with an opinion, which training may change; draws differ where it is weakest.
-
-        Args:
-            scores: of the heads there are.
-            spread: standard deviation of what is added to log_alpha.
         """
         if not len(self):
             return
-        values = torch.cat([scores.scores[layer] for layer in self.gates])
+        values = torch.cat([scores.scores[key] for key in self.gates])
         if bool(values.isnan().any()):
             raise InputError("Some heads have a score that is not a number, so gates cannot lean by it.")
         ranks = values.argsort(stable=True).argsort().float()
@@ -223,15 +213,15 @@ class HeadGates:
         units = self.require_plan(plan)
         config = replace(self.config, output_scale=plan.output_scale)
         self.config = config
-        for layer, gate in self:
-            kept = set(units[layer])
+        for key, gate in self:
+            kept = set(units[key])
             # Beyond saturation soft gates are exactly 0 or 1 too, so the plan holds exactly for both kinds.
             strength = max(abs(config.init), 3.0, config.saturation + 0.5)
-            values = [strength if head in kept else -strength for head in self.heads[layer]]
-            gate.config = config.for_gate(of_blocks=is_block_key(layer))
+            values = [strength if head in kept else -strength for head in self.heads[key]]
+            gate.config = config.for_gate(of_blocks=key.kind == "block")
             gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
 
-    def require_plan(self, plan: HeadPlan) -> dict[Layer, tuple[int, ...]]:
+    def require_plan(self, plan: HeadPlan) -> dict[UnitKey, tuple[int, ...]]:
         """Check that `plan` is one for this model.
 
         Returns:
@@ -245,21 +235,21 @@ class HeadGates:
             raise InputError(
                 f"The head plan counts in {plan.unit}s, but this model's gates open and close {self.unit}s."
             )
-        total = {layer: count for layer, count in self.total.items() if not is_block_key(layer)}
+        total = {key.layer: count for key, count in self.total.items() if key.kind == "head"}
         if dict(plan.total) != total:
             raise InputError(
-                f"The head plan is for {_counts(plan.total)} heads a layer, but this model had {_counts(total)}."
+                f"The head plan is for {[*plan.total.values()]} heads a layer, but this model had {[*total.values()]}."
             )
         kept = plan.units
-        units = {layer: () if layer in self.headless else kept.get(layer, heads) for layer, heads in self.heads.items()}
+        units = {key: () if key in self.headless else kept.get(key, heads) for key, heads in self.heads.items()}
         if plan.blocks is not None:
             self._require_blocks(plan.blocks)
-        for layer, heads in self.heads.items():
-            gone = sorted(set(units[layer]) - set(heads))
+        for key, heads in self.heads.items():
+            gone = sorted(set(units[key]) - set(heads))
             if gone:
-                what = "block" if is_block_key(layer) else "head"
+                what = key.kind
                 raise InputError(
-                    f"The head plan keeps {what} {gone[0]} of layer {plain_key(layer)}, but that {what} was cut before."
+                    f"The head plan keeps {what} {gone[0]} of layer {key.layer}, but that {what} was cut before."
                 )
         return units
 
@@ -269,18 +259,18 @@ class HeadGates:
                 "The head plan also names blocks, but this model's gates are on heads alone; attach them with "
                 f"deadhead.attach(model, blocks={blocks.size})."
             )
-        total = {plain_key(key): count for key, count in self.total.items() if is_block_key(key)}
+        total = {key.layer: count for key, count in self.total.items() if key.kind == "block"}
         if blocks.size != self.block_size or dict(blocks.total) != total:
             raise InputError(
-                f"The head plan is for {_counts(blocks.total)} blocks of {blocks.size} a layer, but this model had "
-                f"{_counts(total)} of {self.block_size}."
+                f"The head plan is for {[*blocks.total.values()]} blocks of {blocks.size} a layer, but this model had "
+                f"{[*total.values()]} of {self.block_size}."
             )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return log_alpha and the measured output differences of every layer, for saving."""
         return {
-            f"{layer}.{name}": value.detach().cpu().clone()
-            for layer, gate in self
+            f"{key}.{name}": value.detach().cpu().clone()
+            for key, gate in self
             for name, value in (("log_alpha", gate.log_alpha), ("difference", gate.difference))
         }
 
@@ -292,13 +282,14 @@ class HeadGates:
         """
         expected: dict[str, Any] = {name: value.shape for name, value in self.state_dict().items()}
         if {name: value.shape for name, value in state.items()} != expected:
-            raise InputError(f"The saved gates do not fit this model, which has {_counts(self.total)} heads a layer.")
+            counts = [*self.total.values()]
+            raise InputError(f"The saved gates do not fit this model, which has {counts} heads a layer.")
         for name, value in state.items():
             if not value.is_floating_point() or not bool(value.isfinite().all()):
                 raise InputError(f"The saved gates have values in {name} that are not finite numbers.")
-        for layer, gate in self:
-            gate.set_log_alpha(state[f"{layer}.log_alpha"].to(gate.log_alpha_bias.device))
-            gate.difference.copy_(state[f"{layer}.difference"])
+        for key, gate in self:
+            gate.set_log_alpha(state[f"{key}.log_alpha"].to(gate.log_alpha_bias.device))
+            gate.difference.copy_(state[f"{key}.difference"])
 
 
 def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, config: GateConfig) -> dict[HeadGate, Tensor]:
@@ -321,7 +312,3 @@ def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, config: GateConf
 
 def _closed_share(gates: Sequence[HeadGate]) -> float:
     return 1.0 - sum(int(gate.is_open.sum()) for gate in gates) / max(sum(gate.num_heads for gate in gates), 1)
-
-
-def _counts(total: Mapping[Layer, int]) -> str:
-    return "[" + ", ".join(str(count) for count in total.values()) + "]"

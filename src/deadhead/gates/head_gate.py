@@ -109,10 +109,8 @@ class HeadGate(nn.Module):
     def draw(self, noise: Tensor, *, measure: bool) -> None:
         """Take over the noise of a training draw, uniform in (0, 1), shape (H,).
 
-        Args:
-            noise: u.
-            measure: whether this forward updates the output differences, if they are tracked. Every head is computed in
-                it, tracked or not: skipped heads change rounding, and tracking must not change a bit of the training.
+        A forward that measures updates the output differences, if they are tracked. It computes every head, tracked or
+        not: skipped heads change rounding, and tracking must not change a bit of the training.
         """
         self.noise.copy_(noise)
         self._computes_all = measure

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Weight of the newest measurement in the running average.
 _RATE = 0.4
-
-
-class _HasDifference(Protocol):
-    difference: Tensor
 
 
 class OutputDifference:
@@ -25,7 +20,7 @@ class OutputDifference:
         gate: the module whose buffer `difference`, shape (H,), is the average; it is moved, saved and loaded with it.
     """
 
-    def __init__(self, gate: _HasDifference) -> None:
+    def __init__(self, gate: nn.Module) -> None:
         self._gate = gate
         self.is_tracked = False
         # Whether the next forward measures.
@@ -37,7 +32,7 @@ class OutputDifference:
     @property
     def average(self) -> Tensor:
         """The running average of d_h, shape (H,); 0 if nothing was measured yet."""
-        return self._gate.difference
+        return self._gate.get_buffer("difference")
 
     def begin_step(self) -> None:
         """Forget what this process measured in the last step."""

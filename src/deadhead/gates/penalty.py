@@ -13,7 +13,6 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.plans.kinds import Ranking
-from deadhead.plans.plan import is_block_key
 
 Weighting = Literal["plain", "output_difference"]
 
@@ -91,7 +90,7 @@ class SparsityTarget:
     def wanted(self, step: int, gates: HeadGates) -> float:
         """Return the share of heads that draws are to leave out after `step` steps."""
         if self.start is None:
-            open_now = torch.cat([p_H for key, p_H in gates.open_probability().items() if not is_block_key(key)])
+            open_now = torch.cat([p_H for key, p_H in gates.open_probability().items() if key.kind == "head"])
             self.start = min(1.0 - float(open_now.mean()), self.sparsity)
         return self.start + (self.sparsity - self.start) * linear_warmup(step, self.ramp_steps)
 
@@ -124,7 +123,7 @@ class SparsityTarget:
     def _groups(self, gates: HeadGates) -> list[list[HeadGate]]:
         if self.ranking == "layer":
             return [[gate] for _, gate in gates]
-        kinds = [[gate for key, gate in gates if is_block_key(key) == is_block] for is_block in (False, True)]
+        kinds = [[gate for key, gate in gates if key.kind == kind] for kind in ("head", "block")]
         return [gates_of_kind for gates_of_kind in kinds if gates_of_kind]
 
     def state(self) -> dict[str, Any]:

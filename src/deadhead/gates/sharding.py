@@ -40,12 +40,8 @@ def overwrite(parameter: Tensor, values: Tensor) -> None:
 def require_whole(parameters: Iterable[Tensor], what: str) -> None:
     """Check that no parameter is sharded.
 
-    Args:
-        parameters: of a model.
-        what: what is to be done, as the sentence begins.
-
     Raises:
-        InputError: one is.
+        InputError: one is; the message begins with `what`, which is to be done.
     """
     if any(is_sharded(parameter) for parameter in parameters):
         raise InputError(

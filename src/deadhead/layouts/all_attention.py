@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deadhead.layouts.base import Layout, Selection, Site, head_columns
 from deadhead.layouts.feed_forward import FeedForwardSite, feed_forward_selections, feed_forward_sites
-from deadhead.layouts.persistent import PersistentSite, persistent_selections, persistent_sites, tell_persistent
+from deadhead.layouts.persistent import PERSISTENT, PersistentSite, persistent_selections, persistent_sites
 from deadhead.models import OWN_TYPES
 from deadhead.models.all_attention.layer import AllAttention, OutputBias
 from deadhead.models.all_attention.layer import FeedForward as FeedForwardLayer
@@ -91,8 +91,13 @@ class AllAttentionLayout(Layout):
         """Select the rows that are left; a layer without any keeps nothing but the bias b_O."""
         for part in self.selections(site, units):
             keep_rows(site.module, part.path, part.dim, part.index)
+        module = cast(AllAttention, site.module)
         if isinstance(site, PersistentSite):
-            tell_persistent(site, units)
+            # A module that has lost its heads has no such vectors anyway.
+            if module.heads:
+                module.num_persistent = len(units) * site.unit_dim
+                for path in PERSISTENT if not units else ():
+                    delattr(module, path)
             return
         output_bias = OutputBias(head_columns(site.output).shape[0])
         output_bias.bias = site.output.bias  # type: ignore[assignment]
@@ -103,7 +108,6 @@ class AllAttentionLayout(Layout):
                 del inner.up_proj
                 inner.down_proj = output_bias
             return
-        module = _attention(site)
         module.heads = units
         if units:
             return
@@ -124,16 +128,11 @@ class AllAttentionLayout(Layout):
             plan = replace(plan, blocks=replace(plan.blocks, kept=kept))
         model.config.head_plan = plan.to_dict()
 
-    def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
-        """Read `head_plan` of the configuration."""
-        recorded = model.config.head_plan
-        return None if recorded is None else HeadPlan.from_dict(recorded)
-
     def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
         """Count scores and weighted sums: 2 FLOPs a multiply-add, twice for content, once more for positions."""
         if isinstance(site, FeedForwardSite):
             return {}
-        module = _attention(site)
+        module = cast(AllAttention, site.module)
         config = module.config
         width = config.head_dim * len(module.heads)
         persistent_k = module._parameters.get("persistent_k")
@@ -149,7 +148,7 @@ class AllAttentionLayout(Layout):
         """Count keys and values of at most M positions."""
         if site.has_blocks:
             return 0
-        return 2 * site.unit_dim * len(site.units) * min(length, _attention(site).config.memory_length)
+        return 2 * site.unit_dim * len(site.units) * min(length, cast(AllAttention, site.module).config.memory_length)
 
 
 def _attentions(model: PreTrainedModel) -> list[AllAttention]:
@@ -157,10 +156,5 @@ def _attentions(model: PreTrainedModel) -> list[AllAttention]:
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:
-    # Any: a checkpoint loaded with remote code brings its own copies of the classes.
+    # Any, and casts elsewhere, not checks: a checkpoint loaded with remote code brings its own copies of the classes.
     return list(cast(AllAttentionModel, model.base_model).layers)
-
-
-def _attention(site: Site) -> AllAttention:
-    # A cast, not a check: a checkpoint loaded with remote code brings its own copy of the class.
-    return cast(AllAttention, site.module)

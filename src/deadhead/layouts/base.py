@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.models.pruned.structure import output_dim, weight_of
-from deadhead.plans.plan import BlockPlan, HeadPlan, Layer, Unit, block_key
+from deadhead.plans.plan import BlockPlan, HeadPlan, Layer, Unit, UnitKey
 
 # Names of gates in a module.
 HEAD_GATE, BLOCK_GATE = "head_gate", "block_gate"
@@ -65,9 +65,9 @@ class Site:
     is_headless: bool = False
 
     @property
-    def key(self) -> Layer:
-        """The key of its units in a plan."""
-        return block_key(self.layer) if self.has_blocks else self.layer
+    def key(self) -> UnitKey:
+        """The key of its units."""
+        return UnitKey("block" if self.has_blocks else "head", self.layer)
 
     @property
     def gate_name(self) -> str:
@@ -101,13 +101,8 @@ class Layout(ABC):
     def choose_unit(self, model: PreTrainedModel, asked: Unit | None, *, what: str) -> Unit:
         """Return the unit that was asked for, or the default one.
 
-        Args:
-            model: it.
-            asked: "head", "kv_group" or None.
-            what: for the message, what is done by units, such as "gates open and close".
-
         Raises:
-            InputError: the model has no such unit.
+            InputError: the model has no such unit; the message says `what` is done by units ("heads are cut by").
         """
         units = self.units(model)
         if asked is not None and asked not in units:
@@ -125,9 +120,7 @@ class Layout(ABC):
     def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
         """Return the modules of `model` with blocks that can be cut, emptied ones included; none by default.
 
-        Args:
-            model: it.
-            size: of a block; None: as the model was cut by, or one that `choose_block_size` chooses.
+        Without a size of a block, it is the one that the model was cut by, or that `choose_block_size` chooses.
 
         Raises:
             InputError: such blocks cannot be had.
@@ -155,9 +148,10 @@ class Layout(ABC):
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
         """Write the plan into the model's configuration, so that the model reloads as it is."""
 
-    @abstractmethod
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
-        """Return the plan the model was cut by, or None for a dense model."""
+        """Return the plan the model was cut by, which is its configuration's `head_plan`; None for a dense model."""
+        recorded = getattr(model.config, "head_plan", None)
+        return None if recorded is None else HeadPlan.from_dict(recorded)
 
     @abstractmethod
     def context_flops(self, site: Site, length: int) -> Mapping[str, float]:

@@ -24,12 +24,7 @@ class FeedForwardSite(Site):
 def feed_forward_sites(
     found: Sequence[FeedForward], size: int | None, recorded: BlockPlan | None
 ) -> list[FeedForwardSite]:
-    """Return the sites of some feed-forward layers.
-
-    Args:
-        found: the layers.
-        size: of a block, or None.
-        recorded: the blocks that the model was cut by, or None.
+    """Return the sites of some feed-forward layers, in blocks of a size that was asked for or recorded by a cut.
 
     Raises:
         InputError: the size is not one that these layers can have.

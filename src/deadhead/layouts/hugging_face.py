@@ -79,40 +79,33 @@ class HuggingFaceLayout(Layout):
                 f"deadhead prunes models with one stack of layers, but {kind!r} has an encoder and a decoder."
             )
         attentions, refused = find_attentions(model)
-        if not attentions and not emptied(model):
+        without = emptied(model)
+        if not attentions and not without:
             why = next(iter(refused.values()), "it has no attention with query, key, value and output projections")
             raise UnsupportedModel(f"deadhead cannot prune heads of models of type {kind!r}: {why}.")
         plan = self.recorded_plan(model)
-        paths = [attention.path for attention in attentions] + list(emptied(model)) + list(refused)
-        sites: dict[Any, Site] = {}
-        for attention in attentions:
-            num_heads, num_kv_heads = dense_heads(attention)
-            total = num_heads if unit == "head" else num_kv_heads
-            heads = tuple(range(total)) if plan is None else tuple(plan.kept[attention.key])
-            sites[attention.path] = HuggingFaceSite(
-                layer=attention.key,
-                module=attention.module,
-                output_path=attention.output_path,
-                unit_dim=attention.head_dim * attention.num_heads // len(heads),
-                units=heads,
-                total=total,
-                attention=attention,
-                unit=unit,
+        keys = layer_keys([attention.path for attention in attentions] + list(without) + list(refused))
+        found: dict[str, Attention | None] = {attention.path: attention for attention in attentions}
+        found |= dict.fromkeys(without)
+        sites: list[Site] = []
+        for path, attention in found.items():
+            module = without[path] if attention is None else attention.module
+            total = dense_heads(attention or module)[0 if unit == "head" else 1]
+            heads = tuple(range(total)) if plan is None else tuple(plan.kept[keys[path]])
+            width = 1 if attention is None else attention.head_dim * attention.num_heads // len(heads)
+            sites.append(
+                HuggingFaceSite(
+                    layer=keys[path],
+                    module=module,
+                    output_path="" if attention is None else attention.output_path,
+                    unit_dim=width,
+                    units=() if attention is None else heads,
+                    total=total,
+                    attention=attention,
+                    unit=unit,
+                )
             )
-        for path, module in emptied(model).items():
-            num_heads, num_kv_heads = dense_heads(module)
-            key = layer_keys(paths)[path]
-            sites[path] = HuggingFaceSite(
-                layer=key,
-                module=module,
-                output_path="",
-                unit_dim=1,
-                units=(),
-                total=num_heads if unit == "head" else num_kv_heads,
-                attention=None,
-                unit=unit,
-            )
-        return sorted(sites.values(), key=lambda site: (isinstance(site.layer, str), site.layer))
+        return sorted(sites, key=lambda site: (isinstance(site.layer, str), site.layer))
 
     def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
         """Return every feed-forward layer of the text stack that is not one of experts."""
@@ -178,11 +171,6 @@ class HuggingFaceLayout(Layout):
         config.head_plan = plan.to_dict()
         config.attention_outputs = next((m.num_outputs for m in model.modules() if hasattr(m, "num_outputs")), 2)
         model.__class__ = pruned_class(stock_model, stock_config)
-
-    def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
-        """Read `head_plan` of the configuration."""
-        recorded = getattr(model.config, "head_plan", None)
-        return None if recorded is None else HeadPlan.from_dict(recorded)
 
     def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
         """Count scores and weighted sums, 2 FLOPs a multiply-add."""

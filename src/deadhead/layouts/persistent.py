@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 from deadhead.layouts.base import Selection, Site, choose_block_size
 from deadhead.models.all_attention.layer import AllAttention
 from deadhead.models.pruned.feed_forward import block_rows
 from deadhead.plans.plan import BlockPlan
 
-_PATHS = ("persistent_k", "persistent_v")
+# Names of a module's parameters.
+PERSISTENT = ("persistent_k", "persistent_v")
 
 
 class PersistentSite(Site):
@@ -23,12 +23,9 @@ class PersistentSite(Site):
 def persistent_sites(
     attentions: Sequence[AllAttention], size: int | None, recorded: BlockPlan | None
 ) -> list[PersistentSite]:
-    """Return the sites of some layers' persistent vectors; none where the dense model had none.
+    """Return the sites of all layers' persistent vectors, in blocks of a size that was asked for or recorded by a cut.
 
-    Args:
-        attentions: one a layer.
-        size: of a block, or None.
-        recorded: the blocks that the model was cut by, or None.
+    There are none where the dense model had none.
 
     Raises:
         InputError: the size is not one that these layers can have.
@@ -60,18 +57,4 @@ def persistent_selections(site: PersistentSite, blocks: tuple[int, ...]) -> list
     """Return what is left of m^k and m^v if `blocks` stay."""
     names = {name for name, _ in site.module.named_parameters(recurse=False)}
     index = block_rows([site.units.index(block) for block in blocks], site.unit_dim)
-    return [Selection(path=path, dim=1, index=index, per_token=False) for path in _PATHS if path in names]
-
-
-def tell_persistent(site: PersistentSite, blocks: tuple[int, ...]) -> None:
-    """Tell the module which blocks its tensors hold now; without any it has no such tensors.
-
-    A module that has lost its heads has none anyway.
-    """
-    module = cast(AllAttention, site.module)
-    if not module.heads:
-        return
-    module.num_persistent = len(blocks) * site.unit_dim
-    if not blocks:
-        for path in _PATHS:
-            delattr(module, path)
+    return [Selection(path=path, dim=1, index=index, per_token=False) for path in PERSISTENT if path in names]

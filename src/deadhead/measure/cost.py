@@ -17,7 +17,7 @@ from deadhead.attaching import detach, is_gate
 from deadhead.cutting import remove_units
 from deadhead.errors import InputError
 from deadhead.layouts import Layout, Site, find_layout
-from deadhead.plans.plan import HeadPlan, Layer, Unit
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
 
@@ -144,20 +144,15 @@ def counted_costs(
     unit: Unit,
     block_size: int | None = None,
     length: int | None = None,
-    begun: Mapping[Any, int] | None = None,
+    begun: Mapping[UnitKey, int] | None = None,
 ) -> UnitCosts:
     """Return what the units of a model cost in parameters, FLOPs a token or cache values, as a sum over layers.
 
     Of single query heads that share keys and values, and of heads that share persistent vectors' blocks, the mean:
     `model_cost` with a plan counts exactly.
 
-    Args:
-        model: as it is, with or without gates.
-        kind: which cost.
-        unit: what a head's index names.
-        block_size: of the blocks that are units too, or None.
-        length: positions before the token; as for `model_cost`.
-        begun: by key, how many units there were before training cut some of them; None for those there are.
+    Blocks are units too if their size is given. `begun` says, by key, how many units there were before training cut
+    some of them.
     """
     layout = find_layout(model)
     cost = model_cost(model, length=length, unit=unit)
@@ -168,7 +163,7 @@ def counted_costs(
     owners = Counter(id(parameter) for found in parameters.values() for parameter, _ in found)
     # Of numbers that heads and blocks both own, persistent vectors, half counts for either, and so do their FLOPs.
     shares = {"persistent": 0.5} if any(count > 1 for count in owners.values()) else {}
-    tables: dict[Layer, Tensor] = {}
+    tables: dict[UnitKey, Tensor] = {}
     present = 0.0
     for site in sites:
         found = parameters[site.key]
@@ -203,13 +198,9 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:
-    """Return the plan by which the first so many heads of each layer stay, of those that it has.
+    """Return the plan by which the first so many heads of each layer stay, or key/value groups where there are any.
 
     Which heads stay makes no difference to what a model costs.
-
-    Args:
-        config: of a model that may be cut already.
-        counts: heads, or key/value groups where the model has them, one number a layer.
 
     Raises:
         InputError: there are not as many numbers as layers, or one is not between 0 and its layer's heads.

@@ -13,16 +13,18 @@ What people would use instead of learned gates; behind the same head plan, cut a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.attaching import block_size, gates_of, output_differences, unwrapped
+from deadhead.attaching import block_size, gates_of, output_squares, unwrapped
 from deadhead.errors import InputError
+from deadhead.gates.output_difference import relative_difference
 from deadhead.layouts import Layout, Site, find_layout
 from deadhead.measure.losses import SegmentLoss
 from deadhead.modes import evaluating
@@ -102,132 +104,91 @@ def _magnitude(layout: Layout, site: Site) -> Tensor:
     squares = []
     for head in site.units:
         parts = layout.selections(site, (head,))
-        rows = [
-            site.module.get_parameter(p.path).detach().index_select(p.dim, p.index.to(_device(site))) for p in parts
-        ]
+        weights = [site.module.get_parameter(part.path).detach() for part in parts]
+        rows = [w.index_select(part.dim, part.index.to(w.device)) for w, part in zip(weights, parts, strict=True)]
         squares.append(sum(float(values.float().square().sum()) for values in rows))
     return torch.tensor(squares).sqrt()
 
 
-def _device(site: Site) -> torch.device:
-    return next(site.module.parameters()).device
+class _Mask(nn.Module):
+    """Multiplies the units of every row of a batch by numbers of its own, to be derived by.
 
-
-class _HeadMask:
-    """Multiplies the heads of every row of a batch by numbers of its own, to be derived by."""
-
-    def __init__(self, site: Site) -> None:
-        self.shape = (-1, len(site.units), site.unit_dim)
-        self.mask_BH: Tensor | None = None
-        self.rows = 0
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = args
-        self.mask_BH = torch.ones(self.rows, self.shape[1], device=hidden.device, requires_grad=True)
-        # Some models hand their output projection all tokens of all rows in one dimension.
-        heads_BTHE = hidden.reshape(self.rows, *self.shape)
-        masked = heads_BTHE * self.mask_BH[:, None, :, None].to(hidden.dtype)
-        return (masked.reshape(hidden.shape), *rest)
-
-
-class _GateMask(nn.Module):
-    """The same for blocks whose module reads their gate itself, in whose place it stands."""
+    It hooks on to the output projection. Where the module reads its gate itself, it stands in the gate's place.
+    """
 
     # What an attention module asks of a gate that learns.
     idle = ()
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.num_units = len(site.units)
-        self.device = _device(site)
-        self.mask_BH: Tensor | None = None
+        self.site = site
         self.rows = 0
+        self.mask_BH = torch.empty(0)
 
     def forward(self) -> tuple[Tensor, None]:
-        self.mask_BH = torch.ones(self.rows, self.num_units, device=self.device, requires_grad=True)
+        device = next(self.site.module.parameters()).device
+        self.mask_BH = torch.ones(self.rows, len(self.site.units), device=device, requires_grad=True)
         return self.mask_BH, None
 
+    def multiply(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        mask_BH, _ = self()
+        # Some models hand their output projection all tokens of all rows in one dimension.
+        heads_BTHE = hidden.reshape(self.rows, -1, len(self.site.units), self.site.unit_dim)
+        masked = heads_BTHE * mask_BH[:, None, :, None].to(hidden.device, hidden.dtype)
+        return (masked.reshape(hidden.shape), *rest)
 
-_Mask = _HeadMask | _GateMask
-
-
-@contextmanager
-def _masked(sites: list[Site]) -> Iterator[list[_Mask]]:
-    """Put a mask on every site for a while."""
-    masks: list[_Mask] = [_HeadMask(site) if site.output_path is not None else _GateMask(site) for site in sites]
-    with ExitStack() as exits:
-        for site, mask in zip(sites, masks, strict=True):
-            if isinstance(mask, _HeadMask):
-                exits.callback(site.output.register_forward_pre_hook(mask).remove)
+    @contextmanager
+    def put_on(self) -> Iterator[None]:
+        site, modules = self.site, self.site.module._modules
+        before = dict(modules)
+        handle = None if site.output_path is None else site.output.register_forward_pre_hook(self.multiply)
+        if handle is None:
+            modules[site.gate_name] = self
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
             else:
-                exits.enter_context(_in_place_of_gate(site, mask))
-        yield masks
-
-
-@contextmanager
-def _in_place_of_gate(site: Site, mask: _GateMask) -> Iterator[None]:
-    gate = getattr(site.module, site.gate_name, None)
-    site.module.add_module(site.gate_name, mask)
-    try:
-        yield
-    finally:
-        delattr(site.module, site.gate_name)
-        if gate is not None:
-            site.module.add_module(site.gate_name, gate)
+                modules.clear()
+                modules.update(before)
 
 
 def _taylor(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:
     """Return the mean over rows of |∂L / ∂ξ_h|, L the mean loss of the row's tokens."""
     found = [torch.zeros(len(site.units)) for site in sites]
-    rows = 0
-
-    def look(loss: Tensor, count: int, masks: list[_Mask]) -> None:
-        # The loss is a mean over the rows, so each row's own derivative is so many times as large.
-        derivatives = torch.autograd.grad(loss * count, [mask.mask_BH for mask in masks if mask.mask_BH is not None])
-        for scores, derivative_BH in zip(found, derivatives, strict=True):
-            scores += derivative_BH.abs().sum(0).float().cpu()
-
-    with torch.enable_grad(), _masked(sites) as masks:
-        for loss, count in _losses(model, batches, before=lambda count: _set_rows(masks, count)):
-            look(loss, count, masks)
-            rows += count
-    return [scores / rows for scores in found]
-
-
-def _set_rows(masks: list[_Mask], rows: int) -> None:
-    for mask in masks:
-        mask.rows = rows
-        if isinstance(mask, _GateMask):
-            # In evaluation, in which the model is, gates count as decided.
-            mask.train()
+    masks = [_Mask(site) for site in sites]
+    total = 0
+    with torch.enable_grad(), ExitStack() as exits:
+        for mask in masks:
+            exits.enter_context(mask.put_on())
+        for loss, rows in _losses(model, batches, masks):
+            # The loss is a mean over the rows, so each row's own derivative is so many times as large.
+            derivatives = torch.autograd.grad(loss * rows, [mask.mask_BH for mask in masks])
+            for scores, derivative_BH in zip(found, derivatives, strict=True):
+                scores += derivative_BH.abs().sum(0).float().cpu()
+            total += rows
+    return [scores / total for scores in found]
 
 
 def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:
     """Return the root of the mean over batches of d_h²."""
     found = [torch.zeros(len(site.units)) for site in sites]
 
-    def hook(scores: Tensor, site: Site) -> Callable[..., None]:
-        def measure(module: nn.Module, args: tuple[Any, ...]) -> None:
-            heads_RHE = args[0].reshape(-1, len(site.units), site.unit_dim)
-            scores.add_(output_differences(module, heads_RHE).square().cpu())
+    def measure(scores: Tensor, site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
+        heads_RHE = args[0].reshape(-1, len(site.units), site.unit_dim)
+        scores.add_(relative_difference(*output_squares(module, heads_RHE)).square().cpu())
 
-        return measure
-
-    hooks = [s.output.register_forward_pre_hook(hook(scores, s)) for scores, s in zip(found, sites, strict=True)]
-    count = 0
-    try:
-        with torch.no_grad():
-            for _ in _losses(model, batches):
-                count += 1
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as exits:
+        for scores, site in zip(found, sites, strict=True):
+            hook = site.output.register_forward_pre_hook(partial(measure, scores, site))
+            exits.callback(hook.remove)
+        count = sum(1 for _ in _losses(model, batches))
     return [(scores / count).sqrt() for scores in found]
 
 
-def _losses(
-    model: PreTrainedModel, batches: Batches, before: Callable[[int], None] = lambda rows: None
-) -> Iterable[tuple[Tensor, int]]:
+def _losses(model: PreTrainedModel, batches: Batches, masks: Iterable[_Mask] = ()) -> Iterator[tuple[Tensor, int]]:
     """Yield the loss of each batch, in evaluation mode, and its rows."""
     segment_loss = SegmentLoss(model)
     empty = True
@@ -235,7 +196,11 @@ def _losses(
         for batch in batches:
             empty = False
             inputs = {name: value.to(model.device) for name, value in batch.items()}
-            before(len(inputs["input_ids"]))
-            yield segment_loss(model, inputs).loss, len(inputs["input_ids"])
+            rows = len(inputs["input_ids"])
+            for mask in masks:
+                mask.rows = rows
+                # In evaluation, in which the model is, gates count as decided.
+                mask.train()
+            yield segment_loss(model, inputs).loss, rows
     if empty:
         raise InputError("This criterion looks at text, but no batch was given.")

@@ -51,7 +51,7 @@ def evaluate(
     batch_size: int = 8,
     limit: int | None = None,
     window: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Score every token of `text` but the first once, each after the true text before it.
 
@@ -86,7 +86,12 @@ def evaluate(
                 raise InputError("This model reads the text with a memory of its own length; leave the window out.")
             total = _slide_memory(model, text.tokens[: targets + 1], batch_size, progress)
         else:
-            window = evaluation_window(model, window)
+            most = max_positions(model)
+            if window is None:
+                window = min(_WINDOW, most or _WINDOW)
+            elif window < 2 or (most is not None and window > most):
+                allowed = f"2 to {most or 'any number of'} tokens"
+                raise InputError(f"The window must have {allowed}, but {window} were asked for.")
             total = _slide_window(model, text.tokens[: targets + 1], window, batch_size, progress)
     seconds = time.perf_counter() - begin
     share = targets / max(len(text.tokens) - 1, 1)
@@ -101,15 +106,10 @@ def evaluate(
 
 
 def require_known(model: PreTrainedModel, largest: int, *, of: str) -> None:
-    """Check that a model has all tokens of a text: others would crash or, on a GPU, corrupt the process.
-
-    Args:
-        model: it.
-        largest: the largest token there is.
-        of: what the text is, for the message.
+    """Check that a model has all tokens of a text, by the largest: others would crash, or corrupt a process on a GPU.
 
     Raises:
-        InputError: the model's vocabulary ends before it.
+        InputError: the model's vocabulary ends before it; the message calls the text `of`.
     """
     vocabulary = model.config.get_text_config().vocab_size
     if largest >= vocabulary:
@@ -117,24 +117,6 @@ def require_known(model: PreTrainedModel, largest: int, *, of: str) -> None:
             f"The {of} has token {largest}, but the model's vocabulary ends at {vocabulary - 1}; "
             "use the tokenizer the model was trained with."
         )
-
-
-def evaluation_window(model: PreTrainedModel, window: int | None = None) -> int:
-    """Return the number of tokens that a model without memory sees at once in evaluation.
-
-    Args:
-        model: it.
-        window: the number asked for; None takes 512, or all the positions there are.
-
-    Raises:
-        InputError: the model does not have so many positions, or the window is below 2.
-    """
-    most = max_positions(model)
-    if window is None:
-        return min(_WINDOW, most or _WINDOW)
-    if window < 2 or (most is not None and window > most):
-        raise InputError(f"The window must have 2 to {most or 'any number of'} tokens, but {window} were asked for.")
-    return window
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -148,7 +130,7 @@ def _slide_window(
     tokens: np.ndarray,
     window: int,
     batch_size: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None],
 ) -> float:
     """Return the nats of all tokens but the first, each scored once, in the first window that reaches it."""
     stride = window // 2
@@ -161,88 +143,60 @@ def _slide_window(
     total = 0.0
     # Windows of one length can be stacked; all but the first and the last have the same.
     for done in range(0, len(windows), batch_size):
-        for group in _same_length(windows[done : done + batch_size]):
+        groups: dict[int, list[tuple[int, int, int]]] = {}
+        for start, stop, scored in windows[done : done + batch_size]:
+            groups.setdefault(stop - start, []).append((start, stop, scored))
+        for group in groups.values():
             ids = torch.from_numpy(np.stack([tokens[start : stop + 1] for start, stop, _ in group]).astype(np.int64))
-            logits = model(input_ids=ids[:, :-1].to(model.device)).logits.float()
+            logits = model(input_ids=ids[:, :-1].to(model.device)).logits
             wanted = ids[:, 1:].clone()
             for row, (start, _, scored) in enumerate(group):
                 wanted[row, : scored - start] = -100
-            wanted = wanted.to(logits.device)
-            total += cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum").item()
-        if progress is not None:
-            progress(min(done + batch_size, len(windows)), len(windows))
+            total += _nats(logits, wanted)
+        progress(min(done + batch_size, len(windows)), len(windows))
     return total
 
 
-def _same_length(windows: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-    groups: dict[int, list[tuple[int, int, int]]] = {}
-    for window in windows:
-        groups.setdefault(window[1] - window[0], []).append(window)
-    return list(groups.values())
-
-
 def _slide_memory(
-    model: PreTrainedModel, tokens: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None
+    model: PreTrainedModel, tokens: np.ndarray, batch_size: int, progress: Callable[[int, int], None]
 ) -> float:
-    """Return the nats of all tokens but the first, read in rows with a sliding cache."""
+    """Return the nats of all tokens but the first, read in contiguous rows, side by side, with a sliding cache.
+
+    Row r scores the targets of inputs r·width … (r + 1)·width − 1. The memory's columns before them are only read.
+    """
     segment, memory = model.config.segment_length, model.config.memory_length
-    rows = max(1, min(batch_size, (len(tokens) - 1) // (4 * (segment + memory))))
-    layout = _Rows(tokens, rows, warm_up=memory if rows > 1 else 0)
-    starts = range(0, layout.num_columns, segment)
+    targets = len(tokens) - 1
+    rows = max(1, min(batch_size, targets // (4 * (segment + memory))))
+    width, warm_up = -(-targets // rows), memory if rows > 1 else 0
+    first_R1 = (np.arange(rows) * width - warm_up)[:, None]
+    starts = range(0, warm_up + width, segment)
     total, cache = 0.0, None
     for done, start in enumerate(starts):
-        stop = min(start + segment, layout.num_columns)
+        columns = np.arange(max(0, start - memory), min(start + segment, warm_up + width))
         # The cache reaches back one memory length; so must the mask.
-        seen = layout.valid(max(0, start - memory), stop)
+        places = first_R1 + columns
+        seen = (places >= 0) & (places < targets)
+        new = columns >= start
+        found = places.clip(0, targets - 1)[:, new]
+        ids = torch.from_numpy(np.where(seen[:, new], tokens[found].astype(np.int64), 0))
+        is_scored = seen & (columns >= warm_up)
+        wanted = torch.from_numpy(np.where(is_scored[:, new], tokens[found + 1].astype(np.int64), -100))
         outputs = model(
-            input_ids=layout.inputs(start, stop).to(model.device),
-            attention_mask=None if seen.all() else seen.to(model.device),
+            input_ids=ids.to(model.device),
+            attention_mask=None if seen.all() else torch.from_numpy(seen).to(model.device),
             past_key_values=cache,
             use_cache=True,
         )
         cache = outputs.past_key_values
-        wanted = layout.labels(start, stop).to(model.device)
-        total += cross_entropy(
-            outputs.logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
-        ).item()
-        if progress is not None:
-            progress(done + 1, len(starts))
+        total += _nats(outputs.logits, wanted)
+        progress(done + 1, len(starts))
     return total
 
 
-class _Rows:
-    """A text laid out in contiguous rows that are read side by side, a few columns at a time.
-
-    Row r holds inputs r·width … (r + 1)·width − 1; `warm_up` columns before them are read but not scored.
-    """
-
-    def __init__(self, tokens: np.ndarray, rows: int, *, warm_up: int) -> None:
-        self.tokens = tokens
-        self.num_targets = len(tokens) - 1
-        self.width = -(-self.num_targets // rows)
-        self.warm_up = warm_up
-        self.num_columns = warm_up + self.width
-        self.first = (np.arange(rows) * self.width - warm_up)[:, None]
-
-    def _positions(self, start: int, stop: int) -> np.ndarray:
-        return self.first + np.arange(start, stop)
-
-    def _take(self, position: np.ndarray, where: np.ndarray, otherwise: int) -> torch.Tensor:
-        taken = self.tokens[np.clip(position, 0, self.num_targets)].astype(np.int64)
-        return torch.from_numpy(np.where(where, taken, otherwise))
-
-    def inputs(self, start: int, stop: int) -> torch.Tensor:
-        position = self._positions(start, stop)
-        return self._take(position, (position >= 0) & (position < self.num_targets), 0)
-
-    def labels(self, start: int, stop: int) -> torch.Tensor:
-        position = self._positions(start, stop)
-        scored = (position < self.num_targets) & (np.arange(start, stop) >= self.warm_up)
-        return self._take(position + 1, scored, -100)
-
-    def valid(self, start: int, stop: int) -> torch.Tensor:
-        position = self._positions(start, stop)
-        return torch.from_numpy((position >= 0) & (position < self.num_targets))
+def _nats(logits_BTV: torch.Tensor, wanted_BT: torch.Tensor) -> float:
+    """Return the sum of the negative log-likelihoods of tokens, but for those that are -100."""
+    wanted = wanted_BT.to(logits_BTV.device).flatten()
+    return cross_entropy(logits_BTV.float().flatten(0, 1), wanted, ignore_index=-100, reduction="sum").item()
 
 
 def _exp(value: float) -> float:

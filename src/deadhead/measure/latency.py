@@ -8,16 +8,15 @@ itself. What a unit saves is shared out among layers by the FLOPs that they lose
 from __future__ import annotations
 
 import json
-import math
 import platform
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from transformers import PreTrainedModel
 
 from deadhead.attaching import block_size
@@ -28,7 +27,7 @@ from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import counted_costs
 from deadhead.measure.timing import Workload, bench
-from deadhead.plans.plan import HeadPlan, Layer, is_block_key, layer_key
+from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
 # Shares of its units that every layer keeps in the models that are timed, beside the dense one.
@@ -36,8 +35,12 @@ _SHARES = (0.0, 0.25, 0.5, 0.75)
 # Seconds that the measuring is to take, and how often each model is timed, at least and at most.
 _SECONDS = 40.0
 _REPEATS = (4, 60)
-# Of anything that is counted; layers have fewer heads, and texts fewer tokens.
+# Layers have fewer heads, and texts fewer tokens.
 _MOST = 2**24
+_Count = Annotated[int, Field(ge=1, le=_MOST)]
+# A UnitKey, which JSON text has as a string.
+_Key = Annotated[Any, BeforeValidator(UnitKey.parse)]
+_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,41 +65,37 @@ class Latency:
     """
 
     device: str
-    threads: int
+    threads: _Count
     dtype: str
     model_type: str
     unit: str
     block_size: int | None
     workload: Workload
-    batch_size: int
-    length: int
+    batch_size: _Count
+    length: _Count
     new_tokens: int
-    dense: float
-    seconds: Mapping[str, Mapping[str, float]]
-    units: Mapping[Any, int]
-    weights: Mapping[Any, float]
+    dense: Annotated[_Number, Field(gt=0)]
+    seconds: Mapping[str, Mapping[str, _Number]]
+    units: Mapping[_Key, _Count]
+    weights: Mapping[_Key, _Number]
 
     def costs(self) -> UnitCosts:
         """Return seconds as a sum over layers, a straight line between two measured shares, never falling."""
-        tables: dict[Layer, torch.Tensor] = {}
+        tables: dict[UnitKey, torch.Tensor] = {}
         for key, count in self.units.items():
-            shares, saved = self._curve(_kind(key))
+            measured = sorted((float(share), seconds) for share, seconds in self.seconds[f"{key.kind}s"].items())
+            shares = torch.tensor([*(share for share, _ in measured), 1.0], dtype=torch.float64)
+            seconds = torch.tensor([*(value for _, value in measured), self.dense], dtype=torch.float64)
+            # More units do not take less time: what looks like it is noise. Counted back from the dense model's time,
+            # the surest of them.
+            seconds = seconds.clamp(max=self.dense).flip(0).cummin(0).values.flip(0)
+            saved = seconds - seconds[0]
             kept = torch.arange(count + 1, dtype=torch.float64) / count
             place = torch.searchsorted(shares, kept, right=True).clamp(1, len(shares) - 1)
             low, high = shares[place - 1], shares[place]
             part = (kept - low) / (high - low)
             tables[key] = self.weights[key] * (saved[place - 1] * (1 - part) + saved[place] * part)
         return UnitCosts(fixed=self.dense - sum(float(table[-1]) for table in tables.values()), tables=tables)
-
-    def _curve(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return shares kept, rising, and the seconds that units take at each, 0 without any."""
-        measured = sorted((float(share), seconds) for share, seconds in self.seconds[kind].items())
-        shares = torch.tensor([*(share for share, _ in measured), 1.0], dtype=torch.float64)
-        seconds = torch.tensor([*(value for _, value in measured), self.dense], dtype=torch.float64)
-        # More units do not take less time: what looks like it is noise. Counted back from the dense model's time, the
-        # surest of them.
-        seconds = seconds.clamp(max=self.dense).flip(0).cummin(0).values.flip(0)
-        return shares, seconds - seconds[0]
 
     def predict(self, plan: HeadPlan) -> float:
         """Return the seconds that the model cut by a plan will take."""
@@ -122,22 +121,21 @@ class Latency:
         Raises:
             InputError: it was not; the message names the first difference.
         """
-        asked = {
-            **_setting(model, unit, blocks),
-            "workload": workload,
-            "batch_size": batch_size,
-            "length": length,
-        }
-        for name, value in asked.items():
-            if getattr(self, name) != value:
+        asked = {"workload": workload, "batch_size": batch_size, "length": length}
+        for name, value in (_setting(model, unit, blocks) | asked).items():
+            known = getattr(self, name)
+            if known != value:
+                if name == "units":
+                    known, value = _written(known), _written(value)
                 raise InputError(
-                    f"The latencies were measured with {name.replace('_', ' ')} {getattr(self, name)!r}, but this is "
-                    f"{value!r}; delete latency.json to measure anew."
+                    f"The latencies were measured with {name.replace('_', ' ')} {known!r}, but this is {value!r}; "
+                    "delete latency.json to measure anew."
                 )
 
     def to_json(self, path: str | Path) -> None:
         """Write it to a file, whole or not at all."""
-        write_json(Path(path), asdict(self))
+        keyed = {"units": _written(self.units), "weights": _written(self.weights)}
+        write_json(Path(path), asdict(self) | keyed)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Latency:
@@ -150,25 +148,20 @@ class Latency:
         try:
             # Of JSON text even a strict check makes a dataclass.
             found = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-            _require_sound(found)
-            for name in ("units", "weights"):
-                keyed = {layer_key(key): value for key, value in getattr(found, name).items()}
-                object.__setattr__(found, name, keyed)
+            shares = [float(share) for curve in found.seconds.values() for share in curve]
+            if not all(0 <= share < 1 for share in shares) or sum(found.units.values()) > _MOST:
+                raise ValueError("shares must lie between 0 and 1, and units must be fewer")
+            if set(found.units) != set(found.weights):
+                raise ValueError("units and weights must be of the same layers")
             found.costs()
         except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise InputError(f"{path} does not hold latencies that deadhead measured; delete it.") from error
         return found
 
 
-def _require_sound(latency: Latency) -> None:
-    """Check numbers before anything is computed from them; a ValueError says that one is none that was measured."""
-    curves = [float(number) for curve in latency.seconds.values() for pair in curve.items() for number in pair]
-    numbers = [latency.dense, *curves, *latency.weights.values()]
-    sizes = [latency.threads, latency.batch_size, latency.length, *latency.units.values(), sum(latency.units.values())]
-    if not all(map(math.isfinite, numbers)) or min(numbers) < 0 or latency.dense <= 0:
-        raise ValueError("times must be numbers from 0")
-    if not all(1 <= size <= _MOST for size in sizes) or set(latency.units) != set(latency.weights):
-        raise ValueError("counts must be numbers from 1")
+def _written(values: Mapping[UnitKey, Any]) -> dict[str, Any]:
+    """Return values by key as a file has them."""
+    return {str(key): value for key, value in values.items()}
 
 
 def measure_latency(
@@ -185,16 +178,8 @@ def measure_latency(
 ) -> Latency:
     """Measure how long a model takes as the units of its layers go.
 
-    Args:
-        model: on the device that is meant; with gates or without; not changed.
-        unit: "head" or "kv_group", or None: groups where there are any.
-        blocks: whether blocks are thinned out too, or their size.
-        workload: what to time.
-        batch_size: B.
-        length: T.
-        new_tokens: that "decode" adds.
-        repeats: of each model; None: as many as fit into most of a minute.
-        progress: told how many models' repetitions are done, of how many.
+    The model is timed on the device it is on, and not changed. The workload is one of `bench`. Each model is repeated
+    as often as fits into most of a minute, if `repeats` does not say. `progress` is told rounds done, and in all.
 
     Raises:
         InputError: a number is below 1, or the unit or the blocks are not ones of this model.
@@ -206,63 +191,46 @@ def measure_latency(
     total = {site.key: site.total for site in sites}
     weights = _weights(model, setting, length)
     models = {"dense": pruned_copy(model)}
-    for kind in ("heads", "blocks"):
+    for kind in ("head", "block"):
         for share in _SHARES:
-            thinned = {site.key: round(share * len(site.units)) for site in sites if _kind(site.key) == kind}
+            thinned = {site.key: round(share * len(site.units)) for site in sites if site.key.kind == kind}
             kept = {site.key: site.units[: thinned.get(site.key)] for site in sites}
             # Few units cannot be halved exactly.
             true = sum(weights[key] * count / setting["units"][key] for key, count in thinned.items() if key in weights)
             if thinned and true < 1:
                 plan = HeadPlan.of_units(kept, total, unit=setting["unit"], block_size=setting["block_size"])
-                models[f"{kind} {true}"] = pruned_copy(model, plan)
-    how: dict[str, Any] = {
-        "workload": workload,
-        "batch_size": batch_size,
-        "length": length,
-        "new_tokens": new_tokens,
-    }
-    rounds = _rounds(models, how) if repeats is None else [repeats]
+                models[f"{kind}s {true}"] = pruned_copy(model, plan)
+    sizes = {"batch_size": batch_size, "length": length, "new_tokens": new_tokens}
+    how: dict[str, Any] = {"workload": workload, **sizes}
+    if repeats is None:
+        once = bench({"dense": models["dense"]}, repeats=1, **how)["dense"].seconds * len(models)
+        repeats = min(max(round(_SECONDS / max(once, 1e-6)), _REPEATS[0]), _REPEATS[1])
+        # A slow spell then spoils one round of three; where a time is long, one round is all that can be afforded.
+        rounds = [repeats // 3] * 3 if repeats >= 3 * _REPEATS[0] else [repeats]
+    else:
+        rounds = [repeats]
     found: dict[str, list[float]] = {name: [] for name in models}
     for done, count in enumerate(rounds):
         progress(done, len(rounds))
         for name, timing in bench(models, repeats=count, **how).items():
             found[name].append(timing.seconds)
     progress(len(rounds), len(rounds))
-    medians = {name: statistics.median(values) for name, values in found.items()}
+    dense = statistics.median(found.pop("dense"))
     seconds: dict[str, dict[str, float]] = {}
-    for name, value in medians.items():
-        if name != "dense":
-            kind, kept_share = name.split()
-            seconds.setdefault(kind, {})[kept_share] = value
-    return Latency(
-        **setting,
-        **how,
-        dense=medians["dense"],
-        seconds=seconds,
-        weights=weights,
-    )
+    for name, values in found.items():
+        kind, kept_share = name.split()
+        seconds.setdefault(kind, {})[kept_share] = statistics.median(values)
+    return Latency(**setting, **how, dense=dense, seconds=seconds, weights=weights)
 
 
-def _kind(key: Layer) -> str:
-    return "blocks" if is_block_key(key) else "heads"
-
-
-def _rounds(models: Mapping[str, PreTrainedModel], how: Mapping[str, Any]) -> list[int]:
-    """Return how often each model is timed, in each of some rounds, by how long the dense one takes."""
-    once = bench({"dense": models["dense"]}, repeats=1, **how)["dense"].seconds * len(models)
-    repeats = min(max(round(_SECONDS / max(once, 1e-6)), _REPEATS[0]), _REPEATS[1])
-    # A slow spell of the machine then spoils one round; where a time is long, one round is all that can be afforded.
-    return [repeats // 3] * 3 if repeats >= 3 * _REPEATS[0] else [repeats]
-
-
-def _weights(model: PreTrainedModel, setting: Mapping[str, Any], length: int) -> dict[Layer, float]:
+def _weights(model: PreTrainedModel, setting: Mapping[str, Any], length: int) -> dict[UnitKey, float]:
     """Return each layer's share of what all layers' heads cost, or all their blocks, in FLOPs."""
     costs = counted_costs(
         model, "flops", unit=setting["unit"], block_size=setting["block_size"], length=max(1, length // 2)
     )
     whole = {key: float(table[-1]) for key, table in costs.tables.items()}
-    sums = {is_block: sum(v for key, v in whole.items() if is_block_key(key) == is_block) for is_block in (False, True)}
-    return {key: value / sums[is_block_key(key)] for key, value in whole.items()}
+    sums = {kind: sum(value for key, value in whole.items() if key.kind == kind) for kind in ("head", "block")}
+    return {key: value / sums[key.kind] for key, value in whole.items()}
 
 
 def _setting(model: PreTrainedModel, unit: Any, blocks: bool | int) -> dict[str, Any]:

@@ -10,22 +10,16 @@ from transformers import PreTrainedModel
 
 
 class SegmentLoss:
-    """Computes losses of successive batches; a model with segment memory sees the segments before.
-
-    Args:
-        model: any causal language model.
-    """
+    """Computes losses of successive batches; a model with segment memory sees the segments before."""
 
     def __init__(self, model: PreTrainedModel | nn.Module) -> None:
         self.has_memory = hasattr(model.config, "memory_length")
         self.memory: tuple[Tensor, ...] | None = None
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-        """Return the model's outputs, `loss` (mean negative log-likelihood of a token) and `logits` among them.
+        """Return the outputs of the model, or of a wrapper: `loss` is the mean negative log-likelihood of a token.
 
-        Args:
-            model: it, or a wrapper of it.
-            inputs: `input_ids` (B, T); with memory also `labels` (B, T), the next tokens, and `is_first` (B,).
+        The inputs are `input_ids` (B, T); with memory also `labels` (B, T), the next tokens, and `is_first` (B,).
         """
         ids = inputs["input_ids"]
         if not self.has_memory:

@@ -56,17 +56,13 @@ def bench(
     Raises:
         InputError: a number is below 1, or the workload is not known.
     """
-    for name, value in (
-        ("batch size", batch_size),
-        ("length", length),
-        ("new tokens", new_tokens),
-        ("repeats", repeats),
-    ):
+    sizes = {"batch size": batch_size, "length": length, "new tokens": new_tokens, "repeats": repeats}
+    for name, value in sizes.items():
         if value < 1:
             raise InputError(f"A benchmark's {name} must be at least 1, but it is {value}.")
     if workload not in WORKLOADS:
         raise InputError(f"A benchmark's workload must be one of {', '.join(WORKLOADS)}, but it is {workload!r}.")
-    runs: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
+    runs = {}
     for name, model in models.items():
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.get_text_config().vocab_size, (batch_size, length + 1), generator=generator)
@@ -82,11 +78,11 @@ def bench(
             if repetition:
                 seconds[name].append(time.perf_counter() - begin)
     tokens = batch_size * (new_tokens if workload == "decode" else length)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        name: Timing(workload=workload, seconds=median, tokens_per_second=tokens / median)
-        for name, median in medians.items()
-    }
+    found = {}
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        found[name] = Timing(workload=workload, seconds=median, tokens_per_second=tokens / median)
+    return found
 
 
 def _run(
@@ -108,15 +104,13 @@ def _run(
                 model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
 
     def train(_: Any) -> None:
-        modes = [(module, module.training) for module in model.modules()]
-        model.train()
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Gradients are returned, not stored, so that the caller's stay as they are.
-        torch.autograd.grad(
-            model(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss, parameters, allow_unused=True
-        )
-        for module, training in modes:
-            module.training = training
+        # Modes are put back as `evaluating` found them.
+        with evaluating(model):
+            model.train()
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            loss = model(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
+            # Gradients are returned, not stored, so that the caller's stay as they are.
+            torch.autograd.grad(loss, parameters, allow_unused=True)
 
     if workload == "decode":
         return read, decode

@@ -20,12 +20,7 @@ def head_map_text(plan: HeadPlan) -> str:
 
 
 def count_text(plan: HeadPlan, layer: Layer) -> str:
-    """Return how many heads and blocks of a layer stay, of how many.
-
-    Args:
-        plan: what stays.
-        layer: one of the plan's.
-    """
+    """Return how many heads and blocks of a plan's layer stay, of how many."""
     parts = [f"{len(plan.kept[layer])}/{plan.total[layer]}"] if layer in plan.total else []
     if plan.blocks is not None and layer in plan.blocks.total:
         parts.append(f"blocks {len(plan.blocks.kept[layer])}/{plan.blocks.total[layer]}")

@@ -21,11 +21,7 @@ _KEPT, _CUT = "#0072b2", "#e69f00"
 
 
 def gate_courses(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[list[float]]]]:
-    """Return the logged steps, and by layer the open probability of each head at each of them.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-    """
+    """Return the steps in lines of metrics.jsonl, and by layer the open probability of each head at each of them."""
     lines = [line for line in metrics if "open_probability" in line]
     layers = _sizes(lines[0]) if lines else {}
     # Of gates on another model, or in blocks of another size, there is no course to show with these.
@@ -41,12 +37,7 @@ def _sizes(line: Mapping[str, Any]) -> dict[str, int]:
 def head_map_image(open_probability: Sequence[Sequence[float]], *, side: int = 16) -> np.ndarray:
     """Return the gates as pixels, a row a layer: filled blue as they are open, framed in orange where they are shut.
 
-    Args:
-        open_probability: one row a layer, one number a gate.
-        side: of a gate's square, in pixels.
-
-    Returns:
-        (layers · side, most gates · side, 3) bytes.
+    A gate is a square of `side` pixels: (layers · side, most gates · side, 3) bytes in all.
     """
     kept, cut = (np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) for colour in (_KEPT, _CUT))
     image = np.full((len(open_probability) * side, max(map(len, open_probability)) * side, 3), 255, dtype=np.uint8)
@@ -87,10 +78,9 @@ def _draw_heads(figure: Figure, grid: GridSpec, plan: HeadPlan) -> None:
     for row, (layer, total) in enumerate(plan.total.items()):
         for head in range(total):
             place = head + 0.06, row + 0.06
-            if head in plan.kept[layer]:
-                square = Rectangle(place, 0.88, 0.88, linewidth=1.5, facecolor=_KEPT, edgecolor=_KEPT)
-            else:
-                square = Rectangle(place, 0.88, 0.88, linewidth=1.5, facecolor="white", edgecolor=_CUT, hatch="xx")
+            stays = head in plan.kept[layer]
+            inside, edge, hatch = (_KEPT, _KEPT, None) if stays else ("white", _CUT, "xx")
+            square = Rectangle(place, 0.88, 0.88, linewidth=1.5, facecolor=inside, edgecolor=edge, hatch=hatch)
             heads.add_patch(square)
         heads.text(most + 0.1, row + 0.5, count_text(plan, layer), va="center")
     # So wide that the text beside the squares fits.

@@ -1,7 +1,7 @@
 """The head plan: which heads of each layer stay. The one noun that learned gates, heuristics and people share.
 
 A plan may also say which blocks stay: runs of hidden units of a layer's feed-forward part, or of persistent vectors.
-Heads and blocks together are units. A unit's key is its layer for heads, and `block_key(layer)` for blocks.
+Heads and blocks together are units, which a `UnitKey` names by kind and layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json, shown
@@ -35,19 +35,19 @@ def layer_key(key: Layer) -> Layer:
     return int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) else key
 
 
-def block_key(layer: Layer) -> str:
-    """Return the key of a layer's blocks among all units."""
-    return f"{_BLOCKS}{layer}"
+class UnitKey(NamedTuple):
+    """The key of a layer's heads, or of its blocks, among all units of a model. `str` gives it as files have it."""
 
+    kind: Literal["head", "block"]
+    layer: Layer
 
-def is_block_key(key: Layer) -> bool:
-    """Tell whether a key is of a layer's blocks, not of its heads."""
-    return isinstance(key, str) and key.startswith(_BLOCKS)
+    @classmethod
+    def parse(cls, text: str) -> UnitKey:
+        """Read a key as files have it: ``3`` of heads, ``blocks.3`` of blocks."""
+        return cls("block" if text.startswith(_BLOCKS) else "head", layer_key(text.removeprefix(_BLOCKS)))
 
-
-def plain_key(key: Layer) -> Layer:
-    """Return the layer that a key of units is of."""
-    return layer_key(key[len(_BLOCKS) :]) if isinstance(key, str) and is_block_key(key) else key
+    def __str__(self) -> str:
+        return f"{_BLOCKS if self.kind == 'block' else ''}{self.layer}"
 
 
 def _by_layer(values: Mapping[Layer, Any], what: str) -> dict[Layer, Any]:
@@ -207,43 +207,30 @@ class HeadPlan:
     @classmethod
     def of_units(
         cls,
-        kept: Mapping[Any, Sequence[int]],
-        total: Mapping[Any, int],
+        kept: Mapping[UnitKey, Sequence[int]],
+        total: Mapping[UnitKey, int],
         *,
         unit: Unit,
         output_scale: bool = False,
         block_size: int | None = None,
     ) -> HeadPlan:
-        """Return the plan that keeps some units, of heads and blocks alike.
+        """Return the plan that keeps some units, heads and blocks alike; where there are blocks it needs their size."""
 
-        Args:
-            kept: the units that stay, by key.
-            total: units of the dense model, by key.
-            unit: what a head's index names.
-            output_scale: see `HeadPlan`.
-            block_size: of the blocks, if there are any among the keys.
-        """
+        def of_kind(kind: str) -> dict[str, Any]:
+            pair = {"kept": kept, "total": total}
+            return {
+                name: {key.layer: v for key, v in found.items() if key.kind == kind} for name, found in pair.items()
+            }
 
-        def blocks_of(values: Mapping[Any, Any]) -> dict[Layer, Any]:
-            return {plain_key(key): value for key, value in values.items() if is_block_key(key)}
-
-        blocks = None
-        if block_size is not None:
-            blocks = BlockPlan(size=block_size, kept=blocks_of(kept), total=blocks_of(total))
-        return cls(
-            kept={key: heads for key, heads in kept.items() if not is_block_key(key)},
-            total={key: count for key, count in total.items() if not is_block_key(key)},
-            unit=unit,
-            output_scale=output_scale,
-            blocks=blocks,
-        )
+        blocks = None if block_size is None else BlockPlan(size=block_size, **of_kind("block"))
+        return cls(**of_kind("head"), unit=unit, output_scale=output_scale, blocks=blocks)
 
     @property
-    def units(self) -> dict[Layer, tuple[int, ...]]:
+    def units(self) -> dict[UnitKey, tuple[int, ...]]:
         """The units that stay, heads and blocks, by key."""
-        kept: dict[Layer, tuple[int, ...]] = {layer: tuple(heads) for layer, heads in self.kept.items()}
+        kept = {UnitKey("head", layer): tuple(heads) for layer, heads in self.kept.items()}
         if self.blocks is not None:
-            kept |= {block_key(layer): tuple(blocks) for layer, blocks in self.blocks.kept.items()}
+            kept |= {UnitKey("block", layer): tuple(blocks) for layer, blocks in self.blocks.kept.items()}
         return kept
 
     @property

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deadhead.errors import InputError
 from deadhead.plans.kinds import Ranking
-from deadhead.plans.plan import HeadPlan, Layer, Unit, is_block_key
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
 
@@ -21,17 +20,17 @@ class HeadScores:
     """How much each head of a model is worth, by whatever criterion; the lowest go first.
 
     Args:
-        scores: by layer, a number for each head there is now, (H,), on the CPU. −∞: this head must go.
-        heads: by layer, the index in the original dense model of each head there is now; () for an emptied layer.
-        total: heads of each layer of the original dense model.
-        unit: what an index names.
+        scores: by key, a number for each unit there is now, (H,), on the CPU. −∞: this unit must go.
+        heads: by key, the index in the original dense model of each unit there is now; () for an emptied layer.
+        total: by key, units of the original dense model.
+        unit: what a head's index names.
         output_scale: what the plan is to say of it; False for scores that were taken without gates.
-        block_size: size of the blocks that have scores too, under keys of their own, or None.
+        block_size: size of the blocks that have scores too, or None.
     """
 
-    scores: Mapping[Any, Tensor]
-    heads: Mapping[Any, tuple[int, ...]]
-    total: Mapping[Any, int]
+    scores: Mapping[UnitKey, Tensor]
+    heads: Mapping[UnitKey, tuple[int, ...]]
+    total: Mapping[UnitKey, int]
     unit: Unit
     output_scale: bool = False
     block_size: int | None = None
@@ -53,17 +52,17 @@ class HeadScores:
         if ranking not in ("global", "layer"):
             raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
         self._require_numbers()
-        layers: list[Layer] = [layer for layer, heads in self.heads.items() if heads]
-        kinds = [[layer for layer in layers if is_block_key(layer) == is_block] for is_block in (False, True)]
-        groups = kinds if ranking == "global" else [[layer] for layer in layers]
-        kept: dict[Any, tuple[int, ...]] = dict.fromkeys(self.heads, ())
+        keys = [key for key, heads in self.heads.items() if heads]
+        kinds = [[key for key in keys if key.kind == kind] for kind in ("head", "block")]
+        groups = kinds if ranking == "global" else [[key] for key in keys]
+        kept: dict[UnitKey, tuple[int, ...]] = dict.fromkeys(self.heads, ())
         for group in groups:
-            values = torch.cat([self.scores[layer].flatten() for layer in group]) if group else torch.empty(0)
+            values = torch.cat([self.scores[key].flatten() for key in group]) if group else torch.empty(0)
             stays = values > -math.inf
             stays[values.argsort(stable=True)[: round(sparsity * len(values))]] = False
-            parts = stays.split([len(self.heads[layer]) for layer in group]) if group else ()
-            for layer, part in zip(group, parts, strict=True):
-                kept[layer] = tuple(head for head, stay in zip(self.heads[layer], part.tolist(), strict=True) if stay)
+            parts = stays.split([len(self.heads[key]) for key in group]) if group else ()
+            for key, part in zip(group, parts, strict=True):
+                kept[key] = tuple(head for head, stay in zip(self.heads[key], part.tolist(), strict=True) if stay)
         return self._plan_of(kept)
 
     def over(self, costs: UnitCosts) -> HeadScores:
@@ -93,8 +92,12 @@ class HeadScores:
         kept = {key: set(range(len(heads))) for key, heads in self.heads.items()}
         counts = {key: len(heads) for key, heads in self.heads.items()}
         spent = costs.of(counts)
-        gone: list[tuple[float, Layer, int]] = []
-        for score, key, place in self._ascending(costs):
+        gone: list[tuple[float, UnitKey, int]] = []
+        keys = [key for key in costs.tables if self.heads[key]]
+        scores = torch.cat([self.scores[key].flatten() for key in keys]) if keys else torch.empty(0)
+        units = [(key, place) for key in keys for place in range(len(self.heads[key]))]
+        for index in scores.argsort(stable=True).tolist():
+            score, (key, place) = float(scores[index]), units[index]
             if spent <= limit and score > -math.inf:
                 break
             if score > -math.inf and costs.saved(key, counts[key]) <= 0:
@@ -113,14 +116,7 @@ class HeadScores:
             {key: tuple(heads[place] for place in sorted(kept[key])) for key, heads in self.heads.items()}
         )
 
-    def _ascending(self, costs: UnitCosts) -> list[tuple[float, Layer, int]]:
-        """Return score, key and place of all units that have a cost, the lowest scores first."""
-        keys = [key for key in costs.tables if self.heads[key]]
-        scores = torch.cat([self.scores[key].flatten() for key in keys]) if keys else torch.empty(0)
-        units = [(key, place) for key in keys for place in range(len(self.heads[key]))]
-        return [(float(scores[index]), *units[index]) for index in scores.argsort(stable=True).tolist()]
-
-    def _plan_of(self, kept: Mapping[Any, tuple[int, ...]]) -> HeadPlan:
+    def _plan_of(self, kept: Mapping[UnitKey, tuple[int, ...]]) -> HeadPlan:
         return HeadPlan.of_units(
             kept, self.total, unit=self.unit, output_scale=self.output_scale, block_size=self.block_size
         )

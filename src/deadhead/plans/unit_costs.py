@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from deadhead.plans.plan import Layer
+from deadhead.plans.plan import UnitKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +27,14 @@ class UnitCosts:
     """
 
     fixed: float
-    tables: Mapping[Any, Tensor]
+    tables: Mapping[UnitKey, Tensor]
 
     @cached_property
     def total(self) -> float:
         """The cost of the model as it is."""
         return self.fixed + sum(float(table[-1]) for table in self.tables.values())
 
-    def of(self, counts: Mapping[Any, float]) -> float:
+    def of(self, counts: Mapping[UnitKey, float]) -> float:
         """Return the cost with so many units of each key; between whole numbers it is interpolated."""
         return self.of_counts(torch.tensor([float(counts[key]) for key in self.tables], dtype=torch.float64))
 
@@ -43,31 +42,28 @@ class UnitCosts:
         """Return the cost with so many units of each key, in the order of the tables, (K,)."""
         if not self.tables:
             return self.fixed
-        low_K, share_K = self._place(counts_K)
+        last_K = torch.tensor([len(table) - 1 for table in self.tables.values()])
+        bounded_K = torch.minimum(counts_K.double().clamp(min=0), last_K.double())
+        low_K = torch.minimum(bounded_K.floor().long(), (last_K - 1).clamp(min=0))
+        share_K = bounded_K - low_K
         padded_KN = self._padded
         below_K = padded_KN.gather(1, low_K[:, None])[:, 0]
         above_K = padded_KN.gather(1, low_K[:, None] + 1)[:, 0]
         return self.fixed + float((below_K + share_K * (above_K - below_K)).sum())
 
-    def slopes(self, counts: Mapping[Any, float]) -> dict[Layer, float]:
+    def slopes(self, counts: Mapping[UnitKey, float]) -> dict[UnitKey, float]:
         """Return by key what one unit more or less costs at these counts: the line through the neighbours."""
-        found: dict[Layer, float] = {}
+        found: dict[UnitKey, float] = {}
         for key, table in self.tables.items():
             last = len(table) - 1
             low, high = max(0, round(counts[key]) - 1), min(last, round(counts[key]) + 1)
             found[key] = float(table[high] - table[low]) / max(1, high - low)
         return found
 
-    def saved(self, key: Layer, count: int) -> float:
+    def saved(self, key: UnitKey, count: int) -> float:
         """Return what goes when the last of `count` units of a key does."""
         table = self.tables[key]
         return float(table[count] - table[count - 1])
-
-    def _place(self, counts_K: Tensor) -> tuple[Tensor, Tensor]:
-        last_K = torch.tensor([len(table) - 1 for table in self.tables.values()])
-        bounded_K = torch.minimum(counts_K.double().clamp(min=0), last_K.double())
-        low_K = torch.minimum(bounded_K.floor().long(), (last_K - 1).clamp(min=0))
-        return low_K, bounded_K - low_K
 
     @cached_property
     def _padded(self) -> Tensor:

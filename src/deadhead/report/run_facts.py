@@ -12,7 +12,7 @@ import numpy as np
 
 from deadhead.checkpoints import checkpoint
 from deadhead.errors import InputError
-from deadhead.plans.plan import HeadPlan, block_key, is_block_key, plain_key
+from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
 from deadhead.report.stages import verdict
 from deadhead.training.recipes.reading import load_recipe
@@ -167,21 +167,22 @@ class RunFacts:
         if plan is not None:
             blocks = {} if plan.blocks is None else plan.blocks.total
             totals = {str(layer): count for layer, count in plan.total.items()}
-            totals |= {block_key(layer): count for layer, count in blocks.items()}
+            totals |= {str(UnitKey("block", layer)): count for layer, count in blocks.items()}
             kept = {str(key): units for key, units in plan.units.items()}
         frames = found.open_probability.rows
         for key, row in (frames[-1] if frames else {}).items():
             totals.setdefault(key, len(row))
         layers = []
         for key, total in totals.items():
+            unit = UnitKey.parse(key)
             rows = [frame.get(key, ()) for frame in frames]
             # Of gates on something else than the plan counts there is nothing to show.
             rows = rows if all(len(row) == total for row in rows) else []
             layers.append(
                 {
                     "key": key,
-                    "layer": str(plain_key(key)),
-                    "what": "block" if is_block_key(key) else "head",
+                    "layer": str(unit.layer),
+                    "what": unit.kind,
                     "total": total,
                     "kept": list(kept[key]) if key in kept else None,
                     "open": packed(np.array(rows)) if rows else "",

@@ -20,7 +20,7 @@ from deadhead.layouts import find_layout
 from deadhead.measure.evaluation import evaluate
 from deadhead.measure.generate import generate_text
 from deadhead.modes import best_device
-from deadhead.plans.plan import HeadPlan, is_block_key, layer_key, plain_key
+from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.report.attention import run_attention
 from deadhead.report.run_facts import checkpoints_in, plan_in
 from deadhead.training.recipes.recipe import DataRecipe
@@ -84,8 +84,8 @@ class Trial:
                 "layers": [
                     {
                         "key": str(key),
-                        "layer": str(plain_key(key)),
-                        "what": "block" if is_block_key(key) else "head",
+                        "layer": str(key.layer),
+                        "what": key.kind,
                         "total": total,
                         "present": list(gates.heads.get(key, ())),
                         "planned": list(planned[key]) if key in planned else None,
@@ -110,7 +110,7 @@ class Trial:
         with self._lock:
             loaded = self._load(name)
             gates = loaded.gates
-            asked = {layer_key(key): units for key, units in kept.items()}
+            asked = {UnitKey.parse(key): units for key, units in kept.items()}
             if unknown := set(asked) - set(gates.total):
                 raise InputError(f"The model has no layer {min(map(str, unknown))!r}.")
             plan = HeadPlan.of_units(

@@ -1,6 +1,6 @@
 """Copy one file of weights to another, with rows and columns of some tensors left out, in little memory.
 
-Bytes are read into buffers in one thread, and hashed and written in another.
+Bytes are read in one thread, and hashed and written in another.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from math import prod
 from pathlib import Path
 
@@ -40,20 +42,6 @@ class Keep:
     index: Tensor
     factor: Tensor | None = None
 
-    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of what is left of a tensor."""
-        return (*shape[: self.dim], len(self.index), *shape[self.dim + 1 :])
-
-    def runs(self) -> list[tuple[int, int]]:
-        """Return the index as ranges of rows that lie side by side."""
-        found: list[tuple[int, int]] = []
-        for row in self.index.tolist():
-            if found and found[-1][1] == row:
-                found[-1] = (found[-1][0], row + 1)
-            else:
-                found.append((row, row + 1))
-        return found
-
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -65,7 +53,8 @@ class Piece:
     @property
     def shape(self) -> tuple[int, ...]:
         """Its new shape."""
-        return self.source.shape if self.keep is None else self.keep.shape(self.source.shape)
+        shape, keep = self.source.shape, self.keep
+        return shape if keep is None else (*shape[: keep.dim], len(keep.index), *shape[keep.dim + 1 :])
 
     @property
     def nbytes(self) -> int:
@@ -77,28 +66,6 @@ class Stopped(Exception):
     """The copy was asked to stop."""
 
 
-def header_bytes(pieces: Sequence[Piece]) -> bytes:
-    """Return the header of a safetensors file of these tensors, in their order."""
-    values: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for piece in pieces:
-        values[piece.source.name] = {
-            "dtype": piece.source.dtype,
-            "shape": list(piece.shape),
-            "data_offsets": [place, place + piece.nbytes],
-        }
-        place += piece.nbytes
-    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    # The data begin at a multiple of 8, as the format asks of writers.
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def file_order(pieces: Sequence[Piece]) -> list[Piece]:
-    """Return tensors in the order in which they are written: that of the source, wider types first, so all align."""
-    return sorted(pieces, key=lambda piece: -piece.source.torch_dtype.itemsize)
-
-
 def copy_pieces(
     source: Path,
     target: Path,
@@ -107,37 +74,58 @@ def copy_pieces(
     progress: Callable[[int], None],
     stop: threading.Event,
 ) -> str:
-    """Write a safetensors file of tensors of another.
+    """Write a safetensors file of tensors of another; return the SHA-256 of what was written, in hexadecimal.
 
-    Args:
-        source: the file that holds them.
-        target: the new file.
-        pieces: its tensors.
-        progress: called with bytes of the source as they are done with.
-        stop: ends the copy when it is set.
-
-    Returns:
-        SHA-256 of what was written, in hexadecimal.
+    `progress` is called with bytes of the source as they are done with; `stop` ends the copy when it is set.
 
     Raises:
         InputError: the source ended early.
         OSError: the device is full, say.
         Stopped: `stop` was set.
     """
-    ordered = file_order(pieces)
-    with source.open("rb", buffering=0) as file, _Writer(target) as writer:
-        writer.put(memoryview(header_bytes(ordered)))
-        reader = _Reader(file.fileno(), source, writer.free)
+    # In the order of the source, wider types first, so that all are aligned.
+    ordered = sorted(pieces, key=lambda piece: -piece.source.torch_dtype.itemsize)
+    digest = hashlib.sha256()
+    waiting: deque[Future[None]] = deque()
+    with source.open("rb", buffering=0) as file, target.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as pool:
+
+        def write(data: memoryview) -> None:
+            digest.update(data)
+            while data:
+                data = data[out.write(data) :]
+
+        def put(data: memoryview) -> None:
+            if len(waiting) == _WAITING:
+                waiting.popleft().result()
+            waiting.append(pool.submit(write, data))
+
+        put(memoryview(_header(ordered)))
+        reader = _Reader(file.fileno(), source)
         for piece in ordered:
             done = 0
             for data, count in reader.parts(piece):
                 if stop.is_set():
                     raise Stopped
-                writer.put(data)
+                put(data)
                 done += count
                 progress(count)
             progress(piece.source.nbytes - done)
-    return writer.sha256
+        for written in waiting:
+            written.result()
+    return digest.hexdigest()
+
+
+def _header(pieces: Sequence[Piece]) -> bytes:
+    """Return the header of a safetensors file of these tensors, in their order."""
+    values: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for piece in pieces:
+        offsets = [place, place := place + piece.nbytes]
+        values[piece.source.name] = {"dtype": piece.source.dtype, "shape": list(piece.shape), "data_offsets": offsets}
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    # The data begin at a multiple of 8, as the format asks of writers.
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def send_to_disk(path: Path) -> None:
@@ -149,17 +137,13 @@ def send_to_disk(path: Path) -> None:
 
 
 class _Reader:
-    """Reads what is left of tensors.
+    """Reads what is left of tensors of an open file."""
 
-    Args:
-        descriptor: of the source.
-        path: of it, for messages.
-        free: where buffers come from, each until its bytes are written: memory that is new is cleared by the system.
-    """
-
-    def __init__(self, descriptor: int, path: Path, free: queue.Queue[memoryview]) -> None:
-        self._descriptor, self._path, self._free = descriptor, path, free
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor, self._path = descriptor, path
         self._slab = bytearray()
+        # Memory that is new is cleared by the system, so each buffer is used again once its bytes are written.
+        self._buffers = cycle([memoryview(bytearray(CHUNK)) for _ in range(_WAITING + 1)])
 
     def parts(self, piece: Piece) -> Iterator[tuple[memoryview, int]]:
         """Yield the bytes of what is left of a tensor, and how many of the source's they took."""
@@ -171,7 +155,9 @@ class _Reader:
         inner = prod(tensor.shape[keep.dim + 1 :]) * tensor.torch_dtype.itemsize
         if not outer or not inner or not rows or not len(keep.index):
             return
-        runs = keep.runs()
+        # Ranges of rows that lie side by side.
+        parts = keep.index.tensor_split((keep.index.diff() != 1).nonzero().flatten() + 1)
+        runs = [(int(part[0]), int(part[-1]) + 1) for part in parts]
         if outer == 1:
             place = 0
             for first, last in runs:
@@ -197,7 +183,7 @@ class _Reader:
 
     def _range(self, begin: int, end: int) -> Iterator[tuple[memoryview, int]]:
         for place in range(begin, end, CHUNK):
-            buffer = self._free.get()[: end - place]
+            buffer = next(self._buffers)[: end - place]
             read_exactly(self._descriptor, buffer, place, self._path)
             yield buffer, len(buffer)
 
@@ -218,63 +204,3 @@ def _scaled(values: Tensor, factor: Tensor) -> Tensor:
 
 def _bytes_of(values: Tensor) -> memoryview:
     return values.contiguous().view(-1).view(torch.uint8).numpy().data.cast("B")
-
-
-class _Writer:
-    """Hashes and writes what it is given, in a thread of its own; an error there is raised where more is given."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.sha256 = ""
-        self.free: queue.Queue[memoryview] = queue.Queue()
-        for _ in range(_WAITING + 2):
-            self.free.put(memoryview(bytearray(CHUNK)))
-        self._waiting: queue.Queue[memoryview | None] = queue.Queue(_WAITING)
-        self._ended = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> _Writer:
-        self._thread.start()
-        return self
-
-    def put(self, data: memoryview) -> None:
-        if self._error is not None:
-            raise self._error
-        self._waiting.put(data)
-
-    def __exit__(self, *failure: object) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-        if self._error is not None and failure[0] is None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            found = hashlib.sha256()
-            with self.path.open("wb", buffering=0) as file:
-                for data in self._taken():
-                    found.update(data)
-                    rest = data
-                    while rest:
-                        rest = rest[file.write(rest) :]
-            self.sha256 = found.hexdigest()
-        except BaseException as error:
-            self._error = error
-            # Whoever puts must not wait for a thread that has gone.
-            for _ in self._taken():
-                pass
-
-    def _taken(self) -> Iterator[memoryview]:
-        """Yield what is put until the end; buffers are free again once the next is asked for."""
-        while not self._ended:
-            data = self._waiting.get()
-            if data is None:
-                self._ended = True
-                return
-            yield data
-            if isinstance(data.obj, bytearray):
-                self.free.put(memoryview(data.obj))
-
-
-__all__ = ["Keep", "Piece", "Stopped", "copy_pieces", "send_to_disk"]

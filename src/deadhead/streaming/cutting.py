@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from deadhead.checkpoints import checkpoint
-from deadhead.cutting import cut
+from deadhead.cutting import cut, warn_of_cache
 from deadhead.data import load_tokenizer
 from deadhead.disk.checksums import sha256_of, write_checksums
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
@@ -120,21 +119,17 @@ def cut_checkpoint(
             f"Cutting {source} in memory takes {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; use a larger "
             f"machine.{reason}"
         )
-    return _in_memory(source, plan, out, why)
+    network = checkpoint.load(source)
+    before = model_cost(network, unit=plan.unit)
+    cut(network, plan)
+    checkpoint.save(network, out, tokenizer=_tokenizer(folder), base=source)
+    return CheckpointCut(before=before, after=model_cost(network), streamed=False, why_in_memory=why)
 
 
 def _is_large(folder: Path) -> bool:
     if not folder.is_dir() or not has_stored(folder):
         return False
     return (folder / INDEX_FILE).is_file() or weights_size(folder) >= STREAMED_FROM
-
-
-def _in_memory(source: str | Path, plan: HeadPlan, out: Path, why: str | None) -> CheckpointCut:
-    network = checkpoint.load(source)
-    before = model_cost(network, unit=plan.unit)
-    cut(network, plan)
-    checkpoint.save(network, out, tokenizer=_tokenizer(Path(source)), base=source)
-    return CheckpointCut(before=before, after=model_cost(network), streamed=False, why_in_memory=why)
 
 
 def _tokenizer(source: Path) -> Any:
@@ -151,11 +146,7 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
     planned = prepare(source, plan)
     tokenizer = _tokenizer(source)
     if planned.cache_growth:
-        warnings.warn(
-            f"The key/value cache grows by {planned.cache_growth:.0%}: where groups are left with different numbers of "
-            "query heads, their keys and values are repeated. Plans of whole groups (unit 'kv_group') keep it small.",
-            stacklevel=3,
-        )
+        warn_of_cache(planned.cache_growth, stacklevel=4)
     # One layer is checked before anything is written: whether layers of this kind can be.
     layers = planned.check.layers
     for place in layers[:1]:
@@ -265,9 +256,8 @@ def _identity(planned: StreamedCut, source: Path) -> dict[str, Any]:
 
 
 def _require_room(out: Path, planned: StreamedCut, manifest: _Manifest) -> None:
-    needed = _ROOM + sum(
-        piece.nbytes for name, pieces in planned.pieces.items() if name not in manifest.finished for piece in pieces
-    )
+    pieces = [piece for name, found in planned.pieces.items() if name not in manifest.finished for piece in found]
+    needed = _ROOM + sum(piece.nbytes for piece in pieces)
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(
@@ -278,8 +268,14 @@ def _require_room(out: Path, planned: StreamedCut, manifest: _Manifest) -> None:
 
 def _copy_and_check(planned: StreamedCut, manifest: _Manifest, layers: list[int], progress: Progress) -> None:
     """Copy files in threads of their own, and check layers in this one."""
-    stop = threading.Event()
-    copied = _Count(planned.stored.nbytes, progress)
+    stop, lock, done = threading.Event(), threading.Lock(), 0
+
+    def copied(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress("copying", done, planned.stored.nbytes)
+
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         copies = [pool.submit(_copy, planned, manifest, name, copied, stop) for name in planned.stored.files]
         try:
@@ -296,20 +292,9 @@ def _copy_and_check(planned: StreamedCut, manifest: _Manifest, layers: list[int]
             raise
 
 
-class _Count:
-    """Bytes that are copied, of all, by several threads."""
-
-    def __init__(self, total: int, progress: Progress) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-        self._lock = threading.Lock()
-
-    def __call__(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            self._progress("copying", self._done, self._total)
-
-
-def _copy(planned: StreamedCut, manifest: _Manifest, name: str, copied: _Count, stop: threading.Event) -> None:
+def _copy(
+    planned: StreamedCut, manifest: _Manifest, name: str, copied: Callable[[int], None], stop: threading.Event
+) -> None:
     stored = planned.stored
     pieces = () if name in manifest.finished else planned.pieces.get(name, ())
     copied(sum(tensor.nbytes for tensor in stored.files[name]) - sum(piece.source.nbytes for piece in pieces))
@@ -338,21 +323,14 @@ def _publish(planned: StreamedCut, manifest: _Manifest, source: Path, tokenizer:
             left.unlink()
         checkpoint.save_beside(model, folder, tokenizer=tokenizer, base=source)
         for name in planned.pieces:
-            _link(manifest.work / name, folder / name)
+            try:
+                os.link(manifest.work / name, folder / name)
+            except OSError:
+                # A file system without hard links; a kill before the end then costs the work that was done.
+                os.replace(manifest.work / name, folder / name)
         if planned.stored.is_sharded:
-            write_text(folder / INDEX_FILE, _index(planned))
+            weight_map = {piece.source.name: name for name, pieces in planned.pieces.items() for piece in pieces}
+            metadata = {"total_parameters": model.num_parameters(), "total_size": planned.written_bytes}
+            index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+            write_text(folder / INDEX_FILE, index + "\n")
         write_checksums(folder, manifest.finished)
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:
-        # A file system without hard links; a kill before the end then costs the work that was done.
-        os.replace(file, target)
-
-
-def _index(planned: StreamedCut) -> str:
-    weight_map = {piece.source.name: name for name, pieces in planned.pieces.items() for piece in pieces}
-    metadata = {"total_parameters": planned.model.num_parameters(), "total_size": planned.written_bytes}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"

@@ -24,7 +24,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Layout, Site
 from deadhead.models.pruned.structure import text_stack
-from deadhead.plans.plan import Layer
+from deadhead.plans.plan import UnitKey
 from deadhead.streaming.shape import NotStreamable, stub
 
 # Numbers of a tensor that is loaded whatever it is.
@@ -38,14 +38,8 @@ _TABLE = 97
 class LayerCheck:
     """The check of a model's layers, in any order, each once.
 
-    Args:
-        stored: where the weights are.
-        names: of tensors in files, by those in memory.
-        model: without weights, with gates closed by the plan; layers that were checked are cut in it.
-        layout: its layout.
-        sites: its sites.
-        units: the units that stay, by key.
-        gates: the gates.
+    The model has no weights, and gates closed by the plan; layers that were checked are cut in it. `names` are those of
+    tensors in files, by those in memory; `units` the ones that stay.
 
     Raises:
         NotStreamable: the model's layers do not lie in one list.
@@ -58,16 +52,15 @@ class LayerCheck:
         model: PreTrainedModel,
         layout: Layout,
         sites: Sequence[Site],
-        units: Mapping[Layer, tuple[int, ...]],
+        units: Mapping[UnitKey, tuple[int, ...]],
         gates: HeadGates,
     ) -> None:
         self.stored, self.model, self.layout, self.units, self.gates = stored, model, layout, units, gates
         tensors = stored.tensors
         self._tensors = {name: tensors[there] for name, there in names.items() if there in tensors}
         self._names = {id(module): path for path, module in model.named_modules()}
-        self._outputs = 0
-        # The last layer's tensors: memory that is given out again is not cleared by the system first.
-        self._spare: list[Tensor] = []
+        # How many values layers return, in a tuple; 0: one tensor alone.
+        self.outputs = 0
         stack = text_stack(model)
         paths: dict[int, list[str]] = {}
         for path, module in stack.named_modules(remove_duplicate=False):
@@ -120,7 +113,11 @@ class LayerCheck:
                 remove_units(self.layout, sites, self.units, factors)
                 require_same_function(self.model, expected, texts=_TEXTS)
         finally:
-            _empty(layer)
+            # The weights go again.
+            for module in layer.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = stub(parameter)
 
     def _gated(self, layer: nn.Module, sites: Sequence[Site]) -> Tensor:
         """Return the outputs with gates; other layers learn to return what this one does."""
@@ -131,13 +128,9 @@ class LayerCheck:
 
         handle = layer.register_forward_hook(note)
         failure: BaseException | None = None
-        tried: list[int] = []
         try:
-            for count in (self._outputs, 0, 1, 2, 3):
-                if count in tried:
-                    continue
-                tried.append(count)
-                self._outputs = count
+            for count in dict.fromkeys((self.outputs, 0, 1, 2, 3)):
+                self.outputs = count
                 seen.clear()
                 try:
                     expected = watched_outputs(self.model, self.layout, sites, texts=_TEXTS)
@@ -153,20 +146,14 @@ class LayerCheck:
 
     @contextmanager
     def _alone(self, place: int) -> Any:
-        originals = list(self._layers)
+        originals = dict(enumerate(self._layers))
         try:
-            for index, original in enumerate(originals):
-                if index != place:
-                    self._layers[index] = _HandOn(original, index, self)
+            for index in originals.keys() - {place}:
+                self._layers[index] = _HandOn(originals[index], index, self)
             yield
         finally:
-            for index, original in enumerate(originals):
+            for index, original in originals.items():
                 self._layers[index] = original
-
-    @property
-    def outputs(self) -> int:
-        """How many values layers return, in a tuple; 0: one tensor alone."""
-        return self._outputs
 
     def _real(self, layer: nn.Module, sites: Sequence[Site]) -> Iterable[tuple[nn.Module, str, nn.Parameter]]:
         """Yield owner, name and stand-in of every parameter of a layer that is loaded."""
@@ -184,7 +171,8 @@ class LayerCheck:
     def _fill(self, layer: nn.Module, sites: Sequence[Site]) -> None:
         real = list(self._real(layer, sites))
         owners = {id(module) for module, _, _ in real}
-        self._spare = [self._load(module, name, parameter) for module, name, parameter in real]
+        for module, name, parameter in real:
+            self._load(module, name, parameter)
         for path, module in list(layer.named_modules()):
             if id(module) in owners or not path or not any(True for _ in module.parameters(recurse=False)):
                 continue
@@ -193,8 +181,8 @@ class LayerCheck:
             if width is not None or name == "experts":
                 setattr(layer.get_submodule(parent), name, _Zeros(module, width))
 
-    def _load(self, module: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
-        """Put a stored tensor in the place of its stand-in, and return it."""
+    def _load(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        """Put a stored tensor in the place of its stand-in."""
         path = self._names.get(id(module))
         found = self._tensors.get(f"{path}.{name}")
         if found is None or found.shape != tuple(parameter.shape):
@@ -203,31 +191,16 @@ class LayerCheck:
             # Routers and the like of models whose files have other names; what they are makes no difference.
             values = torch.ones(parameter.shape, dtype=parameter.dtype)
         else:
-            values = self._memory(parameter)
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
             self.stored.read_into(found, values)
         module._parameters[name] = nn.Parameter(values, requires_grad=False)
-        return values
-
-    def _memory(self, parameter: nn.Parameter) -> Tensor:
-        for index, spare in enumerate(self._spare):
-            if spare.shape == parameter.shape and spare.dtype == parameter.dtype:
-                return self._spare.pop(index)
-        return torch.empty(parameter.shape, dtype=parameter.dtype)
 
     def _fill_rest(self, stack: nn.Module) -> None:
         """Load what is small beside the layers, and put random hidden states in the place of the embeddings."""
         inside = {id(module) for module in self._layers.modules()}
         embeddings: Any = cast(Any, stack).get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
-        owner = next(
-            (
-                (module, name)
-                for module in stack.modules()
-                for name, child in module._modules.items()
-                if child is embeddings and child is not None
-            ),
-            None,
-        )
-        if owner is None or not isinstance(embeddings, nn.Embedding):
+        path = next((path for path, module in stack.named_modules() if module is embeddings), "")
+        if not path or not isinstance(embeddings, nn.Embedding):
             raise NotStreamable("the embeddings of its text are not found")
         for module in stack.modules():
             if id(module) in inside or module is embeddings:
@@ -235,15 +208,8 @@ class LayerCheck:
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and parameter.numel() <= _SMALL:
                     self._load(module, name, parameter)
-        setattr(*owner, _HiddenStates(embeddings))
-
-
-def _empty(layer: nn.Module) -> None:
-    """Take the weights out of a layer again."""
-    for module in layer.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = stub(parameter)
+        parent, _, name = path.rpartition(".")
+        setattr(stack.get_submodule(parent), name, _HiddenStates(embeddings))
 
 
 class _StandIn(nn.Module):
@@ -264,13 +230,11 @@ class _HiddenStates(_StandIn):
     def __init__(self, original: nn.Embedding) -> None:
         super().__init__(original)
         shape = (_TABLE, original.weight.shape[1])
-        table = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(original.weight.dtype)
-        self.__dict__["table"] = table
+        self.table = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(original.weight.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return rows of the table."""
-        found: Tensor = self.__dict__["table"][ids % _TABLE]
-        return found
+        return self.table[ids % _TABLE]
 
 
 class _HandOn(_StandIn):
@@ -278,7 +242,7 @@ class _HandOn(_StandIn):
 
     def __init__(self, original: nn.Module, place: int, check: LayerCheck) -> None:
         super().__init__(original)
-        self.__dict__.update(place=place, check=check)
+        self.place, self.check = place, check
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden states in the form in which the layer that is checked returns them."""
@@ -289,29 +253,23 @@ class _HandOn(_StandIn):
         cache: Any = next((value for value in values if isinstance(value, Cache)), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        place = self.__dict__["place"]
         # Linear attention and the like keep states that count nothing.
-        if cache is not None and (place >= len(cache.layers) or hasattr(cache.layers[place], "update")):
+        if cache is not None and (self.place >= len(cache.layers) or hasattr(cache.layers[self.place], "update")):
             nothing = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], 1))
             # A layer that keeps no cache says so.
             with suppress(NotImplementedError):
-                cache.update(nothing, nothing, place)
-        count = self.__dict__["check"].outputs
+                cache.update(nothing, nothing, self.place)
+        count = self.check.outputs
         return (hidden, *[None] * (count - 1)) if count else hidden
 
 
 class _Zeros(_StandIn):
-    """Stands in the place of a large projection, or of experts: gives zeros for each position.
-
-    Args:
-        original: the module.
-        width: of what it gives; None: that of what it gets.
-    """
+    """Stands in the place of a large projection, or of experts: gives zeros for each position."""
 
     def __init__(self, original: nn.Module, width: int | None) -> None:
         super().__init__(original)
-        self.__dict__["width"] = width
+        self.width = width
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return zeros (..., width)."""
-        return hidden.new_zeros((*hidden.shape[:-1], self.__dict__["width"] or hidden.shape[-1]))
+        """Return zeros (..., width); without a width of its own, that of `hidden`."""
+        return hidden.new_zeros((*hidden.shape[:-1], self.width or hidden.shape[-1]))

@@ -18,7 +18,7 @@ from deadhead.layouts import find_layout
 from deadhead.measure.cost import Cost, cut_skeleton, model_cost, skeleton
 from deadhead.models import OWN_TYPES
 from deadhead.plans.plan import HeadPlan
-from deadhead.streaming.copying import CHUNK, Piece
+from deadhead.streaming.copying import Piece
 from deadhead.streaming.layer_check import LayerCheck
 from deadhead.streaming.shape import (
     NotStreamable,
@@ -29,9 +29,6 @@ from deadhead.streaming.shape import (
     stored_names,
     stored_shapes,
 )
-
-# Of what lies around a layer's tensors while it is checked: Python, torch, transformers, buffers.
-_BASE_BYTES = 800 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +62,6 @@ class StreamedCut:
         return sum(piece.nbytes for pieces in self.pieces.values() for piece in pieces)
 
 
-def predicted_memory(layer_bytes: int) -> int:
-    """Return about the most memory that a cut takes: a layer's cut modules twice, and what is always there, in bytes.
-
-    Twice, as a layer is held dense while it is cut.
-
-    Args:
-        layer_bytes: of the largest layer's cut modules, in the precision of the check.
-    """
-    return _BASE_BYTES + 2 * layer_bytes + 16 * CHUNK
-
-
 def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     """Work out a cut.
 
@@ -96,24 +82,19 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         model = empty_model(config, torch.promote_types(dtype, torch.float32))
     except Exception as error:  # each architecture has faults of its own
         raise NotStreamable(f"its configuration gives no model ({str(error).strip().partition(chr(10))[0]})") from error
-    dense_names = require_stored(stored, dense, dtype)
+    require_stored(stored, dense, dtype)
     layout = find_layout(model)
     size = None if plan.blocks is None else plan.blocks.size
-    gates = attach(
-        model,
-        config=GateConfig(output_scale=plan.output_scale),
-        unit=plan.unit,
-        blocks=False if size is None else size,
-    )
+    blocks = False if size is None else size
+    gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=blocks)
     plan = normal_plan(gates, plan)
-    units = plan.units
     gates.set_plan(plan)
     sites = layout.all_sites(model, plan.unit, size)
     names = stored_names(model)
-    keeps = {names.get(name, name): keep for name, keep in kept_parts(model, layout, sites, units, gates).items()}
+    keeps = {names.get(name, name): keep for name, keep in kept_parts(model, layout, sites, plan.units, gates).items()}
     cut = cut_skeleton(layout, dense, recorded_with(layout, model, plan))
     cut_shapes = stored_shapes(cut)
-    if not cut_shapes.keys() <= dense_names.keys() or not keeps.keys() <= cut_shapes.keys():
+    if not cut_shapes.keys() <= stored.tensors.keys() or not keeps.keys() <= cut_shapes.keys():
         raise NotStreamable("what is cut of it lies in files otherwise than in memory")
     pieces: dict[str, tuple[Piece, ...]] = {}
     for file, tensors in stored.files.items():
@@ -130,7 +111,7 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         pieces=pieces,
         plan=plan,
         model=cut.to(dtype),  # type: ignore[arg-type]
-        check=LayerCheck(stored, names, model, layout, sites, units, gates),
+        check=LayerCheck(stored, names, model, layout, sites, plan.units, gates),
         before=model_cost(dense, unit=plan.unit),
         after=model_cost(cut),
         cache_growth=max(0.0, after / before - 1) if before else 0.0,

@@ -17,7 +17,7 @@ from deadhead.cutting import head_factors
 from deadhead.disk.stored import StoredCheckpoint
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import Layout, Site
-from deadhead.plans.plan import Layer
+from deadhead.plans.plan import UnitKey
 from deadhead.streaming.copying import Keep
 
 # Buffers of older versions of transformers, which are worked out now.
@@ -30,12 +30,7 @@ class NotStreamable(Exception):
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model on the CPU whose parameters are zeros that take no memory; its buffers are real.
-
-    Args:
-        config: of the model.
-        dtype: of its parameters.
-    """
+    """Return a model on the CPU whose parameters are zeros that take no memory; its buffers are real."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     stubs: dict[int, nn.Parameter] = {}
@@ -94,16 +89,8 @@ def _as_stored(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Ten
         raise NotStreamable(f"its tensors have other names or shapes in files than in memory ({error})") from error
 
 
-def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, str]:
-    """Check that a checkpoint's tensors are, one by one, those that the model would be saved as.
-
-    Args:
-        stored: the checkpoint.
-        model: of its configuration, without weights.
-        dtype: that the model is loaded in.
-
-    Returns:
-        The name in the checkpoint of every tensor that is saved, by that name.
+def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Check that a checkpoint's tensors are, one by one, those that a model loaded as `dtype` would be saved as.
 
     Raises:
         NotStreamable: they are not.
@@ -129,24 +116,18 @@ def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torc
     for part in kept:
         if any(part in name.split(".") for name in shapes):
             raise NotStreamable(f"{part} of a model of this type is loaded as float32, but stored as {dtype}")
-    return {name: name for name in shapes}
 
 
 def kept_parts(
     model: PreTrainedModel,
     layout: Layout,
     sites: Sequence[Site],
-    units: Mapping[Layer, tuple[int, ...]],
+    units: Mapping[UnitKey, tuple[int, ...]],
     gates: HeadGates,
 ) -> dict[str, Keep]:
     """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
 
-    Args:
-        model: without weights, with gates closed by the plan.
-        layout: its layout.
-        sites: its sites.
-        units: the units that stay, by key.
-        gates: the gates, for the values that are folded into the output projections.
+    The gates, closed by the plan, have the values that are folded into the output projections.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, Keep] = {}

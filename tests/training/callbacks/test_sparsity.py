@@ -19,6 +19,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.penalty import l0_loss
 from deadhead.models import AllAttentionForCausalLM
+from deadhead.plans.plan import UnitKey
 from tests.helpers import tiny_model
 from tests.small import assert_same_tensors
 
@@ -136,7 +137,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(options: dict[str, Any], tmp_
     if options["warmup_steps"]:
         # Else the test could not tell a state that was restored from a fresh one.
         assert len(set(whole_strengths)) == _STEPS
-    assert not torch.equal(gates.log_alpha()[0], torch.full((4,), 1.0))
+    assert not torch.equal(gates.log_alpha()[UnitKey("head", 0)], torch.full((4,), 1.0))
 
 
 def test_target_and_optimizer_are_part_of_the_checkpoint(tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_noise_depends_on_step_and_batch_alone() -> None:
             gates.begin_step(step)
             for _ in range(2):
                 model(input_ids=ids, use_cache=False)
-                yield gates.gates[0].noise.clone()
+                yield gates.gates[UnitKey("head", 0)].noise.clone()
 
     first = list(draws())
     torch.manual_seed(99)

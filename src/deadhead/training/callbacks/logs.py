@@ -12,7 +12,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from deadhead.disk.files import no_space_is_input_error, write_text
 from deadhead.gates.gates import HeadGates
-from deadhead.plans.plan import is_block_key
 
 # Fields that differ between two runs of the same recipe; everything else is equal bit for bit.
 TIMING_FIELDS = ("seconds",)
@@ -78,9 +77,9 @@ class MetricsFile(TrainerCallback):
         line |= {name: value for name, value in logs.items() if not name.startswith(("heads/", "blocks/"))}
         if self.gates is not None:
             values = self.gates
-            line["heads"] = [int(gate.is_open.sum()) for key, gate in values if not is_block_key(key)]
+            line["heads"] = [int(gate.is_open.sum()) for key, gate in values if key.kind == "head"]
             if values.block_size is not None:
-                line["blocks"] = [int(gate.is_open.sum()) for key, gate in values if is_block_key(key)]
+                line["blocks"] = [int(gate.is_open.sum()) for key, gate in values if key.kind == "block"]
             line["open_probability"] = {str(layer): p.tolist() for layer, p in values.open_probability().items()}
             if values.tracks_difference:
                 line["output_difference"] = {str(layer): d.tolist() for layer, d in values.difference().items()}

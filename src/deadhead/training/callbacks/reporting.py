@@ -17,7 +17,6 @@ from deadhead.disk.files import no_space_is_input_error
 from deadhead.errors import InputError, is_installed, require_extra
 from deadhead.gates.gates import HeadGates
 from deadhead.plans.picture import head_map_image
-from deadhead.plans.plan import is_block_key
 
 if TYPE_CHECKING:  # TensorBoard is an extra
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -82,8 +81,8 @@ class _HeadMapImage(TrainerCallback):
         if step % max(1, state.max_steps // _IMAGES) and step < state.max_steps:
             return
         found = self.gates.open_probability()
-        for name, has_blocks in (("head map", False), ("block map", True)):
-            rows = [p.tolist() for key, p in found.items() if is_block_key(key) == has_blocks]
+        for name, kind in (("head map", "head"), ("block map", "block")):
+            rows = [p.tolist() for key, p in found.items() if key.kind == kind]
             if rows:
                 self.writer.add_image(name, head_map_image(rows), step, dataformats="HWC")
 

@@ -16,7 +16,6 @@ from deadhead.gates.optimizer import GateOptimizer, default_rate
 from deadhead.gates.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient
 from deadhead.gates.sharding import share_out
 from deadhead.plans.kinds import Ranking
-from deadhead.plans.plan import is_block_key, plain_key
 from deadhead.training.callbacks.logs import add_to_log
 from deadhead.training.processes import require_supported
 
@@ -110,8 +109,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if isinstance(self.target, BudgetTarget):
             values["budget"] = self.target.expected(self.gates) / self.target.costs.total
         for key, gate in self.gates:
-            what = "blocks" if is_block_key(key) else "heads"
-            values[f"{what}/layer_{plain_key(key)}"] = float(gate.is_open.sum())
+            values[f"{key.kind}s/layer_{key.layer}"] = float(gate.is_open.sum())
         return values
 
     def on_train_begin(

@@ -19,7 +19,7 @@ from deadhead.measure.evaluation import max_positions
 from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import bench
 from deadhead.modes import best_device
-from deadhead.plans.plan import HeadPlan, Unit, is_block_key
+from deadhead.plans.plan import HeadPlan, Unit
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
 from deadhead.training.phases.defaults import with_defaults
@@ -241,7 +241,7 @@ def _heads_now(model: PreTrainedModel, recipe: PruneRecipe) -> int:
     """Return the number of heads that there are, or were before training cut some."""
     gates = gates_of(model)
     if gates is not None:
-        return sum(len(units) for key, units in gates.heads.items() if not is_block_key(key))
+        return sum(len(units) for key, units in gates.heads.items() if key.kind == "head")
     return sum(len(site.units) for site in find_layout(model).sites(model, _unit(model, recipe)))
 
 
