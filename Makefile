@@ -16,7 +16,8 @@ INCOMPLETE := .venv/.incomplete
 
 # The lists name every package at its version, so there is nothing to resolve; Python compiles what it imports.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile $(PIP_ARGS)
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# The tests that one worker has left are shared with another that has none; those of a file stay together before.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

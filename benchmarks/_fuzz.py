@@ -29,7 +29,8 @@ from deadhead.plans.plan import BlockPlan, HeadPlan
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.stages import stages_table
 from deadhead.training.callbacks.logs import read_metrics
-from deadhead.training.recipes.recipe import Recipe, load_recipe, to_toml
+from deadhead.training.recipes.reading import load_recipe, to_toml
+from deadhead.training.recipes.recipe import Recipe
 from deadhead.training.runs.summary import read_summary, write_summary
 
 # What stands in files of all kinds, and what parsers stumble over.

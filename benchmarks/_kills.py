@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from deadhead.disk.checksums import CHECKSUMS_FILE
 from deadhead.errors import InputError
-from deadhead.training import Recipe, Run
-from deadhead.training.recipes.recipe import parse_recipe
+from deadhead.training.recipes.reading import parse_recipe
+from deadhead.training.recipes.recipe import Recipe
+from deadhead.training.runs.run import Run
 from deadhead.training.runs.summary import read_summary
 
 # What Python tells of before it changes the file system.

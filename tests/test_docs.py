@@ -17,6 +17,9 @@ from torch.distributed import run
 from tests.fork_server import fork_server
 
 ROOT = Path(__file__).parents[1]
+_DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+# The one whose commands are not slow.
+_SHORT = "docs/checkpoints.md"
 # The README's programs train for minutes; here they do everything they say, with fewer steps and a smaller text.
 _FEWER = [(r"steps=\d+", "steps=2"), (r'"stdlib"', '"json-source"'), (r"--scale-steps [\d.]+", "--scale-steps 0.01")]
 # Their commands start as a user's do; others skip the seconds that imports take.
@@ -36,7 +39,9 @@ def programs() -> Iterator[Path]:
         yield found
 
 
-@pytest.mark.parametrize("name", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == _SHORT else pytest.mark.slow) for name in _DOCUMENTS]
+)
 def test_commands_run(name: str, tmp_path: Path, programs: Path) -> None:
     """Run each block; one that fails shows what it printed."""
     json_source = Path(__import__("json").__path__[0])
@@ -98,6 +103,7 @@ def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path: Path) -> N
     assert (tmp_path / "trained" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_lines_for_real_machines_are_torchruns(tmp_path: Path) -> None:
     """What needs several machines is understood by torchrun, and is the same on each but for its number."""
     text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
@@ -113,7 +119,7 @@ def test_the_lines_for_real_machines_are_torchruns(tmp_path: Path) -> None:
     assert subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("path", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("path", _DOCUMENTS)
 def test_links_lead_somewhere(path: str) -> None:
     """Relative links and pictures exist."""
     text = (ROOT / path).read_text(encoding="utf-8")

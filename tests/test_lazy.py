@@ -27,9 +27,12 @@ assert not {"torch", "transformers", "numpy", "datasets", "matplotlib"} & set(sy
 
 def test_importing_loads_neither_torch_nor_transformers() -> None:
     _python("import deadhead; assert 'cut' in dir(deadhead) and deadhead.__version__" + _NOTHING_HEAVY)
+    _python("import deadhead.training.recipes.recipe" + _NOTHING_HEAVY)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["bench", "--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["prune", "--help"], ["bench", "--nonsense"]]
+)
 def test_help_and_wrong_options_need_nothing_heavy(arguments: list[str]) -> None:
     _python("import sys; from deadhead.cli import execute; execute(sys.argv[1:])" + _NOTHING_HEAVY, *arguments)
 
@@ -44,6 +47,7 @@ def test_every_public_name_is_there() -> None:
         deadhead.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
+@pytest.mark.slow
 def test_functions_are_not_hidden_by_modules_of_theirs() -> None:
     code = """
 import deadhead.cli.app, deadhead.training.runs.run, deadhead.cutting
@@ -55,7 +59,14 @@ for name in deadhead.__all__:
     _python(code)
 
 
-@pytest.mark.parametrize("first", ["import deadhead", "import transformers", "import transformers.models.auto"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("import deadhead", marks=pytest.mark.slow),
+        "import transformers",
+        pytest.param("import transformers.models.auto", marks=pytest.mark.slow),
+    ],
+)
 def test_auto_classes_know_our_models_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
     model = deadhead.AllAttentionForCausalLM(
         deadhead.AllAttentionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_persistent=3)

@@ -32,16 +32,10 @@ if TYPE_CHECKING:
     from deadhead.plans.scores import HeadScores
     from deadhead.report.writing import Report, report_run
     from deadhead.streaming.cutting import CheckpointCut, cut_checkpoint
-    from deadhead.training import (
-        PhaseRecipe,
-        PruneRecipe,
-        SparsityCallback,
-        attach_gates,
-        close_to_budget,
-        gate_config,
-        rank,
-        train,
-    )
+    from deadhead.training.callbacks.sparsity import SparsityCallback
+    from deadhead.training.phases.choosing import attach_gates, close_to_budget, gate_config
+    from deadhead.training.phases.phase import rank, train
+    from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 __version__ = "0.1.0"
 
@@ -61,34 +55,34 @@ _HOME = {
     "HeadPlan": "plans.plan",
     "HeadScores": "plans.scores",
     "InputError": "errors",
-    "PhaseRecipe": "training",
-    "PruneRecipe": "training",
+    "PhaseRecipe": "training.recipes.recipe",
+    "PruneRecipe": "training.recipes.recipe",
     "Report": "report.writing",
     "RunWarning": "errors",
-    "SparsityCallback": "training",
+    "SparsityCallback": "training.callbacks.sparsity",
     "UnsupportedModel": "errors",
     "attach": "attaching",
-    "attach_gates": "training",
+    "attach_gates": "training.phases.choosing",
     "bench": "measure.timing",
-    "close_to_budget": "training",
+    "close_to_budget": "training.phases.choosing",
     "cut": "cutting",
     "cut_checkpoint": "streaming.cutting",
     "detach": "attaching",
     "evaluate": "measure.evaluation",
     "export_model": "export.exporting",
-    "gate_config": "training",
+    "gate_config": "training.phases.choosing",
     "gates_of": "attaching",
     "load": "checkpoints.checkpoint",
     "load_gated": "checkpoints.checkpoint",
     "load_gates": "checkpoints.gate_files",
     "load_text": "data",
     "model_cost": "measure.cost",
-    "rank": "training",
+    "rank": "training.phases.phase",
     "report_run": "report.writing",
     "save": "checkpoints.checkpoint",
     "save_gates": "checkpoints.gate_files",
     "score_heads": "measure.criteria",
-    "train": "training",
+    "train": "training.phases.phase",
 }
 """Public names, and the modules that define them."""
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import deadhead
 from benchmarks._tiny_models import CAUSAL_TYPES, tiny_model
-from deadhead.checkpoints import checkpoint, checkpoint_guard
+from deadhead.checkpoints import checkpoint, guard
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.stored import read_header
 from deadhead.errors import InputError
@@ -116,6 +116,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(name: str, llama: Path) -> No
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.slow
 def test_a_memory_of_4_gib_is_enough_to_refuse_a_petabyte(llama: Path) -> None:
     """In a process whose memory is limited, so that what is refused late fails in another way."""
     code = (
@@ -192,10 +193,10 @@ def test_an_index_that_points_outside(name: str, llama: Path) -> None:
 
 
 def test_more_modules_than_any_model_has(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_guard, "_MOST_MODULES", 40)
+    monkeypatch.setattr(guard, "_MOST_MODULES", 40)
     with pytest.raises(InputError, match="describes over 40 modules, but no model has as many"):
         deadhead.load(llama)
-    monkeypatch.setattr(checkpoint_guard, "_MOST_MODULES", 60)
+    monkeypatch.setattr(guard, "_MOST_MODULES", 60)
     deadhead.load(llama)
 
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
 from deadhead.cli import execute
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.training.recipes.reading import to_toml
 from tests.small import small_recipe, tree
 
 

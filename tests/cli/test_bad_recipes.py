@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deadhead.errors import InputError
-from deadhead.training.recipes.recipe import Recipe, parse_recipe
+from deadhead.training.recipes.reading import parse_recipe
+from deadhead.training.recipes.recipe import Recipe
 from tests.cli.cases import Case, recipe, require_one_sentence, write
 
 # What the TOML says, and what the sentence must say of it.

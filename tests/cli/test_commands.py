@@ -15,7 +15,8 @@ import deadhead
 from deadhead import HeadPlan
 from deadhead.cli import execute
 from deadhead.cli.run import _with_whole
-from deadhead.training.recipes.recipe import Recipe, changed, parse_recipe, to_toml
+from deadhead.training.recipes.reading import changed, parse_recipe, to_toml
+from deadhead.training.recipes.recipe import Recipe
 from tests.small import assert_same_tensors, small_recipe, weights
 
 _STEPS = ("--steps", "3", "--batch-size", "2")
@@ -235,11 +236,12 @@ def test_a_whole_run(given: Path, tmp_path: Path, command: _Command, monkeypatch
     assert again["finetuned"]["perplexity"] == summary["finetuned"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole story from the recipe that is installed: a hundredth of its steps, short measurements."""
     pytest.importorskip("deadhead.recipes", reason="deadhead is not installed, so its recipes are not where it looks.")
     monkeypatch.setattr(
-        "deadhead.training.recipes.recipe.parse_recipe",
+        "deadhead.training.recipes.reading.parse_recipe",
         lambda text, name: changed(parse_recipe(text, name=name), evaluation_tokens=2000),
     )
     summary = command.json("demo", "--scale-steps", 0.01, "--out", tmp_path / "demo")
@@ -251,6 +253,7 @@ def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch
     assert HeadPlan.from_json(tmp_path / "demo" / "head_plan.json").heads == summary["cut"]["heads"]
 
 
+@pytest.mark.slow
 def test_another_architecture_than_the_recipes(given: Path, tmp_path: Path, command: _Command) -> None:
     """What the recipe says of persistent vectors does not stand in the way."""
     (tmp_path / "small.toml").write_text(to_toml(small_recipe(given / "prose.txt")), encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deadhead.cli import execute
-from deadhead.export import llama_cpp
+from deadhead.errors import is_installed
 from tests.small import tree
 
 
@@ -29,7 +29,8 @@ def test_padded(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "trust_remote_code" not in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed("llama_cpp"), reason="llama-cpp-python is not installed")
 def test_gguf(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the checkpoint's own tokenizer, of bytes."""
     assert execute(["export", str(given / "llama"), "--to", "gguf", "--out", str(tmp_path / "model.gguf")]) == 0

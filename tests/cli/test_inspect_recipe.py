@@ -10,7 +10,7 @@ import pytest
 
 import deadhead
 from deadhead.cli import execute
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.training.recipes.reading import to_toml
 from tests.conftest import ROOT
 from tests.small import small_recipe
 

@@ -96,6 +96,7 @@ def test_words_that_a_piece_would_cut_stay_whole(tmp_path: Path, monkeypatch: py
     assert set(build_tokenizer("word", corpus).get_vocab()) == {"word", "<eos>", "<unk>"}
 
 
+@pytest.mark.slow
 def test_saved_tokenizers_give_the_same_ids_in_another_process(
     tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerFast]
 ) -> None:

@@ -93,6 +93,7 @@ sys.exit(execute(["export", sys.argv[1], "--out", sys.argv[2], *sys.argv[4:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "options", "code", "message"),
     [
@@ -135,6 +136,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("to", "name"), [("gguf", "model.gguf"), ("onnx", "model"), ("padded", "model")])
 def test_a_full_disk(to: str, name: str, small_disk: Path) -> None:
     with pytest.raises(deadhead.InputError, match="No space is left on the device") as caught:
@@ -143,6 +145,7 @@ def test_a_full_disk(to: str, name: str, small_disk: Path) -> None:
     assert not list(small_disk.iterdir())
 
 
+@pytest.mark.slow
 def test_an_onnx_folder_has_what_programs_look_for(tmp_path: Path) -> None:
     """A plain configuration without code, and a session that reads as the model does."""
     model = cut_by("llama", [1, 3, 1, 2])

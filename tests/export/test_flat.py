@@ -19,6 +19,8 @@ from deadhead.plans.plan import HeadPlan
 from tests.export.small import cut_by, cut_model
 from tests.helpers import tiny_model
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 _FULL = pytest.mark.full

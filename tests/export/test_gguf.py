@@ -11,11 +11,18 @@ import pytest
 import torch
 
 import deadhead
-from deadhead.export import exporting, gguf, gguf_tensors, llama_cpp
+from deadhead.errors import is_installed
+from deadhead.export import exporting, gguf, gguf_tensors
 from deadhead.export.gguf_plan import plan_file
 from tests.export.small import cut_by, cut_model, dense_model
 
-needs_llama_cpp = pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
+_HAS_LLAMA_CPP = pytest.mark.skipif(not is_installed("llama_cpp"), reason="llama-cpp-python is not installed")
+
+
+def needs_llama_cpp(test: Any) -> Any:
+    """Mark a test that reads a file in llama.cpp, in a process of its own."""
+    return pytest.mark.slow(_HAS_LLAMA_CPP(test))
+
 
 _LLAMA_3 = {
     "rope_type": "llama3",

@@ -40,7 +40,14 @@ def _logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(3, 12))])
+@pytest.mark.parametrize(
+    "seed",
+    [
+        1,
+        pytest.param(2, marks=pytest.mark.slow),
+        *(pytest.param(seed, marks=pytest.mark.full) for seed in range(3, 12)),
+    ],
+)
 @pytest.mark.parametrize("unit", ["kv_group", "head"])
 @pytest.mark.parametrize("kind", _KINDS)
 def test_any_plan_computes_the_same(kind: str, unit: str, seed: int) -> None:
@@ -54,6 +61,7 @@ def test_any_plan_computes_the_same(kind: str, unit: str, seed: int) -> None:
     assert difference(_logits(stock), _logits(dense_model(kind, seed))) > 1e-2
 
 
+@pytest.mark.slow
 def test_they_load_where_deadhead_is_not(tmp_path: Path) -> None:
     """Bit for bit as they were padded, in a process that cannot import deadhead and trusts no code of theirs."""
     models = {

@@ -19,9 +19,13 @@ from deadhead.data import load_text
 from tests.export.small import cut_by
 from tests.small import write_prose
 
-pytestmark = pytest.mark.skipif(
-    find_spec("llama_cpp") is None or find_spec("uvicorn") is None, reason="llama-cpp-python[server] is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("llama_cpp") is None or find_spec("uvicorn") is None,
+        reason="llama-cpp-python[server] is not installed",
+    ),
+]
 
 
 def _free_port() -> int:

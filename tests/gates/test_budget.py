@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead.errors import InputError
-from deadhead.gates.budget import BUDGET_KINDS, Budget, BudgetTarget, plan_within
+from deadhead.gates.budget import Budget, BudgetTarget, plan_within
 from deadhead.gates.gates import HeadGates
 from deadhead.measure.cost import counted_costs, model_cost
+from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.plans.plan import block_key, is_block_key
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts

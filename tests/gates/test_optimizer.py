@@ -39,7 +39,9 @@ def test_moves_keep_the_proportions_of_gradients_of_any_size(scale: float, lr_sc
     assert gate.log_alpha_bias.grad is None
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize(
+    "noise", [pytest.param(0.0, marks=pytest.mark.slow), 0.02, pytest.param(0.1, marks=pytest.mark.slow)]
+)
 def test_a_head_stays_if_it_is_worth_more_than_lambda(noise: float) -> None:
     """Whatever the noise of the gradients, which Adam would weigh λ against."""
     worth = torch.tensor([0.002, 0.005, 0.02, 0.05])

@@ -423,6 +423,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_type: str) -> None:
         assert torch.equal(checkpointed[layer], gradient)
 
 
+@pytest.mark.slow
 def test_gated_and_cut_models_compile() -> None:
     model: Any = tiny_model("llama", seed=2)
     plan = _plan(model)

@@ -16,6 +16,8 @@ import deadhead
 from deadhead import HeadPlan
 from tests.small import save_small_llama, write_prose
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval")
 
 _QUESTIONS = [

@@ -70,6 +70,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     return folder, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WAYS)
 def test_checkpoints_reload_in_a_fresh_process_bit_for_bit(how: str, checkpoints: Any, tmp_path: Path) -> None:
     folder, expected = checkpoints

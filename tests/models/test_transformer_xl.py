@@ -16,7 +16,8 @@ import deadhead
 from deadhead.measure.cost import config_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig, TransformerXLForCausalLM
 from deadhead.plans.plan import BlockPlan, HeadPlan
-from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, PruneRecipe, with_defaults
+from deadhead.training.phases.defaults import with_defaults
+from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.runs.run import model_config
 from tests.helpers import cached_logits, chunks, difference, gradients, random_model, segment_logits
 from tests.models.test_all_attention import POSITIONS, text, written_out
@@ -114,6 +115,7 @@ def test_a_cut_takes_projections_only_and_an_empty_layer_keeps_its_feed_forward_
     assert model.model.layers[0].feed_forward.up_proj.weight.shape == (12, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WAYS)
 def test_checkpoints_reload_in_a_fresh_process_bit_for_bit(how: str, tmp_path: Path) -> None:
     ids, expected = text(2, 9), {}

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deadhead import HeadPlan, checkpoint, cut
+from deadhead import HeadPlan, cut
+from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text, load_tokenizer
 from deadhead.measure.evaluation import evaluate
 from deadhead.report.writing import report_run
-from deadhead.training.recipes.recipe import load_recipe
+from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.runs.single import run_single
 from deadhead.training.runs.summary import read_summary, write_summary
 from tests.small import save_small_llama, small_recipe, write_prose
+
+pytestmark = pytest.mark.slow
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from deadhead import InputError
 from deadhead.report.server import WatchedRun, make_app, serve
 from deadhead.report.trial import Trial
-from deadhead.training.recipes.recipe import load_recipe
+from deadhead.training.recipes.reading import load_recipe
 
 _TOKEN = "a-token-that-nobody-guesses"
 _AUTHORISED = {"Authorization": f"Bearer {_TOKEN}"}

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from deadhead import HeadPlan, InputError, checkpoint, cut, evaluate
+from deadhead import HeadPlan, InputError, cut, evaluate
+from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text, load_tokenizer
 from deadhead.measure.generate import generate_text
 from deadhead.report.trial import Trial
-from deadhead.training.recipes.recipe import DataRecipe, load_recipe
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.recipes.recipe import DataRecipe
 from tests.small import save_small_llama, write_prose
 
 

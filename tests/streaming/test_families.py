@@ -18,7 +18,7 @@ from tests.small import assert_same_tensors, weights
 
 # Fused projections, experts, biases and sinks, latent attention, the output projection elsewhere, tied embeddings;
 # hybrids, whose cache has layers of several kinds; and other names in files than in memory.
-_FEW = ("falcon", "gemma2", "gpt_oss", "mixtral", "opt", "phi3", "deepseek_v3", "bert", "qwen3_next", "bamba", "gemma3")
+_FEW = ("falcon", "gemma2", "gpt_oss", "mixtral", "opt", "phi3", "deepseek_v3", "bert", "qwen3_next", "bamba")
 # A part of the reason why a type is not streamed; gemma3n's layers share keys and values, hy_v4's hand on more than
 # hidden states.
 _IN_MEMORY = {
@@ -53,7 +53,7 @@ def _require_same(folder: Path, plan: HeadPlan) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The key/value cache grows")
-@pytest.mark.parametrize("model_type", _FEW)
+@pytest.mark.parametrize("model_type", [*_FEW, pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_as_in_memory(model_type: str, tmp_path: Path) -> None:
     _require_same(tmp_path, _cut_in_memory(model_type, 0, tmp_path))
 

@@ -62,6 +62,7 @@ def _in_a_child(source: Path, out: Path, *, resume: bool, kill_at: int | None, c
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.full), 5])
 def test_killed_before_a_change(every: int, source: Path, tmp_path: Path) -> None:
     """Of files and folders; the cut that resumes is killed a little later, until one comes to its end."""

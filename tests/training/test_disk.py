@@ -10,8 +10,10 @@ import pytest
 
 from benchmarks._kills import fill_disk, small_disk
 from deadhead.cli import execute
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.training.recipes.reading import to_toml
 from tests.small import child, small_recipe, tree, write_prose
+
+pytestmark = pytest.mark.slow
 
 _PROGRAM = """
 import random, shutil, sys

@@ -13,9 +13,11 @@ import pytest
 
 import deadhead
 from deadhead import InputError
-from deadhead.training import Run, load_recipe
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.training.recipes.reading import load_recipe, to_toml
+from deadhead.training.runs.run import Run
 from tests.small import assert_same_tensors, metrics, small_recipe, weights, write_prose
+
+pytestmark = pytest.mark.slow
 
 
 def _launch(place: Path, *program: str) -> subprocess.CompletedProcess[str]:
@@ -86,7 +88,8 @@ cli.main()
 _STOPPED = """
 import json, os
 from pathlib import Path
-from deadhead.training import Run, load_recipe
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.runs.run import Run
 from deadhead.training.recipes.recipe import DataRecipe
 from deadhead.training.runs.single import run_single
 

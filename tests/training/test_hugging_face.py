@@ -16,7 +16,7 @@ from deadhead import GateConfig, InputError, PhaseRecipe, PruneRecipe
 from deadhead.attaching import is_gate
 from deadhead.gates.gates import HeadGates
 from deadhead.training.phases.choosing import gate_config
-from deadhead.training.recipes.recipe import with_defaults
+from deadhead.training.phases.defaults import with_defaults
 from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
 
 _TEXT = stream(600, vocab_size=VOCABULARY)
@@ -71,7 +71,7 @@ def _their_trainer(
     return model, gates, trainer
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_their_trainer_with_one_callback(model_type: str, tmp_path: Path) -> None:
     """Weight decay, accumulation, a kill and a resume; then heads that are gone, and a checkpoint that reloads."""
     whole, whole_gates, trainer = _their_trainer(tmp_path / "whole", model_type)
@@ -133,12 +133,12 @@ def _ours(
     "changes",
     [
         {"sparsity": 0.5, "bf16": True},
-        {"lora_rank": 2, "gradient_accumulation": 2},
-        {"freeze_weights": True, "gradient_checkpointing": True},
+        pytest.param({"lora_rank": 2, "gradient_accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param({"freeze_weights": True, "gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=["target", "lora", "probe"],
 )
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_as_if_never_stopped(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
     recipe = _prune(**changes)
     whole, whole_gates = _ours(tmp_path / "whole", model_type, recipe)
@@ -186,7 +186,7 @@ def test_the_loss_is_the_models_own_on_rows_of_the_text(tmp_path: Path) -> None:
     assert metrics(tmp_path)[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision_weights_learn_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     """Steps far smaller than a rounding of bfloat16 add up, the losses are float32's, the precision is given back."""
     recipe = PhaseRecipe(steps=40, batch_size=2, sequence_length=12, learning_rate=1e-4, log_every=40)

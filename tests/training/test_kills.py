@@ -8,6 +8,8 @@ import pytest
 
 from tests.small import child
 
+pytestmark = pytest.mark.slow
+
 _PROGRAM = """
 import random, signal, sys
 from pathlib import Path

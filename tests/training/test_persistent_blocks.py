@@ -192,7 +192,7 @@ def _begun() -> tuple[Any, HeadGates, PruneRecipe]:
     return model, gates, recipe
 
 
-@pytest.mark.parametrize("killed", [4, 8])
+@pytest.mark.parametrize("killed", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_a_run_with_gates_on_blocks_goes_on_to_the_same_bits_after_a_kill(killed: int, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     model, gates, recipe = _begun()

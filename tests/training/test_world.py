@@ -15,6 +15,8 @@ from torch import Tensor
 import deadhead
 from tests.training.world import run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # Float32 sums in another order. Gates are of size 2, and move by up to 0.3 a step.
 _TOLERANCE = {"gates": 2e-5, "weights": 1e-5, "difference": 1e-5, "noise": 1e-6}

@@ -8,6 +8,7 @@ import typer
 
 from deadhead import __version__
 from deadhead.cli import export, measure, model, phases, report, run
+from deadhead.cli.settings import PhaseCommand
 
 app = typer.Typer(
     name="deadhead",
@@ -34,8 +35,12 @@ def _root(
     """Find the dead heads of a Transformer language model and cut them off."""
 
 
-for command in (run.demo, run.run, phases.train, phases.prune, phases.finetune, model.cut, model.inspect):
-    app.command()(command)
+app.command()(run.demo)
+app.command()(run.run)
+for phase in (phases.train, phases.prune, phases.finetune):
+    app.command(cls=PhaseCommand)(phase)
+app.command()(model.cut)
+app.command()(model.inspect)
 app.command()(export.export)
 app.command("eval")(measure.evaluate)
 app.command()(measure.generate)

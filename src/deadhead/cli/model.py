@@ -177,7 +177,7 @@ def inspect(
 def _inspect_recipe(
     path: Path, length: int | None, layouts: list[list[int]], vocab_size: int | None, as_json: bool
 ) -> None:
-    from deadhead.training.recipes.recipe import load_recipe
+    from deadhead.training.recipes.reading import load_recipe
     from deadhead.training.runs.recipe_cost import expected_vocabulary, recipe_costs
 
     recipe = load_recipe(path)
@@ -254,7 +254,8 @@ def _layouts_table(costs: list[tuple[str, Cost]]) -> Table:
 def _training_memory(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, TrainingMemory]:
     """Return the memory of training by what learns, as far as it can be had of this model and here."""
     from deadhead.measure.cost import skeleton
-    from deadhead.training.recipes.recipe import PruneRecipe, changed
+    from deadhead.training.recipes.reading import changed
+    from deadhead.training.recipes.recipe import PruneRecipe
     from deadhead.training.runs.memory import training_memory
 
     recipe = changed(PruneRecipe(blocks=False), **settings)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel
 from rich.markup import escape
 
 from deadhead.cli.console import AsJson, Quiet, ReportTo, console, print_json, progress
+from deadhead.cli.settings import takes_settings
+from deadhead.plans.kinds import BUDGET_KINDS
+from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
 
 if TYPE_CHECKING:
-    from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe, PruneRecipe, Recipe
     from deadhead.training.runs.single import Phase
+
+_S = TypeVar("_S", bound=BaseModel)
 
 ModelOption = Annotated[
     Path | None,
@@ -25,213 +30,50 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the checkpoint to wr
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", help="Take settings that are not given here from this recipe.")
 ]
-PhaseData = Annotated[
-    str | None,
-    typer.Option("--data", help="A text file, a directory, 'stdlib' (the default), or hf:NAME[:CONFIG]."),
-]
-PhaseSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the optimizer.")]
-Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows of a batch.")]
-Rate = Annotated[
-    float | None,
-    typer.Option("--learning-rate", help="Peak learning rate: 2e-3 for deadhead's own models, 5e-5 for others."),
-]
-Length = Annotated[
-    int | None,
-    typer.Option("--sequence-length", min=2, help="Tokens of a row, for models without segment memory (256)."),
-]
-Schedule = Annotated[Literal["constant", "cosine", "linear"] | None, typer.Option("--schedule", help="Of the rate.")]
-Accumulation = Annotated[int | None, typer.Option("--gradient-accumulation", min=1, help="Batches for each step.")]
-SaveEvery = Annotated[int | None, typer.Option("--save-every", min=0, help="Steps between checkpoints to resume from.")]
-Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 mixed precision.")]
-Checkpointing = Annotated[
-    bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
-]
-Lora = Annotated[
-    int | None,
-    typer.Option("--lora-rank", min=0, help="Train LoRA adapters of this rank, merged at the end, not the weights."),
-]
-Distill = Annotated[
-    float | None, typer.Option("--distill", min=0, max=1, help="Weight of a teacher's distribution in the loss.")
-]
-Temperature = Annotated[float | None, typer.Option("--distill-temperature", help="Of both distributions (2).")]
 Teacher = Annotated[
     Path | None, typer.Option("--teacher", help="The model to distil from: a folder, or a name on the hub.")
 ]
-EvalEvery = Annotated[
-    int | None,
-    typer.Option("--eval-every", min=0, help="Steps between two validation perplexities (0: none)."),
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")]
-Column = Annotated[str | None, typer.Option("--column", help="Text column of an hf: data set.")]
-Split = Annotated[str | None, typer.Option("--split", help="The one split of an hf: data set to use.")]
 
 
+@takes_settings(ModelRecipe, DataRecipe, PhaseRecipe, Recipe, without=("lora_rank", "distill", "distill_temperature"))
 def train(
     out: Out,
-    data: PhaseData = None,
     model: ModelOption = None,
-    recipe: RecipeOption = None,
-    architecture: Annotated[
-        Literal["all_attention", "transformer_xl"] | None,
-        typer.Option("--architecture", help="Persistent vectors in every head, or feed-forward layers."),
-    ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", min=1)] = None,
-    width: Annotated[int | None, typer.Option("--width", min=1, help="D, must be a multiple of the heads.")] = None,
-    heads: Annotated[int | None, typer.Option("--heads", min=1)] = None,
-    persistent: Annotated[int | None, typer.Option("--persistent", min=1, help="Persistent vectors a head.")] = None,
-    feed_forward: Annotated[
-        int | None, typer.Option("--feed-forward", min=1, help="Width of a Transformer-XL's feed-forward layers (4 D).")
-    ] = None,
-    segment_length: Annotated[int | None, typer.Option("--segment-length", min=1)] = None,
-    memory_length: Annotated[int | None, typer.Option("--memory-length", min=1)] = None,
-    tokenizer: Annotated[Literal["byte", "bpe", "word"] | None, typer.Option("--tokenizer")] = None,
-    vocab_size: Annotated[int | None, typer.Option("--vocab-size", min=1)] = None,
-    steps: Steps = None,
-    batch_size: Batch = None,
-    sequence_length: Length = None,
-    learning_rate: Rate = None,
-    schedule: Schedule = None,
-    gradient_accumulation: Accumulation = None,
-    save_every: SaveEvery = None,
-    eval_every: EvalEvery = None,
-    bf16: Bf16 = None,
-    gradient_checkpointing: Checkpointing = None,
-    column: Column = None,
-    split: Split = None,
-    seed: PhaseSeed = None,
     resume: Resume = False,
+    *,
+    settings: dict[str, Any],
+    recipe: RecipeOption = None,
     report_to: ReportTo = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a dense All-attention Transformer or Transformer-XL from scratch, or go on with a model."""
-    base = _base(recipe)
+    base = _with(_base(recipe), settings)
     given = base.model
-    if architecture is not None and architecture != given.architecture:
+    if settings.get("architecture", given.architecture) != given.architecture:
         # What the recipe says of the other architecture's layers does not hold.
         given = given.model_copy(update={"persistent": None, "feed_forward": None})
-    shape = _changed(
-        given,
-        architecture=architecture,
-        layers=layers,
-        width=width,
-        heads=heads,
-        persistent=persistent,
-        feed_forward=feed_forward,
-        segment_length=segment_length,
-        memory_length=memory_length,
-    )
-    text = _changed(base.data, tokenizer=tokenizer, vocab_size=vocab_size, column=column, split=split)
-    phase = _changed(base.train, **_common(locals()))
-    _run("train", phase, out, model, data, text, _seed(seed, base), resume, report_to, quiet, as_json, shape=shape)
+    shape = _with(given, settings)
+    text, phase = _with(base.data, settings), _with(base.train, settings)
+    _run("train", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, shape=shape)
 
 
+@takes_settings(DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size"))
 def prune(
     out: Out,
     model: RequiredModel,
-    data: PhaseData = None,
-    recipe: RecipeOption = None,
-    criterion: Annotated[
-        Literal["gates", "topk", "magnitude", "taylor", "output-difference", "random"] | None,
-        typer.Option("--criterion", help="How heads are chosen: learned by gates, or ranked from --steps batches."),
-    ] = None,
-    start_from: Annotated[
-        Literal["magnitude", "taylor", "output-difference", "random"] | None,
-        typer.Option("--start-from", help="Let gates begin to lean as this criterion ranks their heads."),
-    ] = None,
-    l0: Annotated[
-        float | None, typer.Option("--l0", min=0, help="λ, nats a token that an open head costs: the ratio is learned.")
-    ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option("--sparsity", min=0, max=0.999, help="Budget: close this share of the heads.")
-    ] = None,
-    params: Annotated[
-        float | None, typer.Option("--params", min=0, max=1, help="Budget: leave this share of all parameters.")
-    ] = None,
-    flops: Annotated[
-        float | None, typer.Option("--flops", min=0, max=1, help="Budget: leave this share of a token's FLOPs.")
-    ] = None,
-    kv_cache: Annotated[
-        float | None, typer.Option("--kv-cache", min=0, max=1, help="Budget: leave this share of the key/value cache.")
-    ] = None,
-    speedup: Annotated[
-        float | None, typer.Option("--speedup", min=1, help="Budget: so many times as fast, measured on this machine.")
-    ] = None,
-    budget_length: Annotated[
-        int | None, typer.Option("--budget-length", min=1, help="Text length for FLOPs, cache and time.")
-    ] = None,
-    budget_batch_size: Annotated[
-        int | None, typer.Option("--budget-batch-size", min=1, help="Texts at once for --speedup (8).")
-    ] = None,
-    budget_workload: Annotated[
-        Literal["prefill", "decode", "train"] | None,
-        typer.Option("--budget-workload", help="What --speedup makes faster (prefill)."),
-    ] = None,
-    blocks: Annotated[
-        bool | None,
-        typer.Option(
-            "--blocks/--no-blocks",
-            help="Gates on feed-forward layers too: on with --params, --flops and --speedup, off otherwise.",
-        ),
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option("--block-size", min=1, help="Hidden units that a gate of a feed-forward layer closes.")
-    ] = None,
-    ranking: Annotated[
-        Literal["global", "layer"] | None,
-        typer.Option("--ranking", help="Take the share of all heads together, or of each layer's."),
-    ] = None,
-    l0_warmup_steps: Annotated[int | None, typer.Option("--l0-warmup-steps", min=0)] = None,
-    gate_lr: Annotated[
-        float | None,
-        typer.Option(
-            "--gate-lr", min=0, help="Rate of the gates' own optimizer (by the steps); 0: they learn in the model's."
-        ),
-    ] = None,
-    gate_lr_scale: Annotated[
-        float | None,
-        typer.Option(
-            "--gate-lr-scale",
-            help="With --gate-lr 0, gates learn so many times as fast: 10, or a rate of 0.02 for other models.",
-        ),
-    ] = None,
-    init: Annotated[float | None, typer.Option("--init", help="log_alpha of every gate at the start.")] = None,
-    output_scale: Annotated[
-        bool | None,
-        typer.Option("--output-scale/--no-output-scale", help="On for deadhead's own models, off for others."),
-    ] = None,
-    weighting: Annotated[Literal["plain", "output_difference"] | None, typer.Option("--weighting")] = None,
-    unit: Annotated[
-        Literal["head", "kv_group"] | None,
-        typer.Option("--unit", help="What a gate closes: a query head, or a key/value head with its query heads."),
-    ] = None,
-    freeze_weights: Annotated[
-        bool | None,
-        typer.Option("--freeze-weights/--no-freeze-weights", help="Train the gates alone: a probe for dead heads."),
-    ] = None,
-    cut: Annotated[bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be left and what memory training would take.")
     ] = False,
-    steps: Steps = None,
-    batch_size: Batch = None,
-    sequence_length: Length = None,
-    learning_rate: Rate = None,
-    schedule: Schedule = None,
-    gradient_accumulation: Accumulation = None,
-    save_every: SaveEvery = None,
-    eval_every: EvalEvery = None,
-    bf16: Bf16 = None,
-    gradient_checkpointing: Checkpointing = None,
-    lora_rank: Lora = None,
-    distill: Distill = None,
-    distill_temperature: Temperature = None,
-    teacher: Teacher = None,
-    column: Column = None,
-    split: Split = None,
-    seed: PhaseSeed = None,
     resume: Resume = False,
+    *,
+    settings: dict[str, Any],
+    cut: Annotated[
+        bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.  [default: cut]")
+    ] = True,
+    teacher: Teacher = None,
+    recipe: RecipeOption = None,
     report_to: ReportTo = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -242,88 +84,38 @@ def prune(
 
     The teacher of --distill is the model itself, unless --teacher names another.
     """
-    base = _base(recipe)
-    given = {"sparsity": sparsity, "params": params, "flops": flops, "kv_cache": kv_cache, "speedup": speedup}
+    base = _with(_base(recipe), settings)
     begun = base.prune
-    if any(value is not None for value in given.values()):
+    if settings.keys() & set(BUDGET_KINDS):
         # The recipe's budget does not hold where another is asked for.
-        begun = begun.model_copy(update=given)
-    phase = _changed(
-        begun,
-        criterion=criterion,
-        start_from=start_from,
-        l0=l0,
-        **given,
-        budget_length=budget_length,
-        budget_batch_size=budget_batch_size,
-        budget_workload=budget_workload,
-        blocks=blocks,
-        block_size=block_size,
-        ranking=ranking,
-        gate_lr=gate_lr,
-        l0_warmup_steps=l0_warmup_steps,
-        gate_lr_scale=gate_lr_scale,
-        init=init,
-        output_scale=output_scale,
-        weighting=weighting,
-        unit=unit,
-        freeze_weights=freeze_weights,
-        **_common(locals()),
-    )
+        begun = begun.model_copy(update=dict.fromkeys(BUDGET_KINDS))
+    phase = _with(begun, settings)
     if dry_run:
         _dry_run(model, phase, quiet, as_json)
         return
-    text = _changed(base.data, column=column, split=split)
-    _run(
-        "prune",
-        phase,
-        out,
-        model,
-        data,
-        text,
-        _seed(seed, base),
-        resume,
-        report_to,
-        quiet,
-        as_json,
-        cut=cut,
-        teacher=teacher,
-    )
+    text = _with(base.data, settings)
+    options: dict[str, Any] = {"cut": cut, "teacher": teacher}
+    _run("prune", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, **options)
 
 
+@takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"))
 def finetune(
     out: Out,
     model: RequiredModel,
-    data: PhaseData = None,
-    recipe: RecipeOption = None,
-    steps: Steps = None,
-    batch_size: Batch = None,
-    sequence_length: Length = None,
-    learning_rate: Rate = None,
-    schedule: Schedule = None,
-    gradient_accumulation: Accumulation = None,
-    save_every: SaveEvery = None,
-    eval_every: EvalEvery = None,
-    bf16: Bf16 = None,
-    gradient_checkpointing: Checkpointing = None,
-    lora_rank: Lora = None,
-    distill: Distill = None,
-    distill_temperature: Temperature = None,
-    teacher: Teacher = None,
-    column: Column = None,
-    split: Split = None,
-    seed: PhaseSeed = None,
     resume: Resume = False,
+    *,
+    settings: dict[str, Any],
+    teacher: Teacher = None,
+    recipe: RecipeOption = None,
     report_to: ReportTo = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a cut model on, to recover what the cut cost."""
-    base = _base(recipe)
-    phase = _changed(base.finetune, **_common(locals()))
-    text = _changed(base.data, column=column, split=split)
+    base = _with(_base(recipe), settings)
+    text, phase = _with(base.data, settings), _with(base.finetune, settings)
     _run(
-        "finetune", phase, out, model, data, text, _seed(seed, base), resume, report_to, quiet, as_json, teacher=teacher
+        "finetune", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, teacher=teacher
     )
 
 
@@ -352,27 +144,20 @@ def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> Non
 
 
 def _base(recipe: Path | None) -> Recipe:
-    from deadhead.training.recipes.recipe import Recipe, load_recipe
+    from deadhead.training.recipes.reading import load_recipe
 
     return Recipe() if recipe is None else load_recipe(recipe)
 
 
-def _changed(section: Any, **values: Any) -> Any:
-    from deadhead.training.recipes.recipe import changed
+def _changed(section: _S, **values: Any) -> _S:
+    from deadhead.training.recipes.reading import changed
 
     return changed(section, **values)
 
 
-def _seed(given: int | None, base: Recipe) -> int:
-    return base.seed if given is None else given
-
-
-def _common(given: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        *("steps", "batch_size", "sequence_length", "learning_rate", "schedule", "gradient_accumulation"),
-        *("save_every", "eval_every", "bf16", "gradient_checkpointing", "lora_rank", "distill", "distill_temperature"),
-    )
-    return {name: given.get(name) for name in names}
+def _with(section: _S, settings: dict[str, Any]) -> _S:
+    """Return a section of a recipe with those of the settings that are its own."""
+    return _changed(section, **{name: value for name, value in settings.items() if name in type(section).model_fields})
 
 
 def _run(

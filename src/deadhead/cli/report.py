@@ -77,7 +77,7 @@ def watch(
     from deadhead.report.server import WatchedRun, serve
     from deadhead.report.trial import Trial
     from deadhead.report.writing import default_sentence, text_of
-    from deadhead.training.recipes.recipe import changed
+    from deadhead.training.recipes.reading import changed
     from deadhead.training.runs.run import sample_prompt
 
     watched = []

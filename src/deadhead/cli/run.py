@@ -15,6 +15,8 @@ from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, print
 from deadhead.errors import is_installed
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from deadhead.training.recipes.recipe import Recipe
     from deadhead.training.runs.run import Progress
 
@@ -33,7 +35,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Show the whole story on the Python standard library's own source, in minutes on two cores."""
-    from deadhead.training.recipes.recipe import parse_recipe
+    from deadhead.training.recipes.reading import parse_recipe
 
     text = (importlib.resources.files("deadhead.recipes") / "demo.toml").read_text(encoding="utf-8")
     recipe = _scaled(parse_recipe(text, name="demo"), scale_steps)
@@ -50,7 +52,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run all phases of a recipe: dense training, gates, cut, fine-tuning."""
-    from deadhead.training.recipes.recipe import load_recipe
+    from deadhead.training.recipes.reading import load_recipe
 
     loaded = _scaled(load_recipe(recipe), scale_steps)
     folder = out or Path("runs") / loaded.name
@@ -58,25 +60,26 @@ def run(
 
 
 def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
-    from deadhead.training.recipes.recipe import changed
+    from deadhead.training.recipes.fields import about
+    from deadhead.training.recipes.reading import changed
 
     if factor is None:
         return recipe
 
-    def scaled(section: Any) -> dict[str, Any]:
+    def scaled(section: BaseModel) -> dict[str, Any]:
         values = section.model_dump()
-        names = ("steps", "warmup_steps", "l0_warmup_steps", "ramp_steps", "eval_every")
-        whole = ("steps", "eval_every")
+        fewest = {name: about(field, "scaled_from") for name, field in type(section).model_fields.items()}
         return values | {
-            name: max(1 if name in whole else 0, round(values[name] * factor)) for name in names if values.get(name)
+            name: max(least, round(values[name] * factor))
+            for name, least in fewest.items()
+            if least is not None and values[name]
         }
 
     sections: dict[str, Any] = {name: scaled(getattr(recipe, name)) for name in ("train", "prune", "finetune")}
     tokens = recipe.evaluation_tokens
     if tokens is not None and factor < 1:
         sections["evaluation_tokens"] = max(1000, round(tokens * factor))
-    result: Recipe = changed(recipe, **sections)
-    return result
+    return changed(recipe, **sections)
 
 
 def _with_whole(report: Progress, recipe: Recipe) -> Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ from torch import Tensor
 from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.penalty import Weighting, linear_warmup, unit_weights
+from deadhead.plans.kinds import BudgetKind
 from deadhead.plans.plan import HeadPlan
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
 
-BudgetKind = Literal["sparsity", "params", "flops", "kv_cache", "speedup"]
-BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 BUDGET_NAMES: dict[BudgetKind, str] = {
     "sparsity": "heads",
     "params": "parameters",

@@ -15,8 +15,9 @@ from deadhead.errors import InputError
 from deadhead.gates.hard_concrete import GateConfig, l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.output_difference import average_over_processes
+from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import BlockPlan, HeadPlan, Layer, Unit, is_block_key, plain_key
-from deadhead.plans.scores import HeadScores, Ranking
+from deadhead.plans.scores import HeadScores
 
 # Forwards from one measurement of the output differences to the next.
 _MEASURE_EVERY = 10

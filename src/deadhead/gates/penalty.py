@@ -12,8 +12,8 @@ from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import l0_probability
 from deadhead.gates.head_gate import HeadGate
+from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import is_block_key
-from deadhead.plans.scores import Ranking
 
 Weighting = Literal["plain", "output_difference"]
 

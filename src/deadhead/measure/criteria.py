@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,10 @@ from deadhead.errors import InputError
 from deadhead.layouts import Layout, Site, find_layout
 from deadhead.measure.losses import SegmentLoss
 from deadhead.modes import evaluating
+from deadhead.plans.kinds import ONE_SHOT, OneShot
 from deadhead.plans.plan import Unit
 from deadhead.plans.scores import HeadScores
 
-OneShot = Literal["magnitude", "taylor", "output-difference", "random"]
-ONE_SHOT: tuple[OneShot, ...] = get_args(OneShot)
 # Those that look at text.
 READS_TEXT: tuple[OneShot, ...] = ("taylor", "output-difference")
 

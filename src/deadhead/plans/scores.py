@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deadhead.errors import InputError
+from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import HeadPlan, Layer, Unit, is_block_key
 from deadhead.plans.unit_costs import UnitCosts
-
-Ranking = Literal["global", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)

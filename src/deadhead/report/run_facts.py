@@ -15,7 +15,8 @@ from deadhead.errors import InputError
 from deadhead.plans.plan import HeadPlan, block_key, is_block_key, plain_key
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
 from deadhead.report.stages import verdict
-from deadhead.training.recipes.recipe import Recipe, load_recipe
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.recipes.recipe import Recipe
 from deadhead.training.runs.run import METRICS_FILE, RECIPE_FILE
 from deadhead.training.runs.summary import STAGES, SUMMARY_FILE, read_summary
 

@@ -11,7 +11,8 @@ from deadhead.disk.files import write_text
 from deadhead.errors import InputError
 from deadhead.report.page import render_page
 from deadhead.report.run_facts import RunFacts, sibling_points
-from deadhead.training.recipes.recipe import DataRecipe, load_recipe
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.recipes.recipe import DataRecipe
 from deadhead.training.runs.run import RECIPE_FILE
 
 REPORT_FILE = "report.html"

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deadhead import InputError, checkpoint
+from deadhead import InputError
+from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text
 from deadhead.measure.evaluation import evaluate
-from deadhead.plans.picture import head_map_image
-from deadhead.training import Run, attach_gates, train
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.plans.head_map import head_map_image
+from deadhead.training.phases.choosing import attach_gates
+from deadhead.training.phases.phase import train
+from deadhead.training.recipes.reading import to_toml
+from deadhead.training.runs.run import Run
 from tests.small import assert_same_tensors, metrics, save_small_model, small_recipe, weights, write_prose
 
 
@@ -27,6 +30,7 @@ def _events(folder: Path) -> EventAccumulator:
     return found
 
 
+@pytest.mark.slow
 def test_validation_changes_nothing_and_says_what_evaluation_says(tmp_path: Path) -> None:
     text = write_prose(tmp_path)
     plain = small_recipe(text, control=True)
@@ -85,6 +89,7 @@ def test_trackers_that_are_not_there(name: str, sentence: str, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_each_phase_as_a_run(tmp_path: Path) -> None:
     """Offline, in a process of its own: the real package writes its own files."""
     pytest.importorskip("wandb")

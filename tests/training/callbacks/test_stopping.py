@@ -16,9 +16,9 @@ import pytest
 
 from deadhead import HeadPlan, PhaseRecipe
 from deadhead.cli import execute
-from deadhead.training import stopping
+from deadhead.training.callbacks import stopping
 from deadhead.training.phases.checkpoints import checkpoint_step, last_checkpoint
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.training.recipes.reading import to_toml
 from tests.small import assert_same_tensors, child, metrics, small_recipe, weights, write_prose
 from tests.small_phase import At, phase_recipe, prune_recipe, run_phase
 
@@ -56,7 +56,10 @@ def handling() -> Iterator[None]:
     ],
     ids=["train", "prune"],
 )
-@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, _Terminated)])
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow), (signal.SIGTERM, _Terminated)],
+)
 def test_the_step_is_finished_and_saved(
     number: int, raised: type[BaseException], recipe: PhaseRecipe, tmp_path: Path, handling: None
 ) -> None:
@@ -130,6 +133,7 @@ def test_outside_of_the_main_thread_signals_are_left_alone(tmp_path: Path) -> No
     assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-2"
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command line, by each signal: one sentence, its exit code, and the same weights in the end."""
     recipe = small_recipe(write_prose(tmp_path), train={"steps": 150, "save_every": 100, "log_every": 7})

@@ -109,6 +109,7 @@ def test_training_moves_weights_by_low_rank() -> None:
         assert torch.equal(model.get_parameter(name), before.get_parameter(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_peft_and_transformers_trainer_and_one_callback(model_type: str, tmp_path: Path) -> None:
     """A user's own script: wrap, attach to the wrapper, train, merge, cut."""

@@ -77,7 +77,7 @@ class _Kill(TrainerCallback):
             raise _Killed
 
 
-@pytest.mark.parametrize("kind", ["memory", "plain"])
+@pytest.mark.parametrize("kind", ["memory", pytest.param("plain", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_as_if_never_stopped(kind: str, tmp_path: Path) -> None:
     """The teacher's memory of the segment before is part of the checkpoint, and not mistaken for the student's."""
 

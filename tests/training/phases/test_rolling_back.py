@@ -10,9 +10,9 @@ import torch
 
 import deadhead
 from deadhead import DivergenceError, RunWarning
-from deadhead.training import Run
 from deadhead.training.phases.checkpoints import last_checkpoint
 from deadhead.training.phases.rolling_back import rolled_back
+from deadhead.training.runs.run import Run
 from deadhead.training.runs.summary import read_summary
 from tests.helpers import tiny_model
 from tests.small import Killed, assert_same_tensors, metrics, small_recipe, weights, write_prose
@@ -41,7 +41,7 @@ def test_it_rolls_back_once_with_half_the_rate(tmp_path: Path) -> None:
     assert_same_tensors(weights(tmp_path / "sick" / place), weights(tmp_path / "healthy" / place))
 
 
-@pytest.mark.parametrize("kill", [3, 5])
+@pytest.mark.parametrize("kill", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_phase_killed_after_it_rolled_back_goes_on_with_the_smaller_step(kill: int, tmp_path: Path) -> None:
     """Whether before its next checkpoint, when the old one is taken again, or after it."""
     recipe = prune_recipe(steps=6, save_every=2, schedule="cosine")
@@ -122,6 +122,7 @@ def test_gates_stay_float32_where_bfloat16_would_lose_their_steps() -> None:
         assert torch.equal((before + 1e-4).bfloat16(), before.bfloat16())
 
 
+@pytest.mark.slow
 def test_a_run_notes_it_in_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small_recipe(write_prose(tmp_path))
     run = Run.start(recipe, tmp_path / "run")

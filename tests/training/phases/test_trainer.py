@@ -98,12 +98,17 @@ _SEEDED_L0 = [11.3117, 11.0891, 10.8277, 10.4963, 10.0796, 9.5686, 8.9553, 8.239
     [
         phase_recipe(steps=8, save_every=2, schedule="cosine", warmup_steps=2, weight_decay=0.1),
         # Logs and checkpoints at different steps: the mean that was being taken must go on too.
-        phase_recipe(steps=8, save_every=4, log_every=3, gradient_accumulation=2),
-        prune_recipe(steps=8, save_every=4, log_every=3, l0_warmup_steps=10),
+        pytest.param(phase_recipe(steps=8, save_every=4, log_every=3, gradient_accumulation=2), marks=pytest.mark.slow),
+        pytest.param(prune_recipe(steps=8, save_every=4, log_every=3, l0_warmup_steps=10), marks=pytest.mark.slow),
         prune_recipe(steps=8, save_every=4, sparsity=0.5, weighting="output_difference", gradient_accumulation=2),
-        prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, start_from="taylor", start_batches=2),
-        prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, criterion="topk"),
-        phase_recipe(steps=8, save_every=4, bf16=True),
+        pytest.param(
+            prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, start_from="taylor", start_batches=2),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            prune_recipe(steps=8, save_every=4, sparsity=0.5, gate_lr=None, criterion="topk"), marks=pytest.mark.slow
+        ),
+        pytest.param(phase_recipe(steps=8, save_every=4, bf16=True), marks=pytest.mark.slow),
     ],
     ids=["train", "train-log-between", "prune", "prune-target", "prune-leaning", "prune-topk", "bf16"],
 )
@@ -137,6 +142,7 @@ def test_a_one_shot_criterion_trains_no_gates(tmp_path: Path) -> None:
         rank(tiny_model(), TEXT, prune_recipe(sparsity=0.5))
 
 
+@pytest.mark.slow
 def test_resumed_after_its_last_step_does_nothing_more(tmp_path: Path) -> None:
     recipe = prune_recipe(steps=4, save_every=4)
     whole, _ = run_phase(tmp_path, recipe)
@@ -146,6 +152,7 @@ def test_resumed_after_its_last_step_does_nothing_more(tmp_path: Path) -> None:
     assert metrics(tmp_path) == lines
 
 
+@pytest.mark.slow
 def test_a_line_cut_short_in_the_metrics_is_written_anew(tmp_path: Path) -> None:
     recipe = phase_recipe(steps=4, save_every=2)
     run_phase(tmp_path / "whole", recipe)
@@ -173,6 +180,7 @@ def test_a_gradient_that_is_not_finite_stops_training_before_the_step(tmp_path: 
     assert_same_tensors(model.state_dict(), before)
 
 
+@pytest.mark.slow
 def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
     full, _ = run_phase(tmp_path / "full", phase_recipe())
     half, _ = run_phase(tmp_path / "half", phase_recipe(bf16=True))
@@ -261,6 +269,7 @@ def test_output_differences_are_measured_where_asked_for_and_change_no_bit_of_th
         assert line == {name: value for name, value in other.items() if name != "output_difference"}
 
 
+@pytest.mark.slow
 def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     deadhead.train(

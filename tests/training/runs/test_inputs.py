@@ -9,7 +9,7 @@ import pytest
 
 import deadhead
 from deadhead import HeadPlan, InputError
-from deadhead.training import Run
+from deadhead.training.runs.run import Run
 from tests.small import save_small_llama, save_small_model, small_recipe, tree, write_prose
 
 
@@ -48,21 +48,27 @@ def test_one_sentence_and_nothing_written(place: Path, name: str, message: str, 
     assert tree(place) == before
 
 
+@pytest.fixture(scope="module")
+def first(place: Path) -> Path:
+    """Return the folder of a finished run."""
+    folder = place.parent / "a finished run"
+    Run.start(small_recipe(place / "prose.txt"), folder).execute()
+    return folder
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [({"train": {"steps": 2}}, r"\[train\]"), ({"data": {"source": "other"}}, "text"), ({}, "number of processes")],
 )
 def test_a_dense_model_trained_otherwise_is_refused(
-    changes: dict[str, Any], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], what: str, place: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = write_prose(tmp_path)
     (tmp_path / "other").write_text("another text. " * 600, encoding="utf-8")
     if "data" in changes:
         changes = {"data": {"source": str(tmp_path / "other")}}
-    Run.start(small_recipe(text), tmp_path / "first").execute()
     if not changes:
         monkeypatch.setattr("deadhead.training.runs.inputs.count", lambda: 3)
-    recipe = small_recipe(text, dense=str(tmp_path / "first" / "dense"), **changes)
+    recipe = small_recipe(place / "prose.txt", dense=str(first / "dense"), **changes)
     with pytest.raises(InputError, match=f"was trained with another {what} "):
         Run.start(recipe, tmp_path / "second").execute()
     assert not (tmp_path / "second").exists()

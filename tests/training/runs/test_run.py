@@ -14,8 +14,10 @@ import torch
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.measure.evaluation import evaluate
-from deadhead.training import Recipe, Run, load_recipe
-from deadhead.training.recipes.recipe import to_toml
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.recipes.recipe import Recipe
+from deadhead.training.runs.run import Run
+from deadhead.training.recipes.reading import to_toml
 from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
 
 _STAGES = ("dense", "gated", "cut", "finetuned")
@@ -27,7 +29,8 @@ _NUMBERS = {
 # Kills itself where the progress tells of a moment; a child of its own for each, so that torch is imported once.
 _KILLED_AT = """
 import os, signal, sys, time
-from deadhead.training import Run, load_recipe
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.runs.run import Run
 failed = False
 for moment in sys.argv[2:]:
     folder = f"{sys.argv[1]}/{moment}"
@@ -148,6 +151,7 @@ def test_phases_go_on_in_the_text(whole: Path, recipe: Recipe, text: Path) -> No
     assert first["control_prune"]["loss"] == pytest.approx(float(loss), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", _MOMENTS)
 def test_killed_and_resumed_is_as_if_never_stopped(moment: str, killed: Path, whole: Path, recipe: Recipe) -> None:
     folder = killed / moment
@@ -173,6 +177,7 @@ def test_resuming_a_finished_run_changes_no_model(whole: Path, recipe: Recipe) -
     assert metrics(whole) == lines
 
 
+@pytest.mark.slow
 def test_begun_from_a_dense_model_goes_on_as_if_it_had_trained_it(whole: Path, recipe: Recipe, tmp_path: Path) -> None:
     """In the text too: heads, weights and what was measured are those of the run that trained the dense model."""
     later = recipe.model_copy(update={"dense": str(whole / "dense")})
@@ -225,6 +230,7 @@ def test_a_text_that_cannot_be_used_leaves_nothing(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_learned_ratio_runs_to_the_end(text: Path, tmp_path: Path) -> None:
     """λ mode, every gate closing: layers without a head are cut, tuned and saved like others."""
     summary = Run.start(small_recipe(text, prune={"l0": 3.0, "save_every": 0}), tmp_path / "run").execute()

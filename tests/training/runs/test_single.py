@@ -9,7 +9,8 @@ import pytest
 from deadhead import InputError, load
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json
-from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe, changed
+from deadhead.training.recipes.reading import changed
+from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe
 from deadhead.training.runs.single import run_single
 from tests.small import save_small_model, write_prose
 

@@ -15,8 +15,8 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.optimizer import GateOptimizer, default_rate
 from deadhead.gates.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient
 from deadhead.gates.sharding import share_out
+from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import is_block_key, plain_key
-from deadhead.plans.scores import Ranking
 from deadhead.training.callbacks.logs import add_to_log
 from deadhead.training.processes import require_supported
 

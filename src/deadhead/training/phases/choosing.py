@@ -22,8 +22,9 @@ from deadhead.modes import best_device
 from deadhead.plans.plan import HeadPlan, Unit, is_block_key
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
+from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.processes import on_main
-from deadhead.training.recipes.recipe import PruneRecipe, with_defaults
+from deadhead.training.recipes.recipe import PruneRecipe
 
 LATENCY_FILE = "latency.json"
 

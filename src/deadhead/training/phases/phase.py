@@ -24,10 +24,11 @@ from deadhead.errors import DivergenceError, InputError, require_extra
 from deadhead.gates.budget import BudgetTarget
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
-from deadhead.measure.criteria import READS_TEXT, OneShot, score_heads
+from deadhead.measure.criteria import READS_TEXT, score_heads
 from deadhead.measure.evaluation import max_positions
 from deadhead.measure.latency import Latency
 from deadhead.modes import best_device, flushing_denormals
+from deadhead.plans.kinds import OneShot
 from deadhead.plans.plan import HeadPlan
 from deadhead.plans.scores import HeadScores
 from deadhead.training.callbacks.logs import MetricsFile, StepReporter
@@ -50,12 +51,13 @@ from deadhead.training.phases.choosing import (
     ramp_steps,
     reached,
 )
+from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.phases.distillation import Distillation
 from deadhead.training.phases.learning import checkpoint_activations, learner
 from deadhead.training.phases.rolling_back import roll_back, smaller_step
 from deadhead.training.phases.trainer import LanguageModelTrainer
 from deadhead.training.processes import on_main, require_data_parallel
-from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe, with_defaults
+from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 # How far apart gates begin that lean: so far that few of them are open to doubt.
 _LEAN = 3.0

@@ -1,35 +1,18 @@
-"""Recipes: everything that decides a run, as frozen models that round-trip through TOML and JSON."""
+"""Recipes: everything that decides a run, as frozen models. Each field describes itself; nothing here needs torch."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import sys
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-from transformers import PreTrainedModel
 
-from deadhead.disk.reading import read_text, shown
-from deadhead.errors import InputError
-from deadhead.gates.budget import BUDGET_KINDS, Budget
-from deadhead.layouts import find_layout
-from deadhead.measure.criteria import ONE_SHOT, OneShot
-from deadhead.models import OWN_TYPES, AllAttentionConfig
+from deadhead.plans.kinds import BUDGET_KINDS, ONE_SHOT, OneShot, Ranking
 from deadhead.plans.plan import Unit
-from deadhead.plans.scores import Ranking
+from deadhead.training.recipes.fields import sentence, setting
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
-# log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
-_GATE_RATE = 0.02
-
+if TYPE_CHECKING:
+    from deadhead.gates.budget import Budget
 
 # Beyond these no training is meant, and arithmetic or memory would end; they keep slips of the keyboard out.
 _MOST_STEPS = 10**9
@@ -43,27 +26,56 @@ _LEAST_SHARE = 1e-4
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Complete the docstring by what the fields say of themselves."""
+        fields = [f"    {name}: {sentence(field)}" for name, field in cls.model_fields.items()]
+        cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nAttributes:", *fields])
+
 
 class ModelRecipe(_Section):
-    """The model; see `AllAttentionConfig` for each field.
+    """A model of deadhead's own that is trained from scratch."""
 
-    `persistent` is of the All-attention Transformer (128), `feed_forward` of the Transformer-XL (four times the width).
-    """
-
-    architecture: Literal["all_attention", "transformer_xl"] = "all_attention"
-    layers: int = Field(4, ge=1, le=1000)
-    width: int = Field(128, ge=1, le=65536)
-    heads: int = Field(8, ge=1, le=1024)
-    persistent: int | None = Field(None, ge=1, le=65536)
-    feed_forward: int | None = Field(None, ge=1, le=2**20)
-    memory_length: int = Field(64, ge=1, le=65536)
-    segment_length: int = Field(64, ge=1, le=65536)
-    position: Literal["learned", "sinusoidal", "rotary"] = "learned"
-    adaptive_cutoffs: list[int] | None = None
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
-    embedding_dropout: float = Field(0.0, ge=0, lt=1)
-    output_dropout: float = Field(0.0, ge=0, lt=1)
+    architecture: Literal["all_attention", "transformer_xl"] = setting(
+        "all_attention",
+        "All-attention layers hold persistent vectors; Transformer-XL layers hold a feed-forward part.",
+        first=True,
+    )
+    layers: int = setting(4, "Number of layers.", first=True, ge=1, le=1000)
+    width: int = setting(128, "Width of the hidden states, a multiple of the heads.", first=True, ge=1, le=65536)
+    heads: int = setting(8, "Attention heads of a layer.", first=True, ge=1, le=1024)
+    persistent: int | None = setting(
+        None,
+        "Persistent vectors of a head, in an All-attention Transformer.",
+        unit="vectors",
+        unset="128",
+        ge=1,
+        le=65536,
+    )
+    feed_forward: int | None = setting(
+        None,
+        "Width of the feed-forward layers of a Transformer-XL.",
+        unset="four times the model's width",
+        ge=1,
+        le=2**20,
+    )
+    memory_length: int = setting(
+        64, "Tokens before its own that a token attends to.", unit="tokens", first=True, ge=1, le=65536
+    )
+    segment_length: int = setting(
+        64, "Tokens of a row that a training step reads.", unit="tokens", first=True, ge=1, le=65536
+    )
+    position: Literal["learned", "sinusoidal", "rotary"] = setting("learned", "How positions are told apart.")
+    adaptive_cutoffs: list[int] | None = setting(
+        None,
+        "Ranks at which the vocabulary is cut into parts of falling width, for adaptive input and softmax.",
+        unset="plain embeddings",
+        option="",
+    )
+    attention_dropout: float = setting(0.0, "Dropout of the attention weights.", unit="share", ge=0, lt=1)
+    hidden_dropout: float = setting(0.0, "Dropout of each layer's output.", unit="share", ge=0, lt=1)
+    embedding_dropout: float = setting(0.0, "Dropout of the embeddings.", unit="share", ge=0, lt=1)
+    output_dropout: float = setting(0.0, "Dropout of the last hidden states.", unit="share", ge=0, lt=1)
 
     @model_validator(mode="after")
     def _has_what_its_layers_are_made_of(self) -> ModelRecipe:
@@ -74,47 +86,89 @@ class ModelRecipe(_Section):
 
 
 class DataRecipe(_Section):
-    """The text: where it comes from and how it becomes tokens."""
+    """The text, and how it becomes tokens."""
 
-    source: str = "stdlib"
-    tokenizer: Literal["byte", "bpe", "word"] = "byte"
-    vocab_size: int | None = Field(None, ge=1, le=2**24)
-    column: str | None = None
-    split: str | None = None
+    source: str = setting(
+        "stdlib",
+        "The text: a file, a directory, 'stdlib' (Python's own source), or hf:NAME[:CONFIG].",
+        option="--data",
+        first=True,
+    )
+    tokenizer: Literal["byte", "bpe", "word"] = setting("byte", "How the text is cut into tokens.", first=True)
+    vocab_size: int | None = setting(
+        None,
+        "Tokens of the vocabulary, special ones included.",
+        unit="tokens",
+        unset="8192 for bpe, every word for word",
+        ge=1,
+        le=2**24,
+    )
+    column: str | None = setting(None, "The column of an hf: data set that holds the text.")
+    split: str | None = setting(None, "The one split of an hf: data set to use.")
 
 
 class PhaseRecipe(_Section):
-    """One phase of training.
+    """One phase of training."""
 
-    Args: steps of the optimizer; batch_size rows on each process; sequence_length, tokens of a row of a model without
-    segment memory (by default 256, or all its positions); learning rate (see `with_defaults`), its schedule and
-    warm-up; AdamW's weight decay and second beta; clipping norm; accumulated batches; bf16 mixed precision; rank of the
-    LoRA adapters that learn in place of the weights (0: the weights learn); distill, the weight in the loss of what a
-    teacher says (0: none), and its temperature; steps between two logged lines and between two checkpoints to resume
-    from (0: none), of which save_total_limit stay, so that a damaged one is no loss; steps between two measurements of
-    validation perplexity (0: none), and the tokens scored in one.
-    """
-
-    steps: int = Field(300, ge=1, le=_MOST_STEPS)
-    batch_size: int = Field(16, ge=1, le=_MOST_ROWS)
-    sequence_length: int | None = Field(None, ge=2, le=_LONGEST)
-    learning_rate: float | None = Field(None, gt=0, le=_FASTEST)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0, le=_MOST_STEPS)
-    weight_decay: float = Field(0.0, ge=0, le=_FASTEST)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, ge=0, le=1e9)
-    gradient_accumulation: int = Field(1, ge=1, le=_MOST_ROWS)
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    lora_rank: int = Field(0, ge=0, le=65536)
-    distill: float = Field(0.0, ge=0, le=1)
-    distill_temperature: float = Field(2.0, ge=0.01, le=1000)
-    log_every: int = Field(10, ge=1, le=_MOST_STEPS)
-    save_every: int = Field(100, ge=0, le=_MOST_STEPS)
-    save_total_limit: int = Field(2, ge=1, le=_MOST_STEPS)
-    eval_every: int = Field(0, ge=0, le=_MOST_STEPS)
-    eval_tokens: int = Field(16384, ge=1, le=_MOST_TOKENS)
+    steps: int = setting(300, "Steps of the optimizer.", unit="steps", first=True, scaled_from=1, ge=1, le=_MOST_STEPS)
+    batch_size: int = setting(16, "Rows of a batch in each process.", unit="rows", first=True, ge=1, le=_MOST_ROWS)
+    sequence_length: int | None = setting(
+        None,
+        "Tokens of a row, for models without segment memory.",
+        unit="tokens",
+        unset="256, or all positions of the model if it has fewer",
+        ge=2,
+        le=_LONGEST,
+    )
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate of the weights.",
+        unset="2e-3 for deadhead's own models, 5e-5 for others",
+        first=True,
+        gt=0,
+        le=_FASTEST,
+    )
+    schedule: Literal["constant", "cosine", "linear"] = setting(
+        "constant", "How the learning rate goes on after the warm-up."
+    )
+    warmup_steps: int = setting(
+        0, "Steps over which the learning rate rises to its peak.", unit="steps", scaled_from=0, ge=0, le=_MOST_STEPS
+    )
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=_FASTEST)
+    adam_beta2: float = setting(0.999, "Decay of AdamW's second moment.", unit="share", ge=0, lt=1)
+    max_grad_norm: float = setting(1.0, "Norm to which larger gradients are clipped; 0 clips none.", ge=0, le=1e9)
+    gradient_accumulation: int = setting(1, "Batches of a step.", unit="batches", ge=1, le=_MOST_ROWS)
+    gradient_checkpointing: bool = setting(False, "Save memory: compute activations again in the backward pass.")
+    bf16: bool = setting(False, "Train in bfloat16 mixed precision.")
+    lora_rank: int = setting(
+        0,
+        "Rank of LoRA adapters that learn in place of the weights and are merged at the end; 0 trains the weights.",
+        first=True,
+        ge=0,
+        le=65536,
+    )
+    distill: float = setting(
+        0.0, "Weight of a teacher's distribution in the loss; 0 uses no teacher.", unit="share", first=True, ge=0, le=1
+    )
+    distill_temperature: float = setting(2.0, "Temperature of both distributions in distillation.", ge=0.01, le=1000)
+    log_every: int = setting(10, "Steps between two logged lines.", unit="steps", ge=1, le=_MOST_STEPS)
+    save_every: int = setting(
+        100, "Steps between two checkpoints to resume from; 0 saves none.", unit="steps", ge=0, le=_MOST_STEPS
+    )
+    save_total_limit: int = setting(
+        2, "Checkpoints that are kept; more than one, so that a damaged one is no loss.", ge=1, le=_MOST_STEPS
+    )
+    eval_every: int = setting(
+        0,
+        "Steps between two measurements of validation perplexity; 0 measures none.",
+        unit="steps",
+        scaled_from=1,
+        ge=0,
+        le=_MOST_STEPS,
+    )
+    eval_tokens: int = setting(
+        16384, "Tokens that are scored in one such measurement.", unit="tokens", ge=1, le=_MOST_TOKENS
+    )
 
     @property
     def training_steps(self) -> int:
@@ -123,51 +177,108 @@ class PhaseRecipe(_Section):
 
 
 class PruneRecipe(PhaseRecipe):
-    """The phase that chooses heads: gates with λ or a target sparsity and the paper's three stabilisers, or a ranking.
+    """The phase that chooses heads: gates learn which go, or a criterion ranks them."""
 
-    Args: criterion is "gates", "topk" (gates of which every draw opens the same number), or a one-shot criterion of
-    `deadhead.measure.criteria`, which trains nothing and looks at `steps` batches; start_from, a one-shot criterion by
-    whose scores gates begin to lean, from start_batches batches (None: all begin alike); l0 is λ, in nats a token for
-    an open head. In its place one budget may be given, reached along a ramp over `ramp_steps` (0: two thirds of the
-    phase): sparsity, the share of heads that goes; params, flops or kv_cache, the share of the dense model's that is
-    left; or speedup, how many times as fast the model is to be on this machine. budget_length is the text's length
-    for FLOPs, cache and time (None: the model's memory, a row, or 1024), budget_batch_size and budget_workload are
-    for time.
-    blocks, whether hidden units of feed-forward layers have gates too, in blocks of block_size (None: where the budget
-    is of parameters, FLOPs or time, and there are such layers). ranking, whether
-    that share goes of all heads or of each layer's; l0_warmup_steps, init and output_scale are the stabilisers; gate_lr
-    the rate of the gates' own optimizer (None: by the number of steps; 0: they learn in the model's, gate_lr_scale
-    times as fast); freeze_weights trains the gates alone; weighting the plain or output-difference-weighted loss;
-    track_difference measures output differences, for the run's page, also where they do not weight the loss; unit what
-    a gate opens and closes (None: key/value groups where there are any, else heads); the rest are the gates' constants.
-    """
-
-    criterion: Literal["gates", "topk", OneShot] = "gates"
-    start_from: OneShot | None = None
-    start_batches: int = Field(64, ge=1, le=_MOST_STEPS)
-    ranking: Ranking = "global"
-    l0: float = Field(0.01, ge=0, le=_FASTEST)
-    sparsity: float | None = Field(None, ge=0, lt=1)
-    params: float | None = Field(None, ge=_LEAST_SHARE, le=1)
-    flops: float | None = Field(None, ge=_LEAST_SHARE, le=1)
-    kv_cache: float | None = Field(None, ge=_LEAST_SHARE, le=1)
-    speedup: float | None = Field(None, ge=1, le=1000)
-    budget_length: int | None = Field(None, ge=1, le=_LONGEST)
-    budget_batch_size: int = Field(8, ge=1, le=_MOST_ROWS)
-    budget_workload: Literal["prefill", "decode", "train"] = "prefill"
-    blocks: bool | None = None
-    block_size: int | None = Field(None, ge=1, le=_LONGEST)
-    ramp_steps: int = Field(0, ge=0, le=_MOST_STEPS)
-    l0_warmup_steps: int = Field(0, ge=0, le=_MOST_STEPS)
-    gate_lr: float | None = Field(None, ge=0, le=_FASTEST)
-    gate_lr_scale: float | None = Field(None, gt=0, le=1e9)
-    init: float = Field(2.0, ge=-1000, le=1000)
-    output_scale: bool | None = None
-    hard: bool = True
-    weighting: Literal["plain", "output_difference"] = "plain"
-    track_difference: bool = False
-    freeze_weights: bool = False
-    unit: Unit | None = None
+    sparsity: float | None = setting(
+        None, "Budget: the share of the heads that goes.", unit="share", first=True, ge=0, lt=1
+    )
+    params: float | None = setting(
+        None, "Budget: the share of all parameters that is left.", unit="share", first=True, ge=_LEAST_SHARE, le=1
+    )
+    flops: float | None = setting(
+        None, "Budget: the share of a token's FLOPs that is left.", unit="share", first=True, ge=_LEAST_SHARE, le=1
+    )
+    kv_cache: float | None = setting(
+        None, "Budget: the share of the key/value cache that is left.", unit="share", first=True, ge=_LEAST_SHARE, le=1
+    )
+    speedup: float | None = setting(
+        None, "Budget: how many times as fast the model is to be on this machine.", first=True, ge=1, le=1000
+    )
+    l0: float = setting(
+        0.01,
+        "λ: what an open head costs, in nats a token; it decides how many heads go if there is no budget.",
+        unit="nats",
+        first=True,
+        ge=0,
+        le=_FASTEST,
+    )
+    criterion: Literal["gates", "topk", OneShot] = setting(
+        "gates",
+        "How heads are chosen: gates and topk learn it; others rank heads from `steps` batches without training.",
+        first=True,
+    )
+    freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)
+    start_from: OneShot | None = setting(
+        None, "Criterion by whose scores gates begin to lean, with a budget.", unset="all gates begin alike"
+    )
+    start_batches: int = setting(
+        64, "Batches from which the scores of `start_from` are taken.", unit="batches", ge=1, le=_MOST_STEPS
+    )
+    ranking: Ranking = setting("global", "Whether the share goes of all heads together or of each layer's.")
+    budget_length: int | None = setting(
+        None,
+        "Length of the text for which FLOPs, cache and time are counted.",
+        unit="tokens",
+        unset="the model's memory, or a row",
+        ge=1,
+        le=_LONGEST,
+    )
+    budget_batch_size: int = setting(8, "Texts at once for which time is measured.", unit="texts", ge=1, le=_MOST_ROWS)
+    budget_workload: Literal["prefill", "decode", "train"] = setting("prefill", "The work that `speedup` makes faster.")
+    blocks: bool | None = setting(
+        None,
+        "Put gates on blocks of feed-forward units, or of persistent vectors, too.",
+        unset="on with params, flops and speedup where there are such layers, off otherwise",
+    )
+    block_size: int | None = setting(
+        None,
+        "Units or vectors of a block, which one gate closes.",
+        unit="units",
+        unset="by the layer's width",
+        ge=1,
+        le=_LONGEST,
+    )
+    ramp_steps: int = setting(
+        0,
+        "Steps over which a budget is approached; 0 takes two thirds of the phase.",
+        unit="steps",
+        scaled_from=0,
+        ge=0,
+        le=_MOST_STEPS,
+    )
+    l0_warmup_steps: int = setting(
+        0, "Steps over which λ rises to its value.", unit="steps", scaled_from=0, ge=0, le=_MOST_STEPS
+    )
+    gate_lr: float | None = setting(
+        None,
+        "Learning rate of the gates' own optimizer; with 0 they learn in the model's.",
+        unset="by the number of steps",
+        ge=0,
+        le=_FASTEST,
+    )
+    gate_lr_scale: float | None = setting(
+        None,
+        "How many times as fast as the weights gates learn in the model's optimizer, with a gate_lr of 0.",
+        unset="10; for models that are not deadhead's own, so that their rate is 0.02",
+        gt=0,
+        le=1e9,
+    )
+    init: float = setting(2.0, "log_alpha of every gate at the start.", ge=-1000, le=1000)
+    output_scale: bool | None = setting(
+        None, "Multiply a layer's output by heads / open heads.", unset="on for deadhead's own models, off for others"
+    )
+    hard: bool = setting(True, "Draw gates of exactly 0 or 1, with a straight-through gradient.", option="")
+    weighting: Literal["plain", "output_difference"] = setting(
+        "plain", "Push all heads alike, or those hardest whose removal changes their layer's output least."
+    )
+    track_difference: bool = setting(
+        False, "Measure output differences for the run's page where they do not weight the loss."
+    )
+    unit: Unit | None = setting(
+        None,
+        "What a gate closes: a query head, or a key/value head with its query heads.",
+        unset="kv_group where key/value heads are shared, else head",
+    )
 
     @property
     def is_one_shot(self) -> bool:
@@ -177,6 +288,8 @@ class PruneRecipe(PhaseRecipe):
     @property
     def budget(self) -> Budget | None:
         """What of the dense model may be left, if the recipe says so."""
+        from deadhead.gates.budget import Budget  # needs torch
+
         given = [Budget(kind=kind, value=value) for kind in BUDGET_KINDS if (value := getattr(self, kind)) is not None]
         return given[0] if given else None
 
@@ -211,167 +324,51 @@ class PruneRecipe(PhaseRecipe):
         return self
 
 
-_P = TypeVar("_P", bound=PhaseRecipe)
+class PublishedModel(_Section):
+    """A model of a recipe's shape that others have published: what they say of it."""
 
-
-def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
-    """Return a phase's recipe with what it leaves to the model filled in.
-
-    Deadhead's own models are trained from scratch, with the paper's output scale. Others come pretrained: the weights
-    take small steps, the gates do not for that, and what is left of a layer is not scaled up.
-    """
-    ours = model.config.model_type in OWN_TYPES
-    rate = phase.learning_rate or (2e-3 if ours else 5e-5)
-    filled: dict[str, Any] = {"learning_rate": rate}
-    if isinstance(phase, PruneRecipe):
-        # With an optimizer of their own the scale would only make clipping see more of the gates' gradients.
-        scale = 1.0 if phase.gate_lr != 0 else 10.0 if ours else _GATE_RATE / rate
-        filled["gate_lr_scale"] = phase.gate_lr_scale or scale
-        filled["output_scale"] = ours if phase.output_scale is None else phase.output_scale
-        filled["blocks"] = _has_blocks(phase, model)
-    return phase.model_copy(update=filled)
-
-
-def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:
-    """Tell whether blocks have gates: as the recipe says, else where heads alone would leave most of the cost."""
-    if phase.blocks is not None or phase.block_size is not None:
-        return phase.blocks is not False
-    asked = phase.budget is not None and phase.budget.kind in ("params", "flops", "speedup")
-    return (
-        asked
-        and model.config.model_type != AllAttentionConfig.model_type
-        and bool(find_layout(model).block_sites(model))
+    name: str = Field(description="Its name.")
+    heads: list[int] | None = setting(None, "Heads left in each layer.", unset="all, or as `sparsity` says", option="")
+    sparsity: float | None = setting(
+        None, "Share of the heads that is gone, where no heads are stated.", unit="share", option="", ge=0, le=1
+    )
+    parameters: int | None = setting(
+        None, "Parameters without embeddings and output layer, as its authors count them.", ge=1, le=10**15
     )
 
 
-class PublishedModel(_Section):
-    """A model of a recipe's shape that others have published: what they say of it.
-
-    Args: name; heads left in each layer (None: all, or as `sparsity` says); sparsity, the share of heads gone where no
-    heads are stated; parameters without embeddings and output layer, as its authors count them.
-    """
-
-    name: str
-    heads: list[int] | None = None
-    sparsity: float | None = Field(None, ge=0, le=1)
-    parameters: int | None = Field(None, ge=1, le=10**15)
-
-
 class Recipe(_Section):
-    """A run: dense training, training with gates, cut, fine-tuning.
+    """A run: dense training, training with gates, cut, fine-tuning."""
 
-    With `control` the dense model is trained on for as many steps in all as the pruned one, without gates, so that the
-    two can be compared fairly.
-
-    `dense` is the folder of a model that the `train` section trained in an earlier run, such as "runs/paper/dense": the
-    run begins from a copy of it, and goes on in the text behind that section's steps.
-
-    `published` changes nothing in a run; `deadhead inspect` shows what such models cost beside what is stated of them.
-    """
-
-    name: str = Field("run", max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-    seed: int = Field(0, ge=0, lt=2**31)
-    control: bool = False
-    evaluation_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
-    dense: str | None = Field(None, min_length=1)
-    model: ModelRecipe = ModelRecipe()
-    data: DataRecipe = DataRecipe()
-    train: PhaseRecipe = PhaseRecipe()
-    prune: PruneRecipe = PruneRecipe()
-    finetune: PhaseRecipe = PhaseRecipe()
-    published: list[PublishedModel] = []
-
-
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe from a TOML file.
-
-    Raises:
-        InputError: the file cannot be read or is not TOML, or a key or value is not one of a recipe.
-    """
-    return parse_recipe(read_text(Path(path), what="recipe"), name=str(path))
-
-
-def parse_recipe(text: str, *, name: str) -> Recipe:
-    """Read a recipe from TOML text; `name` says in messages where it came from.
-
-    Raises:
-        InputError: the text is not TOML, or a key or value is not one of a recipe.
-    """
-    try:
-        return Recipe.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"The recipe {name} is not TOML: {error}.") from None
-    except RecursionError:
-        raise InputError(f"The recipe {name} is not TOML that can be read: it is nested too deep.") from None
-    except ValidationError as error:
-        raise InputError(f"The recipe {name} {_explain(error, Recipe)}.") from None
-    except ValueError:
-        raise InputError(f"The recipe {name} has a number or a date that cannot be: too many digits, say.") from None
-
-
-def changed(section: Any, **values: Any) -> Any:
-    """Return a copy of a recipe or section with some values changed (None leaves a value as it is).
-
-    Raises:
-        InputError: a value is not allowed.
-    """
-    given = {name: value for name, value in values.items() if value is not None}
-    try:
-        return type(section).model_validate({**section.model_dump(), **given})
-    except ValidationError as error:
-        raise InputError(f"This run's setting {_explain(error, type(section))}.") from None
-
-
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """Say in one clause what the first problem is; an unknown key gets the nearest known one."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        known = list(_section(root, where[:-1]).model_fields)
-        near = difflib.get_close_matches(where[-1][:100], known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return f"has an unknown key {shown('.'.join(where))}; {hint}"
-    expected = first["msg"][0].lower() + first["msg"][1:]
-    if first["type"] == "no_sparsity":
-        return f"does not say how many heads go: {expected}"
-    if first["type"] == "budgets":
-        return f"does not go together: {expected}"
-    if first["type"] == "foreign":
-        return f"has layers of two kinds: {expected}"
-    return f"has a wrong value for {'.'.join(where)!r}: {expected}, but it is {shown(first['input'])}"
-
-
-def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel]:
-    for name in path:
-        if name.isdigit():
-            continue  # the place in a list of tables
-        inner = root.model_fields[name].annotation if name in root.model_fields else None
-        inner = next(iter(get_args(inner)), inner)
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return root
-        root = inner
-    return root
-
-
-def to_toml(recipe: Recipe) -> str:
-    """Write a recipe as TOML; values that are None are left out, as TOML has none."""
-
-    def value(item: Any) -> str:
-        if isinstance(item, bool):
-            return str(item).lower()
-        if isinstance(item, str):
-            # A JSON string is a TOML basic string but for the one character JSON leaves unescaped.
-            # Escaped, characters beyond U+FFFF would become two surrogates, which TOML refuses.
-            return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
-        return repr(item)
-
-    dumped = recipe.model_dump(exclude_none=True)
-    tables = {name: item for name, item in dumped.items() if isinstance(item, list)}
-    lines = [f"{name} = {value(item)}" for name, item in dumped.items() if not isinstance(item, (dict, list))]
-    for name, section in dumped.items():
-        if isinstance(section, dict):
-            lines += ["", f"[{name}]", *(f"{key} = {value(item)}" for key, item in section.items())]
-    for name, entries in tables.items():
-        for entry in entries:
-            lines += ["", f"[[{name}]]", *(f"{key} = {value(item)}" for key, item in entry.items())]
-    return "\n".join(lines) + "\n"
+    name: str = setting("run", "Name of the run.", option="", max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    seed: int = setting(0, "Seed of everything random.", ge=0, lt=2**31)
+    control: bool = setting(
+        False,
+        "Train the dense model on without gates, for as many steps in all as the pruned one, for a fair comparison.",
+        option="",
+    )
+    evaluation_tokens: int | None = setting(
+        None,
+        "Tokens that each stage is scored on.",
+        unit="tokens",
+        unset="all of the held-out text",
+        option="",
+        ge=1,
+        le=_MOST_TOKENS,
+    )
+    dense: str | None = setting(
+        None,
+        "Folder of a model that the `train` section trained in an earlier run; the run begins from a copy of it, and "
+        "in the text behind that section's steps.",
+        unset="the run trains its own",
+        option="",
+        min_length=1,
+    )
+    model: ModelRecipe = Field(ModelRecipe(), description="The model.")
+    data: DataRecipe = Field(DataRecipe(), description="The text.")
+    train: PhaseRecipe = Field(PhaseRecipe(), description="Dense training.")
+    prune: PruneRecipe = Field(PruneRecipe(), description="The phase that chooses heads.")
+    finetune: PhaseRecipe = Field(PhaseRecipe(), description="Training of the cut model.")
+    published: list[PublishedModel] = Field(
+        [], description="Published models, whose costs `deadhead inspect` shows; they change nothing in a run."
+    )

@@ -14,7 +14,8 @@ from deadhead.disk.files import replaced_folder
 from deadhead.models import OWN_TYPES
 from deadhead.disk.reading import read_object
 from deadhead.training.processes import count, is_main, main_first
-from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe, load_recipe
+from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe
 from deadhead.training.runs.summary import SUMMARY_FILE, read_summary
 
 # Of a configuration, what transformers notes in every one, and what comes from the tokenizer.

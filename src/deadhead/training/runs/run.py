@@ -33,7 +33,8 @@ from deadhead.training.runs.inputs import dense_folder, load_dense, prepare_text
 from deadhead.training.phases.phase import choose_units, train
 from deadhead.training.runs.preflight import require_fitting
 from deadhead.training.processes import count, is_main, on_main
-from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, Recipe, load_recipe, to_toml
+from deadhead.training.recipes.reading import load_recipe, to_toml
+from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, Recipe
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.runs.summary import STAGES, read_summary, write_summary

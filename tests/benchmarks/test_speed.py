@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
 
 _CODE = """
 import json, sys

@@ -18,6 +18,8 @@ from deadhead.data import load_text
 from tests.helpers import difference
 from tests.small import write_prose
 
+pytestmark = pytest.mark.slow
+
 _BUDGET = Budget(dense=2, after=3, gates=2, looked_at=1, tokens=300)
 
 

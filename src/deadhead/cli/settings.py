@@ -1,0 +1,103 @@
+"""Options made of the fields of recipes, and help that shows the ones that people need first before the others."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from copy import copy
+from typing import Annotated, Any, Optional, get_args, get_type_hints
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
+
+from deadhead.training.recipes.fields import about, kind, known_bounds, option_name, own_fields, sentence
+
+_FURTHER = "Further settings"
+
+Command = Callable[..., None]
+
+
+class PhaseCommand(TyperCommand):
+    """A command whose help lists its further settings under a heading of their own."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options under their headings. Fields say their defaults and bounds themselves."""
+        for heading in (None, _FURTHER):
+            options = [one for one in self.get_params(ctx) if getattr(one, "rich_help_panel", None) == heading]
+            rows = [
+                (record[0], f"{getattr(one, 'help', '')}{'  [required]' if one.required else ''}")
+                for one in options
+                if (record := one.get_help_record(ctx)) is not None
+            ]
+            with formatter.section(heading or "Options"):
+                formatter.write_dl(rows)
+
+
+def takes_settings(*sections: type[BaseModel], without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Give a command an option for each field of these sections of a recipe that has one.
+
+    The command's argument `settings` is what was given, by the fields' names. Options that stand before `settings` in
+    the command's signature are shown first, with the fields that people need first; those after it, among the others.
+
+    Args:
+        sections: of a recipe; what a section does not inherit comes first.
+        without: names of fields that the command does without.
+    """
+    named = [pair for section in sections for pair in own_fields(section).items()]
+    named += [pair for section in sections for pair in section.model_fields.items() if pair not in named]
+    fields = {name: field for name, field in named if option_name(name, field) and name not in without}
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        is_first = True
+        for name, parameter in inspect.signature(command).parameters.items():
+            if name == "settings":
+                parameters += [_parameter(name, field) for name, field in fields.items()]
+                is_first = False
+                continue
+            hint = hints[name] if is_first else _further(hints[name])
+            parameters.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            settings = {name: value for name in fields if (value := given.pop(name)) is not None}
+            command(**given, settings=settings)
+
+        # What typer reads.
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """Return the parameter of a command that stands for a field; None is what was not given."""
+    option, values = option_name(name, field), kind(field)
+    is_number = values in (int, float)
+    # Typer's ranges include their ends; a recipe refuses those that do not belong to it, and what only slips reach.
+    limits = known_bounds(field) if is_number else {}
+    unit = about(field, "unit") or ("number" if is_number else "text")
+    info = typer.Option(
+        f"{option}/--no-{option[2:]}" if values is bool else option,
+        help=sentence(field),
+        min=limits.get("ge"),
+        max=limits.get("le", limits.get("lt")),
+        metavar=unit.upper() if is_number or values is str else None,
+        show_default=False,
+        rich_help_panel=None if about(field, "first") else _FURTHER,
+    )
+    annotation = Annotated[Optional[values], info]  # type: ignore[valid-type]  # noqa: UP045
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _further(hint: Any) -> Any:
+    """Return an option's annotation with its place among the further settings."""
+    values, info = get_args(hint)
+    moved = copy(info)
+    moved.rich_help_panel = _FURTHER
+    return Annotated[values, moved]
