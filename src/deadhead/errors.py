@@ -49,6 +49,11 @@ def own_sentence(error: ValueError) -> str:
     return str(error.__cause__ or error).strip().splitlines()[-1].strip()
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library's error says, or its type, without the full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:!")
+
+
 def is_installed(*modules: str) -> bool:
     """Return whether all these top-level modules can be imported; none is imported."""
     return all(find_spec(name) is not None for name in modules)

@@ -27,11 +27,10 @@ from deadhead.checkpoints.gate_files import GATES_FILE, has_gates, load_gates, s
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
-from deadhead.errors import InputError
+from deadhead.errors import InputError, first_line
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
-from deadhead.plans.plan import HeadPlan
 
 PLAN_FILE = "head_plan.json"
 # In every model card of ours; a folder without it is not overwritten.
@@ -63,12 +62,12 @@ def save(
     Args:
         model: dense, gated or cut.
         path: the folder; a checkpoint that is there already is replaced as a whole.
-        tokenizer: written beside the model if given.
+        tokenizer: written beside the model.
         metrics: measured numbers for the model card, such as {"perplexity": 5.9}.
-        base: folder or name of the model it was made of; its licence and name go into the model card, and its licence
-            files beside it.
-        files: files and folders to copy beside the model; those that don't exist are left out.
-        about: what the model card says the model is; by default whether deadhead has cut it.
+        base: folder or name of the model it was made of; its licence and name go into the card, its licence files
+            beside it.
+        files: files and folders to copy; those that don't exist are left out.
+        about: what the card says the model is; by default whether deadhead has cut it.
 
     Raises:
         InputError: `path` holds something else, cannot be written, or the device is full.
@@ -95,17 +94,7 @@ def save_beside(
     files: Sequence[Path] = (),
     about: str | None = None,
 ) -> None:
-    """Write into a folder what `save` writes besides what `save_pretrained` does: head plan, tokenizer, model card.
-
-    Args:
-        model: as for `save`, as the rest; without weights will do.
-        folder: where the model is being written.
-        tokenizer: written if given.
-        metrics: for the model card.
-        base: what the model was made of.
-        files: to copy.
-        about: what the model card says the model is.
-    """
+    """Write what `save` writes besides what `save_pretrained` does, which needs no weights; arguments as there."""
     plan = find_layout(model).recorded_plan(model)
     if plan is not None:
         plan.to_json(folder / PLAN_FILE)
@@ -169,14 +158,12 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     except SafetensorError as error:
         raise InputError(f"The weights in {path} are damaged or cut short: {error}.") from error
     except RuntimeError as error:
-        reason = misshapen(Path(path)) if local else ""
-        reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:!")
+        reason = (misshapen(Path(path)) if local else "") or first_line(error)
         raise InputError(f"The weights in {path} do not fit its configuration: {reason}.") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
         if not local:
             raise _no_such_name(path, error) from error
-        raise InputError(f"The checkpoint {path} cannot be loaded: {reason}.") from error
+        raise InputError(f"The checkpoint {path} cannot be loaded: {first_line(error)}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if any(is_gate(str(name)) for name in info["unexpected_keys"]):
         raise InputError(
@@ -226,8 +213,9 @@ def load_config(path: str | Path) -> PreTrainedConfig:
 
 
 def _no_such_name(path: str | Path, error: Exception) -> InputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-    return InputError(f"There is no folder {path}, and the Hugging Face hub gave no model of that name: {reason}.")
+    return InputError(
+        f"There is no folder {path}, and the Hugging Face hub gave no model of that name: {first_line(error)}."
+    )
 
 
 def _looks_like_a_name(path: str | Path) -> bool:
@@ -250,10 +238,8 @@ def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
 
 def licence_files(base: str | Path | None) -> list[Path]:
     """Return the licence files of the checkpoint that a model was made of; none of one on the hub."""
-    folder = Path(base) if base is not None else None
-    if folder is None or not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.name.upper().startswith(_LICENCES) and path.is_file())
+    files = Path(base).iterdir() if base is not None and Path(base).is_dir() else ()
+    return sorted(path for path in files if path.name.upper().startswith(_LICENCES) and path.is_file())
 
 
 def _origin(base: str | Path | None) -> dict[str, Any]:
@@ -277,6 +263,12 @@ def _model_card(
     model: PreTrainedModel, metrics: Mapping[str, float], origin: Mapping[str, Any], about: str | None
 ) -> str:
     cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
+    if about is None:
+        what = "Attention heads" if plan is None or plan.blocks is None else "Heads and blocks"
+        cut = f"{what} of this model were found dead and cut off by deadhead."
+        about = "A model that deadhead has not cut." if plan is None else cut
+    is_stock = type(model).__module__.startswith("transformers.")
+    how = ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
     front: dict[str, Any] = {**origin, "library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
     lines = [
         "---",
@@ -284,7 +276,7 @@ def _model_card(
         "---",
         f"# {model.config.model_type}",
         "",
-        about or _about(plan),
+        about,
         "",
         f"- heads a layer: {cost.heads}",
         *([f"- blocks of {cost.block_size} a layer: {cost.blocks}"] if plan is not None and plan.blocks else []),
@@ -295,20 +287,8 @@ def _model_card(
         "```python",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{_how(model)}',
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{how}',
         "```",
         "",
     ]
     return "\n".join(lines)
-
-
-def _how(model: PreTrainedModel) -> str:
-    is_stock = type(model).__module__.startswith("transformers.")
-    return ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
-
-
-def _about(plan: HeadPlan | None) -> str:
-    if plan is None:
-        return "A model that deadhead has not cut."
-    what = "Attention heads" if plan.blocks is None else "Heads and blocks"
-    return f"{what} of this model were found dead and cut off by deadhead."

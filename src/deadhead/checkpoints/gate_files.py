@@ -24,11 +24,7 @@ _LARGEST = 2**63
 
 
 def save_gates(gates: HeadGates, path: str | Path) -> None:
-    """Write the gates, without the model they were trained on, into a folder of a few kilobytes.
-
-    Args:
-        gates: what `deadhead.attach` returned.
-        path: the folder; other files in it stay.
+    """Write the gates, without the model they were trained on, into a folder; other files in it stay.
 
     Raises:
         InputError: it cannot be written.
@@ -42,11 +38,7 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
 
 
 def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
-    """Attach gates that `save_gates` wrote to `model`, the one they were trained on.
-
-    Args:
-        model: without gates.
-        path: the folder.
+    """Attach gates that `save_gates` wrote into a folder to `model`, the one they were trained on.
 
     Raises:
         InputError: the folder has no gates, they are damaged, or they are another model's.

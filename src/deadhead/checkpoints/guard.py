@@ -1,7 +1,6 @@
 """Refuse a checkpoint folder that declares what cannot be, before memory or time is spent on it.
 
-Transformers makes the model that a configuration describes, and fills what the files do not hold with new weights. So a
-file of a few kilobytes could ask for all the memory there is, or for a thousand million layers.
+Transformers makes whatever a configuration describes: a few kilobytes could ask for all the memory there is.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ _SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map
 def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """Return the configuration in a folder, or in its config.json, and the model it describes, without weights.
 
-    Args:
-        path: of either; nothing is fetched, and no code that comes with it runs.
+    Nothing is fetched, and no code that comes with it runs.
 
     Raises:
         InputError: it is no configuration that can be used, or one of a model that cannot be.
@@ -81,8 +79,7 @@ def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
         raise
     except Exception as error:  # each architecture has checks of its own, and its own faults where it has none
         raise InputError(f"The configuration in {path} cannot be used: {_reason(error)}.") from error
-    parameters = _parameters(model)
-    if parameters > MOST_PARAMETERS:
+    if (parameters := model.num_parameters()) > MOST_PARAMETERS:
         raise InputError(
             f"The model configuration {file} describes {parameters:.1e} parameters, but no model has over "
             f"{MOST_PARAMETERS:.0e}."
@@ -113,8 +110,7 @@ def require_sound(folder: Path) -> None:
         held = sum(file.stat().st_size for file in files) * _MOST_PACKED
     else:
         held = sum(tensor.numel for file in files for tensor in read_header(file))
-    parameters = _parameters(model)
-    if parameters > held + _MOST_NEW:
+    if (parameters := model.num_parameters()) > held + _MOST_NEW:
         raise InputError(
             f"The configuration in {folder} describes {parameters:,} parameters, but its files hold {held:,}; it is "
             "another model's, or a file is missing."
@@ -148,14 +144,10 @@ def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield the strings of a configuration under the name of the nearest key."""
     if isinstance(values, str):
         yield name, values
-    inside = values.items() if isinstance(values, dict) else [(name, value) for value in _listed(values)]
-    for key, value in inside:
+    listed = values if isinstance(values, list) else []
+    for key, value in values.items() if isinstance(values, dict) else [(name, value) for value in listed]:
         # A kernel may be named for each part of a model.
         yield from _texts(value, name if name in _KERNELS else str(key))
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _require_own_files(folder: Path) -> None:
@@ -176,11 +168,7 @@ def _require_own_files(folder: Path) -> None:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Stop whatever makes a model in the block once it has more modules than any.
-
-    Raises:
-        InputError: it has.
-    """
+    """Stop whatever makes a model in the block, by an InputError, once it has more modules than any."""
     modules = 0
 
     def count(*_: Any) -> None:
@@ -220,10 +208,6 @@ def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
         if not file.is_file():
             raise InputError(f"The index {index} names a file {file.name}, but it is not there; fetch it again.")
     return files
-
-
-def _parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _reason(error: Exception) -> str:

@@ -23,18 +23,16 @@ _Part = Rows | list[Document]
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Text in three splits, never held in memory as a whole.
+    """Text in three splits, never held in memory as a whole: for each a reader, which opens it as a stream of pieces.
 
-    Attributes:
-        name: what the user wrote: "stdlib", a path, "hf:...".
-        readers: for each split, opens its text anew as a stream of pieces.
+    The name is what the user wrote: "stdlib", a path, "hf:...".
     """
 
     name: str
     readers: Mapping[str, Callable[[], Iterator[Piece]]] = field(repr=False)
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        """Yield the text of a split, piece by piece, each saying whether it ends one of several documents.
+        """Yield the text of a split, piece by piece.
 
         Raises:
             InputError: there is no such split, or the text can't be read.
@@ -44,11 +42,7 @@ class Corpus:
         return self.readers[split]()
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yield the text of a split: a document, or successive pieces of at most 256 KiB of a longer one.
-
-        Raises:
-            InputError: there is no such split, or the text can't be read.
-        """
+        """Yield the text of a split, as `pieces` does: documents, or pieces of at most 256 KiB of longer ones."""
         return (piece.text for piece in self.pieces(split))
 
     def sha256(self) -> str:
@@ -85,8 +79,8 @@ def open_corpus(
     """Open a text and divide it in train, valid and test, always in the same way.
 
     Splits that a data set or a directory has are used; one for validation or test that is missing is taken from the
-    one for training. Otherwise, of 40 documents or more, every so many go to valid and test as a whole (every 20th
-    each by default); fewer documents are each cut in three, at line ends.
+    one for training. Of 40 documents or more, whole ones go to valid and test, every 20th each by default; fewer are
+    each cut in three, at line ends.
 
     Args:
         source: a UTF-8 file, a directory of such files, `stdlib` (the Python standard library's own source) or

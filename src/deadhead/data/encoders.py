@@ -21,16 +21,9 @@ _BATCH_PIECES = 4096
 class Encoder:
     """Gives a tokenizer's ids of texts, without special tokens around them.
 
-    The ids of a byte tokenizer are the bytes themselves, which takes a thirtieth of the time of running it; a test
-    holds the two equal. Any other tokenizer is run.
-
-    Args:
-        tokenizer: any tokenizer of transformers.
-
-    Attributes:
-        is_bytes: whether the tokenizer is that of `build_tokenizer("byte", …)`.
-        is_words: whether each token is a word. Texts must not be cut within one then, and tokens are counted as words,
-            as in the WikiText papers, where a line end is one.
+    The ids of the tokenizer of `build_tokenizer("byte", …)` (`is_bytes`) are the bytes themselves, which takes a
+    thirtieth of the time of running it. Where each token is a word (`is_words`), texts must not be cut within one, and
+    tokens are counted as words, as in the WikiText papers, where a line end is one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -60,11 +53,8 @@ class Encoder:
 def encode_pieces(encoder: Encoder, pieces: Iterable[Piece], separator: int | None) -> Iterator[np.ndarray]:
     """Yield the ids of a text, some at a time.
 
-    Args:
-        encoder: gives the ids.
-        pieces: the text.
-        separator: the id put where a document ends, unless its last token is that already: a line that ends in a line
-            end has its `<eos>` from a tokenizer of words.
+    The separator is put where a document ends, unless its last token is that already: a line that ends in a line end
+    has its `<eos>` from a tokenizer of words.
     """
     last: int | None = None  # the last token of the document so far
     for batch in _batches(whole_words(pieces) if encoder.is_words else pieces):

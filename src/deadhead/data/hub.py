@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deadhead.data.local import SPLIT_NAMES
 from deadhead.data.pieces import PIECE_BYTES, Document, Piece, document_pieces, text_document
-from deadhead.errors import InputError, require_extra
+from deadhead.errors import InputError, first_line, require_extra
 
 if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -21,13 +21,7 @@ _ROWS_READ_AT_ONCE = 256
 
 
 class Rows:
-    """The rows of one column of a data set, each a document.
-
-    Args:
-        dataset: the data set, memory-mapped from disk.
-        column: a column of strings. Rows that are null are passed over.
-        label: what to call it in an error.
-    """
+    """The rows of a data set's column of strings, each a document; those that are null are passed over."""
 
     def __init__(self, dataset: Dataset, column: str, label: str) -> None:
         self._dataset = dataset.select_columns([column])
@@ -55,30 +49,24 @@ class Rows:
 
     def documents(self) -> list[Document]:
         """One document a row that is not empty, for data sets of few rows: each is read when it is opened."""
-        sizes = {row: len(self._encoded(row)) for row in range(len(self))}
+        sizes = {row: self._open(row).getbuffer().nbytes for row in range(len(self))}
         return [
             Document(label=f"row {row} of {self._label}", open=partial(self._open, row), stop=size)
             for row, size in sizes.items()
             if size
         ]
 
-    def _encoded(self, row: int) -> bytes:
-        return (self._dataset[row][self._column] or "").encode()
-
-    def _open(self, row: int) -> BinaryIO:
-        return BytesIO(self._encoded(row))
+    def _open(self, row: int) -> BytesIO:
+        return BytesIO((self._dataset[row][self._column] or "").encode())
 
 
 def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str, Rows]:
-    """Load a data set: the splits it has, or else the rows that are to be divided as "train".
+    """Load a data set: the splits it has, or else the rows that are to be divided as "train". Its code is never run.
 
     Args:
-        source: `hf:NAME[:CONFIG]`. NAME may be a local folder; code of a data set is never run.
+        source: `hf:NAME[:CONFIG]`. NAME may be a local folder.
         column: the column with the text; None takes "text", or the only one of strings.
         split: one split of the data set, to be divided.
-
-    Returns:
-        Rows by split, "train" among them.
 
     Raises:
         InputError: the source has another form, or can't be loaded, or has no such column or split, or no text.
@@ -94,11 +82,10 @@ def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str,
             raise InputError(f"A split of {source} was expected ({names}), but {split!r} came.")
         own = {"train": loaded[split]}
     else:
-        found = {
-            ours: next((loaded[name] for name in theirs if name in loaded), None)
-            for ours, theirs in SPLIT_NAMES.items()
+        # The first name that is there counts, so it is written last.
+        own = {
+            ours: loaded[name] for ours, theirs in SPLIT_NAMES.items() for name in reversed(theirs) if name in loaded
         }
-        own = {ours: dataset for ours, dataset in found.items() if dataset is not None}
         if "train" not in own:
             if len(loaded) > 1:
                 raise InputError(
@@ -114,13 +101,7 @@ def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str,
 
 def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
     """All splits of a data set by name."""
-    try:
-        from datasets import Dataset, load_dataset, load_from_disk
-    except ImportError as error:
-        raise InputError(
-            f"{source} is read by the library {error.name}, which is not installed: pip install datasets. "
-            "Text files, directories and stdlib need no library."
-        ) from error
+    from datasets import Dataset, load_dataset, load_from_disk
 
     load: Callable[[], Dataset | Mapping[str, Dataset]] = partial(load_dataset, name, config)
     if any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
@@ -128,9 +109,7 @@ def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
     try:
         loaded = load()
     except Exception as error:  # the library raises many kinds, down to those of the file formats
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0].strip().rstrip(".:")
-        raise InputError(f"The data set {source} could not be loaded: {reason}.") from error
+        raise InputError(f"The data set {source} could not be loaded: {first_line(error)}.") from error
     return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
 
 

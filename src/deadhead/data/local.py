@@ -45,14 +45,9 @@ _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-pa
 def path_documents(path: Path) -> dict[str, list[Document]]:
     """Find the documents at a path, by the split that the files' names tell, or else all as "train".
 
-    Args:
-        path: a text file, or a directory. Of a directory, all files below it that are UTF-8 text, sorted by their
-            relative path; hidden ones, and symbolic links back to a folder already seen, are skipped.
-
-    Returns:
-        Documents by split, "train" among them. A directory's own splits count when there is one for training and
-        another, and the files whose names tell no split are the smaller part of all bytes (a licence, a note): those
-        are then left out.
+    Of a directory these are all files below it that are UTF-8 text, sorted by their relative path, hidden ones left
+    out. Its own splits count when there is one for training and another, and the files whose names tell no split are
+    the smaller part of all bytes (a licence, a note): those are then left out.
 
     Raises:
         InputError: nothing there, no permission, empty, or not text.
@@ -85,7 +80,7 @@ def path_documents(path: Path) -> dict[str, list[Document]]:
 
 
 def stdlib_documents() -> list[Document]:
-    """Find the source files of the standard library, sorted by relative path; tests are left out, as is what is absent.
+    """Find the source files of the standard library, sorted by relative path, without tests.
 
     Raises:
         InputError: this Python came without its source.
@@ -115,11 +110,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _checked(path: Path) -> Document:
-    """A document of a whole file, after reading it once to see that it is text.
-
-    Raises:
-        InputError: it is empty, binary, not UTF-8, or can't be read.
-    """
+    """A document of a whole file, after reading it once to see that it is text, or else an InputError."""
     with _open(path) as stream:
         try:
             size = os.fstat(stream.fileno()).st_size

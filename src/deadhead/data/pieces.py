@@ -1,8 +1,7 @@
 """Text as a stream of pieces: documents read in bounded memory, cut where a cut does no harm.
 
 A document is a range of bytes of a UTF-8 file (or of a string in memory). It is read as pieces of at most
-`PIECE_BYTES` whose concatenation is the document's text, unchanged. All cuts are made on bytes, where a line end is one
-byte and the first byte of a character is recognised without decoding what stands before it.
+`PIECE_BYTES` whose concatenation is the document's text, unchanged. All cuts are made on bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +18,7 @@ _SCAN_BYTES = 1 << 16
 
 
 class Piece(NamedTuple):
-    """A piece of text.
-
-    Attributes:
-        text: at most `PIECE_BYTES` of UTF-8, decoded.
-        ends_document: whether another document may follow in the same split, so that a separator belongs here. The
-            pieces of a text that stands alone never say so.
-    """
+    """At most `PIECE_BYTES` of text, and whether it ends one of several documents, so that a separator follows."""
 
     text: str
     ends_document: bool
@@ -33,14 +26,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A range of bytes of something that can be opened again and again.
-
-    Attributes:
-        label: what to call it in an error.
-        open: opens it for reading at byte 0; raises InputError where that fails.
-        start: first byte.
-        stop: one past the last byte.
-    """
+    """The bytes from `start` up to `stop` of something that `open` opens; `label` is what errors call it."""
 
     label: str
     open: Callable[[], BinaryIO]
@@ -78,7 +64,7 @@ class Document:
                 position += len(block)
 
     def cut(self, valid_share: float, test_share: float) -> tuple[Document, Document, Document]:
-        """Cut in three contiguous documents: for training, validation and test, the latter two of the shares given."""
+        """Cut in three contiguous documents, for training, validation and test."""
         length = self.stop - self.start
         with self.open() as stream:
             valid_target = self._character_at(stream, self.stop - int(length * (valid_share + test_share)))
@@ -97,18 +83,17 @@ class Document:
     def _cut_near(self, stream: BinaryIO, target: int, *, first: int, last: int) -> int:
         """Where to cut: the first line end from `target` on, or the last one before it, or at the target itself.
 
-        Line ends count between `first` and `last`, but not at these, where a part would be empty. The target is the
-        beginning of a character; where it is the document's beginning or end, an empty part is what is wanted.
+        Line ends count between `first` and `last`, but not at these, where a part would be empty. Where the target is
+        the document's beginning or end, an empty part is what is wanted.
         """
         if target in (self.start, self.stop):
             return target
         position = max(target - 1, first)  # the cut is after the line end
         stream.seek(position)
-        while position < last and (block := stream.read(min(_SCAN_BYTES, last - position))):
-            found = block.find(b"\n")
-            if found >= 0 and position + found + 1 < last:
-                return position + found + 1
+        while position < last and (block := stream.readline(_SCAN_BYTES)):
             position += len(block)
+            if block.endswith(b"\n") and position < last:
+                return position
         low = max(first, target - _SCAN_BYTES)
         stream.seek(low)
         found = stream.read(target - low).rfind(b"\n")
@@ -130,20 +115,14 @@ def text_document(label: str, text: str) -> Document:
 def document_pieces(documents: Iterable[Document], *, separated: bool) -> Iterator[Piece]:
     """Yield the pieces of several documents; the last of each says that it ends one if they are to be `separated`."""
     for document in documents:
-        held: str | None = None
+        position = document.start
         for text in document.texts():
-            if held is not None:
-                yield Piece(held, False)
-            held = text
-        if held is not None:
-            yield Piece(held, separated)
+            position += len(text.encode())
+            yield Piece(text, separated and position == document.stop)
 
 
 def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield the same text cut so that no word (no run of characters without whitespace) lies in two pieces.
-
-    A word that is longer than a piece makes a longer piece.
-    """
+    """Yield the same text cut so that no word, no run of characters without whitespace, lies in two pieces."""
     held: list[str] = []
     for text, ends_document in pieces:
         words = text.rsplit(None, 1)

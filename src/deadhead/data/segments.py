@@ -12,16 +12,15 @@ from deadhead.errors import InputError
 class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
     """Cuts a flat stream into contiguous rows of equal length, and each row into consecutive segments.
 
-    Item i is segment i // rows of row i % rows. So where batches of B items are read in order by W processes (batch b
-    by process b % W) and rows = B · W, each row of a batch is the true continuation of the same row of the batch that
-    the process had before: the hidden states of that one are this one's memory.
+    Item i is segment i // rows of row i % rows. So where W processes take batches of B items in turn and rows = B · W,
+    each row of a batch continues the same row of the batch that the process had before, whose hidden states are its
+    memory.
 
     Args:
         tokens: (n,), ids. What is left after the last whole segment of all rows is dropped.
         rows: rows that are read side by side, the batch size over all processes.
         segment_length: T, tokens that a model sees at once.
-        first_segment: begin with this segment of every row, so that a later phase of training goes on in the text
-            where the one before stopped; after the last segment come those before it.
+        first_segment: the segment of every row to begin with, in a later phase; after the last come those before it.
 
     Raises:
         InputError: the text is shorter than one segment a row, or a number is not positive.
@@ -49,9 +48,7 @@ class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
         return self._rows * self._segments_per_row
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One segment: `input_ids` (T,), `labels` (T,), the token after each, and `is_first` (), bool: no text before.
-
-        A row's first segment has no text before it; nor has item 0, for whoever reads in order, but that needs no flag.
+        """One segment: `input_ids` (T,), `labels` (T,), the token after each, and `is_first` (), bool: begins its row.
 
         Raises:
             IndexError: there is no such segment.

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from deadhead.data.corpus import Corpus
 from deadhead.data.pieces import whole_words
-from deadhead.errors import InputError
+from deadhead.errors import InputError, first_line
 
 KINDS = ("byte", "bpe", "word")
 EOS, UNK = "<eos>", "<unk>"
@@ -46,13 +46,16 @@ def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None)
                 f"A byte tokenizer has {_BYTES + 1} tokens, but vocab_size {vocab_size} came; leave vocab_size out."
             )
         return byte_tokenizer()
-    if kind == "bpe":
-        return _wrapped(_bpe(corpus, _required(vocab_size, _BPE_VOCABULARY, least=_BYTES + 2, kind=kind)))
-    if kind == "word":
-        return _wrapped(
-            _word(corpus, None if vocab_size is None else _required(vocab_size, 0, least=3, kind=kind)), UNK
+    if kind not in KINDS:
+        raise InputError(f"A kind of tokenizer was expected ({', '.join(KINDS)}), but {kind!r} came.")
+    least = _BYTES + 2 if kind == "bpe" else 3
+    if vocab_size is not None and vocab_size < least:
+        raise InputError(
+            f"A vocab_size of at least {least} was expected for a {kind} tokenizer, but {vocab_size} came."
         )
-    raise InputError(f"A kind of tokenizer was expected ({', '.join(KINDS)}), but {kind!r} came.")
+    if kind == "bpe":
+        return _wrapped(_bpe(corpus, _BPE_VOCABULARY if vocab_size is None else vocab_size))
+    return _wrapped(_word(corpus, vocab_size), unk_token=UNK)
 
 
 # The files of tokenizers, and what the longest of them may have: those of real ones have some tens of megabytes.
@@ -76,9 +79,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0].strip().rstrip(".:")
-        raise InputError(f"A tokenizer was expected at {path}, but it could not be loaded: {reason}.") from error
+        raise InputError(
+            f"A tokenizer was expected at {path}, but it could not be loaded: {first_line(error)}."
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"A tokenizer was expected at {path}, but {type(tokenizer).__name__} came; check the folder.")
     for noted in _LOADED_BY:
@@ -89,13 +92,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the numbers of a tokenizer's special tokens, by the names that a model's configuration has for them."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-def _required(vocab_size: int | None, default: int, *, least: int, kind: str) -> int:
-    size = default if vocab_size is None else vocab_size
-    if size < least:
-        raise InputError(f"A vocab_size of at least {least} was expected for a {kind} tokenizer, but {size} came.")
-    return size
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -155,8 +151,7 @@ def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
     return tokenizer
 
 
-def _wrapped(tokenizer: Tokenizer, unk: str | None = None) -> PreTrainedTokenizerFast:
-    special = {"unk_token": unk} if unk else {}
+def _wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,

@@ -1,8 +1,7 @@
 """A corpus as token ids on disk: one flat file a split, mapped into memory, made once and used again.
 
 A folder of the cache holds `train.bin`, `valid.bin`, `test.bin` (little-endian, 16 bits an id if the vocabulary fits,
-else 32), `meta.json` and the checksums of all of them. Its name comes from the text and the tokenizer; it is written
-beside and moved in whole, so that several processes may make the same one at once.
+else 32), `meta.json` and checksums. It is written beside and moved in whole: several processes may make the same one.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ class TokenStream:
     Attributes:
         tokens: (n,), mapped from a file, not to be written to.
         num_bytes: of the text in UTF-8, for bits per byte. Separators between documents are no text.
-        num_words: of the text, for perplexity per word: what stands between whitespace. With a tokenizer of words it
-            is the number of tokens, since the WikiText papers count a line end as a word.
+        num_words: of the text, for perplexity per word; with a tokenizer of words the number of tokens.
     """
 
     tokens: np.ndarray
@@ -51,15 +49,9 @@ class TokenStream:
 
 
 class TokenizedCorpus:
-    """Token streams of the three splits.
+    """Token streams of "train", "valid" and "test" (`splits`), which may be empty, and the hash of the text.
 
-    Args:
-        folder: a finished folder of the cache, with the meta.json that goes with it.
-        temporary: whether the folder goes when this object does.
-
-    Attributes:
-        splits: "train", "valid" and "test"; a stream may be empty.
-        sha256: the hash of the text.
+    They lie in a finished folder of the cache; a temporary one goes when this object does.
     """
 
     splits: Mapping[str, TokenStream]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
+
+from huggingface_hub.utils.sha import sha_fileobj
 
 from deadhead.disk.files import write_text
 from deadhead.errors import InputError
@@ -13,24 +14,16 @@ from deadhead.errors import InputError
 CHECKSUMS_FILE = "SHA256SUMS"
 
 _LINE = re.compile(r"(?P<sha256>[0-9a-f]{64}) [ *](?P<name>.+)")
-_CHUNK = 1 << 20
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
-    found = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
 
 
 def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Write the list of all files below `folder`, which `sha256sum --check SHA256SUMS` understands.
-
-    Args:
-        folder: whatever is written there later is not in the list.
-        known: hashes by relative path that need not be computed again.
+    """Write the list of all files below `folder`; `known` are hashes by relative path that need not be computed again.
 
     Raises:
         InputError: it cannot be written.
@@ -57,17 +50,17 @@ def read_checksums(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         match = _LINE.fullmatch(line)
-        if match is None or not _is_inside(match["name"]):
+        if match is None or match["name"].startswith("/") or ".." in PurePosixPath(match["name"]).parts:
             raise InputError(f"The list of checksums {path} is damaged in line {number}; restore it, or delete it.")
         found[match["name"]] = match["sha256"]
     return found
 
 
 def changed_file(folder: Path, *, among: Collection[str] | None = None) -> str | None:
-    """Return the first file of a folder's list that is missing or not what it was, or None if all are as they were.
+    """Return the first file of a folder's list that is missing or changed, or None: without a list, none has.
 
     Args:
-        folder: without a list, nothing is known to have changed.
+        folder: with the list.
         among: look at these alone, and at those of them only that are there.
 
     Raises:
@@ -82,8 +75,3 @@ def changed_file(folder: Path, *, among: Collection[str] | None = None) -> str |
         except OSError:
             return name
     return None
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts

@@ -26,19 +26,15 @@ _BEING_WRITTEN = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<aside>\.old)?")
 
 @contextmanager
 def no_space_is_input_error(path: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only place or a missing permission into one sentence that names `path`.
-
-    Libraries that write in native code report a full disk in their own words, so those are recognised too.
-    """
+    """Turn a full disk, a read-only place or a missing permission into one sentence that names `path`."""
+    full = InputError(f"No space is left on the device while writing {path}; free some and try again.")
     try:
         yield
     except OSError as error:
         # NumPy counts what it could write, and gives no number.
         is_cut_short = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
         if is_cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"No space is left on the device while writing {path}; free some and try again."
-            ) from error
+            raise full from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"{path} cannot be written: {error.strerror}; choose another place.") from error
         if error.errno == errno.ENOENT and Path(str(error.filename)).name.startswith(f".{path.name}."):
@@ -51,9 +47,7 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if any(words in str(error) for words in _NATIVE_WORDS):
-            raise InputError(
-                f"No space is left on the device while writing {path}; free some and try again."
-            ) from error
+            raise full from error
         raise
 
 
@@ -99,41 +93,26 @@ def finite(value: Any) -> Any:
 
 
 def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
-    """Refuse to write a folder over something that is not ours.
-
-    Args:
-        path: where the folder is to be written.
-        markers: files of which one at least is in every such folder of ours.
+    """Refuse to write a folder over something that is not ours: every folder of ours has one of the `markers`.
 
     Raises:
         InputError: `path` is a file, or a folder that holds other things.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path} is a file, but a folder is to be written there; choose another place.")
-    if (
-        path.is_dir()
-        and any(not _is_left_over(entry, markers) for entry in path.iterdir())
-        and not any((path / marker).exists() for marker in markers)
-    ):
+    if not path.is_dir() or any((path / marker).exists() for marker in markers):
+        return
+    # What a killed process was writing is no reason.
+    left_overs = (_BEING_WRITTEN.fullmatch(entry.name) for entry in path.iterdir())
+    if any(match is None or match["name"] not in markers for match in left_overs):
         raise InputError(
             f"{path} exists and was not written by deadhead (it has none of {', '.join(markers)}); "
             "choose another place or empty it."
         )
 
 
-def _is_left_over(entry: Path, names: tuple[str, ...]) -> bool:
-    """Tell whether something was being written, under one of some names, when the process was killed."""
-    match = _BEING_WRITTEN.fullmatch(entry.name)
-    return match is not None and match["name"] in names
-
-
 def remove_left_overs(folder: Path, name: str | None = None) -> None:
-    """Remove the files and folders that a killed process was writing in a folder; what it had moved aside comes back.
-
-    Args:
-        folder: in which nobody else writes now.
-        name: what was to come of them; None: anything.
-    """
+    """Remove what a killed process was writing in a folder, for `name` or for any; what it moved aside comes back."""
     for entry in folder.iterdir():
         match = _BEING_WRITTEN.fullmatch(entry.name)
         if match is None or name not in (None, match["name"]):

@@ -16,11 +16,7 @@ MOST_BYTES = 64 * 2**20
 
 
 def read_text(path: Path, *, what: str) -> str:
-    """Return the text of a small file.
-
-    Args:
-        path: of the file; a pipe that a shell made, as for `<(jq …)`, may be in its place.
-        what: what the file should have been, for messages.
+    """Return the text of a small file, or of a pipe that a shell made, as for `<(jq …)`; `what` it is, for messages.
 
     Raises:
         InputError: it is missing, is a named pipe, cannot be read, is longer than 64 MiB or is not UTF-8.
@@ -47,12 +43,8 @@ def read_text(path: Path, *, what: str) -> str:
 def read_json(path: Path, *, what: str) -> Any:
     """Return the JSON value in a small file.
 
-    Args:
-        path: of the file.
-        what: what the file should have been, for messages.
-
     Raises:
-        InputError: it cannot be read, see `read_text`, or is not JSON, or names a key twice.
+        InputError: see `read_text` and `parse_json`.
     """
     return parse_json(read_text(path, what=what), name=f"The {what} {path}")
 
@@ -73,11 +65,7 @@ _KINDS: dict[type, str] = {list: "list", str: "string", bool: "truth value", typ
 
 
 def parse_json(text: str | bytes, *, name: str) -> Any:
-    """Return the value of JSON text.
-
-    Args:
-        text: UTF-8.
-        name: begins the sentence of what is wrong.
+    """Return the value of JSON text in UTF-8; `name` begins the sentence of what is wrong.
 
     Raises:
         InputError: it is not JSON, is nested too deep, has a number of thousands of digits or names a key twice: two
@@ -111,12 +99,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: Any, most: int = 120) -> str:
-    """Return a value as messages show it: short, whatever it is.
-
-    Args:
-        value: that was not expected.
-        most: characters.
-    """
+    """Return a value as messages show it: at most `most` characters, whatever it is."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import struct
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.modeling_utils import str_to_torch_dtype
 
 from deadhead.disk.reading import parse_json, read_object, shown
 from deadhead.errors import InputError
@@ -20,23 +20,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+DTYPES: Mapping[str, torch.dtype] = str_to_torch_dtype
 # Bytes of a tensor that are read at once.
 _READ = 4 << 20
 # As the format's own reader has it; a longer header is a lie.
@@ -45,15 +29,9 @@ _LONGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a file.
+    """One tensor of a file: its name, the file's, and its bytes from `begin` up to `end`, counted in the file.
 
-    Args:
-        name: its name.
-        file: name of the file.
-        dtype: as the format writes it, such as "BF16".
-        shape: its sizes.
-        begin: of its first byte, from the file's beginning.
-        end: one past its last byte.
+    `dtype` is the format's own word, such as "BF16".
     """
 
     name: str
@@ -81,12 +59,9 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCheckpoint:
-    """The weights of a checkpoint folder.
+    """The weights of a folder: its files in order, and the tensors of each in the order of their bytes.
 
-    Args:
-        folder: it.
-        files: names of its files of weights, in order, and the tensors of each in the order of their bytes.
-        is_sharded: whether an index names the files.
+    `is_sharded` tells whether an index names the files.
     """
 
     folder: Path
@@ -121,10 +96,6 @@ class StoredCheckpoint:
                 values[start : start + count] = torch.frombuffer(part, dtype=dtype)
 
 
-# Where the system cannot read at a place, threads that share a descriptor take turns.
-_SEEKING = threading.Lock()
-
-
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
     """Fill `buffer` from a file's bytes at `offset`.
 
@@ -133,14 +104,7 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -
     """
     done = 0
     while done < len(buffer):
-        if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        else:
-            with _SEEKING:
-                os.lseek(descriptor, offset + done, os.SEEK_SET)
-                data = os.read(descriptor, len(buffer) - done)
-            count = len(data)
-            buffer[done : done + count] = data
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if not count:
             raise InputError(f"{path} ended while it was read; the file was changed or is damaged, fetch it again.")
         done += count
@@ -187,18 +151,12 @@ def read_stored(folder: Path) -> StoredCheckpoint:
                 if tensor.name in found:
                     raise InputError(f"Tensor {tensor.name} is in two files of {folder}: {found[tensor.name]}, {name}.")
                 found[tensor.name] = name
-        for tensor_name in sorted(weight_map.keys() ^ found.keys()):
+        for missing, _ in sorted(weight_map.items() ^ found.items()):
             raise InputError(
-                f"The index {index} and the files it names disagree on tensor {tensor_name}: only "
-                f"{'the index' if tensor_name in weight_map else found[tensor_name]} has it; fetch the checkpoint "
+                f"The index {index} and the files it names disagree on tensor {missing}: by the index it is in "
+                f"{weight_map.get(missing, 'none')}, but it is in {found.get(missing, 'none')}; fetch the checkpoint "
                 "again."
             )
-        for tensor_name, name in found.items():
-            if weight_map[tensor_name] != name:
-                raise InputError(
-                    f"The index {index} says that tensor {tensor_name} is in {weight_map[tensor_name]}, but it is in "
-                    f"{name}; fetch the checkpoint again."
-                )
     return StoredCheckpoint(folder=folder, files=files, is_sharded=weight_map is not None)
 
 

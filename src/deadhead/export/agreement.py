@@ -21,13 +21,7 @@ _PROMPT, _CONTINUATION = 24, 16
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch computes in float32.
-
-    Args:
-        prompt_T: token ids.
-        continuation_C: the greedy continuation.
-        logits: of every position of both but the last, (T + C − 1, V).
-    """
+    """What PyTorch computes: a prompt's greedy continuation, and logits of all but the last token, (T + C − 1, V)."""
 
     prompt_T: np.ndarray
     continuation_C: np.ndarray
@@ -41,14 +35,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a runtime came.
+    """How near a runtime, by name and version, came.
 
     Args:
         runtime: its name and version.
         logit_difference: max|Δ| / max|reference| over all positions.
         tolerance: the most that was allowed.
         tokens: C.
-        tokens_equal: how many of the greedy continuation's tokens are the same before the first that is not.
+        tokens_equal: tokens of the greedy continuation that are the same before the first that is not.
     """
 
     runtime: str
@@ -60,12 +54,7 @@ class Agreement:
 
 @torch.inference_mode()
 def make_reference(model: PreTrainedModel, seed: int = 0) -> Reference:
-    """Compute logits of a random text and its greedy continuation, without a cache: nothing is left to go wrong.
-
-    Args:
-        model: in any precision; it is run as it is.
-        seed: of the text.
-    """
+    """Compute logits of a random text and its greedy continuation, without a cache, in the model's precision."""
     vocabulary = model.config.get_text_config().vocab_size
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     prompt = int(min(_PROMPT, longest // 2))

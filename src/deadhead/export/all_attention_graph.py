@@ -1,8 +1,8 @@
 """The All-attention Transformer, and Transformer-XL, written from its equations as one function of plain tensors.
 
 The model's own attention chooses among several ways by what it is given; a graph has one. It looks at the last M
-positions of the cache only, so whoever runs it may drop those before. Here S is M + T, the columns that the new tokens
-can see together. Other dimensions as in `deadhead.models.all_attention.modeling`.
+positions of the cache only. Here S is M + T, the columns that the new tokens can see together; other dimensions as in
+`deadhead.models.all_attention.modeling`.
 """
 
 from __future__ import annotations

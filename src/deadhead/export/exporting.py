@@ -32,6 +32,7 @@ FORMATS = ("gguf", "onnx", "openvino", "padded")
 # what it multiplies with quantised weights too; of what its own quantiser makes only numbers are asked.
 _TOLERANCE = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1, "q8_0": 0.25}
 _OPENVINO = "openvino_model.xml"
+_Base = str | Path | None
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Exported:
         form: one of `FORMATS`.
         kind: type of the weights.
         detail: the architecture it was written as.
-        num_bytes: on disk, of the model alone.
-        agreements: what each runtime computed; none where none is installed.
-        unchecked: why it was not checked; None if it was.
+        num_bytes: of the model alone.
+        agreements: what each runtime computed.
+        unchecked: why none did; None if one did.
     """
 
     path: Path
@@ -161,22 +162,18 @@ def _gguf(
         return Exported(out, "gguf", kind, plan.architecture, written.stat().st_size, (), reason)
     reference = make_reference(model)
     # What the quantiser is given must be right; of what it makes no more can be asked than that it runs.
-    agreement = _in_llama_cpp(written, reference, _TOLERANCE.get(kind, _TOLERANCE["f16"]), tokenizer, TEXTS)
+    agreement = _in_llama_cpp(written, reference, _TOLERANCE.get(kind, _TOLERANCE["f16"]), tokenizer)
     if not is_ours:
         llama_cpp.quantize(written, place, kind)
         written.unlink()
-        agreement = _in_llama_cpp(place, reference, float("inf"), None, ())
+        agreement = _in_llama_cpp(place, reference, float("inf"), None)
     return Exported(out, "gguf", kind, plan.architecture, place.stat().st_size, (agreement,))
 
 
 def _in_llama_cpp(
-    path: Path,
-    reference: Reference,
-    tolerance: float,
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: tuple[str, ...],
+    path: Path, reference: Reference, tolerance: float, tokenizer: PreTrainedTokenizerBase | None
 ) -> Agreement:
-    asked = texts if tokenizer is not None else ()
+    asked = TEXTS if tokenizer is not None else ()
     logits, tokens = llama_cpp.read_logits(path, reference.prompt_T, reference.continuation_C[:-1], asked)
     for text, found in zip(asked, tokens, strict=True):
         expected = tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[misc]
@@ -189,12 +186,7 @@ def _in_llama_cpp(
 
 
 def _flat(
-    model: PreTrainedModel,
-    out: Path,
-    place: Path,
-    to: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    base: str | Path | None,
+    model: PreTrainedModel, out: Path, place: Path, to: str, tokenizer: PreTrainedTokenizerBase | None, base: _Base
 ) -> Exported:
     graph = flat_model(model)
     reference = make_reference(model)
@@ -238,11 +230,7 @@ def _convert_to_openvino(source: Path, path: Path) -> None:
 
 
 def _padded(
-    model: PreTrainedModel,
-    out: Path,
-    place: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    base: str | Path | None,
+    model: PreTrainedModel, out: Path, place: Path, tokenizer: PreTrainedTokenizerBase | None, base: _Base
 ) -> Exported:
     stock = pad_to_stock(model)
     reference = make_reference(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deadhead.errors import ExportError, require_extra
+from deadhead.errors import ExportError, first_line, require_extra
 from deadhead.export.agreement import Agreement, Reference, compare
 
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -20,12 +20,9 @@ _PADDING = 3
 
 
 class FlatSession:
-    """A model with its cache.
+    """A model with its cache, from a file that `write_onnx` wrote, or for OpenVINO its own `.xml`.
 
-    Args:
-        path: a file that `write_onnx` wrote, or for OpenVINO its own `.xml`.
-        runtime: "onnxruntime" or "openvino".
-        threads: how many; 0: as the runtime chooses.
+    The runtime is "onnxruntime" or "openvino"; with 0 threads it chooses their number.
 
     Raises:
         InputError: the runtime is not installed.
@@ -76,7 +73,7 @@ def _onnxruntime(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, in
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot load the file: {str(error).splitlines()[0]}.") from error
+        raise ExportError(f"ONNX Runtime cannot load the file: {first_line(error)}.") from error
     outputs = [output.name for output in session.get_outputs()]
     shapes = {given.name: _heads_and_width(given.shape) for given in session.get_inputs()}
     return lambda feed: dict(zip(outputs, session.run(outputs, feed), strict=True)), shapes
@@ -92,7 +89,7 @@ def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, int]]
     try:
         compiled = openvino.Core().compile_model(str(path), "CPU", settings)
     except Exception as error:
-        raise ExportError(f"OpenVINO cannot load the file: {str(error).splitlines()[0]}.") from error
+        raise ExportError(f"OpenVINO cannot load the file: {first_line(error)}.") from error
     shapes = {
         given.get_any_name(): _heads_and_width([d.get_length() if d.is_static else -1 for d in given.partial_shape])
         for given in compiled.inputs
@@ -128,7 +125,7 @@ def check(path: Path, reference: Reference, runtime: str, tolerance: float) -> A
         try:
             parts.append(session.read(ids_BT[:, start:end], mask_BT[:, start:end]))
         except Exception as error:
-            raise ExportError(f"{session.name} cannot run the file: {str(error).splitlines()[0]}.") from error
+            raise ExportError(f"{session.name} cannot run the file: {first_line(error)}.") from error
     logits = np.concatenate(parts, axis=1)
     # The padded text's tokens stand so much further right; those that it lost at the end are taken from the other.
     padded = np.concatenate([logits[1, padding:], logits[0, len(ids) - padding :]])

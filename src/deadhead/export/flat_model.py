@@ -15,14 +15,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """A tensor of the cache, (B, G, P, E).
-
-    Args:
-        layer: the layer's index in the model.
-        kind: "key" or "value".
-        heads: G.
-        width: E.
-    """
+    """A tensor of a layer's cache, (B, G, P, E); its kind is "key" or "value"."""
 
     layer: int
     kind: str
@@ -41,12 +34,7 @@ class CacheTensor:
 
 
 class FlatModel(nn.Module):
-    """A language model with its cache as tensors, of layers that have heads only.
-
-    Args:
-        model: the language model.
-        cache: what `read` takes and gives after `position_ids` and the logits, in this order.
-    """
+    """A language model with its cache as tensors, of layers that have heads only."""
 
     def __init__(self, model: PreTrainedModel, cache: Sequence[CacheTensor]) -> None:
         super().__init__()

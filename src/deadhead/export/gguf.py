@@ -25,15 +25,9 @@ _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8
 def write_gguf(
     model: PreTrainedModel, path: Path, plan: GgufPlan, *, kind: str, name: str, tokenizer: GgufTokenizer | None = None
 ) -> None:
-    """Write the file, one tensor after the other.
+    """Write a model as `gguf_plan.plan_file` planned it, one tensor after the other.
 
-    Args:
-        model: the model that `plan` was made of.
-        path: of the file.
-        plan: of `gguf_plan.plan_file`.
-        kind: one of `TYPES`.
-        name: a title for people.
-        tokenizer: of `read_tokenizer`; None: the file has none.
+    `kind` is one of `TYPES`, `name` a title for people.
     """
     import gguf
 

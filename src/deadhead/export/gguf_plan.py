@@ -1,9 +1,8 @@
 """How a model of the Llama family, cut or not, goes into a GGUF file: llama.cpp's architecture, and each layer's sizes.
 
-Which of llama.cpp's architectures can say what: where all layers are alike, the model's own; where they differ, `deci`
-takes numbers of heads and hidden units for each layer, and `openelm` does so for models that norm queries and keys. A
-layer without heads is one in `deci`, but for the first; elsewhere, and in place of a feed-forward layer without hidden
-units, stands one of zeros, which adds nothing.
+Where all layers are alike, it is the model's own architecture; where they differ, `deci` takes numbers of heads and
+hidden units for each layer, and `openelm` does so for models that norm queries and keys. A layer without heads stays
+one in `deci`, but for the first; elsewhere, and for a feed-forward layer without hidden units, stands one of zeros.
 
 Dimensions: D width, H heads, G key/value heads, E head width, F hidden units.
 """
@@ -42,14 +41,9 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """How a model goes into a file.
+    """How a model goes into a file: as llama.cpp's `architecture`, with or without norms of queries and keys.
 
-    Args:
-        architecture: llama.cpp's name.
-        layers: each one's numbers.
-        head_dim: E.
-        has_norms: whether queries and keys are normed.
-        rope_factors: (E / 2,), what each frequency is divided by; None where all are 1.
+    `rope_factors` (E / 2,) are what each rotary frequency is divided by; None where all are 1.
     """
 
     architecture: str
@@ -138,10 +132,8 @@ def _rope_factors(model: PreTrainedModel, kind: str) -> Tensor | None:
     """Return what the plain frequencies are divided by, from those that the model has."""
     rotary: Any = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     parameters = model.config.rope_parameters
-    if (
-        parameters["rope_type"] not in ("default", "linear", "llama3")
-        or parameters.get("partial_rotary_factor", 1) != 1
-    ):
+    is_known = parameters["rope_type"] in ("default", "linear", "llama3")
+    if not is_known or parameters.get("partial_rotary_factor", 1) != 1:
         raise _refusal(kind, f"has rotary positions of type {parameters['rope_type']}, which are not written")
     found = rotary.inv_freq.float().cpu()
     plain = parameters["rope_theta"] ** -(torch.arange(len(found), dtype=torch.float32) / len(found))

@@ -21,12 +21,9 @@ _NEIGHBOURS = ("llama", "deci")
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the file.
+    """One tensor of the file: tensors whose rows follow one another in it, by llama.cpp's name.
 
-    Args:
-        name: llama.cpp's.
-        parts: tensors whose rows follow one another in it.
-        turned: of how many heads the rows that are rotated together come side by side; 0: rows stay where they are.
+    Rows that are rotated together come side by side within each of `turned` heads; 0: they stay where they are.
     """
 
     name: str
@@ -45,12 +42,7 @@ class Stored:
 
 
 def interleave_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Put rows that are rotated together side by side: i and i + E/2 of each head become 2i and 2i + 1.
-
-    Args:
-        tensor: (H · E, …), weight or bias of the queries' or keys' projection.
-        heads: H, or G.
-    """
+    """Put rows that are rotated together side by side, (H · E, …): i and i + E/2 of each head become 2i and 2i + 1."""
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 

@@ -34,16 +34,10 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What of a tokenizer goes into a file.
+    """What of a tokenizer goes into a file: `split` is llama.cpp's name for the splitting into words.
 
-    Args:
-        split: llama.cpp's name for the splitting into words.
-        tokens: V of them, in the order of their ids.
-        types: each one's type, as llama.cpp numbers them.
-        merges: in the order of their rank.
-        special: ids by the names llama.cpp has for them: bos, eos, pad, unk.
-        adds_bos: whether a text begins with bos.
-        chat_template: Jinja, if there is one.
+    Tokens and their types, as llama.cpp numbers them, come in the order of ids, merges in that of their rank; `special`
+    has the ids of bos, eos, pad and unk.
     """
 
     split: str
@@ -70,11 +64,7 @@ class GgufTokenizer:
 
 
 def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GgufTokenizer:
-    """Read a tokenizer.
-
-    Args:
-        tokenizer: a fast one.
-        vocab_size: V, of the model; it may have more than the tokenizer.
+    """Read a fast tokenizer of a model with V tokens, which may be more than the tokenizer has.
 
     Raises:
         InputError: it is no byte-level BPE tokenizer, it splits text in a way that llama.cpp does not have, or it has
@@ -85,7 +75,8 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GgufT
         raise _refusal(f"{kind} has no tokenizer.json")
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(backend.get("decoder")):
+    decoder = backend.get("decoder") or {}
+    if model["type"] != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
         raise _refusal(f"this one is of type {model['type']}")
     if backend.get("normalizer") not in (None, {"type": "NFC"}):
         raise _refusal("this one changes the text before it is split")
@@ -125,10 +116,6 @@ def _refusal(reason: str) -> InputError:
         f"llama.cpp is given byte-level BPE tokenizers only, and {reason}; export without a tokenizer (--no-tokenizer) "
         "and give the runtime token ids."
     )
-
-
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    return decoder is not None and decoder["type"] == "ByteLevel"
 
 
 def _split_of(pre_tokenizer: dict[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""Language models as functions of plain tensors, for exporters: the cache goes in and comes out as tensors.
+"""Language models as functions of plain tensors, for exporters.
 
 Dimensions: B texts, T new tokens, P tokens before, S = P + T, V vocabulary; G key/value heads and E their width, each
 layer's own.

@@ -47,37 +47,20 @@ def read_logits(
 ) -> tuple[np.ndarray, list[list[int]]]:
     """Read a prompt at once and then token by token the rest, with a key/value cache in float32.
 
-    Args:
-        path: a GGUF file.
-        prompt_T: token ids.
-        rest_C: token ids that follow.
-        texts: to be tokenized by the file's tokenizer.
-
     Returns:
-        the logits of every position, (T + C, V), and the tokens of each text.
+        the logits of every position, (T + C, V), and the tokens that the file's tokenizer gives each text.
 
     Raises:
         ExportError: llama.cpp could not read the file.
     """
-    job = {
-        "task": "logits",
-        "path": str(path),
-        "prompt": prompt_T.tolist(),
-        "rest": rest_C.tolist(),
-        "texts": list(texts),
-    }
-    found = _run(job)
+    ids = {"prompt": prompt_T.tolist(), "rest": rest_C.tolist()}
+    found = _run({"task": "logits", "path": str(path), **ids, "texts": list(texts)})
     lengths = np.cumsum(found["lengths"])[:-1]
     return found["logits"], [part.tolist() for part in np.split(found["tokens"], lengths)] if texts else []
 
 
 def quantize(path: Path, out: Path, kind: str) -> None:
-    """Let llama.cpp's own quantiser write `out` from a float file.
-
-    Args:
-        path: a GGUF file in float16 or float32.
-        out: the new one.
-        kind: llama.cpp's name of the type, as "q4_k_m".
+    """Let llama.cpp's own quantiser write `out` from a file in float16 or float32, in a type such as "q4_k_m".
 
     Raises:
         ExportError: the quantiser failed.
@@ -145,10 +128,7 @@ def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _use_plain_kernels() -> None:
-    """Keep llama.cpp from repacking quantised weights for special units of a processor.
-
-    Its kernels for AMX crash on some virtual machines, whatever the model, and what is checked here is the file.
-    """
+    """Keep llama.cpp from repacking quantised weights: its kernels for AMX crash on some virtual machines."""
     import llama_cpp
 
     library: Any = llama_cpp.llama_cpp

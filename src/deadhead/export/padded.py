@@ -21,6 +21,7 @@ from deadhead.layouts import find_layout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.pruned.feed_forward import FeedForward, find_feed_forwards, rows_of_units
 from deadhead.models.pruned.modeling_pruned import PrunedModel, stock_class
+from deadhead.models.pruned.shrinking import dense_heads, heads_of
 from deadhead.models.pruned.structure import Attention, Key, find_attentions, head_order
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -52,7 +53,11 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
         )
     source = {attention.key: attention for attention in find_attentions(model)[0]}
     blocks = {found.key: found for found in find_feed_forwards(model)}
-    original = {key: _query_heads(plan.unit, plan.kept[key], source.get(key)) for key in plan.kept}
+    # The query heads that a layer has left, by their index in the dense model.
+    original = {
+        key: heads_of(plan.unit, kept, *dense_heads(source[key])).queries if key in source else tuple(kept)
+        for key, kept in plan.kept.items()
+    }
     for model_class, probe, is_dense in _candidates(model, source, blocks):
         if not _fits(probe, model, source, blocks):
             continue
@@ -62,14 +67,6 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     raise UnsupportedModel(
         f"{stock_class(type(model)).__name__} cannot be padded: no stock configuration fits its heads."
     )
-
-
-def _query_heads(unit: str, kept: Sequence[int], attention: Attention | None) -> list[int]:
-    """Return the query heads that a layer has left, by their index in the dense model."""
-    if unit == "head" or attention is None:
-        return list(kept)
-    repeat = attention.num_heads // attention.num_kv_heads
-    return [group * repeat + i for group in kept for i in range(repeat)]
 
 
 def _candidates(

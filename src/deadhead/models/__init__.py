@@ -1,7 +1,6 @@
 """deadhead's models: its own, and those of transformers with heads cut off, registered with transformers' Auto classes.
 
-Cut models of transformers are registered as stand-ins, which become classes when a checkpoint names them: making all
-of them at once would import every model of transformers.
+The latter are registered as stand-ins: making all the classes at once would import every model of transformers.
 """
 
 from typing import Any
@@ -9,10 +8,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from deadhead.models.all_attention import (
-    AllAttentionConfig,
-    AllAttentionForCausalLM,
-    AllAttentionModel,
+from deadhead.models.all_attention.configuration import AllAttentionConfig
+from deadhead.models.all_attention.modeling import AllAttentionForCausalLM, AllAttentionModel
+from deadhead.models.all_attention.transformer_xl import (
     TransformerXLConfig,
     TransformerXLForCausalLM,
     TransformerXLModel,

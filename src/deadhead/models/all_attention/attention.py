@@ -46,9 +46,8 @@ class Operands:
         window: W, positions that a query sees, its own included.
         padding_BS: True where a position of the context is padding; None if none is.
         dropout: share of the weights that are dropped.
-        z_N: gates of the persistent vectors, (N,), or for each text its own, (B, N); None where all are 1. They are
-            obeyed, and given gradients, by `eager_attention`, and where they are (N,) and either 0 or 1 by
-            `blocked_attention`; the others must not be given any.
+        z_N: gates of the persistent vectors, (N,), or for each text its own, (B, N); None where all are 1. Only
+            `eager_attention` takes them, and `blocked_attention` where they are (N,) and either 0 or 1.
     """
 
     q_BHTE: Tensor
@@ -127,25 +126,13 @@ def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
 def largest_exponent(dtype: torch.dtype) -> float:
     """Return the largest x of which e^x, and its square, are numbers of this precision, and of gates', float32.
 
-    The score of a vector that a gate shuts out may be above all that are in the softmax by more than that; its gate's
-    gradient then is smaller than it should be, but a number.
+    Where the score of a vector that a gate shuts out is higher, its gate's gradient is too small, but a number.
     """
     return math.log(min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)) / 2
 
 
-def _gates_by_row(operands: Operands, dtype: torch.dtype) -> Tensor | None:
-    """Return z for scores (H, R, N): (N,) or (R, N)."""
-    z = operands.z_N
-    if z is None:
-        return None
-    return (z if z.ndim == 1 else z.repeat_interleave(operands.q_BHTE.shape[2], 0)).to(dtype)
-
-
 def eager_attention(operands: Operands, *, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Attend, differentiable in every tensor as often as one likes.
-
-    The two parts are exponentiated under a common maximum and share one denominator, which spares concatenating keys,
-    values and scores; the persistent part folds the batch into its rows.
+    """Attend, differentiable in every tensor as often as one likes; both parts share a maximum and a denominator.
 
     Returns:
         attended (B, T, H, E); with `need_weights` the weights (B, H, T, S + N) before dropout, else None.
@@ -157,7 +144,9 @@ def eager_attention(operands: Operands, *, need_weights: bool = False) -> tuple[
     q_rows = operands.persistent_q_BHTE.transpose(0, 1).reshape(heads, batch * num_queries, width)
     persistent_HRN = torch.bmm(q_rows, operands.persistent_k_HNE.transpose(-1, -2))
 
-    z_RN = _gates_by_row(operands, persistent_HRN.dtype)
+    z_RN = operands.z_N
+    if z_RN is not None:
+        z_RN = (z_RN if z_RN.ndim == 1 else z_RN.repeat_interleave(num_queries, 0)).to(persistent_HRN.dtype)
     top_HR1 = context_BHTS.detach().amax(-1, keepdim=True).transpose(0, 1).reshape(heads, -1, 1)
     if num_persistent:
         seen_HRN = persistent_HRN.detach()

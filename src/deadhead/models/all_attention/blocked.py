@@ -1,9 +1,8 @@
 """The same attention a block at a time, with a backward pass of its own: exact, and near the speed of its products.
 
-A plain softmax over B × H × T × (S + N) scores spends more time on fresh memory, dropout and copies than on products,
-and keeps several tensors of that size for the backward pass. Here scores live in one small buffer that is used again
-and again: a block is scored, exponentiated, dropped out and multiplied by the values while it is in the cache, and
-scored again in the backward pass. Of that size only dropout's choices are kept, a byte for each weight.
+A plain softmax over B × H × T × (S + N) scores spends more time on memory, dropout and copies than on products. Here
+scores live in one small buffer: a block is scored, exponentiated, dropped out and multiplied by the values while it is
+in the cache, and scored again in the backward pass. Only dropout's choices are kept, a byte for each weight.
 
 Vectors whose gates are shut are not in the forward pass at all. For the gates' gradients, with p = e^score / Σ e^score,
 the sum over what is in the softmax, g the gradient of the output o, and v the value of a persistent vector:
@@ -33,7 +32,7 @@ from .dropout import draw_kept
 
 # Scores in a block: a few MB. Smaller blocks lose more to the many calls, larger ones more to memory (measured).
 _CAPACITY = 2**21
-# Tensors of a call that may need gradients, in the order of the arguments.
+# Those of a call that may need gradients.
 _NAMES = ("q", "persistent_q", "k", "v", "r", "content_bias", "position_bias", "persistent_k", "persistent_v", "z")
 # Tensors that never get gradients, and numbers.
 _NUM_CONSTANT, _NUM_NUMBERS = 3, 3
@@ -83,7 +82,7 @@ def blocked_attention(operands: Operands) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call's tensors."""
+    """One call's tensors, in the order of the arguments."""
 
     q_HBTE: Tensor
     persistent_q_HBTE: Tensor | None
@@ -348,15 +347,7 @@ class _Gradients:
         target_hntE.copy_(q_hRE.view(target_hntE.shape))
 
     def add_shut(self, part: _Part, slopes: _Part, upstream_hntE: Tensor, along_hnt: Tensor, block: Block) -> None:
-        """Add the gradients of shut gates.
-
-        Args:
-            part: with p of their vectors.
-            slopes: memory.
-            upstream_hntE: g; dropout, which has nothing to drop here, is left out.
-            along_hnt: g·o.
-            block: it.
-        """
+        """Add the gradients of shut gates, given p of their vectors in `part`, g without dropout and g·o."""
         call = self.call
         assert self.z is not None and call.shut_v_HCE is not None
         shut_hEC = call.shut_v_HCE[block.heads].transpose(1, 2)

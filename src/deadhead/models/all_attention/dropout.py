@@ -28,8 +28,7 @@ class Dropout(nn.Dropout):
 def draw_kept(shape: torch.Size, p: float) -> Tensor:
     """Draw what dropout keeps: ones and zeros, uint8; each is zero with probability p exactly.
 
-    One random byte is compared with a threshold. Where p is not a multiple of 1/256, each row takes the threshold
-    above or below it, by a draw that makes the mean exact.
+    Where p is not a multiple of 1/256, each row takes the threshold above or below it, by a draw that mends the mean.
     """
     rows, columns = math.prod(shape[:-1]), shape[-1]
     words = torch.empty((rows * columns + 7) // 8, dtype=torch.int64, device="cpu").random_(-(2**63), None)

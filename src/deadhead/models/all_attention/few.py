@@ -12,14 +12,8 @@ from torch.nn import functional
 
 from .attention import Operands
 
-# Rows up to which one softmax in memory is faster than the fused kernel, which is made for many.
-_MOST_QUERIES = 32
-
-
-def is_few(operands: Operands) -> bool:
-    """Tell whether `few_attention` is the fastest for these queries."""
-    batch, _, num_queries, _ = operands.q_BHTE.shape
-    return batch * num_queries <= _MOST_QUERIES
+# B · T up to which one softmax in memory is faster than the fused kernel, which is made for many.
+MOST_QUERIES = 32
 
 
 def few_attention(operands: Operands) -> Tensor:

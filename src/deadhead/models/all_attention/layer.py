@@ -17,7 +17,7 @@ from .attention import Operands, eager_attention, sdpa_attention
 from .blocked import blocked_attention
 from .configuration import AllAttentionConfig
 from .dropout import Dropout
-from .few import few_attention, is_few
+from .few import MOST_QUERIES, few_attention
 from .merged import merged_attention
 from .positions import rotate
 from .projection import is_plain, project
@@ -76,8 +76,7 @@ class AllAttention(nn.Module):
     def _active_heads(self) -> Tensor | None:
         """Return the positions of the heads to compute, or None for all.
 
-        A gate that deadhead has put into this module knows which heads it multiplies by 0 in this forward, with no
-        gradient for the gate: they change neither the output nor any gradient.
+        Those that a gate of deadhead's multiplies by 0, without a gradient, change neither the output nor any gradient.
         """
         if torch.compiler.is_compiling():
             return None
@@ -131,16 +130,11 @@ class AllAttention(nn.Module):
         active_H = self._active_heads() if past_key_values is None and not need_weights else None
         # Read here, since a text may be read with a longer memory than the model was trained with.
         memory_length = self.config.memory_length
-        q_BHTE, k_BHSE, v_BHSE = (
-            self._project(self.q_proj, normed_BTD, active_H),
-            self._project(self.k_proj, context_BSD, active_H),
-            self._project(self.v_proj, context_BSD, active_H),
-        )
+        q_BHTE = self._project(self.q_proj, normed_BTD, active_H)
+        k_BHSE, v_BHSE = (self._project(part, context_BSD, active_H) for part in (self.k_proj, self.v_proj))
         # Persistent vectors have no position: they meet the queries as they are before any rotation.
         persistent_q_BHTE = q_BHTE
-        start = 0
-        if past_key_values is not None:
-            start = int(past_key_values.get_seq_length(self.layer))
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length(self.layer))
         is_first = start == 0
         if self.is_rotary:
             offset = start + context_BSD.shape[1] - num_queries
@@ -186,10 +180,7 @@ class AllAttention(nn.Module):
         return project(self.o_proj, attended_BTHE.flatten(-2)), weights
 
     def _persistent(self, q_BHTE: Tensor, active_H: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return m^k and m^v of the heads to compute, each (heads, N, E), and the vectors' gates if they are to act.
-
-        Vectors whose gates are shut and need no gradient are left out.
-        """
+        """Return m^k and m^v of the heads to compute, each (heads, N, E), and the vectors' gates if they are to act."""
         if not self.num_persistent:
             none_HNE = q_BHTE.new_empty((q_BHTE.shape[1], 0, self.head_dim))
             return none_HNE, none_HNE, None
@@ -203,6 +194,7 @@ class AllAttention(nn.Module):
         if not torch.compiler.is_compiling():
             shut = gate.idle if gate.training else (z_J == 0).nonzero().flatten().tolist()
             if shut:
+                # Shut, and in no need of a gradient.
                 left = [block for block in range(num_blocks) if block not in shut]
                 left_J = torch.tensor(left, dtype=torch.long, device=k_HNE.device)
                 rows_N = (left_J[:, None] * size + torch.arange(size, device=k_HNE.device)).flatten()
@@ -235,7 +227,8 @@ class AllAttention(nn.Module):
         # Reentrant checkpointing trains without gradients first, and must meet the same dropout when it recomputes.
         if torch.is_grad_enabled() or self.training:
             return blocked_attention(operands), None
-        if is_few(operands):
+        batch, _, num_queries, _ = operands.q_BHTE.shape
+        if batch * num_queries <= MOST_QUERIES:
             return few_attention(operands), None
         return blocked_attention(operands) if operands.q_BHTE.dtype in _HALF else merged_attention(operands), None
 
@@ -258,9 +251,10 @@ class AllAttention(nn.Module):
         """Let every column before a row's first token hold the keys and values of a zero hidden state."""
         if not missing and padding_BS is None:
             return k_BHSE, v_BHSE
-        columns = missing + k_BHSE.shape[2]
-        blank_k = self._project(self.k_proj, blank_D[None, None], active_H).expand(-1, -1, columns, -1)
-        blank_v = self._project(self.v_proj, blank_D[None, None], active_H).expand(-1, -1, columns, -1)
+        blank_k, blank_v = (
+            self._project(part, blank_D[None, None], active_H).expand(-1, -1, missing + k_BHSE.shape[2], -1)
+            for part in (self.k_proj, self.v_proj)
+        )
         if self.is_rotary:
             blank_k = rotate(blank_k, start - missing)
         shape = (k_BHSE.shape[0], -1, -1, -1)

@@ -23,15 +23,12 @@ _CAPACITY = 2**20
 
 
 def merged_attention(operands: Operands) -> Tensor:
-    """Attend without gradients and without dropout. Returns (B, T, H, E).
-
-    The persistent vectors are the same for all texts, so the batch is folded into the rows of one call, without a mask.
-    Nothing has the size B · H · T · (S + N).
-    """
+    """Attend without gradients and without dropout; nothing has the size B · H · T · (S + N). Returns (B, T, H, E)."""
     context_BHTE, context_BHT = _context(operands)
     batch, heads, num_queries, width = operands.q_BHTE.shape
     if not operands.persistent_k_HNE.shape[1]:
         return context_BHTE.transpose(1, 2)
+    # The same vectors for all texts: the batch is folded into the rows of one call.
     q_rows = operands.persistent_q_BHTE.transpose(0, 1).reshape(1, heads, batch * num_queries, width)
     persistent, persistent_lse = _flash(
         _with_rows(q_rows), operands.persistent_k_HNE[None], operands.persistent_v_HNE[None], 0.0, False, scale=1.0
@@ -85,8 +82,7 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
 class _Buffers(threading.local):
     """Memory for the position scores of a block, used by one layer after the other, each thread with its own.
 
-    Blocks of as many queries and columns all write the same places, by distance, so that the others need to be filled
-    with −inf only once.
+    Blocks of as many queries and columns all write the same places, so that the others are filled with −inf only once.
     """
 
     def __init__(self) -> None:

@@ -45,21 +45,14 @@ _ALIGNMENT = 64
 
 @dataclass
 class AllAttentionOutput(ModelOutput):
-    """What the model returns. `memory` holds each layer's last M inputs (L tensors of (B, ≤ M, D)), without a cache."""
+    """What the model returns, and the language model. With an adaptive softmax `logits` are log-probabilities.
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    memory: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor | None, ...] | None = None
-
-
-@dataclass
-class AllAttentionCausalLMOutput(ModelOutput):
-    """What the language model returns. With an adaptive softmax `logits` are log-probabilities."""
+    `memory` holds each layer's last M inputs (L tensors of (B, ≤ M, D)), without a cache.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     memory: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -84,10 +77,9 @@ class AllAttentionPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does; then the model computes what the saved one did, bit for bit.
+        """Load as transformers does, then align as torch does what lies in the file's memory map at any address.
 
-        Tensors lie in the file's memory map at any address, but the last bit of a product depends on whether its
-        operands are aligned as torch's own are. Those that are not are copied, one at a time.
+        The last bit of a product depends on it; so the model computes what the saved one did, bit for bit.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -145,14 +137,6 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding module."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding module."""
-        self.embed_tokens = value
-
     def _positions(self, hidden_BTD: Tensor) -> Tensor | None:
         if self.config.position == "learned":
             return self.position_table
@@ -160,15 +144,6 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             table = sinusoidal_table(self.config.memory_length + 1, self.config.hidden_size)
             return table.to(device=hidden_BTD.device, dtype=hidden_BTD.dtype)
         return None
-
-    def _cache(self, given: Cache | None, use_cache: bool | None, *, has_memory: bool) -> Cache | None:
-        """Return the cache to read and fill: what was given, a new one, or None."""
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        cache = DynamicCache(config=self.config) if given is None and use_cache and not has_memory else given
-        if cache is not None:
-            append_in_place(cache)
-        return cache
 
     def forward(
         self,
@@ -199,7 +174,12 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
         if memory is not None and past_key_values is not None:
             raise ValueError("Give either memory (training) or past_key_values (evaluation), not both.")
         config = self.config
-        past_key_values = self._cache(past_key_values, use_cache, has_memory=memory is not None)
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if past_key_values is None and use_cache and memory is None:
+            past_key_values = DynamicCache(config=config)
+        if past_key_values is not None:
+            append_in_place(past_key_values)
         embedded = self.embed_tokens(input_ids) * config.hidden_size**0.5 if inputs_embeds is None else inputs_embeds
         hidden = self.embedding_dropout(embedded)
         positions_WD = self._positions(hidden)
@@ -237,10 +217,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
 
 
 def _padding(attention_mask: Tensor | None, columns: int) -> Tensor | None:
-    """Return where a column is padding, (B, ≥ columns), or None if none is.
-
-    Columns that the mask does not speak of lie before the text, in the memory.
-    """
+    """Return where a column is padding, (B, ≥ columns), or None if none is; memory that the mask leaves out is not."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return nn.functional.pad(attention_mask == 0, (max(0, columns - attention_mask.shape[1]), 0))
@@ -272,14 +249,6 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         """Leave the mask of padding as it is: the layers themselves know the window, static caches included."""
         return attention_mask
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the output layer."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the output layer."""
-        self.lm_head = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -289,26 +258,20 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> AllAttentionCausalLMOutput:
+    ) -> AllAttentionOutput:
         """Return logits, and the mean negative log-likelihood where labels are given.
 
         Args:
-            input_ids: (B, T).
-            attention_mask: see `AllAttentionModel.forward`, as for the arguments that are not named here.
-            past_key_values: the cache.
-            memory: the segment memory.
-            inputs_embeds: (B, T, D) instead of `input_ids`.
+            input_ids: see `AllAttentionModel.forward`, as for `kwargs` and all that is not described here.
+            attention_mask: see there.
+            past_key_values: see there.
+            memory: see there.
+            inputs_embeds: see there.
             labels: (B, T), the inputs themselves; they are shifted here, −100 is ignored.
             shift_labels: (B, T), each position's next token, for texts that go on in the next segment; goes first.
-            use_cache: whether to return a cache.
-            output_attentions: whether to return attention weights.
-            output_hidden_states: whether to return hidden states.
             logits_to_keep: compute only the last so many positions' logits (0: all), or those at these indices.
             num_items_in_batch: divide the summed loss by this instead of taking the mean.
         """
@@ -318,9 +281,7 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             memory=memory,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BTD = outputs.last_hidden_state[:, keep]
@@ -342,7 +303,7 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels.contiguous(),
             )
-        return AllAttentionCausalLMOutput(
+        return AllAttentionOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,

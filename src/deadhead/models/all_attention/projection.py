@@ -33,8 +33,7 @@ def is_plain(projection: nn.Module) -> TypeIs[nn.Linear]:
 def project(projection: nn.Module, hidden: Tensor) -> Tensor:
     """Apply a projection; in evaluation on a CPU a few rows the other way round.
 
-    As long as its weight is not in the cache, a product of few rows takes as long as reading the weight. The library's
-    products of few rows with a matrix take three times as long; those of a matrix with few columns do not.
+    A matrix with few columns takes as long as reading the matrix does, few rows with a matrix three times as long.
     """
     rows = hidden.numel() // hidden.shape[-1]
     if (

@@ -1,9 +1,8 @@
 """Transformer-XL (Dai et al. 2019), the baseline that the All-attention Transformer is compared with.
 
-It is the same model, line by line: the same relative positions, segment memory, embeddings, norms and dropouts, but
-each layer has a feed-forward layer, and its heads have no persistent vectors. With a feed-forward layer as wide as the
-persistent vectors are many, both have the same number of weights but for the feed-forward layer's biases and norm.
-Cutting a head takes its projections only; the feed-forward layers stay.
+It is the same model, line by line, but each layer has a feed-forward layer, and its heads have no persistent vectors.
+With a feed-forward layer as wide as the persistent vectors are many, both have the same number of weights but for the
+feed-forward layer's biases and norm.
 
 Imports torch and transformers only, never deadhead: these files travel with checkpoints.
 """

@@ -138,11 +138,11 @@ def shrink_feed_forward(feed_forward: FeedForward, units: Tensor) -> None:
     module.dense_feed_forward = feed_forward.dense_width  # type: ignore[assignment]
     if not len(units):
         for name in feed_forward.inputs:
-            _replace(module, name, NoUnits())
+            module.set_submodule(name, NoUnits())
         output = module.get_submodule(feed_forward.output_path)
         bias = getattr(output, "bias", None)
         width = weight_of(output).shape[output_dim(output)]
-        _replace(module, feed_forward.output_path, OutputBias(width, bias))
+        module.set_submodule(feed_forward.output_path, OutputBias(width, bias))
         # While a checkpoint loads, some types would initialise their projections, which are not there.
         module._is_hf_initialized = True  # type: ignore[assignment]
         return
@@ -174,11 +174,6 @@ def apply_block_plan(model: nn.Module, plan: Mapping[str, Any]) -> None:
             )
         if len(kept) != plan["total"][key]:
             shrink_feed_forward(layers[key], block_rows(kept, size))
-
-
-def _replace(module: nn.Module, path: str, new: nn.Module) -> None:
-    owner_path, _, name = path.rpartition(".")
-    setattr(module.get_submodule(owner_path), name, new)
 
 
 class NoUnits(nn.Module):

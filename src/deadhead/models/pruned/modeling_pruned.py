@@ -42,10 +42,9 @@ class PrunedModel:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does; then the model computes what the saved one did, bit for bit.
+        """Load as transformers does, then align as torch does what lies in the file's memory map at any address.
 
-        Tensors lie in the file's memory map at any address, but the last bit of a product depends on whether its
-        operands are aligned as torch's own are. Those that are not are copied, one at a time.
+        The last bit of a product depends on it; so the model computes what the saved one did, bit for bit.
         """
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -98,12 +97,9 @@ def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]
 def pruned_class(
     stock: type[PreTrainedModel], stock_config: type[PreTrainedConfig] | None = None
 ) -> type[PreTrainedModel]:
-    """Return our subclass of a model class of transformers.
+    """Return our subclass of a model class of transformers, with a configuration class that it may not declare itself.
 
-    Args:
-        stock: the model class.
-        stock_config: the class of its configuration where that is not the one that `stock` declares: InternLM3, for
-            one, has a configuration of its own for Llama's classes.
+    InternLM3, for one, has a configuration of its own for Llama's classes.
     """
     if stock.__name__.startswith(PREFIX):
         return stock
@@ -129,8 +125,7 @@ def pruned_class(
 def _convert_alike(stock: str, ours: str) -> None:
     """Let files of a type or class of ours have the names and forms of tensors that those of transformers' have.
 
-    Some types' tensors have other names in files than in memory, or lie there one by one: Mixtral's experts do. A model
-    that was loaded from such files is saved in their form, so its cut self must be loaded from it too.
+    Some types' tensors have other names in files than in memory, or lie there one by one, as Mixtral's experts do.
     """
     conversions = get_checkpoint_conversion_mapping(stock)
     if conversions is not None:

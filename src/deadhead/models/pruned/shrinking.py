@@ -22,7 +22,6 @@ from .structure import (
     Attention,
     OutputBias,
     config_head_names,
-    emptied,
     find_attentions,
     head_order,
     keep_rows,
@@ -37,12 +36,7 @@ _KV_WIDTHS = ("kv_dim", "kv_size")
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads and the key/value head of each equal share of them, by index.
-
-    Args:
-        queries: query heads, in order.
-        kv: key/value heads, in order; one may stand several times, each for an equal share of the queries.
-    """
+    """Query heads and the key/value head of each equal share of them, by index and in order; one may serve several."""
 
     queries: tuple[int, ...]
     kv: tuple[int, ...]
@@ -70,14 +64,7 @@ def heads_of(unit: str, kept: Sequence[int], num_heads: int, num_kv_heads: int) 
 
 
 def rows_of(attention: Attention, order: str, size: int, heads: Heads) -> Tensor:
-    """Return the indices of a tensor's rows that stay, in their new order.
-
-    Args:
-        attention: the module as it is now.
-        order: the part's order of heads.
-        size: rows there are now.
-        heads: heads that stay, by their present index.
-    """
+    """Return the indices of a tensor's rows that stay, in their new order, of `size` rows now; see `head_order`."""
     now = head_order(order, attention.num_heads, attention.num_kv_heads)
     if not heads.queries:
         return torch.empty(0, dtype=torch.long)
@@ -212,9 +199,8 @@ class EmptyAttention(nn.Module):
 def _empty(attention: Attention, outputs: int) -> None:
     module, inner = attention.module, attention.inner
     output = module.get_submodule(attention.output_path)
-    owner_path, _, name = attention.output_path.rpartition(".")
     bias = getattr(output, "bias", None)
-    setattr(module.get_submodule(owner_path), name, OutputBias(weight_of(output).shape[output_dim(output)], bias))
+    module.set_submodule(attention.output_path, OutputBias(weight_of(output).shape[output_dim(output)], bias))
     keep = {attention.output_path.split(".")[0]} if inner is module else set()
     for table in (inner._modules, inner._parameters, inner._buffers):
         for child in [child for child in table if child not in keep]:
@@ -226,6 +212,3 @@ def _empty(attention: Attention, outputs: int) -> None:
     empty.output_path = attention.output_path if inner is module else None
     empty.num_outputs = outputs
     module.is_emptied = True  # type: ignore[assignment]
-
-
-__all__ = ["Heads", "apply_plan", "dense_heads", "emptied", "heads_of", "rows_of", "shrink"]

@@ -1,4 +1,4 @@
-"""Find the attention modules of a Hugging Face model by their structure: projections, heads, key/value heads.
+"""Find the attention modules of a Hugging Face model by their structure.
 
 This file travels with checkpoints and imports torch and transformers only.
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ def find_attentions(model: nn.Module) -> tuple[list[Attention], dict[str, str]]:
             if attention is not None:
                 found.append((path, attention))
     keys = layer_keys([path for path, _ in found] + list(emptied(model)) + list(refused))
-    return [_with_key(attention, keys[path]) for path, attention in found], refused
+    return [replace(attention, key=keys[path]) for path, attention in found], refused
 
 
 def emptied(model: nn.Module) -> dict[str, nn.Module]:
@@ -169,10 +170,6 @@ def text_stack(model: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) else model
 
 
-def _with_key(attention: Attention, key: Key) -> Attention:
-    return Attention(**{**attention.__dict__, "key": key})
-
-
 def _describe(path: str, module: nn.Module) -> Attention | None:
     """Return what `module` is, or None if it is no attention module.
 
@@ -189,7 +186,7 @@ def _describe(path: str, module: nn.Module) -> Attention | None:
     if parts is None:
         return None
     given = inspect.signature(inner.forward).parameters
-    if "position_bias" in given or ("alibi" in given and getattr(_config(inner), "alibi", True)):
+    if "position_bias" in given or ("alibi" in given and getattr(getattr(inner, "config", None), "alibi", True)):
         raise UnknownStructure("the model itself makes a position bias for every head, whatever heads are left")
     if hasattr(module, "set_attention_type"):
         raise UnknownStructure("it exchanges its attention modules while it runs")
@@ -200,7 +197,7 @@ def _describe(path: str, module: nn.Module) -> Attention | None:
     covered = {part.path.rpartition(".")[0] for part in parts} | {output_path}
     parts += _extras(inner, covered, num_heads, num_kv_heads, width // num_heads)
     for part in parts:
-        if _tensor(inner, part.path).shape[part.dim] % len(head_order(part.order, num_heads, num_kv_heads)):
+        if attrgetter(part.path)(inner).shape[part.dim] % len(head_order(part.order, num_heads, num_kv_heads)):
             raise UnknownStructure(f"{part.path} does not divide evenly among {num_heads} heads")
     if getattr(inner, "is_kv_shared_layer", False) or getattr(inner, "store_full_length_kv", False):
         raise UnknownStructure("its keys and values are shared between layers")
@@ -243,7 +240,7 @@ def _counts(inner: nn.Module, parts: list[Part], width: int) -> tuple[int, int]:
         num_heads = _number(config, HEAD_COUNTS)
     if not num_heads or width % num_heads:
         raise UnknownStructure(f"the number of heads cannot be told from its output projection's {width} inputs")
-    sizes = {part.order: _tensor(inner, part.path).shape[part.dim] for part in reversed(parts)}
+    sizes = {part.order: attrgetter(part.path)(inner).shape[part.dim] for part in reversed(parts)}
     num_kv_heads = _number(inner, KV_HEAD_COUNTS)
     if num_kv_heads is None and (repeat := _number(inner, ("num_key_value_groups",))) is not None:
         num_kv_heads = num_heads // repeat
@@ -327,18 +324,6 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _tensor(inner: nn.Module, path: str) -> Tensor:
-    value: Any = inner
-    for name in path.split("."):
-        value = getattr(value, name)
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _config(module: nn.Module) -> Any:
-    return getattr(module, "config", None)
 
 
 def _number(owner: Any, names: tuple[str, ...]) -> int | None:
