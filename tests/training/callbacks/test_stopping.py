@@ -51,7 +51,10 @@ def handling() -> Iterator[None]:
     "recipe",
     [
         # Neither logged nor saved at that step: means and checkpoints must not tell that it was stopped there.
-        phase_recipe(steps=8, save_every=100, log_every=3, gradient_accumulation=2, schedule="cosine"),
+        pytest.param(
+            phase_recipe(steps=8, save_every=100, log_every=3, gradient_accumulation=2, schedule="cosine"),
+            marks=pytest.mark.slow,
+        ),
         prune_recipe(steps=8, save_every=4, log_every=5, sparsity=0.5, gate_lr=None, weighting="output_difference"),
     ],
     ids=["train", "prune"],

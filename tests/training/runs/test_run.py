@@ -236,6 +236,7 @@ def test_learned_ratio_runs_to_the_end(text: Path, tmp_path: Path) -> None:
     assert deadhead.model_cost(deadhead.load(tmp_path / "run" / "pruned")).heads == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_may_rank_heads_instead_of_learning_gates(text: Path, tmp_path: Path) -> None:
     recipe = small_recipe(text, prune={"criterion": "taylor", "sparsity": 0.5, "steps": 2}, control=True)
     summary = Run.start(recipe, tmp_path / "run").execute()
