@@ -52,7 +52,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Tests share it, so they change a copy only.
     """
     from deadhead.training.runs.run import Run
-    from tests.small import small_recipe, write_prose
+    from tests.small_runs import small_recipe, write_prose
 
     folder = tmp_path_factory.mktemp("runs") / "first"
     text = write_prose(folder.parent.parent)

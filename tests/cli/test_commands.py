@@ -16,7 +16,7 @@ from deadhead import HeadPlan
 from deadhead.cli import execute
 from deadhead.cli.run import _with_whole
 from deadhead.training.recipes.recipe import Recipe, changed, parse_recipe, to_toml
-from tests.small import assert_same_tensors, small_recipe, weights
+from tests.small_runs import assert_same_tensors, small_recipe, weights
 
 _STEPS = ("--steps", "3", "--batch-size", "2")
 

@@ -18,7 +18,7 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.optimizer import GateOptimizer
 from deadhead.gates.penalty import SparsityTarget, difference_weights, l0_loss, linear_warmup, penalty_gradient
-from tests.helpers import difference
+from tests.random_models import difference
 
 
 def make_gates(config: GateConfig | None = None, seed: int = 0) -> HeadGates:

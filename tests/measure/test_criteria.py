@@ -18,7 +18,7 @@ from deadhead.errors import InputError
 from deadhead.layouts import find_layout, head_columns
 from deadhead.measure.criteria import ONE_SHOT, READS_TEXT, score_heads
 from deadhead.plans.plan import Unit
-from tests.helpers import assert_unchanged, snapshot, tiny_model
+from tests.random_models import assert_unchanged, snapshot, tiny_model
 
 IDS = torch.randint(29, (3, 9), generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,7 @@ from deadhead.data import load_text, load_tokenizer
 from deadhead.measure.generate import generate_text
 from deadhead.report.trial import Trial
 from deadhead.training.recipes.recipe import DataRecipe, load_recipe
-from tests.small import save_small_llama, write_prose
+from tests.small_runs import save_small_llama, write_prose
 
 
 def _is_what_the_cut_model_does(trial: Trial, name: str, kept: dict[str, list[int]], source: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import deadhead
 from deadhead import InputError
 from deadhead.training import Run, load_recipe
 from deadhead.training.recipes.recipe import to_toml
-from tests.small import assert_same_tensors, metrics, small_recipe, weights, write_prose
+from tests.small_runs import assert_same_tensors, metrics, small_recipe, weights, write_prose
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from deadhead.measure.evaluation import evaluate
 from deadhead.plans.picture import head_map_image
 from deadhead.training import Run, attach_gates, train
 from deadhead.training.recipes.recipe import to_toml
-from tests.small import assert_same_tensors, metrics, save_small_model, small_recipe, weights, write_prose
+from tests.small_runs import assert_same_tensors, metrics, save_small_model, small_recipe, weights, write_prose
 
 
 def _events(folder: Path) -> EventAccumulator:

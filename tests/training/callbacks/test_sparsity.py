@@ -19,8 +19,8 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.penalty import l0_loss
 from deadhead.models import AllAttentionForCausalLM
-from tests.helpers import tiny_model
-from tests.small import assert_same_tensors
+from tests.random_models import tiny_model
+from tests.small_runs import assert_same_tensors
 
 _STEPS, _KILLED = 8, 4
 

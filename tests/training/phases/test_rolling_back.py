@@ -14,9 +14,9 @@ from deadhead.training import Run
 from deadhead.training.phases.checkpoints import last_checkpoint
 from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.runs.summary import read_summary
-from tests.helpers import tiny_model
-from tests.small import Killed, assert_same_tensors, metrics, small_recipe, weights, write_prose
+from tests.random_models import tiny_model
 from tests.small_phase import TEXT, At, phase_recipe, poison, prune_recipe, run_phase
+from tests.small_runs import Killed, assert_same_tensors, metrics, small_recipe, weights, write_prose
 
 
 def test_it_rolls_back_once_with_half_the_rate(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from deadhead.models import AllAttentionForCausalLM
 from deadhead.training.phases.checkpoints import last_checkpoint
 from deadhead.training.phases.choosing import gate_config
 from deadhead.training.phases.phase import rank
-from tests.helpers import tiny_config, tiny_model
-from tests.small import assert_same_tensors, metrics, stream
+from tests.random_models import tiny_config, tiny_model
 from tests.small_phase import BATCH, TEXT, phase_recipe, prune_recipe, run_phase
+from tests.small_runs import assert_same_tensors, metrics, stream
 
 
 def _segments(index: int, *, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, bool]:

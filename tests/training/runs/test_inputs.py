@@ -10,7 +10,7 @@ import pytest
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.training import Run
-from tests.small import save_small_llama, save_small_model, small_recipe, tree, write_prose
+from tests.small_runs import save_small_llama, save_small_model, small_recipe, tree, write_prose
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from deadhead import HeadPlan, InputError
 from deadhead.measure.evaluation import evaluate
 from deadhead.training import Recipe, Run, load_recipe
 from deadhead.training.recipes.recipe import to_toml
-from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
+from tests.small_runs import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
 
 _STAGES = ("dense", "gated", "cut", "finetuned")
 _FOLDERS = ("dense", "gated", "pruned", "control")

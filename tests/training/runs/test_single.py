@@ -11,7 +11,7 @@ from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json
 from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe, changed
 from deadhead.training.runs.single import run_single
-from tests.small import save_small_model, write_prose
+from tests.small_runs import save_small_model, write_prose
 
 _PHASE = PhaseRecipe(steps=2, batch_size=2)
 
