@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,4 +42,22 @@ def reference_dir() -> Path:
         pytest.skip(
             f"There are no reference tensors at {folder}; set DEADHEAD_REFERENCE_DIR to the folder that holds them."
         )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of 2 layers × 4 heads of which half go, with its control.
+
+    Tests share it, so they change a copy only.
+    """
+    from deadhead.training.runs.run import Run
+    from tests.small_runs import small_recipe, write_prose
+
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    text = write_prose(folder.parent.parent)
+    phases: dict[str, Any] = {name: {"eval_every": 2, "eval_tokens": 50} for name in ("train", "finetune")}
+    prune = {"sparsity": 0.5, "track_difference": True, "eval_every": 2, "eval_tokens": 50}
+    recipe = small_recipe(text, prune=prune, control=True, **phases)
+    Run.start(recipe, folder).execute()
     return folder

@@ -13,8 +13,8 @@ from deadhead import PhaseRecipe, PruneRecipe
 from deadhead.gates.gates import HeadGates
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.training.phases.choosing import gate_config
-from tests.helpers import tiny_model
-from tests.small import KillAt, Killed, stream
+from tests.random_models import tiny_model
+from tests.small_runs import KillAt, Killed, stream
 
 BATCH = 2
 TEXT = stream(100)

@@ -29,7 +29,7 @@ from deadhead.layouts import Selection
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plans.plan import HeadPlan
-from tests.helpers import (
+from tests.random_models import (
     assert_unchanged,
     cached_logits,
     chunks,

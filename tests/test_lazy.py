@@ -59,12 +59,13 @@ for name in deadhead.__all__:
     _python(code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
-        pytest.param("import deadhead", marks=pytest.mark.slow),
+        "import deadhead",
         "import transformers",
-        pytest.param("import transformers.models.auto", marks=pytest.mark.slow),
+        "import transformers.models.auto",
     ],
 )
 def test_auto_classes_know_our_models_whatever_is_imported_first(first: str, tmp_path: Path) -> None:

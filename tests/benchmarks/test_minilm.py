@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 import deadhead
 from benchmarks import minilm
-from tests.helpers import difference
+from tests.random_models import difference
 
 pytestmark = [
     pytest.mark.slow,

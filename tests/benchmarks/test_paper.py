@@ -13,7 +13,7 @@ from benchmarks import _paper_tables, paper
 from benchmarks._paper import ARCHITECTURES, SHAPES, WAYS, Budget, fresh, measure_point, prune_recipe, train_dense
 from deadhead.data import load_text
 from deadhead.measure.cost import model_cost
-from tests.small import write_prose
+from tests.small_runs import write_prose
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from benchmarks import quality
 from benchmarks._quality import METHODS, MODELS, Budget, fresh, measure_point, train_dense
 from benchmarks._torch_pruning import CannotPrune, prune_heads
 from deadhead.data import load_text
-from tests.helpers import difference
-from tests.small import write_prose
+from tests.random_models import difference
+from tests.small_runs import write_prose
 
 pytestmark = pytest.mark.slow
 

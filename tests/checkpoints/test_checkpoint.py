@@ -29,8 +29,8 @@ from deadhead import HeadPlan, InputError
 from deadhead.data import load_text, load_tokenizer
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.models import AllAttentionForCausalLM
-from tests.helpers import assert_unchanged, snapshot, tiny_model
-from tests.small import assert_same_tensors, tree, weights, write_prose
+from tests.random_models import assert_unchanged, snapshot, tiny_model
+from tests.small_runs import assert_same_tensors, tree, weights, write_prose
 
 _IDS = torch.arange(20).view(2, 10)
 _PLAN = HeadPlan(kept={0: (1, 3), 1: ()}, total=dict.fromkeys(range(3), 4), output_scale=True)

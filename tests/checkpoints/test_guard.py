@@ -20,7 +20,7 @@ from deadhead.checkpoints import checkpoint, guard
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.stored import read_header
 from deadhead.errors import InputError
-from tests.small import save_small_model, write_prose
+from tests.small_runs import save_small_model, write_prose
 
 _FEW = ("llama", "gpt2", "gpt_neox", "falcon", "mixtral", "qwen3", "gemma2", "bloom", "opt", "deepseek_v3", "mamba")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deadhead.plans.plan import HeadPlan
-from tests.small import save_small_llama, save_small_model, write_prose
+from tests.small_runs import save_small_llama, save_small_model, write_prose
 
 
 @pytest.fixture(scope="session")

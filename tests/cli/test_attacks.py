@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from deadhead.cli import execute
-from tests.bombs import write_code, write_pickle
 from tests.cli.cases import Case, require_one_sentence
+from tests.hostile_files import write_code, write_pickle
 
 # Every command that takes a model; {evil} is the model's folder.
 _COMMANDS = {

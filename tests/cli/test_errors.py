@@ -23,7 +23,7 @@ from tests.cli.cases import (
     without_tokenizer,
     write,
 )
-from tests.small import child
+from tests.small_runs import child
 
 _TRAIN = "train --data {text} --out {out} --steps 2 --batch-size 2 --layers 2 --width 32 --heads 4 --segment-length 8"
 _PRUNE = "prune --model {model} --data {text} --out {out} --steps 2 --batch-size 2"

@@ -11,7 +11,7 @@ import pytest
 
 from deadhead.cli import execute
 from deadhead.errors import is_installed
-from tests.small import tree
+from tests.small_runs import tree
 
 
 def test_padded(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import deadhead
 from deadhead import HeadPlan
 from tests.cli.test_commands import _STEPS, _Command
-from tests.small import assert_same_tensors, metrics, weights
+from tests.small_runs import assert_same_tensors, metrics, weights
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import deadhead
 from deadhead.cli import execute
 from deadhead.training.recipes.reading import to_toml
 from tests.conftest import ROOT
-from tests.small import small_recipe
+from tests.small_runs import small_recipe
 
 _PAPER = str(ROOT / "src" / "deadhead" / "recipes" / "paper.toml")
 

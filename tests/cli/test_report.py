@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 
 from deadhead.cli import execute
-from deadhead.training.runs.run import Run
-from tests.small import small_recipe, write_prose
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a small finished run."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    Run.start(small_recipe(write_prose(folder.parent.parent)), folder).execute()
-    return folder
+def run(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small finished run, to write a report into."""
+    return Path(shutil.copytree(small_run, tmp_path_factory.mktemp("reported") / "run"))
 
 
 def test_a_report_lies_in_the_run_or_where_it_is_wanted(

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deadhead
 from deadhead.plans.plan import HeadPlan
-from tests.helpers import random_plan, randomise
+from tests.random_models import random_plan, randomise
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

@@ -18,8 +18,8 @@ import deadhead
 from deadhead.export.agreement import Reference, compare, make_reference
 from deadhead.export.flat import FlatSession
 from tests.export.small import cut_by, dense_model
-from tests.helpers import tiny_model
-from tests.small import tree
+from tests.random_models import tiny_model
+from tests.small_runs import tree
 
 
 def test_a_reference_is_the_greedy_continuation() -> None:

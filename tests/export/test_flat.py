@@ -17,7 +17,7 @@ from deadhead.export.flat_model import FlatModel
 from deadhead.export.graphs import flat_model
 from deadhead.plans.plan import HeadPlan
 from tests.export.small import cut_by, cut_model
-from tests.helpers import tiny_model
+from tests.random_models import tiny_model
 
 pytestmark = pytest.mark.slow
 

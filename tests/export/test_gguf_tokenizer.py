@@ -14,7 +14,7 @@ from deadhead.export import gguf_tokenizer
 from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
 from tests.export.small import dense_model
 from tests.export.test_gguf import needs_llama_cpp
-from tests.small import write_prose
+from tests.small_runs import write_prose
 
 
 def _trained(*steps: pre_tokenizers.PreTokenizer, normalizer: normalizers.Normalizer | None = None) -> Tokenizer:

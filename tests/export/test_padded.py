@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import deadhead
 from deadhead.export.padded import pad_to_stock
 from tests.export.small import cut_by, cut_model, dense_model
-from tests.helpers import difference, tiny_model
+from tests.random_models import difference, tiny_model
 
 _KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "phi3", "falcon")
 _SCRIPT = """

@@ -17,7 +17,7 @@ import pytest
 import deadhead
 from deadhead.data import load_text
 from tests.export.small import cut_by
-from tests.small import write_prose
+from tests.small_runs import write_prose
 
 pytestmark = [
     pytest.mark.slow,

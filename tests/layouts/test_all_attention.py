@@ -11,7 +11,7 @@ from deadhead.errors import UnsupportedModel
 from deadhead.layouts import Layout, Site, find_layout, head_columns, register
 from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.plans.plan import HeadPlan
-from tests.helpers import tiny_model
+from tests.random_models import tiny_model
 
 
 def test_sites_name_the_heads_there_are_and_those_there_were() -> None:

@@ -29,6 +29,7 @@ from deadhead.models import AllAttentionConfig
 from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from tests.helpers import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
+from tests.random_models import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
 
 HEADS, BLOCKS = dict.fromkeys(range(3), 4), dict.fromkeys(range(3), 4)
 IDS = torch.randint(29, (2, 23), generator=torch.Generator().manual_seed(0))

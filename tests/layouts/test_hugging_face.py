@@ -30,7 +30,7 @@ from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.models.pruned import feed_forward, shrinking
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.training.phases.learning import checkpoint_activations
-from tests.helpers import (
+from tests.random_models import (
     assert_unchanged,
     cached_logits,
     chunks,

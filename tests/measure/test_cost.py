@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import deadhead
 from deadhead import Cost, HeadPlan, UnsupportedModel
 from deadhead.measure.cost import config_cost, model_cost
-from tests.helpers import random_config, random_model, random_plan, tiny_config, tiny_model
+from tests.random_models import random_config, random_model, random_plan, tiny_config, tiny_model
 
 
 def _real_parameters(model: torch.nn.Module) -> int:

@@ -13,8 +13,8 @@ import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.data import TokenStream
 from deadhead.measure.evaluation import evaluate
-from tests.helpers import tiny_model
-from tests.small import stream
+from tests.random_models import tiny_model
+from tests.small_runs import stream
 
 
 def _one_by_one(model: torch.nn.Module, tokens: np.ndarray) -> list[float]:

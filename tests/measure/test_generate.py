@@ -11,8 +11,8 @@ from deadhead import HeadPlan, InputError
 from deadhead.data import load_text
 from deadhead.measure.generate import generate_text
 from deadhead.models import AllAttentionForCausalLM
-from tests.helpers import tiny_model
-from tests.small import write_prose
+from tests.random_models import tiny_model
+from tests.small_runs import write_prose
 
 
 @pytest.fixture(scope="module")

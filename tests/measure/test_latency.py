@@ -19,8 +19,9 @@ from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import Timing
 from deadhead.models.pruned.feed_forward import find_feed_forwards
 from deadhead.models.pruned.structure import find_attentions
-from tests import helpers
+from tests import random_models
 from tests.helpers import assert_unchanged, snapshot
+from tests.random_models import assert_unchanged, snapshot
 
 # Seconds that each head and each block takes, and all else.
 _HEAD, _BLOCK, _REST = 0.03, 0.005, 0.2
@@ -71,7 +72,7 @@ def test_noise_never_makes_more_units_faster(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "own"])
 def test_a_real_clock_leaves_model_and_gates_alone(name: str) -> None:
-    model: Any = helpers.tiny_model() if name == "own" else tiny_model(name)
+    model: Any = random_models.tiny_model() if name == "own" else tiny_model(name)
     gates = attach(model)
     before, state = snapshot(model), copy.deepcopy(gates.state_dict())
     told: list[tuple[int, int]] = []

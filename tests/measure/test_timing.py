@@ -12,7 +12,7 @@ import torch
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.measure.timing import WORKLOADS, Workload, bench, efficiency
-from tests.helpers import assert_unchanged, snapshot, tiny_model
+from tests.random_models import assert_unchanged, snapshot, tiny_model
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM, AllAttentionModel
 from deadhead.models.all_attention.attention import band
 from deadhead.models.all_attention.positions import rotate, sinusoidal_table
-from tests.helpers import (
+from tests.random_models import (
     cached_logits,
     chunks,
     difference,

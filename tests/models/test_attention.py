@@ -17,7 +17,7 @@ from deadhead.models.all_attention.blocks import Blocking
 from deadhead.models.all_attention.dropout import Dropout, draw_kept
 from deadhead.models.all_attention.few import few_attention
 from deadhead.models.all_attention.merged import merged_attention
-from tests.helpers import difference
+from tests.random_models import difference
 
 _HEADS, _WIDTH, _PERSISTENT = 3, 4, 7
 # (batch, queries, context, window): memory full, partly and not there; queries far beyond the window.

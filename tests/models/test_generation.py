@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from deadhead.models.all_attention.cache import AppendingLayer
 from deadhead.models.all_attention.projection import project
-from tests.helpers import difference, tiny_model
+from tests.random_models import difference, tiny_model
 
 positions = pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
 _LENGTH = 17

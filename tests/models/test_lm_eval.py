@@ -14,7 +14,7 @@ import torch
 
 import deadhead
 from deadhead import HeadPlan
-from tests.small import save_small_llama, write_prose
+from tests.small_runs import save_small_llama, write_prose
 
 pytestmark = pytest.mark.slow
 

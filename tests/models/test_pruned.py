@@ -22,9 +22,9 @@ from deadhead.models.pruned.modeling_pruned import PrunedModel, auto_map, pruned
 from deadhead.models.pruned.shrinking import Heads, LayerConfig, heads_of
 from deadhead.models.pruned.structure import find_attentions, head_order, layer_keys
 from deadhead.plans.plan import HeadPlan, Unit
-from tests.helpers import difference
-from tests.reload import WAYS, in_a_fresh_process
-from tests.small import assert_same_tensors
+from tests.fresh_process import WAYS, in_a_fresh_process
+from tests.random_models import difference
+from tests.small_runs import assert_same_tensors
 
 IDS = torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(1))
 _UNITS: dict[str, Unit] = {"qwen3": "head"}

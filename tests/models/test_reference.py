@@ -18,7 +18,7 @@ from deadhead.gates.hard_concrete import GateConfig, gate_values, l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.penalty import penalty_gradient
 from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
-from tests.helpers import cached_logits, difference
+from tests.random_models import cached_logits, difference
 
 ALLOWED = 1e-5
 SEGMENT = 16

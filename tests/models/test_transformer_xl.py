@@ -19,10 +19,10 @@ from deadhead.plans.plan import BlockPlan, HeadPlan
 from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.runs.run import model_config
-from tests.helpers import cached_logits, chunks, difference, gradients, random_model, segment_logits
+from tests.fresh_process import WAYS, in_a_fresh_process
 from tests.models.test_all_attention import POSITIONS, text, written_out
-from tests.reload import WAYS, in_a_fresh_process
-from tests.small import stream
+from tests.random_models import cached_logits, chunks, difference, gradients, random_model, segment_logits
+from tests.small_runs import stream
 
 positions = pytest.mark.parametrize("position", POSITIONS)
 initial_memory = pytest.mark.parametrize("attend_initial_memory", [False, True])

@@ -13,7 +13,7 @@ from benchmarks._tiny_models import tiny_model
 from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
 from deadhead.plans.plan import UnitKey
 from deadhead.plans.unit_costs import UnitCosts
-from tests import helpers
+from tests import random_models
 
 _HEADS, _BLOCKS = UnitKey("head", 0), UnitKey("block", 0)
 COSTS = UnitCosts(
@@ -44,9 +44,9 @@ def test_the_sum_over_layers_is_what_is_counted_of_the_cut_model(
 ) -> None:
     model: Any
     if model_type == "own":
-        model = helpers.tiny_model()
+        model = random_models.tiny_model()
     elif model_type == "transformer-xl":
-        model = helpers.random_model(
+        model = random_models.random_model(
             deadhead.models.TransformerXLConfig(  # type: ignore[attr-defined]
                 vocab_size=29,
                 hidden_size=16,

@@ -1,31 +1,16 @@
-"""Runs, and a real browser to look at them with."""
+"""A real browser to look at runs with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from benchmarks._browser import MISSING, launch_options
-from deadhead.training.runs.run import Run
-from tests.small import small_recipe, write_prose
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
-
-
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished run of 2 layers × 4 heads of which half go, with its control."""
-    folder = tmp_path_factory.mktemp("runs") / "first"
-    text = write_prose(folder.parent.parent)
-    phases: dict[str, Any] = {name: {"eval_every": 2, "eval_tokens": 50} for name in ("train", "finetune")}
-    prune = {"sparsity": 0.5, "track_difference": True, "eval_every": 2, "eval_tokens": 50}
-    recipe = small_recipe(text, prune=prune, control=True, **phases)
-    Run.start(recipe, folder).execute()
-    return folder
 
 
 @pytest.fixture(scope="session")

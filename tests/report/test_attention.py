@@ -14,7 +14,7 @@ from deadhead import HeadPlan, InputError, cut
 from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text, load_tokenizer
 from deadhead.report.attention import attention_patterns
-from tests.small import save_small_llama, save_small_model, write_prose
+from tests.small_runs import save_small_llama, save_small_model, write_prose
 
 _SENTENCE = "the cat sees a dog"
 

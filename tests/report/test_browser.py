@@ -22,7 +22,7 @@ from deadhead.report.writing import report_run
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.runs.single import run_single
 from deadhead.training.runs.summary import read_summary, write_summary
-from tests.small import save_small_llama, small_recipe, write_prose
+from tests.small_runs import save_small_llama, small_recipe, write_prose
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from deadhead.measure.cost import model_cost
 from deadhead.report.run_facts import RunFacts, packed, sibling_points
 from deadhead.training.callbacks.logs import read_metrics
 from deadhead.training.runs.summary import read_summary, write_summary
-from tests.small import tree
+from tests.small_runs import tree
 
 
 def _facts(folder: Path) -> RunFacts:

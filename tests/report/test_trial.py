@@ -15,6 +15,7 @@ from deadhead.report.trial import Trial
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.recipes.recipe import DataRecipe
 from tests.small import save_small_llama, write_prose
+from tests.small_runs import save_small_llama, write_prose
 
 
 def _is_what_the_cut_model_does(trial: Trial, name: str, kept: dict[str, list[int]], source: str) -> dict[str, Any]:

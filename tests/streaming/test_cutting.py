@@ -24,7 +24,7 @@ from deadhead import HeadPlan, InputError
 from deadhead.cli import execute
 from deadhead.streaming import cutting
 from deadhead.streaming.cutting import cut_checkpoint
-from tests.small import assert_same_tensors, tree, weights
+from tests.small_runs import assert_same_tensors, tree, weights
 
 _SIZES: Any = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 _GROUPED: Any = {**_SIZES, "num_attention_heads": 8, "num_key_value_heads": 4}

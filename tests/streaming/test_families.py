@@ -13,8 +13,8 @@ from deadhead import HeadPlan, InputError
 from deadhead.attaching import attach, detach
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 from deadhead.streaming.cutting import cut_checkpoint
-from tests.helpers import random_units
-from tests.small import assert_same_tensors, weights
+from tests.random_models import random_units
+from tests.small_runs import assert_same_tensors, weights
 
 # Fused projections, experts, biases and sinks, latent attention, the output projection elsewhere, tied embeddings;
 # hybrids, whose cache has layers of several kinds; and other names in files than in memory.

@@ -14,7 +14,7 @@ from benchmarks._kills import before_changes
 from benchmarks._tiny_models import scramble
 from deadhead import HeadPlan, InputError
 from deadhead.streaming.cutting import cut_checkpoint
-from tests.small import tree
+from tests.small_runs import tree
 
 _PLAN = HeadPlan(kept={0: [1], 2: []}, total=dict.fromkeys(range(3), 4), unit="kv_group")
 

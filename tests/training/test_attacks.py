@@ -9,7 +9,7 @@ import pytest
 
 from deadhead.disk.checksums import write_checksums
 from deadhead.errors import InputError
-from tests.bombs import write_pickle
+from tests.hostile_files import write_pickle
 from tests.small_phase import phase_recipe, run_phase
 
 _RECIPE = phase_recipe(steps=4, save_every=2)

@@ -12,6 +12,7 @@ from benchmarks._kills import fill_disk, small_disk
 from deadhead.cli import execute
 from deadhead.training.recipes.reading import to_toml
 from tests.small import child, small_recipe, tree, write_prose
+from tests.small_runs import child, small_recipe, tree, write_prose
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,11 @@ import pytest
 
 import deadhead
 from deadhead import InputError
+from deadhead.training import Run, load_recipe
 from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.runs.run import Run
 from tests.small import assert_same_tensors, metrics, small_recipe, weights, write_prose
+from tests.small_runs import assert_same_tensors, metrics, small_recipe, weights, write_prose
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small import child
+from tests.small_runs import child
 
 pytestmark = pytest.mark.slow
 

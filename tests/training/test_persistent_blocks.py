@@ -21,8 +21,8 @@ from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
 from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from deadhead.training.phases.choosing import gate_config
-from tests.helpers import difference, tiny_model
-from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
+from tests.random_models import difference, tiny_model
+from tests.small_runs import KillAt, Killed, assert_same_tensors, metrics, stream
 
 IDS = torch.randint(29, (3, 14), generator=torch.Generator().manual_seed(0))
 TOTAL = dict.fromkeys(range(3), 4)

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import deadhead
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import whole
-from tests.small import stream
+from tests.small_runs import stream
 
 RANK, COUNT = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 ROWS, STEPS = 4, 12

@@ -21,6 +21,7 @@ from deadhead.training.phases.checkpoints import checkpoint_step, last_checkpoin
 from deadhead.training.recipes.reading import to_toml
 from tests.small import assert_same_tensors, child, metrics, small_recipe, weights, write_prose
 from tests.small_phase import At, phase_recipe, prune_recipe, run_phase
+from tests.small_runs import assert_same_tensors, child, metrics, small_recipe, weights, write_prose
 
 _MAIN = "from deadhead.cli import main; main()"
 
@@ -51,7 +52,10 @@ def handling() -> Iterator[None]:
     "recipe",
     [
         # Neither logged nor saved at that step: means and checkpoints must not tell that it was stopped there.
-        phase_recipe(steps=8, save_every=100, log_every=3, gradient_accumulation=2, schedule="cosine"),
+        pytest.param(
+            phase_recipe(steps=8, save_every=100, log_every=3, gradient_accumulation=2, schedule="cosine"),
+            marks=pytest.mark.slow,
+        ),
         prune_recipe(steps=8, save_every=4, log_every=5, sparsity=0.5, gate_lr=None, weighting="output_difference"),
     ],
     ids=["train", "prune"],

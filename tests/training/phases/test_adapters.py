@@ -17,9 +17,9 @@ from benchmarks._tiny_models import VOCABULARY, tiny_model
 from deadhead import GateConfig, HeadPlan, InputError, PruneRecipe
 from deadhead.attaching import is_gate, unwrapped
 from deadhead.training.phases.adapters import lora
-from tests.helpers import difference
-from tests.helpers import tiny_model as all_attention
-from tests.small import assert_same_tensors, stream
+from tests.random_models import difference
+from tests.random_models import tiny_model as all_attention
+from tests.small_runs import assert_same_tensors, stream
 
 _IDS = torch.arange(3, 15)[None]
 # PEFT asks transformers for activation checkpointing by its old name.

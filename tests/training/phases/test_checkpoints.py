@@ -11,8 +11,8 @@ import pytest
 
 from deadhead import InputError, RunWarning
 from deadhead.training.phases.checkpoints import checkpoints, last_checkpoint, newest_finished
-from tests.small import assert_same_tensors, metrics, weights
 from tests.small_phase import phase_recipe, run_phase
+from tests.small_runs import assert_same_tensors, metrics, weights
 
 _RECIPE = phase_recipe(steps=6, save_every=2)
 

@@ -14,14 +14,14 @@ from deadhead.errors import InputError
 from deadhead.measure.cost import cost_of_kind, model_cost
 from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, true_share
 from deadhead.training.phases.phase import rank
-from tests import helpers
+from tests import random_models
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
-from tests.small import KillAt, Killed, stream
+from tests.small_runs import KillAt, Killed, stream
 
 MODELS = {
     "llama": lambda: tiny_model("llama"),
     "gpt2": lambda: tiny_model("gpt2"),
-    "own": lambda: helpers.tiny_model(num_attention_heads=8, hidden_size=32),
+    "own": lambda: random_models.tiny_model(num_attention_heads=8, hidden_size=32),
     "transformer-xl": tiny_transformer_xl,
 }
 
@@ -66,7 +66,7 @@ def test_trained_gates_meet_the_budget_and_the_cut_model_has_that_cost(
 
 @pytest.mark.parametrize("budget", [{"params": 0.5}, {"flops": 0.6}])
 def test_heads_and_blocks_that_own_the_same_numbers_use_a_budget_up(budget: dict[str, float]) -> None:
-    model = helpers.tiny_model(num_attention_heads=8, hidden_size=32, num_persistent=32)
+    model = random_models.tiny_model(num_attention_heads=8, hidden_size=32, num_persistent=32)
     recipe = recipe_of(**budget, blocks=True)
     gates = attach_gates(model, recipe)
     deadhead.train(model, stream(600), recipe, gates=gates)
@@ -112,7 +112,7 @@ def test_rankings_meet_budgets_too(criterion: Any) -> None:
 
 
 def test_what_is_asked_decides_whether_blocks_have_gates() -> None:
-    llama, own = tiny_model("llama"), helpers.tiny_model()
+    llama, own = tiny_model("llama"), random_models.tiny_model()
     assert asked_blocks(recipe_of(flops=0.5), llama) is True
     assert asked_blocks(recipe_of(flops=0.5, block_size=4), llama) == 4
     assert asked_blocks(recipe_of(block_size=4), llama) == 4

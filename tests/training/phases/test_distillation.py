@@ -15,9 +15,9 @@ import deadhead
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
 from deadhead import InputError, PhaseRecipe
 from deadhead.training.phases.distillation import Distillation
-from tests.helpers import tiny_config as all_attention_config
-from tests.helpers import tiny_model as all_attention
-from tests.small import assert_same_tensors, metrics, stream
+from tests.random_models import tiny_config as all_attention_config
+from tests.random_models import tiny_model as all_attention
+from tests.small_runs import assert_same_tensors, metrics, stream
 
 _TEXT = stream(600, vocab_size=VOCABULARY)
 

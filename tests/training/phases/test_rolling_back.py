@@ -14,9 +14,9 @@ from deadhead.training.phases.checkpoints import last_checkpoint
 from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.runs.run import Run
 from deadhead.training.runs.summary import read_summary
-from tests.helpers import tiny_model
-from tests.small import Killed, assert_same_tensors, metrics, small_recipe, weights, write_prose
+from tests.random_models import tiny_model
 from tests.small_phase import TEXT, At, phase_recipe, poison, prune_recipe, run_phase
+from tests.small_runs import Killed, assert_same_tensors, metrics, small_recipe, weights, write_prose
 
 
 def test_it_rolls_back_once_with_half_the_rate(tmp_path: Path) -> None:
@@ -41,7 +41,8 @@ def test_it_rolls_back_once_with_half_the_rate(tmp_path: Path) -> None:
     assert_same_tensors(weights(tmp_path / "sick" / place), weights(tmp_path / "healthy" / place))
 
 
-@pytest.mark.parametrize("kill", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [3, 5])
 def test_a_phase_killed_after_it_rolled_back_goes_on_with_the_smaller_step(kill: int, tmp_path: Path) -> None:
     """Whether before its next checkpoint, when the old one is taken again, or after it."""
     recipe = prune_recipe(steps=6, save_every=2, schedule="cosine")

@@ -17,9 +17,9 @@ from deadhead.models import AllAttentionForCausalLM
 from deadhead.training.phases.checkpoints import last_checkpoint
 from deadhead.training.phases.choosing import gate_config
 from deadhead.training.phases.phase import rank
-from tests.helpers import tiny_config, tiny_model
-from tests.small import assert_same_tensors, metrics, stream
+from tests.random_models import tiny_config, tiny_model
 from tests.small_phase import BATCH, TEXT, phase_recipe, prune_recipe, run_phase
+from tests.small_runs import assert_same_tensors, metrics, stream
 
 
 def _segments(index: int, *, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -62,7 +62,7 @@ def _losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder)]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_memory_is_the_text_before(accumulation: int, tmp_path: Path) -> None:
     """Training equals a plain loop that carries memory, over the end of the text and on from its beginning."""
     model, by_hand = tiny_model(), tiny_model()
@@ -124,6 +124,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(recipe: PhaseRecipe, tmp_path
         assert gates.plan() == whole_gates.plan()
 
 
+@pytest.mark.slow
 def test_gates_begin_as_a_one_shot_criterion_ranks_heads(tmp_path: Path) -> None:
     leaning = prune_recipe(steps=1, sparsity=0.5, gate_lr=1e-6, start_from="taylor", start_batches=2)
     _, gates = run_phase(tmp_path / "leaning", leaning)
@@ -190,6 +191,7 @@ def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
     assert not torch.equal(half.model.norm.weight, full.model.norm.weight)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
     """With dropout and gate noise, which must be the same when the forward pass is run again."""
     recipe = prune_recipe(steps=4)

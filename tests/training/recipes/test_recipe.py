@@ -15,7 +15,7 @@ from deadhead.errors import InputError
 from deadhead.training.recipes.reading import changed, load_recipe, parse_recipe, to_toml
 from deadhead.training.recipes.recipe import PruneRecipe, Recipe
 from deadhead.training.runs.run import build_model, model_config
-from tests.small import small_recipe, write_prose
+from tests.small_runs import small_recipe, write_prose
 
 _RECIPES = Path(__file__).parents[3] / "src" / "deadhead" / "recipes"
 

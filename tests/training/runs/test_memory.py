@@ -15,7 +15,7 @@ from deadhead.measure.cost import skeleton
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.training.runs.memory import TrainingMemory, training_memory
 from deadhead.training.recipes.recipe import PruneRecipe
-from tests.helpers import tiny_config
+from tests.random_models import tiny_config
 
 # Not the benchmark's, by which the formula was made.
 _SHAPES = ((3, 192, 512, 2, 96), (2, 64, 2048, 4, 48))

@@ -17,7 +17,7 @@ from deadhead.training.recipes.recipe import DataRecipe, Recipe
 from deadhead.training.runs.recipe_cost import expected_vocabulary, recipe_costs
 from deadhead.training.runs.run import model_config
 from tests.conftest import ROOT
-from tests.small import write_prose
+from tests.small_runs import write_prose
 
 _PAPER = ROOT / "src" / "deadhead" / "recipes" / "paper.toml"
 

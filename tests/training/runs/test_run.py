@@ -14,11 +14,12 @@ import torch
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.measure.evaluation import evaluate
-from deadhead.training.recipes.reading import load_recipe
+from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe
 from deadhead.training.runs.run import Run
-from deadhead.training.recipes.reading import to_toml
 from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
+from deadhead.training import Recipe, Run, load_recipe
+from tests.small_runs import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
 
 _STAGES = ("dense", "gated", "cut", "finetuned")
 _FOLDERS = ("dense", "gated", "pruned", "control")
@@ -239,6 +240,7 @@ def test_learned_ratio_runs_to_the_end(text: Path, tmp_path: Path) -> None:
     assert deadhead.model_cost(deadhead.load(tmp_path / "run" / "pruned")).heads == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_may_rank_heads_instead_of_learning_gates(text: Path, tmp_path: Path) -> None:
     recipe = small_recipe(text, prune={"criterion": "taylor", "sparsity": 0.5, "steps": 2}, control=True)
     summary = Run.start(recipe, tmp_path / "run").execute()

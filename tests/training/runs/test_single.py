@@ -12,7 +12,7 @@ from deadhead.disk.reading import read_json
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe
 from deadhead.training.runs.single import run_single
-from tests.small import save_small_model, write_prose
+from tests.small_runs import save_small_model, write_prose
 
 _PHASE = PhaseRecipe(steps=2, batch_size=2)
 
