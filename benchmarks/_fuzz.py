@@ -18,7 +18,8 @@ import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead.attaching import detach
 from deadhead.checkpoints import checkpoint
-from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, GATES_FILE, load_gates, save_gates
+from deadhead.checkpoints.declared import GATES_FILE
+from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, load_gates, save_gates
 from deadhead.disk.checksums import CHECKSUMS_FILE, read_checksums
 from deadhead.disk.stored import read_stored
 from deadhead.errors import InputError

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead import GateConfig, InputError
-from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, GATES_FILE, has_gates
+from deadhead.checkpoints.declared import GATES_FILE, has_gates
+from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE
 from tests.small import assert_same_tensors
 
 _CONFIG = GateConfig(init=0.5, seed=3, output_scale=True, lr_scale=7.0)

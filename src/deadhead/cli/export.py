@@ -43,7 +43,7 @@ def export(
     import torch
 
     from deadhead.checkpoints import checkpoint
-    from deadhead.checkpoints.gate_files import has_gates
+    from deadhead.checkpoints.declared import has_gates
     from deadhead.data import load_tokenizer
     from deadhead.export.exporting import export_model, require_exportable
 
