@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Quiet, ReportTo, console, print_json, progress
+from deadhead.cli.console import AsJson, Quiet, ReportTo, console, load_torch, print_json, progress
 
 if TYPE_CHECKING:
     from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe, PruneRecipe, Recipe
@@ -328,6 +328,7 @@ def finetune(
 
 
 def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:
+    load_torch(quiet or as_json)
     from deadhead.checkpoints import checkpoint
     from deadhead.measure.cost import skeleton
     from deadhead.report.dry_run import dry_run_table
@@ -389,6 +390,7 @@ def _run(
     as_json: bool,
     **options: Any,
 ) -> None:
+    load_torch(quiet or as_json)
     from deadhead.training.processes import is_main, leave
     from deadhead.training.runs.single import run_single
 
