@@ -29,7 +29,7 @@ from deadhead.plans.picture import gate_courses
 from deadhead.plans.plan import BlockPlan, HeadPlan
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.stages import stages_table
-from deadhead.training.callbacks.logs import read_metrics
+from deadhead.training.callbacks.metrics import read_metrics
 from deadhead.training.recipes.recipe import Recipe, load_recipe, to_toml
 from deadhead.training.runs.summary import read_summary, write_summary
 

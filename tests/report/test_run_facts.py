@@ -13,7 +13,7 @@ import pytest
 from deadhead import HeadPlan, InputError, checkpoint
 from deadhead.measure.cost import model_cost
 from deadhead.report.run_facts import RunFacts, packed, sibling_points
-from deadhead.training.callbacks.logs import read_metrics
+from deadhead.training.callbacks.metrics import read_metrics
 from deadhead.training.runs.summary import read_summary, write_summary
 from tests.small import tree
 

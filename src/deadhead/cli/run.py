@@ -107,9 +107,10 @@ def _execute(
     from deadhead.plans.plan import HeadPlan
     from deadhead.report.stages import stages_table, verdict
     from deadhead.report.writing import report_run
-    from deadhead.training.callbacks.logs import read_metrics
+    from deadhead.training.callbacks.metrics import read_metrics
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.runs.run import METRICS_FILE, Run
+    from deadhead.training.runs.run import Run
+    from deadhead.training.runs.summary import METRICS_FILE
 
     with progress(quiet or not is_main()) as report:
         shown = _with_whole(report, recipe)

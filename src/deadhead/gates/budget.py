@@ -19,13 +19,6 @@ from deadhead.plans.unit_costs import UnitCosts
 
 BudgetKind = Literal["sparsity", "params", "flops", "kv_cache", "speedup"]
 BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
-BUDGET_NAMES: dict[BudgetKind, str] = {
-    "sparsity": "heads",
-    "params": "parameters",
-    "flops": "FLOPs a token",
-    "kv_cache": "key/value cache",
-    "speedup": "time",
-}
 
 # 2^-50 of the interval in which the multiplier is looked for is less than a float32 can tell.
 _HALVINGS = 50

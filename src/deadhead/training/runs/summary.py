@@ -10,12 +10,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from deadhead.gates.budget import BudgetKind
+from deadhead.plans.kinds import BudgetKind
 from deadhead.errors import InputError
 from deadhead.disk.files import json_text, write_json
 from deadhead.disk.reading import read_object, shown
 
 STAGES = ("dense", "gated", "cut", "finetuned")
+RECIPE_FILE = "recipe.toml"
+METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 _CHECKSUM = "checksum"
 
