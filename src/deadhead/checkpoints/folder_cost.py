@@ -10,6 +10,7 @@ feed-forward layer, N persistent vectors of a head, M positions of memory.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_stored
 from deadhead.errors import InputError
 from deadhead.measure.costs import Cost
 from deadhead.plans.block_size import choose_block_size
-from deadhead.plans.plan import HeadPlan, Unit
+from deadhead.plans.plan import BlockPlan, HeadPlan, Unit
 
 _DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 _CUT = "deadhead_"
@@ -50,11 +51,10 @@ class _Model:
     values: Mapping[str, Any]
     plan: HeadPlan | None
     tensors: dict[str, _Tensor] = field(default_factory=dict)
-    unit: Unit = "head"
     heads: list[int] = field(default_factory=list)
-    total_heads: int = 0
+    total_heads: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    total_blocks: int = 0
+    total_blocks: list[int] = field(default_factory=list)
     block_size: int | None = None
     context_flops: float = 0.0
     cache_values: int = 0
@@ -106,25 +106,18 @@ class _Model:
         """Return the query and the key/value heads left in each layer, see `models.pruned.shrinking.heads_of`."""
         if num_heads % num_kv_heads:
             raise _Unfamiliar
-        repeat = num_heads // num_kv_heads
-        if self.plan is None:
-            self.unit = "kv_group" if repeat > 1 and num_kv_heads > 1 else "head"
-        else:
-            self.unit = self.plan.unit
-        self.total_heads = num_heads if self.unit == "head" else num_kv_heads
-        if self.plan is None:
-            self.heads = [self.total_heads] * layers
-            return [(num_heads, num_kv_heads)] * layers
-        if self.plan.total != dict.fromkeys(range(layers), self.total_heads):
+        shares = 1 < num_kv_heads < num_heads
+        unit: Unit = self.plan.unit if self.plan is not None else "kv_group" if shares else "head"
+        total = dict.fromkeys(range(layers), num_heads if unit == "head" else num_kv_heads)
+        plan = self.plan or HeadPlan.keep_all(total, unit=unit)
+        if plan.total != total:
             raise _Unfamiliar
-        self.heads = [len(self.plan.kept[layer]) for layer in range(layers)]
-        if self.unit == "kv_group":
+        self.heads, self.total_heads = plan.heads, list(total.values())
+        repeat = num_heads // num_kv_heads
+        if unit == "kv_group":
             return [(count * repeat, count) for count in self.heads]
-        counts = [
-            [sum(head // repeat == group for head in self.plan.kept[layer]) for group in range(num_kv_heads)]
-            for layer in range(layers)
-        ]
-        return [(sum(found), sum(found) // (math.gcd(*found) or 1)) for found in counts]
+        groups = [Counter(head // repeat for head in heads) for heads in plan.kept.values()]
+        return [(sum(found.values()), sum(found.values()) // (math.gcd(*found.values()) or 1)) for found in groups]
 
     def take_blocks(self, layers: int, width: int) -> list[int]:
         """Return the hidden units, or persistent vectors, left in each layer of so many."""
@@ -132,13 +125,11 @@ class _Model:
             return [0] * layers
         blocks = None if self.plan is None else self.plan.blocks
         self.block_size = choose_block_size([width] * layers, None, blocks)
-        self.total_blocks = width // self.block_size
-        if blocks is None:
-            self.blocks = [self.total_blocks] * layers
-            return [width] * layers
-        if blocks.total != dict.fromkeys(range(layers), self.total_blocks) or width % self.block_size:
+        total = dict.fromkeys(range(layers), width // self.block_size)
+        blocks = blocks or BlockPlan(size=self.block_size, kept={}, total=total)
+        if blocks.total != total or width % self.block_size:
             raise _Unfamiliar
-        self.blocks = [len(blocks.kept[layer]) for layer in range(layers)]
+        self.blocks, self.total_blocks = blocks.blocks, list(total.values())
         return [count * self.block_size for count in self.blocks]
 
     def cost(self, bytes_of_number: int) -> Cost:
@@ -148,7 +139,7 @@ class _Model:
 
         return Cost(
             heads=self.heads,
-            total_heads=[self.total_heads] * len(self.heads),
+            total_heads=self.total_heads,
             parameters=numbers(""),
             embedding_parameters=numbers("table"),
             attention_parameters=numbers("head"),
@@ -156,7 +147,7 @@ class _Model:
             attention_flops_per_token=2.0 * numbers("head", multiplied=True) + self.context_flops,
             kv_cache_bytes=self.cache_values * bytes_of_number,
             blocks=self.blocks,
-            total_blocks=[self.total_blocks] * len(self.blocks),
+            total_blocks=self.total_blocks,
             block_size=self.block_size,
             block_parameters=numbers("block"),
         )
@@ -171,7 +162,11 @@ def _llama(model: _Model, kind: str, length: int) -> None:
     if width % num_heads:
         raise _Unfamiliar
     head_dim = model.number("head_dim", None if kind in ("qwen3", "gemma") else width // num_heads)
-    if model.values.get("use_sliding_window") or {*(model.values.get("layer_types") or ())} - {"full_attention"}:
+    # Windows are of some layers only.
+    if model.values.get("use_sliding_window") or model.values.get("layer_types") not in (
+        None,
+        ["full_attention"] * layers,
+    ):
         raise _Unfamiliar
     bias = kind == "qwen2" or (kind != "mistral" and model.flag("attention_bias", False))
     mlp_bias = has_usual and model.flag("mlp_bias", False)
@@ -199,7 +194,9 @@ def _llama(model: _Model, kind: str, length: int) -> None:
 
 def _gpt2(model: _Model, kind: str, length: int) -> None:
     width, layers, num_heads = model.number("n_embd"), model.number("n_layer"), model.number("n_head")
-    if width % num_heads or model.flag("add_cross_attention", False):
+    # Sizes may go by two names; where both are there, torch must tell which one counts.
+    has_others = any(name in model.values for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
+    if width % num_heads or has_others or model.flag("add_cross_attention", False):
         raise _Unfamiliar
     head_dim = width // num_heads
     hidden = model.take_blocks(layers, model.number("n_inner", 4 * width))
@@ -307,7 +304,8 @@ def _folder_cost(folder: Path, values: Mapping[str, Any], length: int | None) ->
     # A plan is obeyed where the type is one that reads it, and there is one where the type says so.
     if stock not in _KINDS or (is_cut and recorded is None) or (recorded is not None and not has_place):
         raise _Unfamiliar
-    if any(name in values for name in ("quantization_config", "transformers_weights")):
+    has_others = "dtype" in values and "torch_dtype" in values
+    if has_others or any(name in values for name in ("quantization_config", "transformers_weights")):
         raise _Unfamiliar
     stored = read_stored(folder).tensors
     dtype, bytes_of_number = _DTYPES.get(values.get("dtype", values.get("torch_dtype", "float32")), ("", 0))
