@@ -18,7 +18,8 @@ import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead.attaching import detach
 from deadhead.checkpoints import checkpoint
-from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, GATES_FILE, load_gates, save_gates
+from deadhead.checkpoints.declared import GATES_FILE
+from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, load_gates, save_gates
 from deadhead.disk.checksums import CHECKSUMS_FILE, read_checksums
 from deadhead.disk.stored import read_stored
 from deadhead.errors import InputError
@@ -28,7 +29,7 @@ from deadhead.plans.picture import gate_courses
 from deadhead.plans.plan import BlockPlan, HeadPlan
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.stages import stages_table
-from deadhead.training.callbacks.logs import read_metrics
+from deadhead.training.callbacks.metrics import read_metrics
 from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe
 from deadhead.training.runs.summary import read_summary, write_summary

@@ -21,7 +21,6 @@ from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
 from deadhead.plans.plan import HeadPlan, UnitKey
-from tests.helpers import assert_unchanged, difference, snapshot, tiny_model
 from tests.random_models import assert_unchanged, difference, snapshot, tiny_model
 
 IDS = torch.randint(29, (2, 11), generator=torch.Generator().manual_seed(1))

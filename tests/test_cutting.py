@@ -23,10 +23,7 @@ from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from tests.fresh_process import WAYS, in_a_fresh_process
-from tests.helpers import assert_unchanged, difference, gradients, snapshot, tiny_model
 from tests.random_models import assert_unchanged, difference, gradients, snapshot, tiny_model
-from tests.reload import WAYS, in_a_fresh_process
-from tests.small import assert_same_tensors
 from tests.small_runs import assert_same_tensors
 
 # The package exports the function under the module's name.

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from deadhead.export.exporting import Exported, export_model
     from deadhead.gates.gates import HeadGates
     from deadhead.gates.hard_concrete import GateConfig
-    from deadhead.measure.cost import Cost, model_cost
+    from deadhead.measure.cost import model_cost
+    from deadhead.measure.costs import Cost
     from deadhead.measure.criteria import score_heads
     from deadhead.measure.evaluation import Evaluation, evaluate
     from deadhead.measure.timing import bench
@@ -44,7 +45,7 @@ _HOME = {
     "AllAttentionForCausalLM": "models",
     "BlockPlan": "plans.plan",
     "CheckpointCut": "streaming.cutting",
-    "Cost": "measure.cost",
+    "Cost": "measure.costs",
     "CutError": "errors",
     "DivergenceError": "errors",
     "Evaluation": "measure.evaluation",

@@ -14,7 +14,6 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from deadhead.cli import execute
 from deadhead.training.recipes.reading import to_toml
-from tests.small import small_recipe, tree
 from tests.small_runs import small_recipe, tree
 
 

@@ -18,7 +18,6 @@ from deadhead.cli.run import _with_whole
 from deadhead.plans.plan import UnitKey
 from deadhead.training.recipes.reading import changed, parse_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe
-from tests.small import assert_same_tensors, small_recipe, weights
 from tests.small_runs import assert_same_tensors, small_recipe, weights
 
 _STEPS = ("--steps", "3", "--batch-size", "2")

@@ -19,7 +19,6 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig, gate_values, l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.plans.plan import HeadPlan, UnitKey
-from tests.helpers import difference, tiny_model
 from tests.random_models import difference, tiny_model
 
 CONFIGS = [

@@ -19,7 +19,6 @@ from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.optimizer import GateOptimizer
 from deadhead.gates.penalty import SparsityTarget, difference_weights, l0_loss, linear_warmup, penalty_gradient
 from deadhead.plans.plan import UnitKey
-from tests.helpers import difference
 from tests.random_models import difference
 
 _KEYS = [UnitKey("head", layer) for layer in range(2)]

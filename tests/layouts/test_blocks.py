@@ -27,7 +27,6 @@ from deadhead.measure.cost import config_cost, model_cost
 from deadhead.measure.criteria import score_heads
 from deadhead.models import AllAttentionConfig
 from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
-from tests.helpers import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
 from tests.random_models import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
 

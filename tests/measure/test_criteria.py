@@ -19,7 +19,6 @@ from deadhead.layouts import find_layout, head_columns
 from deadhead.measure.criteria import score_heads
 from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
 from deadhead.plans.plan import Unit, UnitKey
-from tests.helpers import assert_unchanged, snapshot, tiny_model
 from tests.random_models import assert_unchanged, snapshot, tiny_model
 
 IDS = torch.randint(29, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,6 @@ from deadhead.measure.timing import Timing
 from deadhead.models.pruned.feed_forward import find_feed_forwards
 from deadhead.models.pruned.structure import find_attentions
 from tests import random_models
-from tests.helpers import assert_unchanged, snapshot
 from tests.random_models import assert_unchanged, snapshot
 
 # Seconds that each head and each block takes, and all else.

@@ -14,7 +14,7 @@ from deadhead import HeadPlan, InputError
 from deadhead.checkpoints import checkpoint
 from deadhead.measure.cost import model_cost
 from deadhead.report.run_facts import RunFacts, packed, sibling_points
-from deadhead.training.callbacks.logs import read_metrics
+from deadhead.training.callbacks.metrics import read_metrics
 from deadhead.training.runs.summary import read_summary, write_summary
 from tests.small_runs import tree
 

@@ -14,7 +14,6 @@ from deadhead.measure.generate import generate_text
 from deadhead.report.trial import Trial
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.recipes.recipe import DataRecipe
-from tests.small import save_small_llama, write_prose
 from tests.small_runs import save_small_llama, write_prose
 
 

@@ -11,7 +11,6 @@ import pytest
 from benchmarks._kills import fill_disk, small_disk
 from deadhead.cli import execute
 from deadhead.training.recipes.reading import to_toml
-from tests.small import child, small_recipe, tree, write_prose
 from tests.small_runs import child, small_recipe, tree, write_prose
 
 pytestmark = pytest.mark.slow
@@ -20,7 +19,6 @@ _PROGRAM = """
 import random, shutil, sys
 from pathlib import Path
 from transformers.utils import logging
-from benchmarks._kills import attempt, differences, kills_recipe, seconds_of, small_disk
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

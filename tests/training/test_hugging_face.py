@@ -16,9 +16,7 @@ from deadhead import GateConfig, InputError, PhaseRecipe, PruneRecipe
 from deadhead.attaching import is_gate
 from deadhead.gates.gates import HeadGates
 from deadhead.training.phases.choosing import gate_config
-from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.recipes.recipe import with_defaults
-from tests.small import KillAt, Killed, assert_same_tensors, metrics, stream
 from tests.small_runs import KillAt, Killed, assert_same_tensors, metrics, stream
 
 _TEXT = stream(600, vocab_size=VOCABULARY)

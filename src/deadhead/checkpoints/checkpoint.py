@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from deadhead.attaching import gates_of, is_gate
-from deadhead.checkpoints.gate_files import GATES_FILE, has_gates, load_gates, save_gates
+from deadhead.checkpoints.declared import GATES_FILE, has_gates
+from deadhead.checkpoints.declared import PLAN_FILE as PLAN_FILE
+from deadhead.checkpoints.gate_files import load_gates, save_gates
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
@@ -32,7 +34,6 @@ from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
 
-PLAN_FILE = "head_plan.json"
 # In every model card of ours; a folder without it is not overwritten.
 _TAG = '"deadhead", "pruned-attention-heads"'
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")

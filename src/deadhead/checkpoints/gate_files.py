@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from deadhead.attaching import attach, detach
+from deadhead.checkpoints.declared import GATES_FILE, has_gates
 from deadhead.disk.files import write_bytes, write_json
 from deadhead.disk.reading import read_object, shown
 from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 
-GATES_FILE = "head_gates.safetensors"
 GATES_CONFIG_FILE = "head_gates.json"
 # Of any constant; the seed is the largest.
 _LARGEST = 2**63
@@ -87,8 +87,3 @@ def _is_number(value: Any, kind: type) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         return False
     return abs(value) <= _LARGEST
-
-
-def has_gates(path: str | Path) -> bool:
-    """Tell whether there are saved gates in a folder."""
-    return (Path(path) / GATES_FILE).exists()

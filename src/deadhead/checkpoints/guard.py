@@ -5,7 +5,6 @@ Transformers makes whatever a configuration describes: a few kilobytes could ask
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,27 +13,19 @@ from typing import Any
 from torch.nn.modules import module as torch_module
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from deadhead.disk.reading import read_json, read_object, shown
+from deadhead.checkpoints.declared import declared_config
+from deadhead.disk.reading import read_json, shown
 from deadhead.disk.stored import INDEX_FILE, PICKLES, WEIGHTS_FILE, read_header, read_index
 from deadhead.errors import InputError
 from deadhead.measure.cost import skeleton
 
-MOST_LAYERS = 10_000
 MOST_PARAMETERS = 10**13
-# Of heads, experts, widths, words and positions.
-_MOST = 2**32
 # New weights that a checkpoint may ask for beside those it holds: 256 MiB in float32. What is missing is named later.
 _MOST_NEW = 2**26
 # In how many parts a number of a quantised checkpoint may be taken apart.
 _MOST_PACKED = 16
-_LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|\w*_?layers|num_hidden_groups|num_(layer|hidden)_repeats?|layer_types")
-_COUNTS = re.compile(
-    r"(num|n)_.*|.*(_size|_dim|_heads|_experts|_positions|_embeddings|_length|_rank)|n?_?(head|embd|inner|ctx)|d_\w+"
-)
 # Each takes some kilobytes; the largest models there are have a tenth, or less.
 _MOST_MODULES = 200_000
-# Where a configuration may name a kernel, which transformers would fetch and run.
-_KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
 _ADAPTER = "adapter_config.json"
 # Small files that transformers reads whole.
 _SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -49,28 +40,14 @@ def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
         InputError: it is no configuration that can be used, or one of a model that cannot be.
     """
     folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        _require_own_files(path)
     file = path / "config.json" if path.is_dir() else path
-    values = read_object(file, what="model configuration")
+    values = declared_config(path)
     kind = values.get("model_type")
     if "auto_map" in values and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise InputError(
             f"The checkpoint {folder} has model type {shown(kind)} and cannot be loaded: neither deadhead nor "
             "transformers knows it, and deadhead never runs code that a checkpoint brings along."
         )
-    for name, text in _texts(values):
-        if name in _KERNELS and "/" in text:
-            raise InputError(
-                f"The model configuration {file} wants {name} {shown(text)}, which is code of the Hugging Face hub; "
-                f"deadhead runs none that a checkpoint names: take {name} out."
-            )
-    for name, value in _numbers(values):
-        most = MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST if _COUNTS.fullmatch(name) else None
-        if most is not None and not 0 <= value <= most and value != -1:
-            raise InputError(
-                f"The model configuration {file} gives {name} as {shown(value)}, but between 0 and {most} was expected."
-            )
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         with _bounded():
@@ -125,45 +102,6 @@ def misshapen(folder: Path) -> str:
         if name in stored and stored[name].shape != tuple(parameter.shape):
             return f"{name} has shape {list(stored[name].shape)}, but {list(parameter.shape)} was expected"
     return ""
-
-
-def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers of a configuration and the lengths of its lists, under the name of the nearest key."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _numbers(value, str(key))
-    elif isinstance(values, list):
-        yield name, len(values)
-        for value in values:
-            yield from _numbers(value, name)
-    elif isinstance(values, int) and not isinstance(values, bool):
-        yield name, values
-
-
-def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the strings of a configuration under the name of the nearest key."""
-    if isinstance(values, str):
-        yield name, values
-    listed = values if isinstance(values, list) else []
-    for key, value in values.items() if isinstance(values, dict) else [(name, value) for value in listed]:
-        # A kernel may be named for each part of a model.
-        yield from _texts(value, name if name in _KERNELS else str(key))
-
-
-def _require_own_files(folder: Path) -> None:
-    """Check that no link leads out of a folder: what it leads to would be loaded, or copied beside a cut model.
-
-    The Hugging Face hub's cache, whose folders hold links to files beside them, is one folder in this.
-    """
-    places = [folder.resolve()]
-    if places[0].parent.name == "snapshots":
-        places.append(places[0].parent.parent / "blobs")
-    for entry in folder.iterdir():
-        if entry.is_symlink() and entry.exists() and not any(place in entry.resolve().parents for place in places):
-            raise InputError(
-                f"{entry} is a link to {entry.resolve()}, outside of its folder, and is not followed; put a copy there "
-                "if you trust where it leads."
-            )
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,6 +127,14 @@ def working(what: str) -> Iterator[None]:
         return
     with errors.status(escape(what)):
         yield
+
+
+def load_torch(quiet: bool = False) -> None:
+    """Import what commands with a model need, which takes seconds, and say so; silent as `progress` is."""
+    # Of several processes that train together one speaks.
+    is_silent = quiet or os.environ.get("RANK", "0") != "0"
+    with nullcontext() if is_silent else working("loading torch and transformers"):
+        import_module("deadhead.checkpoints.checkpoint")
 
 
 def print_json(value: Any) -> None:

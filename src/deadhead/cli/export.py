@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, console, print_json, working
+from deadhead.cli.console import AsJson, console, load_torch, print_json, working
 from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
 
@@ -40,10 +40,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a model, and check in the runtime that it computes what it does in PyTorch."""
+    load_torch(as_json)
     import torch
 
     from deadhead.checkpoints import checkpoint
-    from deadhead.checkpoints.gate_files import has_gates
+    from deadhead.checkpoints.declared import has_gates
     from deadhead.data import load_tokenizer
     from deadhead.export.exporting import export_model, require_exportable
 

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Data, Model, Quiet, Seed, console, print_json, progress
+from deadhead.cli.console import AsJson, Data, Model, Quiet, Seed, console, load_torch, print_json, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity and bits per byte on a text; every token is scored once."""
+    load_torch(quiet or as_json)
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
 
@@ -73,6 +74,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
+    load_torch(as_json)
     from deadhead.data import load_tokenizer
     from deadhead.measure.generate import generate_text
 
@@ -98,6 +100,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
+    load_torch(as_json)
     from deadhead.measure.cost import model_cost
     from deadhead.measure.timing import bench as run_bench
     from deadhead.measure.timing import efficiency

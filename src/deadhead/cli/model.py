@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,14 +11,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Quiet, bytes_progress, console, print_json
+from deadhead.cli.console import AsJson, Quiet, bytes_progress, console, load_torch, print_json
 from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from deadhead.measure.cost import Cost
+    from deadhead.measure.costs import Cost
+    from deadhead.plans.plan import HeadPlan
     from deadhead.training.runs.memory import TrainingMemory
     from deadhead.training.runs.recipe_cost import ShapeCost
 
@@ -43,9 +44,11 @@ def cut(
     """Cut a model by a head plan that was made elsewhere."""
     from deadhead.plans.head_map import head_map_text
     from deadhead.plans.plan import HeadPlan
-    from deadhead.streaming.cutting import cut_checkpoint
 
     head_plan = HeadPlan.from_json(plan)
+    load_torch(quiet or as_json)
+    from deadhead.streaming.cutting import cut_checkpoint
+
     with bytes_progress(quiet) as report:
         done = cut_checkpoint(model, head_plan, out, stream=stream, resume=resume, progress=report)
     if as_json:
@@ -125,53 +128,116 @@ def inspect(
             raise InputError("A recipe's model is not there yet for a plan to be applied to; leave out --plan.")
         if training:
             raise InputError("The memory of training is counted of a model, not of a recipe; leave out --training.")
+        load_torch(as_json)
         _inspect_recipe(model, length, layouts, vocab_size, as_json)
         return
     if vocab_size is not None:
         raise InputError("A checkpoint has its own vocabulary, --vocab-size is for recipes; leave it out.")
+    found = None if layouts or plan is not None or training else _inspect_folder(model, length)
+    if found is None:
+        settings = {"batch_size": batch_size, "sequence_length": sequence_length, "bf16": bf16}
+        settings["gradient_checkpointing"] = gradient_checkpointing
+        load_torch(as_json)
+        found = _inspect_model(model, length, layouts, plan, latency, settings if training else None)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _show(found)
+    if latency is not None:
+        console.print(
+            f"predicted speed by {escape(str(latency))}: {found.speedup:.2f} times that of the model as it is"
+        )
+    if training:
+        console.print(_memory_table(found.memory))
+        console.print(
+            f"Memory of training gates on {batch_size} rows at a time, GB, within about 25 %: total is the most at any "
+            "time, less than the sum. It is what tensors hold; a process takes more, as its allocator wastes some."
+        )
+    if found.gated:
+        console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inspected:
+    """What was found of a model, and of what else was asked for.
+
+    Args:
+        cost: of the model as it is.
+        recorded: the plan that it was cut by, or None.
+        gated: whether it was saved with gates on.
+        others: costs with other heads, each with the option that asked for it.
+        speedup: that is predicted of a plan, or None.
+        memory: of training, by what learns.
+    """
+
+    cost: Cost
+    recorded: HeadPlan | None
+    gated: bool
+    others: list[tuple[str, Cost]] = field(default_factory=list)
+    speedup: float | None = None
+    memory: dict[str, TrainingMemory] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        asked: dict[str, Any] = {"layouts": [asdict(other) for _, other in self.others]} if self.others else {}
+        if self.speedup is not None:
+            asked["predicted_speedup"] = self.speedup
+        if self.memory:
+            asked["training_memory"] = {mode: asdict(found) for mode, found in self.memory.items()}
+        return {**asdict(self.cost), "gated": self.gated, **asked}
+
+
+def _inspect_folder(model: Path, length: int | None) -> _Inspected | None:
+    """Return what a folder tells without torch, or None where it does not tell enough."""
+    from deadhead.checkpoints.declared import has_gates
+    from deadhead.checkpoints.folder_cost import folder_cost
+
+    found = folder_cost(model, length=length)
+    return None if found is None else _Inspected(cost=found[0], recorded=found[1], gated=has_gates(model))
+
+
+def _inspect_model(
+    model: Path,
+    length: int | None,
+    layouts: list[list[int]],
+    plan: Path | None,
+    latency: Path | None,
+    training: dict[str, Any] | None,
+) -> _Inspected:
     from deadhead.checkpoints import checkpoint
-    from deadhead.checkpoints.gate_files import has_gates
+    from deadhead.checkpoints.declared import has_gates
     from deadhead.measure.cost import config_cost, first_heads
     from deadhead.measure.latency import Latency
-    from deadhead.plans.head_map import head_map_text
     from deadhead.plans.plan import HeadPlan
 
     config = checkpoint.load_config(model)
     cost = config_cost(config, length=length)
     others = [("--heads", config_cost(config, first_heads(config, counts), length=length)) for counts in layouts]
-    speedup = 1.0
+    speedup = None
     if plan is not None:
         head_plan = HeadPlan.from_json(plan)
         others.append(("--plan", config_cost(config, head_plan, length=length)))
-        speedup = 1.0 if latency is None else Latency.from_json(latency).speedup(head_plan)
-    settings = {"batch_size": batch_size, "sequence_length": sequence_length, "bf16": bf16}
-    settings["gradient_checkpointing"] = gradient_checkpointing
-    memory = _training_memory(config, settings) if training else {}
-    gated = has_gates(model)
-    if as_json:
-        asked: dict[str, Any] = {"layouts": [asdict(other) for _, other in others]} if others else {}
-        if latency is not None:
-            asked["predicted_speedup"] = speedup
-        if training:
-            asked["training_memory"] = {mode: asdict(found) for mode, found in memory.items()}
-        print_json({**asdict(cost), "gated": gated, **asked})
-        return
+        speedup = None if latency is None else Latency.from_json(latency).speedup(head_plan)
     recorded = getattr(config, "head_plan", None)
-    present = HeadPlan.keep_all(dict(enumerate(cost.total_heads))) if recorded is None else HeadPlan.from_dict(recorded)
-    console.print(head_map_text(present))
-    console.print(_cost_table(cost))
-    if others:
-        console.print(_layouts_table([("as it is", cost), *others]))
-    if latency is not None:
-        console.print(f"predicted speed by {escape(str(latency))}: {speedup:.2f} times that of the model as it is")
-    if training:
-        console.print(_memory_table(memory))
-        console.print(
-            f"Memory of training gates on {batch_size} rows at a time, GB, within about 25 %: total is the most at any "
-            "time, less than the sum. It is what tensors hold; a process takes more, as its allocator wastes some."
-        )
-    if gated:
-        console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")
+    return _Inspected(
+        cost=cost,
+        recorded=None if recorded is None else HeadPlan.from_dict(recorded),
+        gated=has_gates(model),
+        others=others,
+        speedup=speedup,
+        memory={} if training is None else _training_memory(config, training),
+    )
+
+
+def _show(found: _Inspected) -> None:
+    """Print the head map, and the costs as tables."""
+    from deadhead.plans.head_map import head_map_text
+    from deadhead.plans.plan import HeadPlan
+
+    console.print(head_map_text(found.recorded or HeadPlan.keep_all(dict(enumerate(found.cost.total_heads)))))
+    console.print(_cost_table(found.cost))
+    if found.others:
+        console.print(_layouts_table([("as it is", found.cost), *found.others]))
 
 
 def _inspect_recipe(

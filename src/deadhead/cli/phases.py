@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Quiet, ReportTo, console, print_json, progress
+from deadhead.cli.console import AsJson, Quiet, ReportTo, console, load_torch, print_json, progress
 from deadhead.cli.settings import takes_settings
 from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
@@ -120,6 +120,7 @@ def finetune(
 
 
 def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:
+    load_torch(quiet or as_json)
     from deadhead.checkpoints import checkpoint
     from deadhead.measure.cost import skeleton
     from deadhead.report.dry_run import dry_run_table
@@ -174,6 +175,7 @@ def _run(
     as_json: bool,
     **options: Any,
 ) -> None:
+    load_torch(quiet or as_json)
     from deadhead.training.processes import is_main, leave
     from deadhead.training.runs.single import run_single
 

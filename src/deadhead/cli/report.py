@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Quiet, console, print_json, progress
+from deadhead.cli.console import AsJson, Quiet, console, load_torch, print_json, progress
 from deadhead.errors import require_extra
 
 _RUN = "A run's folder, or a checkpoint that deadhead prune, train or finetune wrote."
@@ -31,7 +31,7 @@ def report(
     ] = None,
     sentence: Sentence = None,
     attention: Annotated[
-        bool, typer.Option("--attention/--no-attention", help="Show where heads look, which loads the models.")
+        bool, typer.Option("--attention/--no-attention", help="Show where heads look, which loads the models once.")
     ] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -74,6 +74,7 @@ def watch(
 ) -> None:
     """Serve the page of one or more runs live, on this machine alone, with heads to switch off and on."""
     require_extra("report", "starlette", "uvicorn", what="The live page")
+    load_torch()
     from deadhead.report.server import WatchedRun, serve
     from deadhead.report.trial import Trial
     from deadhead.report.writing import default_sentence, text_of

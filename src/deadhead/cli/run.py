@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, print_json, progress
+from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, load_torch, print_json, progress
 from deadhead.errors import is_installed
 
 if TYPE_CHECKING:
@@ -103,15 +103,17 @@ def _with_whole(report: Progress, recipe: Recipe) -> Progress:
 def _execute(
     recipe: Recipe, folder: Path, report_to: Sequence[str], *, resume: bool, quiet: bool, as_json: bool
 ) -> None:
+    load_torch(quiet or as_json)
     from deadhead.checkpoints import checkpoint
     from deadhead.plans.head_map import head_map_text
     from deadhead.plans.picture import save_head_map
     from deadhead.plans.plan import HeadPlan
     from deadhead.report.stages import stages_table, verdict
     from deadhead.report.writing import report_run
-    from deadhead.training.callbacks.logs import read_metrics
+    from deadhead.training.callbacks.metrics import read_metrics
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.runs.run import METRICS_FILE, Run
+    from deadhead.training.runs.run import Run
+    from deadhead.training.runs.summary import METRICS_FILE
 
     with progress(quiet or not is_main()) as report:
         shown = _with_whole(report, recipe)

@@ -8,19 +8,36 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers.modeling_utils import str_to_torch_dtype
+from typing import TYPE_CHECKING, Any
 
 from deadhead.disk.reading import parse_json, read_object, shown
 from deadhead.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-DTYPES: Mapping[str, torch.dtype] = str_to_torch_dtype
+# Of each type of the format, the name in torch and the bytes of a number.
+_TYPES: Mapping[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "I16": ("int16", 2),
+    "U16": ("uint16", 2),
+    "I32": ("int32", 4),
+    "U32": ("uint32", 4),
+    "I64": ("int64", 8),
+    "U64": ("uint64", 8),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
 # Bytes of a tensor that are read at once.
 _READ = 4 << 20
 # As the format's own reader has it; a longer header is a lie.
@@ -54,7 +71,10 @@ class StoredTensor:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Its type in torch."""
-        return DTYPES[self.dtype]
+        import torch
+
+        dtype: torch.dtype = getattr(torch, _TYPES[self.dtype][0])
+        return dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +104,8 @@ class StoredCheckpoint:
         Raises:
             InputError: the file has become shorter.
         """
+        import torch
+
         path, dtype = self.folder / tensor.file, tensor.torch_dtype
         values = out.view(-1)
         step = _READ // dtype.itemsize
@@ -214,11 +236,11 @@ def _tensor(path: Path, name: str, value: Any, start: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         is_number = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
-        is_true = is_number and dtype in DTYPES and end - begin == math.prod(shape) * DTYPES[dtype].itemsize
+        is_true = is_number and dtype in _TYPES and end - begin == math.prod(shape) * _TYPES[dtype][1]
     except (TypeError, KeyError, ValueError):
         raise InputError(f"The weights in {path} are damaged: the header does not describe tensor {name}.") from None
     if not is_true:
-        known = "" if dtype in DTYPES else f", and its type {dtype!r} is not known"
+        known = "" if dtype in _TYPES else f", and its type {dtype!r} is not known"
         raise InputError(
             f"The weights in {path} are damaged: by the header, tensor {name} has shape {list(shape)} and bytes "
             f"{begin} to {end}{known}."

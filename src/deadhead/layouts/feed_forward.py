@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deadhead.layouts.base import Selection, Site, choose_block_size
+from deadhead.layouts.base import Selection, Site
 from deadhead.models.pruned.feed_forward import FeedForward, block_rows, rows_of_units
+from deadhead.plans.block_size import choose_block_size
 from deadhead.plans.plan import BlockPlan
 
 

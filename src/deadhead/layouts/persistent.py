@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deadhead.layouts.base import Selection, Site, choose_block_size
+from deadhead.layouts.base import Selection, Site
 from deadhead.models.all_attention.layer import AllAttention
 from deadhead.models.pruned.feed_forward import block_rows
+from deadhead.plans.block_size import choose_block_size
 from deadhead.plans.plan import BlockPlan
 
 # Names of a module's parameters.

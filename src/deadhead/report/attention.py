@@ -17,10 +17,8 @@ from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.evaluation import max_positions, require_known
 from deadhead.modes import evaluating
-from deadhead.report.run_facts import checkpoints_in, packed
+from deadhead.report.run_facts import ATTENTION_OF, checkpoints_in, packed
 
-# By the names that the page has for them, the models in a run's folder whose attention it shows.
-ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}
 # Weights of all heads together that a page takes along, one byte each, and tokens that can be read on an axis.
 _MOST_WEIGHTS = 600_000
 _MOST_TOKENS = 48

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deadhead.gates.budget import BUDGET_NAMES
+_NAMES = {"params": "parameters", "flops": "FLOPs a token", "kv_cache": "key/value cache"}
 
 
 def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> str:
@@ -21,4 +21,4 @@ def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> st
     verb = "would be" if predicted else "are"
     if kind == "sparsity":
         return f"Asked to cut {asked:.1%} of the heads; {reached:.1%} {verb} gone."
-    return f"Asked to leave {asked:.1%} of the {BUDGET_NAMES[kind]}; {reached:.2%} {verb} left."
+    return f"Asked to leave {asked:.1%} of the {_NAMES[kind]}; {reached:.2%} {verb} left."

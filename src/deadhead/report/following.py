@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deadhead.training.callbacks.logs import parsed_line
+from deadhead.training.callbacks.metrics import parsed_line
 
 # Of the gates so many moments are kept at most; beyond that every other one is dropped.
 _MOST_FRAMES = 512

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from deadhead.checkpoints import checkpoint
+from deadhead.checkpoints.declared import PLAN_FILE
+from deadhead.checkpoints.folder_cost import folder_cost
 from deadhead.errors import InputError
+from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
 from deadhead.report.stages import verdict
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.recipes.recipe import Recipe
-from deadhead.training.runs.run import METRICS_FILE, RECIPE_FILE
-from deadhead.training.runs.summary import STAGES, SUMMARY_FILE, read_summary
+from deadhead.training.runs.summary import METRICS_FILE, RECIPE_FILE, STAGES, SUMMARY_FILE, read_summary
 
 # In the order of the work; the control's phases run beside those of the pruned model.
 PHASES = {
@@ -31,6 +32,8 @@ PHASES = {
 _SCALARS = ("loss", "l0", "lambda", "sparsity", "block_sparsity", "budget", "eval_perplexity")
 # By the names of their stages, the checkpoints in a run's folder, and those whose costs are compared.
 _CHECKPOINTS = {"dense": "dense", "gated": "gated", "finetuned": "pruned"}
+# By the names that the page has for them, the models in a run's folder whose attention it shows.
+ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}
 _COMPARED = ("dense", "finetuned")
 _KEPT_COSTS = ("parameters", "flops_per_token", "kv_cache_bytes")
 
@@ -52,7 +55,7 @@ def plan_in(folder: Path) -> HeadPlan | None:
     Raises:
         InputError: it is damaged.
     """
-    path = folder / checkpoint.PLAN_FILE
+    path = folder / PLAN_FILE
     return HeadPlan.from_json(path) if path.is_file() else None
 
 
@@ -84,7 +87,7 @@ class RunFacts:
     def update(self) -> bool:
         """Read what is new; return whether anything is."""
         changed = self._metrics.update()
-        names = (RECIPE_FILE, SUMMARY_FILE, checkpoint.PLAN_FILE)
+        names = (RECIPE_FILE, SUMMARY_FILE, PLAN_FILE)
         seen = (*(_modified(self.folder / name) for name in names), *checkpoints_in(self.folder, _CHECKPOINTS))
         if not changed and seen == self._seen:
             return False
@@ -198,9 +201,7 @@ class RunFacts:
         if modified is None:
             return {}
         if name not in self._costs or self._costs[name][0] != modified:
-            from deadhead.measure.cost import config_cost  # loads torch
-
-            cost = asdict(config_cost(checkpoint.load_config(path.parent)))
+            cost = asdict(_cost_of(path.parent))
             self._costs[name] = modified, {key: cost[key] for key in _KEPT_COSTS}
         return self._costs[name][1]
 
@@ -254,6 +255,17 @@ def packed(shares: np.ndarray) -> str:
     """Return numbers in [0, 1] as a byte each, 255 standing for 1, in base64: a page shows no finer steps."""
     steps = np.rint(np.nan_to_num(shares).clip(0, 1) * 255).astype(np.uint8)
     return base64.b64encode(steps.tobytes()).decode("ascii")
+
+
+def _cost_of(folder: Path) -> Cost:
+    found = folder_cost(folder)
+    if found is not None:
+        return found[0]
+    # These load torch.
+    from deadhead.checkpoints.checkpoint import load_config
+    from deadhead.measure.cost import config_cost
+
+    return config_cost(load_config(folder))
 
 
 def _modified(path: Path) -> int | None:

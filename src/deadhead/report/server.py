@@ -23,9 +23,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deadhead.disk.files import finite
 from deadhead.errors import InputError
-from deadhead.report.attention import ATTENTION_OF
 from deadhead.report.page import page_policy, render_page
-from deadhead.report.run_facts import RunFacts, checkpoints_in, sibling_points
+from deadhead.report.run_facts import ATTENTION_OF, RunFacts, checkpoints_in, sibling_points
 from deadhead.report.trial import Trial
 
 _HOSTS = ["127.0.0.1", "localhost"]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.attaching import attach
 from deadhead.checkpoints import checkpoint
-from deadhead.checkpoints.gate_files import has_gates
+from deadhead.checkpoints.declared import has_gates
 from deadhead.data import TokenStream, load_text, load_tokenizer
 from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deadhead.disk.files import write_text
+from deadhead.disk.checksums import read_checksums
+from deadhead.disk.files import write_json, write_text
+from deadhead.disk.reading import read_object
 from deadhead.errors import InputError
 from deadhead.report.page import render_page
-from deadhead.report.run_facts import RunFacts, sibling_points
+from deadhead.report.run_facts import ATTENTION_OF, RunFacts, checkpoints_in, sibling_points
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.recipes.recipe import DataRecipe
-from deadhead.training.runs.run import RECIPE_FILE
+from deadhead.training.runs.summary import RECIPE_FILE
 
 REPORT_FILE = "report.html"
+# Attention as it was read last, so that a page can be written anew without loading the models.
+ATTENTION_FILE = "attention.json"
 _SENTENCE = "The gardener cut the dead flowers, and the rose that she had planted bloomed."
 _CODE = "def read(self, size=-1):\n    return self.file.read(size)"
 
@@ -71,10 +75,8 @@ def report_run(
     patterns: dict[str, Any] | None = None
     lacks = "" if attention else "it was not asked for"
     if attention:
-        from deadhead.report.attention import run_attention  # loads torch, which the page itself does without
-
         try:
-            patterns = run_attention(folder, text, progress)
+            patterns = _attention(folder, text, progress)
         except InputError as error:
             if sentence is not None:
                 raise
@@ -84,6 +86,27 @@ def report_run(
     write_text(path, render_page([page]))
     names = tuple(dict.fromkeys(point["run"] for point in points))
     return Report(path=path, bytes=path.stat().st_size, runs_beside=names, lacks=lacks)
+
+
+def _attention(folder: Path, sentence: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Return attention patterns, see `run_attention`: those that were kept, if models and sentence are still these."""
+    models = {name: read_checksums(path) for name, path in checkpoints_in(folder, ATTENTION_OF).items()}
+    if not models:
+        return {}
+    path, read = folder / ATTENTION_FILE, {"models": models, "sentence": sentence}
+    try:
+        kept = read_object(path, what="attention of a run")
+    except InputError:
+        kept = {}
+    if kept.get("read") == read and isinstance(kept.get("patterns"), dict):
+        return dict(kept["patterns"])
+    progress(0, len(models))
+    from deadhead.report.attention import run_attention  # loads torch, which the page itself does without
+
+    patterns = run_attention(folder, sentence, progress)
+    if all(models.values()):
+        write_json(path, {"read": read, "patterns": patterns})
+    return patterns
 
 
 def text_of(folder: Path) -> DataRecipe:

@@ -24,7 +24,8 @@ from deadhead.disk.files import no_space_is_input_error, remove_left_overs, repl
 from deadhead.disk.reading import read_json
 from deadhead.disk.stored import INDEX_FILE, has_stored, weights_size
 from deadhead.errors import CutError, InputError
-from deadhead.measure.cost import Cost, model_cost
+from deadhead.measure.cost import model_cost
+from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import copy_pieces, send_to_disk
 from deadhead.streaming.prepare import StreamedCut, prepare

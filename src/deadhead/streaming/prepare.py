@@ -15,7 +15,8 @@ from deadhead.cutting import cache_values, normal_plan, recorded_with
 from deadhead.disk.stored import StoredCheckpoint, read_stored
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
-from deadhead.measure.cost import Cost, cut_skeleton, model_cost, skeleton
+from deadhead.measure.cost import cut_skeleton, model_cost, skeleton
+from deadhead.measure.costs import Cost
 from deadhead.models import OWN_TYPES
 from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import Piece

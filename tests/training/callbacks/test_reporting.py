@@ -16,14 +16,11 @@ from deadhead import InputError
 from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text
 from deadhead.measure.evaluation import evaluate
-from deadhead.plans.head_map import head_map_image
 from deadhead.plans.picture import head_map_image
-from deadhead.training import Run, attach_gates, train
 from deadhead.training.phases.choosing import attach_gates
 from deadhead.training.phases.phase import train
 from deadhead.training.recipes.reading import to_toml
 from deadhead.training.runs.run import Run
-from tests.small import assert_same_tensors, metrics, save_small_model, small_recipe, weights, write_prose
 from tests.small_runs import assert_same_tensors, metrics, save_small_model, small_recipe, weights, write_prose
 
 

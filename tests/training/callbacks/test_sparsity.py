@@ -20,9 +20,7 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.penalty import l0_loss
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plans.plan import UnitKey
-from tests.helpers import tiny_model
 from tests.random_models import tiny_model
-from tests.small import assert_same_tensors
 from tests.small_runs import assert_same_tensors
 
 _STEPS, _KILLED = 8, 4

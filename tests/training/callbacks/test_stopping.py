@@ -19,7 +19,6 @@ from deadhead.cli import execute
 from deadhead.training.callbacks import stopping
 from deadhead.training.phases.checkpoints import checkpoint_step, last_checkpoint
 from deadhead.training.recipes.reading import to_toml
-from tests.small import assert_same_tensors, child, metrics, small_recipe, weights, write_prose
 from tests.small_phase import At, phase_recipe, prune_recipe, run_phase
 from tests.small_runs import assert_same_tensors, child, metrics, small_recipe, weights, write_prose
 

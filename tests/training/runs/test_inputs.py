@@ -10,7 +10,6 @@ import pytest
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.training.runs.run import Run
-from tests.small import save_small_llama, save_small_model, small_recipe, tree, write_prose
 from deadhead.training import Run
 from tests.small_runs import save_small_llama, save_small_model, small_recipe, tree, write_prose
 

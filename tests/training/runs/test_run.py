@@ -16,8 +16,6 @@ from deadhead import HeadPlan, InputError
 from deadhead.measure.evaluation import evaluate
 from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe
-from deadhead.training.runs.run import Run
-from tests.small import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
 from deadhead.training import Recipe, Run, load_recipe
 from tests.small_runs import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
 
@@ -30,7 +28,6 @@ _NUMBERS = {
 # Kills itself where the progress tells of a moment; a child of its own for each, so that torch is imported once.
 _KILLED_AT = """
 import os, signal, sys, time
-from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.runs.run import Run
 failed = False
 for moment in sys.argv[2:]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deadhead.measure.cost import Cost, model_cost
+from deadhead.measure.cost import model_cost
+from deadhead.measure.costs import Cost
 from deadhead.attaching import block_size
 from deadhead.measure.latency import Latency
 from deadhead.layouts import find_layout

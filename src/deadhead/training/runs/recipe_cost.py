@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deadhead.measure.cost import Cost, config_cost, first_heads
+from deadhead.measure.cost import config_cost, first_heads
+from deadhead.measure.costs import Cost
 from deadhead.errors import InputError
 from deadhead.models import AllAttentionConfig
 from deadhead.training.recipes.recipe import DataRecipe, PublishedModel, Recipe

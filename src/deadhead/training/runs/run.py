@@ -37,10 +37,7 @@ from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, Recipe
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.rolling_back import rolled_back
-from deadhead.training.runs.summary import STAGES, read_summary, write_summary
-
-RECIPE_FILE = "recipe.toml"
-METRICS_FILE = "metrics.jsonl"
+from deadhead.training.runs.summary import METRICS_FILE, RECIPE_FILE, STAGES, read_summary, write_summary
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Told of the name of what goes on, how much is done, how much there is, and the last numbers."""

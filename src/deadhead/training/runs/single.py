@@ -28,7 +28,8 @@ from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.rolling_back import rolled_back
-from deadhead.training.runs.run import METRICS_FILE, Progress, build_model
+from deadhead.training.runs.run import Progress, build_model
+from deadhead.training.runs.summary import METRICS_FILE
 
 _SETTINGS_FILE = "settings.json"
 

@@ -16,6 +16,8 @@ from deadhead.disk.files import json_text, write_json
 from deadhead.disk.reading import read_object, shown
 
 STAGES = ("dense", "gated", "cut", "finetuned")
+RECIPE_FILE = "recipe.toml"
+METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 _CHECKSUM = "checksum"
 

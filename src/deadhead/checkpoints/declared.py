@@ -1,0 +1,100 @@
+"""What a checkpoint folder says of itself: its configuration, checked without torch, and what lies beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deadhead.disk.reading import read_object, shown
+from deadhead.errors import InputError
+
+PLAN_FILE = "head_plan.json"
+GATES_FILE = "head_gates.safetensors"
+
+MOST_LAYERS = 10_000
+# Of heads, experts, widths, words and positions.
+_MOST = 2**32
+_LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|\w*_?layers|num_hidden_groups|num_(layer|hidden)_repeats?|layer_types")
+_COUNTS = re.compile(
+    r"(num|n)_.*|.*(_size|_dim|_heads|_experts|_positions|_embeddings|_length|_rank)|n?_?(head|embd|inner|ctx)|d_\w+"
+)
+# Where a configuration may name a kernel, which transformers would fetch and run.
+_KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+
+
+def has_gates(path: str | Path) -> bool:
+    """Tell whether there are saved gates in a folder."""
+    return (Path(path) / GATES_FILE).exists()
+
+
+def declared_config(path: Path) -> dict[str, Any]:
+    """Return the JSON values of the configuration in a folder, or of its config.json.
+
+    Args:
+        path: of either.
+
+    Raises:
+        InputError: it is none, declares what cannot be or names code of others, or the folder links to files elsewhere.
+    """
+    if path.is_dir():
+        _require_own_files(path)
+    file = path / "config.json" if path.is_dir() else path
+    values = read_object(file, what="model configuration")
+    for name, text in _texts(values):
+        if name in _KERNELS and "/" in text:
+            raise InputError(
+                f"The model configuration {file} wants {name} {shown(text)}, which is code of the Hugging Face hub; "
+                f"deadhead runs none that a checkpoint names: take {name} out."
+            )
+    for name, value in _numbers(values):
+        most = MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST if _COUNTS.fullmatch(name) else None
+        if most is not None and not 0 <= value <= most and value != -1:
+            raise InputError(
+                f"The model configuration {file} gives {name} as {shown(value)}, but between 0 and {most} was expected."
+            )
+    return values
+
+
+def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers of a configuration and the lengths of its lists, under the name of the nearest key."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _numbers(value, str(key))
+    elif isinstance(values, list):
+        yield name, len(values)
+        for value in values:
+            yield from _numbers(value, name)
+    elif isinstance(values, int) and not isinstance(values, bool):
+        yield name, values
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the strings of a configuration under the name of the nearest key."""
+    if isinstance(values, str):
+        yield name, values
+    inside = values.items() if isinstance(values, dict) else [(name, value) for value in _listed(values)]
+    for key, value in inside:
+        # A kernel may be named for each part of a model.
+        yield from _texts(value, name if name in _KERNELS else str(key))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _require_own_files(folder: Path) -> None:
+    """Check that no link leads out of a folder: what it leads to would be loaded, or copied beside a cut model.
+
+    The Hugging Face hub's cache, whose folders hold links to files beside them, is one folder in this.
+    """
+    places = [folder.resolve()]
+    if places[0].parent.name == "snapshots":
+        places.append(places[0].parent.parent / "blobs")
+    for entry in folder.iterdir():
+        if entry.is_symlink() and entry.exists() and not any(place in entry.resolve().parents for place in places):
+            raise InputError(
+                f"{entry} is a link to {entry.resolve()}, outside of its folder, and is not followed; put a copy there "
+                "if you trust where it leads."
+            )

@@ -1,0 +1,326 @@
+"""What the model in a checkpoint folder costs, from its configuration and its tensors' names and shapes, without torch.
+
+Of each kind of model below it is known which tensors a configuration makes. Where a folder holds exactly these, in the
+configuration's precision, the numbers are those of `measure.cost.model_cost`. Of any other folder there are none here.
+
+Dimensions: D model width, V words, L layers, H query heads, G key/value heads, E width of a head, F hidden units of a
+feed-forward layer, N persistent vectors of a head, M positions of memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deadhead.checkpoints.declared import declared_config
+from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_stored
+from deadhead.errors import InputError
+from deadhead.measure.costs import Cost
+from deadhead.plans.block_size import choose_block_size
+from deadhead.plans.plan import BlockPlan, HeadPlan, Unit
+
+_DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
+_CUT = "deadhead_"
+
+
+class _Unfamiliar(Exception):
+    """The folder is not one of those whose cost is known here."""
+
+
+class _Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    # What it goes with: "" nothing, "table" embeddings and output layer, "head", "block" or "head block".
+    owner: str = ""
+    # Whether each of its numbers takes part in a multiply-add for every token.
+    multiplies: bool = False
+
+
+@dataclass
+class _Model:
+    """What is known of a model.
+
+    Args:
+        values: of its configuration.
+        plan: by which it was cut, or None.
+    """
+
+    values: Mapping[str, Any]
+    plan: HeadPlan | None
+    tensors: dict[str, _Tensor] = field(default_factory=dict)
+    heads: list[int] = field(default_factory=list)
+    total_heads: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    total_blocks: list[int] = field(default_factory=list)
+    block_size: int | None = None
+    context_flops: float = 0.0
+    cache_values: int = 0
+
+    def number(self, name: str, otherwise: int | None = None, *, least: int = 1) -> int:
+        value = self.values.get(name)
+        value = otherwise if value is None else value
+        if type(value) is not int or value < least:
+            raise _Unfamiliar
+        return value
+
+    def flag(self, name: str, otherwise: bool | None = None) -> bool:
+        value = self.values.get(name, otherwise)
+        if type(value) is not bool:
+            raise _Unfamiliar
+        return value
+
+    def add(self, name: str, *shape: int, owner: str = "", multiplies: bool = False) -> None:
+        self.tensors[name] = _Tensor(shape, owner, multiplies)
+
+    def linear(self, name: str, outputs: int, inputs: int, *, owner: str, bias: bool, conv1d: bool = False) -> None:
+        """Add a projection into units, whose bias is theirs too."""
+        shape = (inputs, outputs) if conv1d else (outputs, inputs)
+        self.add(f"{name}.weight", *shape, owner=owner, multiplies=True)
+        if bias:
+            self.add(f"{name}.bias", outputs, owner=owner)
+
+    def back(self, name: str, outputs: int, inputs: int, *, owner: str, bias: bool, conv1d: bool = False) -> None:
+        """Add a projection out of units, whose bias stays when they go."""
+        if inputs:
+            self.linear(name, outputs, inputs, owner=owner, bias=False, conv1d=conv1d)
+        if bias:
+            self.add(f"{name}.bias", outputs)
+
+    def norm(self, name: str, width: int, *, bias: bool) -> None:
+        self.add(f"{name}.weight", width)
+        if bias:
+            self.add(f"{name}.bias", width)
+
+    def output(self, table: str, words: int, width: int, *, tied: bool, bias: bool = False) -> None:
+        """Add embeddings and output layer."""
+        self.add(table, words, width, owner="table", multiplies=tied)
+        if not tied:
+            self.add("lm_head.weight", words, width, owner="table", multiplies=True)
+        if bias:
+            self.add("lm_head.bias", words, owner="table")
+
+    def take_heads(self, layers: int, num_heads: int, num_kv_heads: int) -> list[tuple[int, int]]:
+        """Return the query and the key/value heads left in each layer, see `models.pruned.shrinking.heads_of`."""
+        if num_heads % num_kv_heads:
+            raise _Unfamiliar
+        shares = 1 < num_kv_heads < num_heads
+        unit: Unit = self.plan.unit if self.plan is not None else "kv_group" if shares else "head"
+        total = dict.fromkeys(range(layers), num_heads if unit == "head" else num_kv_heads)
+        plan = self.plan or HeadPlan.keep_all(total, unit=unit)
+        if plan.total != total:
+            raise _Unfamiliar
+        self.heads, self.total_heads = plan.heads, list(total.values())
+        repeat = num_heads // num_kv_heads
+        if unit == "kv_group":
+            return [(count * repeat, count) for count in self.heads]
+        groups = [Counter(head // repeat for head in heads) for heads in plan.kept.values()]
+        return [(sum(found.values()), sum(found.values()) // (math.gcd(*found.values()) or 1)) for found in groups]
+
+    def take_blocks(self, layers: int, width: int) -> list[int]:
+        """Return the hidden units, or persistent vectors, left in each layer of so many."""
+        if not width:
+            return [0] * layers
+        blocks = None if self.plan is None else self.plan.blocks
+        self.block_size = choose_block_size([width] * layers, None, blocks)
+        total = dict.fromkeys(range(layers), width // self.block_size)
+        blocks = blocks or BlockPlan(size=self.block_size, kept={}, total=total)
+        if blocks.total != total or width % self.block_size:
+            raise _Unfamiliar
+        self.blocks, self.total_blocks = blocks.blocks, list(total.values())
+        return [count * self.block_size for count in self.blocks]
+
+    def cost(self, bytes_of_number: int) -> Cost:
+        def numbers(owner: str, *, multiplied: bool = False) -> int:
+            found = (t for t in self.tensors.values() if owner in t.owner and (t.multiplies or not multiplied))
+            return sum(math.prod(tensor.shape) for tensor in found)
+
+        return Cost(
+            heads=self.heads,
+            total_heads=self.total_heads,
+            parameters=numbers(""),
+            embedding_parameters=numbers("table"),
+            attention_parameters=numbers("head"),
+            flops_per_token=2.0 * numbers("", multiplied=True) + self.context_flops,
+            attention_flops_per_token=2.0 * numbers("head", multiplied=True) + self.context_flops,
+            kv_cache_bytes=self.cache_values * bytes_of_number,
+            blocks=self.blocks,
+            total_blocks=self.total_blocks,
+            block_size=self.block_size,
+            block_parameters=numbers("block"),
+        )
+
+
+def _llama(model: _Model, kind: str, length: int) -> None:
+    width, layers = model.number("hidden_size"), model.number("num_hidden_layers")
+    num_heads = model.number("num_attention_heads")
+    # Where some types do not say these numbers, theirs are others than the usual.
+    has_usual = kind in ("llama", "granite")
+    num_kv_heads = model.number("num_key_value_heads", num_heads if has_usual else None)
+    if width % num_heads:
+        raise _Unfamiliar
+    head_dim = model.number("head_dim", None if kind in ("qwen3", "gemma") else width // num_heads)
+    # Windows are of some layers only.
+    if model.values.get("use_sliding_window") or model.values.get("layer_types") not in (
+        None,
+        ["full_attention"] * layers,
+    ):
+        raise _Unfamiliar
+    bias = kind == "qwen2" or (kind != "mistral" and model.flag("attention_bias", False))
+    mlp_bias = has_usual and model.flag("mlp_bias", False)
+    hidden = model.take_blocks(layers, model.number("intermediate_size"))
+    tied = model.flag("tie_word_embeddings", kind == "gemma")
+    model.output("model.embed_tokens.weight", model.number("vocab_size"), width, tied=tied)
+    model.norm("model.norm", width, bias=False)
+    for layer, (queries, kv) in enumerate(model.take_heads(layers, num_heads, num_kv_heads)):
+        path = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            model.norm(f"{path}.{name}", width, bias=False)
+        if queries:
+            for name, count in {"q": queries, "k": kv, "v": kv}.items():
+                model.linear(f"{path}.self_attn.{name}_proj", count * head_dim, width, owner="head", bias=bias)
+            for name in ("q_norm", "k_norm") if kind == "qwen3" else ():
+                model.norm(f"{path}.self_attn.{name}", head_dim, bias=False)
+        o_bias = bias and kind != "qwen2"
+        model.back(f"{path}.self_attn.o_proj", width, queries * head_dim, owner="head", bias=o_bias)
+        for name in ("gate_proj", "up_proj") if hidden[layer] else ():
+            model.linear(f"{path}.mlp.{name}", hidden[layer], width, owner="block", bias=mlp_bias)
+        model.back(f"{path}.mlp.down_proj", width, hidden[layer], owner="block", bias=mlp_bias)
+        model.context_flops += 4.0 * (length + 1) * queries * head_dim
+        model.cache_values += 2 * kv * head_dim * length
+
+
+def _gpt2(model: _Model, kind: str, length: int) -> None:
+    width, layers, num_heads = model.number("n_embd"), model.number("n_layer"), model.number("n_head")
+    # Sizes may go by two names; where both are there, torch must tell which one counts.
+    has_others = any(name in model.values for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
+    if width % num_heads or has_others or model.flag("add_cross_attention", False):
+        raise _Unfamiliar
+    head_dim = width // num_heads
+    hidden = model.take_blocks(layers, model.number("n_inner", 4 * width))
+    tied = model.flag("tie_word_embeddings", True)
+    model.output("transformer.wte.weight", model.number("vocab_size"), width, tied=tied)
+    model.add("transformer.wpe.weight", model.number("n_positions"), width)
+    model.norm("transformer.ln_f", width, bias=True)
+    for layer, (queries, _) in enumerate(model.take_heads(layers, num_heads, num_heads)):
+        path, inner = f"transformer.h.{layer}", queries * head_dim
+        for name in ("ln_1", "ln_2"):
+            model.norm(f"{path}.{name}", width, bias=True)
+        if inner:
+            model.linear(f"{path}.attn.c_attn", 3 * inner, width, owner="head", bias=True, conv1d=True)
+        model.back(f"{path}.attn.c_proj", width, inner, owner="head", bias=True, conv1d=True)
+        if hidden[layer]:
+            model.linear(f"{path}.mlp.c_fc", hidden[layer], width, owner="block", bias=True, conv1d=True)
+        model.back(f"{path}.mlp.c_proj", width, hidden[layer], owner="block", bias=True, conv1d=True)
+        model.context_flops += 4.0 * (length + 1) * inner
+        model.cache_values += 2 * inner * length
+
+
+def _own(model: _Model, kind: str, length: int) -> None:
+    width, layers = model.number("hidden_size"), model.number("num_hidden_layers")
+    num_heads, memory = model.number("num_attention_heads"), model.number("memory_length")
+    dense_hidden, dense_persistent = (model.number(name, least=0) for name in ("feed_forward_size", "num_persistent"))
+    position = model.values.get("position")
+    is_known = position in ("learned", "sinusoidal", "rotary") and (model.plan is None or model.plan.unit == "head")
+    if width % num_heads or not is_known or model.values.get("adaptive_cutoffs") is not None:
+        raise _Unfamiliar
+    head_dim, bias = width // num_heads, model.flag("projection_bias")
+    shares, is_relative = model.flag("share_position_bias"), position != "rotary"
+    left = model.take_blocks(layers, dense_hidden or dense_persistent)
+    tied, lm_bias = model.flag("tie_word_embeddings", True), model.flag("lm_head_bias")
+    model.output("model.embed_tokens.weight", model.number("vocab_size"), width, tied=tied, bias=lm_bias)
+    if position == "learned":
+        model.add("model.position_table", memory + 1, width)
+    for name in ("content_bias", "position_bias") if is_relative and shares else ():
+        model.add(f"model.{name}", num_heads, head_dim)
+    if model.flag("final_layer_norm"):
+        model.norm("model.norm", width, bias=True)
+    for layer, (heads, _) in enumerate(model.take_heads(layers, num_heads, num_heads)):
+        path, inner = f"model.layers.{layer}.attention", heads * head_dim
+        persistent = dense_persistent if dense_hidden else left[layer]
+        model.norm(f"model.layers.{layer}.norm", width, bias=True)
+        model.back(f"{path}.o_proj", width, inner, owner="head", bias=True)
+        for name in "qkv" if heads else "":
+            model.linear(f"{path}.{name}_proj", inner, width, owner="head", bias=bias)
+        if heads and is_relative:
+            model.linear(f"{path}.r_proj", inner, width, owner="head", bias=bias)
+            # It is applied once a pass to the table of positions, not to tokens.
+            model.add(f"{path}.r_proj.weight", inner, width, owner="head")
+        for name in ("content_bias", "position_bias") if heads and is_relative and not shares else ():
+            model.add(f"{path}.{name}", heads, head_dim, owner="head")
+        for name in ("persistent_k", "persistent_v") if heads and persistent else ():
+            model.add(f"{path}.{name}", heads, persistent, head_dim, owner="head" if dense_hidden else "head block")
+        if dense_hidden:
+            _own_feed_forward(model, f"model.layers.{layer}.feed_forward", width, left[layer])
+        elif not heads and model.blocks:
+            # Persistent vectors go with the last head of their layer.
+            model.blocks[layer] = 0
+        positions = 2.0 * (memory + 1) if is_relative else 0.0
+        model.context_flops += (4.0 * min(length + 1, memory + 1) + positions + 4.0 * persistent) * inner
+        model.cache_values += 2 * inner * min(length, memory)
+
+
+def _own_feed_forward(model: _Model, path: str, width: int, hidden: int) -> None:
+    model.norm(f"{path}.norm", width, bias=True)
+    if hidden:
+        model.linear(f"{path}.up_proj", hidden, width, owner="block", bias=True)
+    model.back(f"{path}.down_proj", width, hidden, owner="block", bias=True)
+
+
+_KINDS: dict[str, Callable[[_Model, str, int], None]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "granite"), _llama),
+    "gpt2": _gpt2,
+    **dict.fromkeys(("deadhead_all_attention", "deadhead_transformer_xl"), _own),
+}
+
+
+def folder_cost(folder: Path, *, length: int | None = None) -> tuple[Cost, HeadPlan | None] | None:
+    """Return what the model in a folder costs, and the plan that it was cut by, if any; None where torch must tell.
+
+    Args:
+        folder: of a checkpoint.
+        length: positions before the token; by default the model's window, or 1024.
+
+    Raises:
+        InputError: the folder's configuration declares what cannot be.
+    """
+    if not (folder / "config.json").is_file() or (folder / WEIGHTS_FILE).is_file() == (folder / INDEX_FILE).is_file():
+        return None
+    values = declared_config(folder)
+    try:
+        return _folder_cost(folder, values, length)
+    except (_Unfamiliar, InputError, TypeError):
+        # Torch's way says what is wrong, where anything is.
+        return None
+
+
+def _folder_cost(folder: Path, values: Mapping[str, Any], length: int | None) -> tuple[Cost, HeadPlan | None]:
+    kind, recorded = str(values.get("model_type")), values.get("head_plan")
+    is_cut = kind not in _KINDS and kind.startswith(_CUT)
+    stock = kind[len(_CUT) :] if is_cut else kind
+    has_place = is_cut or _KINDS.get(stock) is _own
+    # A plan is obeyed where the type is one that reads it, and there is one where the type says so.
+    if stock not in _KINDS or (is_cut and recorded is None) or (recorded is not None and not has_place):
+        raise _Unfamiliar
+    has_others = "dtype" in values and "torch_dtype" in values
+    if has_others or any(name in values for name in ("quantization_config", "transformers_weights")):
+        raise _Unfamiliar
+    stored = read_stored(folder).tensors
+    dtype, bytes_of_number = _DTYPES.get(values.get("dtype", values.get("torch_dtype", "float32")), ("", 0))
+    plan = None if recorded is None else HeadPlan.from_dict(recorded)
+    if plan is not None and plan.to_dict() != recorded:
+        raise _Unfamiliar
+    model = _Model(values, plan)
+    # A layer has tensors, so that no more are looked for than there are.
+    if model.number("n_layer" if stock == "gpt2" else "num_hidden_layers") > len(stored):
+        raise _Unfamiliar
+    if length is None:
+        length = model.number("memory_length", 1024)
+    _KINDS[stock](model, stock, length)
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()} != {
+        name: (tensor.shape, dtype) for name, tensor in model.tensors.items()
+    }:
+        raise _Unfamiliar
+    return model.cost(bytes_of_number), model.plan

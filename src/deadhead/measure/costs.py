@@ -1,0 +1,39 @@
+"""The numbers that say what a model costs. They need no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Cost of a model with some of its heads, and blocks.
+
+    Args:
+        heads: heads left, one number a layer; key/value groups where the model has them and was not cut by heads.
+        total_heads: heads of the original dense model, one number a layer.
+        parameters: all parameters, shared tensors counted once.
+        embedding_parameters: those of embeddings and output layer.
+        attention_parameters: those that belong to heads and go with them.
+        flops_per_token: of one forward pass over a token at the given length; a multiply-add counts as 2. Norms,
+            softmax and the once-per-pass projection of relative positions are not counted.
+        attention_flops_per_token: the heads' part of it.
+        kv_cache_bytes: cache of one text at the given length, in the model's precision.
+        blocks: blocks left, one number a layer that has any; of the size that the model was cut by, or would be.
+        total_blocks: blocks of the original dense model, one number a layer that has any.
+        block_size: hidden units of a block; None where the model has none.
+        block_parameters: those that belong to blocks and go with them.
+    """
+
+    heads: list[int]
+    total_heads: list[int]
+    parameters: int
+    embedding_parameters: int
+    attention_parameters: int
+    flops_per_token: float
+    attention_flops_per_token: float
+    kv_cache_bytes: int
+    blocks: list[int] = field(default_factory=list)
+    total_blocks: list[int] = field(default_factory=list)
+    block_size: int | None = None
+    block_parameters: int = 0
