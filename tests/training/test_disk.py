@@ -19,6 +19,7 @@ _PROGRAM = """
 import random, shutil, sys
 from pathlib import Path
 from transformers.utils import logging
+from benchmarks._kills import attempt, differences, kills_recipe, seconds_of, small_disk
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

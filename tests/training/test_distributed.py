@@ -69,6 +69,7 @@ _STEPS = {"train": 3, "prune": 5, "finetune": 3}
 # One of two processes is killed after a step, of a command that could be started anew as it stands.
 _KILLED = """
 import os, signal, sys
+from deadhead import cli
 from deadhead.training.callbacks.logs import StepReporter
 
 goes_on = StepReporter.on_step_end
@@ -87,6 +88,7 @@ cli.main()
 _STOPPED = """
 import json, os
 from pathlib import Path
+from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.runs.run import Run
 from deadhead.training.recipes.recipe import DataRecipe
 from deadhead.training.runs.single import run_single
@@ -161,6 +163,7 @@ def test_bad_input_ends_all_processes(place: Path, program: tuple[str, ...], sen
 # Only the second process is given a wrong recipe, while the first waits to be connected with it.
 _ALONE = """
 import os, sys
+from deadhead import cli
 
 sys.argv = ["deadhead", "run", "whole.toml" if os.environ["RANK"] == "0" else "nosuch.toml", "--out", "alone"]
 cli.main()

@@ -28,6 +28,7 @@ _NUMBERS = {
 # Kills itself where the progress tells of a moment; a child of its own for each, so that torch is imported once.
 _KILLED_AT = """
 import os, signal, sys, time
+from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.runs.run import Run
 failed = False
 for moment in sys.argv[2:]:
