@@ -25,6 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deadhead.training import PhaseRun, PruneRecipe, attach_gates
+
 # A process begins with the most memory that its parent ever held, so here nothing large is imported.
 
 BATCH, LENGTH, RANK = 8, 256, 16
@@ -100,7 +102,7 @@ def measure(model: str, mode: Any, dtype: str = "float32", **settings: bool) -> 
         return AutoConfig.for_model(**{**MODELS[model], **sizes}, dtype=dtype)
 
     steps = STEPS_WITH_MEMORY if "memory_length" in MODELS[model] else STEPS
-    recipe = deadhead.PruneRecipe(
+    recipe = PruneRecipe(
         steps=steps,
         batch_size=BATCH,
         sequence_length=LENGTH,
@@ -114,7 +116,7 @@ def measure(model: str, mode: Any, dtype: str = "float32", **settings: bool) -> 
         made = AutoModelForCausalLM.from_config(config(**sizes))
         tokens = np.random.default_rng(0).integers(made.config.vocab_size, size=BATCH * LENGTH * (steps + 1))
         text = TokenStream(tokens=tokens.astype(np.uint16), num_bytes=len(tokens), num_words=len(tokens))
-        deadhead.train(made, text, recipe, gates=deadhead.attach_gates(made, recipe))
+        deadhead.training.train(made, text, recipe, PhaseRun(gates=attach_gates(made, recipe)))
 
     paper = training_memory(config(), mode=mode, batch_size=BATCH, length=LENGTH, lora_rank=RANK, **settings)
     train(**{name: size for name, size in _TINY.items() if name in MODELS[model]})

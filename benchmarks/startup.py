@@ -48,7 +48,7 @@ def main() -> None:
             "import deadhead": ["-c", "import deadhead"],
             "import torch and transformers (floor)": ["-c", _IMPORTS],
             "deadhead inspect, 8B": ["-c", _COMMAND, "inspect", folder],
-            "import deadhead, use a model": ["-c", "import deadhead; deadhead.AllAttentionForCausalLM"],
+            "import deadhead, use a model": ["-c", "import deadhead; deadhead.models.AllAttentionForCausalLM"],
         }
         runs = {
             name: partial(subprocess.run, [sys.executable, *arguments], check=True, capture_output=True)

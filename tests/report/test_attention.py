@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from deadhead import HeadPlan, InputError, checkpoint, cut
+from deadhead import HeadPlan, InputError, cut
+from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text, load_tokenizer
 from deadhead.report.attention import attention_patterns
 from tests.small import save_small_llama, save_small_model, write_prose

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deadhead import HeadPlan, checkpoint, cut
+from deadhead import HeadPlan, cut
+from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text, load_tokenizer
 from deadhead.measure.evaluation import evaluate
 from deadhead.report.writing import report_run

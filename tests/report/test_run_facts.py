@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deadhead import HeadPlan, InputError, checkpoint
+from deadhead import HeadPlan, InputError
+from deadhead.checkpoints import checkpoint
 from deadhead.measure.cost import model_cost
 from deadhead.report.run_facts import RunFacts, packed, sibling_points
 from deadhead.training.callbacks.logs import read_metrics

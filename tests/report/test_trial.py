@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from deadhead import HeadPlan, InputError, checkpoint, cut, evaluate
+from deadhead import HeadPlan, InputError, cut, evaluate
+from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text, load_tokenizer
 from deadhead.measure.generate import generate_text
 from deadhead.report.trial import Trial

@@ -69,7 +69,8 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
             name: max(1 if name in whole else 0, round(values[name] * factor)) for name in names if values.get(name)
         }
 
-    sections: dict[str, Any] = {name: scaled(getattr(recipe, name)) for name in ("train", "prune", "finetune")}
+    names = ("prune", "finetune") if recipe.dense_phase is None else ("train", "prune", "finetune")
+    sections: dict[str, Any] = {name: scaled(getattr(recipe, name)) for name in names}
     tokens = recipe.evaluation_tokens
     if tokens is not None and factor < 1:
         sections["evaluation_tokens"] = max(1000, round(tokens * factor))
@@ -87,7 +88,8 @@ def _execute(
     from deadhead.report.writing import report_run
     from deadhead.training.callbacks.logs import read_metrics
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.runs.run import METRICS_FILE, Run
+    from deadhead.training.runs.run import Run
+    from deadhead.training.runs.workplace import METRICS_FILE
 
     with progress(quiet or not is_main()) as report:
         run = Run.start(recipe, folder, resume=resume, progress=report, report_to=report_to)

@@ -29,7 +29,7 @@ from deadhead.measure.losses import SegmentLoss
 from deadhead.plans.plan import Unit
 from deadhead.training.phases.choosing import attach_gates
 from deadhead.training.phases.learning import checkpoint_activations, learner
-from deadhead.training.phases.phase import _segment_length
+from deadhead.training.phases.segments import segment_length
 from deadhead.training.recipes.recipe import PruneRecipe, changed
 
 Mode = Literal["full", "lora", "frozen"]
@@ -194,7 +194,7 @@ def _forward(trainee: nn.Module, segment_loss: SegmentLoss, inputs: dict[str, Te
 
 def _batch(model: PreTrainedModel, recipe: PruneRecipe) -> dict[str, Tensor]:
     """Return a batch of tokens (B, T) as frequent as by Zipf's law, which an adaptive embedding is made for."""
-    shape = (recipe.batch_size, _segment_length(model, recipe))
+    shape = (recipe.batch_size, segment_length(model, recipe))
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     ids = (vocab_size ** torch.rand(shape, generator=generator, dtype=torch.float64)).long() - 1

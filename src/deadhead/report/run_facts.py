@@ -17,8 +17,9 @@ from deadhead.plans.plan import HeadPlan, block_key, is_block_key, plain_key
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
 from deadhead.report.stages import verdict
 from deadhead.training.recipes.recipe import Recipe, load_recipe
-from deadhead.training.runs.run import METRICS_FILE, RECIPE_FILE
+from deadhead.training.runs.run import RECIPE_FILE
 from deadhead.training.runs.summary import STAGES, SUMMARY_FILE, read_summary
+from deadhead.training.runs.workplace import METRICS_FILE
 
 # In the order of the work; the control's phases run beside those of the pruned model.
 PHASES = {
@@ -133,11 +134,11 @@ class RunFacts:
         planned, begins = {}, {}
         if recipe is not None:
             planned = {
-                "train": 0 if recipe.dense else recipe.train.steps,
+                "train": recipe.train.steps if recipe.trains_dense else 0,
                 "prune": recipe.prune.training_steps,
                 "finetune": recipe.finetune.steps,
             }
-            dense = recipe.train.steps
+            dense = 0 if recipe.dense_phase is None else recipe.dense_phase.steps
             begins = {"train": 0, "prune": dense, "finetune": dense + planned["prune"]}
             if recipe.control:
                 planned |= {f"control_{name}": planned[name] for name in ("prune", "finetune")}

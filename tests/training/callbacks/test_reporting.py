@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deadhead import InputError, checkpoint
+from deadhead import InputError
+from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text
 from deadhead.measure.evaluation import evaluate
 from deadhead.plans.head_map import head_map_image
-from deadhead.training import Run, attach_gates, train
+from deadhead.training import PhaseRun, Run, attach_gates, train
 from deadhead.training.recipes.recipe import to_toml
 from tests.small import assert_same_tensors, metrics, save_small_model, small_recipe, weights, write_prose
 
@@ -120,5 +121,5 @@ def test_a_validation_text_is_needed(tmp_path: Path) -> None:
     recipe = small_recipe(text, prune={"eval_every": 1, "eval_tokens": 20}).prune
     gates = attach_gates(model, recipe)
     with pytest.raises(InputError, match="eval_every asks for a validation text"):
-        train(model, corpus.splits["train"], recipe, gates=gates)
-    train(model, corpus.splits["train"], recipe, gates=gates, valid=corpus.splits["valid"])
+        train(model, corpus.splits["train"], recipe, PhaseRun(gates=gates))
+    train(model, corpus.splits["train"], recipe, PhaseRun(gates=gates, valid=corpus.splits["valid"]))

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from deadhead import HeadPlan, PhaseRecipe
+from deadhead import HeadPlan
 from deadhead.cli import execute
-from deadhead.training import stopping
+from deadhead.training import PhaseRecipe
+from deadhead.training.callbacks import stopping
 from deadhead.training.phases.checkpoints import checkpoint_step, last_checkpoint
 from deadhead.training.recipes.recipe import to_toml
 from tests.small import assert_same_tensors, child, metrics, small_recipe, weights, write_prose

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from deadhead.data import load_text
 from deadhead.errors import InputError
 from deadhead.training.recipes.recipe import PruneRecipe, Recipe, changed, load_recipe, parse_recipe, to_toml
-from deadhead.training.runs.run import build_model, model_config
+from deadhead.training.runs.models import build_model, model_config
 from tests.small import small_recipe, write_prose
 
 _RECIPES = Path(__file__).parents[3] / "src" / "deadhead" / "recipes"

@@ -121,7 +121,7 @@ def test_the_folder_holds_what_the_design_says(whole: Path, recipe: Recipe) -> N
 def test_the_checkpoints_load_and_measure_as_the_summary_says(whole: Path, recipe: Recipe) -> None:
     summary = Run.start(recipe, whole, resume=True).summary()
     plan = HeadPlan.from_json(whole / "head_plan.json")
-    text, _ = deadhead.load_text(recipe.data.source)
+    text, _ = deadhead.data.load_text(recipe.data.source)
     for folder, stage in (("dense", "dense"), ("pruned", "finetuned"), ("control", "control")):
         model = deadhead.load(whole / folder)
         measured = evaluate(model, text.splits["valid"], limit=recipe.evaluation_tokens)
@@ -137,7 +137,7 @@ def test_phases_go_on_in_the_text(whole: Path, recipe: Recipe, text: Path) -> No
     """The control reads the same text as the pruned model: its first loss with gates off is that of the dense model."""
     first = {line["phase"]: line for line in metrics(whole) if line["step"] == 1}
     model = deadhead.load(whole / "dense")
-    stream, _ = deadhead.load_text(str(text))
+    stream, _ = deadhead.data.load_text(str(text))
     tokens = torch.from_numpy(stream.splits["train"].tokens.astype("int64"))
     per_row = (len(tokens) - 1) // (2 * 8)
     starts = [(row * per_row + 3) * 8 for row in range(2)]  # three steps of one segment a row were read

@@ -48,8 +48,11 @@ class ModelRecipe(_Section):
     """The model; see `AllAttentionConfig` for each field.
 
     `persistent` is of the All-attention Transformer (128), `feed_forward` of the Transformer-XL (four times the width).
+
+    `from` names a model that exists, by its folder or its name on the hub, in place of all of these.
     """
 
+    from_: str | None = Field(None, alias="from", min_length=1)
     architecture: Literal["all_attention", "transformer_xl"] = "all_attention"
     layers: int = Field(4, ge=1, le=1000)
     width: int = Field(128, ge=1, le=65536)
@@ -64,6 +67,13 @@ class ModelRecipe(_Section):
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     embedding_dropout: float = Field(0.0, ge=0, lt=1)
     output_dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _is_described_once(self) -> ModelRecipe:
+        others = sorted(self.model_fields_set - {"from_"})
+        if self.from_ is not None and others:
+            raise PydanticCustomError("budgets", f"from names a model that has its sizes, so leave {others[0]} out")
+        return self
 
     @model_validator(mode="after")
     def _has_what_its_layers_are_made_of(self) -> ModelRecipe:
@@ -265,6 +275,9 @@ class Recipe(_Section):
     `dense` is the folder of a model that the `train` section trained in an earlier run, such as "runs/paper/dense": the
     run begins from a copy of it, and goes on in the text behind that section's steps.
 
+    Where `[model] from` names a model, `[data] source` has to be given; without a `train` section that model is the
+    dense one as it is.
+
     `published` changes nothing in a run; `deadhead inspect` shows what such models cost beside what is stated of them.
     """
 
@@ -279,6 +292,28 @@ class Recipe(_Section):
     prune: PruneRecipe = PruneRecipe()
     finetune: PhaseRecipe = PhaseRecipe()
     published: list[PublishedModel] = []
+
+    @property
+    def dense_phase(self) -> PhaseRecipe | None:
+        """The phase that the dense model has behind it, in this run or an earlier one; None if it is taken as it is."""
+        return None if self.model.from_ is not None and "train" not in self.model_fields_set else self.train
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether the dense model is trained in this run."""
+        return self.dense is None and self.dense_phase is not None
+
+    @model_validator(mode="after")
+    def _begins_with_one_model(self) -> Recipe:
+        if self.model.from_ is None:
+            return self
+        if self.dense is not None:
+            raise PydanticCustomError("budgets", "[model] from and dense both name a model; leave one of the two out")
+        if "source" not in self.data.model_fields_set:
+            raise PydanticCustomError(
+                "budgets", "[model] from names a model that learned from other text, so name one: [data] source"
+            )
+        return self
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -316,7 +351,8 @@ def changed(section: Any, **values: Any) -> Any:
     """
     given = {name: value for name, value in values.items() if value is not None}
     try:
-        return type(section).model_validate({**section.model_dump(), **given})
+        # What was not said stays unsaid: some defaults depend on that.
+        return type(section).model_validate({**section.model_dump(by_alias=True, exclude_unset=True), **given})
     except ValidationError as error:
         raise InputError(f"This run's setting {_explain(error, type(section))}.") from None
 
@@ -326,7 +362,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        known = list(_section(root, where[:-1]).model_fields)
+        known = [field.alias or key for key, field in _section(root, where[:-1]).model_fields.items()]
         near = difflib.get_close_matches(where[-1][:100], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"has an unknown key {shown('.'.join(where))}; {hint}"
@@ -364,7 +400,11 @@ def to_toml(recipe: Recipe) -> str:
             return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
         return repr(item)
 
-    dumped = recipe.model_dump(exclude_none=True)
+    dumped = recipe.model_dump(exclude_none=True, by_alias=True)
+    if recipe.model.from_ is not None:
+        dumped["model"] = {"from": recipe.model.from_}
+    if recipe.dense_phase is None:
+        del dumped["train"]
     tables = {name: item for name, item in dumped.items() if isinstance(item, list)}
     lines = [f"{name} = {value(item)}" for name, item in dumped.items() if not isinstance(item, (dict, list))]
     for name, section in dumped.items():

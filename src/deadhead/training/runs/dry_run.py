@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from deadhead.measure.cost import Cost, model_cost
 from deadhead.attaching import block_size
-from deadhead.measure.latency import Latency
 from deadhead.layouts import find_layout
+from deadhead.measure.cost import Cost, model_cost
+from deadhead.measure.latency import Latency
+from deadhead.measure.memory import TrainingMemory, training_memory
 from deadhead.plans.plan import HeadPlan
 from deadhead.plans.scores import HeadScores
 from deadhead.training.phases.choosing import asked_blocks, budget_length, plan_of_scores
-from deadhead.measure.memory import TrainingMemory, training_memory
 from deadhead.training.recipes.recipe import PruneRecipe
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deadhead.measure.cost import Cost, config_cost, first_heads
 from deadhead.errors import InputError
+from deadhead.measure.cost import Cost, config_cost, first_heads
 from deadhead.models import AllAttentionConfig
 from deadhead.training.recipes.recipe import DataRecipe, PublishedModel, Recipe
-from deadhead.training.runs.run import model_config
+from deadhead.training.runs.models import model_config
 
 # Tokens that tokenizers without a vocab_size have (see `build_tokenizer`); how many words a text has, only it tells.
 _VOCABULARIES = {"byte": 257, "bpe": 8192}

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from deadhead.gates.budget import BudgetKind
-from deadhead.errors import InputError
 from deadhead.disk.files import json_text, write_json
 from deadhead.disk.reading import read_object, shown
+from deadhead.errors import InputError
+from deadhead.gates.budget import BudgetKind
 
 STAGES = ("dense", "gated", "cut", "finetuned")
 SUMMARY_FILE = "summary.json"
