@@ -98,8 +98,9 @@ class _Registration(MetaPathFinder):
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (execute(module), import_module("deadhead.models"))
+            loader: Any = spec.loader
+            execute = loader.exec_module
+            loader.exec_module = lambda module: (execute(module), import_module("deadhead.models"))
         return spec
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -50,6 +50,14 @@ ReportTo = Annotated[
         help="Also report to a tracker through transformers, such as wandb; may be repeated.",
         show_default=False,
     ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Where to run, such as cpu or cuda; by default the accelerator there is."),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Load the weights as this; by default as they were saved."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
 

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Quiet, bytes_progress, console, print_json
+from deadhead.cli.console import AsJson, Device, Dtype, Quiet, bytes_progress, console, print_json
 from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
 
@@ -37,6 +37,8 @@ def cut(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped cut left in OUT.work.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,7 +49,9 @@ def cut(
 
     head_plan = HeadPlan.from_json(plan)
     with bytes_progress(quiet) as report:
-        done = cut_checkpoint(model, head_plan, out, stream=stream, resume=resume, progress=report)
+        done = cut_checkpoint(
+            model, head_plan, out, stream=stream, resume=resume, device=device, dtype=dtype, progress=report
+        )
     if as_json:
         print_json(asdict(done))
         return

@@ -16,7 +16,7 @@ import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
 from deadhead import GateConfig, HeadPlan, InputError
 from deadhead.attaching import is_gate, unwrapped
-from deadhead.training import PhaseRun, PruneRecipe, gate_config, train
+from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, gate_config, train
 from deadhead.training.phases.adapters import lora
 from tests.helpers import difference
 from tests.helpers import tiny_model as all_attention

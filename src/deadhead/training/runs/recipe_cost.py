@@ -69,6 +69,10 @@ def recipe_costs(
     Raises:
         InputError: the model's sizes do not fit each other, or heads are not those of its layers.
     """
+    if recipe.model.from_ is not None:
+        raise InputError(
+            f"The recipe's model is {recipe.model.from_}, which costs what deadhead inspect {recipe.model.from_} says."
+        )
     tokens = vocab_size or expected_vocabulary(recipe.data)
     # Embeddings and output layer are left out of what is said without a vocabulary; the smallest that the model takes.
     config = model_config(recipe.model, tokens or max(recipe.model.adaptive_cutoffs or [0]) + 1)
