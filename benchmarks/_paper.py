@@ -15,6 +15,7 @@ import deadhead
 from deadhead.data import TokenizedCorpus
 from deadhead.measure.cost import model_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
+from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, gate_config, train
 
 # To be raised with whatever else changes the figures: points of another version are measured anew.
 _VERSION = 1
@@ -149,8 +150,8 @@ def _train(
     first: int = 0,
     rate: float = 1.0,
 ) -> None:
-    recipe = deadhead.PhaseRecipe(**_phase(shape, steps, schedule, rate=rate))
-    deadhead.train(model, text.splits["train"], recipe, seed=seed, first_segment=first)
+    recipe = PhaseRecipe(**_phase(shape, steps, schedule, rate=rate))
+    train(model, text.splits["train"], recipe, PhaseRun(seed=seed, first_segment=first))
 
 
 def train_dense(
@@ -169,7 +170,7 @@ def train_dense(
     deadhead.save(model, folder)
 
 
-def prune_recipe(shape: Shape, budget: Budget, way: Way, l0: float) -> deadhead.PruneRecipe:
+def prune_recipe(shape: Shape, budget: Budget, way: Way, l0: float) -> PruneRecipe:
     """Return the gates' phase as the paper has it, but for what `way` changes.
 
     Gates learn in the model's Adam, ten times as fast; λ rises over the first quarter of the phase.
@@ -182,7 +183,7 @@ def prune_recipe(shape: Shape, budget: Budget, way: Way, l0: float) -> deadhead.
         "gate_lr": 0.0,
     }
     # The rate does not fall before the fine-tuning: what gates learn in the last steps counts like the rest.
-    return deadhead.PruneRecipe(**_phase(shape, budget.prune, "constant", rate=0.5, **{**paper, **way.options}))
+    return PruneRecipe(**_phase(shape, budget.prune, "constant", rate=0.5, **{**paper, **way.options}))
 
 
 def measure_point(
@@ -220,8 +221,13 @@ def measure_point(
         if way.kind == "dense":
             _train(model, text, shape, budget.prune, "constant", seed=seed + 1000, first=first, rate=0.5)
         else:
-            gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model, seed))
-            deadhead.train(model, text.splits["train"], recipe, gates=gates, seed=seed + 1000, first_segment=first)
+            gates = deadhead.attach(model, config=gate_config(recipe, model, seed))
+            train(
+                model,
+                text.splits["train"],
+                recipe,
+                PhaseRun(gates=gates, seed=seed + 1000, first_segment=first),
+            )
             before["gated"] = _perplexity(model, text, budget)
             deadhead.cut(model, gates.plan())
             before["cut"] = _perplexity(model, text, budget)

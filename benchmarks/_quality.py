@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import deadhead
 from deadhead.data import TokenizedCorpus, TokenStream
 from deadhead.layouts import find_layout
-from deadhead.training.phases.phase import rank
+from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, close_to_budget, gate_config
+from deadhead.training.phases.one_shot import rank
 
 # To be raised with whatever else changes the figures: points of another version are measured anew.
 _VERSION = 1
@@ -94,8 +95,8 @@ def fresh(name: str, vocab_size: int, seed: int) -> PreTrainedModel:
     """Return an untrained model of 4 layers with 8 heads, or 8 groups of 2 query heads, each."""
     set_seed(seed)
     if name == "all-attention":
-        return deadhead.AllAttentionForCausalLM(
-            deadhead.AllAttentionConfig(
+        return deadhead.models.AllAttentionForCausalLM(
+            deadhead.models.AllAttentionConfig(
                 vocab_size=vocab_size,
                 hidden_size=128,
                 num_hidden_layers=4,
@@ -142,7 +143,7 @@ def train_dense(name: str, seed: int, text: TokenizedCorpus, vocab_size: int, st
     """Train a dense model to the end of its schedule and keep it in `folder`."""
     model = fresh(name, vocab_size, seed)
     recipe = phase(name, steps=steps, learning_rate=3e-3, warmup_steps=min(100, steps // 5), schedule="cosine")
-    deadhead.train(model, text.splits["train"], deadhead.PhaseRecipe(**recipe), seed=seed)
+    deadhead.training.train(model, text.splits["train"], PhaseRecipe(**recipe), PhaseRun(seed=seed))
     deadhead.save(model, folder)
 
 
@@ -180,7 +181,7 @@ def measure_point(
         model = fresh(name, vocab_size, seed)
         deadhead.cut(model, _uniform(model, sparsity))
         recipe = phase(name, steps=budget.dense + budget.after, learning_rate=3e-3, warmup_steps=100, schedule="cosine")
-        deadhead.train(model, train, deadhead.PhaseRecipe(**recipe), seed=seed)
+        deadhead.training.train(model, train, PhaseRecipe(**recipe), PhaseRun(seed=seed))
         return _result(model, begun, None, perplexities(model, text, budget.tokens), budget.dense + budget.after)
     model = deadhead.load(dense)
     teacher = deadhead.load(dense) if method.distill else None
@@ -191,27 +192,30 @@ def measure_point(
         learned = method.kind == "learned"
         choice = {"sparsity": sparsity, "criterion": method.criterion, "ranking": method.ranking}
         choice |= {"output_scale": False, **method.options}
-        recipe = deadhead.PruneRecipe(**again(name, budget.looked_at, method.distill, **choice))
+        recipe = PruneRecipe(**again(name, budget.looked_at, method.distill, **choice))
         if learned:
             # The rate does not fall in so short a phase: what is learned in it counts at the end.
             values = {"steps": budget.gates, "schedule": "constant", "start_batches": budget.looked_at}
             recipe = recipe.model_copy(update=values)
-            gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model, seed))
-            deadhead.train(model, train, recipe, gates=gates, seed=seed + 1000, first_segment=first, teacher=teacher)
-            deadhead.close_to_budget(model, gates, recipe)
+            gates = deadhead.attach(model, config=gate_config(recipe, model, seed))
+            deadhead.training.train(
+                model,
+                train,
+                recipe,
+                PhaseRun(gates=gates, seed=seed + 1000, first_segment=first, teacher=teacher),
+            )
+            close_to_budget(model, gates, recipe)
             deadhead.cut(model, gates.plan())
             steps, first = steps - recipe.steps, first + recipe.steps
         else:
             deadhead.cut(model, rank(model, train, recipe, seed=seed + 3000, first_segment=first))
     before = perplexities(model, text, budget.tokens)
     # Another order than that of the dense training, which would read the same rows again.
-    deadhead.train(
+    deadhead.training.train(
         model,
         train,
-        deadhead.PhaseRecipe(**again(name, steps, method.distill)),
-        seed=seed + 2000,
-        first_segment=first,
-        teacher=teacher,
+        PhaseRecipe(**again(name, steps, method.distill)),
+        PhaseRun(seed=seed + 2000, first_segment=first, teacher=teacher),
     )
     return _result(model, begun, before, perplexities(model, text, budget.tokens), budget.after)
 

@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import deadhead
 from deadhead.errors import UnsupportedModel
 from deadhead.export import flat, llama_cpp
+from deadhead.export.exporting import Exported
 
 _SIZES = {
     "vocab_size": 320,
@@ -75,7 +76,7 @@ def cut_model(family: str, seed: int) -> PreTrainedModel:
     return deadhead.cut(model, plan).eval()
 
 
-def exports(model: PreTrainedModel, folder: Path, *, traced: bool) -> Iterator[tuple[str, deadhead.Exported]]:
+def exports(model: PreTrainedModel, folder: Path, *, traced: bool) -> Iterator[tuple[str, Exported]]:
     """Yield a model's exports, each with its name for the table."""
     ways: list[tuple[str, str, str | None]] = [("padded", "padded", None)]
     if llama_cpp.is_installed():
@@ -135,7 +136,7 @@ def main() -> None:
         try_types(args.types, args.kinds)
         return
     families = list(_FAMILIES)[:2] if args.quick else list(_FAMILIES)
-    found: dict[str, list[tuple[str, deadhead.Exported]]] = defaultdict(list)
+    found: dict[str, list[tuple[str, Exported]]] = defaultdict(list)
     for family in families:
         for seed in range(args.plans or (1 if args.quick else 8)):
             torch.manual_seed(seed)

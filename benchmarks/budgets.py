@@ -35,7 +35,9 @@ from benchmarks._all_attention import machine
 from benchmarks._sweep import run_all
 from deadhead.data import TokenizedCorpus, load_text
 from deadhead.disk.files import write_json
+from deadhead.measure.costs import Cost
 from deadhead.measure.timing import bench
+from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, attach_gates, close_to_budget
 
 MODELS = ("all-attention", "gpt2", "llama-gqa")
 BUDGETS = ("sparsity=0.5", "params=0.75", "params=0.5", "flops=0.5", "kv_cache=0.5", "speedup=1.5", "speedup=2")
@@ -64,8 +66,8 @@ def fresh(name: str, vocab_size: int) -> PreTrainedModel:
     """Return an untrained model of 4 layers with 8 heads, or 4 groups of 2 query heads, each."""
     set_seed(0)
     if name == "all-attention":
-        return deadhead.AllAttentionForCausalLM(
-            deadhead.AllAttentionConfig(
+        return deadhead.models.AllAttentionForCausalLM(
+            deadhead.models.AllAttentionConfig(
                 vocab_size=vocab_size,
                 hidden_size=256,
                 num_hidden_layers=4,
@@ -110,16 +112,16 @@ def train_dense(name: str, steps: Steps, out: Path) -> None:
     model = fresh(name, vocab_size)
     rate = 2e-3 if name == "all-attention" else 1e-3
     first = phase(name, steps=steps.dense, learning_rate=rate, warmup_steps=steps.dense // 10, schedule="cosine")
-    deadhead.train(model, text.splits["train"], deadhead.PhaseRecipe(**first))
+    deadhead.training.train(model, text.splits["train"], PhaseRecipe(**first))
     deadhead.save(model, out / "dense" / name)
     further = _further(name, steps, steps.gates + steps.finetune)
-    deadhead.train(model, text.splits["train"], further, seed=2, first_segment=steps.dense)
+    deadhead.training.train(model, text.splits["train"], further, PhaseRun(seed=2, first_segment=steps.dense))
     write_json(out / f"dense-{name}.json", {"perplexity": _perplexity(model, text, steps), "version": _VERSION})
 
 
-def _further(name: str, steps: Steps, count: int) -> deadhead.PhaseRecipe:
+def _further(name: str, steps: Steps, count: int) -> PhaseRecipe:
     values = phase(name, steps=count, learning_rate=5e-4, warmup_steps=min(20, count // 4), schedule="cosine")
-    return deadhead.PhaseRecipe(**values)
+    return PhaseRecipe(**values)
 
 
 def _perplexity(model: PreTrainedModel, text: TokenizedCorpus, steps: Steps) -> float:
@@ -137,17 +139,17 @@ def measure(name: str, budget: str, steps: Steps, out: Path) -> None:
     choice: dict[str, Any] = {kind: float(value), "budget_length": _LENGTH, "budget_batch_size": _BATCH}
     if units:
         choice["blocks"] = units == "both"
-    recipe = deadhead.PruneRecipe(**phase(name, steps=steps.gates, learning_rate=5e-4, **choice))
+    recipe = PruneRecipe(**phase(name, steps=steps.gates, learning_rate=5e-4, **choice))
     model = deadhead.load(out / "dense" / name)
     dense_cost = deadhead.model_cost(model, length=_LENGTH)
-    gates = deadhead.attach_gates(model, recipe)
-    deadhead.train(model, train, recipe, gates=gates, seed=1, first_segment=steps.dense)
-    found = deadhead.close_to_budget(model, gates, recipe)
+    gates = attach_gates(model, recipe)
+    deadhead.training.train(model, train, recipe, PhaseRun(gates=gates, seed=1, first_segment=steps.dense))
+    found = close_to_budget(model, gates, recipe)
     deadhead.cut(model, gates.plan())
     cost = deadhead.model_cost(model, length=_LENGTH)
     before = _perplexity(model, text, steps)
     further = _further(name, steps, steps.finetune)
-    deadhead.train(model, train, further, seed=2, first_segment=steps.dense + steps.gates)
+    deadhead.training.train(model, train, further, PhaseRun(seed=2, first_segment=steps.dense + steps.gates))
     point = {
         "model": name,
         "budget": budget,
@@ -170,7 +172,13 @@ def measure(name: str, budget: str, steps: Steps, out: Path) -> None:
 
 
 def _reached(
-    kind: str, model: PreTrainedModel, dense: deadhead.Cost, cost: deadhead.Cost, name: str, steps: Steps, out: Path
+    kind: str,
+    model: PreTrainedModel,
+    dense: Cost,
+    cost: Cost,
+    name: str,
+    steps: Steps,
+    out: Path,
 ) -> float:
     if kind == "speedup":
         models = {"dense": deadhead.load(out / "dense" / name), "pruned": model}

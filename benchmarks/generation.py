@@ -37,7 +37,7 @@ COPIED_BYTES = 2**28
 class Generation:
     """One token after another, with the keys and values before them in a cache."""
 
-    def __init__(self, model: deadhead.AllAttentionForCausalLM, batch: int) -> None:
+    def __init__(self, model: deadhead.models.AllAttentionForCausalLM, batch: int) -> None:
         self.model = model.eval()
         length = model.config.memory_length
         self.ids = torch.randint(model.config.vocab_size, (batch, length + 1))
@@ -73,7 +73,7 @@ class Copy:
 class Products:
     """The products of one token's rows with every weight matrix of a model, and nothing else."""
 
-    def __init__(self, model: deadhead.AllAttentionForCausalLM, batch: int) -> None:
+    def __init__(self, model: deadhead.models.AllAttentionForCausalLM, batch: int) -> None:
         self.pairs = []
         for name, weight in model.named_parameters():
             if weight.ndim < 2 or any(part in name for part in ("r_proj", "position", "content_bias")):
@@ -90,7 +90,7 @@ class Products:
             torch.bmm(matrices, columns)
 
 
-def read_bytes(model: deadhead.AllAttentionForCausalLM) -> int:
+def read_bytes(model: deadhead.models.AllAttentionForCausalLM) -> int:
     """Return the bytes of the weights that a token needs: W_R p is kept, so W_R and p are not read again."""
     left_out = ("r_proj", "position_table")
     return sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in left_out))

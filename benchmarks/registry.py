@@ -86,7 +86,7 @@ def try_type(model_type: str, seed: int = 0) -> Outcome:
         gates.set_plan(plan)
         gated = copy.deepcopy(model)
         deadhead.cut(model, plan)
-    except deadhead.CutError:
+    except deadhead.errors.CutError:
         return Outcome(
             model_type=model_type,
             state="refused",

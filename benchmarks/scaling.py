@@ -27,6 +27,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deadhead.training import PhaseRun, PruneRecipe, attach_gates, train
+
 ROWS, LENGTH, VOCABULARY = 8, 32, 256
 
 
@@ -39,7 +41,6 @@ def measure(folder: Path, steps: int) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
-    import deadhead
     from deadhead.data import TokenStream
 
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -98,7 +99,7 @@ def measure(folder: Path, steps: int) -> None:
     source = b"".join(path.read_bytes() for path in sorted(Path(json.__file__).parent.glob("*.py")))
     tokens = np.frombuffer(source, np.uint8)[: ROWS * LENGTH * 40].astype(np.uint16)
     text = TokenStream(tokens=tokens, num_bytes=len(tokens), num_words=len(tokens))
-    recipe = deadhead.PruneRecipe(
+    recipe = PruneRecipe(
         steps=steps,
         batch_size=ROWS // count,
         sequence_length=LENGTH,
@@ -107,10 +108,10 @@ def measure(folder: Path, steps: int) -> None:
         learning_rate=1e-3,
         ramp_steps=steps // 2,
     )
-    gates = deadhead.attach_gates(model, recipe)
+    gates = attach_gates(model, recipe)
     ids = {id(gate.log_alpha_bias) for _, gate in gates}
     watch = Watch()
-    deadhead.train(model, text, recipe, gates=gates, callbacks=[watch])
+    train(model, text, recipe, PhaseRun(gates=gates, callbacks=[watch]))
     if rank == 0:
         found = {f"weights.{name}": p.detach().clone() for name, p in model.named_parameters() if id(p) not in ids}
         found |= {f"gates.{layer}": values for layer, values in gates.log_alpha().items()}
@@ -155,7 +156,7 @@ def on_paper(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     import deadhead
 
-    paper = deadhead.AllAttentionConfig(
+    paper = deadhead.models.AllAttentionConfig(
         vocab_size=32000, hidden_size=512, num_hidden_layers=16, num_attention_heads=8, num_persistent=2048
     )
     # Llama-2's sizes.

@@ -75,7 +75,7 @@ def main() -> None:
             "import torch (floor)": ["-c", "import torch"],
             "import torch and transformers (floor)": ["-c", _IMPORTS],
             "deadhead inspect, 8B, its config.json alone": ["-c", _COMMAND, "inspect", str(model / "config.json")],
-            "import deadhead, use a model": ["-c", "import deadhead; deadhead.AllAttentionForCausalLM"],
+            "import deadhead, use a model": ["-c", "import deadhead; deadhead.models.AllAttentionForCausalLM"],
         }
         runs = {
             name: partial(subprocess.run, [sys.executable, *arguments], check=True, capture_output=True)

@@ -131,7 +131,7 @@ def measure_layers(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[str, 
 class Step:
     """A training step of a language model: forward, backward, Adam."""
 
-    def __init__(self, model: deadhead.AllAttentionForCausalLM, shape: Shape) -> None:
+    def __init__(self, model: deadhead.models.AllAttentionForCausalLM, shape: Shape) -> None:
         self.model = model.train()
         self.gates = deadhead.gates_of(model)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)

@@ -9,9 +9,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import deadhead
-from deadhead import PhaseRecipe, PruneRecipe
 from deadhead.gates.gates import HeadGates
 from deadhead.models import AllAttentionForCausalLM
+from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, train
 from deadhead.training.phases.choosing import gate_config
 from tests.random_models import tiny_model
 from tests.small_runs import KillAt, Killed, stream
@@ -54,16 +54,18 @@ def run_phase(
         gates = deadhead.attach(model, config=gate_config(recipe, model, seed=1))
     stops = () if kill is None else (KillAt(kill),)
     try:
-        deadhead.train(
+        train(
             model,
             TEXT,
             recipe,
-            folder=folder / "checkpoints",
-            gates=gates,
-            metrics=folder / "metrics.jsonl",
-            tensorboard=folder / "tensorboard",
-            callbacks=(*callbacks, *stops),
-            resume=resume,
+            PhaseRun(
+                folder=folder / "checkpoints",
+                gates=gates,
+                metrics=folder / "metrics.jsonl",
+                tensorboard=folder / "tensorboard",
+                callbacks=(*callbacks, *stops),
+                resume=resume,
+            ),
         )
     except Killed:
         assert kill is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,8 @@ def test_every_public_name_is_there() -> None:
     for name in deadhead.__all__:
         assert getattr(deadhead, name) is not None
         assert name in dir(deadhead)
-    assert set(deadhead.__all__) == set(deadhead._HOME)
+    imported = re.findall(r"import (\w+) as \1$", Path(deadhead.__file__).read_text("utf-8"), re.M)
+    assert sorted(imported) == sorted(deadhead.__all__) == sorted(deadhead._HOME)
     with pytest.raises(AttributeError, match="nonsense"):
         deadhead.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
@@ -69,8 +71,8 @@ for name in deadhead.__all__:
     ],
 )
 def test_auto_classes_know_our_models_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
-    model = deadhead.AllAttentionForCausalLM(
-        deadhead.AllAttentionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_persistent=3)
+    model = deadhead.models.AllAttentionForCausalLM(
+        deadhead.models.AllAttentionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_persistent=3)
     )
     deadhead.save(model, tmp_path / "model")
     code = f"""

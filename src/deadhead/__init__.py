@@ -1,143 +1,85 @@
 """deadhead finds the dead heads of a Transformer language model and cuts them off.
 
-    gates = deadhead.attach(model)          # a trainable gate on every attention head
+    pruned = deadhead.prune("NAME_OR_FOLDER", "my.txt", params=0.8)     # the whole of it in one call
+
+    gates = deadhead.attach(model)          # or: a trainable gate on every attention head
     ...                                     # train with deadhead.SparsityCallback(gates)
     deadhead.cut(model, gates.plan())       # heads whose gates closed are gone
 
-The public API is `__all__`; everything else may change. A name is loaded when it is first used, and the Auto classes of
-transformers learn of deadhead's models when transformers is imported.
+The public API is `__all__`, and what `deadhead.data`, `deadhead.training`, `deadhead.models` and the other folders name
+as theirs. A name is loaded when it is first used, and the Auto classes of transformers learn of deadhead's models when
+transformers is imported.
 """
 
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deadhead.attaching import attach, detach, gates_of
-    from deadhead.checkpoints.checkpoint import load, load_gated, save
-    from deadhead.checkpoints.gate_files import load_gates, save_gates
-    from deadhead.cutting import cut
-    from deadhead.data import load_text
-    from deadhead.errors import CutError, DivergenceError, ExportError, InputError, RunWarning, UnsupportedModel
-    from deadhead.export.exporting import Exported, export_model
-    from deadhead.gates.gates import HeadGates
-    from deadhead.gates.hard_concrete import GateConfig
-    from deadhead.measure.cost import model_cost
-    from deadhead.measure.costs import Cost
-    from deadhead.measure.criteria import score_heads
-    from deadhead.measure.evaluation import Evaluation, evaluate
-    from deadhead.measure.timing import bench
-    from deadhead.models import AllAttentionConfig, AllAttentionForCausalLM
-    from deadhead.plans.plan import BlockPlan, HeadPlan
-    from deadhead.plans.scores import HeadScores
-    from deadhead.report.writing import Report, report_run
-    from deadhead.streaming.cutting import CheckpointCut, cut_checkpoint
-    from deadhead.training.callbacks.sparsity import SparsityCallback
-    from deadhead.training.phases.choosing import attach_gates, close_to_budget, gate_config
-    from deadhead.training.phases.phase import rank, train
-    from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
+    from deadhead.attaching import attach as attach
+    from deadhead.attaching import detach as detach
+    from deadhead.attaching import gates_of as gates_of
+    from deadhead.checkpoints.checkpoint import load as load
+    from deadhead.checkpoints.checkpoint import load_gated as load_gated
+    from deadhead.checkpoints.checkpoint import save as save
+    from deadhead.cutting import cut as cut
+    from deadhead.errors import InputError as InputError
+    from deadhead.errors import UnsupportedModel as UnsupportedModel
+    from deadhead.export.exporting import export_model as export_model
+    from deadhead.gates.gates import HeadGates as HeadGates
+    from deadhead.gates.hard_concrete import GateConfig as GateConfig
+    from deadhead.measure.cost import model_cost as model_cost
+    from deadhead.measure.evaluation import evaluate as evaluate
+    from deadhead.measure.timing import bench as bench
+    from deadhead.plans.plan import BlockPlan as BlockPlan
+    from deadhead.plans.plan import HeadPlan as HeadPlan
+    from deadhead.report.writing import report_run as report_run
+    from deadhead.streaming.cutting import cut_checkpoint as cut_checkpoint
+    from deadhead.training.callbacks.sparsity import SparsityCallback as SparsityCallback
+    from deadhead.training.runs.one_call import finetune as finetune
+    from deadhead.training.runs.one_call import prune as prune
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AllAttentionConfig": "models",
-    "AllAttentionForCausalLM": "models",
     "BlockPlan": "plans.plan",
-    "CheckpointCut": "streaming.cutting",
-    "Cost": "measure.costs",
-    "CutError": "errors",
-    "DivergenceError": "errors",
-    "Evaluation": "measure.evaluation",
-    "ExportError": "errors",
-    "Exported": "export.exporting",
     "GateConfig": "gates.hard_concrete",
     "HeadGates": "gates.gates",
     "HeadPlan": "plans.plan",
-    "HeadScores": "plans.scores",
     "InputError": "errors",
-    "PhaseRecipe": "training.recipes.recipe",
-    "PruneRecipe": "training.recipes.recipe",
-    "Report": "report.writing",
-    "RunWarning": "errors",
     "SparsityCallback": "training.callbacks.sparsity",
     "UnsupportedModel": "errors",
     "attach": "attaching",
-    "attach_gates": "training.phases.choosing",
     "bench": "measure.timing",
-    "close_to_budget": "training.phases.choosing",
     "cut": "cutting",
     "cut_checkpoint": "streaming.cutting",
     "detach": "attaching",
     "evaluate": "measure.evaluation",
     "export_model": "export.exporting",
-    "gate_config": "training.phases.choosing",
+    "finetune": "training.runs.one_call",
     "gates_of": "attaching",
     "load": "checkpoints.checkpoint",
     "load_gated": "checkpoints.checkpoint",
-    "load_gates": "checkpoints.gate_files",
-    "load_text": "data",
     "model_cost": "measure.cost",
-    "rank": "training.phases.phase",
+    "prune": "training.runs.one_call",
     "report_run": "report.writing",
     "save": "checkpoints.checkpoint",
-    "save_gates": "checkpoints.gate_files",
-    "score_heads": "measure.criteria",
-    "train": "training.phases.phase",
 }
 """Public names, and the modules that define them."""
 
-__all__ = [
-    "AllAttentionConfig",
-    "AllAttentionForCausalLM",
-    "BlockPlan",
-    "CheckpointCut",
-    "Cost",
-    "CutError",
-    "DivergenceError",
-    "Evaluation",
-    "ExportError",
-    "Exported",
-    "GateConfig",
-    "HeadGates",
-    "HeadPlan",
-    "HeadScores",
-    "InputError",
-    "PhaseRecipe",
-    "PruneRecipe",
-    "Report",
-    "RunWarning",
-    "SparsityCallback",
-    "UnsupportedModel",
-    "attach",
-    "attach_gates",
-    "bench",
-    "close_to_budget",
-    "cut",
-    "cut_checkpoint",
-    "detach",
-    "evaluate",
-    "export_model",
-    "gate_config",
-    "gates_of",
-    "load",
-    "load_gated",
-    "load_gates",
-    "load_text",
-    "model_cost",
-    "rank",
-    "report_run",
-    "save",
-    "save_gates",
-    "score_heads",
-    "train",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        # A folder of the package, such as deadhead.data.
+        value = import_module(f"{__name__}.{name}")
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
 
+_chosen: ContextVar[torch.device | None] = ContextVar("chosen_device", default=None)
+
+
+@contextmanager
+def on_device(device: torch.device | None) -> Iterator[None]:
+    """Let `best_device` return `device` while the block runs; None leaves the choice to it."""
+    before = _chosen.set(device or _chosen.get())
+    try:
+        yield
+    finally:
+        _chosen.reset(before)
+
 
 def best_device() -> torch.device:
-    """Return the accelerator of this machine, or the CPU."""
+    """Return the device that `on_device` has chosen, else the accelerator of this machine, or the CPU."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 

@@ -27,7 +27,7 @@ def _saved(folder: Path, model_type: str = "llama", **attach: Any) -> deadhead.H
     with torch.no_grad():
         for _, gate in gates:
             gate.log_alpha_bias.normal_()
-    deadhead.save_gates(gates, folder)
+    deadhead.checkpoints.gate_files.save_gates(gates, folder)
     return gates
 
 
@@ -38,7 +38,7 @@ def test_round_trip(unit: Any, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([GATES_FILE, GATES_CONFIG_FILE])
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 4096
     model = tiny_model("llama")
-    loaded = deadhead.load_gates(model, tmp_path)
+    loaded = deadhead.checkpoints.gate_files.load_gates(model, tmp_path)
     assert deadhead.gates_of(model) is loaded
     assert_same_tensors(loaded.state_dict(), gates.state_dict())
     assert (loaded.config, loaded.unit, loaded.plan()) == (_CONFIG, unit, gates.plan())
@@ -57,7 +57,7 @@ def test_a_gated_checkpoint_holds_the_same_files(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     gates = deadhead.attach(model, config=_CONFIG)
     deadhead.save(model, tmp_path / "model")
-    deadhead.save_gates(gates, tmp_path / "gates")
+    deadhead.checkpoints.gate_files.save_gates(gates, tmp_path / "gates")
     for name in (GATES_FILE, GATES_CONFIG_FILE):
         assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "gates" / name).read_bytes()
 
@@ -67,7 +67,7 @@ def test_gates_of_older_checkpoints_name_no_unit(tmp_path: Path) -> None:
     values = json.loads((tmp_path / GATES_CONFIG_FILE).read_text())
     del values["unit"]
     (tmp_path / GATES_CONFIG_FILE).write_text(json.dumps(values))
-    assert deadhead.load_gates(tiny_model("gpt2"), tmp_path).plan() == gates.plan()
+    assert deadhead.checkpoints.gate_files.load_gates(tiny_model("gpt2"), tmp_path).plan() == gates.plan()
 
 
 def _unknown_key(folder: Path) -> None:
@@ -140,7 +140,7 @@ def test_damage_is_said_in_one_sentence_and_nothing_stays_attached(
     damage(tmp_path)
     model = tiny_model("llama")
     with pytest.raises(InputError, match=message) as caught:
-        deadhead.load_gates(model, tmp_path)
+        deadhead.checkpoints.gate_files.load_gates(model, tmp_path)
     assert "\n" not in str(caught.value)
     assert deadhead.gates_of(model) is None
 
@@ -150,6 +150,6 @@ def test_gates_of_another_model_are_refused(other: str, tmp_path: Path) -> None:
     _saved(tmp_path)
     model = tiny_model(other)
     with pytest.raises(InputError) as caught:
-        deadhead.load_gates(model, tmp_path)
+        deadhead.checkpoints.gate_files.load_gates(model, tmp_path)
     assert "\n" not in str(caught.value)
     assert deadhead.gates_of(model) is None

@@ -192,7 +192,7 @@ def test_a_phase_goes_on(given: Path, tmp_path: Path, command: _Command, monkeyp
         def stop(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("deadhead.training.runs.single.evaluate", stop)
+        patch.setattr("deadhead.checkpoints.checkpoint.save", stop)
         assert execute([str(word) for word in (*common, "--out", tmp_path / "stopped")]) == 130
     assert (tmp_path / "stopped.work" / "checkpoints").is_dir()
     assert not (tmp_path / "stopped").exists()

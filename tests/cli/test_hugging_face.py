@@ -71,7 +71,7 @@ def test_a_probe_leaves_the_weights_and_its_gates_are_cut_later(given: Path, tmp
     )
     for name, value in weights(given / "llama").items():
         assert torch.equal(probed[name], value), name
-    gates = deadhead.load_gates(deadhead.load(given / "llama"), tmp_path / "probe")
+    gates = deadhead.checkpoints.gate_files.load_gates(deadhead.load(given / "llama"), tmp_path / "probe")
     assert gates.unit == "head"
     gates.plan().to_json(tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["unit"] == "head"

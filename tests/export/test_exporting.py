@@ -42,7 +42,7 @@ def test_agreement_counts_tokens_before_the_first_other_one() -> None:
     found = compare(reference, other, runtime="x", tolerance=2.0)
     assert (found.logit_difference, found.tokens_equal) == (1.5, 1)
     for bad in (other, logits * float("nan"), logits[:2]):
-        with pytest.raises(deadhead.ExportError):
+        with pytest.raises(deadhead.errors.ExportError):
             compare(reference, bad, runtime="x", tolerance=1.0)
 
 

@@ -88,12 +88,12 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path: Path) -> None
     model, other = cut_by("llama", [1, 3, 1, 2]), cut_by("llama", [1, 3, 2, 2])
     path = tmp_path / onnx.FILE
     onnx.write_onnx(flat_model(model), path)
-    with pytest.raises(deadhead.ExportError, match="does not compute in onnxruntime"):
+    with pytest.raises(deadhead.errors.ExportError, match="does not compute in onnxruntime"):
         flat.check(path, make_reference(other), "onnxruntime", 1e-4)
     # A runtime that meets what is no model says so in a sentence too.
     path.write_bytes(path.read_bytes()[:1000])
     for runtime in ("onnxruntime", "openvino"):
-        with pytest.raises(deadhead.ExportError, match="cannot load the file"):
+        with pytest.raises(deadhead.errors.ExportError, match="cannot load the file"):
             flat.FlatSession(path, runtime)
 
 

@@ -96,7 +96,7 @@ def test_a_file_that_computes_something_else_does_not_stay(tmp_path: Path, monke
     """Rotated rows left where transformers has them: a file that loads, and is wrong."""
     model = cut_by("llama", [1, 3, 1, 2])
     monkeypatch.setattr(gguf_tensors, "interleave_halves", lambda tensor, heads: tensor)
-    with pytest.raises(deadhead.ExportError, match="does not compute in llama-cpp-python"):
+    with pytest.raises(deadhead.errors.ExportError, match="does not compute in llama-cpp-python"):
         deadhead.export_model(model, tmp_path / "model.gguf", to="gguf", kind="f32")
     assert not list(tmp_path.iterdir())
 
@@ -106,7 +106,7 @@ def test_a_file_that_llama_cpp_cannot_read_does_not_stay(tmp_path: Path, monkeyp
     model = cut_by("llama", [1, 3, 1, 2])
     wrong = replace(plan_file(model), head_dim=16)
     monkeypatch.setattr(exporting, "plan_file", lambda _: wrong)
-    with pytest.raises(deadhead.ExportError, match="llama.cpp could not use the file: .*wrong shape"):
+    with pytest.raises(deadhead.errors.ExportError, match="llama.cpp could not use the file: .*wrong shape"):
         deadhead.export_model(model, tmp_path / "model.gguf", to="gguf", kind="f32")
     assert not list(tmp_path.iterdir())
 

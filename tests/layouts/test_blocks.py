@@ -395,7 +395,7 @@ def test_saved_gates_come_back_with_their_model(kind: str, tmp_path: Path) -> No
     assert torch.equal(logits(detach(loaded)), logits(deadhead.load(tmp_path / "gated")))
     other = hugging_face_model("gpt2")
     with pytest.raises(InputError):
-        deadhead.load_gates(other, tmp_path / "gated")
+        deadhead.checkpoints.gate_files.load_gates(other, tmp_path / "gated")
     assert gates_of(other) is None
 
 

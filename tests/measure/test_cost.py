@@ -10,8 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import deadhead
-from deadhead import Cost, HeadPlan, UnsupportedModel
+from deadhead import HeadPlan, UnsupportedModel
 from deadhead.measure.cost import config_cost, model_cost
+from deadhead.measure.costs import Cost
 from tests.random_models import random_config, random_model, random_plan, tiny_config, tiny_model
 
 

@@ -16,8 +16,8 @@ import deadhead
 from benchmarks._tiny_models import scramble
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout, head_columns
-from deadhead.measure.criteria import score_heads
-from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
+from deadhead.measure.criteria import READS_TEXT, score_heads
+from deadhead.plans.kinds import ONE_SHOT
 from deadhead.plans.plan import Unit, UnitKey
 from tests.random_models import assert_unchanged, snapshot, tiny_model
 

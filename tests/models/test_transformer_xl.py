@@ -16,6 +16,7 @@ import deadhead
 from deadhead.measure.cost import config_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig, TransformerXLForCausalLM
 from deadhead.plans.plan import BlockPlan, HeadPlan
+from deadhead.training import PhaseRun, close_to_budget, gate_config, train
 from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.runs.run import model_config
@@ -144,12 +145,12 @@ def test_it_is_trained_with_gates_and_counts_as_a_model_of_ours() -> None:
     model = tiny()
     recipe = PruneRecipe(steps=3, batch_size=2, sparsity=0.5)
     assert with_defaults(recipe, model).output_scale
-    gates = deadhead.attach(model, config=deadhead.gate_config(recipe, model))
-    deadhead.train(model, stream(400), recipe, gates=gates)
-    deadhead.close_to_budget(model, gates, recipe)
+    gates = deadhead.attach(model, config=gate_config(recipe, model))
+    train(model, stream(400), recipe, PhaseRun(gates=gates))
+    close_to_budget(model, gates, recipe)
     assert gates.sparsity == 0.5
     deadhead.cut(model, gates.plan())
-    deadhead.train(model, stream(400), PhaseRecipe(steps=2, batch_size=2))
+    train(model, stream(400), PhaseRecipe(steps=2, batch_size=2))
 
 
 def test_sizes_that_are_not_those_of_a_transformer_xl_are_refused() -> None:

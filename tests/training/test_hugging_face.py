@@ -12,11 +12,12 @@ from transformers import Trainer, TrainingArguments
 
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
-from deadhead import GateConfig, InputError, PhaseRecipe, PruneRecipe
+from deadhead import GateConfig, InputError
 from deadhead.attaching import is_gate
 from deadhead.gates.gates import HeadGates
+from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, train
 from deadhead.training.phases.choosing import gate_config
-from deadhead.training.recipes.recipe import with_defaults
+from deadhead.training.phases.defaults import with_defaults
 from tests.small_runs import KillAt, Killed, assert_same_tensors, metrics, stream
 
 _TEXT = stream(600, vocab_size=VOCABULARY)
@@ -114,15 +115,17 @@ def _ours(
     model = tiny_model(model_type)
     gates = deadhead.attach(model, config=gate_config(recipe, model, seed=1))
     try:
-        deadhead.train(
+        train(
             model,
             _TEXT,
             recipe,
-            folder=folder / "checkpoints",
-            gates=gates,
-            metrics=folder / "metrics.jsonl",
-            callbacks=() if kill is None else (KillAt(kill),),
-            resume=resume,
+            PhaseRun(
+                folder=folder / "checkpoints",
+                gates=gates,
+                metrics=folder / "metrics.jsonl",
+                callbacks=() if kill is None else (KillAt(kill),),
+                resume=resume,
+            ),
         )
     except Killed:
         assert kill is not None
@@ -169,7 +172,7 @@ def test_frozen_weights_stay_frozen_where_they_were(tmp_path: Path) -> None:
     model.lm_head.requires_grad_(False)
     recipe = _prune(steps=1, freeze_weights=True)
     gates = deadhead.attach(model, config=gate_config(recipe, model))
-    deadhead.train(model, _TEXT, recipe, gates=gates)
+    train(model, _TEXT, recipe, PhaseRun(gates=gates))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["lm_head.weight"]
 
@@ -179,7 +182,7 @@ def test_the_loss_is_the_models_own_on_rows_of_the_text(tmp_path: Path) -> None:
     model, untouched = tiny_model("llama"), tiny_model("llama")
     recipe = PhaseRecipe(steps=1, batch_size=2, sequence_length=12, log_every=1)
     text = stream(2 * 12 + 1, vocab_size=VOCABULARY)
-    deadhead.train(model, text, recipe, metrics=tmp_path / "metrics.jsonl")
+    train(model, text, recipe, PhaseRun(metrics=tmp_path / "metrics.jsonl"))
     ids = torch.from_numpy(text.tokens[:24].astype("int64")).view(2, 12)
     with torch.no_grad():
         expected = float(untouched(input_ids=ids, labels=ids).loss)
@@ -193,8 +196,8 @@ def test_half_precision_weights_learn_in_float32(dtype: torch.dtype, tmp_path: P
     half: Any = tiny_model("llama").to(dtype)
     full: Any = tiny_model("llama").to(dtype).float()
     before = {name: value.clone() for name, value in half.state_dict().items()}
-    deadhead.train(half, _TEXT, recipe, metrics=tmp_path / "half" / "metrics.jsonl")
-    deadhead.train(full, _TEXT, recipe, metrics=tmp_path / "full" / "metrics.jsonl")
+    train(half, _TEXT, recipe, PhaseRun(metrics=tmp_path / "half" / "metrics.jsonl"))
+    train(full, _TEXT, recipe, PhaseRun(metrics=tmp_path / "full" / "metrics.jsonl"))
     assert {parameter.dtype for parameter in half.parameters()} == {dtype}
     assert metrics(tmp_path / "half") == metrics(tmp_path / "full")
     for name, value in full.state_dict().items():
@@ -225,6 +228,6 @@ def test_what_cannot_be_is_said_and_changes_nothing(recipe: PruneRecipe, message
     gates = deadhead.attach(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(InputError, match=message):
-        deadhead.train(model, _TEXT, recipe, gates=gates)
+        train(model, _TEXT, recipe, PhaseRun(gates=gates))
     assert_same_tensors(model.state_dict(), before)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import deadhead
-from deadhead import PruneRecipe
 from deadhead.attaching import attach
 from deadhead.cutting import cut
 from deadhead.gates.gates import HeadGates
@@ -20,6 +19,7 @@ from deadhead.gates.head_gate import HeadGate
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
 from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
+from deadhead.training import PhaseRun, PruneRecipe, train
 from deadhead.training.phases.choosing import gate_config
 from tests.random_models import difference, tiny_model
 from tests.small_runs import KillAt, Killed, assert_same_tensors, metrics, stream
@@ -197,13 +197,18 @@ def test_a_run_with_gates_on_blocks_goes_on_to_the_same_bits_after_a_kill(killed
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     model, gates, recipe = _begun()
     text = stream(300)
-    deadhead.train(model, text, recipe, gates=gates, seed=7, folder=whole, metrics=whole / "metrics.jsonl")
+    train(
+        model,
+        text,
+        recipe,
+        PhaseRun(gates=gates, seed=7, folder=whole, metrics=whole / "metrics.jsonl"),
+    )
     begun, begun_gates, _ = _begun()
     settings: dict[str, Any] = {"seed": 7, "folder": stopped, "metrics": stopped / "metrics.jsonl"}
     with pytest.raises(Killed):
-        deadhead.train(begun, text, recipe, gates=begun_gates, callbacks=[KillAt(killed)], **settings)
+        train(begun, text, recipe, PhaseRun(gates=begun_gates, callbacks=[KillAt(killed)], **settings))
     resumed, resumed_gates, _ = _begun()
-    deadhead.train(resumed, text, recipe, gates=resumed_gates, resume=True, **settings)
+    train(resumed, text, recipe, PhaseRun(gates=resumed_gates, resume=True, **settings))
     assert_same_tensors(model.state_dict(), resumed.state_dict())
     assert metrics(whole) == metrics(stopped)
     plan = gates.plan()

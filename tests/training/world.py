@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import deadhead
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import whole
+from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, attach_gates, train
 from tests.small_runs import stream
 
 RANK, COUNT = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -73,7 +74,7 @@ def _model(kind: str) -> Any:
                 eos_token_id=1,
             )
         )
-    own = deadhead.AllAttentionConfig(
+    own = deadhead.models.AllAttentionConfig(
         vocab_size=29,
         hidden_size=32,
         num_hidden_layers=2,
@@ -82,7 +83,7 @@ def _model(kind: str) -> Any:
         memory_length=8,
         segment_length=8,
     )
-    return deadhead.AllAttentionForCausalLM(own)
+    return deadhead.models.AllAttentionForCausalLM(own)
 
 
 @contextmanager
@@ -119,26 +120,26 @@ def with_gates(name: str, settings: dict[str, Any]) -> dict[str, Tensor]:
     text = stream(21 * 8 + 1 if kind == "llama" else 8 * 8 * ROWS + 1)
     model = _model(kind)
     length = {"sequence_length": 8} if kind == "llama" else {}
-    recipe = deadhead.PruneRecipe(
+    recipe = PruneRecipe(
         steps=STEPS, batch_size=ROWS // COUNT, learning_rate=2e-3, ramp_steps=6, l0_warmup_steps=2, **length, **settings
     )
-    gates = deadhead.attach_gates(model, recipe)
+    gates = attach_gates(model, recipe)
     with _noted_noise(gates) as noise:
-        deadhead.train(model, text, recipe, gates=gates)
+        train(model, text, recipe, PhaseRun(gates=gates))
     return _state(name, model, gates, noise)
 
 
 def without_gates(name: str, accumulation: int) -> dict[str, Tensor]:
     """Train weights alone, where a batch in several parts is the same batch."""
     model, text = _model("llama"), stream(21 * 8 + 1)
-    recipe = deadhead.PhaseRecipe(
+    recipe = PhaseRecipe(
         steps=STEPS,
         batch_size=ROWS // COUNT // accumulation,
         gradient_accumulation=accumulation,
         learning_rate=2e-3,
         sequence_length=8,
     )
-    deadhead.train(model, text, recipe)
+    train(model, text, recipe)
     return _state(name, model, None, [])
 
 

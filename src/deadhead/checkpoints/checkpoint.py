@@ -131,15 +131,56 @@ def require_ours_or_free(path: Path) -> None:
             raise InputError(f"{path} holds {entry.name} beside a checkpoint of deadhead; choose another place.")
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def named_device(device: str | torch.device) -> torch.device:
+    """Return a device by its name, such as "cpu" or "cuda".
+
+    Raises:
+        InputError: there is no such device on this machine.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu", *([accelerator.type] if accelerator is not None else [])]
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in known or (found.index or 0) >= max(1, torch.accelerator.device_count()):
+        raise InputError(
+            f"A device was expected ({' or '.join(known)} on this machine), but {str(device)!r} was given."
+        )
+    return found
+
+
+def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a floating-point type by its name: "float32", "bfloat16" or "float16".
+
+    Raises:
+        InputError: it is none of these.
+    """
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = types.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in (*types.values(), torch.float64):
+        raise InputError(f"A dtype was expected ({', '.join(types)}), but {str(dtype)!r} was given.")
+    return found
+
+
+def load(
+    path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> PreTrainedModel:
     """Load a language model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
 
     It never runs code that a checkpoint brings along. A gated checkpoint gives the ungated model; `load_gated` gives
     both.
 
+    Args:
+        path: the folder or name.
+        dtype: of the weights, such as "bfloat16"; None: as they were saved.
+        device: where they go, such as "cuda"; None: the CPU.
+
     Raises:
         InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
     """
+    dtype = None if dtype is None else named_dtype(dtype)
+    device = None if device is None else named_device(device)
     name = str(path)
     local = Path(path).is_dir()
     if not local and not _looks_like_a_name(path):
@@ -178,7 +219,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
                 f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}."
             )
     model.eval()
-    return model
+    return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
 def require_unchanged(folder: Path) -> None:

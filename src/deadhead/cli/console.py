@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,7 +30,7 @@ from rich.text import Text
 from deadhead.disk.files import json_text
 
 if TYPE_CHECKING:
-    from deadhead.training.runs.run import Progress as Report
+    from deadhead.training.runs.workplace import Progress as Report
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -52,6 +52,14 @@ ReportTo = Annotated[
         help="Also report to a tracker through transformers, such as wandb; may be repeated.",
         show_default=False,
     ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Where to run, such as cpu or cuda; by default the accelerator there is."),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Load the weights as this; by default as they were saved."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, console, load_torch, print_json, working
+from deadhead.cli.console import AsJson, Dtype, console, load_torch, print_json, working
 from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
 
@@ -37,6 +37,7 @@ def export(
     tokenizer: Annotated[
         bool, typer.Option("--tokenizer/--no-tokenizer", help="Put the tokenizer into the file, or beside it.")
     ] = True,
+    dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Export a model, and check in the runtime that it computes what it does in PyTorch."""
@@ -53,9 +54,11 @@ def export(
             f"The checkpoint {model} has gates that are still on; cut it first: deadhead cut {model} --plan "
             f"{model / 'head_plan.json'}."
         )
+    if dtype is not None and to != "padded":
+        raise InputError("--dtype is of a padded checkpoint; the precision of other files is their --type.")
     kind = None if kind is None else kind.lower()
     require_exportable(out, to=to, kind=kind)
-    network = checkpoint.load(model, dtype=None if to == "padded" else torch.float32)
+    network = checkpoint.load(model, dtype=dtype if to == "padded" else torch.float32)
     has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()
     words = load_tokenizer(model) if tokenizer and has_tokenizer else None
     with working(f"writing {out.name}, and checking it in its runtime"):

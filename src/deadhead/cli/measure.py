@@ -10,17 +10,29 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Data, Model, Quiet, Seed, console, load_torch, print_json, progress
+from deadhead.cli.console import (
+    AsJson,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    Seed,
+    console,
+    load_torch,
+    print_json,
+    progress,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _load(path: Path) -> PreTrainedModel:
+def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
     from deadhead.checkpoints import checkpoint
     from deadhead.modes import best_device
 
-    return checkpoint.load(path).to(best_device())  # type: ignore[arg-type]
+    return checkpoint.load(path, device=device or best_device(), dtype=dtype)
 
 
 def evaluate(
@@ -33,6 +45,8 @@ def evaluate(
         int | None,
         typer.Option("--window", min=2, max=2**24, help="Tokens seen at once by a model without memory (512)."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +55,7 @@ def evaluate(
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
 
-    network = _load(model)
+    network = _load(model, device, dtype)
     with progress(quiet) as report:
         text, _ = load_text(
             data,
@@ -71,6 +85,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=2**24)] = 200,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.8,
     seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
@@ -78,7 +94,7 @@ def generate(
     from deadhead.data import load_tokenizer
     from deadhead.measure.generate import generate_text
 
-    network = _load(model)
+    network = _load(model, device, dtype)
     text = generate_text(
         network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
@@ -97,6 +113,8 @@ def bench(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=2**20)] = 8,
     length: Annotated[int, typer.Option("--length", min=1, max=2**24, help="Tokens of each text.")] = 128,
     repeats: Annotated[int, typer.Option("--repeats", min=1, max=10**6)] = 10,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
@@ -105,9 +123,9 @@ def bench(
     from deadhead.measure.timing import bench as run_bench
     from deadhead.measure.timing import efficiency
 
-    models = {"model": _load(model)}
+    models = {"model": _load(model, device, dtype)}
     if dense is not None:
-        models = {"dense": _load(dense), **models}
+        models = {"dense": _load(dense, device, dtype), **models}
     # Without a past every token of a text sees half of it on average.
     past = length if workload == "decode" else length // 2
     costs = {name: model_cost(network, length=past) for name, network in models.items()}

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Quiet, bytes_progress, console, load_torch, print_json
+from deadhead.cli.console import AsJson, Device, Dtype, Quiet, bytes_progress, console, load_torch, print_json
 from deadhead.cli.console import Model as ModelArgument
 from deadhead.errors import InputError
 
@@ -38,6 +38,8 @@ def cut(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped cut left in OUT.work.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +52,9 @@ def cut(
     from deadhead.streaming.cutting import cut_checkpoint
 
     with bytes_progress(quiet) as report:
-        done = cut_checkpoint(model, head_plan, out, stream=stream, resume=resume, progress=report)
+        done = cut_checkpoint(
+            model, head_plan, out, stream=stream, resume=resume, device=device, dtype=dtype, progress=report
+        )
     if as_json:
         print_json(asdict(done))
         return

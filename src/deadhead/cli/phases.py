@@ -177,21 +177,20 @@ def _run(
 ) -> None:
     load_torch(quiet or as_json)
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.runs.single import run_single
+    from deadhead.training.runs.one_call import finetune, prune
+    from deadhead.training.runs.single import Options, run_single
 
     with progress(quiet or not is_main()) as report:
-        result = run_single(
-            name,
-            phase,
-            out,
-            model=model,
-            data=_changed(text, source=source),
-            seed=seed,
-            resume=resume,
-            progress=report,
-            report_to=report_to or (),
-            **options,
-        )
+        given: dict[str, Any] = {"out": out, "seed": seed, "resume": resume, "progress": report}
+        given |= {"report_to": report_to or (), **options}
+        data = _changed(text, source=source)
+        if name == "train":
+            begun = given.pop("shape") if model is None else model
+            done = run_single("train", phase, begun, data, Options(**given))
+        else:
+            call: Any = prune if name == "prune" else finetune
+            done = call(model, data, recipe=phase, **given)
+    result = done.to_dict()
     if not leave():
         return
     if as_json:

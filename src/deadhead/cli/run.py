@@ -75,7 +75,8 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
             if least is not None and values[name]
         }
 
-    sections: dict[str, Any] = {name: scaled(getattr(recipe, name)) for name in ("train", "prune", "finetune")}
+    names = ("prune", "finetune") if recipe.dense_phase is None else ("train", "prune", "finetune")
+    sections: dict[str, Any] = {name: scaled(getattr(recipe, name)) for name in names}
     tokens = recipe.evaluation_tokens
     if tokens is not None and factor < 1:
         sections["evaluation_tokens"] = max(1000, round(tokens * factor))

@@ -136,11 +136,11 @@ class RunFacts:
         planned, begins = {}, {}
         if recipe is not None:
             planned = {
-                "train": 0 if recipe.dense else recipe.train.steps,
+                "train": recipe.train.steps if recipe.trains_dense else 0,
                 "prune": recipe.prune.training_steps,
                 "finetune": recipe.finetune.steps,
             }
-            dense = recipe.train.steps
+            dense = 0 if recipe.dense_phase is None else recipe.dense_phase.steps
             begins = {"train": 0, "prune": dense, "finetune": dense + planned["prune"]}
             if recipe.control:
                 planned |= {f"control_{name}": planned[name] for name in ("prune", "finetune")}

@@ -73,6 +73,8 @@ def cut_checkpoint(
     *,
     stream: bool | None = None,
     resume: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> CheckpointCut:
     """Write the checkpoint that `load`, `cut` and `save` would, without holding more of the model than a layer.
@@ -88,6 +90,8 @@ def cut_checkpoint(
         stream: whether to go shard by shard; None: if the checkpoint has several shards, or one of 2 GiB or more, and
             is one of which that can be done.
         resume: go on with what a stopped cut left in `OUT.work`.
+        device: where to cut in memory; None: the CPU.
+        dtype: of the weights, such as "bfloat16", for a cut in memory; None: as they were saved.
         progress: see `Progress`; called from several threads.
 
     Raises:
@@ -104,6 +108,10 @@ def cut_checkpoint(
         raise InputError(f"The cut model must not overwrite the model it is made of, {source}; choose another --out.")
     checkpoint.require_ours_or_free(out)
     why: str | None = None
+    if device is not None or dtype is not None:
+        if stream:
+            raise InputError("A device and a dtype are for a cut in memory; leave them out, or do not stream.")
+        stream = False
     if stream or (stream is None and _is_large(folder)):
         try:
             return _streamed(folder, plan, out, resume=resume, progress=progress or (lambda *_: None))
@@ -120,7 +128,7 @@ def cut_checkpoint(
             f"Cutting {source} in memory takes {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; use a larger "
             f"machine.{reason}"
         )
-    network = checkpoint.load(source)
+    network = checkpoint.load(source, device=device, dtype=dtype)
     before = model_cost(network, unit=plan.unit)
     cut(network, plan)
     checkpoint.save(network, out, tokenizer=_tokenizer(folder), base=source)

@@ -22,6 +22,7 @@ from torch.distributed import PrefixStore, TCPStore
 from transformers import TrainingArguments
 
 from deadhead.errors import DivergenceError, FailedElsewhere, InputError
+from deadhead.modes import best_device
 
 # How long processes wait for one another: turning a large text into tokens takes hours. A launcher ends the others at
 # once when one of them ends, so that only a process that hangs is waited for so long.
@@ -149,7 +150,7 @@ def _state() -> PartialState:
     # Asked for anew each time: transformers' TrainingArguments resets it, and keeps the process group.
     try:
         with _ended_at_once():
-            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE, **_own_store())
+            state = PartialState(cpu=best_device().type == "cpu", timeout=_PATIENCE, **_own_store())
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(

@@ -17,6 +17,7 @@ from deadhead.checkpoints import checkpoint
 from deadhead.data import load_text
 from deadhead.measure.evaluation import evaluate
 from deadhead.plans.picture import head_map_image
+from deadhead.training import PhaseRun
 from deadhead.training.phases.choosing import attach_gates
 from deadhead.training.phases.phase import train
 from deadhead.training.recipes.reading import to_toml
@@ -125,5 +126,5 @@ def test_a_validation_text_is_needed(tmp_path: Path) -> None:
     recipe = small_recipe(text, prune={"eval_every": 1, "eval_tokens": 20}).prune
     gates = attach_gates(model, recipe)
     with pytest.raises(InputError, match="eval_every asks for a validation text"):
-        train(model, corpus.splits["train"], recipe, gates=gates)
-    train(model, corpus.splits["train"], recipe, gates=gates, valid=corpus.splits["valid"])
+        train(model, corpus.splits["train"], recipe, PhaseRun(gates=gates))
+    train(model, corpus.splits["train"], recipe, PhaseRun(gates=gates, valid=corpus.splits["valid"]))

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from deadhead import HeadPlan, PhaseRecipe
+from deadhead import HeadPlan
 from deadhead.cli import execute
+from deadhead.training import PhaseRecipe
 from deadhead.training.callbacks import stopping
 from deadhead.training.phases.checkpoints import checkpoint_step, last_checkpoint
 from deadhead.training.recipes.reading import to_toml

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deadhead import InputError, RunWarning
+from deadhead import InputError
+from deadhead.errors import RunWarning
 from deadhead.training.phases.checkpoints import checkpoints, last_checkpoint, newest_finished
 from tests.small_phase import phase_recipe, run_phase
 from tests.small_runs import assert_same_tensors, metrics, weights

@@ -12,6 +12,7 @@ import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead.errors import InputError
 from deadhead.measure.cost import cost_of_kind, model_cost
+from deadhead.training import PhaseRun, PruneRecipe, train
 from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, true_share
 from deadhead.training.phases.phase import rank
 from tests import random_models
@@ -26,9 +27,9 @@ MODELS = {
 }
 
 
-def recipe_of(**values: Any) -> deadhead.PruneRecipe:
+def recipe_of(**values: Any) -> PruneRecipe:
     """Return a phase of a few steps."""
-    return deadhead.PruneRecipe(**{"steps": 6, "batch_size": 2, "save_every": 2, "learning_rate": 1e-3, **values})
+    return PruneRecipe(**{"steps": 6, "batch_size": 2, "save_every": 2, "learning_rate": 1e-3, **values})
 
 
 def row(name: str) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def test_trained_gates_meet_the_budget_and_the_cut_model_has_that_cost(
     gates = attach_gates(model, recipe)
     assert (gates.block_size is not None) == (kind in ("params", "flops") and name != "own")
     before = model_cost(model, unit=gates.unit, length=12)
-    deadhead.train(model, stream(600), recipe, gates=gates)
+    train(model, stream(600), recipe, PhaseRun(gates=gates))
     found = close_to_budget(model, gates, recipe)
     plan = gates.plan()
     deadhead.cut(model, plan)
@@ -69,7 +70,7 @@ def test_heads_and_blocks_that_own_the_same_numbers_use_a_budget_up(budget: dict
     model = random_models.tiny_model(num_attention_heads=8, hidden_size=32, num_persistent=32)
     recipe = recipe_of(**budget, blocks=True)
     gates = attach_gates(model, recipe)
-    deadhead.train(model, stream(600), recipe, gates=gates)
+    train(model, stream(600), recipe, PhaseRun(gates=gates))
     found = close_to_budget(model, gates, recipe)
     (value,) = budget.values()
     assert found is not None and value - 0.04 < found <= value
@@ -82,7 +83,7 @@ def test_single_query_heads_of_groups_meet_a_budget_that_their_sum_misses() -> N
     model = tiny_model("llama")
     recipe = recipe_of(sequence_length=12, params=0.75, unit="head")
     gates = attach_gates(model, recipe)
-    deadhead.train(model, stream(600), recipe, gates=gates)
+    train(model, stream(600), recipe, PhaseRun(gates=gates))
     found = close_to_budget(model, gates, recipe)
     before = model_cost(model).parameters
     with pytest.warns(UserWarning, match="key/value cache grows") if _grows(model, gates) else _nothing():
@@ -127,7 +128,7 @@ def test_gates_and_recipe_must_agree_on_blocks() -> None:
     model = tiny_model("llama")
     gates = deadhead.attach(model)
     with pytest.raises(InputError, match="asks for gates on blocks, but those attached have none"):
-        deadhead.train(model, stream(600), recipe_of(sequence_length=12, flops=0.6), gates=gates)
+        train(model, stream(600), recipe_of(sequence_length=12, flops=0.6), PhaseRun(gates=gates))
 
 
 def test_a_phase_that_is_killed_goes_on_to_the_same_plan_and_weights(tmp_path: Path) -> None:
@@ -137,8 +138,11 @@ def test_a_phase_that_is_killed_goes_on_to_the_same_plan_and_weights(tmp_path: P
         model = tiny_model("llama")
         gates = attach_gates(model, recipe, seed=3)
         callbacks = [] if kill is None else [KillAt(kill)]
-        deadhead.train(
-            model, stream(600), recipe, gates=gates, folder=folder, resume=resume, callbacks=callbacks, seed=3
+        train(
+            model,
+            stream(600),
+            recipe,
+            PhaseRun(gates=gates, folder=folder, resume=resume, callbacks=callbacks, seed=3),
         )
         close_to_budget(model, gates, recipe)
         return model, gates.plan()

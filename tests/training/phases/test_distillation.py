@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
-from deadhead import InputError, PhaseRecipe
+from deadhead import InputError
+from deadhead.training import PhaseRecipe, PhaseRun, train
 from deadhead.training.phases.distillation import Distillation
 from tests.random_models import tiny_config as all_attention_config
 from tests.random_models import tiny_model as all_attention
@@ -60,7 +61,7 @@ def test_a_cut_student_moves_to_its_teacher(tmp_path: Path) -> None:
     plan = deadhead.HeadPlan(kept={0: (0,), 1: (1, 2), 2: (3,)}, total={0: 4, 1: 4, 2: 4}, unit="kv_group")
     student = deadhead.cut(copy.deepcopy(teacher), plan)
     recipe = _recipe(steps=40, distill=1.0, sequence_length=12)
-    deadhead.train(student, _TEXT, recipe, teacher=teacher, metrics=tmp_path / "metrics.jsonl")
+    train(student, _TEXT, recipe, PhaseRun(teacher=teacher, metrics=tmp_path / "metrics.jsonl"))
     divergences = [line["teacher_divergence"] for line in metrics(tmp_path)]
     assert len(divergences) == 40
     assert sum(divergences[-5:]) < 0.6 * sum(divergences[:5])
@@ -88,8 +89,11 @@ def test_killed_and_resumed_is_as_if_never_stopped(kind: str, tmp_path: Path) ->
         settings: dict[str, Any] = {"folder": folder / "checkpoints", "metrics": folder / "metrics.jsonl"}
         try:
             callbacks = (_Kill(),) if kill else ()
-            deadhead.train(
-                student, text, _recipe(log_every=2), teacher=teacher, resume=resume, callbacks=callbacks, **settings
+            train(
+                student,
+                text,
+                _recipe(log_every=2),
+                PhaseRun(teacher=teacher, resume=resume, callbacks=callbacks, **settings),
             )
         except _Killed:
             assert kill
@@ -109,16 +113,16 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
     teacher = LlamaForCausalLM(config)
     scramble(teacher, 0)
     with pytest.raises(InputError, match="the model has 99 tokens and the teacher 100"):
-        deadhead.train(tiny_model("llama"), _TEXT, _recipe(), teacher=teacher)
+        train(tiny_model("llama"), _TEXT, _recipe(), PhaseRun(teacher=teacher))
 
 
 def test_an_adaptive_softmax_has_no_distribution_to_teach() -> None:
     config = all_attention_config(adaptive_cutoffs=[5], adaptive_factor=2)
-    teacher, student = (deadhead.AllAttentionForCausalLM(config) for _ in range(2))
+    teacher, student = (deadhead.models.AllAttentionForCausalLM(config) for _ in range(2))
     with pytest.raises(InputError, match="adaptive softmax"):
-        deadhead.train(student, stream(200), _recipe(), teacher=teacher)
+        train(student, stream(200), _recipe(), PhaseRun(teacher=teacher))
 
 
 def test_a_teacher_without_weight_is_refused() -> None:
     with pytest.raises(InputError, match="the weight of what it says, distill, is 0"):
-        deadhead.train(tiny_model("llama"), _TEXT, _recipe(distill=0.0), teacher=tiny_model("llama"))
+        train(tiny_model("llama"), _TEXT, _recipe(distill=0.0), PhaseRun(teacher=tiny_model("llama")))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import deadhead
-from deadhead import DivergenceError, RunWarning
+from deadhead.errors import DivergenceError, RunWarning
+from deadhead.training import PhaseRun, train
 from deadhead.training.phases.checkpoints import last_checkpoint
 from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.runs.run import Run
@@ -91,7 +92,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path) -> None:
 
 def test_without_a_checkpoint_it_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="stopped at step 4: .*; no checkpoint had been written yet"):
-        deadhead.train(tiny_model(), TEXT, phase_recipe(save_every=1), callbacks=[At(3, poison)])
+        train(tiny_model(), TEXT, phase_recipe(save_every=1), PhaseRun(callbacks=[At(3, poison)]))
 
 
 def test_an_exploding_gradient_is_found_before_the_step(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_an_exploding_gradient_is_found_before_the_step(tmp_path: Path) -> None:
 
     model.model.norm.weight.register_hook(explode)
     with pytest.warns(RunWarning, match="At step 4 the gradient norm is (nan|inf); going on from .* step 2"):
-        deadhead.train(model, TEXT, phase_recipe(save_every=2), folder=tmp_path)
+        train(model, TEXT, phase_recipe(save_every=2), PhaseRun(folder=tmp_path))
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 

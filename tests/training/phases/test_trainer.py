@@ -12,8 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 import deadhead
-from deadhead import DivergenceError, InputError, PhaseRecipe
+from deadhead import InputError
+from deadhead.errors import DivergenceError
 from deadhead.models import AllAttentionForCausalLM
+from deadhead.training import PhaseRecipe, PhaseRun, train
 from deadhead.training.phases.checkpoints import last_checkpoint
 from deadhead.training.phases.choosing import gate_config
 from deadhead.training.phases.phase import rank
@@ -68,7 +70,7 @@ def test_memory_is_the_text_before(accumulation: int, tmp_path: Path) -> None:
     model, by_hand = tiny_model(), tiny_model()
     steps = 10 if accumulation == 1 else 6
     recipe = phase_recipe(steps=steps, gradient_accumulation=accumulation)
-    deadhead.train(model, TEXT, recipe, metrics=tmp_path / "metrics.jsonl", first_segment=3)
+    train(model, TEXT, recipe, PhaseRun(metrics=tmp_path / "metrics.jsonl", first_segment=3))
     expected = _by_hand(by_hand, steps, accumulation=accumulation, first=3)
     assert _losses(tmp_path) == pytest.approx(expected, rel=1e-6)
     for name, value in by_hand.state_dict().items():
@@ -83,7 +85,12 @@ def test_seeded_loss_does_not_change(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AllAttentionForCausalLM(tiny_config())
     gates = deadhead.attach(model, config=gate_config(prune_recipe(), model, seed=0))
-    deadhead.train(model, stream(400), prune_recipe(steps=8), gates=gates, metrics=tmp_path / "metrics.jsonl")
+    train(
+        model,
+        stream(400),
+        prune_recipe(steps=8),
+        PhaseRun(gates=gates, metrics=tmp_path / "metrics.jsonl"),
+    )
     lines = metrics(tmp_path)
     assert [line["loss"] for line in lines] == pytest.approx(_SEEDED_LOSSES, abs=1e-3)
     assert [line["l0"] for line in lines] == pytest.approx(_SEEDED_L0, abs=1e-3)
@@ -177,7 +184,7 @@ def test_a_gradient_that_is_not_finite_stops_training_before_the_step(tmp_path: 
     before = copy.deepcopy(model.state_dict())
     model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(DivergenceError, match="stopped at step 1: the gradient norm is nan|inf"):
-        deadhead.train(model, TEXT, phase_recipe(), folder=tmp_path)
+        train(model, TEXT, phase_recipe(), PhaseRun(folder=tmp_path))
     assert_same_tensors(model.state_dict(), before)
 
 
@@ -217,7 +224,7 @@ def test_accumulated_batches_count_alike(tmp_path: Path) -> None:
         recipe = phase_recipe(steps=1, batch_size=rows, gradient_accumulation=accumulation)
         if rows == 1:
             _forget(model)
-        deadhead.train(model, text, recipe, metrics=folder / "metrics.jsonl")
+        train(model, text, recipe, PhaseRun(metrics=folder / "metrics.jsonl"))
         losses.append((_losses(folder)[0], model.state_dict()))
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
     for name, value in losses[0][1].items():
@@ -274,8 +281,11 @@ def test_output_differences_are_measured_where_asked_for_and_change_no_bit_of_th
 @pytest.mark.slow
 def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    deadhead.train(
-        tiny_model(), TEXT, phase_recipe(steps=3, log_every=2), report=lambda done, total, _: told.append((done, total))
+    train(
+        tiny_model(),
+        TEXT,
+        phase_recipe(steps=3, log_every=2),
+        PhaseRun(report=lambda done, total, _: told.append((done, total))),
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
 
@@ -284,9 +294,9 @@ def test_gates_need_aprune_recipe() -> None:
     model = tiny_model()
     gates = deadhead.attach(model)
     with pytest.raises(InputError, match="A phase with gates needs a prune recipe"):
-        deadhead.train(model, TEXT, phase_recipe(), gates=gates)
+        train(model, TEXT, phase_recipe(), PhaseRun(gates=gates))
 
 
 def test_a_text_too_short_is_refused() -> None:
     with pytest.raises(InputError, match="At least 13 tokens were expected for 2 rows of segments of 6, but .* has 12"):
-        deadhead.train(tiny_model(), stream(12), phase_recipe())
+        train(tiny_model(), stream(12), phase_recipe())

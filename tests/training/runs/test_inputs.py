@@ -10,7 +10,6 @@ import pytest
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.training.runs.run import Run
-from deadhead.training import Run
 from tests.small_runs import save_small_llama, save_small_model, small_recipe, tree, write_prose
 
 
@@ -24,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_small_llama(folder / "llama", text)
     cut = deadhead.load(save_small_model(folder / "cut", text))
     deadhead.cut(cut, HeadPlan(kept={0: [0, 2]}, total={0: 4, 1: 4}))
-    deadhead.save(cut, folder / "cut", tokenizer=deadhead.load_text(str(text))[1])
+    deadhead.save(cut, folder / "cut", tokenizer=deadhead.data.load_text(str(text))[1])
     (folder / "empty").mkdir()
     return folder
 
@@ -34,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("missing", "there is no such folder; run the recipe that trains it first, or leave dense out"),
         ("empty", "model configuration was expected"),
-        ("llama", "must be one of deadhead's own .* but its model type is 'llama'; prune others with deadhead prune"),
+        ("llama", "must be one of deadhead's own .* but its model type is 'llama'; name others in"),
         ("cut", "heads of that one are cut already"),
         ("wide", r"makes hidden_size 32, but the dense model in .*wide has 64; give the recipe the \[model\] of"),
         ("transformer_xl", "num_persistent 8, but the dense model in .* has 0"),

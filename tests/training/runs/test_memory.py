@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import deadhead
 from benchmarks._tiny_models import tiny_config as tiny_transformers_config
 from benchmarks.memory import MODELS, compare, configuration
-from deadhead.measure.cost import skeleton
 from deadhead.errors import InputError, UnsupportedModel
-from deadhead.training.runs.memory import TrainingMemory, training_memory
+from deadhead.measure.cost import skeleton
 from deadhead.training.recipes.recipe import PruneRecipe
+from deadhead.training.runs.memory import TrainingMemory, training_memory
 from tests.random_models import tiny_config
 
 # Not the benchmark's, by which the formula was made.

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deadhead.measure.cost import first_heads, model_cost
 from deadhead.data import build_tokenizer, open_corpus
 from deadhead.errors import InputError
+from deadhead.measure.cost import first_heads, model_cost
 from deadhead.models import AllAttentionConfig
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.recipes.recipe import DataRecipe, Recipe
+from deadhead.training.runs.models import model_config
 from deadhead.training.runs.recipe_cost import expected_vocabulary, recipe_costs
-from deadhead.training.runs.run import model_config
 from tests.conftest import ROOT
 from tests.small_runs import write_prose
 

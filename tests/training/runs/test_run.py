@@ -14,10 +14,19 @@ import torch
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.measure.evaluation import evaluate
+from deadhead.training import Run
 from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe
-from deadhead.training import Recipe, Run, load_recipe
-from tests.small_runs import assert_same_tensors, child, metrics, small_recipe, tree, weights, without_times, write_prose
+from tests.small_runs import (
+    assert_same_tensors,
+    child,
+    metrics,
+    small_recipe,
+    tree,
+    weights,
+    without_times,
+    write_prose,
+)
 
 _STAGES = ("dense", "gated", "cut", "finetuned")
 _FOLDERS = ("dense", "gated", "pruned", "control")
@@ -123,7 +132,7 @@ def test_the_folder_holds_what_the_design_says(whole: Path, recipe: Recipe) -> N
 def test_the_checkpoints_load_and_measure_as_the_summary_says(whole: Path, recipe: Recipe) -> None:
     summary = Run.start(recipe, whole, resume=True).summary()
     plan = HeadPlan.from_json(whole / "head_plan.json")
-    text, _ = deadhead.load_text(recipe.data.source)
+    text, _ = deadhead.data.load_text(recipe.data.source)
     for folder, stage in (("dense", "dense"), ("pruned", "finetuned"), ("control", "control")):
         model = deadhead.load(whole / folder)
         measured = evaluate(model, text.splits["valid"], limit=recipe.evaluation_tokens)
@@ -139,7 +148,7 @@ def test_phases_go_on_in_the_text(whole: Path, recipe: Recipe, text: Path) -> No
     """The control reads the same text as the pruned model: its first loss with gates off is that of the dense model."""
     first = {line["phase"]: line for line in metrics(whole) if line["step"] == 1}
     model = deadhead.load(whole / "dense")
-    stream, _ = deadhead.load_text(str(text))
+    stream, _ = deadhead.data.load_text(str(text))
     tokens = torch.from_numpy(stream.splits["train"].tokens.astype("int64"))
     per_row = (len(tokens) - 1) // (2 * 8)
     starts = [(row * per_row + 3) * 8 for row in range(2)]  # three steps of one segment a row were read

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from deadhead.errors import InputError
+from deadhead.modes import best_device
 from deadhead.training.recipes.recipe import PhaseRecipe
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
@@ -53,7 +54,7 @@ def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name
         dataloader_pin_memory=torch.cuda.is_available(),
         average_tokens_across_devices=False,
         # transformers refuses bf16 on a CPU unless it is told that the CPU is meant.
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=best_device().type == "cpu",
     )
     if args.n_gpu > 1:
         raise InputError(

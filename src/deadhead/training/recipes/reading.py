@@ -57,7 +57,8 @@ def changed(section: _S, **values: Any) -> _S:
     """
     given = {name: value for name, value in values.items() if value is not None}
     try:
-        return type(section).model_validate({**section.model_dump(), **given})
+        # What was not said stays unsaid: some defaults depend on that.
+        return type(section).model_validate({**section.model_dump(by_alias=True, exclude_unset=True), **given})
     except ValidationError as error:
         raise InputError(f"This run's setting {_explain(error, type(section))}.") from None
 
@@ -67,7 +68,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        known = list(_section(root, where[:-1]).model_fields)
+        known = [field.alias or key for key, field in _section(root, where[:-1]).model_fields.items()]
         near = difflib.get_close_matches(where[-1][:100], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"has an unknown key {shown('.'.join(where))}; {hint}"
@@ -105,7 +106,11 @@ def to_toml(recipe: Recipe) -> str:
             return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
         return repr(item)
 
-    dumped = recipe.model_dump(exclude_none=True)
+    dumped = recipe.model_dump(exclude_none=True, by_alias=True)
+    if recipe.model.from_ is not None:
+        dumped["model"] = {"from": recipe.model.from_}
+    if recipe.dense_phase is None:
+        del dumped["train"]
     tables = {name: item for name, item in dumped.items() if isinstance(item, list)}
     lines = [f"{name} = {value(item)}" for name, item in dumped.items() if not isinstance(item, (dict, list))]
     for name, section in dumped.items():

@@ -36,6 +36,14 @@ class _Section(BaseModel):
 class ModelRecipe(_Section):
     """A model of deadhead's own that is trained from scratch."""
 
+    from_: str | None = setting(
+        None,
+        "A model that exists, by its folder or its name on the hub, in place of all other fields of this section.",
+        unset="a fresh model of these sizes",
+        option="",
+        alias="from",
+        min_length=1,
+    )
     architecture: Literal["all_attention", "transformer_xl"] = setting(
         "all_attention",
         "All-attention layers hold persistent vectors; Transformer-XL layers hold a feed-forward part.",
@@ -76,6 +84,13 @@ class ModelRecipe(_Section):
     hidden_dropout: float = setting(0.0, "Dropout of each layer's output.", unit="share", ge=0, lt=1)
     embedding_dropout: float = setting(0.0, "Dropout of the embeddings.", unit="share", ge=0, lt=1)
     output_dropout: float = setting(0.0, "Dropout of the last hidden states.", unit="share", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _is_described_once(self) -> ModelRecipe:
+        others = sorted(self.model_fields_set - {"from_"})
+        if self.from_ is not None and others:
+            raise PydanticCustomError("budgets", f"from names a model that has its sizes, so leave {others[0]} out")
+        return self
 
     @model_validator(mode="after")
     def _has_what_its_layers_are_made_of(self) -> ModelRecipe:
@@ -372,3 +387,25 @@ class Recipe(_Section):
     published: list[PublishedModel] = Field(
         [], description="Published models, whose costs `deadhead inspect` shows; they change nothing in a run."
     )
+
+    @property
+    def dense_phase(self) -> PhaseRecipe | None:
+        """The phase that the dense model has behind it, in this run or an earlier one; None if it is taken as it is."""
+        return None if self.model.from_ is not None and "train" not in self.model_fields_set else self.train
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether the dense model is trained in this run."""
+        return self.dense is None and self.dense_phase is not None
+
+    @model_validator(mode="after")
+    def _begins_with_one_model(self) -> Recipe:
+        if self.model.from_ is None:
+            return self
+        if self.dense is not None:
+            raise PydanticCustomError("budgets", "[model] from and dense both name a model; leave one of the two out")
+        if "source" not in self.data.model_fields_set:
+            raise PydanticCustomError(
+                "budgets", "[model] from names a model that learned from other text, so name one: [data] source"
+            )
+        return self

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from deadhead.attaching import block_size
+from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
-from deadhead.attaching import block_size
 from deadhead.measure.latency import Latency
-from deadhead.layouts import find_layout
 from deadhead.plans.plan import HeadPlan
 from deadhead.plans.scores import HeadScores
 from deadhead.training.phases.choosing import asked_blocks, budget_length, plan_of_scores
-from deadhead.training.runs.memory import TrainingMemory, training_memory
 from deadhead.training.recipes.recipe import PruneRecipe
+from deadhead.training.runs.memory import TrainingMemory, training_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from deadhead.layouts import find_layout
 from deadhead.layouts.feed_forward import FeedForwardSite
 from deadhead.training.phases.choosing import attach_gates
 from deadhead.training.phases.learning import learner
-from deadhead.training.phases.phase import segment_length
+from deadhead.training.phases.segments import segment_length
 from deadhead.training.recipes.recipe import PruneRecipe
 
 # Numbers in a buffer of deadhead's blocked attention.

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedConfig
 
 from deadhead.data import TokenStream
 from deadhead.errors import InputError
-from deadhead.models import AllAttentionConfig
+from deadhead.measure.cost import skeleton
 from deadhead.training.phases.choosing import attach_gates, budget_costs
 from deadhead.training.phases.learning import learner
-from deadhead.training.phases.phase import segments
+from deadhead.training.phases.segments import segments
 from deadhead.training.processes import count
 from deadhead.training.recipes.recipe import Recipe
 
 
-def require_fitting(recipe: Recipe, config: AllAttentionConfig, text: TokenStream) -> None:
+def require_fitting(recipe: Recipe, config: PreTrainedConfig, text: TokenStream) -> None:
     """Check that every phase of a run can begin, on the model without its weights.
 
     A speedup is measured, so whether it can be reached shows only then.
@@ -29,13 +28,12 @@ def require_fitting(recipe: Recipe, config: AllAttentionConfig, text: TokenStrea
         InputError: the text is too short for a phase, a phase asks for what its model has not, or the budget cannot
             be reached.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    for phase in (recipe.train, recipe.prune, recipe.finetune):
+    model = skeleton(config)
+    for phase in filter(None, (recipe.dense_phase, recipe.prune, recipe.finetune)):
         segments(model, text, phase, rows=phase.batch_size * count(), first_segment=0)
         with learner(model, phase):
             pass
-    if recipe.train.distill:
+    if recipe.dense_phase is not None and recipe.dense_phase.distill:
         raise InputError(
             "[train] has no teacher yet that it could learn from, as the dense model is what it makes; leave its "
             "distill out."

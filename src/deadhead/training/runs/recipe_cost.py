@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deadhead.errors import InputError
 from deadhead.measure.cost import config_cost, first_heads
 from deadhead.measure.costs import Cost
-from deadhead.errors import InputError
 from deadhead.models import AllAttentionConfig
 from deadhead.training.recipes.recipe import DataRecipe, PublishedModel, Recipe
-from deadhead.training.runs.run import model_config
+from deadhead.training.runs.models import model_config
 
 # Tokens that tokenizers without a vocab_size have (see `build_tokenizer`); how many words a text has, only it tells.
 _VOCABULARIES = {"byte": 257, "bpe": 8192}
@@ -70,6 +70,10 @@ def recipe_costs(
     Raises:
         InputError: the model's sizes do not fit each other, or heads are not those of its layers.
     """
+    if recipe.model.from_ is not None:
+        raise InputError(
+            f"The recipe's model is {recipe.model.from_}, which costs what deadhead inspect {recipe.model.from_} says."
+        )
     tokens = vocab_size or expected_vocabulary(recipe.data)
     # Embeddings and output layer are left out of what is said without a vocabulary; the smallest that the model takes.
     config = model_config(recipe.model, tokens or max(recipe.model.adaptive_cutoffs or [0]) + 1)

@@ -4,87 +4,44 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.checkpoints import checkpoint
-from deadhead.measure.cost import model_cost
 from deadhead.cutting import cut
-from deadhead.data import TokenizedCorpus, special_token_ids
-from deadhead.errors import InputError, own_sentence
-from deadhead.measure.evaluation import evaluate
+from deadhead.data import TokenizedCorpus
 from deadhead.disk.files import remove_folder, remove_left_overs, require_replaceable, write_text
+from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates
+from deadhead.measure.cost import model_cost
+from deadhead.measure.evaluation import evaluate
 from deadhead.measure.generate import generate_text
-from deadhead.measure.latency import Latency
-from deadhead.models import AllAttentionConfig, TransformerXLConfig
+from deadhead.measure.timing import bench
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plans.plan import HeadPlan
-from deadhead.measure.timing import bench
+from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
-from deadhead.training.phases.choosing import asked_blocks
-from deadhead.training.runs.inputs import dense_folder, load_dense, prepare_text, require_same_training
-from deadhead.training.phases.phase import choose_units, train
-from deadhead.training.runs.preflight import require_fitting
+from deadhead.training.phases.choosing import asked_blocks, budget_length
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipes.reading import load_recipe, to_toml
-from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, Recipe
-from deadhead.training.callbacks.reporting import require_trackers
-from deadhead.training.phases.rolling_back import rolled_back
-from deadhead.training.runs.summary import METRICS_FILE, RECIPE_FILE, STAGES, read_summary, write_summary
-
-Progress = Callable[[str, int, int, dict[str, Any]], None]
-"""Told of the name of what goes on, how much is done, how much there is, and the last numbers."""
-
-
-def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: Any) -> AllAttentionConfig:
-    """Return the configuration of a recipe's model, given its vocabulary.
-
-    Raises:
-        InputError: the sizes do not fit each other.
-    """
-    make: Any = AllAttentionConfig
-    inner: dict[str, int] = {"num_persistent": recipe.persistent or 128}
-    if recipe.architecture == "transformer_xl":
-        make, inner = TransformerXLConfig, {"feed_forward_size": recipe.feed_forward or 4 * recipe.width}
-    try:
-        config: AllAttentionConfig = make(
-            vocab_size=vocab_size,
-            hidden_size=recipe.width,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            **inner,
-            memory_length=recipe.memory_length,
-            segment_length=recipe.segment_length,
-            position=recipe.position,
-            adaptive_cutoffs=recipe.adaptive_cutoffs,
-            attention_dropout=recipe.attention_dropout,
-            hidden_dropout=recipe.hidden_dropout,
-            embedding_dropout=recipe.embedding_dropout,
-            output_dropout=recipe.output_dropout,
-            **special_tokens,
-        )
-    except ValueError as error:
-        raise InputError(f"The recipe's model does not fit together: {own_sentence(error)}") from None
-    return config
-
-
-def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
-    """Return a fresh model for a tokenizer's vocabulary.
-
-    Raises:
-        InputError: the sizes do not fit each other.
-    """
-    config = model_config(recipe, len(tokenizer), **special_token_ids(tokenizer))
-    set_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+from deadhead.training.recipes.recipe import PhaseRecipe, Recipe
+from deadhead.training.runs.inputs import (
+    dense_folder,
+    fingerprint,
+    load_dense,
+    prepare_text,
+    require_same_training,
+)
+from deadhead.training.runs.models import build_model, model_config
+from deadhead.training.runs.preflight import require_fitting
+from deadhead.training.runs.summary import RECIPE_FILE, STAGES, read_summary, write_summary
+from deadhead.training.runs.workplace import Place, Progress, measured_values, told
 
 
 @dataclass
@@ -99,7 +56,7 @@ class Run:
         recipe: what to do.
         progress: told of what goes on, in the main process.
         fresh: whether the folder was made just now.
-        report_to: trackers that every phase reports to; see `deadhead.train`.
+        report_to: trackers that every phase reports to; see `PhaseRun`.
     """
 
     folder: Path
@@ -127,9 +84,7 @@ class Run:
         require_trackers(report_to)
         folder = Path(folder)
         fresh = on_main(lambda: cls._open(recipe, folder, resume=resume))
-        return cls(
-            folder, recipe, progress if progress is not None and is_main() else lambda *_: None, fresh, report_to
-        )
+        return cls(folder, recipe, told(progress), fresh, report_to)
 
     @staticmethod
     def _open(recipe: Recipe, folder: Path, *, resume: bool) -> bool:
@@ -143,7 +98,7 @@ class Run:
                 )
             # What others have published changes nothing in a run.
             begun, asked = (r.model_copy(update={"published": []}) for r in (load_recipe(folder / RECIPE_FILE), recipe))
-            if begun != asked:
+            if to_toml(begun) != to_toml(asked):
                 raise InputError(
                     f"{folder} holds a run of another recipe; resume it with: "
                     f"deadhead run {folder / RECIPE_FILE} --out {folder} --resume."
@@ -182,45 +137,85 @@ class Run:
         text, tokenizer = prepare_text(
             recipe.data,
             self.folder,
-            tokenizer_of=None if recipe.dense is None or self._done("dense") else dense_folder(recipe.dense),
+            tokenizer_of=self._tokenizer_of(),
             progress=lambda done, total: self.progress("reading text, kB", done, total, {}),
         )
         on_main(lambda: self._note_beginning(text))
-        steps = recipe.train.steps
+        before = () if recipe.dense_phase is None else (recipe.dense_phase,)
         if not self._done("gated"):
-            require_fitting(recipe, model_config(recipe.model, len(tokenizer)), text.splits["train"])
+            require_fitting(recipe, self._config(tokenizer), text.splits["train"])
         if not self._done("dense"):
-            if recipe.dense is None:
-                model = build_model(recipe.model, tokenizer, seed=recipe.seed)
-                self._train(model, text, "train", recipe.train, after=())
-            else:
-                trained = Path(recipe.dense).parent
-                require_same_training(trained / RECIPE_FILE, recipe.train, text.sha256)
-                model = load_dense(recipe.dense, model_config(recipe.model, len(tokenizer)))
-            self._finish(model, "dense", steps, text, tokenizer)
-        steps += recipe.prune.training_steps
+            self._make_dense(text, tokenizer)
         if not self._done("gated"):
-            model = checkpoint.load(self.folder / "dense")
-            gates = self._choose_heads(model, text)
+            model = self._load_dense()
+            gates = self._choose_units(model, self._place("prune", text, after=before))
             on_main(lambda: gates.plan().to_json(self.folder / checkpoint.PLAN_FILE))
-            self._finish(model, "gated", steps, text, tokenizer)
+            self._finish(model, "gated", text, tokenizer, after=(*before, recipe.prune))
         plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
+        pruned = (*before, recipe.prune)
         if not self._done("pruned"):
             model, gates = checkpoint.load_gated(self.folder / "gated")
             self._require_plan_of(gates, plan)
             cut(model, plan).to(best_device())  # type: ignore[arg-type]
-            on_main(lambda: self._measure(model, "cut", steps, text))
-            self._train(model, text, "finetune", recipe.finetune, after=(recipe.train, recipe.prune))
-            self._finish(model, "pruned", steps + recipe.finetune.steps, text, tokenizer, stage="finetuned")
+            on_main(lambda: self._measure(model, "cut", text, after=pruned))
+            self._train(model, recipe.finetune, self._place("finetune", text, after=pruned))
+            self._finish(model, "pruned", text, tokenizer, after=(*pruned, recipe.finetune), stage="finetuned")
         if recipe.control and not self._done("control"):
-            model = checkpoint.load(self.folder / "dense")
+            model = self._load_dense()
             # The same steps on the same text under the same schedules, only without gates and with every head.
             if recipe.prune.training_steps:
-                self._train(model, text, "control_prune", recipe.prune, after=(recipe.train,))
-            self._train(model, text, "control_finetune", recipe.finetune, after=(recipe.train, recipe.prune))
-            self._finish(model, "control", steps + recipe.finetune.steps, text, tokenizer)
+                self._train(model, recipe.prune, self._place("control_prune", text, after=before))
+            self._train(model, recipe.finetune, self._place("control_finetune", text, after=pruned))
+            self._finish(model, "control", text, tokenizer, after=(*pruned, recipe.finetune))
         on_main(lambda: self._compare(tokenizer))
         return self.summary()
+
+    def _config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+        """Return the configuration of the dense model."""
+        model = self.recipe.model
+        return checkpoint.load_config(model.from_) if model.from_ else model_config(model, len(tokenizer))
+
+    def _tokenizer_of(self) -> str | Path | None:
+        """Return where the tokenizer of a model that exists already lies, unless the run has it too."""
+        if self._done("dense"):
+            return None
+        return self.recipe.model.from_ if self.recipe.dense is None else dense_folder(self.recipe.dense)
+
+    def _make_dense(self, text: TokenizedCorpus, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Train the dense model, or take one that was trained before."""
+        recipe = self.recipe
+        if recipe.dense is not None:
+            require_same_training(Path(recipe.dense).parent / RECIPE_FILE, recipe.train, text.sha256)
+            model = load_dense(recipe.dense, model_config(recipe.model, len(tokenizer)))
+        elif recipe.model.from_ is not None:
+            model = checkpoint.load(recipe.model.from_)
+        else:
+            model = build_model(recipe.model, tokenizer, seed=recipe.seed)
+        if recipe.dense_phase is None:
+            # It stays where it is; stages that begin from it check that it is still the same.
+            digest = fingerprint(model)
+            on_main(lambda: self._measure(model.to(best_device()), "dense", text, after=()))  # type: ignore[arg-type]
+            on_main(lambda: self._note("model", {"from": str(recipe.model.from_), "sha256": digest}))
+            return
+        if recipe.trains_dense:
+            self._train(model, recipe.train, self._place("train", text, after=()))
+        self._finish(model, "dense", text, tokenizer, after=(recipe.train,))
+
+    def _load_dense(self) -> PreTrainedModel:
+        """Return the dense model.
+
+        Raises:
+            InputError: it lies outside the run, and is another by now.
+        """
+        if self.recipe.dense_phase is not None:
+            return checkpoint.load(self.folder / "dense")
+        model = checkpoint.load(str(self.recipe.model.from_))
+        if fingerprint(model) != self.summary()["model"]["sha256"]:
+            raise InputError(
+                f"The model {self.recipe.model.from_} is not the one that this run began with: its weights are others; "
+                "bring it back, or begin a new run with --out."
+            )
+        return model
 
     def _note_beginning(self, text: TokenizedCorpus) -> None:
         """Check that a run goes on as it began, and note how that was."""
@@ -250,21 +245,10 @@ class Run:
                 "changed or is damaged: restore it. A plan of your own is for deadhead cut."
             )
 
-    def _choose_heads(self, model: PreTrainedModel, text: TokenizedCorpus) -> HeadGates:
-        """Attach gates and close those of the heads that go; note what became of the budget."""
-        recipe = self.recipe.prune
-        gates, budget = choose_units(
-            model,
-            text.splits["train"],
-            recipe,
-            folder=self.folder,
-            train_gates=lambda gates, latency: self._train(
-                model, text, "prune", recipe, after=(self.recipe.train,), gates=gates, latency=latency
-            ),
-            seed=self.recipe.seed,
-            first_segment=_segments_read((self.recipe.train,)) // recipe.batch_size,
-            report=lambda done, total: self.progress("measuring latency", done, total, {}),
-        )
+    def _choose_units(self, model: PreTrainedModel, place: Place) -> HeadGates:
+        """Attach gates and close those of the units that go; note what became of the budget."""
+        gates, budget = place.choose_units(model, self.recipe.prune)
+        self._note_setback(place)
         if budget is not None:
             on_main(lambda: self._note("budget", budget))
         return gates
@@ -274,97 +258,88 @@ class Run:
         return read_summary(self.folder)
 
     def _done(self, name: str) -> bool:
+        if name == "dense" and self.recipe.dense_phase is None:
+            return "model" in self.summary()
         return (self.folder / name / "config.json").exists()
 
     def _note(self, key: str, value: Any) -> None:
         write_summary(self.folder, {**self.summary(), key: value})
 
-    def _train(
-        self,
-        model: PreTrainedModel,
-        text: TokenizedCorpus,
-        phase: str,
-        recipe: PhaseRecipe,
-        *,
-        after: tuple[PhaseRecipe, ...],
-        gates: HeadGates | None = None,
-        latency: Latency | None = None,
-    ) -> None:
-        folder = self.folder / "checkpoints" / phase
-        # Each phase goes on in the text where those before it stopped, so that none gains from reading twice.
-        train(
-            model,
-            text.splits["train"],
-            recipe,
-            folder=folder,
+    def _place(self, phase: str, text: TokenizedCorpus, *, after: tuple[PhaseRecipe, ...]) -> Place:
+        """Return where a phase works that comes after others, whose text it goes on in, so that none reads it twice."""
+        segments = sum(each.training_steps * each.gradient_accumulation * each.batch_size for each in after)
+        recipe = {"train": self.recipe.train, "prune": self.recipe.prune, "finetune": self.recipe.finetune}
+        return Place(
             phase=phase,
-            seed=self.recipe.seed,
-            first_segment=_segments_read(after) // recipe.batch_size,
-            gates=gates,
-            latency=latency,
-            # The dense model, before gates and cuts, is what the pruned one is to stay near to.
-            teacher=checkpoint.load(self.folder / "dense") if recipe.distill and phase != "train" else None,
-            metrics=self.folder / METRICS_FILE,
-            tensorboard=self.folder / "tensorboard" / phase,
-            report_to=self.report_to,
-            run_name=f"{self.recipe.name} {phase}",
+            folder=self.folder,
+            within=phase,
+            name=self.recipe.name,
+            text=text.splits["train"],
             valid=text.splits["valid"],
-            report=lambda done, total, logs: self.progress(phase, done, total, logs),
+            seed=self.recipe.seed,
+            # Each process reads its rows; divided by them, what was read of a row.
+            first_segment=segments // recipe[phase.removeprefix("control_")].batch_size,
+            # The dense model, before gates and cuts, is what the pruned one is to stay near to.
+            teacher=None if phase == "train" else self._load_dense,
+            progress=self.progress,
+            report_to=self.report_to,
             resume=True,
         )
-        if is_main() and (setback := rolled_back(folder)) is not None:
-            self._note("rolled_back", {**self.summary().get("rolled_back", {}), phase: setback})
+
+    def _train(self, model: PreTrainedModel, recipe: PhaseRecipe, place: Place) -> None:
+        place.train(model, recipe)
+        self._note_setback(place)
+
+    def _note_setback(self, place: Place) -> None:
+        if is_main() and (setback := place.rolled_back()) is not None:
+            self._note("rolled_back", {**self.summary().get("rolled_back", {}), place.phase: setback})
 
     def _finish(
         self,
         model: PreTrainedModel,
         name: str,
-        steps: int,
         text: TokenizedCorpus,
         tokenizer: PreTrainedTokenizerBase,
+        *,
+        after: tuple[PhaseRecipe, ...],
         stage: str | None = None,
     ) -> None:
-        """Measure and save a model, in the main process.
+        """Measure and save a model that has some phases behind it, in the main process.
 
         Its folder appears last: whoever sees it finds the summary complete too.
         """
 
         def measure_and_save() -> None:
-            measured = self._measure(model, stage or name, steps, text)
+            measured = self._measure(model, stage or name, text, after=after)
             checkpoint.save(
                 model,
                 self.folder / name,
                 tokenizer=tokenizer,
                 metrics={"validation perplexity a token": measured["perplexity"]},
+                base=self.recipe.model.from_,
             )
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
         on_main(measure_and_save)
 
-    def _measure(self, model: PreTrainedModel, stage: str, steps: int, text: TokenizedCorpus) -> dict[str, Any]:
+    def _measure(
+        self, model: PreTrainedModel, stage: str, text: TokenizedCorpus, *, after: tuple[PhaseRecipe, ...]
+    ) -> dict[str, Any]:
+        """Measure a model that has some phases behind it, and note what was found."""
         result = evaluate(
             model,
             text.splits["valid"],
             limit=self.recipe.evaluation_tokens,
             progress=lambda done, total: self.progress(f"evaluating {stage}", done, total, {}),
         )
-        cost = model_cost(model)
-        heads, blocks = cost.heads, cost.blocks
+        cost = model_cost(model, unit=self.recipe.prune.unit)
+        values = measured_values(cost, result, steps=sum(phase.training_steps for phase in after))
+        blocks = cost.blocks
         if stage == "gated":
             plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
-            heads, blocks = plan.heads, [] if plan.blocks is None else plan.blocks.blocks
-        has_blocks = asked_blocks(self.recipe.prune, model) is not False
-        values = {
-            "heads": heads,
-            **({"blocks": blocks} if has_blocks else {}),
-            "parameters": cost.parameters,
-            "flops_per_token": cost.flops_per_token,
-            "perplexity": result.perplexity,
-            "word_perplexity": result.word_perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "tokens_per_second": result.tokens_per_second,
-            "steps": steps,
-        }
+            values["heads"], blocks = plan.heads, [] if plan.blocks is None else plan.blocks.blocks
+        if asked_blocks(self.recipe.prune, model) is not False:
+            values["blocks"] = blocks
         self._note(stage, values)
         return values
 
@@ -372,14 +347,15 @@ class Run:
         """Time the stages side by side, and let dense and pruned model continue the same text."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.progress("timing", 0, 1, {})
-        dense = checkpoint.load(self.folder / "dense")
+        dense = self._load_dense()
         gated, _ = checkpoint.load_gated(self.folder / "gated")
         finetuned = checkpoint.load(self.folder / "pruned")
         models = {"dense": dense, "gated": gated, "finetuned": finetuned}
         for model in models.values():
             model.to(best_device())  # type: ignore[arg-type]
         # Several windows long, so that nearly every token sees a full one, as `flops_per_token` counts it.
-        timings = bench(models, batch_size=4, length=4 * dense.config.memory_length, repeats=15)
+        window = 4 * getattr(dense.config, "memory_length", 0)
+        timings = bench(models, batch_size=4, length=window or budget_length(dense, self.recipe.prune), repeats=15)
         # Models of the same shapes take the same time.
         timed = {"cut": "finetuned", "control": "dense"}
         for stage in (*STAGES, *(["control"] if self.recipe.control else [])):
@@ -394,11 +370,6 @@ class Run:
             "samples",
             {name: generate_text(model, tokenizer, prompt, max_new_tokens=160) for name, model in after.items()},
         )
-
-
-def _segments_read(phases: tuple[PhaseRecipe, ...]) -> int:
-    """Return the segments that each process reads in some phases; divided by its rows, the segments read of a row."""
-    return sum(phase.training_steps * phase.gradient_accumulation * phase.batch_size for phase in phases)
 
 
 def sample_prompt(source: str) -> str:

@@ -1,187 +1,312 @@
-"""One phase on its own: a checkpoint (or nothing) in, a checkpoint out."""
+"""One phase on its own: a model (or the sizes of one) in, a model and what was measured of it out."""
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.checkpoints import checkpoint
-from deadhead.measure.cost import model_cost
 from deadhead.cutting import cut as cut_heads
-from deadhead.errors import InputError, require_extra
-from deadhead.measure.evaluation import evaluate
 from deadhead.disk.files import remove_left_overs, write_json
-from deadhead.gates.gates import HeadGates
-from deadhead.measure.latency import Latency
-from deadhead.layouts import find_layout
 from deadhead.disk.reading import read_json
+from deadhead.errors import InputError, require_extra
+from deadhead.gates.gates import HeadGates
+from deadhead.layouts import find_layout
+from deadhead.measure.cost import model_cost
+from deadhead.measure.costs import Cost
+from deadhead.measure.evaluation import Evaluation, evaluate
+from deadhead.modes import best_device, on_device
+from deadhead.plans.plan import HeadPlan
+from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import LATENCY_FILE
-from deadhead.training.runs.inputs import prepare_text
-from deadhead.training.phases.phase import choose_units, train
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.callbacks.reporting import require_trackers
-from deadhead.training.phases.rolling_back import rolled_back
-from deadhead.training.runs.run import Progress, build_model
+from deadhead.training.runs.inputs import Data, Text, read_data, require_named
+from deadhead.training.runs.models import build_model
 from deadhead.training.runs.summary import METRICS_FILE
+from deadhead.training.runs.workplace import Place, Progress, measured_values, told
 
 _SETTINGS_FILE = "settings.json"
 
 Phase = Literal["train", "prune", "finetune"]
+T = TypeVar("T")
 
 
-def _silent(*_: Any) -> None:
-    """Tell nobody what goes on."""
+@dataclass(frozen=True)
+class Change(Generic[T]):
+    """What something was before a phase, and is after it."""
+
+    before: T
+    after: T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model after a phase.
+
+    Args:
+        model: it, in evaluation mode.
+        tokenizer: its own, if it is known.
+        plan: which units of the dense model it has; None for one that was never cut.
+        costs: parameters, FLOPs and cache, before and after.
+        measured: on the validation text, before and after; None without one.
+        steps: of the optimizer.
+        rolled_back: how training went back after a loss that was not finite, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: HeadPlan | None
+    costs: Change[Cost]
+    measured: Change[Evaluation] | None
+    steps: int
+    rolled_back: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as plain JSON values."""
+        after = None if self.measured is None else self.measured.after
+        found = measured_values(self.costs.after, after, steps=self.steps)
+        found.pop("tokens_per_second", None)
+        if self.plan is not None and self.plan.blocks is not None:
+            found["blocks"] = self.plan.blocks.blocks
+        if self.rolled_back is not None:
+            found["rolled_back"] = self.rolled_back
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned(Trained):
+    """A model after units were chosen and, unless the gates were to be kept, cut.
+
+    Args:
+        plan: which units stay.
+        budget: its `kind`, what was `asked` for and what was `reached`; None where λ decided.
+        gates: on the model, where it was not cut; its costs are then those of the whole model.
+    """
+
+    plan: HeadPlan
+    budget: dict[str, Any] | None = None
+    gates: HeadGates | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as plain JSON values."""
+        found = super().to_dict()
+        if self.gates is not None:
+            found["heads"] = self.plan.heads
+        return found if self.budget is None else {**found, "budget": self.budget}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a phase may be given beside its recipe; see `deadhead.prune`."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    teacher: PreTrainedModel | str | Path | None = None
+    seed: int = 0
+    out: str | Path | None = None
+    resume: bool = False
+    progress: Progress | None = None
+    report_to: Sequence[str] = ()
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    evaluation_tokens: int | None = None
 
 
 def run_single(
     phase: Phase,
     recipe: PhaseRecipe,
-    out: Path,
+    model: PreTrainedModel | str | Path | ModelRecipe,
+    data: Data | None,
+    options: Options,
     *,
-    model: Path | None,
-    data: DataRecipe,
-    seed: int = 0,
-    shape: ModelRecipe | None = None,
     cut: bool = True,
-    teacher: Path | None = None,
-    resume: bool = False,
-    progress: Progress = _silent,
-    report_to: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Run one phase and write its checkpoint; return what was measured.
+) -> Trained:
+    """Run one phase; write its checkpoint, if it is to have a place.
 
     Checkpoints to resume from lie in `OUT.work` beside it until the phase is done. Under torchrun or
     `accelerate launch` every process calls this; all train, and the main one does the rest.
 
     Args:
-        phase: which.
-        recipe: its settings; a `PruneRecipe` for "prune".
-        out: folder of the checkpoint to write.
-        model: checkpoint to start from; None, in "train" only, makes a fresh model of `shape`.
-        data: the text.
-        seed: of first weights, dropout and gate noise.
-        shape: sizes of a fresh model.
-        cut: whether "prune" cuts the heads whose gates closed, or saves the gated model.
-        teacher: checkpoint to distil from with the recipe's `distill`; None takes `model` itself in "prune", as it is
-            at the start, and no teacher in other phases.
-        resume: go on from the last checkpoint in `OUT.work`.
-        progress: told of what goes on, in the main process.
-        report_to: trackers; see `deadhead.train`.
+        phase: its name.
+        recipe: its settings; a `PruneRecipe` chooses units, and the result is a `Pruned`.
+        model: to start from: in memory, a checkpoint's folder, its name on the hub, or the sizes of a fresh one.
+        data: the text; None for the default one of deadhead's own models.
+        options: the rest.
+        cut: whether units that go are cut, or the gates kept.
 
     Raises:
         InputError: something given cannot be used.
         DivergenceError: training diverged.
     """
-    require_trackers(report_to)
+    require_trackers(options.report_to)
     if recipe.lora_rank:
         require_extra("peft", "peft", what="LoRA")
-    out = out.resolve()
-    work = out.with_name(out.name + ".work")
-    on_main(lambda: _check_places(out, work, model, resume=resume))
-    if not is_main():
-        progress = _silent
-    settings: dict[str, Any] = {
-        "phase": phase,
-        "recipe": recipe.model_dump(),
-        "data": data.model_dump(),
-        "model": None if model is None else str(model.resolve()),
-        "shape": None if shape is None else shape.model_dump(),
-        "seed": seed,
-        "teacher": None if teacher is None else str(teacher.resolve()),
-        "processes": count(),
-    }
-    if teacher is not None and not recipe.distill:
+    if options.teacher is not None and not recipe.distill:
         raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
-    with _gone_if_unused(work):
+    if options.dtype is not None and not isinstance(model, str | Path):
+        raise InputError("dtype is for a model that is loaded from a folder or the hub; leave it out.")
+    device = None if options.device is None else checkpoint.named_device(options.device)
+    if options.out is None:
+        if options.resume:
+            raise InputError("There is nothing to resume without out, beside which a stopped phase leaves its work.")
+        recipe = recipe.model_copy(update={"save_every": 0})
+        place: Any = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    else:
+        out = Path(options.out).resolve()
+        options = replace(options, out=out)
+        work = out.with_name(out.name + ".work")
+        on_main(lambda: _check_places(out, work, model, resume=options.resume))
+        place = nullcontext(str(work))
+    with place as folder, _gone_if_unused(Path(folder)), on_device(device):
+        return _run(phase, recipe, model, data, options, Path(folder), cut=cut)
 
-        def reading(done: int, total: int) -> None:
-            progress("reading text, kB", done, total, {})
 
-        network = None if model is None else checkpoint.load(model)
-        text, tokenizer = prepare_text(data, work, tokenizer_of=model, progress=reading)
-        if network is None:
-            network = build_model(shape or ModelRecipe(), tokenizer, seed=seed)
-        settings["sha256"] = text.sha256
+def _run(
+    phase: Phase,
+    recipe: PhaseRecipe,
+    model: PreTrainedModel | str | Path | ModelRecipe,
+    data: Data | None,
+    options: Options,
+    work: Path,
+    *,
+    cut: bool,
+) -> Trained:
+    progress = told(options.progress)
+    network, text = _begin(model, data, options, work, progress)
+    if options.out is not None:
+        settings = _settings(phase, recipe, model, data, options, text)
         on_main(lambda: _keep_settings(work, settings))
-        gates: HeadGates | None = None
-        budget = None
 
-        def learn(gates: HeadGates | None, latency: Latency | None = None) -> None:
-            train(
-                network,
-                text.splits["train"],
-                recipe,
-                folder=work / "checkpoints",
-                phase=phase,
-                seed=seed,
-                gates=gates,
-                latency=latency,
-                teacher=_load_teacher(teacher or (model if phase == "prune" else None)) if recipe.distill else None,
-                metrics=work / METRICS_FILE,
-                tensorboard=work / "tensorboard",
-                report_to=report_to,
-                run_name=f"{out.name} {phase}",
-                valid=text.splits["valid"],
-                report=lambda done, total, logs: progress(phase, done, total, logs),
-                resume=resume,
-            )
+    def measured(what: str) -> Evaluation | None:
+        if text.valid is None:
+            return None
+        network.to(best_device())  # type: ignore[arg-type]
+        limit = options.evaluation_tokens
+        return evaluate(network, text.valid, limit=limit, progress=lambda done, total: progress(what, done, total, {}))
 
-        if isinstance(recipe, PruneRecipe):
-            gates, budget = choose_units(
-                network,
-                text.splits["train"],
-                recipe,
-                folder=work,
-                train_gates=learn,
-                seed=seed,
-                report=lambda done, total: progress("measuring latency", done, total, {}),
-            )
-            if cut:
-                cut_heads(network, gates.plan())
-        else:
-            learn(None)
+    before = on_main(lambda: (model_cost(network), measured("evaluating before")))
+    place = Place(
+        phase=phase,
+        folder=work,
+        name=work.name.removesuffix(".work"),
+        text=text.train,
+        valid=text.valid,
+        seed=options.seed,
+        teacher=_teacher(options.teacher or (model if phase == "prune" else None), network, recipe),
+        progress=progress,
+        report_to=options.report_to,
+        resume=options.resume,
+    )
+    found: dict[str, Any] = {}
+    gates = None
+    if isinstance(recipe, PruneRecipe):
+        gates, found["budget"] = place.choose_units(network, recipe)
+        plan = gates.plan()
+        if cut:
+            cut_heads(network, plan)
+            gates = None
+            plan = find_layout(network).recorded_plan(network) or plan
+        found |= {"plan": plan, "gates": gates}
+    else:
+        place.train(network, recipe)
+        found["plan"] = find_layout(network).recorded_plan(network)
 
-        def measure_and_save() -> dict[str, Any]:
-            measured = evaluate(
-                network, text.splits["valid"], progress=lambda done, total: progress("evaluating", done, total, {})
-            )
+    def measure_and_save() -> tuple[Cost, Evaluation | None, dict[str, Any] | None]:
+        result = measured("evaluating")
+        if options.out is not None:
             checkpoint.save(
                 network,
-                out,
-                tokenizer=tokenizer,
-                metrics={"validation perplexity a token": measured.perplexity},
-                base=model,
+                options.out,
+                tokenizer=text.tokenizer,
+                metrics={} if result is None else {"validation perplexity a token": result.perplexity},
+                base=_base(model),
                 files=(work / METRICS_FILE, work / "tensorboard", work / LATENCY_FILE),
             )
-            setback = rolled_back(work / "checkpoints")
-            shutil.rmtree(work, ignore_errors=True)
-            cost = model_cost(network)
-            plan = gates.plan() if gates is not None and not cut else find_layout(network).recorded_plan(network)
-            return {
-                "heads": cost.heads if gates is None or cut or plan is None else plan.heads,
-                **({} if plan is None or plan.blocks is None else {"blocks": plan.blocks.blocks}),
-                **({} if budget is None else {"budget": budget}),
-                **({} if setback is None else {"rolled_back": setback}),
-                "parameters": cost.parameters,
-                "flops_per_token": cost.flops_per_token,
-                "perplexity": measured.perplexity,
-                "word_perplexity": measured.word_perplexity,
-                "bits_per_byte": measured.bits_per_byte,
-                "steps": recipe.training_steps,
-            }
+        setback = place.rolled_back()
+        shutil.rmtree(work, ignore_errors=True)
+        return model_cost(network), result, setback
 
-        return on_main(measure_and_save)
+    cost, result, setback = on_main(measure_and_save)
+    make: Callable[..., Trained] = Pruned if isinstance(recipe, PruneRecipe) else Trained
+    return make(
+        model=network,
+        tokenizer=text.tokenizer,
+        costs=Change(before[0], cost),
+        measured=None if result is None or before[1] is None else Change(before[1], result),
+        steps=recipe.training_steps,
+        rolled_back=setback,
+        **found,
+    )
 
 
-def _check_places(out: Path, work: Path, model: Path | None, *, resume: bool) -> None:
-    if model is not None and model.resolve() == out:
+def _begin(
+    model: PreTrainedModel | str | Path | ModelRecipe,
+    data: Data | None,
+    options: Options,
+    work: Path,
+    progress: Progress,
+) -> tuple[PreTrainedModel, Text]:
+    """Return the model to begin with, and the text."""
+    network = None
+    if isinstance(model, ModelRecipe):
+        data = DataRecipe() if data is None else data
+    else:
+        network = model if isinstance(model, PreTrainedModel) else checkpoint.load(model, dtype=options.dtype)
+        data = require_named(data, network.config.model_type)
+    where = _base(model) or (None if network is None else network.name_or_path or None)
+    text = read_data(
+        data,
+        work,
+        tokenizer_of=options.tokenizer or where,
+        is_fresh=network is None,
+        progress=lambda done, total: progress("reading text, kB", done, total, {}),
+    )
+    if network is None:
+        if text.tokenizer is None:
+            raise InputError("A fresh model is made for a tokenizer's tokens, but none was given; give it a text.")
+        assert isinstance(model, ModelRecipe)
+        network = build_model(model, text.tokenizer, seed=options.seed)
+    return network, text
+
+
+def _base(model: PreTrainedModel | str | Path | ModelRecipe) -> str | Path | None:
+    """Return where a model came from: its folder or name, if it was given by that or its folder is still there."""
+    if isinstance(model, str | Path):
+        return model
+    name = model.name_or_path if isinstance(model, PreTrainedModel) else ""
+    return name if name and Path(name).is_dir() else None
+
+
+def _teacher(
+    teacher: PreTrainedModel | str | Path | ModelRecipe | None, network: PreTrainedModel, recipe: PhaseRecipe
+) -> Callable[[], PreTrainedModel]:
+    """Return what loads the teacher, once it is needed; a model that is to be changed is copied now."""
+    if recipe.distill and teacher is network:
+        kept = copy.deepcopy(network)
+        return lambda: kept
+
+    def load() -> PreTrainedModel:
+        if isinstance(teacher, PreTrainedModel):
+            return teacher
+        if isinstance(teacher, str | Path):
+            return checkpoint.load(teacher)
+        raise InputError("distill asks for a teacher to learn from; name one with --teacher, say the dense model.")
+
+    return load
+
+
+def _check_places(out: Path, work: Path, model: PreTrainedModel | str | Path | ModelRecipe, *, resume: bool) -> None:
+    if isinstance(model, str | Path) and Path(model).resolve() == out:
         raise InputError(f"The checkpoint must not overwrite the model it is made of, {model}; choose another --out.")
     checkpoint.require_ours_or_free(out)
     if work.exists() and not resume:
@@ -194,6 +319,34 @@ def _check_places(out: Path, work: Path, model: Path | None, *, resume: bool) ->
         remove_left_overs(out.parent, out.name)
 
 
+def _settings(
+    phase: Phase,
+    recipe: PhaseRecipe,
+    model: PreTrainedModel | str | Path | ModelRecipe,
+    data: Data | None,
+    options: Options,
+    text: Text,
+) -> dict[str, Any]:
+    """Return what a phase that is resumed must have been begun with."""
+    return {
+        "phase": phase,
+        "recipe": recipe.model_dump(),
+        "data": data.model_dump() if isinstance(data, DataRecipe) else data if isinstance(data, str) else None,
+        "model": None if isinstance(model, ModelRecipe) else _named(model),
+        "shape": model.model_dump(by_alias=True) if isinstance(model, ModelRecipe) else None,
+        "seed": options.seed,
+        "teacher": None if options.teacher is None else _named(options.teacher),
+        "processes": count(),
+        "sha256": text.sha256,
+    }
+
+
+def _named(model: PreTrainedModel | str | Path) -> str:
+    if isinstance(model, PreTrainedModel):
+        return f"{type(model).__name__} in memory"
+    return str(Path(model).resolve()) if Path(model).exists() else str(model)
+
+
 def _keep_settings(work: Path, settings: dict[str, Any]) -> None:
     """Write a phase's settings beside its checkpoints, or check that it goes on with those it began with."""
     path = work / _SETTINGS_FILE
@@ -204,12 +357,6 @@ def _keep_settings(work: Path, settings: dict[str, Any]) -> None:
             f"{work} is left of a phase with other settings, another text or another number of processes; resume with "
             "those, or delete it."
         )
-
-
-def _load_teacher(path: Path | None) -> PreTrainedModel:
-    if path is None:
-        raise InputError("distill asks for a teacher to learn from; name one with --teacher, say the dense model.")
-    return checkpoint.load(path)
 
 
 @contextmanager

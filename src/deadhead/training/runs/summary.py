@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from deadhead.plans.kinds import BudgetKind
-from deadhead.errors import InputError
 from deadhead.disk.files import json_text, write_json
 from deadhead.disk.reading import read_object, shown
+from deadhead.errors import InputError
+from deadhead.plans.kinds import BudgetKind
 
 STAGES = ("dense", "gated", "cut", "finetuned")
 RECIPE_FILE = "recipe.toml"

@@ -1,0 +1,1 @@
+"""Whole runs and single phases, in folders."""
