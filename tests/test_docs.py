@@ -23,7 +23,7 @@ _SHORT = "docs/checkpoints.md"
 # The README's programs train for minutes; here they do everything they say, with fewer steps and a smaller text.
 _FEWER = [(r"steps=\d+", "steps=2"), (r'"stdlib"', '"json-source"'), (r"--scale-steps [\d.]+", "--scale-steps 0.01")]
 # Their commands start as a user's do; others skip the seconds that imports take.
-_IN_PROCESSES = ("README.md", "docs/report.md", "docs/distributed.md")
+_IN_PROCESSES = ("README.md", "docs/distributed.md")
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -44,6 +44,7 @@ def test_what_is_asked_for_is_reached_and_counted(
         assert f"blocks of {plan.blocks.size} a layer" in (out / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_speedup_is_measured_and_its_latencies_are_kept(given: Path, tmp_path: Path, command: _Command) -> None:
     out = tmp_path / "out"
     result = command.json(

@@ -105,7 +105,7 @@ def test_seventy_billions(tmp_path: Path, inspect: Any) -> None:
 
 
 def test_what_is_refused(given: Path, inspect: Any) -> None:
-    code, text, errors = inspect(ROOT / "recipes" / "paper.toml", "--training")
+    code, text, errors = inspect(ROOT / "src" / "deadhead" / "recipes" / "paper.toml", "--training")
     assert (code, text, errors.count("\n")) == (2, "", 1)
     assert "leave out --training" in errors
     code, text, errors = inspect(given / "llama", "--training", "--sequence-length", 100_000)

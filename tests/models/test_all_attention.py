@@ -512,6 +512,7 @@ def test_dropout_acts_in_training_only() -> None:
         assert not torch.equal(*draws), name
 
 
+@pytest.mark.slow
 def test_attention_dropout_keeps_the_mean() -> None:
     model = tiny_model(attention_dropout=0.3, num_hidden_layers=1, final_layer_norm=False).train()
     ids = text(1, 6)

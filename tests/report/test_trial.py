@@ -29,7 +29,7 @@ def _is_what_the_cut_model_does(trial: Trial, name: str, kept: dict[str, list[in
     return found
 
 
-@pytest.mark.parametrize("name", ["gated", "dense"])
+@pytest.mark.parametrize("name", ["gated", pytest.param("dense", marks=pytest.mark.slow)])
 def test_clicked_heads_of_a_run(name: str, small_run: Path) -> None:
     recipe = load_recipe(small_run / "recipe.toml")
     trial = Trial(small_run, recipe.data, cache=small_run / "tokens", tokens=200)

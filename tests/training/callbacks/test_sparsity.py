@@ -114,9 +114,9 @@ def _losses(trainer: Trainer) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"l0": 0.05, "warmup_steps": 20},
-        {"l0": 0.05, "warmup_steps": 0, "weighting": "output_difference"},
-        {"l0": 0.05, "warmup_steps": 20, "gate_lr": 0},
+        pytest.param({"l0": 0.05, "warmup_steps": 20}, marks=pytest.mark.slow),
+        pytest.param({"l0": 0.05, "warmup_steps": 0, "weighting": "output_difference"}, marks=pytest.mark.slow),
+        pytest.param({"l0": 0.05, "warmup_steps": 20, "gate_lr": 0}, marks=pytest.mark.slow),
         {"warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6},
         {"warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6, "exact": True},
     ],

@@ -37,7 +37,10 @@ def row(name: str) -> dict[str, Any]:
     return {} if name in ("own", "transformer-xl") else {"sequence_length": 12}
 
 
-@pytest.mark.parametrize("budget", [{"params": 0.75}, {"flops": 0.7}, {"kv_cache": 0.5}, {"sparsity": 0.5}])
+@pytest.mark.parametrize(
+    "budget",
+    [{"params": 0.75}, pytest.param({"flops": 0.7}, marks=pytest.mark.slow), {"kv_cache": 0.5}, {"sparsity": 0.5}],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_gates_meet_the_budget_and_the_cut_model_has_that_cost(
     name: str, budget: dict[str, float], tmp_path: Path

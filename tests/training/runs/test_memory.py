@@ -44,7 +44,7 @@ def _memory(model: Any, **settings: Any) -> TrainingMemory:
 
 
 @pytest.mark.parametrize("settings", _SETTINGS, ids=str)
-@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [_SHAPES[0], pytest.param(_SHAPES[1], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_formula_is_near_the_measured_peak(model: str, shape: tuple[int, ...], settings: dict[str, Any]) -> None:
     formula, measured = compare(model, *shape, **settings)
