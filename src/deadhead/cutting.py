@@ -163,6 +163,8 @@ def require_same_function(model: PreTrainedModel, expected: Tensor, *, texts: in
     """
     try:
         found = _check_outputs(model, texts)
+    except MemoryError:
+        raise
     except Exception as error:  # a model's own code fails in many ways
         raise CutError(
             f"The model does not run any more with those heads cut off ({type(error).__name__}: "

@@ -200,8 +200,7 @@ def measure_latency(
             if thinned and true < 1:
                 plan = HeadPlan.of_units(kept, total, unit=setting["unit"], block_size=setting["block_size"])
                 models[f"{kind}s {true}"] = pruned_copy(model, plan)
-    sizes = {"batch_size": batch_size, "length": length, "new_tokens": new_tokens}
-    how: dict[str, Any] = {"workload": workload, **sizes}
+    how: dict[str, Any] = {"workload": workload, "batch_size": batch_size, "length": length, "new_tokens": new_tokens}
     if repeats is None:
         once = bench({"dense": models["dense"]}, repeats=1, **how)["dense"].seconds * len(models)
         repeats = min(max(round(_SECONDS / max(once, 1e-6)), _REPEATS[0]), _REPEATS[1])
