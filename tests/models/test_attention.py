@@ -15,8 +15,7 @@ from deadhead.models.all_attention.attention import Operands, eager_attention, s
 from deadhead.models.all_attention.blocked import blocked_attention
 from deadhead.models.all_attention.blocks import Blocking
 from deadhead.models.all_attention.dropout import Dropout, draw_kept
-from deadhead.models.all_attention.few import few_attention
-from deadhead.models.all_attention.merged import merged_attention
+from deadhead.models.all_attention.merged import few_attention, merged_attention
 from tests.helpers import difference
 
 _HEADS, _WIDTH, _PERSISTENT = 3, 4, 7

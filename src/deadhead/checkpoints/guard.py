@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from deadhead.disk.reading import read_json, read_object, shown
-from deadhead.disk.stored import INDEX_FILE, PICKLES, WEIGHTS_FILE, read_header, read_index
+from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_header, weight_files
 from deadhead.errors import InputError
 from deadhead.measure.cost import skeleton
 
@@ -59,15 +59,20 @@ def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
             f"The checkpoint {folder} has model type {shown(kind)} and cannot be loaded: neither deadhead nor "
             "transformers knows it, and deadhead never runs code that a checkpoint brings along."
         )
-    for name, text in _texts(values):
-        if name in _KERNELS and "/" in text:
+    for name, value in _values(values):
+        if name in _KERNELS and isinstance(value, str) and "/" in value:
             raise InputError(
-                f"The model configuration {file} wants {name} {shown(text)}, which is code of the Hugging Face hub; "
+                f"The model configuration {file} wants {name} {shown(value)}, which is code of the Hugging Face hub; "
                 f"deadhead runs none that a checkpoint names: take {name} out."
             )
-    for name, value in _numbers(values):
         most = MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST if _COUNTS.fullmatch(name) else None
-        if most is not None and not 0 <= value <= most and value != -1:
+        if (
+            most is not None
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and not 0 <= value <= most
+            and value != -1
+        ):
             raise InputError(
                 f"The model configuration {file} gives {name} as {shown(value)}, but between 0 and {most} was expected."
             )
@@ -127,27 +132,18 @@ def misshapen(folder: Path) -> str:
     return ""
 
 
-def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers of a configuration and the lengths of its lists, under the name of the nearest key."""
+def _values(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a configuration and the lengths of its lists, under the name of the nearest key."""
     if isinstance(values, dict):
         for key, value in values.items():
-            yield from _numbers(value, str(key))
+            # A kernel may be named for each part of a model.
+            yield from _values(value, name if name in _KERNELS and not isinstance(value, int) else str(key))
     elif isinstance(values, list):
         yield name, len(values)
         for value in values:
-            yield from _numbers(value, name)
-    elif isinstance(values, int) and not isinstance(values, bool):
+            yield from _values(value, name)
+    else:
         yield name, values
-
-
-def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the strings of a configuration under the name of the nearest key."""
-    if isinstance(values, str):
-        yield name, values
-    listed = values if isinstance(values, list) else []
-    for key, value in values.items() if isinstance(values, dict) else [(name, value) for value in listed]:
-        # A kernel may be named for each part of a model.
-        yield from _texts(value, name if name in _KERNELS else str(key))
 
 
 def _require_own_files(folder: Path) -> None:
@@ -194,20 +190,7 @@ def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
         )
     if named.endswith(".safetensors") and (folder / named).is_file():
         return [folder / named]
-    index = folder / (named if named.endswith(".json") else INDEX_FILE)
-    if not index.is_file():
-        for name in PICKLES:
-            if (folder / name).exists():
-                raise InputError(
-                    f"The weights in {folder} are pickled ({name}), and reading a pickle can run any code; where you "
-                    "trust them, load them with transformers and save them anew with save_pretrained."
-                )
-        return []
-    files = [folder / name for name in sorted(set(read_index(index).values()))]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"The index {index} names a file {file.name}, but it is not there; fetch it again.")
-    return files
+    return weight_files(folder, folder / (named if named.endswith(".json") else INDEX_FILE))
 
 
 def _reason(error: Exception) -> str:
