@@ -12,7 +12,7 @@ import torch
 
 import deadhead
 from deadhead.errors import is_installed
-from deadhead.export import exporting, gguf, gguf_tensors
+from deadhead.export import exporting, gguf
 from deadhead.export.gguf_plan import plan_file
 from tests.export.small import cut_by, cut_model, dense_model
 
@@ -95,7 +95,7 @@ def test_other_types(kind: str, most: float, tmp_path: Path) -> None:
 def test_a_file_that_computes_something_else_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotated rows left where transformers has them: a file that loads, and is wrong."""
     model = cut_by("llama", [1, 3, 1, 2])
-    monkeypatch.setattr(gguf_tensors, "interleave_halves", lambda tensor, heads: tensor)
+    monkeypatch.setattr(gguf, "interleave_halves", lambda tensor, heads: tensor)
     with pytest.raises(deadhead.errors.ExportError, match="does not compute in llama-cpp-python"):
         deadhead.export_model(model, tmp_path / "model.gguf", to="gguf", kind="f32")
     assert not list(tmp_path.iterdir())
@@ -132,8 +132,8 @@ def test_a_file_holds_each_layers_numbers(tmp_path: Path) -> None:
 
 def test_rows_that_turn_together_come_side_by_side() -> None:
     rows = torch.arange(8)
-    assert gguf_tensors.interleave_halves(rows, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert gguf_tensors.interleave_halves(rows[:, None], 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert gguf.interleave_halves(rows, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf.interleave_halves(rows[:, None], 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 @pytest.mark.parametrize(

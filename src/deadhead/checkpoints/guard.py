@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from deadhead.checkpoints.declared import declared_config
 from deadhead.disk.reading import read_json, shown
-from deadhead.disk.stored import INDEX_FILE, PICKLES, WEIGHTS_FILE, read_header, read_index
+from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_header, weight_files
 from deadhead.errors import InputError
 from deadhead.measure.cost import skeleton
 
@@ -132,20 +132,7 @@ def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
         )
     if named.endswith(".safetensors") and (folder / named).is_file():
         return [folder / named]
-    index = folder / (named if named.endswith(".json") else INDEX_FILE)
-    if not index.is_file():
-        for name in PICKLES:
-            if (folder / name).exists():
-                raise InputError(
-                    f"The weights in {folder} are pickled ({name}), and reading a pickle can run any code; where you "
-                    "trust them, load them with transformers and save them anew with save_pretrained."
-                )
-        return []
-    files = [folder / name for name in sorted(set(read_index(index).values()))]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"The index {index} names a file {file.name}, but it is not there; fetch it again.")
-    return files
+    return weight_files(folder, folder / (named if named.endswith(".json") else INDEX_FILE))
 
 
 def _reason(error: Exception) -> str:

@@ -2,9 +2,8 @@
 
 from deadhead.data.corpus import Corpus, open_corpus
 from deadhead.data.segments import SegmentDataset
-from deadhead.data.text import load_text
 from deadhead.data.tokenizer import build_tokenizer, load_tokenizer, special_token_ids
-from deadhead.data.tokens import TokenizedCorpus, TokenStream, tokenize_corpus
+from deadhead.data.tokens import TokenizedCorpus, TokenStream, load_text, tokenize_corpus
 
 __all__ = [
     "Corpus",

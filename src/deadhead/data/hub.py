@@ -63,10 +63,7 @@ class Rows:
 def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str, Rows]:
     """Load a data set: the splits it has, or else the rows that are to be divided as "train". Its code is never run.
 
-    Args:
-        source: `hf:NAME[:CONFIG]`. NAME may be a local folder.
-        column: the column with the text; None takes "text", or the only one of strings.
-        split: one split of the data set, to be divided.
+    NAME in `hf:NAME[:CONFIG]` may be a local folder. Without a column it takes "text", or the only one of strings.
 
     Raises:
         InputError: the source has another form, or can't be loaded, or has no such column or split, or no text.

@@ -21,9 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from deadhead.data.corpus import SPLITS, Corpus
+from deadhead.data.corpus import SPLITS, Corpus, open_corpus
 from deadhead.data.encoders import Encoder, encode_pieces, fingerprint_of
 from deadhead.data.pieces import Piece
+from deadhead.data.tokenizer import build_tokenizer
 from deadhead.disk.checksums import changed_file, read_checksums, write_checksums
 from deadhead.disk.files import no_space_is_input_error, write_json
 from deadhead.disk.reading import read_json
@@ -51,16 +52,13 @@ class TokenStream:
 class TokenizedCorpus:
     """Token streams of "train", "valid" and "test" (`splits`), which may be empty, and the hash of the text.
 
-    They lie in a finished folder of the cache; a temporary one goes when this object does.
+    They lie in a finished folder of the cache.
     """
 
     splits: Mapping[str, TokenStream]
     sha256: str
 
-    def __init__(self, folder: Path, meta: Mapping[str, Any], *, temporary: bool = False) -> None:
-        if temporary:
-            # Not tempfile.TemporaryDirectory, which warns when it is left to be collected.
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
         self.sha256 = meta["sha256"]
         self.splits = {
             name: TokenStream(
@@ -72,6 +70,40 @@ class TokenizedCorpus:
         }
 
 
+def load_text(
+    source: str,
+    *,
+    tokenizer: str | PreTrainedTokenizerBase = "byte",
+    vocab_size: int | None = None,
+    column: str | None = None,
+    split: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[TokenizedCorpus, PreTrainedTokenizerBase]:
+    """Read a text and turn it into tokens.
+
+    Args:
+        source: a text file, a directory, "stdlib" or "hf:NAME[:CONFIG]".
+        tokenizer: "byte", "bpe" or "word" to make one for this text, or a tokenizer that exists.
+        vocab_size: of a "bpe" or "word" tokenizer.
+        column: the text column of a data set.
+        split: the one split of a data set to use.
+        cache_dir: where tokens are kept on disk to be used again; None keeps them as long as the result lives.
+        progress: called with the kB of text done and to do, while it is tokenised.
+
+    Returns:
+        The train, valid and test streams, and the tokenizer.
+
+    Raises:
+        InputError: the text or the tokenizer cannot be used; the message says why.
+    """
+    corpus = open_corpus(source, column=column, split=split)
+    if isinstance(tokenizer, str):
+        tokenizer = build_tokenizer(tokenizer, corpus, vocab_size=vocab_size)
+    folder = None if cache_dir is None else Path(cache_dir)
+    return tokenize_corpus(corpus, tokenizer, cache_dir=folder, progress=progress), tokenizer
+
+
 def tokenize_corpus(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,33 +113,29 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Turn a corpus into token ids, streaming, unless the cache has them. Tokenizers of subwords use all cores.
 
-    Where a split has several documents, each is followed by the tokenizer's end-of-text token, if it has one.
-
-    Args:
-        corpus: the text.
-        tokenizer: any tokenizer of transformers.
-        cache_dir: where token ids are kept, several texts side by side. None: in a temporary folder, which goes with
-            the object returned.
-        progress: called with the kB of text done and to do.
+    Where a split has several documents, each is followed by the tokenizer's end-of-text token, if it has one. Without a
+    cache the ids lie in a temporary folder, which goes with the object returned. `progress` is called with the kB of
+    text done and to do.
 
     Raises:
         InputError: the text can't be read, or the folder can't be written; then nothing half-written is left.
     """
+    if cache_dir is None:
+        temporary = Path(tempfile.mkdtemp(prefix="deadhead-"))
+        try:
+            made = tokenize_corpus(corpus, tokenizer, cache_dir=temporary, progress=progress)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        # Not tempfile.TemporaryDirectory, which warns when it is left to be collected.
+        weakref.finalize(made, shutil.rmtree, temporary, ignore_errors=True)
+        return made
     sha256 = corpus.sha256()
     separator = tokenizer.eos_token_id
     separator = separator if isinstance(separator, int) else None
     fingerprint = hashlib.sha256(f"{_FORMAT}\n{sha256}\n{fingerprint_of(tokenizer)}".encode()).hexdigest()
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
     meta = {"format": _FORMAT, "fingerprint": fingerprint, "sha256": sha256, "dtype": dtype}
-    if cache_dir is None:
-        folder = Path(tempfile.mkdtemp(prefix="deadhead-"))
-        try:
-            with no_space_is_input_error(folder):
-                meta["splits"] = _write_splits(folder, corpus, Encoder(tokenizer), separator, dtype, progress)
-            return TokenizedCorpus(folder, meta, temporary=True)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
     folder = Path(cache_dir) / fingerprint[:16]
     if (found := _usable(folder, fingerprint)) is not None:
         return found

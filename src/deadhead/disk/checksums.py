@@ -59,9 +59,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 def changed_file(folder: Path, *, among: Collection[str] | None = None) -> str | None:
     """Return the first file of a folder's list that is missing or changed, or None: without a list, none has.
 
-    Args:
-        folder: with the list.
-        among: look at these alone, and at those of them only that are there.
+    With `among`, only those of these files count that are there.
 
     Raises:
         InputError: the list itself is damaged.

@@ -142,6 +142,27 @@ def has_stored(folder: Path) -> bool:
     return (folder / INDEX_FILE).is_file() or (folder / WEIGHTS_FILE).is_file()
 
 
+def weight_files(folder: Path, index: Path) -> list[Path]:
+    """Return the files that an index names, or none if neither it nor pickled weights are there.
+
+    Raises:
+        InputError: a file is missing, or the weights are pickled.
+    """
+    if not index.is_file():
+        for name in PICKLES:
+            if (folder / name).exists():
+                raise InputError(
+                    f"The weights in {folder} are pickled ({name}), and reading a pickle can run any code; where you "
+                    "trust them, load them with transformers and save them anew with save_pretrained."
+                )
+        return []
+    files = [folder / name for name in sorted(set(read_index(index).values()))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"The index {index} names a file {file.name}, but it is not there; fetch it again.")
+    return files
+
+
 def read_stored(folder: Path) -> StoredCheckpoint:
     """Read the headers of a folder's safetensors files, and check that they and the index say the truth.
 
@@ -150,23 +171,14 @@ def read_stored(folder: Path) -> StoredCheckpoint:
             outside the folder.
     """
     index = folder / INDEX_FILE
-    if index.is_file():
-        weight_map = read_index(index)
-        names = sorted(set(weight_map.values()))
-    elif (folder / WEIGHTS_FILE).is_file():
-        weight_map, names = None, [WEIGHTS_FILE]
-    else:
-        if any((folder / name).exists() for name in PICKLES):
-            raise InputError(
-                f"The weights in {folder} are pickled ({PICKLES[0]}); save them as safetensors, which alone are "
-                "cut shard by shard."
-            )
+    is_sharded = index.is_file()
+    is_single = not is_sharded and (folder / WEIGHTS_FILE).is_file()
+    paths = [folder / WEIGHTS_FILE] if is_single else weight_files(folder, index)
+    if not paths:
         raise InputError(f"Weights were expected at {folder / WEIGHTS_FILE}, but there is no such file.")
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"The index {index} names a file {name}, but it is not there; fetch it again.")
-    files = {name: read_header(folder / name) for name in names}
-    if weight_map is not None:
+    files = {path.name: read_header(path) for path in paths}
+    if is_sharded:
+        weight_map = read_index(index)
         found: dict[str, str] = {}
         for name, tensors in files.items():
             for tensor in tensors:
@@ -179,7 +191,7 @@ def read_stored(folder: Path) -> StoredCheckpoint:
                 f"{weight_map.get(missing, 'none')}, but it is in {found.get(missing, 'none')}; fetch the checkpoint "
                 "again."
             )
-    return StoredCheckpoint(folder=folder, files=files, is_sharded=weight_map is not None)
+    return StoredCheckpoint(folder=folder, files=files, is_sharded=is_sharded)
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from deadhead.export.flat_model import CacheTensor, FlatModel
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention.adaptive import AdaptiveEmbedding
+from deadhead.models.all_attention.positions import rotate_at
 
 
 def cache_of(model: AllAttentionForCausalLM) -> list[CacheTensor]:
@@ -62,7 +63,7 @@ class FlatAllAttention(FlatModel):
             queries = self._heads(attention, attention.q_proj, normed)
             plain_queries = queries
             if attention.is_rotary:
-                queries, keys = _rotate(queries, position_ids), _rotate(keys, position_ids)
+                queries, keys = (rotate_at(tensor, position_ids[:, None]) for tensor in (queries, keys))
             keys, values = torch.cat([next(given), keys], dim=2), torch.cat([next(given), values], dim=2)
             present += [keys, values]
             keys, values = (functional.pad(tensor, (0, 0, memory, 0))[:, :, before:] for tensor in (keys, values))
@@ -93,7 +94,7 @@ class FlatAllAttention(FlatModel):
         if attention.is_rotary:
             columns = keys.shape[2]
             places = position_ids[:, -1:] - (columns - 1) + torch.arange(columns, device=keys.device)
-            blank_k = _rotate(blank_k.expand(-1, -1, columns, -1), places)
+            blank_k = rotate_at(blank_k.expand(-1, -1, columns, -1), places[:, None])
         absent = absent_BS[:, None, :, None]
         return torch.where(absent, blank_k, keys), torch.where(absent, blank_v, values)
 
@@ -133,16 +134,6 @@ class FlatAllAttention(FlatModel):
         else:
             attended = torch.matmul(scores.softmax(-1), values)
         return attended.transpose(1, 2).flatten(-2)
-
-
-def _rotate(x_BHTE: Tensor, position_BT: Tensor) -> Tensor:
-    """Turn queries or keys by the rotary angles of given positions, same shape."""
-    width = x_BHTE.shape[-1]
-    frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float32, device=x_BHTE.device) / width)
-    angle = (position_BT[:, None, :, None] * frequency).to(torch.float32)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x_BHTE.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 def _embed(embedding: Any, input_ids: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from deadhead.attaching import gates_of
 from deadhead.checkpoints import checkpoint
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, write_json
 from deadhead.errors import ExportError, InputError, UnsupportedModel, is_installed, require_extra
-from deadhead.export import flat, genai, gguf, llama_cpp, onnx
+from deadhead.export import flat, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
 from deadhead.export.gguf_plan import plan_file
 from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
@@ -182,7 +183,7 @@ def _in_llama_cpp(
                 f"llama.cpp splits the text {text!r} into other tokens than this tokenizer does; export without it "
                 "(--no-tokenizer) and give the runtime token ids."
             )
-    return compare(reference, logits, runtime=llama_cpp.runtime_name(), tolerance=tolerance)
+    return compare(reference, logits, runtime=f"llama-cpp-python {version('llama-cpp-python')}", tolerance=tolerance)
 
 
 def _flat(
@@ -194,14 +195,18 @@ def _flat(
     runtime, file = "onnxruntime", place / onnx.FILE
     if to == "openvino":
         runtime, file = "openvino", place / _OPENVINO
-        _convert_to_openvino(place / onnx.FILE, file)
+        import openvino
+
+        openvino.save_model(openvino.convert_model(str(place / onnx.FILE)), str(file), compress_to_fp16=False)
+        for left in place.glob(f"{onnx.FILE}*"):
+            left.unlink()
     agreements: tuple[Agreement, ...] = ()
     if is_installed(runtime):
         agreements = (flat.check(file, reference, runtime, _TOLERANCE["f32"]),)
     size = sum(path.stat().st_size for path in place.iterdir())
     write_json(place / "config.json", _plain_config(model))
     if to == "onnx":
-        write_json(place / genai.FILE, genai.genai_config(model))
+        write_json(place / onnx.GENAI_FILE, onnx.genai_config(model))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(place)
     if tokenizer is not None:
@@ -219,14 +224,6 @@ def _plain_config(model: PreTrainedModel) -> dict[str, object]:
     if isinstance(model, PrunedModel):
         values["model_type"] = model.config.model_type.removeprefix(TYPE_PREFIX)
     return {**values, "architectures": [stock_class(type(model)).__name__]}
-
-
-def _convert_to_openvino(source: Path, path: Path) -> None:
-    import openvino
-
-    openvino.save_model(openvino.convert_model(str(source)), str(path), compress_to_fp16=False)
-    for left in source.parent.glob(f"{source.name}*"):
-        left.unlink()
 
 
 def _padded(

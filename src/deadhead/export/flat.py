@@ -44,9 +44,7 @@ class FlatSession:
     def read(self, ids_BT: np.ndarray, mask_BT: np.ndarray | None = None) -> np.ndarray:
         """Read more tokens after those read before, and return the logits of each, (B, T, V).
 
-        Args:
-            ids_BT: token ids.
-            mask_BT: 0 where a token is padding, all on the left of a text; None: none is.
+        The mask is 0 where a token is padding, all on the left of a text.
         """
         batch, new = ids_BT.shape
         mask_BT = np.ones((batch, new), dtype=np.int64) if mask_BT is None else mask_BT

@@ -1,16 +1,22 @@
-"""Write a model of the Llama family, cut or not, as a GGUF file for llama.cpp."""
+"""Write a model of the Llama family, cut or not, as a GGUF file for llama.cpp.
+
+Dimensions: D width, H heads, G key/value heads, E head width, F hidden units.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.export.gguf_plan import BLOCK, GgufPlan
-from deadhead.export.gguf_tensors import stored_tensors
+from deadhead.export.gguf_plan import BLOCK, GgufPlan, LayerShape
 from deadhead.export.gguf_tokenizer import GgufTokenizer
 
 if TYPE_CHECKING:
@@ -89,3 +95,91 @@ def _type_of(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     if kind == "q8_0" and shape[-1] % BLOCK:
         return types.F16
     return types[kind.upper()]
+
+
+# Architectures whose rotation turns neighbouring numbers, where transformers turns those half a head apart.
+_NEIGHBOURS = ("llama", "deci")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the file: tensors whose rows follow one another in it, by llama.cpp's name.
+
+    Rows that are rotated together come side by side within each of `turned` heads; 0: they stay where they are.
+    """
+
+    name: str
+    parts: tuple[Tensor, ...]
+    turned: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    def read(self) -> Tensor:
+        """Return its values, float32."""
+        values = torch.cat([part.detach().float() for part in self.parts])
+        return interleave_halves(values, self.turned) if self.turned else values
+
+
+def interleave_halves(tensor: Tensor, heads: int) -> Tensor:
+    """Put rows that are rotated together side by side, (H · E, …): i and i + E/2 of each head become 2i and 2i + 1."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+
+
+def stored_tensors(model: PreTrainedModel, plan: GgufPlan) -> Iterator[Stored]:
+    """Yield every tensor of the file; nothing is copied before it is read."""
+    decoder: Any = model.get_decoder()
+    yield Stored("token_embd.weight", (decoder.embed_tokens.weight,))
+    yield Stored("output_norm.weight", (decoder.norm.weight,))
+    if not model.config.tie_word_embeddings:
+        yield Stored("output.weight", (model.get_output_embeddings().weight,))
+    if plan.rope_factors is not None:
+        yield Stored("rope_freqs.weight", (plan.rope_factors,))
+    for index, (layer, shape) in enumerate(zip(decoder.layers, plan.layers, strict=True)):
+        block, width = f"blk.{index}", model.config.hidden_size
+        if shape.heads:
+            yield Stored(f"{block}.attn_norm.weight", (layer.input_layernorm.weight,))
+            yield from _attention(block, layer.self_attn, shape, plan, width)
+        yield Stored(f"{block}.ffn_norm.weight", (layer.post_attention_layernorm.weight,))
+        yield from _feed_forward(block, layer.mlp, shape, width)
+
+
+def _attention(block: str, attention: Any, shape: LayerShape, plan: GgufPlan, width: int) -> Iterator[Stored]:
+    is_empty = getattr(attention, "is_emptied", False)
+    counts = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
+    for part in ("weight", "bias"):
+        if is_empty:
+            zeros = {letter: _zeros(count * plan.head_dim, width) for letter, count in counts.items()}
+            found: dict[str, Tensor] = zeros if part == "weight" else {}
+        else:
+            given = {letter: getattr(getattr(attention, f"{letter}_proj"), part) for letter in counts}
+            found = {letter: tensor for letter, tensor in given.items() if tensor is not None}
+        if plan.architecture == "openelm" and found:
+            yield Stored(f"{block}.attn_qkv.{part}", tuple(found.values()))
+            continue
+        for letter, tensor in found.items():
+            turned = counts[letter] if letter in "qk" and plan.architecture in _NEIGHBOURS else 0
+            yield Stored(f"{block}.attn_{letter}.{part}", (tensor,), turned)
+    output = _zeros(width, shape.heads * plan.head_dim) if is_empty else attention.o_proj.weight
+    yield Stored(f"{block}.attn_output.weight", (output,))
+    if attention.o_proj.bias is not None:
+        yield Stored(f"{block}.attn_output.bias", (attention.o_proj.bias,))
+    for letter in "qk" if plan.has_norms else "":
+        norm = _zeros(plan.head_dim) if is_empty else getattr(attention, f"{letter}_norm").weight
+        yield Stored(f"{block}.attn_{letter}_norm.weight", (norm,))
+
+
+def _feed_forward(block: str, mlp: Any, shape: LayerShape, width: int) -> Iterator[Stored]:
+    is_empty = not isinstance(mlp.down_proj, nn.Linear)
+    sizes = {"gate": (shape.units, width), "up": (shape.units, width), "down": (width, shape.units)}
+    for part, size in sizes.items():
+        module = getattr(mlp, f"{part}_proj")
+        yield Stored(f"{block}.ffn_{part}.weight", (_zeros(*size) if is_empty else module.weight,))
+        if getattr(module, "bias", None) is not None:
+            yield Stored(f"{block}.ffn_{part}.bias", (module.bias,))
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(()).expand(shape)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,6 @@ from deadhead.errors import ExportError, InputError, require_extra
 _FLOAT32 = 0
 # Types that want a matrix of importance, layers of experts, or another program.
 _NOT_MADE = ("iq1_", "iq2_", "q2_k_s", "mxfp4", "nvfp4", "q1_0")
-
-
-def runtime_name() -> str:
-    """Return its name and version."""
-    return f"llama-cpp-python {version('llama-cpp-python')}"
 
 
 def require_quantizer(kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Write a language model as an ONNX file with its key/value cache, by PyTorch's exporter."""
+"""Write a language model as an ONNX file with its key/value cache, and what onnxruntime-genai needs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.export.flat_model import FlatModel
 
 FILE = "model.onnx"
+GENAI_FILE = "genai_config.json"
 _OPSET = 18
 # Any sizes but 0 and 1, which the exporter would take for constants, all different, so that none is taken for another.
 _BATCH, _NEW, _PAST = 2, 3, 5
@@ -22,14 +24,10 @@ _BATCH, _NEW, _PAST = 2, 3, 5
 
 @torch.no_grad()
 def write_onnx(model: FlatModel, path: Path) -> None:
-    """Write the file; weights beyond 2 GB lie in one beside it.
+    """Write the file of a model in evaluation mode; weights beyond 2 GB lie in one beside it.
 
     Inputs are `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i}.key|value` of the layers i that
     have heads, outputs `logits` and `present.{i}.key|value`; batch and lengths are free.
-
-    Args:
-        model: in evaluation mode.
-        path: of the file.
 
     Raises:
         UnsupportedModel: PyTorch's exporter cannot trace the model.
@@ -76,3 +74,46 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         exporter.setLevel(level)
+
+
+def genai_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what onnxruntime-genai must be told to continue texts with the file: the content of `genai_config.json`.
+
+    The numbers of heads stand there once for all layers; genai takes each layer's own from the file's inputs.
+    """
+    config: Any = model.config.get_text_config()
+    generation: Any = model.generation_config
+    special = {name: getattr(generation, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    ids = {f"{name}_token_id": token for name, token in special.items() if token is not None}
+    length = getattr(config, "max_position_embeddings", None) or 2**17
+    heads = config.num_attention_heads
+    return {
+        "model": {
+            # Its name for any decoder that takes token ids, a mask, positions and a cache.
+            "type": "decoder",
+            "context_length": length,
+            "vocab_size": config.vocab_size,
+            **ids,
+            "decoder": {
+                "session_options": {},
+                "filename": FILE,
+                "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": heads,
+                "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "inputs": {
+                    **{name: name for name in ("input_ids", "attention_mask", "position_ids")},
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        # The cache is a new tensor each time: one that is shared would have to be of the greatest length.
+        "search": {"do_sample": False, "max_length": length, "past_present_share_buffer": False},
+    }

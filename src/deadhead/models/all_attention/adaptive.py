@@ -17,12 +17,7 @@ from torch.nn import functional
 
 
 def _bands(vocab_size: int, cutoffs: Sequence[int]) -> list[tuple[int, int]]:
-    edges = [0, *cutoffs, vocab_size]
-    return list(pairwise(edges))
-
-
-def _weight(projection: nn.Module) -> Tensor:
-    return projection.get_parameter("weight")
+    return list(pairwise([0, *cutoffs, vocab_size]))
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -41,7 +36,7 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up and project each band's words."""
         flat = input_ids.reshape(-1)
-        weight = _weight(self.projections[0])
+        weight = self.projections[0].get_parameter("weight")
         hidden = weight.new_zeros((len(flat), weight.shape[0]))
         for (start, stop), table, projection in zip(self.bands, self.tables, self.projections, strict=True):
             rows = ((flat >= start) & (flat < stop)).nonzero().squeeze(-1)
@@ -65,11 +60,11 @@ class AdaptiveSoftmax(nn.Module):
         self.cluster = nn.Linear(hidden_size, len(self.bands) - 1, bias=bias)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        shortlist = self.tables[0](functional.linear(hidden, _weight(self.projections[0])))
+        shortlist = self.tables[0](functional.linear(hidden, self.projections[0].get_parameter("weight")))
         return torch.cat([shortlist, self.cluster(hidden)], dim=-1).float().log_softmax(-1)
 
     def _tail(self, hidden: Tensor, rank: int) -> Tensor:
-        narrow = functional.linear(hidden, _weight(self.projections[rank]).T)
+        narrow = functional.linear(hidden, self.projections[rank].get_parameter("weight").T)
         return self.tables[rank](narrow).float().log_softmax(-1)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:

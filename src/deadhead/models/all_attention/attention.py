@@ -107,12 +107,8 @@ def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
     Query i of T stands at column S − T + i and sees the W columns up to its own, oldest first. Padding every row with
     T columns and reading the buffer with rows one shorter moves row i right by i: no index tensor, no mask.
 
-    Args:
-        scores_BHTW: scores by distance, oldest position first.
-        num_context: S; if it is below W + T − 1, the columns before the first position are left out.
-
     Returns:
-        (B, H, T, S)
+        (B, H, T, S); if S is below W + T − 1, the columns before the first position are left out.
     """
     num_queries, window = scores_BHTW.shape[-2:]
     columns = window + num_queries - 1

@@ -141,36 +141,32 @@ class AllAttentionConfig(PreTrainedConfig):
             raise ValueError(f"{name} must be at least {least}, but it is {value}.")
 
     def _validate_plan(self) -> None:
-        plan = self.head_plan if isinstance(self.head_plan, dict) else {}
-        kept, total = plan.get("kept"), plan.get("total")
-        layers = {str(layer) for layer in range(self.num_hidden_layers)}
-        if not isinstance(kept, dict) or not isinstance(total, dict) or set(total) != layers or set(kept) != layers:
-            raise ValueError(f"head_plan must name each of the {self.num_hidden_layers} layers in kept and total.")
-        for layer, heads in kept.items():
-            if any(not isinstance(head, int) or not 0 <= head < self.num_attention_heads for head in heads):
-                raise ValueError(
-                    f"head_plan names a head of layer {layer} that is not one of {self.num_attention_heads}: {heads}."
-                )
-        if plan.get("blocks") is not None:
-            self._validate_blocks(plan["blocks"], layers)
-
-    def _validate_blocks(self, plan: Any, layers: set[str]) -> None:
-        blocks: dict[str, Any] = plan if isinstance(plan, dict) else {}
-        size, kept, total = blocks.get("size"), blocks.get("kept"), blocks.get("total")
-        named = isinstance(kept, dict) and isinstance(total, dict) and set(kept) == set(total) == layers
-        if not isinstance(size, int) or kept is None or total is None or not named:
-            raise ValueError(
-                f"head_plan must give blocks a size, and each of the {self.num_hidden_layers} layers in kept and total."
-            )
+        self._validate_units(self.head_plan, "head", dict.fromkeys(self._layers, self.num_attention_heads))
+        blocks = (self.head_plan or {}).get("blocks")
+        if blocks is None:
+            return
+        total, size = self._validate_units(blocks, "block"), blocks.get("size")
         units = self.feed_forward_size or self.num_persistent
         what = "hidden units" if self.feed_forward_size else "persistent vectors"
-        if any(count * size != units for count in total.values()):
-            raise ValueError(f"head_plan's blocks of {size} do not make up the {units} {what} of a layer.")
+        if not isinstance(size, int) or any(count * size != units for count in total.values()):
+            raise ValueError(f"head_plan's blocks of {size!r} do not make up the {units} {what} of a layer.")
+
+    @property
+    def _layers(self) -> list[str]:
+        return [str(layer) for layer in range(self.num_hidden_layers)]
+
+    def _validate_units(self, plan: Any, what: str, most: dict[str, int] | None = None) -> dict[str, int]:
+        """Check what a plan keeps in each layer against `most`, or else against its own total; return that total."""
+        kept, total = (plan.get(name) if isinstance(plan, dict) else None for name in ("kept", "total"))
+        if not (isinstance(kept, dict) and isinstance(total, dict) and set(kept) == set(total) == set(self._layers)):
+            raise ValueError(
+                f"head_plan must name each of the {self.num_hidden_layers} layers in kept and total of its {what}s."
+            )
         for layer, indices in kept.items():
-            if any(not isinstance(block, int) or not 0 <= block < total[layer] for block in indices):
-                raise ValueError(
-                    f"head_plan names a block of layer {layer} that is not one of {total[layer]}: {indices}."
-                )
+            count = (most or total)[layer]
+            if any(not isinstance(index, int) or not 0 <= index < count for index in indices):
+                raise ValueError(f"head_plan names a {what} of layer {layer} that is not one of {count}: {indices}.")
+        return total
 
     @property
     def head_dim(self) -> int:

@@ -17,8 +17,7 @@ from .attention import Operands, eager_attention, sdpa_attention
 from .blocked import blocked_attention
 from .configuration import AllAttentionConfig
 from .dropout import Dropout
-from .few import MOST_QUERIES, few_attention
-from .merged import merged_attention
+from .merged import MOST_QUERIES, few_attention, merged_attention
 from .positions import rotate
 from .projection import is_plain, project
 

@@ -1,5 +1,7 @@
 """The same attention as two calls of PyTorch's fused CPU kernel, merged by their log-sum-exp. For evaluation.
 
+A few queries, as in generation, are attended in one plain softmax.
+
 Imports torch only. Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
 N persistent vectors; of a block n texts, h heads, t queries, c = W + t − 1 columns.
 """
@@ -7,18 +9,20 @@ N persistent vectors; of a block n texts, h heads, t queries, c = W + t − 1 co
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .attention import Operands, padding_bias
 from .blocks import Blocking, by_distance
 
 # The kernel behind `scaled_dot_product_attention` on a CPU; it also returns the log-sum-exp that merging needs.
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-# Numbers in the buffer of position scores.
+# B · T up to which one softmax in memory is faster than the fused kernel, which is made for many.
+MOST_QUERIES = 32
+# Position scores that are held at a time.
 _CAPACITY = 2**20
 
 
@@ -43,7 +47,7 @@ def merged_attention(operands: Operands) -> Tensor:
 def _context(operands: Operands) -> tuple[Tensor, Tensor]:
     """Return what the context alone gives, (B, H, T, E), and its log-sum-exp, (B, H, T).
 
-    Position scores are written through a view by distance into a buffer that is −inf outside the window: nothing is
+    Position scores are written through a view by distance into memory that is −inf outside the window: nothing is
     shifted, and nothing masked but padding.
     """
     content_q_BHTE, window = operands.content_q_BHTE, operands.window
@@ -61,7 +65,7 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
     lse_BHT = content_q_BHTE.new_empty((batch, heads, num_queries))
     for block in blocking:
         h, n, t = block.shape
-        bias = _buffers.outside_filled((n, h, t, block.columns), content_q_BHTE)
+        bias = content_q_BHTE.new_full((n, h, t, block.columns), -math.inf)
         by_distance(bias, window).copy_(operands.position_scores(block.texts, block.heads, block.queries))
         seen = bias[..., block.num_missing :]
         if operands.padding_BS is not None:
@@ -79,29 +83,36 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
     return attended_BHTE, lse_BHT
 
 
-class _Buffers(threading.local):
-    """Memory for the position scores of a block, used by one layer after the other, each thread with its own.
-
-    Blocks of as many queries and columns all write the same places, so that the others are filled with −inf only once.
-    """
-
-    def __init__(self) -> None:
-        self.last: Tensor | None = None
-
-    def outside_filled(self, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
-        """Return a tensor (n, h, t, c) that is −inf wherever nothing is written by distance."""
-        n, h, *rest = shape
-        last = self.last
-        if last is None or list(last.shape[1:]) != rest or len(last) < n * h or last.dtype != like.dtype:
-            # One made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False):
-                self.last = last = torch.full((n * h, *rest), -math.inf, dtype=like.dtype, device=like.device)
-        return last[: n * h].view(shape)
-
-
-_buffers = _Buffers()
-
-
 def _with_rows(tensor: Tensor) -> Tensor:
     """Return the tensor with its last dimension contiguous, which the kernel takes for granted."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def few_attention(operands: Operands) -> Tensor:
+    """Attend without dropout, in one softmax over all scores, which are few. Returns (B, T, H, E).
+
+    As few calls as possible: with a single query each costs as much as a thousand multiply-adds.
+    """
+    batch, heads, num_queries, width = operands.q_BHTE.shape
+    num_context = operands.k_BHSE.shape[2]
+
+    def by_head(tensor_BHTx: Tensor) -> Tensor:
+        return tensor_BHTx.transpose(0, 1).reshape(heads, batch * num_queries, -1)
+
+    def by_text(tensor_HRx: Tensor) -> Tensor:
+        return tensor_HRx.view(heads, batch, num_queries, -1).transpose(0, 1)
+
+    q_rows = by_head(operands.persistent_q_BHTE)
+    persistent_HRN = torch.bmm(operands.persistent_k_HNE, q_rows.transpose(1, 2)).transpose(1, 2)
+    content_q = operands.content_q_BHTE.reshape(batch * heads, num_queries, width)
+    k = operands.k_BHSE.flatten(0, 1).transpose(1, 2)
+    bias = operands.context_bias().expand(batch, heads, -1, -1).reshape(batch * heads, num_queries, num_context)
+    context = torch.baddbmm(bias, content_q, k, alpha=operands.scale).view(batch, heads, num_queries, num_context)
+    weights = functional.softmax(torch.cat([by_head(context), persistent_HRN], dim=-1), dim=-1)
+    weights_BHTS = by_text(weights[..., :num_context]).reshape(batch * heads, num_queries, num_context)
+    attended = torch.bmm(weights_BHTS, operands.v_BHSE.flatten(0, 1)).view(batch, heads, num_queries, width)
+    persistent_HRN = weights[..., num_context:]
+    attended_HRE = torch.baddbmm(
+        by_head(attended), persistent_HRN, operands.persistent_v_HNE, alpha=operands.persistent_scale
+    )
+    return by_text(attended_HRE).transpose(1, 2)

@@ -17,11 +17,16 @@ def sinusoidal_table(window: int, width: int) -> Tensor:
 
 
 def rotate(x_BHTE: Tensor, start: int) -> Tensor:
-    """Turn queries or keys at positions start, start + 1, … by their rotary angles (Su et al. 2021), same shape."""
-    length, width = x_BHTE.shape[-2:]
-    position = torch.arange(start, start + length, dtype=torch.float32, device=x_BHTE.device)
+    """Turn queries or keys at positions start, start + 1, … by their rotary angles, same shape."""
+    position = torch.arange(start, start + x_BHTE.shape[-2], dtype=torch.float32, device=x_BHTE.device)
+    return rotate_at(x_BHTE, position)
+
+
+def rotate_at(x_BHTE: Tensor, position: Tensor) -> Tensor:
+    """Turn queries or keys at given positions, (T,) or (B, 1, T), by their rotary angles (Su et al. 2021)."""
+    width = x_BHTE.shape[-1]
     frequency = _BASE ** -(torch.arange(0, width, 2, dtype=torch.float32, device=x_BHTE.device) / width)
-    angle = position[:, None] * frequency
+    angle = position[..., None] * frequency
     cos, sin = angle.cos().to(x_BHTE.dtype), angle.sin().to(x_BHTE.dtype)
     first, second = x_BHTE.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

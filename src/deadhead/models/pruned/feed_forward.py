@@ -47,7 +47,7 @@ class FeedForward:
         inputs: names of the projections into the hidden units.
         output_path: name of the projection out of them.
         width: F; 0 for an emptied one.
-        copies: how many rows of an input projection each hidden unit has: 2 where one projection gives gates too.
+        copies: rows of an input projection that a hidden unit has: 2 where one projection gives gates too.
     """
 
     key: Key
@@ -154,11 +154,7 @@ def shrink_feed_forward(feed_forward: FeedForward, units: Tensor) -> None:
 
 
 def apply_block_plan(model: nn.Module, plan: Mapping[str, Any]) -> None:
-    """Shrink the feed-forward layers of a model as big as the dense one, on any device, to what a plan keeps.
-
-    Args:
-        model: with all its hidden units.
-        plan: the JSON values of a head plan's blocks.
+    """Shrink the feed-forward layers of a model as big as the dense one to what the JSON of a plan's blocks keeps.
 
     Raises:
         ValueError: the model's feed-forward layers are not those of the plan.

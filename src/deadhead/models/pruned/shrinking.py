@@ -43,17 +43,11 @@ class Heads:
 
 
 def heads_of(unit: str, kept: Sequence[int], num_heads: int, num_kv_heads: int) -> Heads:
-    """Return the heads that stay of H query and G key/value heads where `kept` units do.
+    """Return the heads that stay of H query and G key/value heads where `kept` units do, "kv_group" or "head".
 
     Transformers' attention repeats every key/value head for as many query heads. Where single query heads go, groups
     are left with different numbers of them; then key/value heads are kept several times, so that each serves the
     greatest common divisor of those numbers.
-
-    Args:
-        unit: "kv_group" or "head": what `kept` names.
-        kept: indices of units, ascending.
-        num_heads: H.
-        num_kv_heads: G.
     """
     repeat = num_heads // num_kv_heads
     if unit == "kv_group":
@@ -77,13 +71,9 @@ def rows_of(attention: Attention, order: str, size: int, heads: Heads) -> Tensor
 
 @torch.no_grad()
 def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
-    """Keep only `heads`, given by their present index, in place.
+    """Keep only `heads`, given by their present index, in place; none empties the module.
 
-    Args:
-        attention: a module that `find_attentions` found.
-        heads: those that stay; none empties the module.
-        outputs: how many values the module returns in a tuple, 0 for one tensor, negative for a list; an emptied one
-            returns as many.
+    An emptied one goes on returning as many `outputs`, in a tuple; 0 is one tensor, a negative number a list.
     """
     inner, module = attention.inner, attention.module
     module.dense_heads = dense_heads(attention)  # type: ignore[assignment]
@@ -110,12 +100,7 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
 
 
 def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
-    """Shrink a model as big as the dense one, on any device, to what a recorded head plan keeps, blocks included.
-
-    Args:
-        model: with all its heads.
-        plan: the JSON values of a head plan.
-        outputs: see `shrink`.
+    """Shrink a model as big as the dense one to what the JSON of a head plan keeps, blocks included.
 
     Raises:
         ValueError: the model's attention modules or feed-forward layers are not those of the plan.
@@ -148,12 +133,7 @@ def dense_heads(found: Attention | nn.Module) -> tuple[int, int]:
 
 
 class LayerConfig:
-    """One layer's view of the shared configuration, with its own numbers of heads; all else reads and writes through.
-
-    Args:
-        shared: the model's configuration.
-        own: what differs in this layer, by name.
-    """
+    """One layer's view of the shared configuration, with heads of its own; all else reads and writes through."""
 
     def __init__(self, shared: Any, own: Mapping[str, Any]) -> None:
         self.__dict__.update(shared=shared, own=dict(own))

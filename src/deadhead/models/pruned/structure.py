@@ -57,13 +57,9 @@ class UnknownStructure(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor with heads in it.
+    """A parameter of an attention module, by its name there, with heads along `dim` in an order of `head_order`.
 
-    Args:
-        path: the parameter's name, from the attention module.
-        dim: the dimension along which heads lie.
-        order: which heads, in which order; see `head_order`.
-        per_token: whether it is a projection's weight, with one multiply-add a number and token.
+    `per_token` tells whether it is a projection's weight, with one multiply-add a number and token.
     """
 
     path: str
@@ -74,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention module, as it is now.
+    """One attention module, as it is now: H query heads, G key/value heads, E wide.
 
     Args:
         key: its layer's index, or its path where a model has more than one stack of layers.
@@ -83,9 +79,6 @@ class Attention:
         inner: the module that computes attention: `module` itself, or its child `self` as in BERT.
         output_path: name of the output projection in `module`.
         parts: every tensor with heads in it, but for the output projection's bias.
-        num_heads: H.
-        num_kv_heads: G.
-        head_dim: E.
     """
 
     key: Key
@@ -102,11 +95,8 @@ class Attention:
 def head_order(order: str, num_heads: int, num_kv_heads: int) -> list[tuple[str, int]]:
     """Return the heads whose rows lie side by side in a tensor, as pairs of "q", "k" or "v" and the head's index.
 
-    Args:
-        order: "query" or "kv" for the heads of one kind, "blocks" for all queries, then keys, then values, "groups"
-            for each key/value head's queries, key and value together.
-        num_heads: H.
-        num_kv_heads: G.
+    The order is "query" or "kv" for the heads of one kind, "blocks" for all queries, then keys, then values, "groups"
+    for each key/value head's queries, key and value together.
     """
     queries = [("q", head) for head in range(num_heads)]
     keys, values = ([(kind, head) for head in range(num_kv_heads)] for kind in "kv")
@@ -372,12 +362,7 @@ def tell_sizes(projection: nn.Module) -> None:
 
 
 class OutputBias(nn.Module):
-    """What is left of an output projection without inputs: its bias.
-
-    Args:
-        width: D.
-        bias: the projection's bias (D,), or None.
-    """
+    """What is left of an output projection without inputs: its bias (D,), if it has any."""
 
     def __init__(self, width: int, bias: nn.Parameter | None) -> None:
         super().__init__()
