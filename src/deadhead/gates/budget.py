@@ -18,14 +18,6 @@ from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
 
-BUDGET_NAMES: dict[BudgetKind, str] = {
-    "sparsity": "heads",
-    "params": "parameters",
-    "flops": "FLOPs a token",
-    "kv_cache": "key/value cache",
-    "speedup": "time",
-}
-
 # 2^-50 of the interval in which the multiplier is looked for is less than a float32 can tell.
 _HALVINGS = 50
 # Share of what units cost that a target leaves, and takes, in expectation at least: else all would end at their bound.
