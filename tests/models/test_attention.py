@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from deadhead.models.all_attention.few import few_attention
 from torch import Tensor
 
 from deadhead.models.all_attention import blocked, merged
@@ -17,7 +16,6 @@ from deadhead.models.all_attention.blocked import blocked_attention
 from deadhead.models.all_attention.blocks import Blocking
 from deadhead.models.all_attention.dropout import Dropout, draw_kept
 from deadhead.models.all_attention.merged import few_attention, merged_attention
-from tests.helpers import difference
 from tests.random_models import difference
 
 _HEADS, _WIDTH, _PERSISTENT = 3, 4, 7
