@@ -6,12 +6,14 @@ from deadhead.training.phases.one_shot import rank
 from deadhead.training.phases.phase import PhaseRun, train
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe, load_recipe
 from deadhead.training.runs.one_call import finetune, prune
+from deadhead.training.runs.results import Pruned, Trained
 from deadhead.training.runs.run import Run
-from deadhead.training.runs.single import Pruned, Trained
+from deadhead.training.runs.single import Options
 
 __all__ = [
     "DataRecipe",
     "ModelRecipe",
+    "Options",
     "PhaseRecipe",
     "PhaseRun",
     "PruneRecipe",
