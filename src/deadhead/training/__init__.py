@@ -22,21 +22,23 @@ if TYPE_CHECKING:
     from deadhead.training.recipes.recipe import Recipe as Recipe
     from deadhead.training.runs.one_call import finetune as finetune
     from deadhead.training.runs.one_call import prune as prune
+    from deadhead.training.runs.results import Pruned as Pruned
+    from deadhead.training.runs.results import Trained as Trained
     from deadhead.training.runs.run import Run as Run
-    from deadhead.training.runs.single import Pruned as Pruned
-    from deadhead.training.runs.single import Trained as Trained
+    from deadhead.training.runs.single import Options as Options
 
 _HOME = {
     "DataRecipe": "recipes.recipe",
     "ModelRecipe": "recipes.recipe",
+    "Options": "runs.single",
     "PhaseRecipe": "recipes.recipe",
     "PhaseRun": "phases.phase",
     "PruneRecipe": "recipes.recipe",
-    "Pruned": "runs.single",
+    "Pruned": "runs.results",
     "Recipe": "recipes.recipe",
     "Run": "runs.run",
     "SparsityCallback": "callbacks.sparsity",
-    "Trained": "runs.single",
+    "Trained": "runs.results",
     "attach_gates": "phases.choosing",
     "close_to_budget": "phases.choosing",
     "finetune": "runs.one_call",

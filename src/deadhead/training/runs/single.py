@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,13 +19,11 @@ from deadhead.cutting import cut as cut_heads
 from deadhead.disk.files import remove_left_overs, write_json
 from deadhead.disk.reading import read_json
 from deadhead.errors import InputError, require_extra
-from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
 from deadhead.modes import best_device, on_device
-from deadhead.plans.plan import HeadPlan
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import LATENCY_FILE
@@ -33,82 +31,33 @@ from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.runs.inputs import Data, Text, read_data, require_named
 from deadhead.training.runs.models import build_model
+from deadhead.training.runs.results import Change, Pruned, Trained
 from deadhead.training.runs.summary import METRICS_FILE
-from deadhead.training.runs.workplace import Place, Progress, measured_values, told
+from deadhead.training.runs.workplace import Place, Progress, told
 
 _SETTINGS_FILE = "settings.json"
 
 Phase = Literal["train", "prune", "finetune"]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Change(Generic[T]):
-    """What something was before a phase, and is after it."""
-
-    before: T
-    after: T
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A model after a phase.
-
-    Args:
-        model: it, in evaluation mode.
-        tokenizer: its own, if it is known.
-        plan: which units of the dense model it has; None for one that was never cut.
-        costs: parameters, FLOPs and cache, before and after.
-        measured: on the validation text, before and after; None without one.
-        steps: of the optimizer.
-        rolled_back: how training went back after a loss that was not finite, or None.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    plan: HeadPlan | None
-    costs: Change[Cost]
-    measured: Change[Evaluation] | None
-    steps: int
-    rolled_back: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what was found as plain JSON values."""
-        after = None if self.measured is None else self.measured.after
-        found = measured_values(self.costs.after, after, steps=self.steps)
-        found.pop("tokens_per_second", None)
-        if self.plan is not None and self.plan.blocks is not None:
-            found["blocks"] = self.plan.blocks.blocks
-        if self.rolled_back is not None:
-            found["rolled_back"] = self.rolled_back
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruned(Trained):
-    """A model after units were chosen and, unless the gates were to be kept, cut.
-
-    Args:
-        plan: which units stay.
-        budget: its `kind`, what was `asked` for and what was `reached`; None where λ decided.
-        gates: on the model, where it was not cut; its costs are then those of the whole model.
-    """
-
-    plan: HeadPlan
-    budget: dict[str, Any] | None = None
-    gates: HeadGates | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what was found as plain JSON values."""
-        found = super().to_dict()
-        if self.gates is not None:
-            found["heads"] = self.plan.heads
-        return found if self.budget is None else {**found, "budget": self.budget}
+Model = PreTrainedModel | str | Path | ModelRecipe
+"""In memory, a checkpoint's folder, its name on the hub, or the sizes of a fresh one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a phase may be given beside its recipe; see `deadhead.prune`."""
+    """What a phase may be given beside its recipe.
+
+    Args:
+        tokenizer: the model's, if it does not lie beside it.
+        teacher: the model to distil from with `distill`; None: in `deadhead.prune` the model itself as it is now.
+        seed: of dropout, gate noise, LoRA adapters and first weights.
+        out: folder of the checkpoint to write; None writes none.
+        resume: go on from the last checkpoint in `OUT.work`.
+        progress: told of the name of what goes on, how much is done, how much there is, and the last numbers.
+        report_to: trackers that transformers knows, such as "wandb".
+        device: where to run, such as "cpu"; None: the accelerator there is.
+        dtype: of the weights of a model that is loaded, such as "bfloat16"; None: as they were saved.
+        evaluation_tokens: tokens of the validation text to measure on; None: all.
+    """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     teacher: PreTrainedModel | str | Path | None = None
@@ -125,7 +74,7 @@ class Options:
 def run_single(
     phase: Phase,
     recipe: PhaseRecipe,
-    model: PreTrainedModel | str | Path | ModelRecipe,
+    model: Model,
     data: Data | None,
     options: Options,
     *,
@@ -139,7 +88,7 @@ def run_single(
     Args:
         phase: its name.
         recipe: its settings; a `PruneRecipe` chooses units, and the result is a `Pruned`.
-        model: to start from: in memory, a checkpoint's folder, its name on the hub, or the sizes of a fresh one.
+        model: to start from; one in memory is changed in place.
         data: the text; None for the default one of deadhead's own models.
         options: the rest.
         cut: whether units that go are cut, or the gates kept.
@@ -174,7 +123,7 @@ def run_single(
 def _run(
     phase: Phase,
     recipe: PhaseRecipe,
-    model: PreTrainedModel | str | Path | ModelRecipe,
+    model: Model,
     data: Data | None,
     options: Options,
     work: Path,
@@ -250,7 +199,7 @@ def _run(
 
 
 def _begin(
-    model: PreTrainedModel | str | Path | ModelRecipe,
+    model: Model,
     data: Data | None,
     options: Options,
     work: Path,
@@ -279,7 +228,7 @@ def _begin(
     return network, text
 
 
-def _base(model: PreTrainedModel | str | Path | ModelRecipe) -> str | Path | None:
+def _base(model: Model) -> str | Path | None:
     """Return where a model came from: its folder or name, if it was given by that or its folder is still there."""
     if isinstance(model, str | Path):
         return model
@@ -287,9 +236,7 @@ def _base(model: PreTrainedModel | str | Path | ModelRecipe) -> str | Path | Non
     return name if name and Path(name).is_dir() else None
 
 
-def _teacher(
-    teacher: PreTrainedModel | str | Path | ModelRecipe | None, network: PreTrainedModel, recipe: PhaseRecipe
-) -> Callable[[], PreTrainedModel]:
+def _teacher(teacher: Model | None, network: PreTrainedModel, recipe: PhaseRecipe) -> Callable[[], PreTrainedModel]:
     """Return what loads the teacher, once it is needed; a model that is to be changed is copied now."""
     if recipe.distill and teacher is network:
         kept = copy.deepcopy(network)
@@ -305,7 +252,7 @@ def _teacher(
     return load
 
 
-def _check_places(out: Path, work: Path, model: PreTrainedModel | str | Path | ModelRecipe, *, resume: bool) -> None:
+def _check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
     if isinstance(model, str | Path) and Path(model).resolve() == out:
         raise InputError(f"The checkpoint must not overwrite the model it is made of, {model}; choose another --out.")
     checkpoint.require_ours_or_free(out)
@@ -322,7 +269,7 @@ def _check_places(out: Path, work: Path, model: PreTrainedModel | str | Path | M
 def _settings(
     phase: Phase,
     recipe: PhaseRecipe,
-    model: PreTrainedModel | str | Path | ModelRecipe,
+    model: Model,
     data: Data | None,
     options: Options,
     text: Text,

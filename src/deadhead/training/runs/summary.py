@@ -63,6 +63,7 @@ class _Summary(TypedDict, total=False):
     control: _Stage
     data: _Data
     budget: _Budget
+    model: dict[str, str]
     processes: int
     samples: dict[str, str]
     versions: dict[str, str]

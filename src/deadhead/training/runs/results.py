@@ -1,0 +1,80 @@
+"""What a phase gives back: the model, and what was found of it before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead.gates.gates import HeadGates
+from deadhead.measure.costs import Cost
+from deadhead.measure.evaluation import Evaluation
+from deadhead.plans.plan import HeadPlan
+from deadhead.training.runs.workplace import measured_values
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Change(Generic[T]):
+    """What something was before a phase, and is after it."""
+
+    before: T
+    after: T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model after a phase.
+
+    Args:
+        model: it, in evaluation mode.
+        tokenizer: its own, if it is known.
+        plan: which units of the dense model it has; None for one that was never cut.
+        costs: parameters, FLOPs and cache, before and after.
+        measured: on the validation text, before and after; None without one.
+        steps: of the optimizer.
+        rolled_back: how training went back after a loss that was not finite, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: HeadPlan | None
+    costs: Change[Cost]
+    measured: Change[Evaluation] | None
+    steps: int
+    rolled_back: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as plain JSON values."""
+        after = None if self.measured is None else self.measured.after
+        found = measured_values(self.costs.after, after, steps=self.steps)
+        found.pop("tokens_per_second", None)
+        if self.plan is not None and self.plan.blocks is not None:
+            found["blocks"] = self.plan.blocks.blocks
+        if self.rolled_back is not None:
+            found["rolled_back"] = self.rolled_back
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned(Trained):
+    """A model after units were chosen and, unless the gates were to be kept, cut.
+
+    Args:
+        plan: which units stay.
+        budget: its `kind`, what was `asked` for and what was `reached`; None where λ decided.
+        gates: on the model, where it was not cut; its costs are then those of the whole model.
+    """
+
+    plan: HeadPlan
+    budget: dict[str, Any] | None = None
+    gates: HeadGates | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as plain JSON values."""
+        found = super().to_dict()
+        if self.gates is not None:
+            found["heads"] = self.plan.heads
+        return found if self.budget is None else {**found, "budget": self.budget}
