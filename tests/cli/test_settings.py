@@ -57,7 +57,7 @@ def test_every_field_is_an_option(
 ) -> None:
     options = {option_name(name, field) for section in sections for name, field in section.model_fields.items()}
     expected = (options | {"--seed"}) - without - {""}
-    own = {"--out", "--model", "--resume", "--recipe", "--report-to", "--json", "--help"}
+    own = {"--out", "--model", "--resume", "--recipe", "--report-to", "--json", "--help", "--device", "--dtype"}
     own |= {"prune": {"--cut", "--dry-run", "--teacher"}, "finetune": {"--teacher"}}.get(command, set())
     assert set(re.findall(r"^  (--[a-z0-9-]+)", _help(command, capsys), re.MULTILINE)) == expected | own
 
@@ -71,7 +71,7 @@ def test_what_is_given_changes_the_recipe_and_the_rest_stays(tmp_path: Path, mon
     command = f"prune --model m --out o --recipe {tmp_path / 'here' / 'r.toml'} --params 0.7 --no-blocks --data text"
     command += " --adam-beta2 0.95 --column body --no-cut"
     assert execute(command.split()) == 0
-    ((name, phase, out, model, _, text, seed, *_), options) = seen[0]
+    ((name, phase, out, model, text, seed, *_), options) = seen[0]
     assert (name, out, model, seed, options["cut"]) == ("prune", Path("o"), Path("m"), 3, False)
     assert (phase.params, phase.flops, phase.blocks, phase.adam_beta2, phase.init) == (0.7, None, False, 0.95, 1.0)
     assert (text.source, text.column) == ("text", "body")

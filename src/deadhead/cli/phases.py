@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Quiet, ReportTo, console, load_torch, print_json, progress
+from deadhead.cli.console import AsJson, Device, Dtype, Quiet, ReportTo, console, load_torch, print_json, progress
 from deadhead.cli.settings import takes_settings
 from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
@@ -43,6 +43,8 @@ def train(
     resume: Resume = False,
     *,
     settings: dict[str, Any],
+    device: Device = None,
+    dtype: Dtype = None,
     recipe: RecipeOption = None,
     report_to: ReportTo = None,
     quiet: Quiet = False,
@@ -56,7 +58,8 @@ def train(
         given = given.model_copy(update={"persistent": None, "feed_forward": None})
     shape = _with(given, settings)
     text, phase = _with(base.data, settings), _with(base.train, settings)
-    _run("train", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, shape=shape)
+    options: dict[str, Any] = {"shape": shape, "device": device, "dtype": dtype}
+    _run("train", phase, out, model, text, base.seed, resume, report_to, quiet, as_json, **options)
 
 
 @takes_settings(DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size"))
@@ -73,6 +76,8 @@ def prune(
         bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.  [default: cut]")
     ] = True,
     teacher: Teacher = None,
+    device: Device = None,
+    dtype: Dtype = None,
     recipe: RecipeOption = None,
     report_to: ReportTo = None,
     quiet: Quiet = False,
@@ -94,8 +99,8 @@ def prune(
         _dry_run(model, phase, quiet, as_json)
         return
     text = _with(base.data, settings)
-    options: dict[str, Any] = {"cut": cut, "teacher": teacher}
-    _run("prune", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, **options)
+    options: dict[str, Any] = {"cut": cut, "teacher": teacher, "device": device, "dtype": dtype}
+    _run("prune", phase, out, model, text, base.seed, resume, report_to, quiet, as_json, **options)
 
 
 @takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"))
@@ -106,6 +111,8 @@ def finetune(
     *,
     settings: dict[str, Any],
     teacher: Teacher = None,
+    device: Device = None,
+    dtype: Dtype = None,
     recipe: RecipeOption = None,
     report_to: ReportTo = None,
     quiet: Quiet = False,
@@ -114,9 +121,8 @@ def finetune(
     """Train a cut model on, to recover what the cut cost."""
     base = _with(_base(recipe), settings)
     text, phase = _with(base.data, settings), _with(base.finetune, settings)
-    _run(
-        "finetune", phase, out, model, text.source, text, base.seed, resume, report_to, quiet, as_json, teacher=teacher
-    )
+    options: dict[str, Any] = {"teacher": teacher, "device": device, "dtype": dtype}
+    _run("finetune", phase, out, model, text, base.seed, resume, report_to, quiet, as_json, **options)
 
 
 def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:
@@ -166,7 +172,6 @@ def _run(
     phase: PhaseRecipe,
     out: Path,
     model: Path | None,
-    source: str | None,
     text: DataRecipe,
     seed: int,
     resume: bool,
@@ -183,13 +188,13 @@ def _run(
     with progress(quiet or not is_main()) as report:
         given: dict[str, Any] = {"out": out, "seed": seed, "resume": resume, "progress": report}
         given |= {"report_to": report_to or (), **options}
-        data = _changed(text, source=source)
         if name == "train":
-            begun = given.pop("shape") if model is None else model
-            done = run_single("train", phase, begun, data, Options(**given))
+            shape = given.pop("shape")
+            begun = shape if model is None else model
+            done = run_single("train", phase, begun, text, Options(**given))
         else:
             call: Any = prune if name == "prune" else finetune
-            done = call(model, data, recipe=phase, **given)
+            done = call(model, text, recipe=phase, **given)
     result = done.to_dict()
     if not leave():
         return

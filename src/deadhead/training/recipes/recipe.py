@@ -105,7 +105,8 @@ class DataRecipe(_Section):
 
     source: str = setting(
         "stdlib",
-        "The text: a file, a directory, 'stdlib' (Python's own source), or hf:NAME[:CONFIG].",
+        "The text: a file, a directory, 'stdlib' (Python's own source), or hf:NAME[:CONFIG]. A model that was trained "
+        "elsewhere needs one to be named.",
         option="--data",
         first=True,
     )
