@@ -368,7 +368,11 @@ class Run:
         }
         self._note(
             "samples",
-            {name: generate_text(model, tokenizer, prompt, max_new_tokens=160) for name, model in after.items()},
+            {
+                # Hardly trained models say their likelier words only.
+                name: generate_text(model, tokenizer, prompt, max_new_tokens=160, temperature=0.6)
+                for name, model in after.items()
+            },
         )
 
 
