@@ -36,7 +36,6 @@ from tests.random_models import (
     chunks,
     difference,
     gradients,
-    random_plan,
     random_units,
     snapshot,
 )
@@ -203,7 +202,7 @@ def test_bfloat16_cut_is_as_near_to_float32_as_the_gated_model(model_type: str) 
         half: Any = tiny_model(model_type, seed=seed, dtype=torch.bfloat16)
         reference = copy.deepcopy(half).float()
         gates = attach(reference)
-        plan = random_plan(random.Random(seed), gates.heads, gates.total, output_scale=False, unit=gates.unit)
+        plan = random_units(random.Random(seed), gates, output_scale=False)
         gates.set_plan(plan)
         attach(half).set_plan(plan)
         ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(seed))
@@ -300,7 +299,7 @@ def test_left_padded_generation_with_an_empty_first_layer(model_type: str) -> No
 
 def test_groups_by_default_and_query_heads_as_an_option() -> None:
     model: Any = tiny_model("llama")
-    assert attach(model).total == {0: 4, 1: 4, 2: 4}
+    assert attach(model).total == {UnitKey("head", layer): 4 for layer in range(3)}
     detach(model)
     gates = attach(model, unit="head")
     assert gates.total == {UnitKey("head", layer): 8 for layer in range(3)}
@@ -332,8 +331,8 @@ def test_the_rest_of_a_hybrid_is_left_alone() -> None:
     model: Any = tiny_model("jamba")
     others = {name: value.clone() for name, value in model.state_dict().items() if "self_attn" not in name}
     gates = attach(model)
-    assert list(gates.total) == [1]
-    cut(model, HeadPlan(kept={1: ()}, total=gates.total, unit=gates.unit))
+    assert list(gates.total) == [UnitKey("head", 1)]
+    cut(model, gates.plan_of({UnitKey("head", 1): ()}))
     state = model.state_dict()
     assert {name for name in state if "self_attn" not in name} == others.keys()
     assert all(torch.equal(state[name], value) for name, value in others.items())
