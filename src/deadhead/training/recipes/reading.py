@@ -58,7 +58,7 @@ def changed(section: _S, **values: Any) -> _S:
     given = {name: value for name, value in values.items() if value is not None}
     try:
         # What was not said stays unsaid: some defaults depend on that.
-        return type(section).model_validate({**section.model_dump(by_alias=True, exclude_unset=True), **given})
+        return type(section).model_validate({**section.model_dump(exclude_unset=True), **given})
     except ValidationError as error:
         raise InputError(f"This run's setting {_explain(error, type(section))}.") from None
 
@@ -106,7 +106,7 @@ def to_toml(recipe: Recipe) -> str:
             return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
         return repr(item)
 
-    dumped = recipe.model_dump(exclude_none=True, by_alias=True)
+    dumped = recipe.model_dump(exclude_none=True)
     if recipe.model.from_ is not None:
         dumped["model"] = {"from": recipe.model.from_}
     if recipe.dense_phase is None:

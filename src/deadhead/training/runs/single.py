@@ -280,7 +280,7 @@ def _settings(
         "recipe": recipe.model_dump(),
         "data": data.model_dump() if isinstance(data, DataRecipe) else data if isinstance(data, str) else None,
         "model": None if isinstance(model, ModelRecipe) else _named(model),
-        "shape": model.model_dump(by_alias=True) if isinstance(model, ModelRecipe) else None,
+        "shape": model.model_dump() if isinstance(model, ModelRecipe) else None,
         "seed": options.seed,
         "teacher": None if options.teacher is None else _named(options.teacher),
         "processes": count(),
