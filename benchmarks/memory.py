@@ -21,9 +21,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-import deadhead
 from deadhead.data import TokenStream
 from deadhead.measure.cost import skeleton
+from deadhead.training import PhaseRun, PruneRecipe, attach_gates, train
 from deadhead.training.runs.memory import TrainingMemory, training_memory
 
 MODELS = ("Llama", "GPT-2", "All-attention")
@@ -55,7 +55,7 @@ def compare(
 ) -> tuple[TrainingMemory, int]:
     """Train gates for two steps, and return what the formula says, and the measured peak in bytes."""
     config = configuration(model, layers, width, words, length)
-    recipe = deadhead.PruneRecipe(
+    recipe = PruneRecipe(
         steps=2, batch_size=rows, sequence_length=length, sparsity=0.5, blocks=False, **settings
     )
     tokens = np.random.default_rng(0).integers(words, size=3 * rows * length + 1).astype(np.uint16)
@@ -65,7 +65,7 @@ def compare(
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         made = AutoModelForCausalLM.from_config(config)
-        deadhead.train(made, text, recipe, gates=deadhead.attach_gates(made, recipe))
+        train(made, text, recipe, PhaseRun(gates=attach_gates(made, recipe)))
     results: Any = profiler.profiler
     calls = (event for event in results.kineto_results.events() if event.name() == "[memory]")
     changes = torch.tensor([event.nbytes() for event in sorted(calls, key=lambda event: event.start_ns())])

@@ -20,7 +20,7 @@ _HEAD = """<!-- Written by `python docs/recipes.py` from the fields of recipes; 
 
 A recipe is a TOML file that decides a run ([an example](training.md#one-recipe-all-phases)). Every field may be left
 out. A field with an option can also be given to `deadhead train`, `prune` or `finetune`; their `--help` shows the same
-text. From Python the sections are classes, and `help(deadhead.PruneRecipe)` describes their fields:
+text. From Python the sections are classes, and `help(deadhead.training.PruneRecipe)` describes their fields:
 
 ```python
 from deadhead import PruneRecipe

@@ -20,7 +20,7 @@ from deadhead.data import load_text, load_tokenizer
 from deadhead.measure.evaluation import evaluate
 from deadhead.report.writing import report_run
 from deadhead.training.recipes.reading import load_recipe
-from deadhead.training.runs.single import run_single
+from deadhead.training.runs.single import Options, run_single
 from deadhead.training.runs.summary import read_summary, write_summary
 from tests.small_runs import save_small_llama, small_recipe, write_prose
 
@@ -182,7 +182,7 @@ def test_groups_and_blocks_have_maps_of_their_own(page: Page, tmp_path: Path) ->
     text = write_prose(tmp_path)
     save_small_llama(tmp_path / "llama", text)
     recipe = small_recipe(text, prune={"flops": 0.6, "l0": 0.01, "init": 2.0, "sequence_length": 16, "block_size": 8})
-    run_single("prune", recipe.prune, tmp_path / "cut", model=tmp_path / "llama", data=recipe.data)
+    run_single("prune", recipe.prune, tmp_path / "llama", recipe.data, Options(out=tmp_path / "cut"))
     report_run(tmp_path / "cut", tmp_path / "page.html")
     _open(page, tmp_path / "page.html")
     plan = HeadPlan.from_json(tmp_path / "cut" / "head_plan.json")

@@ -91,7 +91,7 @@ from pathlib import Path
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.runs.run import Run
 from deadhead.training.recipes.recipe import DataRecipe
-from deadhead.training.runs.single import run_single
+from deadhead.training.runs.single import Options, run_single
 
 recipe, ends = load_recipe("whole.toml"), {}
 finish = Run._finish
@@ -104,7 +104,7 @@ Run._finish = notes
 Run.start(recipe, "stopped", resume=True).execute()
 Run.start(load_recipe("ranked.toml"), "ranked").execute()
 data = DataRecipe(source=recipe.data.source)
-ends["single"] = run_single("prune", recipe.prune, Path("single"), model=Path("whole/dense"), data=data)
+ends["single"] = run_single("prune", recipe.prune, "whole/dense", data, Options(out="single")).to_dict()
 Path(f"ends{os.environ['RANK']}.json").write_text(json.dumps(ends))
 """
 

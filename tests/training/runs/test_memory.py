@@ -55,8 +55,8 @@ def test_weights_gradients_and_moments() -> None:
     model = _llama("bfloat16")
     numbers = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    # Of each of the 3 × 2 groups a gate, and its noise, output difference and index, which has 8 bytes.
-    gates, beside = 6 * 4, 6 * (4 + 4 + 8)
+    # Of each of the 3 × 2 groups a gate, and its noise and output difference.
+    gates, beside = 6 * 4, 6 * (4 + 4)
     full = _memory(model)
     assert full.weights == 4 * numbers + buffers + gates + beside
     assert full.gradients == 4 * numbers + gates

@@ -11,7 +11,7 @@ from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe
-from deadhead.training.runs.single import run_single
+from deadhead.training.runs.single import Options, run_single
 from tests.small_runs import save_small_model, write_prose
 
 _PHASE = PhaseRecipe(steps=2, batch_size=2)
@@ -21,7 +21,8 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     text = write_prose(tmp_path)
     model = save_small_model(tmp_path / "dense", text)
     with pytest.raises(InputError, match="nothing to resume"):
-        run_single("finetune", _PHASE, tmp_path / "out", model=model, data=DataRecipe(source=str(text)), resume=True)
+        data = DataRecipe(source=str(text))
+        run_single("finetune", _PHASE, model, data, Options(out=tmp_path / "out", resume=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -29,11 +30,11 @@ def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
     text = write_prose(tmp_path)
     model = save_small_model(tmp_path / "dense", text)
     data, out, work = DataRecipe(source=str(text)), tmp_path / "out", tmp_path / "out.work"
-    result = run_single("finetune", _PHASE, out, model=model, data=data)
-    assert result["steps"] == 2
+    result = run_single("finetune", _PHASE, model, data, Options(out=out))
+    assert result.steps == 2
     assert not work.exists()
     assert load(out).config.num_hidden_layers == load(model).config.num_hidden_layers
     write_json(work / "settings.json", {"phase": "finetune"})
     with pytest.raises(InputError, match="other settings"):
-        run_single("finetune", changed(_PHASE, steps=3), out, model=model, data=data, resume=True)
+        run_single("finetune", changed(_PHASE, steps=3), model, data, Options(out=out, resume=True))
     assert read_json(work / "settings.json", what="settings") == {"phase": "finetune"}

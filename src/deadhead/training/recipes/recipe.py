@@ -105,8 +105,8 @@ class DataRecipe(_Section):
 
     source: str = setting(
         "stdlib",
-        "The text: a file, a directory, 'stdlib' (Python's own source), or hf:NAME[:CONFIG]. A model that was trained "
-        "elsewhere needs one to be named.",
+        "The text: a file, a directory, hf:NAME[:CONFIG], or 'stdlib' (Python's own source, the default for deadhead's "
+        "own models only).",
         option="--data",
         first=True,
     )

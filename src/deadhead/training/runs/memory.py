@@ -45,7 +45,7 @@ class TrainingMemory:
 
 
 def training_memory(model: PreTrainedModel, recipe: PruneRecipe) -> TrainingMemory:
-    """Estimate what `deadhead.train` needs of memory to train gates on a model.
+    """Estimate what `deadhead.training.train` needs of memory to train gates on a model.
 
     Weights, gradients and moments are counted. Activations are a formula of batch, length and the layers' widths, for
     decoders in the manner of Llama and GPT-2 and for deadhead's own models, with the kernels of a CPU. It was within

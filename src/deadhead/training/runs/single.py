@@ -27,6 +27,7 @@ from deadhead.modes import best_device, on_device
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import LATENCY_FILE
+from deadhead.training.phases.segments import segments
 from deadhead.training.processes import count, is_main, on_main
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
 from deadhead.training.runs.inputs import Data, Text, read_data, require_named
@@ -143,6 +144,8 @@ def _run(
         limit = options.evaluation_tokens
         return evaluate(network, text.valid, limit=limit, progress=lambda done, total: progress(what, done, total, {}))
 
+    # A text that is too short is told before anything is measured.
+    segments(network, text.train, recipe, rows=recipe.batch_size * count(), first_segment=0)
     before = on_main(lambda: (model_cost(network), measured("evaluating before")))
     place = Place(
         phase=phase,
