@@ -145,11 +145,14 @@ class AllAttentionConfig(PreTrainedConfig):
         blocks = (self.head_plan or {}).get("blocks")
         if blocks is None:
             return
-        total, size = self._validate_units(blocks, "block"), blocks.get("size")
+        size = blocks.get("size") if isinstance(blocks, dict) else None
+        if not isinstance(size, int):
+            raise ValueError(f"head_plan must give blocks a size, a whole number, but it is {size!r}.")
+        total = self._validate_units(blocks, "block")
         units = self.feed_forward_size or self.num_persistent
         what = "hidden units" if self.feed_forward_size else "persistent vectors"
-        if not isinstance(size, int) or any(count * size != units for count in total.values()):
-            raise ValueError(f"head_plan's blocks of {size!r} do not make up the {units} {what} of a layer.")
+        if any(count * size != units for count in total.values()):
+            raise ValueError(f"head_plan's blocks of {size} do not make up the {units} {what} of a layer.")
 
     @property
     def _layers(self) -> list[str]:
