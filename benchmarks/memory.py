@@ -55,9 +55,7 @@ def compare(
 ) -> tuple[TrainingMemory, int]:
     """Train gates for two steps, and return what the formula says, and the measured peak in bytes."""
     config = configuration(model, layers, width, words, length)
-    recipe = PruneRecipe(
-        steps=2, batch_size=rows, sequence_length=length, sparsity=0.5, blocks=False, **settings
-    )
+    recipe = PruneRecipe(steps=2, batch_size=rows, sequence_length=length, sparsity=0.5, blocks=False, **settings)
     tokens = np.random.default_rng(0).integers(words, size=3 * rows * length + 1).astype(np.uint16)
     text = TokenStream(tokens=tokens, num_bytes=len(tokens), num_words=len(tokens))
     formula = training_memory(skeleton(config), recipe)

@@ -205,7 +205,7 @@ def test_a_fault_of_ours_is_not_hidden(given: Path, monkeypatch: pytest.MonkeyPa
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("deadhead.measure.cost.config_cost", fail)
+    monkeypatch.setattr("deadhead.checkpoints.folder_cost.folder_cost", fail)
     with pytest.raises(ZeroDivisionError, match="ours"):
         execute(["inspect", str(given / "model")])
 

@@ -405,8 +405,8 @@ _BLOCKS = {"size": 3, "kept": {"0": [0]}, "total": {"0": 4}}
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ("three", "must name each of the 1 layers in kept and total of its blocks"),
-        ({**_BLOCKS, "size": None}, "blocks of None do not make up the 12 persistent vectors of a layer"),
+        ("three", "head_plan must give blocks a size"),
+        ({**_BLOCKS, "size": None}, "head_plan must give blocks a size"),
         ({**_BLOCKS, "kept": {}}, "each of the 1 layers in kept and total"),
         ({**_BLOCKS, "total": {"0": 4, "1": 4}}, "each of the 1 layers in kept and total"),
         ({**_BLOCKS, "size": 4}, "blocks of 4 do not make up the 12 persistent vectors of a layer"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ _TYPES: Mapping[str, tuple[str, int]] = {
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
 }
+# Where two threads would move the one place in a file from which both read.
+_SEEKING = threading.Lock()
 # Bytes of a tensor that are read at once.
 _READ = 4 << 20
 # As the format's own reader has it; a longer header is a lie.
@@ -126,7 +129,14 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -
     """
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        else:  # Windows
+            with _SEEKING:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                data = os.read(descriptor, len(buffer) - done)
+            count = len(data)
+            buffer[done : done + count] = data
         if not count:
             raise InputError(f"{path} ended while it was read; the file was changed or is damaged, fetch it again.")
         done += count
