@@ -163,9 +163,9 @@ def measure_step(shape: Shape, repeats: int) -> dict[str, Any]:
         gates.track_difference()
         kept = round(8 * (1 - share))
         plan = deadhead.HeadPlan(kept={layer: range(kept) for layer in layers}, total=dict.fromkeys(layers, 8))
-        for layer, gate in gates:
+        for key, gate in gates:
             # Settled: such a gate opens once in 3000 draws.
-            gate.set_log_alpha(torch.tensor([8.0 if head in plan.kept[layer] else -8.0 for head in range(8)]))
+            gate.set_log_alpha(torch.tensor([8.0 if head in plan.kept[key.layer] else -8.0 for head in range(8)]))
         steps[f"{share:.0%} closed"] = Step(model, shape)
         if share:
             steps[f"{share:.0%} cut"] = Step(deadhead.cut(copy.deepcopy(dense), plan), shape)

@@ -23,7 +23,7 @@ out. A field with an option can also be given to `deadhead train`, `prune` or `f
 text. From Python the sections are classes, and `help(deadhead.training.PruneRecipe)` describes their fields:
 
 ```python
-from deadhead import PruneRecipe
+from deadhead.training import PruneRecipe
 
 print(PruneRecipe.model_fields["kv_cache"].description)
 ```
@@ -61,7 +61,13 @@ def page() -> str:
 
 def _row(name: str, field: FieldInfo) -> tuple[str, ...]:
     option = option_name(name, field)
-    return f"`{name}`", _values(field), _default(field), str(field.description), f"`{option}`" if option else ""
+    return (
+        f"`{field.alias or name}`",
+        _values(field),
+        _default(field),
+        str(field.description),
+        f"`{option}`" if option else "",
+    )
 
 
 def _values(field: FieldInfo) -> str:

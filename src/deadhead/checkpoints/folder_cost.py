@@ -159,7 +159,7 @@ def _llama(model: _Model, kind: str, length: int) -> None:
     # Where some types do not say these numbers, theirs are others than the usual.
     has_usual = kind in ("llama", "granite")
     num_kv_heads = model.number("num_key_value_heads", num_heads if has_usual else None)
-    if width % num_heads:
+    if width % num_heads or num_heads % num_kv_heads:
         raise _Unfamiliar
     head_dim = model.number("head_dim", None if kind in ("qwen3", "gemma") else width // num_heads)
     # Windows are of some layers only.

@@ -145,7 +145,9 @@ def _speaks(error: BaseException, wait_of_main: float = 0.0) -> bool:
         # A launcher passes the same signal on once more.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        return is_main
+        # One that was still starting has nothing to say; the process that failed does.
+        begun = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        return is_main and (begun or isinstance(error, KeyboardInterrupt))
     try:
         time.sleep(wait_of_main if is_main else _WAIT_OF_OTHERS)
     except SystemExit as end:

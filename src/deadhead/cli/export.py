@@ -76,4 +76,4 @@ def export(
             f"{agreement.tokens_equal} of {agreement.tokens} greedy tokens are equal"
         )
     if result.unchecked is not None:
-        console.print(f"Not checked: {result.unchecked}.")
+        console.print(f"Not checked: {escape(result.unchecked)}.")

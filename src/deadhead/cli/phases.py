@@ -11,7 +11,9 @@ from rich.markup import escape
 
 from deadhead.cli.console import AsJson, Device, Dtype, Quiet, ReportTo, console, load_torch, print_json, progress
 from deadhead.cli.settings import takes_settings
+from deadhead.errors import InputError
 from deadhead.plans.kinds import BUDGET_KINDS
+from deadhead.training.recipes.fields import option_name
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -53,6 +55,12 @@ def train(
     """Train a dense All-attention Transformer or Transformer-XL from scratch, or go on with a model."""
     base = _with(_base(recipe), settings)
     given = base.model
+    if model is None and given.from_ is not None:
+        model = Path(given.from_)
+    sizes = sorted(settings.keys() & ModelRecipe.model_fields.keys())
+    if model is not None and sizes:
+        option = option_name(sizes[0], ModelRecipe.model_fields[sizes[0]])
+        raise InputError(f"{option} is for a fresh model, but {model} has its sizes; leave {option} out.")
     if settings.get("architecture", given.architecture) != given.architecture:
         # What the recipe says of the other architecture's layers does not hold.
         given = given.model_copy(update={"persistent": None, "feed_forward": None})

@@ -140,6 +140,6 @@ def _execute(
     if picture.exists():
         console.print(f"Head map and gates over time: {escape(str(picture))}")
     else:
-        console.print("A picture of the head map needs matplotlib: pip install 'deadhead[report]'.")
+        console.print(escape("A picture of the head map needs matplotlib: pip install 'deadhead[report]'."))
     console.print(f"The run's page, for a browser: {escape(str(page))}")
     console.print(f"The pruned model: {escape(str(folder / 'pruned'))}")

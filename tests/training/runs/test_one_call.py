@@ -13,7 +13,7 @@ from benchmarks._tiny_models import VOCABULARY, tiny_model
 from deadhead import InputError
 from deadhead.cli import execute
 from deadhead.data import load_text
-from deadhead.training import PruneRecipe
+from deadhead.training import PhaseRecipe, PruneRecipe
 from tests.small_runs import assert_same_tensors, save_small_llama, save_small_model, stream, weights, write_prose
 
 _STEPS: dict[str, Any] = {"steps": 3, "batch_size": 2, "sequence_length": 24}
@@ -103,3 +103,28 @@ def test_a_stock_model_needs_data(command: str, place: Path, tmp_path: Path, cap
     assert execute([command, "--model", str(place / "llama"), "--out", str(tmp_path / "out")]) == 2
     assert "name one with data (--data)" in capfd.readouterr().err.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_that_fails_leaves_no_gates() -> None:
+    """Another try begins anew: the model in memory is as it was."""
+    model: Any = tiny_model("llama")
+    text = stream(300, vocab_size=VOCABULARY)
+    settings: dict[str, Any] = {"steps": 1, "batch_size": 2, "sequence_length": 12}
+    with pytest.raises(InputError, match="cannot be reached"):
+        deadhead.prune(model, text, params=0.01, **settings)
+    assert deadhead.gates_of(model) is None
+    assert deadhead.prune(model, text, sparsity=0.5, **settings).model is model
+
+
+def test_recipes_of_another_phase() -> None:
+    model: Any = tiny_model("llama")
+    for call, recipe in ((deadhead.prune, PhaseRecipe()), (deadhead.finetune, PruneRecipe()), (deadhead.prune, {})):
+        with pytest.raises(InputError, match="The recipe of this phase must be a"):
+            call(model, stream(300, vocab_size=VOCABULARY), recipe=recipe)
+
+
+def test_a_budget_replaces_the_recipes() -> None:
+    model: Any = tiny_model("llama")
+    asked = PruneRecipe(sparsity=0.25, steps=1, batch_size=2, sequence_length=12)
+    found = deadhead.prune(model, stream(300, vocab_size=VOCABULARY), recipe=asked, kv_cache=0.5)
+    assert found.budget is not None and found.budget["kind"] == "kv_cache"

@@ -34,7 +34,7 @@ class _Section(BaseModel):
 
 
 class ModelRecipe(_Section):
-    """A model of deadhead's own that is trained from scratch."""
+    """The model: one of deadhead's own that is trained from scratch, or one that exists."""
 
     from_: str | None = setting(
         None,

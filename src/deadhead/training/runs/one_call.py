@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedModel
 
+from deadhead.errors import InputError
+from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 from deadhead.training.runs.inputs import Data
@@ -50,7 +52,11 @@ def prune(
         UnsupportedModel: the model has no heads that could be cut.
         DivergenceError: training diverged.
     """
-    asked, options = _divided(recipe or PruneRecipe(), settings)
+    begun = _of_kind(recipe, PruneRecipe)
+    if settings.keys() & set(BUDGET_KINDS):
+        # The recipe's budget does not hold where another is asked for.
+        begun = begun.model_copy(update=dict.fromkeys(BUDGET_KINDS))
+    asked, options = _divided(begun, settings)
     return cast(Pruned, run_single("prune", asked, model, data, options, cut=cut))
 
 
@@ -75,8 +81,22 @@ def finetune(
         InputError: something given cannot be used; an unknown setting is told with the nearest that there is.
         DivergenceError: training diverged.
     """
-    asked, options = _divided(recipe or PhaseRecipe(), settings)
+    asked, options = _divided(_of_kind(recipe, PhaseRecipe), settings)
     return run_single("finetune", asked, model, data, options)
+
+
+def _of_kind(recipe: R | None, kind: type[R]) -> R:
+    """Return the recipe that was given, or the defaults.
+
+    Raises:
+        InputError: it is none of this kind of phase.
+    """
+    if recipe is not None and type(recipe) is not kind:
+        raise InputError(
+            f"The recipe of this phase must be a {kind.__name__} of deadhead.training, but a {type(recipe).__name__} "
+            "was given."
+        )
+    return recipe or kind()
 
 
 def _divided(recipe: R, settings: dict[str, Any]) -> tuple[R, Options]:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deadhead.attaching import detach, gates_of, unwrapped
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut as cut_heads
 from deadhead.disk.files import remove_left_overs, write_json
@@ -117,8 +118,20 @@ def run_single(
         work = out.with_name(out.name + ".work")
         on_main(lambda: _check_places(out, work, model, resume=options.resume))
         place = nullcontext(str(work))
-    with place as folder, _gone_if_unused(Path(folder)), on_device(device):
+    with place as folder, _gone_if_unused(Path(folder)), on_device(device), _gates_off_on_failure(model):
         return _run(phase, recipe, model, data, options, Path(folder), cut=cut)
+
+
+@contextmanager
+def _gates_off_on_failure(model: Model) -> Iterator[None]:
+    """Take the gates off a model in memory if the block fails, unless it had some: another try then begins anew."""
+    had_gates = not isinstance(model, PreTrainedModel) or gates_of(unwrapped(model)) is not None
+    try:
+        yield
+    except BaseException:
+        if not had_gates:
+            detach(cast(PreTrainedModel, model))
+        raise
 
 
 def _run(
@@ -134,7 +147,7 @@ def _run(
     progress = told(options.progress)
     network, text = _begin(model, data, options, work, progress)
     if options.out is not None:
-        settings = _settings(phase, recipe, model, data, options, text)
+        settings = _settings(phase, recipe, model, data, options, text) | {"cut": cut}
         on_main(lambda: _keep_settings(work, settings))
 
     def measured(what: str) -> Evaluation | None:
@@ -285,6 +298,7 @@ def _settings(
         "model": None if isinstance(model, ModelRecipe) else _named(model),
         "shape": model.model_dump() if isinstance(model, ModelRecipe) else None,
         "seed": options.seed,
+        "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
         "teacher": None if options.teacher is None else _named(options.teacher),
         "processes": count(),
         "sha256": text.sha256,
