@@ -193,7 +193,7 @@ def test_persistent_vectors_are_gone_with_the_heads_of_their_layer_whatever_a_pl
     detach(model)
     # A model cut by heads alone, which says nothing of blocks.
     headless = cut(MODELS["persistent"](), plan_of(None, {1: []}))
-    assert attach(headless, blocks=3).present[block_key(1)] == ()
+    assert attach(headless, blocks=3).heads[block_key(1)] == ()
     # A feed-forward layer outlives the heads.
     other = cut(MODELS["feed-forward"](), keeps)
     assert other.config.head_plan == keeps.to_dict()
