@@ -100,6 +100,22 @@ def test_the_head_map_is_the_plan_and_its_course(small_run: Path, written: Path,
     assert "output difference, 0 to" in str(page.text_content(".ramp-text"))
 
 
+def test_a_run_that_measured_no_output_differences_has_no_chart_of_them(
+    small_run: Path, written: Path, page: Page, tmp_path: Path
+) -> None:
+    _open(page, written)
+    assert page.is_visible(".difference-section") and page.is_visible(".shade")
+    shutil.copytree(small_run, tmp_path / "run")
+    lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("output_difference", None)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report_run(tmp_path / "run", tmp_path / "page.html", attention=False)
+    _open(page, tmp_path / "page.html")
+    assert page.is_hidden(".difference-section") and page.is_hidden(".shade")
+    assert page.text_content(".ramp-text") == "open probability, 0 to 100 %"
+
+
 def test_clicks_and_keys_choose_a_head(written: Path, page: Page) -> None:
     _open(page, written)
     page.click('.map .cell[data-key="1"][data-index="2"]')

@@ -120,9 +120,8 @@ def with_gates(name: str, settings: dict[str, Any]) -> dict[str, Tensor]:
     text = stream(21 * 8 + 1 if kind == "llama" else 8 * 8 * ROWS + 1)
     model = _model(kind)
     length = {"sequence_length": 8} if kind == "llama" else {}
-    recipe = PruneRecipe(
-        steps=STEPS, batch_size=ROWS // COUNT, learning_rate=2e-3, ramp_steps=6, l0_warmup_steps=2, **length, **settings
-    )
+    settings = {"ramp_steps": 6, "l0_warmup_steps": 2, "track_difference": True, **length, **settings}
+    recipe = PruneRecipe(steps=STEPS, batch_size=ROWS // COUNT, learning_rate=2e-3, **settings)
     gates = attach_gates(model, recipe)
     with _noted_noise(gates) as noise:
         train(model, text, recipe, PhaseRun(gates=gates))
@@ -171,7 +170,7 @@ def sharded(name: str, folder: Path, *, resume: bool = False, **settings: Any) -
     model = _model("llama")
     examples = [{"input_ids": ids, "labels": ids} for ids in torch.arange(24 * 8).mul(7).remainder(29).view(24, 8)]
     gates = deadhead.attach(model)
-    callback = deadhead.SparsityCallback(gates, **settings)
+    callback = deadhead.SparsityCallback(gates, track_difference=True, **settings)
     trainer = Trainer(model, args, train_dataset=examples, callbacks=[callback])
     with _noted_noise(gates) as noise:
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6") if resume else None)
