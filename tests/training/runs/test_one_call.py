@@ -83,6 +83,9 @@ def test_device_and_dtype(place: Path) -> None:
     [
         ("llama", {}, "A text was expected for a model of type llama, but none was given"),
         ("llama", {"data": "prose", "sparsty": 0.5}, "unknown key 'sparsty'; did you mean 'sparsity'"),
+        ("llama", {"data": "prose", "teachr": "llama"}, "unknown key 'teachr'; did you mean 'teacher'"),
+        ("llama", {"data": "prose", "seed": -1}, "seed must be a whole number of at least 0"),
+        ("llama", {"data": "prose", "evaluation_tokens": 1}, "evaluation_tokens must be a whole number of at least 2"),
         ("llama", {"data": "prose", "sparsity": 2.0}, "wrong value for 'sparsity'"),
         ("llama", {"data": "prose", "sparsity": 0.5, "device": "moon"}, r"A device was expected \(cpu.*'moon'"),
         ("llama", {"data": "prose", "sparsity": 0.5, "dtype": "int8"}, "A dtype was expected .*'int8'"),

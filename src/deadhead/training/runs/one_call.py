@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -103,4 +104,9 @@ def _divided(recipe: R, settings: dict[str, Any]) -> tuple[R, Options]:
     """Return a recipe with the settings that are its own, and the others."""
     others = {name: value for name, value in settings.items() if name in _OPTIONS}
     own = {name: value for name, value in settings.items() if name not in _OPTIONS}
+    known = {*type(recipe).model_fields, *_OPTIONS, *(["cut"] if isinstance(recipe, PruneRecipe) else [])}
+    for name in own.keys() - known:
+        near = get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"see help(deadhead.training.{type(recipe).__name__})"
+        raise InputError(f"The call has an unknown key {name!r}; {hint}")
     return changed(recipe, **own), Options(**others)

@@ -59,6 +59,9 @@ class Options:
         device: where to run, such as "cpu"; None: the accelerator there is.
         dtype: of the weights of a model that is loaded, such as "bfloat16"; None: as they were saved.
         evaluation_tokens: tokens of the validation text to measure on; None: all.
+
+    Raises:
+        InputError: the seed or the number of tokens is out of range.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -71,6 +74,15 @@ class Options:
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
     evaluation_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):
+            object.__setattr__(self, "report_to", (self.report_to,))
+        for name, least in (("seed", 0), ("evaluation_tokens", 2)):
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (is_whole and least <= value < 2**31) and not (value is None and name == "evaluation_tokens"):
+                raise InputError(f"{name} must be a whole number of at least {least} and below 2^31, but is {value!r}.")
 
 
 def run_single(
