@@ -12,7 +12,6 @@ from rich.markup import escape
 from deadhead.cli.console import AsJson, Device, Dtype, Quiet, ReportTo, console, load_torch, print_json, progress
 from deadhead.cli.settings import takes_settings
 from deadhead.errors import InputError
-from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.training.recipes.fields import option_name
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
 
@@ -98,11 +97,7 @@ def prune(
     The teacher of --distill is the model itself, unless --teacher names another.
     """
     base = _with(_base(recipe), settings)
-    begun = base.prune
-    if settings.keys() & set(BUDGET_KINDS):
-        # The recipe's budget does not hold where another is asked for.
-        begun = begun.model_copy(update=dict.fromkeys(BUDGET_KINDS))
-    phase = _with(begun, settings)
+    phase = _with(base.prune, settings)
     if dry_run:
         _dry_run(model, phase, quiet, as_json)
         return

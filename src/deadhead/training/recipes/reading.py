@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from deadhead.disk.reading import read_text, shown
 from deadhead.errors import InputError
+from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.training.recipes.recipe import Recipe
 
 if sys.version_info >= (3, 11):
@@ -56,9 +57,13 @@ def changed(section: _S, **values: Any) -> _S:
         InputError: a value is not allowed.
     """
     given = {name: value for name, value in values.items() if value is not None}
+    # What was not said stays unsaid: some defaults depend on that.
+    begun = section.model_dump(exclude_unset=True)
+    if not given.keys().isdisjoint(BUDGET_KINDS):
+        # A budget that the section has does not hold where another is asked for.
+        begun = {name: value for name, value in begun.items() if name not in BUDGET_KINDS}
     try:
-        # What was not said stays unsaid: some defaults depend on that.
-        return type(section).model_validate({**section.model_dump(exclude_unset=True), **given})
+        return type(section).model_validate({**begun, **given})
     except ValidationError as error:
         raise InputError(f"This run's setting {_explain(error, type(section))}.") from None
 

@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
-from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 from deadhead.training.runs.inputs import Data
@@ -53,11 +52,7 @@ def prune(
         UnsupportedModel: the model has no heads that could be cut.
         DivergenceError: training diverged.
     """
-    begun = _of_kind(recipe, PruneRecipe)
-    if settings.keys() & set(BUDGET_KINDS):
-        # The recipe's budget does not hold where another is asked for.
-        begun = begun.model_copy(update=dict.fromkeys(BUDGET_KINDS))
-    asked, options = _divided(begun, settings)
+    asked, options = _divided(_of_kind(recipe, PruneRecipe), settings)
     return cast(Pruned, run_single("prune", asked, model, data, options, cut=cut))
 
 
