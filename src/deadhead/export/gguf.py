@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +44,11 @@ def write_gguf(
         writer.add_block_count(len(plan.layers))
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
+        heads, kv_heads, units = map(list, zip(*(astuple(layer) for layer in plan.layers), strict=True))
         alike = len(set(plan.layers)) == 1
-        units, heads, kv_heads = zip(
-            *((layer.units, layer.heads, layer.kv_heads) for layer in plan.layers), strict=True
-        )
-        writer.add_feed_forward_length(units[0] if alike else list(units))
-        writer.add_head_count(heads[0] if alike else list(heads))
-        writer.add_head_count_kv(kv_heads[0] if alike else list(kv_heads))
+        writer.add_feed_forward_length(units[0] if alike else units)
+        writer.add_head_count(heads[0] if alike else heads)
+        writer.add_head_count_kv(kv_heads[0] if alike else kv_heads)
         writer.add_key_length(plan.head_dim)
         writer.add_value_length(plan.head_dim)
         writer.add_rope_dimension_count(plan.head_dim)
@@ -73,17 +71,13 @@ def _write_tensors(model: PreTrainedModel, plan: GgufPlan, writer: GGUFWriter, k
     # Twice over: a file begins with the shapes of all, and no more than one is to be in memory.
     for stored in stored_tensors(model, plan):
         wanted = _type_of(stored.shape, kind)
-        if wanted == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor_info(stored.name, stored.shape, np.dtype(np.float32), 4 * math.prod(stored.shape))
-        else:
-            shape = gguf.quant_shape_to_byte_shape(stored.shape, wanted)
-            writer.add_tensor_info(stored.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=wanted)
+        shape = gguf.quant_shape_to_byte_shape(stored.shape, wanted)
+        writer.add_tensor_info(stored.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for stored in stored_tensors(model, plan):
-        values = stored.read().contiguous().numpy()
-        writer.write_tensor_data(gguf.quantize(values, _type_of(stored.shape, kind)))
+        writer.write_tensor_data(gguf.quantize(stored.read().contiguous().numpy(), _type_of(stored.shape, kind)))
 
 
 def _type_of(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
@@ -173,8 +167,8 @@ def _attention(block: str, attention: Any, shape: LayerShape, plan: GgufPlan, wi
 
 def _feed_forward(block: str, mlp: Any, shape: LayerShape, width: int) -> Iterator[Stored]:
     is_empty = not isinstance(mlp.down_proj, nn.Linear)
-    sizes = {"gate": (shape.units, width), "up": (shape.units, width), "down": (width, shape.units)}
-    for part, size in sizes.items():
+    for part in ("gate", "up", "down"):
+        size = (width, shape.units) if part == "down" else (shape.units, width)
         module = getattr(mlp, f"{part}_proj")
         yield Stored(f"{block}.ffn_{part}.weight", (_zeros(*size) if is_empty else module.weight,))
         if getattr(module, "bias", None) is not None:
