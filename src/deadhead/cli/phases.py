@@ -112,7 +112,7 @@ def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> Non
     load_torch(quiet or as_json)
     from deadhead.checkpoints import checkpoint
     from deadhead.measure.cost import skeleton
-    from deadhead.report.dry_run import dry_run_table
+    from deadhead.report.tables import dry_run_table
     from deadhead.training.phases.choosing import measure_budget_latency
     from deadhead.training.runs.dry_run import dry_run
 
@@ -175,6 +175,6 @@ def _run(
         f"perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.3f} bits/byte"
     )
     if "budget" in result:
-        from deadhead.report.budget import budget_sentence
+        from deadhead.report.tables import budget_sentence
 
         console.print(budget_sentence(result["budget"]))

@@ -78,10 +78,7 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
 
 def _with_whole(report: Progress, recipe: Recipe) -> Progress:
     """Return a progress function that also reports the steps of all phases, whose time left is that of the run."""
-    steps = {"train": 0 if recipe.dense else recipe.train.steps, "prune": recipe.prune.training_steps}
-    steps["finetune"] = recipe.finetune.steps
-    if recipe.control:
-        steps |= {f"control_{name}": steps[name] for name in ("prune", "finetune")}
+    steps = recipe.planned_steps
     *starts, total = accumulate(steps.values(), initial=0)
     before = dict(zip(steps, starts, strict=True))
 
@@ -102,7 +99,7 @@ def _execute(
     from deadhead.plans.head_map import head_map_text
     from deadhead.plans.picture import save_head_map
     from deadhead.plans.plan import HeadPlan
-    from deadhead.report.stages import stages_table, verdict
+    from deadhead.report.tables import stages_table, verdict
     from deadhead.report.writing import report_run
     from deadhead.training.callbacks.metrics import read_metrics
     from deadhead.training.processes import is_main, leave
