@@ -28,7 +28,7 @@ from deadhead.measure.latency import Latency
 from deadhead.plans.picture import gate_courses
 from deadhead.plans.plan import BlockPlan, HeadPlan
 from deadhead.report.run_facts import RunFacts, sibling_points
-from deadhead.report.stages import stages_table
+from deadhead.report.tables import stages_table
 from deadhead.training.callbacks.metrics import read_metrics
 from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe

@@ -21,7 +21,7 @@ from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.plans.plan import UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
-from deadhead.report.budget import budget_sentence
+from deadhead.report.tables import budget_sentence
 
 _KEY = UnitKey("head", 0)
 

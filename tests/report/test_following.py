@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ def test_frames_stay_few_and_even(most: int, count: int) -> None:
     frames = Frames(most)
     for step in range(count):
         frames.add(10 * step, step)
-        assert len(frames.steps) <= most + 1
-        assert frames.steps[-1] == 10 * step
-        assert frames.steps == [10 * row for row in frames.rows]
-    assert frames.steps[0] == 0
-    gaps = {after - before for before, after in zip(frames.steps, frames.steps[1:], strict=False)}
+        steps = [kept for kept, _ in frames.kept]
+        assert len(steps) <= most + 1
+        assert steps[-1] == 10 * step
+        assert steps == [10 * row for _, row in frames.kept]
+    assert steps[0] == 0
+    gaps = {after - before for before, after in pairwise(steps)}
     # All but the last are equally far apart.
-    assert len({after - before for before, after in zip(frames.steps[:-1], frames.steps[1:-1], strict=False)}) <= 1
+    assert len({after - before for before, after in pairwise(steps[:-1])}) <= 1
     assert count <= most or gaps
 
 
@@ -42,7 +44,7 @@ def _line(step: int) -> dict[str, Any]:
 
 def _read(follower: MetricsFollower) -> dict[str, Any]:
     return {
-        name: (found.steps, found.scalars, found.open_probability.steps, found.open_probability.rows, found.difference)
+        name: (found.steps, found.scalars, found.open_probability.kept, found.difference)
         for name, found in follower.phases.items()
     }
 

@@ -12,7 +12,6 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deadhead.report.glossary import GLOSSARY
 from deadhead.report.page import render_page
 
 _FACTS: dict[str, Any] = {
@@ -87,5 +86,5 @@ def test_every_term_is_explained_once() -> None:
     page = _page()
     used = {a["data-term"] for _, a in page.tags if "data-term" in a}
     explained = [a["id"] for _, a in page.tags if (a.get("id") or "").startswith("term-")]
-    assert used <= set(GLOSSARY)
-    assert sorted(explained) == sorted(f"term-{key}" for key in GLOSSARY)
+    assert {f"term-{key}" for key in used} <= set(explained)
+    assert len(explained) == len(set(explained)) >= 18

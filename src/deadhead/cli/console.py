@@ -37,36 +37,32 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Model = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name on the Hugging Face hub.", show_default=False),
-]
-Data = Annotated[
-    str, typer.Option("--data", help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].", show_default=True)
-]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name on the Hugging Face hub.")]
+Data = Annotated[str, typer.Option(help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].")]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(
-        "--report-to",
-        metavar="TRACKER",
-        help="Also report to a tracker through transformers, such as wandb; may be repeated.",
-        show_default=False,
+        metavar="TRACKER", help="Also report to a tracker through transformers, such as wandb; may be repeated."
     ),
 ]
 Device = Annotated[
-    str | None,
-    typer.Option("--device", help="Where to run, such as cpu or cuda; by default the accelerator there is."),
+    str | None, typer.Option(help="Where to run, such as cpu or cuda; by default the accelerator there is.")
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option("--dtype", help="Load the weights as this; by default as they were saved."),
+    typer.Option(help="Load the weights as this; by default as they were saved."),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
 
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:.1f}/s")
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    ends = TextColumn("{task.fields[more]}"), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(TextColumn("{task.description:>20}"), BarColumn(), *columns, *ends, console=errors)
 
 
 @contextmanager
@@ -75,24 +71,15 @@ def progress(quiet: bool) -> Iterator[Report]:
     if quiet or not errors.is_terminal:
         yield lambda *_: None
         return
-    columns = (
-        TextColumn("{task.description:>20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors) as bars:
+    with _bars(MofNCompleteColumn(), _Rate()) as bars:
         tasks: dict[str, Any] = {}
 
         def report(name: str, done: int, total: int, logs: dict[str, Any]) -> None:
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, numbers="")
+                tasks[name] = bars.add_task(name, total=total, more="")
             shown = {"loss": "loss {:.3f}", "sparsity": "closed {:.0%}"}
             numbers = "  ".join(text.format(logs[key]) for key, text in shown.items() if key in logs)
-            bars.update(tasks[name], completed=done, total=total, numbers=numbers)
+            bars.update(tasks[name], completed=done, total=total, more=numbers)
 
         yield report
 
@@ -106,21 +93,12 @@ def bytes_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     if quiet or not errors.is_terminal:
         yield lambda *_: None
         return
-    columns = (
-        TextColumn("{task.description:>20}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[checked]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors) as bars:
-        task = bars.add_task("cut", total=None, checked="")
+    with _bars(DownloadColumn(), TransferSpeedColumn()) as bars:
+        task = bars.add_task("cut", total=None, more="")
 
         def report(name: str, done: int, total: int) -> None:
             if name == "checking":
-                bars.update(task, checked=f"{done}/{total} layers checked")
+                bars.update(task, more=f"{done}/{total} layers checked")
             else:
                 bars.update(task, completed=done, total=total)
 

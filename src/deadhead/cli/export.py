@@ -19,24 +19,19 @@ def export(
     to: Annotated[
         Literal["gguf", "onnx", "openvino", "padded"],
         typer.Option(
-            "--to",
             help="gguf: a file for llama.cpp; onnx, openvino: a folder with the cache as inputs and outputs; padded: a "
-            "checkpoint of the stock architecture, for servers that take no other.",
-            show_default=False,
+            "checkpoint of the stock architecture, for servers that take no other."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The new file (gguf) or folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The new file (gguf) or folder.")],
     kind: Annotated[
         str | None,
         typer.Option(
             "--type",
             help="Of gguf: f32, f16 (the default), bf16, q8_0, or one of llama.cpp's quantiser, such as q4_k_m.",
-            show_default=False,
         ),
     ] = None,
-    tokenizer: Annotated[
-        bool, typer.Option("--tokenizer/--no-tokenizer", help="Put the tokenizer into the file, or beside it.")
-    ] = True,
+    tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the file, or beside it.")] = True,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:

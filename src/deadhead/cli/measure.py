@@ -38,12 +38,11 @@ def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
 def evaluate(
     model: Model,
     data: Data = "stdlib",
-    on: Annotated[Literal["train", "valid", "test"], typer.Option("--on", help="Which part of the text.")] = "valid",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, max=10**15, help="Score only so many tokens.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=2**20, help="Rows read side by side.")] = 8,
+    on: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")] = "valid",
+    limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")] = 8,
     window: Annotated[
-        int | None,
-        typer.Option("--window", min=2, max=2**24, help="Tokens seen at once by a model without memory (512)."),
+        int | None, typer.Option(min=2, max=2**24, help="Tokens seen at once by a model without memory (512).")
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -81,9 +80,9 @@ def evaluate(
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")] = "def ",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=2**24)] = 200,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.8,
+    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "def ",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**24)] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -106,13 +105,11 @@ def generate(
 
 def bench(
     model: Model,
-    dense: Annotated[
-        Path | None, typer.Option("--dense", help="The model to compare with.", show_default=False)
-    ] = None,
-    workload: Annotated[Literal["prefill", "decode", "train"], typer.Option("--workload")] = "prefill",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=2**20)] = 8,
-    length: Annotated[int, typer.Option("--length", min=1, max=2**24, help="Tokens of each text.")] = 128,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, max=10**6)] = 10,
+    dense: Annotated[Path | None, typer.Option(help="The model to compare with.")] = None,
+    workload: Annotated[Literal["prefill", "decode", "train"], typer.Option()] = "prefill",
+    batch_size: Annotated[int, typer.Option(min=1, max=2**20)] = 8,
+    length: Annotated[int, typer.Option(min=1, max=2**24, help="Tokens of each text.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, max=10**6)] = 10,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,28 +12,29 @@ from rich.table import Table
 
 from deadhead.cli.console import AsJson, Device, Dtype, Quiet, bytes_progress, console, load_torch, print_json
 from deadhead.cli.console import Model as ModelArgument
-from deadhead.errors import InputError
+from deadhead.errors import InputError, is_installed
+from deadhead.plans.head_map import head_map_text
+from deadhead.plans.plan import HeadPlan
+from deadhead.training.recipes.reading import changed, load_recipe
+from deadhead.training.recipes.recipe import PruneRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from deadhead.measure.costs import Cost
-    from deadhead.plans.plan import HeadPlan
-    from deadhead.training.runs.memory import TrainingMemory
     from deadhead.training.runs.recipe_cost import ShapeCost
 
 
 def cut(
     model: ModelArgument,
-    plan: Annotated[Path, typer.Option("--plan", help="The head plan, a JSON file.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the cut model.", show_default=False)],
+    plan: Annotated[Path, typer.Option(help="The head plan, a JSON file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cut model.")],
     stream: Annotated[
         bool | None,
         typer.Option(
             "--stream/--in-memory",
             help="Go shard by shard, never holding more than a layer, or load the model; by default the first where a "
             "checkpoint is in shards or of 2 GiB or more.",
-            show_default=False,
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped cut left in OUT.work.")] = False,
@@ -44,9 +44,6 @@ def cut(
     as_json: AsJson = False,
 ) -> None:
     """Cut a model by a head plan that was made elsewhere."""
-    from deadhead.plans.head_map import head_map_text
-    from deadhead.plans.plan import HeadPlan
-
     head_plan = HeadPlan.from_json(plan)
     load_torch(quiet or as_json)
     from deadhead.streaming.cutting import cut_checkpoint
@@ -73,46 +70,31 @@ def inspect(
         typer.Argument(
             metavar="MODEL",
             help="A checkpoint folder, its config.json, a name on the Hugging Face hub, or a recipe: RECIPE.toml.",
-            show_default=False,
         ),
     ],
     length: Annotated[
-        int | None, typer.Option("--length", min=1, max=2**24, help="Positions before the token that is counted.")
+        int | None, typer.Option(min=1, max=2**24, help="Positions before the token that is counted.")
     ] = None,
     heads: Annotated[
         list[str] | None,
         typer.Option(
-            "--heads",
             metavar="N,N,…",
             help="Also count it with the first so many heads of each layer, one number a layer; may be repeated.",
-            show_default=False,
         ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", min=1, max=2**24, help="Of a recipe: tokens of its vocabulary.")
+        int | None, typer.Option(min=1, max=2**24, help="Of a recipe: tokens of its vocabulary.")
     ] = None,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", help="Also count it once this head plan is applied.", show_default=False)
-    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Also count it once this head plan is applied.")] = None,
     latency: Annotated[
-        Path | None,
-        typer.Option("--latency", help="With --plan: predict the speed by the latency.json of a --speedup."),
+        Path | None, typer.Option(help="With --plan: predict the speed by the latency.json of a --speedup.")
     ] = None,
     training: Annotated[
         bool, typer.Option("--training", help="Also show the memory that training gates on it takes.")
     ] = False,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, max=2**20, help="Of --training: rows of a batch.")
-    ] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Of --training: rows of a batch.")] = 8,
     sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            "--sequence-length",
-            min=2,
-            max=2**24,
-            help="Of --training: tokens of a row, by default 256.",
-            show_default=False,
-        ),
+        int | None, typer.Option(min=2, max=2**24, help="Of --training: tokens of a row, by default 256.")
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Of --training: layers run again in the backward pass.")
@@ -137,117 +119,68 @@ def inspect(
         return
     if vocab_size is not None:
         raise InputError("A checkpoint has its own vocabulary, --vocab-size is for recipes; leave it out.")
-    found = None if layouts or plan is not None or training else _inspect_folder(model, length)
+    from deadhead.checkpoints.declared import has_gates
+    from deadhead.checkpoints.folder_cost import folder_cost
+
+    others: list[tuple[str, Cost]] = []
+    asked: dict[str, Any] = {}
+    # Some folders tell all that is to be known without torch.
+    found = None if layouts or plan is not None or training else folder_cost(model, length=length)
     if found is None:
-        settings = {"batch_size": batch_size, "sequence_length": sequence_length, "bf16": bf16}
-        settings["gradient_checkpointing"] = gradient_checkpointing
         load_torch(as_json)
-        found = _inspect_model(model, length, layouts, plan, latency, settings if training else None)
+        from deadhead.checkpoints.checkpoint import load_config
+
+        config = load_config(model)
+        found, others = _costs(config, length, layouts, plan)
+        asked = {"layouts": [asdict(other) for _, other in others]} if others else {}
+        if plan is not None and latency is not None:
+            from deadhead.measure.latency import Latency
+
+            asked["predicted_speedup"] = Latency.from_json(latency).speedup(HeadPlan.from_json(plan))
+        if training:
+            how = {"batch_size": batch_size, "sequence_length": sequence_length, "bf16": bf16}
+            asked["training_memory"] = _training_memory(
+                config, how | {"gradient_checkpointing": gradient_checkpointing}
+            )
+    cost, recorded = found
+    is_gated = has_gates(model)
     if as_json:
-        print_json(found.to_dict())
+        print_json({**asdict(cost), "gated": is_gated, **asked})
         return
-    _show(found)
+    console.print(head_map_text(recorded or HeadPlan.keep_all(dict(enumerate(cost.total_heads)))))
+    console.print(_cost_table(cost))
+    if others:
+        console.print(_layouts_table([("as it is", cost), *others]))
     if latency is not None:
-        console.print(
-            f"predicted speed by {escape(str(latency))}: {found.speedup:.2f} times that of the model as it is"
-        )
+        speedup = asked["predicted_speedup"]
+        console.print(f"predicted speed by {escape(str(latency))}: {speedup:.2f} times that of the model as it is")
     if training:
-        console.print(_memory_table(found.memory))
+        console.print(_memory_table(asked["training_memory"]))
         console.print(
             f"Memory of training gates on {batch_size} rows at a time, GB, within about 25 %: total is the most at any "
             "time, less than the sum. It is what tensors hold; a process takes more, as its allocator wastes some."
         )
-    if found.gated:
+    if is_gated:
         console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Inspected:
-    """What was found of a model, and of what else was asked for.
-
-    Args:
-        cost: of the model as it is.
-        recorded: the plan that it was cut by, or None.
-        gated: whether it was saved with gates on.
-        others: costs with other heads, each with the option that asked for it.
-        speedup: that is predicted of a plan, or None.
-        memory: of training, by what learns.
-    """
-
-    cost: Cost
-    recorded: HeadPlan | None
-    gated: bool
-    others: list[tuple[str, Cost]] = field(default_factory=list)
-    speedup: float | None = None
-    memory: dict[str, TrainingMemory] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        asked: dict[str, Any] = {"layouts": [asdict(other) for _, other in self.others]} if self.others else {}
-        if self.speedup is not None:
-            asked["predicted_speedup"] = self.speedup
-        if self.memory:
-            asked["training_memory"] = {mode: asdict(found) for mode, found in self.memory.items()}
-        return {**asdict(self.cost), "gated": self.gated, **asked}
-
-
-def _inspect_folder(model: Path, length: int | None) -> _Inspected | None:
-    """Return what a folder tells without torch, or None where it does not tell enough."""
-    from deadhead.checkpoints.declared import has_gates
-    from deadhead.checkpoints.folder_cost import folder_cost
-
-    found = folder_cost(model, length=length)
-    return None if found is None else _Inspected(cost=found[0], recorded=found[1], gated=has_gates(model))
-
-
-def _inspect_model(
-    model: Path,
-    length: int | None,
-    layouts: list[list[int]],
-    plan: Path | None,
-    latency: Path | None,
-    training: dict[str, Any] | None,
-) -> _Inspected:
-    from deadhead.checkpoints import checkpoint
-    from deadhead.checkpoints.declared import has_gates
+def _costs(
+    config: PreTrainedConfig, length: int | None, layouts: list[list[int]], plan: Path | None
+) -> tuple[tuple[Cost, HeadPlan | None], list[tuple[str, Cost]]]:
+    """Return a model's cost and the plan that it was cut by, and its costs with other heads, by the option for them."""
     from deadhead.measure.cost import config_cost, first_heads
-    from deadhead.measure.latency import Latency
-    from deadhead.plans.plan import HeadPlan
 
-    config = checkpoint.load_config(model)
-    cost = config_cost(config, length=length)
-    others = [("--heads", config_cost(config, first_heads(config, counts), length=length)) for counts in layouts]
-    speedup = None
+    plans = [("--heads", first_heads(config, counts)) for counts in layouts]
     if plan is not None:
-        head_plan = HeadPlan.from_json(plan)
-        others.append(("--plan", config_cost(config, head_plan, length=length)))
-        speedup = None if latency is None else Latency.from_json(latency).speedup(head_plan)
+        plans.append(("--plan", HeadPlan.from_json(plan)))
     recorded = getattr(config, "head_plan", None)
-    return _Inspected(
-        cost=cost,
-        recorded=None if recorded is None else HeadPlan.from_dict(recorded),
-        gated=has_gates(model),
-        others=others,
-        speedup=speedup,
-        memory={} if training is None else _training_memory(config, training),
-    )
-
-
-def _show(found: _Inspected) -> None:
-    """Print the head map, and the costs as tables."""
-    from deadhead.plans.head_map import head_map_text
-    from deadhead.plans.plan import HeadPlan
-
-    console.print(head_map_text(found.recorded or HeadPlan.keep_all(dict(enumerate(found.cost.total_heads)))))
-    console.print(_cost_table(found.cost))
-    if found.others:
-        console.print(_layouts_table([("as it is", found.cost), *found.others]))
+    found = config_cost(config, length=length), None if recorded is None else HeadPlan.from_dict(recorded)
+    return found, [(option, config_cost(config, other, length=length)) for option, other in plans]
 
 
 def _inspect_recipe(
     path: Path, length: int | None, layouts: list[list[int]], vocab_size: int | None, as_json: bool
 ) -> None:
-    from deadhead.training.recipes.reading import load_recipe
     from deadhead.training.runs.recipe_cost import expected_vocabulary, recipe_costs
 
     recipe = load_recipe(path)
@@ -321,26 +254,25 @@ def _layouts_table(costs: list[tuple[str, Cost]]) -> Table:
     return table
 
 
-def _training_memory(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, TrainingMemory]:
+def _training_memory(config: PreTrainedConfig, how: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Return the memory of training by what learns, as far as it can be had of this model and here."""
     from deadhead.measure.cost import skeleton
-    from deadhead.training.recipes.reading import changed
-    from deadhead.training.recipes.recipe import PruneRecipe
     from deadhead.training.runs.memory import training_memory
 
-    recipe = changed(PruneRecipe(blocks=False), **settings)
-    has_lora = not hasattr(config, "memory_length") and find_spec("peft") is not None
+    recipe = changed(PruneRecipe(blocks=False), **how)
     modes: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 16}, "frozen": {"freeze_weights": True}}
-    if not has_lora:
+    if hasattr(config, "memory_length") or not is_installed("peft"):
         del modes["lora"]
-    return {mode: training_memory(skeleton(config), changed(recipe, **learns)) for mode, learns in modes.items()}
+    return {
+        mode: asdict(training_memory(skeleton(config), changed(recipe, **learns))) for mode, learns in modes.items()
+    }
 
 
-def _memory_table(memory: dict[str, TrainingMemory]) -> Table:
+def _memory_table(memory: dict[str, dict[str, int]]) -> Table:
     names = {"full": "all weights learn", "lora": "LoRA adapters learn", "frozen": "only gates learn"}
     table = _table("weights", "gradients", "optimizer", "activations", "total")
     for mode, found in memory.items():
-        table.add_row(names[mode], *(f"{value / 1e9:,.2f}" for value in asdict(found).values()))
+        table.add_row(names[mode], *(f"{value / 1e9:,.2f}" for value in found.values()))
     return table
 
 

@@ -13,6 +13,7 @@ from deadhead.cli.console import AsJson, Device, Dtype, Quiet, ReportTo, console
 from deadhead.cli.settings import takes_settings
 from deadhead.errors import InputError
 from deadhead.training.recipes.fields import option_name
+from deadhead.training.recipes.reading import changed, load_recipe
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -20,30 +21,15 @@ if TYPE_CHECKING:
 
 _S = TypeVar("_S", bound=BaseModel)
 
-ModelOption = Annotated[
-    Path | None,
-    typer.Option("--model", help="The checkpoint folder, or name on the hub, to start from.", show_default=False),
-]
-RequiredModel = Annotated[
-    Path, typer.Option("--model", help="The checkpoint folder, or name on the hub, to start from.", show_default=False)
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder of the checkpoint to write.", show_default=False)]
-RecipeOption = Annotated[
-    Path | None, typer.Option("--recipe", help="Take settings that are not given here from this recipe.")
-]
-Teacher = Annotated[
-    Path | None, typer.Option("--teacher", help="The model to distil from: a folder, or a name on the hub.")
-]
+ModelOption = Annotated[Path | None, typer.Option(help="The checkpoint folder, or name on the hub, to start from.")]
+RequiredModel = Annotated[Path, typer.Option(help="The checkpoint folder, or name on the hub, to start from.")]
+Out = Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")]
+RecipeOption = Annotated[Path | None, typer.Option(help="Take settings that are not given here from this recipe.")]
+Teacher = Annotated[Path | None, typer.Option(help="The model to distil from: a folder, or a name on the hub.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")]
 
 
-@takes_settings(ModelRecipe, DataRecipe, PhaseRecipe, Recipe, without=("lora_rank", "distill", "distill_temperature"))
-def train(
-    out: Out,
-    model: ModelOption = None,
-    resume: Resume = False,
-    *,
-    settings: dict[str, Any],
+def _shared(
     device: Device = None,
     dtype: Dtype = None,
     recipe: RecipeOption = None,
@@ -51,8 +37,17 @@ def train(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
+    """Has the options of all phases, which take them as `shared`."""
+
+
+@takes_settings(
+    ModelRecipe, DataRecipe, PhaseRecipe, Recipe, without=("lora_rank", "distill", "distill_temperature"), also=_shared
+)
+def train(
+    out: Out, model: ModelOption = None, resume: Resume = False, *, settings: dict[str, Any], **shared: Any
+) -> None:
     """Train a dense All-attention Transformer or Transformer-XL from scratch, or go on with a model."""
-    base = _with(_base(recipe), settings)
+    base = _begun(shared.pop("recipe"), settings)
     given = base.model
     if model is None and given.from_ is not None:
         model = Path(given.from_)
@@ -65,11 +60,10 @@ def train(
         given = given.model_copy(update={"persistent": None, "feed_forward": None})
     shape = _with(given, settings)
     text, phase = _with(base.data, settings), _with(base.train, settings)
-    options: dict[str, Any] = {"shape": shape, "device": device, "dtype": dtype}
-    _run("train", phase, out, model, text, base.seed, resume, report_to, quiet, as_json, **options)
+    _run("train", phase, out, model or shape, text, base.seed, resume=resume, **shared)
 
 
-@takes_settings(DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size"))
+@takes_settings(DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size"), also=_shared)
 def prune(
     out: Out,
     model: RequiredModel,
@@ -79,16 +73,9 @@ def prune(
     resume: Resume = False,
     *,
     settings: dict[str, Any],
-    cut: Annotated[
-        bool, typer.Option("--cut/--no-cut", help="Cut the dead heads, or keep the gates.  [default: cut]")
-    ] = True,
+    cut: Annotated[bool, typer.Option(help="Cut the dead heads, or keep the gates.  [default: cut]")] = True,
     teacher: Teacher = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    recipe: RecipeOption = None,
-    report_to: ReportTo = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    **shared: Any,
 ) -> None:
     """Train gates on a model's heads and cut the heads whose gates close, or rank heads and cut the lowest.
 
@@ -96,17 +83,16 @@ def prune(
 
     The teacher of --distill is the model itself, unless --teacher names another.
     """
-    base = _with(_base(recipe), settings)
+    base = _begun(shared.pop("recipe"), settings)
     phase = _with(base.prune, settings)
     if dry_run:
-        _dry_run(model, phase, quiet, as_json)
+        _dry_run(model, phase, shared["quiet"], shared["as_json"])
         return
     text = _with(base.data, settings)
-    options: dict[str, Any] = {"cut": cut, "teacher": teacher, "device": device, "dtype": dtype}
-    _run("prune", phase, out, model, text, base.seed, resume, report_to, quiet, as_json, **options)
+    _run("prune", phase, out, model, text, base.seed, resume=resume, cut=cut, teacher=teacher, **shared)
 
 
-@takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"))
+@takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"), also=_shared)
 def finetune(
     out: Out,
     model: RequiredModel,
@@ -114,25 +100,19 @@ def finetune(
     *,
     settings: dict[str, Any],
     teacher: Teacher = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    recipe: RecipeOption = None,
-    report_to: ReportTo = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    **shared: Any,
 ) -> None:
     """Train a cut model on, to recover what the cut cost."""
-    base = _with(_base(recipe), settings)
+    base = _begun(shared.pop("recipe"), settings)
     text, phase = _with(base.data, settings), _with(base.finetune, settings)
-    options: dict[str, Any] = {"teacher": teacher, "device": device, "dtype": dtype}
-    _run("finetune", phase, out, model, text, base.seed, resume, report_to, quiet, as_json, **options)
+    _run("finetune", phase, out, model, text, base.seed, resume=resume, teacher=teacher, **shared)
 
 
 def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:
     load_torch(quiet or as_json)
     from deadhead.checkpoints import checkpoint
     from deadhead.measure.cost import skeleton
-    from deadhead.report.dry_run import dry_run_table
+    from deadhead.report.tables import dry_run_table
     from deadhead.training.phases.choosing import measure_budget_latency
     from deadhead.training.runs.dry_run import dry_run
 
@@ -153,31 +133,24 @@ def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> Non
     console.print(dry_run_table(result, phase))
 
 
-def _base(recipe: Path | None) -> Recipe:
-    from deadhead.training.recipes.reading import load_recipe
-
-    return Recipe() if recipe is None else load_recipe(recipe)
-
-
-def _changed(section: _S, **values: Any) -> _S:
-    from deadhead.training.recipes.reading import changed
-
-    return changed(section, **values)
+def _begun(recipe: Path | None, settings: dict[str, Any]) -> Recipe:
+    return _with(Recipe() if recipe is None else load_recipe(recipe), settings)
 
 
 def _with(section: _S, settings: dict[str, Any]) -> _S:
     """Return a section of a recipe with those of the settings that are its own."""
-    return _changed(section, **{name: value for name, value in settings.items() if name in type(section).model_fields})
+    return changed(section, **{name: value for name, value in settings.items() if name in type(section).model_fields})
 
 
 def _run(
     name: Phase,
     phase: PhaseRecipe,
     out: Path,
-    model: Path | None,
+    model: Path | ModelRecipe,
     text: DataRecipe,
     seed: int,
-    resume: bool,
+    *,
+    cut: bool = True,
     report_to: list[str] | None,
     quiet: bool,
     as_json: bool,
@@ -185,20 +158,11 @@ def _run(
 ) -> None:
     load_torch(quiet or as_json)
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.runs.one_call import finetune, prune
     from deadhead.training.runs.single import Options, run_single
 
     with progress(quiet or not is_main()) as report:
-        given: dict[str, Any] = {"out": out, "seed": seed, "resume": resume, "progress": report}
-        given |= {"report_to": report_to or (), **options}
-        if name == "train":
-            shape = given.pop("shape")
-            begun = shape if model is None else model
-            done = run_single("train", phase, begun, text, Options(**given))
-        else:
-            call: Any = prune if name == "prune" else finetune
-            done = call(model, text, recipe=phase, **given)
-    result = done.to_dict()
+        given = Options(out=out, seed=seed, progress=report, report_to=report_to or (), **options)
+        result = run_single(name, phase, model, text, given, cut=cut).to_dict()
     if not leave():
         return
     if as_json:
@@ -211,6 +175,6 @@ def _run(
         f"perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.3f} bits/byte"
     )
     if "budget" in result:
-        from deadhead.report.budget import budget_sentence
+        from deadhead.report.tables import budget_sentence
 
         console.print(budget_sentence(result["budget"]))

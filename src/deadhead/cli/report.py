@@ -10,29 +10,25 @@ from rich.markup import escape
 
 from deadhead.cli.console import AsJson, Quiet, console, load_torch, print_json, progress
 from deadhead.errors import require_extra
+from deadhead.training.recipes.reading import changed
 
 _RUN = "A run's folder, or a checkpoint that deadhead prune, train or finetune wrote."
-Sentence = Annotated[str | None, typer.Option("--sentence", help="What attention is shown on.", show_default=False)]
+Sentence = Annotated[str | None, typer.Option(help="What attention is shown on.")]
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help=_RUN, show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The HTML file; by default report.html in RUN.", show_default=False)
-    ] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help=_RUN)],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; by default report.html in RUN.")] = None,
     beside: Annotated[
         list[Path] | None,
         typer.Option(
             "--with",
             metavar="RUN",
             help="A run to compare with, may be repeated; by default those beside RUN, on the same text.",
-            show_default=False,
         ),
     ] = None,
     sentence: Sentence = None,
-    attention: Annotated[
-        bool, typer.Option("--attention/--no-attention", help="Show where heads look, which loads the models once.")
-    ] = True,
+    attention: Annotated[bool, typer.Option(help="Show where heads look, which loads the models once.")] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -57,18 +53,16 @@ def report(
 
 
 def watch(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help=_RUN, show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help=_RUN)],
     port: Annotated[
-        int | None,
-        typer.Option("--port", min=1, max=65535, help="Of the page; by default 6007, or any free one."),
+        int | None, typer.Option(min=1, max=65535, help="Of the page; by default 6007, or any free one.")
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     data: Annotated[
-        str | None,
-        typer.Option("--data", help="The text to try heads on; by default the run's own, else 'stdlib'."),
+        str | None, typer.Option(help="The text to try heads on; by default the run's own, else 'stdlib'.")
     ] = None,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=2, max=10**9, help="Held-out tokens that are scored at each click.")
+        int, typer.Option(min=2, max=10**9, help="Held-out tokens that are scored at each click.")
     ] = 2048,
     sentence: Sentence = None,
 ) -> None:
@@ -78,7 +72,6 @@ def watch(
     from deadhead.report.server import WatchedRun, serve
     from deadhead.report.trial import Trial
     from deadhead.report.writing import default_sentence, text_of
-    from deadhead.training.recipes.reading import changed
     from deadhead.training.runs.run import sample_prompt
 
     watched = []

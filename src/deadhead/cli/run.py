@@ -13,6 +13,8 @@ from rich.markup import escape
 
 from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, load_torch, print_json, progress
 from deadhead.errors import is_installed
+from deadhead.training.recipes.fields import about
+from deadhead.training.recipes.reading import changed, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -21,13 +23,11 @@ if TYPE_CHECKING:
     from deadhead.training.runs.run import Progress
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
-Steps = Annotated[
-    float | None, typer.Option("--scale-steps", min=0.001, max=1000, help="Multiply every phase's steps by this.")
-]
+Steps = Annotated[float | None, typer.Option(min=0.001, max=1000, help="Multiply every phase's steps by this.")]
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     resume: Resume = False,
     scale_steps: Steps = None,
     report_to: ReportTo = None,
@@ -35,16 +35,14 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Show the whole story on the Python standard library's own source, in minutes on two cores."""
-    from deadhead.training.recipes.reading import parse_recipe
-
     text = (importlib.resources.files("deadhead.recipes") / "demo.toml").read_text(encoding="utf-8")
     recipe = _scaled(parse_recipe(text, name="demo"), scale_steps)
     _execute(recipe, out, report_to or (), resume=resume, quiet=quiet, as_json=as_json)
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to do.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; by default runs/NAME.")] = None,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to do.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
     resume: Resume = False,
     scale_steps: Steps = None,
     report_to: ReportTo = None,
@@ -52,17 +50,12 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run all phases of a recipe: dense training, gates, cut, fine-tuning."""
-    from deadhead.training.recipes.reading import load_recipe
-
     loaded = _scaled(load_recipe(recipe), scale_steps)
     folder = out or Path("runs") / loaded.name
     _execute(loaded, folder, report_to or (), resume=resume, quiet=quiet, as_json=as_json)
 
 
 def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
-    from deadhead.training.recipes.fields import about
-    from deadhead.training.recipes.reading import changed
-
     if factor is None:
         return recipe
 
@@ -85,10 +78,7 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
 
 def _with_whole(report: Progress, recipe: Recipe) -> Progress:
     """Return a progress function that also reports the steps of all phases, whose time left is that of the run."""
-    steps = {"train": 0 if recipe.dense else recipe.train.steps, "prune": recipe.prune.training_steps}
-    steps["finetune"] = recipe.finetune.steps
-    if recipe.control:
-        steps |= {f"control_{name}": steps[name] for name in ("prune", "finetune")}
+    steps = recipe.planned_steps
     *starts, total = accumulate(steps.values(), initial=0)
     before = dict(zip(steps, starts, strict=True))
 
@@ -109,7 +99,7 @@ def _execute(
     from deadhead.plans.head_map import head_map_text
     from deadhead.plans.picture import save_head_map
     from deadhead.plans.plan import HeadPlan
-    from deadhead.report.stages import stages_table, verdict
+    from deadhead.report.tables import stages_table, verdict
     from deadhead.report.writing import report_run
     from deadhead.training.callbacks.metrics import read_metrics
     from deadhead.training.processes import is_main, leave

@@ -36,7 +36,7 @@ class PhaseCommand(TyperCommand):
                 formatter.write_dl(rows)
 
 
-def takes_settings(*sections: type[BaseModel], without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+def takes_settings(*sections: type[BaseModel], without: tuple[str, ...], also: Command) -> Callable[[Command], Command]:
     """Give a command an option for each field of these sections of a recipe that has one.
 
     The command's argument `settings` is what was given, by the fields' names. Options that stand before `settings` in
@@ -45,21 +45,23 @@ def takes_settings(*sections: type[BaseModel], without: tuple[str, ...] = ()) ->
     Args:
         sections: of a recipe; what a section does not inherit comes first.
         without: names of fields that the command does without.
+        also: has further options, in place of the command's `**` argument.
     """
     named = [pair for section in sections for pair in own_fields(section).items()]
     named += [pair for section in sections for pair in section.model_fields.items() if pair not in named]
     fields = {name: field for name, field in named if option_name(name, field) and name not in without}
 
     def decorate(command: Command) -> Command:
-        hints = get_type_hints(command, include_extras=True)
+        hints = {**get_type_hints(also, include_extras=True), **get_type_hints(command, include_extras=True)}
         parameters: list[inspect.Parameter] = []
         is_first = True
-        for name, parameter in inspect.signature(command).parameters.items():
-            if name == "settings":
+        *own, _ = inspect.signature(command).parameters.values()
+        for parameter in (*own, *inspect.signature(also).parameters.values()):
+            if parameter.name == "settings":
                 parameters += [_parameter(name, field) for name, field in fields.items()]
                 is_first = False
                 continue
-            hint = hints[name] if is_first else _further(hints[name])
+            hint = hints[parameter.name] if is_first else _further(hints[parameter.name])
             parameters.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
 
         @functools.wraps(command)
@@ -88,7 +90,6 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         min=limits.get("ge"),
         max=limits.get("le", limits.get("lt")),
         metavar=unit.upper() if is_number or values is str else None,
-        show_default=False,
         rich_help_panel=None if about(field, "first") else _FURTHER,
     )
     annotation = Annotated[Optional[values], info]  # type: ignore[valid-type]  # noqa: UP045

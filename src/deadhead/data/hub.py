@@ -49,10 +49,10 @@ class Rows:
 
     def documents(self) -> list[Document]:
         """One document a row that is not empty, for data sets of few rows: each is read when it is opened."""
-        sizes = {row: self._open(row).getbuffer().nbytes for row in range(len(self))}
+        sizes = [self._open(row).getbuffer().nbytes for row in range(len(self))]
         return [
             Document(label=f"row {row} of {self._label}", open=partial(self._open, row), stop=size)
-            for row, size in sizes.items()
+            for row, size in enumerate(sizes)
             if size
         ]
 
@@ -112,20 +112,14 @@ def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
 
 def _text_column(dataset: Dataset, column: str | None, source: str) -> str:
     """The column with the text."""
-    strings: list[str] = [
-        name
-        for name, feature in dataset.features.items()
-        if getattr(feature, "dtype", "") in ("string", "large_string")
-    ]
+    kinds = {name: getattr(feature, "dtype", "") for name, feature in dataset.features.items()}
+    strings: list[str] = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     if column is None:
-        if "text" in strings:
-            return "text"
-        if len(strings) == 1:
-            return strings[0]
+        found = "text" if "text" in strings or len(strings) != 1 else strings[0]
         what = "A column named text, or only one of strings, was expected"
-    elif column in strings:
-        return column
     else:
-        what = f"A column of strings named {column} was expected"
+        found, what = column, f"A column of strings named {column} was expected"
+    if found in strings:
+        return found
     columns = ", ".join(dataset.column_names) or "none"
     raise InputError(f"{what} in {source}, but its columns are {columns}; name one that holds strings with column.")

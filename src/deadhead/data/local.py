@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
-from deadhead.data.pieces import Document
+from deadhead.data.pieces import Document, readable
 from deadhead.errors import InputError
 
 _BINARY_PROBE_BYTES = 8192
@@ -102,21 +101,10 @@ def stdlib_documents() -> list[Document]:
     )
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise InputError(f"Text was expected in {path}, but it cannot be read: {error.strerror}.") from None
-
-
 def _checked(path: Path) -> Document:
     """A document of a whole file, after reading it once to see that it is text, or else an InputError."""
-    with _open(path) as stream:
-        try:
-            size = os.fstat(stream.fileno()).st_size
-            head = stream.read(_BINARY_PROBE_BYTES)
-        except OSError as error:
-            raise InputError(f"Text was expected in {path}, but it cannot be read: {error.strerror}.") from None
+    with readable(path), path.open("rb") as stream:
+        size, head = os.fstat(stream.fileno()).st_size, stream.read(_BINARY_PROBE_BYTES)
     if not head:
         raise InputError(f"Text was expected in {path}, but the file is empty; name one with text in it.")
     if b"\0" in head:
@@ -124,7 +112,7 @@ def _checked(path: Path) -> Document:
             f"UTF-8 text was expected in {path}, but it looks binary (byte {head.index(0)} is NUL); "
             "name a text file, or convert it to UTF-8 if it holds text in another encoding."
         )
-    document = Document(label=str(path), open=partial(_open, path), stop=size)
+    document = Document(label=str(path), open=partial(path.open, "rb"), stop=size)
     for _ in document.texts():
         pass
     return document
@@ -180,7 +168,5 @@ def _missing(path: Path) -> str:
         names = []
     candidates = [*names, "stdlib"] if path.parent == Path() else names
     near = difflib.get_close_matches(path.name, candidates, n=1)
-    what = f"A text file, a directory, stdlib or hf:NAME was expected, but there is no {path}"
-    if not near:
-        return f"{what}; check the path."
-    return f"{what}; did you mean {near[0] if near[0] == 'stdlib' else path.parent / near[0]}?"
+    hint = f"did you mean {path.parent / near[0]}?" if near else "check the path."
+    return f"A text file, a directory, stdlib or hf:NAME was expected, but there is no {path}; {hint}"

@@ -6,15 +6,29 @@ A document is a range of bytes of a UTF-8 file (or of a string in memory). It is
 
 from __future__ import annotations
 
+from codecs import utf_8_decode
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from deadhead.errors import InputError
 
 PIECE_BYTES = 1 << 18
 _SCAN_BYTES = 1 << 16
+# What follows the first byte of a character in UTF-8.
+_CONTINUATION = bytes(range(0x80, 0xC0))
+
+
+@contextmanager
+def readable(label: str | Path) -> Iterator[None]:
+    """Turn what keeps a text from being read into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"Text was expected in {label}, but it cannot be read: {error.strerror}.") from error
 
 
 class Piece(NamedTuple):
@@ -40,33 +54,31 @@ class Document:
             InputError: the bytes can't be read, or are not UTF-8 (the message gives the offset).
         """
         position = self.start
-        with self.open() as stream:
+        with readable(self.label), self.open() as stream:
             while position < self.stop:
-                try:
-                    stream.seek(position)
-                    block = stream.read(min(PIECE_BYTES, self.stop - position))
-                except OSError as error:
-                    raise InputError(
-                        f"Text was expected in {self.label}, but it cannot be read: {error.strerror}."
-                    ) from error
+                stream.seek(position)
+                wanted = min(PIECE_BYTES, self.stop - position)
+                block = stream.read(wanted)
                 if not block:
                     return
-                if position + len(block) < self.stop:
-                    block = block[: _last_cut(block)]
+                is_last = len(block) < wanted or position + wanted == self.stop
+                if not is_last:
+                    # Up to the last line end, or, where there is none, to the beginning of the last character.
+                    block = block[: block.rfind(b"\n") + 1 or -1]
                 try:
-                    text = block.decode()
+                    text, size = utf_8_decode(block, "strict", is_last)
                 except UnicodeDecodeError as error:
                     raise InputError(
                         f"UTF-8 text was expected in {self.label}, but byte {position + error.start} cannot be "
                         "decoded; convert the text to UTF-8."
                     ) from None
                 yield text
-                position += len(block)
+                position += size
 
     def cut(self, valid_share: float, test_share: float) -> tuple[Document, Document, Document]:
         """Cut in three contiguous documents, for training, validation and test."""
         length = self.stop - self.start
-        with self.open() as stream:
+        with readable(self.label), self.open() as stream:
             valid_target = self._character_at(stream, self.stop - int(length * (valid_share + test_share)))
             test_target = self._character_at(stream, self.stop - int(length * test_share))
             if valid_target == test_target:
@@ -74,11 +86,7 @@ class Document:
             else:
                 valid = self._cut_near(stream, valid_target, first=self.start, last=test_target)
                 test = self._cut_near(stream, test_target, first=valid, last=self.stop)
-        return (
-            replace(self, stop=valid),
-            replace(self, start=valid, stop=test),
-            replace(self, start=test),
-        )
+        return replace(self, stop=valid), replace(self, start=valid, stop=test), replace(self, start=test)
 
     def _cut_near(self, stream: BinaryIO, target: int, *, first: int, last: int) -> int:
         """Where to cut: the first line end from `target` on, or the last one before it, or at the target itself.
@@ -103,7 +111,7 @@ class Document:
         """The beginning of a character at `position` or after."""
         stream.seek(position)
         data = stream.read(min(4, self.stop - position))
-        return position + next((skipped for skipped, byte in enumerate(data) if not _is_continuation(byte)), len(data))
+        return position + len(data) - len(data.lstrip(_CONTINUATION))
 
 
 def text_document(label: str, text: str) -> Document:
@@ -137,19 +145,3 @@ def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:
             held = [text[cut:]]
     if any(held):
         yield Piece("".join(held), False)
-
-
-def _last_cut(block: bytes) -> int:
-    """The last line end in a block, or, where there is none, the beginning of its last character."""
-    cut = block.rfind(b"\n") + 1
-    if cut:
-        return cut
-    cut = len(block) - 1
-    while cut > max(len(block) - 4, 0) and _is_continuation(block[cut]):
-        cut -= 1
-    # A cut of 0 would never end: such a block is shorter than one character, or is not UTF-8, which decoding reports.
-    return cut or len(block)
-
-
-def _is_continuation(byte: int) -> bool:
-    return byte & 0xC0 == 0x80

@@ -100,15 +100,14 @@ def load_text(
     corpus = open_corpus(source, column=column, split=split)
     if isinstance(tokenizer, str):
         tokenizer = build_tokenizer(tokenizer, corpus, vocab_size=vocab_size)
-    folder = None if cache_dir is None else Path(cache_dir)
-    return tokenize_corpus(corpus, tokenizer, cache_dir=folder, progress=progress), tokenizer
+    return tokenize_corpus(corpus, tokenizer, cache_dir=cache_dir, progress=progress), tokenizer
 
 
 def tokenize_corpus(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    cache_dir: Path | None,
+    cache_dir: str | Path | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenizedCorpus:
     """Turn a corpus into token ids, streaming, unless the cache has them. Tokenizers of subwords use all cores.
@@ -164,17 +163,15 @@ def _write_splits(
     """Write the files of all splits; return the numbers of tokens, bytes and words of each."""
     counts: dict[str, dict[str, int]] = {}
     for name in SPLITS:
-        counter = _TextCounter()
-        tokens = 0
+        count = counts[name] = {"tokens": 0, "bytes": 0, "words": 0}
         with (folder / f"{name}.bin").open("wb") as file:
-            for ids in encode_pieces(encoder, counter.counted(corpus.pieces(name)), separator):
+            for ids in encode_pieces(encoder, _counted(corpus.pieces(name), count), separator):
                 _append(file, ids.astype(dtype))
-                tokens += len(ids)
+                count["tokens"] += len(ids)
                 if progress is not None:
-                    done = sum(count["bytes"] for count in counts.values()) + counter.bytes
-                    progress(done // 1000, corpus.num_bytes // 1000)
-        words = tokens if encoder.is_words else counter.words
-        counts[name] = {"tokens": tokens, "bytes": counter.bytes, "words": words}
+                    progress(sum(each["bytes"] for each in counts.values()) // 1000, corpus.num_bytes // 1000)
+        if encoder.is_words:
+            count["words"] = count["tokens"]
     return counts
 
 
@@ -217,21 +214,15 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-class _TextCounter:
-    """Counts bytes and words of pieces that pass through; a word cut in two by a piece's end counts once."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.words = 0
-        self._within_word = False
-
-    def counted(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            text = piece.text
-            if text:
-                self.bytes += len(text.encode())
-                self.words += len(text.split()) - (self._within_word and not text[0].isspace())
-                self._within_word = not text[-1].isspace()
-            if piece.ends_document:
-                self._within_word = False
-            yield piece
+def _counted(pieces: Iterable[Piece], count: dict[str, int]) -> Iterator[Piece]:
+    """Count bytes and words of pieces that pass through; a word cut in two by a piece's end counts once."""
+    is_within_word = False
+    for piece in pieces:
+        text = piece.text
+        if text:
+            count["bytes"] += len(text.encode())
+            count["words"] += len(text.split()) - (is_within_word and not text[0].isspace())
+            is_within_word = not text[-1].isspace()
+        if piece.ends_document:
+            is_within_word = False
+        yield piece

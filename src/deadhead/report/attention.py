@@ -112,6 +112,5 @@ def _weights(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    text = tokenizer.decode([token])
-    text = text if isinstance(text, str) else str(text)
+    text = str(tokenizer.decode([token]))
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or f"[{token}]"

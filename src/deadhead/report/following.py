@@ -12,7 +12,6 @@ from deadhead.training.callbacks.metrics import parsed_line
 
 # Of the gates so many moments are kept at most; beyond that every other one is dropped.
 _MOST_FRAMES = 512
-_CHUNK = 1 << 24
 _LONGEST_LINE = 1 << 26
 
 
@@ -25,34 +24,20 @@ class Frames:
 
     def __init__(self, most: int = _MOST_FRAMES) -> None:
         self.most = most
-        # Every so many of those that came, and the newest beside them.
-        self._even: list[tuple[int, Any]] = []
-        self._newest: list[tuple[int, Any]] = []
+        # Pairs of a step and its row: every so many of those that came, and the newest.
+        self.kept: list[tuple[int, Any]] = []
         self._stride = 1
         self._seen = 0
 
     def add(self, step: int, row: Any) -> None:
         """Add the newest row."""
-        self._newest = [(step, row)]
-        if self._seen % self._stride == 0:
-            self._even += self._newest
-            if len(self._even) > self.most:
-                self._even = self._even[::2]
-                self._stride *= 2
+        if self._seen and (self._seen - 1) % self._stride:
+            self.kept.pop()  # it was there as the newest only
+        self.kept.append((step, row))
+        if self._seen % self._stride == 0 and len(self.kept) > self.most:
+            self.kept = [*self.kept[:-1:2], self.kept[-1]]
+            self._stride *= 2
         self._seen += 1
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps of the rows that are kept."""
-        return [step for step, _ in self._kept()]
-
-    @property
-    def rows(self) -> list[Any]:
-        """The rows that are kept."""
-        return [row for _, row in self._kept()]
-
-    def _kept(self) -> list[tuple[int, Any]]:
-        return self._even if self._even[-1:] == self._newest else [*self._even, *self._newest]
 
 
 class PhaseMetrics:
@@ -67,13 +52,14 @@ class PhaseMetrics:
     def add(self, line: dict[str, Any]) -> None:
         """Take in one line."""
         step = line["step"]
-        for name, value in line.items():
-            if name not in ("phase", "step") and (type(value) is float or (type(value) is int and abs(value) < 2**63)):
-                self.scalars.setdefault(name, [None] * len(self.steps)).append(float(value))
         self.steps.append(step)
-        for values in self.scalars.values():
-            if len(values) < len(self.steps):
-                values.append(None)
+        numbers = {
+            name: float(value)
+            for name, value in line.items()
+            if name not in ("phase", "step") and (type(value) is float or (type(value) is int and abs(value) < 2**63))
+        }
+        for name in {**self.scalars, **numbers}:
+            self.scalars.setdefault(name, [None] * (len(self.steps) - 1)).append(numbers.get(name))
         if "open_probability" in line:
             self.open_probability.add(step, line["open_probability"])
         self.difference.update(line.get("output_difference", {}))
@@ -108,24 +94,15 @@ class MetricsFollower:
                 self._identity, self._offset, self.phases = identity, 0, {}
             file.seek(self._offset)
             changed = False
-            rest = b""
-            while chunk := file.read(_CHUNK):
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    self._offset += len(line) + 1
-                    changed |= self._take(line)
-                if len(rest) > _LONGEST_LINE:
-                    # None of ours; what follows of it is no line either.
-                    self._offset += len(rest)
-                    rest = b""
+            while line := file.readline(_LONGEST_LINE):
+                if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
+                    break  # it is being written
+                self._offset += len(line)
+                # None of ours is longer, nor is what was being written when a run was killed a line of ours.
+                if (values := parsed_line(line)) is not None:
+                    self.phases.setdefault(values["phase"], PhaseMetrics()).add(values)
+                    changed = True
         return changed
-
-    def _take(self, line: bytes) -> bool:
-        values = parsed_line(line)
-        if values is None:
-            return False  # the line that was being written when the run was killed, or none of ours
-        self.phases.setdefault(values["phase"], PhaseMetrics()).add(values)
-        return True
 
 
 def thin(steps: list[int], values: list[float | None], most: int = 1500) -> tuple[list[int], list[float | None]]:
@@ -137,12 +114,11 @@ def thin(steps: list[int], values: list[float | None], most: int = 1500) -> tupl
         most: how many points.
     """
     known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
-    if len(known) <= most:
-        return [step for step, _ in known], [value for _, value in known]
-    height = np.array([value for _, value in known])
-    height = np.where(np.isfinite(height), height, np.inf)
-    kept = {0, len(known) - 1}
-    for stretch in np.array_split(np.arange(len(known)), most // 2):
-        kept |= {int(stretch[height[stretch].argmin()]), int(stretch[height[stretch].argmax()])}
-    chosen = sorted(kept)
-    return [known[place][0] for place in chosen], [known[place][1] for place in chosen]
+    if len(known) > most:
+        height = np.array([value for _, value in known])
+        height = np.where(np.isfinite(height), height, np.inf)
+        kept = {0, len(known) - 1}
+        for stretch in np.array_split(np.arange(len(known)), most // 2):
+            kept |= {int(stretch[height[stretch].argmin()]), int(stretch[height[stretch].argmax()])}
+        known = [known[place] for place in sorted(kept)]
+    return [step for step, _ in known], [value for _, value in known]

@@ -14,7 +14,6 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from deadhead.disk.files import finite
-from deadhead.report.glossary import GLOSSARY
 
 # In the order in which one needs the other.
 _SCRIPTS = ("text.js", "head_map.js", "drawing.js", "charts.js", "run_view.js", "trial.js", "main.js")
@@ -37,7 +36,6 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
         style=Markup(_read("page.css")),
         script=Markup(_script()),
         data=Markup(_script_json({"live": live, "runs": list(runs)})),
-        glossary=[{"key": key, "name": name, "meaning": meaning} for key, (name, meaning) in GLOSSARY.items()],
         version=__version__,
     )
 

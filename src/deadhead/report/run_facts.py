@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ import numpy as np
 from deadhead.checkpoints.declared import PLAN_FILE
 from deadhead.checkpoints.folder_cost import folder_cost
 from deadhead.errors import InputError
-from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.report.following import MetricsFollower, PhaseMetrics, thin
-from deadhead.report.stages import verdict
+from deadhead.report.tables import verdict
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.recipes.recipe import Recipe
 from deadhead.training.runs.summary import METRICS_FILE, RECIPE_FILE, STAGES, SUMMARY_FILE, read_summary
@@ -34,8 +34,7 @@ _SCALARS = ("loss", "l0", "lambda", "sparsity", "block_sparsity", "budget", "eva
 _CHECKPOINTS = {"dense": "dense", "gated": "gated", "finetuned": "pruned"}
 # By the names that the page has for them, the models in a run's folder whose attention it shows.
 ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}
-_COMPARED = ("dense", "finetuned")
-_KEPT_COSTS = ("parameters", "flops_per_token", "kv_cache_bytes")
+_COMPARED = {"dense": "dense", "finetuned": "pruned"}
 
 
 def checkpoints_in(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
@@ -65,6 +64,12 @@ class RunFacts:
     Args:
         folder: a run's folder, a checkpoint that a single phase wrote, or the `.work` beside one that goes on.
 
+    Attributes:
+        facts: what the last `update` found, as JSON values; numbers may be infinite or NaN. `recipe` (TOML), `summary`,
+            `verdict`, `phases` (name, title, first step, steps done and planned, scalars as [steps, values]), `gates`
+            (steps, and of each layer's heads or blocks the total, those kept, the open probability at these steps as
+            bytes in base64 and the last output difference), `unit`, `costs` and `points`.
+
     Raises:
         InputError: the folder is none of these.
     """
@@ -78,11 +83,9 @@ class RunFacts:
                 "deadhead demo, run, train, prune or finetune made."
             )
         self.folder = folder
-        self.name = folder.resolve().name
         self._metrics = MetricsFollower(folder / METRICS_FILE)
-        self._costs: dict[str, tuple[int, dict[str, Any]]] = {}
         self._seen: tuple[Any, ...] | None = None
-        self._facts: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
 
     def update(self) -> bool:
         """Read what is new; return whether anything is."""
@@ -91,64 +94,44 @@ class RunFacts:
         seen = (*(_modified(self.folder / name) for name in names), *checkpoints_in(self.folder, _CHECKPOINTS))
         if not changed and seen == self._seen:
             return False
-        self._facts = self._read()
-        self._seen = seen
+        self.facts, self._seen = self._read(), seen
         return True
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the last `update` found, as JSON values; numbers may be infinite or NaN.
-
-        `recipe` (TOML), `summary`, `verdict`, `phases` (name, title, first step, steps done and planned, scalars as
-        [steps, values]), `gates` (steps, and of each layer's heads or blocks the total, those kept, the open
-        probability at these steps as bytes in base64 and the last output difference), `unit`, `costs` and `points`.
-        """
-        return self._facts
-
     def _read(self) -> dict[str, Any]:
-        recipe, summary = self._recipe(), read_summary(self.folder)
-        plan = plan_in(self.folder)
-        finished = all(stage in summary for stage in STAGES) and "samples" in summary
+        name, path = self.folder.resolve().name, self.folder / RECIPE_FILE
+        recipe = None
+        # A single phase has none; one of another version says less, but its numbers can be shown.
+        with suppress(InputError):
+            recipe = load_recipe(path)
+        plan, summary = plan_in(self.folder), read_summary(self.folder)
         return {
-            "name": self.name,
-            "finished": finished,
-            "recipe": self._text(RECIPE_FILE),
+            "name": name,
+            "finished": all(stage in summary for stage in (*STAGES, "samples")),
+            "recipe": path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "",
             "summary": summary,
             "verdict": verdict(summary) if "finetuned" in summary and "dense" in summary else "",
             "phases": self._phases(recipe),
             "unit": "head" if plan is None else plan.unit,
             "gates": self._gates(plan),
-            "costs": {stage: cost for stage in _COMPARED if (cost := self._cost(_CHECKPOINTS[stage]))},
-            "points": size_points(self.name, summary, is_this=True),
+            "costs": {
+                stage: _kept_costs(path, _modified(path / "config.json"))
+                for stage, path in checkpoints_in(self.folder, _COMPARED).items()
+            },
+            "points": size_points(name, summary, is_this=True),
         }
-
-    def _recipe(self) -> Recipe | None:
-        try:
-            return load_recipe(self.folder / RECIPE_FILE)
-        except InputError:
-            return None  # a single phase has none; one of another version says less, but its numbers can be shown
-
-    def _text(self, name: str) -> str:
-        path = self.folder / name
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def _phases(self, recipe: Recipe | None) -> list[dict[str, Any]]:
         planned, begins = {}, {}
         if recipe is not None:
-            planned = {
-                "train": recipe.train.steps if recipe.trains_dense else 0,
-                "prune": recipe.prune.training_steps,
-                "finetune": recipe.finetune.steps,
-            }
+            planned = recipe.planned_steps
             dense = 0 if recipe.dense_phase is None else recipe.dense_phase.steps
-            begins = {"train": 0, "prune": dense, "finetune": dense + planned["prune"]}
-            if recipe.control:
-                planned |= {f"control_{name}": planned[name] for name in ("prune", "finetune")}
-                begins |= {f"control_{name}": begins[name] for name in ("prune", "finetune")}
+            begins = {"prune": dense, "finetune": dense + planned["prune"]}
+            begins |= {f"control_{name}": begin for name, begin in begins.items()}
         names = [*PHASES, *(name for name in self._metrics.phases if name not in PHASES)]
         phases = []
         for name in names:
             found = self._metrics.phases.get(name, PhaseMetrics())
+            done = found.steps[-1] if found.steps else 0
             if not found.steps and not planned.get(name):
                 continue
             phases.append(
@@ -156,8 +139,8 @@ class RunFacts:
                     "name": name,
                     "title": PHASES.get(name, name),
                     "begin": begins.get(name, 0),
-                    "done": found.steps[-1] if found.steps else 0,
-                    "steps": planned.get(name) or (found.steps[-1] if found.steps else 0),
+                    "done": done,
+                    "steps": planned.get(name) or done,
                     "scalars": {key: thin(found.steps, found.scalars[key]) for key in _SCALARS if key in found.scalars},
                 }
             )
@@ -172,7 +155,8 @@ class RunFacts:
             totals = {str(layer): count for layer, count in plan.total.items()}
             totals |= {str(UnitKey("block", layer)): count for layer, count in blocks.items()}
             kept = {str(key): units for key, units in plan.units.items()}
-        frames = found.open_probability.rows
+        kept_frames = found.open_probability.kept
+        frames = [row for _, row in kept_frames]
         for key, row in (frames[-1] if frames else {}).items():
             totals.setdefault(key, len(row))
         layers = []
@@ -192,18 +176,7 @@ class RunFacts:
                     "difference": found.difference.get(key, []),
                 }
             )
-        return {"steps": found.open_probability.steps, "layers": layers}
-
-    def _cost(self, name: str) -> dict[str, Any]:
-        """Return what a checkpoint costs on paper; nothing of one that is not there."""
-        path = self.folder / name / "config.json"
-        modified = _modified(path)
-        if modified is None:
-            return {}
-        if name not in self._costs or self._costs[name][0] != modified:
-            cost = asdict(_cost_of(path.parent))
-            self._costs[name] = modified, {key: cost[key] for key in _KEPT_COSTS}
-        return self._costs[name][1]
+        return {"steps": [step for step, _ in kept_frames], "layers": layers}
 
 
 def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[dict[str, Any]]:
@@ -257,15 +230,17 @@ def packed(shares: np.ndarray) -> str:
     return base64.b64encode(steps.tobytes()).decode("ascii")
 
 
-def _cost_of(folder: Path) -> Cost:
+@lru_cache(maxsize=64)
+def _kept_costs(folder: Path, modified: int | None) -> dict[str, Any]:
+    """Return what a checkpoint costs on paper, counted again only once its configuration was modified."""
     found = folder_cost(folder)
-    if found is not None:
-        return found[0]
-    # These load torch.
-    from deadhead.checkpoints.checkpoint import load_config
-    from deadhead.measure.cost import config_cost
+    if found is None:
+        # These load torch.
+        from deadhead.checkpoints.checkpoint import load_config
+        from deadhead.measure.cost import config_cost
 
-    return config_cost(load_config(folder))
+        found = config_cost(load_config(folder)), None
+    return {key: getattr(found[0], key) for key in ("parameters", "flops_per_token", "kv_cache_bytes")}
 
 
 def _modified(path: Path) -> int | None:

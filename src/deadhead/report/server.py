@@ -15,11 +15,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, DispatchFunction, RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deadhead.disk.files import finite
 from deadhead.errors import InputError
@@ -27,7 +27,6 @@ from deadhead.report.page import page_policy, render_page
 from deadhead.report.run_facts import ATTENTION_OF, RunFacts, checkpoints_in, sibling_points
 from deadhead.report.trial import Trial
 
-_HOSTS = ["127.0.0.1", "localhost"]
 # Of a request; a plan of the largest model's heads and a prompt are far below.
 _MOST_BYTES = 1 << 20
 
@@ -79,45 +78,30 @@ class WatchedRun:
         }
 
 
-class _Guard:
-    """Lets in only requests that know the token, and says what browsers may do with the answers."""
+def _guard(token: str) -> DispatchFunction:
+    """Let in only requests that know the token, and say what browsers may do with the answers."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app = app
-        self.token = token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request = Request(scope)
+    async def guarded(request: Request, answer: RequestResponseEndpoint) -> Response:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if scope["path"] == "/":
+        if request.scope["path"] == "/":
             given = given or request.query_params.get("token", "")
-        if not secrets.compare_digest(given.encode(), self.token.encode()):
-            response = PlainTextResponse(
+        if not secrets.compare_digest(given.encode(), token.encode()):
+            return PlainTextResponse(
                 "This page needs the token that stands in the address that deadhead watch printed.", status_code=403
             )
-            await response(scope, receive, send)
-            return
+        response = await answer(request)
+        response.headers.update(
+            {
+                "content-security-policy": f"{page_policy(live=True)}; frame-ancestors 'none'",
+                "x-content-type-options": "nosniff",
+                "referrer-policy": "no-referrer",
+                "cache-control": "no-store",
+                "cross-origin-resource-policy": "same-origin",
+            }
+        )
+        return response
 
-        async def send_guarded(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_security_headers()]
-            await send(message)
-
-        await self.app(scope, receive, send_guarded)
-
-
-def _security_headers() -> list[tuple[bytes, bytes]]:
-    headers = {
-        "content-security-policy": f"{page_policy(live=True)}; frame-ancestors 'none'",
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-store",
-        "cross-origin-resource-policy": "same-origin",
-    }
-    return [(name.encode(), value.encode()) for name, value in headers.items()]
+    return guarded
 
 
 def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
@@ -170,7 +154,10 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
             Route("/api/trial", try_it, methods=["POST"]),
         ],
         # A name that some page's owner lets point here is refused before anything else is looked at.
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS), Middleware(_Guard, token=token)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]),
+            Middleware(BaseHTTPMiddleware, dispatch=_guard(token)),
+        ],
         exception_handlers={InputError: bad_input},
     )
 

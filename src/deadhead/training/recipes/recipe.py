@@ -399,6 +399,13 @@ class Recipe(_Section):
         """Whether the dense model is trained in this run."""
         return self.dense is None and self.dense_phase is not None
 
+    @property
+    def planned_steps(self) -> dict[str, int]:
+        """Steps of the optimizer that each phase of this run makes, by its name, in order."""
+        steps = {"train": self.train.steps if self.trains_dense else 0, "prune": self.prune.training_steps}
+        steps["finetune"] = self.finetune.steps
+        return steps | {f"control_{name}": steps[name] for name in ("prune", "finetune") if self.control}
+
     @model_validator(mode="after")
     def _begins_with_one_model(self) -> Recipe:
         if self.model.from_ is None:

@@ -1,15 +1,36 @@
-"""The table of a run's stages."""
+"""What the terminal shows of a run: the table of its stages, that of a dry run, and sentences on what was reached."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
-from deadhead.report.budget import budget_sentence
 from deadhead.training.runs.summary import STAGES
+
+if TYPE_CHECKING:
+    from deadhead.training.recipes.recipe import PruneRecipe
+    from deadhead.training.runs.dry_run import DryRun
+
+_LEFT_OF = {"params": "parameters", "flops": "FLOPs a token", "kv_cache": "key/value cache"}
+
+
+def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> str:
+    """Return one sentence.
+
+    Args:
+        budget: kind, what was asked for and what was reached, as in a run's summary.
+        predicted: whether nothing was cut yet.
+    """
+    kind, asked, reached = budget["kind"], budget["asked"], budget["reached"]
+    if kind == "speedup":
+        return f"Asked for {asked:g} times the speed; {'predicted' if predicted else 'measured'} {reached:.3f} times."
+    verb = "would be" if predicted else "are"
+    if kind == "sparsity":
+        return f"Asked to cut {asked:.1%} of the heads; {reached:.1%} {verb} gone."
+    return f"Asked to leave {asked:.1%} of the {_LEFT_OF[kind]}; {reached:.2%} {verb} left."
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
@@ -78,3 +99,42 @@ def verdict(summary: Mapping[str, Any]) -> str:
             f"{control:.3f} of the dense model trained for as many steps."
         )
     return "\n".join(lines)
+
+
+def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
+    """Return the model as it is, for instance once it is pruned, and without any unit, side by side.
+
+    Args:
+        found: what the phase would do.
+        recipe: the phase.
+    """
+    table = Table(box=None, pad_edge=False)
+    columns = {"as it is": found.dense, "for instance": found.pruned, "without any": found.least}
+    columns = {name: cost for name, cost in columns.items() if cost is not None}
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    kept = [cost for cost in columns.values() if cost is not None]
+    table.add_row(f"{found.unit.replace('kv_group', 'key/value group')}s", *(str(sum(cost.heads)) for cost in kept))
+    if found.block_size is not None:
+        table.add_row(f"blocks of {found.block_size}", *(str(sum(cost.blocks)) for cost in kept))
+    table.add_row("parameters", *(f"{cost.parameters:,}" for cost in kept))
+    table.add_row(f"FLOPs a token after {found.length:,}", *(f"{cost.flops_per_token:,.0f}" for cost in kept))
+    table.add_row("key/value cache, bytes", *(f"{cost.kv_cache_bytes:,}" for cost in kept))
+    lines = []
+    if recipe.budget is not None:
+        asked = {"kind": recipe.budget.kind, "asked": recipe.budget.value, "reached": found.reached}
+        lines.append(budget_sentence(asked, predicted=True))
+    memory = found.memory
+    parts = ", ".join(f"{name} {_size(getattr(memory, name))}" for name in ("weights", "gradients", "optimizer"))
+    lines.append(
+        f"Memory to train gates on {recipe.batch_size} rows at once: {_size(memory.total)} ({parts}, activations "
+        f"{_size(memory.activations)})."
+    )
+    table.caption = "\n".join(lines)
+    table.caption_justify = "left"
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from deadhead.report.stages import stages_table, verdict
+from deadhead.report.tables import stages_table, verdict
 
 
 def _stage(heads: list[int], **changes: float) -> dict[str, Any]:
