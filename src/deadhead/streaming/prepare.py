@@ -92,7 +92,7 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     gates.set_plan(plan)
     sites = layout.all_sites(model, plan.unit, size)
     names = stored_names(model)
-    keeps = {names.get(name, name): keep for name, keep in kept_parts(model, layout, sites, plan.units, gates).items()}
+    keeps = {names.get(name, name): keep for name, keep in kept_parts(model, sites, plan.units, gates).items()}
     cut = cut_skeleton(layout, dense, recorded_with(layout, model, plan))
     cut_shapes = stored_shapes(cut)
     if not cut_shapes.keys() <= stored.tensors.keys() or not keeps.keys() <= cut_shapes.keys():
@@ -105,14 +105,14 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
                 raise NotStreamable(f"tensor {piece.source.name} does not become what the cut model asks for")
         if found:
             pieces[file] = found
-    before = cache_values(layout, layout.sites(dense, plan.unit))
-    after = cache_values(layout, layout.sites(cut, plan.unit))
+    before = cache_values(layout.sites(dense, plan.unit))
+    after = cache_values(layout.sites(cut, plan.unit))
     return StreamedCut(
         stored=stored,
         pieces=pieces,
         plan=plan,
         model=cut.to(dtype),  # type: ignore[arg-type]
-        check=LayerCheck(stored, names, model, layout, sites, plan.units, gates),
+        check=LayerCheck(stored, names, model, sites, plan.units, gates),
         before=model_cost(dense, unit=plan.unit),
         after=model_cost(cut),
         cache_growth=max(0.0, after / before - 1) if before else 0.0,
