@@ -37,12 +37,10 @@ class _GateInput:
         gate = self.gate
         heads_BTHE = hidden.unflatten(-1, (-1, self.head_dim))
         z_H, scale = gate()
-        if gate.output_difference.is_due and gate.training:
+        if gate.is_due and gate.training:
             # Autocast would turn the products to half precision.
             with torch.autocast(hidden.device.type, enabled=False):
-                gate.output_difference.measure(
-                    *output_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach())
-                )
+                gate.measure(*output_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach()))
         factor_H = (z_H * scale).to(hidden.dtype)
         return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
 

@@ -20,7 +20,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import require_whole
-from deadhead.layouts import Layout, Site, find_layout, head_columns
+from deadhead.layouts import Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
 from deadhead.plans.plan import HeadPlan, UnitKey
@@ -81,7 +81,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             detach(model)
             remove_units(sites, plan.units, factors)
             require_same_function(model, expected)
-            layout.record_plan(model, recorded_with(layout, model, plan))
+            layout.record_plan(model, plan)
     except BaseException:
         state, gates.config = before
         for key, gate in gates:
@@ -187,12 +187,6 @@ def normal_plan(gates: HeadGates, plan: HeadPlan) -> HeadPlan:
         InputError: the plan is not one for this model.
     """
     return replace(gates.plan_of(gates.require_plan(plan)), output_scale=plan.output_scale)
-
-
-def recorded_with(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> HeadPlan:
-    """Return a plan with the blocks that earlier cuts of the model left, where it says nothing of blocks."""
-    before = layout.recorded_plan(model)
-    return replace(plan, blocks=before.blocks) if plan.blocks is None and before is not None else plan
 
 
 def remove_units(

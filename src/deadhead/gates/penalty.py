@@ -38,21 +38,15 @@ def difference_weights(difference_H: Tensor) -> Tensor:
 
 def unit_weights(gate: HeadGate, weighting: Weighting) -> Tensor:
     """Return the weights w of a layer's units in the sparsity loss, (H,)."""
-    if weighting == "plain":
-        return torch.ones_like(gate.difference)
-    return difference_weights(gate.difference)
+    return torch.ones_like(gate.difference) if weighting == "plain" else difference_weights(gate.difference)
 
 
 def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
     """Return Σ w P(z > 0) over all heads (paper, the L0 term), and blocks by their cost, with gradient (0-dim.)."""
     if weighting == "plain" or not len(gates):
         return gates.l0()
-    return torch.stack(
-        [
-            (unit_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config)).sum() * gate.cost
-            for _, gate in gates
-        ]
-    ).sum()
+    chances = [unit_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config) for _, gate in gates]
+    return torch.stack([p_H.sum() * gate.cost for p_H, (_, gate) in zip(chances, gates, strict=True)]).sum()
 
 
 def linear_warmup(step: int, warmup_steps: int) -> float:

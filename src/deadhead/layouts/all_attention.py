@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -158,10 +158,10 @@ class AllAttentionLayout(Layout):
 
         Persistent vectors are gone with the heads of their layer, so there no blocks are left, whatever the plan says.
         """
-        if plan.blocks is not None and not model.config.feed_forward_size:
-            kept = {layer: blocks if plan.kept[layer] else () for layer, blocks in plan.blocks.kept.items()}
-            plan = replace(plan, blocks=replace(plan.blocks, kept=kept))
-        model.config.head_plan = plan.to_dict()
+        super().record_plan(model, plan)
+        blocks = model.config.head_plan.get("blocks")
+        if blocks is not None and not model.config.feed_forward_size:
+            blocks["kept"] = {layer: kept if plan.kept[int(layer)] else [] for layer, kept in blocks["kept"].items()}
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -145,9 +145,15 @@ class Layout(ABC):
         blocks = [] if block_size is None else self.block_sites(model, block_size)
         return [*self.sites(model, unit), *blocks]
 
-    @abstractmethod
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
-        """Write the plan into the model's configuration, so that the model reloads as it is."""
+        """Write the plan into the model's configuration, so that the model reloads as it is.
+
+        Where it says nothing of blocks, those are recorded that earlier cuts left.
+        """
+        before = self.recorded_plan(model)
+        if plan.blocks is None and before is not None:
+            plan = replace(plan, blocks=before.blocks)
+        model.config.head_plan = plan.to_dict()
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
         """Return the plan the model was cut by, which is its configuration's `head_plan`; None for a dense model."""

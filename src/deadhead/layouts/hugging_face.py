@@ -170,6 +170,6 @@ class HuggingFaceLayout(Layout):
                 )
         config.auto_map = auto_map(stock_config)
         config.__class__ = pruned_config_class(stock_config)
-        config.head_plan = plan.to_dict()
+        super().record_plan(model, plan)
         config.attention_outputs = next((m.num_outputs for m in model.modules() if hasattr(m, "num_outputs")), 2)
         model.__class__ = pruned_class(stock_model, stock_config)

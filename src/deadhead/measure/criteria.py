@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from deadhead.attaching import block_size, gates_of, output_squares, unwrapped
 from deadhead.errors import InputError
-from deadhead.gates.output_difference import relative_difference
+from deadhead.gates.head_gate import relative_difference
 from deadhead.layouts import Site, find_layout
 from deadhead.measure.losses import SegmentLoss
 from deadhead.modes import evaluating

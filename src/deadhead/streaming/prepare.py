@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deadhead.attaching import attach
 from deadhead.checkpoints import checkpoint
-from deadhead.cutting import cache_values, normal_plan, recorded_with
+from deadhead.cutting import cache_values, normal_plan
 from deadhead.disk.stored import StoredCheckpoint, read_stored
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
@@ -93,7 +93,7 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     sites = layout.all_sites(model, plan.unit, size)
     names = stored_names(model)
     keeps = {names.get(name, name): keep for name, keep in kept_parts(model, sites, plan.units, gates).items()}
-    cut = cut_skeleton(layout, dense, recorded_with(layout, model, plan))
+    cut = cut_skeleton(layout, dense, plan)
     cut_shapes = stored_shapes(cut)
     if not cut_shapes.keys() <= stored.tensors.keys() or not keeps.keys() <= cut_shapes.keys():
         raise NotStreamable("what is cut of it lies in files otherwise than in memory")
