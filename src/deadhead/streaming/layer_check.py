@@ -22,7 +22,7 @@ from deadhead.cutting import head_factors, remove_units, require_same_function, 
 from deadhead.disk.stored import StoredCheckpoint
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
-from deadhead.layouts import Layout, Site
+from deadhead.layouts import Site
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plans.plan import UnitKey
 from deadhead.streaming.shape import NotStreamable, stub
@@ -50,12 +50,11 @@ class LayerCheck:
         stored: StoredCheckpoint,
         names: Mapping[str, str],
         model: PreTrainedModel,
-        layout: Layout,
         sites: Sequence[Site],
         units: Mapping[UnitKey, tuple[int, ...]],
         gates: HeadGates,
     ) -> None:
-        self.stored, self.model, self.layout, self.units, self.gates = stored, model, layout, units, gates
+        self.stored, self.model, self.units, self.gates = stored, model, units, gates
         tensors = stored.tensors
         self._tensors = {name: tensors[there] for name, there in names.items() if there in tensors}
         self._names = {id(module): path for path, module in model.named_modules()}
@@ -113,7 +112,7 @@ class LayerCheck:
             factors = {site.key: head_factors(self.gates.gates[site.key]) for site in sites}
             for site in sites:
                 take_off(site)
-            remove_units(self.layout, sites, self.units, factors)
+            remove_units(sites, self.units, factors)
             require_same_function(self.model, expected, texts=_TEXTS)
         finally:
             for index, other in enumerate(layers):
@@ -136,7 +135,7 @@ class LayerCheck:
                 self.outputs = count
                 seen.clear()
                 try:
-                    expected = watched_outputs(self.model, self.layout, sites, texts=_TEXTS)
+                    expected = watched_outputs(self.model, sites, texts=_TEXTS)
                     if seen == {count}:
                         return expected
                 except Exception as error:  # a layer's own code, which got another form than it expects
@@ -150,7 +149,7 @@ class LayerCheck:
         """Load what is cut of a layer, and what is small; the rest gives zeros."""
         cut = {id(module) for site in sites for module in site.module.modules() if site.module is not layer}
         for site in sites:
-            for part in self.layout.selections(site, site.units):
+            for part in site.selections(site.units):
                 cut.add(id(site.module.get_submodule(part.path.rpartition(".")[0])))
         owners = self._load_all((module for module in layer.modules() if not isinstance(module, HeadGate)), cut)
         for path, module in list(layer.named_modules()):

@@ -16,7 +16,7 @@ from deadhead.attaching import is_gate
 from deadhead.cutting import head_factors
 from deadhead.disk.stored import StoredCheckpoint
 from deadhead.gates.gates import HeadGates
-from deadhead.layouts import Layout, Site
+from deadhead.layouts import Site
 from deadhead.plans.plan import UnitKey
 from deadhead.streaming.copying import Keep
 
@@ -118,11 +118,7 @@ def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torc
 
 
 def kept_parts(
-    model: PreTrainedModel,
-    layout: Layout,
-    sites: Sequence[Site],
-    units: Mapping[UnitKey, tuple[int, ...]],
-    gates: HeadGates,
+    model: PreTrainedModel, sites: Sequence[Site], units: Mapping[UnitKey, tuple[int, ...]], gates: HeadGates
 ) -> dict[str, Keep]:
     """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
 
@@ -139,7 +135,7 @@ def kept_parts(
         scales = not bool((factor == 1).all())
         if site.units == units[site.key] and not scales:
             continue
-        for part in layout.selections(site, units[site.key]):
+        for part in site.selections(units[site.key]):
             name = f"{paths[id(site.module)]}.{part.path}"
             if name in found:
                 raise NotStreamable(f"tensor {name} has parts of two kinds of units")
