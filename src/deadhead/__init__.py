@@ -60,10 +60,11 @@ _NAMES = {
     "training.callbacks.sparsity": ("SparsityCallback",),
     "training.runs.one_call": ("finetune", "prune"),
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-"""Public names, and the modules that define them."""
+"""Modules, and the public names that they define."""
 
-__all__ = list(_HOME)
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
