@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,12 +151,7 @@ def named_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a floating-point type by its name: "float32", "bfloat16" or "float16".
-
-    Raises:
-        InputError: it is none of these.
-    """
+def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     found = types.get(dtype) if isinstance(dtype, str) else dtype
     if found not in (*types.values(), torch.float64):
@@ -179,14 +175,14 @@ def load(
     Raises:
         InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
     """
-    dtype = None if dtype is None else named_dtype(dtype)
+    dtype = None if dtype is None else _named_dtype(dtype)
     device = None if device is None else named_device(device)
     name = str(path)
     local = Path(path).is_dir()
     if not local and not _looks_like_a_name(path):
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     if local:
-        require_unchanged(Path(path))
+        _require_unchanged(Path(path))
         require_sound(Path(path))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -222,12 +218,8 @@ def load(
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
-def require_unchanged(folder: Path) -> None:
-    """Check weights, configuration, plan, gates and tokenizer against the checksums that were saved with them, if any.
-
-    Raises:
-        InputError: a file is not what was saved.
-    """
+def _require_unchanged(folder: Path) -> None:
+    """Check weights, configuration, plan, gates and tokenizer against the checksums saved with them, if any."""
     names = [name for name in read_checksums(folder) if Path(name).suffix in _VERIFIED and name not in _NOT_VERIFIED]
     changed = changed_file(folder, among=names)
     if changed is not None:
@@ -290,13 +282,10 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
         return {}
     name = None if Path(base).is_dir() else str(base)
     metadata: dict[str, Any] = {}
-    try:
+    # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
+    with suppress(Exception):
         card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
-        if card.is_file():
-            metadata = metadata_load(card) or {}
-    except Exception:
-        # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
-        metadata = {}
+        metadata = metadata_load(card) or {}
     kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
     return kept | ({} if name is None else {"base_model": name})
 

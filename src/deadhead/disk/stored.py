@@ -137,11 +137,6 @@ def weights_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
 
 
-def has_stored(folder: Path) -> bool:
-    """Tell whether a folder holds weights that `read_stored` reads."""
-    return (folder / INDEX_FILE).is_file() or (folder / WEIGHTS_FILE).is_file()
-
-
 def weight_files(folder: Path, index: Path) -> list[Path]:
     """Return the files that an index names, or none if neither it nor pickled weights are there.
 

@@ -1,6 +1,6 @@
 """Run a GGUF file in llama.cpp, in a process of its own: a file that llama.cpp cannot read ends its process.
 
-    python -m deadhead.export.llama_cpp JOB.json OUT.npz
+    python -m deadhead.export.llama_cpp OUT.npz < JOB.json
 
 is that process.
 """
@@ -68,10 +68,9 @@ def quantize(path: Path, out: Path, kind: str) -> None:
 
 def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "job.json", Path(folder) / "out.npz"
-        asked.write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", "deadhead.export.llama_cpp", str(asked), str(answered)]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        answered = Path(folder) / "out.npz"
+        command = [sys.executable, "-m", "deadhead.export.llama_cpp", str(answered)]
+        result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, errors="replace")
         if result.returncode or not answered.exists():
             raise ExportError(
                 f"llama.cpp could not use the file: {_reason(result)}; nothing was left at the place of the export."
@@ -144,5 +143,5 @@ def _quantize(job: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    task = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    np.savez(sys.argv[2], **{"logits": _logits, "quantize": _quantize}[task["task"]](task))  # type: ignore[arg-type]
+    task = json.load(sys.stdin)
+    np.savez(sys.argv[1], **{"logits": _logits, "quantize": _quantize}[task["task"]](task))  # type: ignore[arg-type]

@@ -22,14 +22,14 @@ from deadhead.data import load_tokenizer
 from deadhead.disk.checksums import sha256_of, write_checksums
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
 from deadhead.disk.reading import read_json
-from deadhead.disk.stored import INDEX_FILE, has_stored, weights_size
+from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, weights_size
 from deadhead.errors import CutError, InputError
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import copy_pieces, send_to_disk
+from deadhead.streaming.layer_check import NotStreamable
 from deadhead.streaming.prepare import StreamedCut, prepare
-from deadhead.streaming.shape import NotStreamable
 
 MANIFEST_FILE = "cut.json"
 _LOCK_FILE = "lock"
@@ -121,7 +121,7 @@ def cut_checkpoint(
             raise InputError(f"{source} cannot be cut shard by shard, as {why}; cut it in memory.")
     if resume:
         raise InputError("There is nothing to resume: a cut in memory leaves nothing when it is stopped.")
-    needed, free = weights_size(folder) if folder.is_dir() else 0, psutil.virtual_memory().available
+    needed, free = weights_size(folder), psutil.virtual_memory().available
     if needed > free:
         reason = f" It cannot be cut shard by shard, as {why}." if why else ""
         raise InputError(
@@ -136,9 +136,8 @@ def cut_checkpoint(
 
 
 def _is_large(folder: Path) -> bool:
-    if not folder.is_dir() or not has_stored(folder):
-        return False
-    return (folder / INDEX_FILE).is_file() or weights_size(folder) >= STREAMED_FROM
+    is_single = (folder / WEIGHTS_FILE).is_file()
+    return (folder / INDEX_FILE).is_file() or (is_single and weights_size(folder) >= STREAMED_FROM)
 
 
 def _tokenizer(source: Path) -> Any:
@@ -190,17 +189,17 @@ class _Manifest:
     def begin(self, identity: dict[str, Any]) -> None:
         path = self.work / MANIFEST_FILE
         self.identity = identity
-        if path.exists():
-            values = read_json(path, what="list of what a stopped cut has done")
-            finished = values.get("finished") if isinstance(values, dict) else None
-            if not isinstance(finished, dict) or {k: v for k, v in values.items() if k != "finished"} != identity:
-                raise InputError(
-                    f"{self.work} is left of a cut by another plan, or of a model that was changed since; resume with "
-                    "those, or delete it."
-                )
-            self.finished = {str(name): str(digest) for name, digest in finished.items()}
-        else:
+        if not path.exists():
             self._write()
+            return
+        values = read_json(path, what="list of what a stopped cut has done")
+        finished = values.pop("finished", None) if isinstance(values, dict) else None
+        if not isinstance(finished, dict) or values != identity:
+            raise InputError(
+                f"{self.work} is left of a cut by another plan, or of a model that was changed since; resume with "
+                "those, or delete it."
+            )
+        self.finished = finished
 
     def verify(self, planned: StreamedCut) -> None:
         """Forget, and remove, what is not the file that it was when it was finished."""
