@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -82,38 +81,26 @@ def save(
         model.save_pretrained(folder, state_dict=weights)
         if gates is not None:
             save_gates(gates, folder)
-        save_beside(model, folder, tokenizer=tokenizer, metrics=metrics, base=base, files=files, about=about)
+        for file in files:
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name)
+            elif file.exists():
+                shutil.copy2(file, folder / file.name)
+        save_beside(model, folder, tokenizer, base, metrics=metrics, about=about)
         write_checksums(folder)
 
 
 def save_beside(
-    model: PreTrainedModel,
-    folder: Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    metrics: Mapping[str, float] | None = None,
-    base: str | Path | None = None,
-    files: Sequence[Path] = (),
-    about: str | None = None,
+    model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase | None, base: str | Path | None, **card: Any
 ) -> None:
     """Write what `save` writes besides what `save_pretrained` does, which needs no weights; arguments as there."""
     plan = find_layout(model).recorded_plan(model)
     if plan is not None:
-        plan.to_json(folder / PLAN_FILE)
+        plan.to_json(path / PLAN_FILE)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    for file in (*files, *licence_files(base)):
-        if file.is_dir():
-            shutil.copytree(file, folder / file.name)
-        elif file.exists():
-            shutil.copy2(file, folder / file.name)
-    write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base), about))
-
-
-def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model that was made without its weights the generation settings that lie in its checkpoint folder."""
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.save_pretrained(str(path))
+    copy_licences(base, path)
+    write_text(path / "README.md", _model_card(model, _origin(base), **card))
 
 
 def require_ours_or_free(path: Path) -> None:
@@ -270,10 +257,11 @@ def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
     return model, load_gates(model, path)
 
 
-def licence_files(base: str | Path | None) -> list[Path]:
-    """Return the licence files of the checkpoint that a model was made of; none of one on the hub."""
-    files = Path(base).iterdir() if base is not None and Path(base).is_dir() else ()
-    return sorted(path for path in files if path.name.upper().startswith(_LICENCES) and path.is_file())
+def copy_licences(base: str | Path | None, folder: Path) -> None:
+    """Copy the licence files of the checkpoint that a model was made of; none of one on the hub."""
+    for file in Path(base).iterdir() if base is not None and Path(base).is_dir() else ():
+        if file.name.upper().startswith(_LICENCES) and file.is_file():
+            shutil.copy2(file, folder / file.name)
 
 
 def _origin(base: str | Path | None) -> dict[str, Any]:
@@ -291,7 +279,7 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
 
 
 def _model_card(
-    model: PreTrainedModel, metrics: Mapping[str, float], origin: Mapping[str, Any], about: str | None
+    model: PreTrainedModel, origin: dict[str, Any], metrics: Mapping[str, float] | None = None, about: str | None = None
 ) -> str:
     cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
     if about is None:
@@ -313,7 +301,7 @@ def _model_card(
         *([f"- blocks of {cost.block_size} a layer: {cost.blocks}"] if plan is not None and plan.blocks else []),
         f"- parameters: {cost.parameters:,}",
         f"- FLOPs a token: {cost.flops_per_token:,.0f}",
-        *(f"- {name}: {value:.4g}" for name, value in metrics.items()),
+        *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",

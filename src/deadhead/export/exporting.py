@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,8 +208,7 @@ def _flat(
         model.generation_config.save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
-    for file in checkpoint.licence_files(base):
-        shutil.copy2(file, place / file.name)
+    checkpoint.copy_licences(base, place)
     unchecked = None if agreements else f"{runtime} is not installed (pip install 'deadhead[{to}]')"
     return Exported(out, to, "f32", type(model).__name__, size, agreements, unchecked)
 

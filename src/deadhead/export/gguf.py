@@ -24,7 +24,7 @@ from deadhead.errors import UnsupportedModel
 from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types that are written here; what else there is, llama.cpp's own quantiser makes."""
@@ -182,25 +182,19 @@ def write_gguf(
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
         for field, value in (tokenizer or {"tokenizer_model": "none"}).items():
             getattr(writer, f"add_{field}")(value)
-        _write_tensors(model, plan, writer, kind)
+        # Twice over: a file begins with the shapes of all, and no more than one is to be in memory.
+        for label, tensor in _tensors(model, plan):
+            wanted = _type_of(tensor.shape, kind)
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, wanted)
+            writer.add_tensor_info(label, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=wanted)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, tensor in _tensors(model, plan):
+            values = tensor.detach().float().contiguous().numpy()
+            writer.write_tensor_data(gguf.quantize(values, _type_of(tensor.shape, kind)))
     finally:
         writer.close()
-
-
-def _write_tensors(model: PreTrainedModel, plan: GgufPlan, writer: GGUFWriter, kind: str) -> None:
-    import gguf
-
-    # Twice over: a file begins with the shapes of all, and no more than one is to be in memory.
-    for name, tensor in _tensors(model, plan):
-        wanted = _type_of(tensor.shape, kind)
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, wanted)
-        writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, tensor in _tensors(model, plan):
-        values = tensor.detach().float().contiguous().numpy()
-        writer.write_tensor_data(gguf.quantize(values, _type_of(tensor.shape, kind)))
 
 
 def _type_of(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:

@@ -95,21 +95,15 @@ def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
     import llama_cpp
 
     ids, rest = job["prompt"], job["rest"]
+    length = len(ids) + len(rest)
     _use_plain_kernels()
-    model = llama_cpp.Llama(
-        job["path"],
-        n_ctx=max(64, len(ids) + len(rest)),
-        logits_all=True,
-        type_k=_FLOAT32,
-        type_v=_FLOAT32,
-        verbose=True,
-    )
+    model = llama_cpp.Llama(job["path"], n_ctx=max(64, length), logits_all=True, type_k=_FLOAT32, type_v=_FLOAT32)
     model.eval(ids)
     for token in rest:
         model.eval([token])
     texts = [model.tokenize(text.encode(), add_bos=False, special=False) for text in job["texts"]]
     return {
-        "logits": np.array(model.scores[: len(ids) + len(rest)], dtype=np.float32),
+        "logits": np.array(model.scores[:length], dtype=np.float32),
         "tokens": np.array(json.dumps(texts)),
     }
 
@@ -119,16 +113,10 @@ def _use_plain_kernels() -> None:
     import llama_cpp
 
     library: Any = llama_cpp.llama_cpp
-    defaults = library.llama_model_default_params
-
-    def plain() -> Any:
-        params = defaults()
-        # Older versions do not have it.
-        if hasattr(params, "use_extra_bufts"):
-            params.use_extra_bufts = False
-        return params
-
-    library.llama_model_default_params = plain
+    params = library.llama_model_default_params()
+    # Older versions take no notice of it.
+    params.use_extra_bufts = False
+    library.llama_model_default_params = lambda: params
 
 
 def _quantize(job: dict[str, Any]) -> dict[str, np.ndarray]:

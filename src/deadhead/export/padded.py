@@ -106,10 +106,7 @@ def _probe(model_class: Any, config_class: Any, fields: dict[str, Any]) -> list[
 
 
 def _fits(
-    probe: PreTrainedModel,
-    model: PreTrainedModel,
-    source: Mapping[Key, Attention],
-    blocks: Mapping[Key, FeedForward],
+    probe: PreTrainedModel, model: PreTrainedModel, source: Mapping[Key, Attention], blocks: Mapping[Key, FeedForward]
 ) -> bool:
     """Tell whether every layer's heads and hidden units have a place in a stock model, and all else is as it was."""
     targets = {found.key: found for found in find_attentions(probe)[0]}

@@ -68,12 +68,7 @@ class Stopped(Exception):
 
 
 def copy_pieces(
-    source: Path,
-    target: Path,
-    pieces: Sequence[Piece],
-    *,
-    progress: Callable[[int], None],
-    stop: threading.Event,
+    source: Path, target: Path, pieces: Sequence[Piece], *, progress: Callable[[int], None], stop: threading.Event
 ) -> str:
     """Write a safetensors file of tensors of another; return the SHA-256 of what was written, in hexadecimal.
 

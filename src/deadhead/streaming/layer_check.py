@@ -46,19 +46,14 @@ class LayerCheck:
     """The check of a model's layers, in any order, each once.
 
     The model has no weights, and gates closed by the plan; layers that were checked are cut in it. `names` are those of
-    tensors in files, by those in memory.
+    tensors in files, by those in memory; `sites` what each layer that is to be checked loses, by its place.
 
     Raises:
         NotStreamable: the model's layers do not lie in one list.
     """
 
     def __init__(
-        self,
-        stored: StoredCheckpoint,
-        names: Mapping[str, str],
-        model: PreTrainedModel,
-        sites: Sequence[Site],
-        gates: HeadGates,
+        self, stored: StoredCheckpoint, names: Mapping[str, str], model: PreTrainedModel, gates: HeadGates
     ) -> None:
         self.stored, self.model, self.gates = stored, model, gates
         self.layout, self.units = find_layout(model), gates.plan().units
@@ -68,15 +63,13 @@ class LayerCheck:
         # How many values layers return, in a tuple; 0: one tensor alone.
         self.outputs = 0
         stack = text_stack(model)
-        paths: dict[int, list[str]] = {}
-        for path, module in stack.named_modules(remove_duplicate=False):
-            paths.setdefault(id(module), []).append(path)
+        modules = list(stack.named_modules(remove_duplicate=False))
         self.sites: dict[int, list[Site]] = {}
         containers: set[str] = set()
-        for site in sites:
+        for site in self.layout.all_sites(model, gates.unit, gates.block_size):
             if not site.units or site.units == self.units[site.key]:
                 continue
-            found = paths.get(id(site.module), [])
+            found = [path for path, module in modules if module is site.module]
             match = re.fullmatch(r"(.*?)\.?\b(\d+)(?:\..*)?", found[0]) if len(found) == 1 else None
             if match is None:
                 raise NotStreamable(f"its layer {site.layer} is not one of a list of layers of their own")
@@ -90,11 +83,6 @@ class LayerCheck:
         self._layers = layers
         if self.sites:
             self._fill_rest(stack)
-
-    @property
-    def layers(self) -> list[int]:
-        """The places of the layers to be checked."""
-        return sorted(self.sites)
 
     def attention_outputs(self) -> int | None:
         """Return how many values emptied modules return, once layers were checked; None if there is none."""
@@ -181,14 +169,12 @@ class LayerCheck:
         """Put a stored tensor in the place of its stand-in."""
         path = self._names.get(id(module))
         found = self._tensors.get(f"{path}.{name}")
-        if found is None or found.shape != tuple(parameter.shape):
-            if parameter.numel() > _SMALL:
-                raise NotStreamable(f"tensor {path}.{name} has another name or shape in the file")
-            # Routers and the like of models whose files have other names; what they are makes no difference.
-            values = torch.ones(parameter.shape, dtype=parameter.dtype)
-        else:
-            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+        # Routers and the like of models whose files have other names stay so; what they are makes no difference.
+        values = torch.ones(parameter.shape, dtype=parameter.dtype)
+        if found is not None and found.shape == tuple(parameter.shape):
             self.stored.read_into(found, values)
+        elif parameter.numel() > _SMALL:
+            raise NotStreamable(f"tensor {path}.{name} has another name or shape in the file")
         module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
     def _fill_rest(self, stack: nn.Module) -> None:

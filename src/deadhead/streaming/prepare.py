@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from deadhead.cutting import cache_values, head_factors, normal_plan, recorded_w
 from deadhead.disk.stored import StoredCheckpoint, read_stored
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
-from deadhead.layouts import Site, find_layout
+from deadhead.layouts import find_layout
 from deadhead.measure.cost import cut_skeleton, model_cost, skeleton
 from deadhead.measure.costs import Cost
 from deadhead.models import OWN_TYPES
@@ -75,8 +75,7 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     stored = read_stored(source)
     config = checkpoint.load_config(source)
     dtype = _load_dtype(config, stored)
-    own: Any = config
-    if config.model_type in OWN_TYPES or hasattr(own, "quantization_config"):
+    if config.model_type in OWN_TYPES or hasattr(config, "quantization_config"):
         raise NotStreamable(f"models of type {config.model_type!r} are cut in memory, as are quantised ones")
     try:
         dense = skeleton(config).to(dtype)  # type: ignore[arg-type]
@@ -90,9 +89,8 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=size)
     plan = normal_plan(gates, plan)
     gates.set_plan(plan)
-    sites = layout.all_sites(model, plan.unit, gates.block_size)
     names = _stored_names(model)
-    keeps = {names.get(name, name): keep for name, keep in _kept_parts(model, sites, gates).items()}
+    keeps = {names.get(name, name): keep for name, keep in _kept_parts(model, gates).items()}
     cut = cut_skeleton(layout, dense, recorded_with(layout, model, plan))
     cut_shapes = _stored_shapes(cut)
     if not cut_shapes.keys() <= stored.tensors.keys() or not keeps.keys() <= cut_shapes.keys():
@@ -112,7 +110,7 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         pieces=pieces,
         plan=plan,
         model=cut.to(dtype),  # type: ignore[arg-type]
-        check=LayerCheck(stored, names, model, sites, gates),
+        check=LayerCheck(stored, names, model, gates),
         before=model_cost(dense, unit=plan.unit),
         after=model_cost(cut),
         cache_growth=max(0.0, after / before - 1) if before else 0.0,
@@ -190,7 +188,7 @@ def _require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: tor
             raise NotStreamable(f"{part} of a model of this type is loaded as float32, but stored as {dtype}")
 
 
-def _kept_parts(model: PreTrainedModel, sites: Sequence[Site], gates: HeadGates) -> dict[str, Keep]:
+def _kept_parts(model: PreTrainedModel, gates: HeadGates) -> dict[str, Keep]:
     """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
 
     The gates, closed by the plan, have the values that are folded into the output projections.
@@ -198,7 +196,7 @@ def _kept_parts(model: PreTrainedModel, sites: Sequence[Site], gates: HeadGates)
     layout, units = find_layout(model), gates.plan().units
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, Keep] = {}
-    for site in sites:
+    for site in layout.all_sites(model, gates.unit, gates.block_size):
         if not site.units or not units[site.key]:
             continue
         factor_H = head_factors(gates.gates[site.key])
