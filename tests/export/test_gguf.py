@@ -12,8 +12,8 @@ import torch
 
 import deadhead
 from deadhead.errors import is_installed
-from deadhead.export import exporting, gguf
-from deadhead.export.gguf_plan import plan_file
+from deadhead.export import gguf
+from deadhead.export.gguf import plan_file
 from tests.export.small import cut_by, cut_model, dense_model
 
 _HAS_LLAMA_CPP = pytest.mark.skipif(not is_installed("llama_cpp"), reason="llama-cpp-python is not installed")
@@ -105,7 +105,7 @@ def test_a_file_that_computes_something_else_does_not_stay(tmp_path: Path, monke
 def test_a_file_that_llama_cpp_cannot_read_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = cut_by("llama", [1, 3, 1, 2])
     wrong = replace(plan_file(model), head_dim=16)
-    monkeypatch.setattr(exporting, "plan_file", lambda _: wrong)
+    monkeypatch.setattr(gguf, "plan_file", lambda _: wrong)
     with pytest.raises(deadhead.errors.ExportError, match="llama.cpp could not use the file: .*wrong shape"):
         deadhead.export_model(model, tmp_path / "model.gguf", to="gguf", kind="f32")
     assert not list(tmp_path.iterdir())

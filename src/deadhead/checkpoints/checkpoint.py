@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -81,38 +81,26 @@ def save(
         model.save_pretrained(folder, state_dict=weights)
         if gates is not None:
             save_gates(gates, folder)
-        save_beside(model, folder, tokenizer=tokenizer, metrics=metrics, base=base, files=files, about=about)
+        for file in files:
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name)
+            elif file.exists():
+                shutil.copy2(file, folder / file.name)
+        save_beside(model, folder, tokenizer, base, metrics=metrics, about=about)
         write_checksums(folder)
 
 
 def save_beside(
-    model: PreTrainedModel,
-    folder: Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    metrics: Mapping[str, float] | None = None,
-    base: str | Path | None = None,
-    files: Sequence[Path] = (),
-    about: str | None = None,
+    model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase | None, base: str | Path | None, **card: Any
 ) -> None:
     """Write what `save` writes besides what `save_pretrained` does, which needs no weights; arguments as there."""
     plan = find_layout(model).recorded_plan(model)
     if plan is not None:
-        plan.to_json(folder / PLAN_FILE)
+        plan.to_json(path / PLAN_FILE)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    for file in (*files, *licence_files(base)):
-        if file.is_dir():
-            shutil.copytree(file, folder / file.name)
-        elif file.exists():
-            shutil.copy2(file, folder / file.name)
-    write_text(folder / "README.md", _model_card(model, metrics or {}, _origin(base), about))
-
-
-def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model that was made without its weights the generation settings that lie in its checkpoint folder."""
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.save_pretrained(str(path))
+    copy_licences(base, path)
+    write_text(path / "README.md", _model_card(model, _origin(base), **card))
 
 
 def require_ours_or_free(path: Path) -> None:
@@ -150,12 +138,7 @@ def named_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a floating-point type by its name: "float32", "bfloat16" or "float16".
-
-    Raises:
-        InputError: it is none of these.
-    """
+def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     found = types.get(dtype) if isinstance(dtype, str) else dtype
     if found not in (*types.values(), torch.float64):
@@ -179,14 +162,14 @@ def load(
     Raises:
         InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
     """
-    dtype = None if dtype is None else named_dtype(dtype)
+    dtype = None if dtype is None else _named_dtype(dtype)
     device = None if device is None else named_device(device)
     name = str(path)
     local = Path(path).is_dir()
     if not local and not _looks_like_a_name(path):
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     if local:
-        require_unchanged(Path(path))
+        _require_unchanged(Path(path))
         require_sound(Path(path))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -222,12 +205,8 @@ def load(
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
-def require_unchanged(folder: Path) -> None:
-    """Check weights, configuration, plan, gates and tokenizer against the checksums that were saved with them, if any.
-
-    Raises:
-        InputError: a file is not what was saved.
-    """
+def _require_unchanged(folder: Path) -> None:
+    """Check weights, configuration, plan, gates and tokenizer against the checksums saved with them, if any."""
     names = [name for name in read_checksums(folder) if Path(name).suffix in _VERIFIED and name not in _NOT_VERIFIED]
     changed = changed_file(folder, among=names)
     if changed is not None:
@@ -278,10 +257,11 @@ def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
     return model, load_gates(model, path)
 
 
-def licence_files(base: str | Path | None) -> list[Path]:
-    """Return the licence files of the checkpoint that a model was made of; none of one on the hub."""
-    files = Path(base).iterdir() if base is not None and Path(base).is_dir() else ()
-    return sorted(path for path in files if path.name.upper().startswith(_LICENCES) and path.is_file())
+def copy_licences(base: str | Path | None, folder: Path) -> None:
+    """Copy the licence files of the checkpoint that a model was made of; none of one on the hub."""
+    for file in Path(base).iterdir() if base is not None and Path(base).is_dir() else ():
+        if file.name.upper().startswith(_LICENCES) and file.is_file():
+            shutil.copy2(file, folder / file.name)
 
 
 def _origin(base: str | Path | None) -> dict[str, Any]:
@@ -290,19 +270,16 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
         return {}
     name = None if Path(base).is_dir() else str(base)
     metadata: dict[str, Any] = {}
-    try:
+    # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
+    with suppress(Exception):
         card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
-        if card.is_file():
-            metadata = metadata_load(card) or {}
-    except Exception:
-        # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
-        metadata = {}
+        metadata = metadata_load(card) or {}
     kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
     return kept | ({} if name is None else {"base_model": name})
 
 
 def _model_card(
-    model: PreTrainedModel, metrics: Mapping[str, float], origin: Mapping[str, Any], about: str | None
+    model: PreTrainedModel, origin: dict[str, Any], metrics: Mapping[str, float] | None = None, about: str | None = None
 ) -> str:
     cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
     if about is None:
@@ -324,7 +301,7 @@ def _model_card(
         *([f"- blocks of {cost.block_size} a layer: {cost.blocks}"] if plan is not None and plan.blocks else []),
         f"- parameters: {cost.parameters:,}",
         f"- FLOPs a token: {cost.flops_per_token:,.0f}",
-        *(f"- {name}: {value:.4g}" for name, value in metrics.items()),
+        *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",

@@ -85,10 +85,11 @@ class _Model:
         if bias:
             self.add(f"{name}.bias", outputs)
 
-    def norm(self, name: str, width: int, *, bias: bool) -> None:
-        self.add(f"{name}.weight", width)
-        if bias:
-            self.add(f"{name}.bias", width)
+    def norms(self, *names: str, width: int, bias: bool) -> None:
+        for name in names:
+            self.add(f"{name}.weight", width)
+            if bias:
+                self.add(f"{name}.bias", width)
 
     def output(self, table: str, words: int, width: int, *, tied: bool, bias: bool = False) -> None:
         """Add embeddings and output layer."""
@@ -167,15 +168,14 @@ def _llama(model: _Model, kind: str, length: int) -> None:
     hidden = model.take_blocks(layers, model.number("intermediate_size"))
     tied = model.flag("tie_word_embeddings", kind == "gemma")
     model.output("model.embed_tokens.weight", model.number("vocab_size"), width, tied=tied)
-    model.norm("model.norm", width, bias=False)
+    model.norms("model.norm", width=width, bias=False)
     for layer, (queries, kv) in enumerate(model.take_heads(layers, num_heads, num_kv_heads)):
         path = f"model.layers.{layer}"
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            model.norm(f"{path}.{name}", width, bias=False)
+        model.norms(f"{path}.input_layernorm", f"{path}.post_attention_layernorm", width=width, bias=False)
         for name, count in {"q": queries, "k": kv, "v": kv}.items():
             model.linear(f"{path}.self_attn.{name}_proj", count * head_dim, width, owner="head", bias=bias)
-        for name in ("q_norm", "k_norm") if kind == "qwen3" and queries else ():
-            model.norm(f"{path}.self_attn.{name}", head_dim, bias=False)
+        if kind == "qwen3" and queries:
+            model.norms(f"{path}.self_attn.q_norm", f"{path}.self_attn.k_norm", width=head_dim, bias=False)
         o_bias = bias and kind != "qwen2"
         model.back(f"{path}.self_attn.o_proj", width, queries * head_dim, owner="head", bias=o_bias)
         for name in ("gate_proj", "up_proj"):
@@ -196,11 +196,10 @@ def _gpt2(model: _Model, kind: str, length: int) -> None:
     tied = model.flag("tie_word_embeddings", True)
     model.output("transformer.wte.weight", model.number("vocab_size"), width, tied=tied)
     model.add("transformer.wpe.weight", model.number("n_positions"), width)
-    model.norm("transformer.ln_f", width, bias=True)
+    model.norms("transformer.ln_f", width=width, bias=True)
     for layer, (queries, _) in enumerate(model.take_heads(layers, num_heads, num_heads)):
         path, inner = f"transformer.h.{layer}", queries * head_dim
-        for name in ("ln_1", "ln_2"):
-            model.norm(f"{path}.{name}", width, bias=True)
+        model.norms(f"{path}.ln_1", f"{path}.ln_2", width=width, bias=True)
         model.linear(f"{path}.attn.c_attn", 3 * inner, width, owner="head", bias=True, conv1d=True)
         model.back(f"{path}.attn.c_proj", width, inner, owner="head", bias=True, conv1d=True)
         model.linear(f"{path}.mlp.c_fc", hidden[layer], width, owner="block", bias=True, conv1d=True)
@@ -227,11 +226,11 @@ def _own(model: _Model, kind: str, length: int) -> None:
     for name in ("content_bias", "position_bias") if is_relative and shares else ():
         model.add(f"model.{name}", num_heads, head_dim)
     if model.flag("final_layer_norm"):
-        model.norm("model.norm", width, bias=True)
+        model.norms("model.norm", width=width, bias=True)
     for layer, (heads, _) in enumerate(model.take_heads(layers, num_heads, num_heads)):
         path, inner = f"model.layers.{layer}.attention", heads * head_dim
         persistent = dense_persistent if dense_hidden else left[layer]
-        model.norm(f"model.layers.{layer}.norm", width, bias=True)
+        model.norms(f"model.layers.{layer}.norm", width=width, bias=True)
         model.back(f"{path}.o_proj", width, inner, owner="head", bias=True)
         for name in "qkv":
             model.linear(f"{path}.{name}_proj", inner, width, owner="head", bias=bias)
@@ -245,7 +244,7 @@ def _own(model: _Model, kind: str, length: int) -> None:
             model.add(f"{path}.{name}", heads, persistent, head_dim, owner="head" if dense_hidden else "head block")
         if dense_hidden:
             path = f"model.layers.{layer}.feed_forward"
-            model.norm(f"{path}.norm", width, bias=True)
+            model.norms(f"{path}.norm", width=width, bias=True)
             model.linear(f"{path}.up_proj", left[layer], width, owner="block", bias=True)
             model.back(f"{path}.down_proj", width, left[layer], owner="block", bias=True)
         elif not heads and model.blocks:

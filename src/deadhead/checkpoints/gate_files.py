@@ -84,6 +84,5 @@ def _checked_config(values: dict[str, Any], path: Path) -> GateConfig:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        return False
-    return abs(value) <= _LARGEST
+    is_of_kind = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return is_of_kind and abs(value) <= _LARGEST

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,13 @@ def misshapen(folder: Path) -> str:
 @contextmanager
 def _bounded() -> Iterator[None]:
     """Stop whatever makes a model in the block, by an InputError, once it has more modules than any."""
-    modules = 0
+    modules = count(1)
 
-    def count(*_: Any) -> None:
-        nonlocal modules
-        modules += 1
-        if modules > _MOST_MODULES:
+    def count_one(*_: Any) -> None:
+        if next(modules) > _MOST_MODULES:
             raise InputError(f"The configuration describes over {_MOST_MODULES:,} modules, but no model has as many.")
 
-    hook = torch_module.register_module_module_registration_hook(count)
+    hook = torch_module.register_module_module_registration_hook(count_one)
     try:
         yield
     finally:

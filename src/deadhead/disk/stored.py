@@ -79,14 +79,10 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCheckpoint:
-    """The weights of a folder: its files in order, and the tensors of each in the order of their bytes.
-
-    `is_sharded` tells whether an index names the files.
-    """
+    """The weights of a folder: its files in order, and the tensors of each in the order of their bytes."""
 
     folder: Path
     files: Mapping[str, tuple[StoredTensor, ...]]
-    is_sharded: bool
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -137,11 +133,6 @@ def weights_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
 
 
-def has_stored(folder: Path) -> bool:
-    """Tell whether a folder holds weights that `read_stored` reads."""
-    return (folder / INDEX_FILE).is_file() or (folder / WEIGHTS_FILE).is_file()
-
-
 def weight_files(folder: Path, index: Path) -> list[Path]:
     """Return the files that an index names, or none if neither it nor pickled weights are there.
 
@@ -156,7 +147,7 @@ def weight_files(folder: Path, index: Path) -> list[Path]:
                     "trust them, load them with transformers and save them anew with save_pretrained."
                 )
         return []
-    files = [folder / name for name in sorted(set(read_index(index).values()))]
+    files = [folder / name for name in sorted(set(_read_index(index).values()))]
     for file in files:
         if not file.is_file():
             raise InputError(f"The index {index} names a file {file.name}, but it is not there; fetch it again.")
@@ -178,7 +169,7 @@ def read_stored(folder: Path) -> StoredCheckpoint:
         raise InputError(f"Weights were expected at {folder / WEIGHTS_FILE}, but there is no such file.")
     files = {path.name: read_header(path) for path in paths}
     if is_sharded:
-        weight_map = read_index(index)
+        weight_map = _read_index(index)
         found: dict[str, str] = {}
         for name, tensors in files.items():
             for tensor in tensors:
@@ -191,15 +182,11 @@ def read_stored(folder: Path) -> StoredCheckpoint:
                 f"{weight_map.get(missing, 'none')}, but it is in {found.get(missing, 'none')}; fetch the checkpoint "
                 "again."
             )
-    return StoredCheckpoint(folder=folder, files=files, is_sharded=is_sharded)
+    return StoredCheckpoint(folder=folder, files=files)
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Return which file each tensor of a sharded checkpoint is in, by an index that names files of its own folder.
-
-    Raises:
-        InputError: it cannot be read, is no index, or names another place.
-    """
+def _read_index(path: Path) -> dict[str, str]:
+    """Return which file each tensor of a sharded checkpoint is in, by an index that names files of its own folder."""
     weight_map = read_object(path, what="index of weights").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f'The index {path} must have a "weight_map" from names of tensors to names of files.')

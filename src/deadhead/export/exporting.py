@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from deadhead.disk.files import no_space_is_input_error, remove_left_overs, writ
 from deadhead.errors import ExportError, InputError, UnsupportedModel, is_installed, require_extra
 from deadhead.export import flat, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
-from deadhead.export.gguf_plan import plan_file
 from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
 from deadhead.export.graphs import flat_model
 from deadhead.export.padded import pad_to_stock
@@ -144,19 +142,16 @@ def _new(out: Path) -> Iterator[Path]:
     with no_space_is_input_error(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_left_overs(out.parent, out.name)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            yield folder / out.name
-            (folder / out.name).rename(out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as folder:
+            yield Path(folder, out.name)
+            Path(folder, out.name).rename(out)
 
 
 def _gguf(
     model: PreTrainedModel, out: Path, place: Path, kind: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> Exported:
     is_ours = kind in gguf.TYPES
-    plan = plan_file(model)
+    plan = gguf.plan_file(model)
     vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, model.config.vocab_size)
     written = place if is_ours else place.with_suffix(".f16.gguf")
     gguf.write_gguf(model, written, plan, kind=kind if is_ours else "f16", name=out.stem, tokenizer=vocabulary)
@@ -213,8 +208,7 @@ def _flat(
         model.generation_config.save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
-    for file in checkpoint.licence_files(base):
-        shutil.copy2(file, place / file.name)
+    checkpoint.copy_licences(base, place)
     unchecked = None if agreements else f"{runtime} is not installed (pip install 'deadhead[{to}]')"
     return Exported(out, to, "f32", type(model).__name__, size, agreements, unchecked)
 

@@ -50,12 +50,9 @@ class FlatSession:
         batch, new = ids_BT.shape
         mask_BT = np.ones((batch, new), dtype=np.int64) if mask_BT is None else mask_BT
         if self._mask_BS is None:
-            self._past = {
-                name: np.zeros((batch, heads, 0, width), dtype=np.float32)
-                for name, (heads, width) in self._past_sizes.items()
-            }
-            self._mask_BS = np.zeros((batch, 0), dtype=np.int64)
-        self._mask_BS = np.concatenate([self._mask_BS, mask_BT], axis=1)
+            sizes = self._past_sizes.items()
+            self._past = {name: np.zeros((batch, heads, 0, width), dtype=np.float32) for name, (heads, width) in sizes}
+        self._mask_BS = mask_BT if self._mask_BS is None else np.concatenate([self._mask_BS, mask_BT], axis=1)
         positions = np.maximum(self._mask_BS.cumsum(1) - 1, 0)[:, -new:]
         feed = {"input_ids": ids_BT, "attention_mask": self._mask_BS, "position_ids": positions, **self._past}
         found = self._run({name: value for name, value in feed.items() if name in self._inputs})
@@ -94,12 +91,7 @@ def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, list[Any]]]:
         for given in compiled.inputs
     }
     request = compiled.create_infer_request()
-
-    def run(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        results = request.infer(feed)
-        return {port.get_any_name(): np.array(value) for port, value in results.items()}
-
-    return run, shapes
+    return lambda feed: {port.get_any_name(): np.array(value) for port, value in request.infer(feed).items()}, shapes
 
 
 def check(path: Path, reference: Reference, runtime: str, tolerance: float) -> Agreement:

@@ -125,9 +125,8 @@ class _FlatHuggingFace(FlatModel):
         config: Any = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
         self.window: int | None = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if not kinds:
-            kinds = {"full_attention" if self.window is None else "sliding_attention"}
+        usual = "full_attention" if self.window is None else "sliding_attention"
+        kinds = set(getattr(config, "layer_types", None) or [usual])
         if unknown := kinds - {"full_attention", "sliding_attention"}:
             raise UnsupportedModel(
                 f"This model has layers of type {sorted(unknown)[0]}, and only full and sliding attention are exported."

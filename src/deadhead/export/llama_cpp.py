@@ -1,6 +1,6 @@
 """Run a GGUF file in llama.cpp, in a process of its own: a file that llama.cpp cannot read ends its process.
 
-    python -m deadhead.export.llama_cpp JOB.json OUT.npz
+    python -m deadhead.export.llama_cpp OUT.npz < JOB.json
 
 is that process.
 """
@@ -68,10 +68,9 @@ def quantize(path: Path, out: Path, kind: str) -> None:
 
 def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "job.json", Path(folder) / "out.npz"
-        asked.write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", "deadhead.export.llama_cpp", str(asked), str(answered)]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        answered = Path(folder) / "out.npz"
+        command = [sys.executable, "-m", "deadhead.export.llama_cpp", str(answered)]
+        result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, errors="replace")
         if result.returncode or not answered.exists():
             raise ExportError(
                 f"llama.cpp could not use the file: {_reason(result)}; nothing was left at the place of the export."
@@ -96,21 +95,15 @@ def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
     import llama_cpp
 
     ids, rest = job["prompt"], job["rest"]
+    length = len(ids) + len(rest)
     _use_plain_kernels()
-    model = llama_cpp.Llama(
-        job["path"],
-        n_ctx=max(64, len(ids) + len(rest)),
-        logits_all=True,
-        type_k=_FLOAT32,
-        type_v=_FLOAT32,
-        verbose=True,
-    )
+    model = llama_cpp.Llama(job["path"], n_ctx=max(64, length), logits_all=True, type_k=_FLOAT32, type_v=_FLOAT32)
     model.eval(ids)
     for token in rest:
         model.eval([token])
     texts = [model.tokenize(text.encode(), add_bos=False, special=False) for text in job["texts"]]
     return {
-        "logits": np.array(model.scores[: len(ids) + len(rest)], dtype=np.float32),
+        "logits": np.array(model.scores[:length], dtype=np.float32),
         "tokens": np.array(json.dumps(texts)),
     }
 
@@ -120,16 +113,10 @@ def _use_plain_kernels() -> None:
     import llama_cpp
 
     library: Any = llama_cpp.llama_cpp
-    defaults = library.llama_model_default_params
-
-    def plain() -> Any:
-        params = defaults()
-        # Older versions do not have it.
-        if hasattr(params, "use_extra_bufts"):
-            params.use_extra_bufts = False
-        return params
-
-    library.llama_model_default_params = plain
+    params = library.llama_model_default_params()
+    # Older versions take no notice of it.
+    params.use_extra_bufts = False
+    library.llama_model_default_params = lambda: params
 
 
 def _quantize(job: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -144,5 +131,5 @@ def _quantize(job: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    task = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    np.savez(sys.argv[2], **{"logits": _logits, "quantize": _quantize}[task["task"]](task))  # type: ignore[arg-type]
+    task = json.load(sys.stdin)
+    np.savez(sys.argv[1], **{"logits": _logits, "quantize": _quantize}[task["task"]](task))  # type: ignore[arg-type]

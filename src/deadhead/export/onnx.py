@@ -18,6 +18,7 @@ from deadhead.export.graphs import FlatModel
 FILE = "model.onnx"
 GENAI_FILE = "genai_config.json"
 _OPSET = 18
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
 # Any sizes but 0 and 1, which the exporter would take for constants, all different, so that none is taken for another.
 _BATCH, _NEW, _PAST = 2, 3, 5
 
@@ -32,15 +33,12 @@ def write_onnx(model: FlatModel, path: Path) -> None:
     Raises:
         UnsupportedModel: PyTorch's exporter cannot trace the model.
     """
-    total = _PAST + _NEW
     past = tuple(torch.randn(_BATCH, heads, _PAST, width) for heads, width in model.cache.values())
-    positions = torch.arange(_PAST, total).expand(_BATCH, -1).contiguous()
-    ids = torch.zeros((_BATCH, _NEW), dtype=torch.long)
-    inputs = (ids, torch.ones((_BATCH, total), dtype=torch.long), positions, *past)
+    mask = torch.ones((_BATCH, _PAST + _NEW), dtype=torch.long)
+    positions = torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, -1).contiguous()
+    inputs = (torch.zeros((_BATCH, _NEW), dtype=torch.long), mask, positions, *past)
     new, whole = {0: "batch", 1: "sequence"}, {0: "batch", 1: "total"}
-    shapes: tuple[Any, ...] = (new, whole, new)
-    if past:
-        shapes += (tuple({0: "batch", 2: "past"} for _ in past),)
+    shapes = (new, whole, new, *([tuple({0: "batch", 2: "past"} for _ in past)] if past else []))
     try:
         with _quietly():
             program = torch.onnx.export(
@@ -48,12 +46,7 @@ def write_onnx(model: FlatModel, path: Path) -> None:
                 inputs,
                 dynamo=True,
                 dynamic_shapes=shapes,
-                input_names=[
-                    "input_ids",
-                    "attention_mask",
-                    "position_ids",
-                    *(f"past_key_values.{name}" for name in model.cache),
-                ],
+                input_names=[*_INPUTS, *(f"past_key_values.{name}" for name in model.cache)],
                 output_names=["logits", *(f"present.{name}" for name in model.cache)],
                 opset_version=_OPSET,
                 verbose=False,
@@ -108,7 +101,7 @@ def genai_config(model: PreTrainedModel) -> dict[str, Any]:
                 "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
                 "num_hidden_layers": config.num_hidden_layers,
                 "inputs": {
-                    **{name: name for name in ("input_ids", "attention_mask", "position_ids")},
+                    **{name: name for name in _INPUTS},
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },

@@ -22,8 +22,8 @@ from deadhead.layouts import find_layout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.pruned.feed_forward import FeedForward, find_feed_forwards, rows_of_units
 from deadhead.models.pruned.modeling_pruned import PrunedModel, stock_class
-from deadhead.models.pruned.shrinking import dense_heads, heads_of
-from deadhead.models.pruned.structure import Attention, Key, find_attentions, head_order
+from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, rows_of
+from deadhead.models.pruned.structure import Attention, Key, find_attentions
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -106,10 +106,7 @@ def _probe(model_class: Any, config_class: Any, fields: dict[str, Any]) -> list[
 
 
 def _fits(
-    probe: PreTrainedModel,
-    model: PreTrainedModel,
-    source: Mapping[Key, Attention],
-    blocks: Mapping[Key, FeedForward],
+    probe: PreTrainedModel, model: PreTrainedModel, source: Mapping[Key, Attention], blocks: Mapping[Key, FeedForward]
 ) -> bool:
     """Tell whether every layer's heads and hidden units have a place in a stock model, and all else is as it was."""
     targets = {found.key: found for found in find_attentions(probe)[0]}
@@ -171,14 +168,7 @@ def _place_heads(part: Any, target: Attention, source: Attention, places: Sequen
     """Copy a part's rows from the cut module's heads to those of the stock module; without `places`, to the first."""
     places = range(source.num_heads) if places is None else places
     share, wide_share = source.num_heads // source.num_kv_heads, target.num_heads // target.num_kv_heads
-    moved: dict[tuple[str, int], tuple[str, int]] = {}
-    for head, place in enumerate(places):
-        moved["q", place] = ("q", head)
-        moved |= {(kind, place // wide_share): (kind, head // share) for kind in "kv"}
-    tensor, old = (found.module.get_parameter(part.path) for found in (target, source))
-    before = {head: row for row, head in enumerate(head_order(part.order, source.num_heads, source.num_kv_heads))}
-    after = head_order(part.order, target.num_heads, target.num_kv_heads)
-    each = tensor.shape[part.dim] // len(after)
-    rows = [(row, before[moved[head]]) for row, head in enumerate(after) if head in moved]
-    to, of = (torch.tensor(side)[:, None] * each + torch.arange(each) for side in zip(*rows, strict=True))
-    tensor.index_copy_(part.dim, to.flatten(), old.index_select(part.dim, of.flatten()))
+    heads = Heads(tuple(places), tuple(place // wide_share for place in places[::share]))
+    tensor = target.module.get_parameter(part.path)
+    rows = rows_of(target, part.order, tensor.shape[part.dim], heads)
+    tensor.index_copy_(part.dim, rows, source.module.get_parameter(part.path))

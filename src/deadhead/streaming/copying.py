@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
-from itertools import cycle
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,12 +68,7 @@ class Stopped(Exception):
 
 
 def copy_pieces(
-    source: Path,
-    target: Path,
-    pieces: Sequence[Piece],
-    *,
-    progress: Callable[[int], None],
-    stop: threading.Event,
+    source: Path, target: Path, pieces: Sequence[Piece], *, progress: Callable[[int], None], stop: threading.Event
 ) -> str:
     """Write a safetensors file of tensors of another; return the SHA-256 of what was written, in hexadecimal.
 
@@ -101,10 +96,9 @@ def copy_pieces(
             waiting.append(pool.submit(write, data))
 
         put(memoryview(_header(ordered)))
-        reader = _Reader(file, source)
         for piece in ordered:
             done = 0
-            for data, count in reader.parts(piece):
+            for data, count in _parts(file, source, piece):
                 if stop.is_set():
                     raise Stopped
                 put(data)
@@ -137,64 +131,48 @@ def send_to_disk(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-class _Reader:
-    """Reads what is left of tensors of an open file."""
+def _parts(file: FileIO, path: Path, piece: Piece) -> Iterator[tuple[memoryview, int]]:
+    """Yield the bytes of what is left of a tensor, and how many of the source's they took."""
+    tensor, keep = piece.source, piece.keep
 
-    def __init__(self, file: FileIO, path: Path) -> None:
-        self._file, self._path = file, path
-        self._slab = bytearray()
-        # Memory that is new is cleared by the system, so each buffer is used again once its bytes are written.
-        self._buffers = cycle([memoryview(bytearray(CHUNK)) for _ in range(_WAITING + 1)])
+    def read(offset: int, size: int) -> memoryview:
+        data = np.empty(size, dtype=np.uint8).data
+        read_exactly(file, data, tensor.begin + offset, path)
+        return data
 
-    def parts(self, piece: Piece) -> Iterator[tuple[memoryview, int]]:
-        """Yield the bytes of what is left of a tensor, and how many of the source's they took."""
-        tensor, keep = piece.source, piece.keep
-        if keep is None:
-            yield from self._range(tensor.begin, tensor.end)
-            return
+    def numbers(offset: int, size: int) -> Tensor:
+        return torch.frombuffer(read(offset, size), dtype=tensor.torch_dtype)
+
+    if not piece.nbytes:
+        return
+    ranges, outer, rows, inner = [(0, 1)], 1, 1, tensor.nbytes
+    if keep is not None:
         outer, rows = prod(tensor.shape[: keep.dim]), tensor.shape[keep.dim]
-        inner = prod(tensor.shape[keep.dim + 1 :]) * tensor.torch_dtype.itemsize
-        if not outer or not inner or not rows or not len(keep.index):
-            return
+        inner = tensor.nbytes // (outer * rows)
         # Ranges of rows that lie side by side.
         parts = keep.index.tensor_split((keep.index.diff() != 1).nonzero().flatten() + 1)
-        runs = [(int(part[0]), int(part[-1]) + 1) for part in parts]
-        if outer == 1:
-            place = 0
-            for first, last in runs:
-                if keep.factor is None:
-                    yield from self._range(tensor.begin + first * inner, tensor.begin + last * inner)
-                    continue
-                step = max(1, CHUNK // inner)
-                for row in range(first, last, step):
-                    count = min(step, last - row)
-                    values = self._read(tensor, row * inner, count * inner).view(count, -1)
-                    yield _bytes_of(_scaled(values, keep.factor[place : place + count, None])), count * inner
-                    place += count
-            return
+        ranges = [(int(part[0]), int(part[-1]) + 1) for part in parts]
+    factor = None if keep is None else keep.factor
+    if outer > 1:
         step = max(1, CHUNK // (rows * inner))
         for start in range(0, outer, step):
             count = min(step, outer - start)
-            size = count * rows * inner
-            slab = self._read(tensor, start * rows * inner, size).view(count, rows, -1)
-            kept = torch.cat([slab[:, first:last] for first, last in runs], dim=1)
-            if keep.factor is not None:
-                kept = _scaled(kept, keep.factor[:, None])
-            yield _bytes_of(kept), size
-
-    def _range(self, begin: int, end: int) -> Iterator[tuple[memoryview, int]]:
-        for place in range(begin, end, CHUNK):
-            buffer = next(self._buffers)[: end - place]
-            read_exactly(self._file, buffer, place, self._path)
-            yield buffer, len(buffer)
-
-    def _read(self, tensor: StoredTensor, offset: int, size: int) -> Tensor:
-        """Return numbers that stay what they are until the next are read."""
-        if len(self._slab) < size:
-            self._slab = bytearray(size)
-        data = memoryview(self._slab)[:size]
-        read_exactly(self._file, data, tensor.begin + offset, self._path)
-        return torch.frombuffer(data, dtype=tensor.torch_dtype)
+            slab = numbers(start * rows * inner, count * rows * inner).view(count, rows, -1)
+            kept = torch.cat([slab[:, first:last] for first, last in ranges], dim=1)
+            yield _bytes_of(kept if factor is None else _scaled(kept, factor[:, None])), count * rows * inner
+    elif factor is None:
+        for first, last in ranges:
+            for place in range(first * inner, last * inner, CHUNK):
+                size = min(CHUNK, last * inner - place)
+                yield read(place, size), size
+    else:
+        place, step = 0, max(1, CHUNK // inner)
+        for first, last in ranges:
+            for row in range(first, last, step):
+                count = min(step, last - row)
+                values = numbers(row * inner, count * inner).view(count, -1)
+                yield _bytes_of(_scaled(values, factor[place : place + count, None])), count * inner
+                place += count
 
 
 def _scaled(values: Tensor, factor: Tensor) -> Tensor:

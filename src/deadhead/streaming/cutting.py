@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 from filelock import FileLock
+from transformers import GenerationConfig
 
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut, warn_of_cache
@@ -22,14 +23,14 @@ from deadhead.data import load_tokenizer
 from deadhead.disk.checksums import sha256_of, write_checksums
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
 from deadhead.disk.reading import read_json
-from deadhead.disk.stored import INDEX_FILE, has_stored, weights_size
+from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, weights_size
 from deadhead.errors import CutError, InputError
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import copy_pieces, send_to_disk
+from deadhead.streaming.layer_check import NotStreamable
 from deadhead.streaming.prepare import StreamedCut, prepare
-from deadhead.streaming.shape import NotStreamable
 
 MANIFEST_FILE = "cut.json"
 _LOCK_FILE = "lock"
@@ -121,7 +122,7 @@ def cut_checkpoint(
             raise InputError(f"{source} cannot be cut shard by shard, as {why}; cut it in memory.")
     if resume:
         raise InputError("There is nothing to resume: a cut in memory leaves nothing when it is stopped.")
-    needed, free = weights_size(folder) if folder.is_dir() else 0, psutil.virtual_memory().available
+    needed, free = weights_size(folder), psutil.virtual_memory().available
     if needed > free:
         reason = f" It cannot be cut shard by shard, as {why}." if why else ""
         raise InputError(
@@ -136,9 +137,8 @@ def cut_checkpoint(
 
 
 def _is_large(folder: Path) -> bool:
-    if not folder.is_dir() or not has_stored(folder):
-        return False
-    return (folder / INDEX_FILE).is_file() or weights_size(folder) >= STREAMED_FROM
+    is_single = (folder / WEIGHTS_FILE).is_file()
+    return (folder / INDEX_FILE).is_file() or (is_single and weights_size(folder) >= STREAMED_FROM)
 
 
 def _tokenizer(source: Path) -> Any:
@@ -157,14 +157,12 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
     if planned.cache_growth:
         warn_of_cache(planned.cache_growth, stacklevel=4)
     # One layer is checked before anything is written: whether layers of this kind can be.
-    layers = planned.check.layers
+    layers = sorted(planned.check.sites)
     for place in layers[:1]:
         planned.check.check(place)
-    with no_space_is_input_error(out), _work_folder(work) as manifest:
-        manifest.begin(_identity(planned, source))
+    with no_space_is_input_error(out), _work_folder(work, planned, source) as manifest:
         if resume:
             remove_left_overs(out.parent, out.name)
-        manifest.verify(planned)
         _require_room(out, planned, manifest)
         _copy_and_check(planned, manifest, layers, progress)
         _publish(planned, manifest, source, tokenizer, out)
@@ -181,37 +179,29 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
 class _Manifest:
     """What a work folder says of itself: which cut it is of, and which files are finished, by their hash."""
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, work: Path, identity: dict[str, Any]) -> None:
+        self.work, self.identity = work, identity
         self.finished: dict[str, str] = {}
-        self.identity: dict[str, Any] = {}
         self._lock = threading.Lock()
 
-    def begin(self, identity: dict[str, Any]) -> None:
+    def begin(self, names: Collection[str]) -> None:
+        """Read it, or write it; forget, and remove, what is not a file of these as it was when it was finished."""
         path = self.work / MANIFEST_FILE
-        self.identity = identity
-        if path.exists():
-            values = read_json(path, what="list of what a stopped cut has done")
-            finished = values.get("finished") if isinstance(values, dict) else None
-            if not isinstance(finished, dict) or {k: v for k, v in values.items() if k != "finished"} != identity:
-                raise InputError(
-                    f"{self.work} is left of a cut by another plan, or of a model that was changed since; resume with "
-                    "those, or delete it."
-                )
-            self.finished = {str(name): str(digest) for name, digest in finished.items()}
-        else:
+        if not path.exists():
             self._write()
-
-    def verify(self, planned: StreamedCut) -> None:
-        """Forget, and remove, what is not the file that it was when it was finished."""
+        values = read_json(path, what="list of what a stopped cut has done")
+        finished = values.pop("finished", None) if isinstance(values, dict) else None
+        if not isinstance(finished, dict) or values != self.identity:
+            raise InputError(
+                f"{self.work} is left of a cut by another plan, or of a model that was changed since; resume with "
+                "those, or delete it."
+            )
         for entry in self.work.iterdir():
             name = entry.name
-            if name in (MANIFEST_FILE, _LOCK_FILE):
-                continue
-            is_whole = name in planned.pieces and entry.is_file() and sha256_of(entry) == self.finished.get(name)
-            if not is_whole:
+            if name in names and entry.is_file() and sha256_of(entry) == finished.get(name):
+                self.finished[name] = finished[name]
+            elif name not in (MANIFEST_FILE, _LOCK_FILE):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        self.finished = {name: digest for name, digest in self.finished.items() if (self.work / name).is_file()}
 
     def finish(self, name: str, digest: str, part: Path) -> None:
         send_to_disk(part)
@@ -225,10 +215,10 @@ class _Manifest:
 
 
 @contextmanager
-def _work_folder(work: Path) -> Iterator[_Manifest]:
+def _work_folder(work: Path, planned: StreamedCut, source: Path) -> Iterator[_Manifest]:
     """Yield the manifest of a work folder, which goes if nothing in it is worth resuming, or the cut is a wrong one."""
     work.mkdir(parents=True, exist_ok=True)
-    manifest = _Manifest(work)
+    manifest = _Manifest(work, _identity(planned, source))
     try:
         lock = FileLock(work / _LOCK_FILE).acquire(timeout=0)
     except (OSError, NotImplementedError):
@@ -236,6 +226,7 @@ def _work_folder(work: Path) -> Iterator[_Manifest]:
     with lock:
         fresh = not (work / MANIFEST_FILE).exists()
         try:
+            manifest.begin(planned.pieces)
             yield manifest
         except BaseException as error:
             if isinstance(error, (CutError, NotStreamable)) or (fresh and not manifest.finished):
@@ -313,19 +304,20 @@ def _publish(planned: StreamedCut, manifest: _Manifest, source: Path, tokenizer:
         model.config.attention_outputs = outputs
     if _identity(planned, source)["source"] != manifest.identity["source"]:
         raise InputError(f"The weights in {source} were changed while they were cut; cut them again.")
-    checkpoint.read_generation_config(model, source)
+    if model.can_generate() and (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(source), local_files_only=True)
     with replaced_folder(out) as folder:
         model.save_pretrained(folder, state_dict={})
         for left in folder.glob("*.safetensors"):
             left.unlink()
-        checkpoint.save_beside(model, folder, tokenizer=tokenizer, base=source)
+        checkpoint.save_beside(model, folder, tokenizer, source)
         for name in planned.pieces:
             try:
                 os.link(manifest.work / name, folder / name)
             except OSError:
                 # A file system without hard links; a kill before the end then costs the work that was done.
                 os.replace(manifest.work / name, folder / name)
-        if planned.stored.is_sharded:
+        if (source / INDEX_FILE).is_file():
             weight_map = {piece.source.name: name for name, pieces in planned.pieces.items() for piece in pieces}
             metadata = {"total_parameters": model.num_parameters(), "total_size": planned.written_bytes}
             index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)

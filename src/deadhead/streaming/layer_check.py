@@ -22,10 +22,8 @@ from deadhead.cutting import head_factors, remove_units, require_same_function, 
 from deadhead.disk.stored import StoredCheckpoint
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
-from deadhead.layouts import Site
+from deadhead.layouts import Site, find_layout
 from deadhead.models.pruned.structure import text_stack
-from deadhead.plans.plan import UnitKey
-from deadhead.streaming.shape import NotStreamable, stub
 
 # Numbers of a tensor that is loaded whatever it is.
 _SMALL = 1 << 20
@@ -35,41 +33,43 @@ _TEXTS = 1
 _TABLE = 97
 
 
+class NotStreamable(Exception):
+    """This checkpoint cannot be cut shard by shard; the message is a clause that says why."""
+
+
+def stub(parameter: Tensor) -> nn.Parameter:
+    """Return zeros of a parameter's shape and type that take no memory."""
+    return nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+
+
 class LayerCheck:
     """The check of a model's layers, in any order, each once.
 
     The model has no weights, and gates closed by the plan; layers that were checked are cut in it. `names` are those of
-    tensors in files, by those in memory; `units` the ones that stay.
+    tensors in files, by those in memory; `sites` what each layer that is to be checked loses, by its place.
 
     Raises:
         NotStreamable: the model's layers do not lie in one list.
     """
 
     def __init__(
-        self,
-        stored: StoredCheckpoint,
-        names: Mapping[str, str],
-        model: PreTrainedModel,
-        sites: Sequence[Site],
-        units: Mapping[UnitKey, tuple[int, ...]],
-        gates: HeadGates,
+        self, stored: StoredCheckpoint, names: Mapping[str, str], model: PreTrainedModel, gates: HeadGates
     ) -> None:
-        self.stored, self.model, self.units, self.gates = stored, model, units, gates
+        self.stored, self.model, self.gates = stored, model, gates
+        self.units = gates.plan().units
         tensors = stored.tensors
         self._tensors = {name: tensors[there] for name, there in names.items() if there in tensors}
         self._names = {id(module): path for path, module in model.named_modules()}
         # How many values layers return, in a tuple; 0: one tensor alone.
         self.outputs = 0
         stack = text_stack(model)
-        paths: dict[int, list[str]] = {}
-        for path, module in stack.named_modules(remove_duplicate=False):
-            paths.setdefault(id(module), []).append(path)
+        modules = list(stack.named_modules(remove_duplicate=False))
         self.sites: dict[int, list[Site]] = {}
         containers: set[str] = set()
-        for site in sites:
-            if not site.units or site.units == units[site.key]:
+        for site in find_layout(model).all_sites(model, gates.unit, gates.block_size):
+            if not site.units or site.units == self.units[site.key]:
                 continue
-            found = paths.get(id(site.module), [])
+            found = [path for path, module in modules if module is site.module]
             match = re.fullmatch(r"(.*?)\.?\b(\d+)(?:\..*)?", found[0]) if len(found) == 1 else None
             if match is None:
                 raise NotStreamable(f"its layer {site.layer} is not one of a list of layers of their own")
@@ -83,11 +83,6 @@ class LayerCheck:
         self._layers = layers
         if self.sites:
             self._fill_rest(stack)
-
-    @property
-    def layers(self) -> list[int]:
-        """The places of the layers to be checked."""
-        return sorted(self.sites)
 
     def attention_outputs(self) -> int | None:
         """Return how many values emptied modules return, once layers were checked; None if there is none."""
@@ -174,14 +169,12 @@ class LayerCheck:
         """Put a stored tensor in the place of its stand-in."""
         path = self._names.get(id(module))
         found = self._tensors.get(f"{path}.{name}")
-        if found is None or found.shape != tuple(parameter.shape):
-            if parameter.numel() > _SMALL:
-                raise NotStreamable(f"tensor {path}.{name} has another name or shape in the file")
-            # Routers and the like of models whose files have other names; what they are makes no difference.
-            values = torch.ones(parameter.shape, dtype=parameter.dtype)
-        else:
-            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+        # Routers and the like of models whose files have other names stay so; what they are makes no difference.
+        values = torch.ones(parameter.shape, dtype=parameter.dtype)
+        if found is not None and found.shape == tuple(parameter.shape):
             self.stored.read_into(found, values)
+        elif parameter.numel() > _SMALL:
+            raise NotStreamable(f"tensor {path}.{name} has another name or shape in the file")
         module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
     def _fill_rest(self, stack: nn.Module) -> None:
@@ -217,19 +210,17 @@ class _HiddenStates(_StandIn):
         self.table = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(original.weight.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return rows of the table."""
         return self.table[ids % _TABLE]
 
 
 class _HandOn(_StandIn):
-    """Hands on the hidden states that come, and lets the cache go on counting positions."""
+    """Hands on the hidden states in the form in which the layer that is checked does; the cache counts positions."""
 
     def __init__(self, original: nn.Module, place: int, check: LayerCheck) -> None:
         super().__init__(original)
         self.place, self.check = place, check
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the hidden states in the form in which the layer that is checked returns them."""
         values = [*args, *kwargs.values()]
         hidden = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
         if hidden is None:
@@ -248,12 +239,11 @@ class _HandOn(_StandIn):
 
 
 class _Zeros(_StandIn):
-    """Stands in the place of a large projection, or of experts: gives zeros for each position."""
+    """Stands in the place of a large projection, or of experts: gives zeros (..., width), or of `hidden`'s width."""
 
     def __init__(self, original: nn.Module, width: int | None) -> None:
         super().__init__(original)
         self.width = width
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return zeros (..., width); without a width of its own, that of `hidden`."""
         return hidden.new_zeros((*hidden.shape[:-1], self.width or hidden.shape[-1]))

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
-from deadhead.attaching import attach
+from deadhead.attaching import attach, is_gate
 from deadhead.checkpoints import checkpoint
-from deadhead.cutting import cache_values, normal_plan
+from deadhead.cutting import cache_values, head_factors, normal_plan
 from deadhead.disk.stored import StoredCheckpoint, read_stored
+from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import cut_skeleton, model_cost, skeleton
 from deadhead.measure.costs import Cost
 from deadhead.models import OWN_TYPES
 from deadhead.plans.plan import HeadPlan
-from deadhead.streaming.copying import Piece
-from deadhead.streaming.layer_check import LayerCheck
-from deadhead.streaming.shape import (
-    NotStreamable,
-    empty_model,
-    kept_parts,
-    load_dtype,
-    require_stored,
-    stored_names,
-    stored_shapes,
-)
+from deadhead.streaming.copying import Keep, Piece
+from deadhead.streaming.layer_check import LayerCheck, NotStreamable, stub
+
+# Buffers of older versions of transformers, which are worked out now.
+_IGNORED = (r"rotary_emb\.inv_freq$",)
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,28 +74,25 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     """
     stored = read_stored(source)
     config = checkpoint.load_config(source)
-    dtype = load_dtype(config, stored)
-    own: Any = config
-    if config.model_type in OWN_TYPES or hasattr(own, "quantization_config"):
+    dtype = _load_dtype(config, stored)
+    if config.model_type in OWN_TYPES or hasattr(config, "quantization_config"):
         raise NotStreamable(f"models of type {config.model_type!r} are cut in memory, as are quantised ones")
     try:
         dense = skeleton(config).to(dtype)  # type: ignore[arg-type]
         # In float32 the check is as sharp as for a model of that precision.
-        model = empty_model(config, torch.promote_types(dtype, torch.float32))
+        model = _empty_model(config, torch.promote_types(dtype, torch.float32))
     except Exception as error:  # each architecture has faults of its own
         raise NotStreamable(f"its configuration gives no model ({str(error).strip().partition(chr(10))[0]})") from error
-    require_stored(stored, dense, dtype)
+    _require_stored(stored, dense, dtype)
     layout = find_layout(model)
-    size = None if plan.blocks is None else plan.blocks.size
-    blocks = False if size is None else size
-    gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=blocks)
+    size = False if plan.blocks is None else plan.blocks.size
+    gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=size)
     plan = normal_plan(gates, plan)
     gates.set_plan(plan)
-    sites = layout.all_sites(model, plan.unit, size)
-    names = stored_names(model)
-    keeps = {names.get(name, name): keep for name, keep in kept_parts(model, sites, plan.units, gates).items()}
+    names = _stored_names(model)
+    keeps = {names.get(name, name): keep for name, keep in _kept_parts(model, gates).items()}
     cut = cut_skeleton(layout, dense, plan)
-    cut_shapes = stored_shapes(cut)
+    cut_shapes = _stored_shapes(cut)
     if not cut_shapes.keys() <= stored.tensors.keys() or not keeps.keys() <= cut_shapes.keys():
         raise NotStreamable("what is cut of it lies in files otherwise than in memory")
     pieces: dict[str, tuple[Piece, ...]] = {}
@@ -112,8 +110,115 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         pieces=pieces,
         plan=plan,
         model=cut.to(dtype),  # type: ignore[arg-type]
-        check=LayerCheck(stored, names, model, sites, plan.units, gates),
+        check=LayerCheck(stored, names, model, gates),
         before=model_cost(dense, unit=plan.unit),
         after=model_cost(cut),
         cache_growth=max(0.0, after / before - 1) if before else 0.0,
     )
+
+
+def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model on the CPU whose parameters are zeros that take no memory; its buffers are real."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    stubs: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                # One for one, so that tied parameters stay tied.
+                module._parameters[name] = stubs.setdefault(id(parameter), stub(parameter))
+    return model.eval()
+
+
+def _stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors that `save_pretrained` writes of a model."""
+    return {name: tuple(value.shape) for name, value in _as_stored(model)[1].items()}
+
+
+def _stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the names in files of tensors that are written as they are in memory, by their names there."""
+    tensors, converted = _as_stored(model)
+    names = {id(value): name for name, value in converted.items()}
+    return {name: names[id(value)] for name, value in tensors.items() if id(value) in names}
+
+
+def _as_stored(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what is saved of a model, without values, as it is in memory and as it is in files."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    ignored = set(model._keys_to_ignore_on_save or ())
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for names in groups.values():
+        spare = [name for name in sorted(names) if name in tied]
+        ignored |= set(spare[: len(names) - 1])
+    tensors = {
+        name: value.to("meta")
+        for name, value in model.state_dict().items()
+        if name not in ignored and not is_gate(name) and isinstance(value, Tensor)
+    }
+    try:
+        return tensors, revert_weight_conversion(model, tensors)
+    except Exception as error:
+        raise NotStreamable(f"its tensors have other names or shapes in files than in memory ({error})") from error
+
+
+def _require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Check that a checkpoint's tensors are, one by one, those that a model loaded as `dtype` would be saved as."""
+    shapes, found = _stored_shapes(model), stored.tensors
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    patterns = (*_IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    extra = {name for name in found.keys() - shapes.keys() if not any(re.search(p, name) for p in patterns)}
+    missing = shapes.keys() - found.keys()
+    # A tensor that others are tied to may be stored under another of its names.
+    if missing or extra:
+        names = ", ".join(sorted(missing | extra)[:2])
+        also = " (two names of one tensor)" if extra and extra <= tied.keys() else ""
+        raise NotStreamable(f"its tensors are not stored under the names they are saved by, such as {names}{also}")
+    for name, shape in shapes.items():
+        stored_dtype = found[name].torch_dtype
+        if found[name].shape != shape:
+            raise NotStreamable(f"tensor {name} has shape {list(found[name].shape)} in the file, not {list(shape)}")
+        if stored_dtype.is_floating_point and stored_dtype != dtype:
+            raise NotStreamable(f"tensor {name} is stored as {stored_dtype}, but loaded as {dtype}")
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in _HALF else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    for part in kept:
+        if any(part in name.split(".") for name in shapes):
+            raise NotStreamable(f"{part} of a model of this type is loaded as float32, but stored as {dtype}")
+
+
+def _kept_parts(model: PreTrainedModel, gates: HeadGates) -> dict[str, Keep]:
+    """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
+
+    The gates, closed by the plan, have the values that are folded into the output projections.
+    """
+    units = gates.plan().units
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, Keep] = {}
+    for site in find_layout(model).all_sites(model, gates.unit, gates.block_size):
+        if not site.units or not units[site.key]:
+            continue
+        factor_H = head_factors(gates.gates[site.key])
+        kept = [site.units.index(unit) for unit in units[site.key]]
+        factor = factor_H[kept].repeat_interleave(site.unit_dim)
+        scales = not bool((factor == 1).all())
+        if site.units == units[site.key] and not scales:
+            continue
+        for part in site.selections(units[site.key]):
+            name = f"{paths[id(site.module)]}.{part.path}"
+            if name in found:
+                raise NotStreamable(f"tensor {name} has parts of two kinds of units")
+            is_scaled = scales and part.path == f"{site.output_path}.weight"
+            found[name] = Keep(dim=part.dim, index=part.index, factor=factor if is_scaled else None)
+    return found
+
+
+def _load_dtype(config: PreTrainedConfig, stored: StoredCheckpoint) -> torch.dtype:
+    """Return the type that transformers loads a checkpoint in: the configuration's, or that of its first tensor."""
+    named: Any = getattr(config, "dtype", None)
+    named = getattr(torch, named, None) if isinstance(named, str) else named
+    if isinstance(named, torch.dtype):
+        return named
+    types = [tensor.torch_dtype for tensor in stored.tensors.values()]
+    return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
