@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from deadhead.data.pieces import Document, readable
+from deadhead.data.pieces import Document, Documents, readable
 from deadhead.errors import InputError
 
 _BINARY_PROBE_BYTES = 8192
@@ -41,7 +41,7 @@ _STDLIB_NAMES = """
 _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"}
 
 
-def path_documents(path: Path) -> dict[str, list[Document]]:
+def path_documents(path: Path) -> dict[str, Documents]:
     """Find the documents at a path, by the split that the files' names tell, or else all as "train".
 
     Of a directory these are all files below it that are UTF-8 text, sorted by their relative path, hidden ones left
@@ -61,7 +61,7 @@ def path_documents(path: Path) -> dict[str, list[Document]]:
             f"A text file or a directory was expected at {path}, but it cannot be read: {reason}."
         ) from None
     if stat.S_ISREG(mode):
-        return {"train": [_checked(path)]}
+        return {"train": Documents([_checked(path)])}
     if not stat.S_ISDIR(mode):
         raise InputError(
             f"A text file or a directory was expected, but {path} is neither; write the text to a file first."
@@ -78,7 +78,7 @@ def path_documents(path: Path) -> dict[str, list[Document]]:
     )
 
 
-def stdlib_documents() -> list[Document]:
+def stdlib_documents() -> Documents:
     """Find the source files of the standard library, sorted by relative path, without tests.
 
     Raises:
@@ -113,14 +113,14 @@ def _checked(path: Path) -> Document:
             "name a text file, or convert it to UTF-8 if it holds text in another encoding."
         )
     document = Document(label=str(path), open=partial(path.open, "rb"), stop=size)
-    for _ in document.texts():
+    for _ in document.pieces():
         pass
     return document
 
 
-def _text_files(files: Sequence[Path], root: Path) -> list[Document]:
+def _text_files(files: Sequence[Path], root: Path) -> Documents:
     """The documents of those files that can be read and are text, sorted by their path from `root`."""
-    documents = []
+    documents = Documents()
     for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
         with suppress(InputError):
             documents.append(_checked(file))
@@ -146,14 +146,14 @@ def _files_below(root: Path) -> Iterator[Path]:
         yield from (path for path in paths if os.path.isfile(path))
 
 
-def _own_splits(documents: list[Document]) -> dict[str, list[Document]]:
+def _own_splits(documents: Documents) -> dict[str, Documents]:
     """Sort documents by the split that their file names tell, if those are the greater part of the text."""
-    splits: dict[str, list[Document]] = {}
+    splits: dict[str, Documents] = {}
     for document in documents:
         words = re.split(r"[^a-z]+", Path(document.label).name.lower())
         found = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
         if len(found) == 1:
-            splits.setdefault(found.pop(), []).append(document)
+            splits.setdefault(found.pop(), Documents()).append(document)
     marked = sum(document.stop for part in splits.values() for document in part)
     if "train" in splits and len(splits) > 1 and 2 * marked > sum(document.stop for document in documents):
         return splits

@@ -38,12 +38,7 @@ _COMPARED = {"dense": "dense", "finetuned": "pruned"}
 
 
 def checkpoints_in(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
-    """Return those of some checkpoints in a run's folder that are there.
-
-    Args:
-        folder: of the run.
-        names: by what each is called here, its folder in the run's.
-    """
+    """Return those of some checkpoints in a run's folder that are there; `names` are their folders, by name."""
     found = {name: folder / inner for name, inner in names.items()}
     return {name: path for name, path in found.items() if (path / "config.json").is_file()}
 
@@ -180,13 +175,7 @@ class RunFacts:
 
 
 def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[dict[str, Any]]:
-    """Return a run's models as points of a plot of perplexity against size: dense, pruned, and the dense control.
-
-    Args:
-        name: of the run.
-        summary: its summary.json.
-        is_this: whether it is the run that the page is of.
-    """
+    """Return a run's models as points of a plot of perplexity against size: dense, pruned, and the dense control."""
     kept = ("parameters", "flops_per_token", "perplexity", "steps")
     return [
         {"run": name, "stage": stage, "this": is_this, **{key: summary[stage][key] for key in kept}}
@@ -197,10 +186,6 @@ def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[di
 
 def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> list[dict[str, Any]]:
     """Return the points of other runs that can be compared with one: of the same text, in as many tokens.
-
-    Args:
-        facts: the run.
-        others: folders of the others; None takes those beside it.
 
     Raises:
         InputError: one of `others` is not a run's folder.

@@ -31,6 +31,7 @@ _LONGEST_PROMPT = 2000
 
 @dataclass
 class _Loaded:
+    name: str
     model: PreTrainedModel
     gates: HeadGates
     tokenizer: PreTrainedTokenizerBase
@@ -57,7 +58,6 @@ class Trial:
         self.cache = cache
         self.tokens = tokens
         self._lock = threading.Lock()
-        self._name = ""
         self._loaded: _Loaded | None = None
 
     @property
@@ -72,8 +72,7 @@ class Trial:
             InputError: there is no such model, or it or the text cannot be read.
         """
         with self._lock:
-            loaded = self._load(name)
-            gates = loaded.gates
+            gates = self._load(name).gates
             plan = plan_in(self.folder)
             planned = {} if plan is None else plan.units
             if plan is not None:
@@ -114,19 +113,13 @@ class Trial:
             if unknown := set(asked) - set(gates.total):
                 raise InputError(f"The model has no layer {min(map(str, unknown))!r}.")
             plan = HeadPlan.of_units(
-                asked,
-                dict(gates.total),
-                unit=gates.unit,
-                output_scale=loaded.scale,
-                block_size=gates.block_size,
+                asked, gates.total, unit=gates.unit, output_scale=loaded.scale, block_size=gates.block_size
             )
             gates.set_plan(plan)
-            perplexity = self._perplexity(loaded.model, loaded.text)
-            continuation = generate_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_NEW_TOKENS)
             return {
-                "perplexity": perplexity,
+                "perplexity": self._perplexity(loaded.model, loaded.text),
                 "whole": loaded.whole,
-                "continuation": continuation,
+                "continuation": generate_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_NEW_TOKENS),
                 "on": sum(len(units) for units in plan.units.values()),
                 "total": sum(gates.total.values()),
                 "plan": plan.to_dict(),
@@ -142,7 +135,7 @@ class Trial:
             return run_attention(self.folder, sentence)
 
     def _load(self, name: str) -> _Loaded:
-        if self._loaded is not None and self._name == name:
+        if self._loaded is not None and self._loaded.name == name:
             return self._loaded
         folder = self.models.get(name)
         if folder is None:
@@ -161,7 +154,7 @@ class Trial:
         scale = gates.config.output_scale
         gates.set_plan(HeadPlan.of_units(gates.heads, gates.total, unit=gates.unit, block_size=gates.block_size))
         whole = self._perplexity(model, text.splits["valid"])
-        self._name, self._loaded = name, _Loaded(model, gates, tokenizer, text.splits["valid"], whole, scale)
+        self._loaded = _Loaded(name, model, gates, tokenizer, text.splits["valid"], whole, scale)
         return self._loaded
 
     def _gated(self, folder: Path) -> tuple[PreTrainedModel, HeadGates]:
