@@ -19,7 +19,7 @@ from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
-from deadhead.layouts.all_attention import AllAttentionLayout
+from deadhead.layouts.all_attention import AllAttentionLayout, HeadSite
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from tests.fresh_process import WAYS, in_a_fresh_process
@@ -185,9 +185,9 @@ class Failure:
 
 
 FAILURES = {
-    "selections of the last layer": Failure(AllAttentionLayout, "selections", 3),
-    "after the first layer": Failure(AllAttentionLayout, "shrink", 1),
-    "after the last layer": Failure(AllAttentionLayout, "shrink", 3),
+    "selections of the last layer": Failure(HeadSite, "selections", 3),
+    "after the first layer": Failure(HeadSite, "shrink", 1),
+    "after the last layer": Failure(HeadSite, "shrink", 3),
     "recording the plan": Failure(AllAttentionLayout, "record_plan", 1),
     "logits of the gated model": Failure(cutting, "_check_outputs", 1),
     "logits of the cut model": Failure(cutting, "_check_outputs", 2),
@@ -239,16 +239,16 @@ def test_whatever_fails_the_model_is_as_before(
 
 def test_a_cut_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    expected, original = logits(model), AllAttentionLayout.shrink
+    expected, original = logits(model), HeadSite.shrink
 
-    def spoil(self: Any, site: Any, heads: tuple[int, ...]) -> None:
-        original(self, site, heads)
+    def spoil(self: Any, heads: tuple[int, ...]) -> None:
+        original(self, heads)
         if heads:
-            site.module.q_proj.weight.data.mul_(1.001)
+            self.module.q_proj.weight.data.mul_(1.001)
 
     before = snapshot(model)
     with monkeypatch.context() as patch:
-        patch.setattr(AllAttentionLayout, "shrink", spoil)
+        patch.setattr(HeadSite, "shrink", spoil)
         with pytest.raises(CutError, match=r"differs .* by .*, but at most 1e-05 is allowed; nothing was cut"):
             cut(model, PLAN)
     assert_unchanged(model, before)

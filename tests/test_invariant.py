@@ -12,7 +12,7 @@ import os
 import random
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import deadhead.layouts
 from deadhead.attaching import attach, detach, gates_of
 from deadhead.cutting import cut
 from deadhead.errors import CutError
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import Selection
-from deadhead.layouts.all_attention import AllAttentionLayout
+from deadhead.layouts.all_attention import AllAttentionLayout, HeadSite
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plans.plan import HeadPlan
 from tests.random_models import (
@@ -297,23 +296,18 @@ def test_bfloat16_cut_is_as_near_to_float32_as_the_gated_model() -> None:
     assert statistics.mean(cut_errors) <= 1.5 * statistics.mean(gated_errors)
 
 
-class ShiftedLayout(AllAttentionLayout):
-    """The layout with one tensor's rows off by one: what a wrong layout would look like."""
+def shift_rows(patch: pytest.MonkeyPatch, path: str) -> None:
+    """Let one tensor's rows be off by one: what a wrong layout would look like."""
+    original = HeadSite.selections
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def selections(self, site: Any, heads: tuple[int, ...]) -> list[Selection]:
-        """Return the selections, those of `path` shifted."""
-        size = {part.path: site.module.get_parameter(part.path).shape[part.dim] for part in _parts(site)}
+    def selections(self: Any, heads: tuple[int, ...]) -> list[Selection]:
+        size = {part.path: self.module.get_parameter(part.path).shape[part.dim] for part in original(self, self.units)}
         return [
-            replace(part, index=(part.index + 1) % size[part.path]) if part.path == self.path else part
-            for part in super().selections(site, heads)
+            replace(part, index=(part.index + 1) % size[part.path]) if part.path == path else part
+            for part in original(self, heads)
         ]
 
-
-def _parts(site: Any) -> Sequence[Selection]:
-    return AllAttentionLayout().selections(site, site.units)
+    patch.setattr(HeadSite, "selections", selections)
 
 
 def _all_slices() -> list[tuple[str, str, bool]]:
@@ -321,8 +315,8 @@ def _all_slices() -> list[tuple[str, str, bool]]:
     for position in ("learned", "sinusoidal", "rotary"):
         for bias in (False, True):
             model = tiny_model(position=position, projection_bias=bias)
-            layout = AllAttentionLayout()
-            found += [(part.path, position, bias) for part in _parts(layout.sites(model, "head")[0])]
+            site = AllAttentionLayout().sites(model, "head")[0]
+            found += [(part.path, position, bias) for part in site.selections(site.units)]
     return found
 
 
@@ -339,16 +333,16 @@ def test_a_layout_with_a_shifted_slice_is_found_out_and_nothing_changes(
     before, config = snapshot(model), copy.deepcopy(model.config)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
-    monkeypatch.setattr(deadhead.layouts, "_LAYOUTS", [ShiftedLayout(path)])
-    with pytest.raises(CutError):
-        cut(model, plan)
+    with monkeypatch.context() as patch:
+        shift_rows(patch, path)
+        with pytest.raises(CutError):
+            cut(model, plan)
     assert_unchanged(model, before)
     assert model.config == config
     assert (gates_of(model) is not None) == given_gates
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
     # The right layout still cuts the very same model.
-    monkeypatch.setattr(deadhead.layouts, "_LAYOUTS", [AllAttentionLayout()])
     cut(model, plan)
     assert model.config.head_plan == plan.to_dict()
 
@@ -356,9 +350,8 @@ def test_a_layout_with_a_shifted_slice_is_found_out_and_nothing_changes(
 def test_every_parameter_of_the_attention_is_in_a_slice_but_the_output_bias() -> None:
     for position in ("learned", "rotary"):
         model = random_model(tiny_config(position=position, projection_bias=True), 0)
-        layout = AllAttentionLayout()
-        for site in layout.sites(model, "head"):
-            parts = layout.selections(site, site.units)
+        for site in AllAttentionLayout().sites(model, "head"):
+            parts = site.selections(site.units)
             named = {name for name, _ in site.module.named_parameters()}
             assert {part.path for part in parts} == named - {"o_proj.bias"}
             for part in parts:

@@ -43,33 +43,28 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "BlockPlan": "plans.plan",
-    "GateConfig": "gates.hard_concrete",
-    "HeadGates": "gates.gates",
-    "HeadPlan": "plans.plan",
-    "InputError": "errors",
-    "SparsityCallback": "training.callbacks.sparsity",
-    "UnsupportedModel": "errors",
-    "attach": "attaching",
-    "bench": "measure.timing",
-    "cut": "cutting",
-    "cut_checkpoint": "streaming.cutting",
-    "detach": "attaching",
-    "evaluate": "measure.evaluation",
-    "export_model": "export.exporting",
-    "finetune": "training.runs.one_call",
-    "gates_of": "attaching",
-    "load": "checkpoints.checkpoint",
-    "load_gated": "checkpoints.checkpoint",
-    "model_cost": "measure.cost",
-    "prune": "training.runs.one_call",
-    "report_run": "report.writing",
-    "save": "checkpoints.checkpoint",
+_NAMES = {
+    "attaching": ("attach", "detach", "gates_of"),
+    "checkpoints.checkpoint": ("load", "load_gated", "save"),
+    "cutting": ("cut",),
+    "errors": ("InputError", "UnsupportedModel"),
+    "export.exporting": ("export_model",),
+    "gates.gates": ("HeadGates",),
+    "gates.hard_concrete": ("GateConfig",),
+    "measure.cost": ("model_cost",),
+    "measure.evaluation": ("evaluate",),
+    "measure.timing": ("bench",),
+    "plans.plan": ("BlockPlan", "HeadPlan"),
+    "report.writing": ("report_run",),
+    "streaming.cutting": ("cut_checkpoint",),
+    "training.callbacks.sparsity": ("SparsityCallback",),
+    "training.runs.one_call": ("finetune", "prune"),
 }
-"""Public names, and the modules that define them."""
+"""Modules, and the public names that they define."""
 
-__all__ = list(_HOME)
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

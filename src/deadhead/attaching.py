@@ -37,12 +37,10 @@ class _GateInput:
         gate = self.gate
         heads_BTHE = hidden.unflatten(-1, (-1, self.head_dim))
         z_H, scale = gate()
-        if gate.output_difference.is_due and gate.training:
+        if gate.is_due and gate.training:
             # Autocast would turn the products to half precision.
             with torch.autocast(hidden.device.type, enabled=False):
-                gate.output_difference.measure(
-                    *output_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach())
-                )
+                gate.measure(*output_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach()))
         factor_H = (z_H * scale).to(hidden.dtype)
         return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
 
@@ -112,13 +110,13 @@ def attach(
     config = config or GateConfig()
     size = block_size(layout, model, blocks)
     sites = layout.all_sites(model, unit, size)
-    _require_cuttable(layout, sites, config)
-    costs = _relative_costs(layout, sites)
+    _require_cuttable(sites, config)
+    costs = _relative_costs(sites)
     gates: dict[UnitKey, HeadGate] = {}
     for site in sites:
         if site.units:
             own = config.for_gate(of_blocks=site.has_blocks)
-            gate = HeadGate(len(site.units), own, costs[site.key]).to(_weight(layout, site).device)
+            gate = HeadGate(len(site.units), own, costs[site.key]).to(_weight(site).device)
             gate.train(model.training)
             site.module.add_module(site.gate_name, gate)
             gates[site.key] = gate
@@ -138,13 +136,13 @@ def attach(
     return head_gates
 
 
-def _require_cuttable(layout: Layout, sites: Sequence[Site], config: GateConfig) -> None:
+def _require_cuttable(sites: Sequence[Site], config: GateConfig) -> None:
     for site in sites:
         if not site.units:
             continue
-        if not _weight(layout, site).is_floating_point():
+        if not _weight(site).is_floating_point():
             raise UnsupportedModel(
-                f"The weights of layer {site.layer} are quantised to {_weight(layout, site).dtype}, so heads "
+                f"The weights of layer {site.layer} are quantised to {_weight(site).dtype}, so heads "
                 "cannot be cut out of them; load the model in its full precision, prune it, and quantise it then."
             )
         if site.output_path is None and not config.hard:
@@ -154,11 +152,11 @@ def _require_cuttable(layout: Layout, sites: Sequence[Site], config: GateConfig)
             )
 
 
-def _weight(layout: Layout, site: Site) -> Tensor:
+def _weight(site: Site) -> Tensor:
     """Return a weight with the site's units in it: the output projection's, if there is one."""
     if site.output_path is not None:
         return head_columns(site.output)
-    return site.module.get_parameter(layout.selections(site, site.units)[0].path)
+    return site.module.get_parameter(site.selections(site.units)[0].path)
 
 
 def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> int | None:
@@ -179,19 +177,14 @@ def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> in
     return sites[0].unit_dim
 
 
-def _relative_costs(layout: Layout, sites: Sequence[Site]) -> dict[UnitKey, float]:
+def _relative_costs(sites: Sequence[Site]) -> dict[UnitKey, float]:
     """Return what an open gate costs: 1 for heads, for blocks their parameters over those of the mean head."""
-    sizes = {site.key: _unit_parameters(layout, site) for site in sites if site.units}
-    heads = [
-        size for site in sites if site.units and not site.has_blocks for size in [sizes[site.key]] * len(site.units)
-    ]
+    sites = [site for site in sites if site.units]
+    numbers = {s.key: sum(s.module.get_parameter(part.path).numel() for part in s.selections(s.units)) for s in sites}
+    sizes = {site.key: numbers[site.key] / len(site.units) for site in sites}
+    heads = [size for site in sites if not site.has_blocks for size in [sizes[site.key]] * len(site.units)]
     mean = sum(heads) / len(heads) if heads else 1.0
-    return {site.key: sizes[site.key] / mean if site.has_blocks else 1.0 for site in sites if site.units}
-
-
-def _unit_parameters(layout: Layout, site: Site) -> float:
-    parts = layout.selections(site, site.units)
-    return sum(site.module.get_parameter(part.path).numel() for part in parts) / len(site.units)
+    return {site.key: sizes[site.key] / mean if site.has_blocks else 1.0 for site in sites}
 
 
 def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:

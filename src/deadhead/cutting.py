@@ -20,7 +20,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import require_whole
-from deadhead.layouts import Layout, Site, find_layout, head_columns
+from deadhead.layouts import Site, find_layout, head_columns
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
 from deadhead.plans.plan import HeadPlan, UnitKey
@@ -75,13 +75,13 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             gates.set_plan(plan)
         factors = {key: head_factors(gate) for key, gate in gates}
         sites = layout.all_sites(model, plan.unit, gates.block_size)
-        expected = watched_outputs(model, layout, sites)
-        cache_before = cache_values(layout, sites)
+        expected = watched_outputs(model, sites)
+        cache_before = cache_values(sites)
         with _undone_on_failure(model):
             detach(model)
-            remove_units(layout, sites, plan.units, factors)
+            remove_units(sites, plan.units, factors)
             require_same_function(model, expected)
-            layout.record_plan(model, recorded_with(layout, model, plan))
+            layout.record_plan(model, plan)
     except BaseException:
         state, gates.config = before
         for key, gate in gates:
@@ -90,7 +90,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         if not given_gates:
             detach(model)
         raise
-    cache_now = cache_values(layout, layout.sites(model, plan.unit))
+    cache_now = cache_values(layout.sites(model, plan.unit))
     if cache_now > cache_before:
         warn_of_cache(cache_now / cache_before - 1, stacklevel=3)
     return model
@@ -116,20 +116,18 @@ def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrai
     copied = detach(copy.deepcopy(model, memo))
     if plan is None:
         return copied
-    layout, units = find_layout(copied), plan.units
-    sites = layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
+    units = plan.units
+    sites = find_layout(copied).all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
     if any(site.units and not units[site.key] for site in sites):
         # What an emptied module must return.
-        watched_outputs(copied, layout, sites)
-    remove_units(layout, sites, units)
+        watched_outputs(copied, sites)
+    remove_units(sites, units)
     return copied
 
 
-def watched_outputs(
-    model: PreTrainedModel, layout: Layout, sites: Sequence[Site], *, texts: int = CHECK_TEXTS
-) -> Tensor:
-    """Run the model on so many fixed texts; the layout watches for what `shrink` must know."""
-    watching = [layout.observe(site) for site in sites]
+def watched_outputs(model: PreTrainedModel, sites: Sequence[Site], *, texts: int = CHECK_TEXTS) -> Tensor:
+    """Run the model on so many fixed texts; the sites watch for what `shrink` must know."""
+    watching = [site.observe() for site in sites]
     try:
         return _check_outputs(model, texts)
     finally:
@@ -191,17 +189,8 @@ def normal_plan(gates: HeadGates, plan: HeadPlan) -> HeadPlan:
     return replace(gates.plan_of(gates.require_plan(plan)), output_scale=plan.output_scale)
 
 
-def recorded_with(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> HeadPlan:
-    """Return a plan with the blocks that earlier cuts of the model left, where it says nothing of blocks."""
-    before = layout.recorded_plan(model)
-    return replace(plan, blocks=before.blocks) if plan.blocks is None and before is not None else plan
-
-
 def remove_units(
-    layout: Layout,
-    sites: Iterable[Site],
-    units: Mapping[UnitKey, tuple[int, ...]],
-    factors: Mapping[UnitKey, Tensor] | None = None,
+    sites: Iterable[Site], units: Mapping[UnitKey, tuple[int, ...]], factors: Mapping[UnitKey, Tensor] | None = None
 ) -> None:
     """Remove all but some units, given by key, in place; modules that lose none are left alone.
 
@@ -214,12 +203,12 @@ def remove_units(
         if factors is not None and site.output_path is not None:
             fold(site, kept, factors[site.key])
         if site.units != kept:
-            layout.shrink(site, kept)
+            site.shrink(kept)
 
 
-def cache_values(layout: Layout, sites: Sequence[Site]) -> int:
+def cache_values(sites: Sequence[Site]) -> int:
     """Return how many numbers all sites keep in the key/value cache for one position."""
-    return sum(layout.cache_values(site, 1) for site in sites)
+    return sum(site.cache_values(1) for site in sites)
 
 
 def head_factors(gate: HeadGate) -> Tensor:

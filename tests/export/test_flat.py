@@ -13,8 +13,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import deadhead
 from deadhead.export import flat, onnx
 from deadhead.export.agreement import make_reference
-from deadhead.export.flat_model import FlatModel
-from deadhead.export.graphs import flat_model
+from deadhead.export.graphs import FlatModel, flat_model
 from deadhead.plans.plan import HeadPlan
 from tests.export.small import cut_by, cut_model
 from tests.random_models import tiny_model
@@ -75,12 +74,12 @@ def _check_names(path: Path, graph: FlatModel, model: Any) -> None:
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     past = {given.name: given.shape for given in session.get_inputs() if given.name.startswith("past")}
-    heads = {tensor.past_name: tensor.heads for tensor in graph.cache}
+    heads = {f"past_key_values.{name}": heads for name, (heads, _) in graph.cache.items()}
     assert {name: shape[1] for name, shape in past.items()} == heads
     assert all([shape[0], shape[2]] == ["batch", "past"] for shape in past.values())
     empty = [layer for layer, count in enumerate(deadhead.model_cost(model).heads) if not count]
     assert not any(f"past_key_values.{layer}.key" in past for layer in empty)
-    assert [output.name for output in session.get_outputs()] == ["logits", *(t.present_name for t in graph.cache)]
+    assert [output.name for output in session.get_outputs()] == ["logits", *(f"present.{name}" for name in graph.cache)]
 
 
 def test_a_graph_that_computes_something_else_is_refused(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def _split(name: str) -> tuple[pre_tokenizers.PreTokenizer, ...]:
 def test_llama_cpp_gives_the_same_tokens(name: str, tmp_path: Path) -> None:
     """Learned merges reach across what the three ways of splitting keep apart."""
     tokenizer = _fast(_trained(*_split(name)))
-    assert read_tokenizer(tokenizer, 410).split == name
+    assert read_tokenizer(tokenizer, 410)["tokenizer_pre"] == name
     model = dense_model("llama", vocab_size=410)
     deadhead.export_model(model, tmp_path / "model.gguf", to="gguf", kind="f32", tokenizer=tokenizer)
 
@@ -81,12 +81,12 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path, m
 def test_what_goes_into_the_file() -> None:
     tokenizer = _fast(_trained(*_split("gpt-2")))
     found = read_tokenizer(tokenizer, 410)
-    assert len(found.tokens) == len(found.types) == 410
-    assert found.tokens[0] == "<s>"
-    assert found.types[0] == 3
-    assert found.types[-1] == 5  # rows of the model that no token has
-    assert found.special == {"bos": 0}
-    assert not found.adds_bos
+    assert len(found["token_list"]) == len(found["token_types"]) == 410
+    assert found["token_list"][0] == "<s>"
+    assert found["token_types"][0] == 3
+    assert found["token_types"][-1] == 5  # rows of the model that no token has
+    assert {name: token for name, token in found.items() if name.endswith("_token_id")} == {"bos_token_id": 0}
+    assert not found["add_bos_token"]
 
 
 @pytest.mark.parametrize(

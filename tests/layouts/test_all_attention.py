@@ -25,7 +25,7 @@ def test_sites_name_the_heads_there_are_and_those_there_were() -> None:
     sites = AllAttentionLayout().sites(model, "head")
     assert [site.units for site in sites] == [(1, 3), (0, 1, 2, 3), ()]
     assert [site.total for site in sites] == [4, 4, 4]
-    for part in AllAttentionLayout().selections(sites[0], (3,)):
+    for part in sites[0].selections((3,)):
         assert 2 * len(part.index) == sites[0].module.get_parameter(part.path).shape[part.dim]
 
 
@@ -57,6 +57,6 @@ def test_per_token_slices_are_the_projections_of_tokens() -> None:
     model = tiny_model(projection_bias=True)
     (site, *_) = AllAttentionLayout().sites(model, "head")
     assert isinstance(site, Site)
-    per_token = {part.path for part in AllAttentionLayout().selections(site, site.units) if part.per_token}
+    per_token = {part.path for part in site.selections(site.units) if part.per_token}
     assert per_token == {f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     assert torch.equal(head_columns(site.output), model.model.layers[0].attention.o_proj.weight)

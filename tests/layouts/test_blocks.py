@@ -15,17 +15,17 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 import deadhead
-import deadhead.layouts
 from benchmarks._tiny_models import tiny_model as hugging_face_model
 from deadhead.attaching import attach, detach, gates_of
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError, UnsupportedModel
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import Selection, find_layout
-from deadhead.layouts.all_attention import AllAttentionLayout
+from deadhead.layouts.all_attention import AllAttentionLayout, PersistentSite
 from deadhead.measure.cost import config_cost, model_cost
 from deadhead.measure.criteria import score_heads
 from deadhead.models import AllAttentionConfig
+from deadhead.models.pruned import feed_forward
 from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
 from tests.random_models import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
@@ -107,15 +107,15 @@ def test_what_is_left_of_the_tensors_and_where_attention_is_paid_to() -> None:
 
 @models
 def test_sites_name_the_blocks_there_are_and_those_there_were(kind: str) -> None:
-    model, layout = MODELS[kind](), AllAttentionLayout()
+    model = MODELS[kind]()
     cut(model, plan_of({0: [0, 3], 1: []}, {0: [1, 2]}))
-    sites = layout.block_sites(model)
+    sites = AllAttentionLayout().block_sites(model)
     assert [site.units for site in sites] == [(0, 3), (), (0, 1, 2, 3)]
     assert [(site.layer, site.key, site.total, site.unit_dim) for site in sites] == [
         (layer, UnitKey("block", layer), 4, 3) for layer in range(3)
     ]
     assert not any(site.is_headless for site in sites), "a layer without blocks still has heads"
-    for part in layout.selections(sites[0], (3,)):
+    for part in sites[0].selections((3,)):
         assert part.index.tolist() == [3, 4, 5]
         assert 2 * len(part.index) == sites[0].module.get_parameter(part.path).shape[part.dim]
 
@@ -200,20 +200,24 @@ def test_persistent_vectors_are_gone_with_the_heads_of_their_layer_whatever_a_pl
     assert attach(other, blocks=True).headless == frozenset()
 
 
-class ShiftedBlocks(AllAttentionLayout):
-    """The layout with one tensor's blocks shifted by one, its heads as they are."""
+def shift_blocks(patch: pytest.MonkeyPatch, path: str) -> None:
+    """Let one tensor's blocks be shifted by one: what a wrong layout would look like."""
+    selections, rows_of_units = PersistentSite.selections, feed_forward.rows_of_units
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def selections(self, site: Any, units: tuple[int, ...]) -> list[Selection]:
-        """Return the selections, that of `path` shifted."""
+    def shifted_selections(self: Any, units: tuple[int, ...]) -> list[Selection]:
         return [
-            replace(part, index=(part.index + site.unit_dim) % site.module.get_parameter(part.path).shape[part.dim])
-            if site.has_blocks and part.path == self.path
+            replace(part, index=(part.index + self.unit_dim) % self.module.get_parameter(part.path).shape[part.dim])
+            if part.path == path
             else part
-            for part in super().selections(site, units)
+            for part in selections(self, units)
         ]
+
+    def shifted_rows(layer: Any, name: str, units: Tensor) -> Tensor:
+        rows = rows_of_units(layer, name, units)
+        return (rows + 3) % layer.width if name == path else rows
+
+    patch.setattr(PersistentSite, "selections", shifted_selections)
+    patch.setattr(feed_forward, "rows_of_units", shifted_rows)
 
 
 @pytest.mark.parametrize("given_gates", [False, True])
@@ -232,13 +236,13 @@ def test_a_layout_whose_blocks_are_shifted_is_found_out_and_nothing_changes(
     if given_gates:
         attach(model, blocks=3).set_plan(plan_of({1: [2]}))
     before, expected = snapshot(model), logits(model)
-    monkeypatch.setattr(deadhead.layouts, "_LAYOUTS", [ShiftedBlocks(path)])
-    with pytest.raises(CutError):
-        cut(model, plan)
+    with monkeypatch.context() as patch:
+        shift_blocks(patch, path)
+        with pytest.raises(CutError):
+            cut(model, plan)
     assert_unchanged(model, before)
     assert (gates_of(model) is not None) == given_gates
     assert torch.equal(logits(model), expected)
-    monkeypatch.setattr(deadhead.layouts, "_LAYOUTS", [AllAttentionLayout()])
     assert cut(model, plan).config.head_plan == plan.to_dict()
 
 

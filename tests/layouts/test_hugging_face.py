@@ -116,7 +116,7 @@ def _gradient_difference(gated: Any, small: Any, plan: HeadPlan, ids: Tensor) ->
     rows: dict[str, tuple[int, Tensor]] = {}
     for site in layout.all_sites(gated, plan.unit, None if plan.blocks is None else plan.blocks.size):
         kept = plan.units[site.key]
-        for part in layout.selections(site, kept):
+        for part in site.selections(kept):
             name = f"{names[id(site.module)]}.{part.path}"
             rows[name] = (part.dim, part.index)
             scaled = part.path == f"{site.output_path}.weight" and plan.output_scale and not site.has_blocks
@@ -222,7 +222,7 @@ def _all_parts() -> list[tuple[str, str]]:
         model = tiny_model(model_type)
         layout = HuggingFaceLayout()
         site = layout.sites(model, layout.units(model)[0])[-1]
-        found += [(model_type, part.path) for part in layout.selections(site, site.units)]
+        found += [(model_type, part.path) for part in site.selections(site.units)]
     # Without rotary positions a key's bias adds the same to all scores of a query, and the softmax takes it away.
     return [pair for pair in found if pair not in (("opt", "k_proj.bias"), ("bert", "self.key.bias"))]
 

@@ -140,7 +140,7 @@ def test_dead_heads_go_first(criterion: Any) -> None:
     with torch.no_grad():
         for site in find_layout(model).sites(model, "head"):
             for head in dead.get(site.layer, ()):  # type: ignore[call-overload]
-                for part in find_layout(model).selections(site, (head,)):
+                for part in site.selections((head,)):
                     site.module.get_parameter(part.path).index_fill_(part.dim, part.index, 0.0)
     plan = score_heads(model, criterion, batches(2)).plan(3 / 12)
     assert {layer: list(plan.cut(layer)) for layer in plan.kept} == {0: [1], 1: [], 2: [0, 3]}

@@ -42,13 +42,17 @@ def declared_config(path: Path) -> dict[str, Any]:
         _require_own_files(path)
     file = path / "config.json" if path.is_dir() else path
     values = read_object(file, what="model configuration")
-    for name, text in _texts(values):
-        if name in _KERNELS and "/" in text:
+    for keys, value in _values(values):
+        # A kernel may be named for each part of a model.
+        kernel = next((key for key in keys if key in _KERNELS), None)
+        if kernel is not None and isinstance(value, str) and "/" in value:
             raise InputError(
-                f"The model configuration {file} wants {name} {shown(text)}, which is code of the Hugging Face hub; "
-                f"deadhead runs none that a checkpoint names: take {name} out."
+                f"The model configuration {file} wants {kernel} {shown(value)}, which is code of the Hugging Face hub; "
+                f"deadhead runs none that a checkpoint names: take {kernel} out."
             )
-    for name, value in _numbers(values):
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        name = keys[-1]
         most = MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST if _COUNTS.fullmatch(name) else None
         if most is not None and not 0 <= value <= most and value != -1:
             raise InputError(
@@ -57,31 +61,17 @@ def declared_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers of a configuration and the lengths of its lists, under the name of the nearest key."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _numbers(value, str(key))
-    elif isinstance(values, list):
-        yield name, len(values)
-        for value in values:
-            yield from _numbers(value, name)
-    elif isinstance(values, int) and not isinstance(values, bool):
-        yield name, values
-
-
-def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the strings of a configuration under the name of the nearest key."""
-    if isinstance(values, str):
-        yield name, values
-    inside = values.items() if isinstance(values, dict) else [(name, value) for value in _listed(values)]
-    for key, value in inside:
-        # A kernel may be named for each part of a model.
-        yield from _texts(value, name if name in _KERNELS else str(key))
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _values(value: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the values of a configuration, and the lengths of its lists, with the keys that lead there."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _values(inner, *keys, str(key))
+    elif isinstance(value, list):
+        yield keys, len(value)
+        for inner in value:
+            yield from _values(inner, *keys)
+    else:
+        yield keys, value
 
 
 def _require_own_files(folder: Path) -> None:

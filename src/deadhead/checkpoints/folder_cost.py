@@ -41,12 +41,7 @@ class _Tensor(NamedTuple):
 
 @dataclass
 class _Model:
-    """What is known of a model.
-
-    Args:
-        values: of its configuration.
-        plan: by which it was cut, or None.
-    """
+    """What is known of a model: the values of its configuration, and the plan by which it was cut, or None."""
 
     values: Mapping[str, Any]
     plan: HeadPlan | None
@@ -76,7 +71,9 @@ class _Model:
         self.tensors[name] = _Tensor(shape, owner, multiplies)
 
     def linear(self, name: str, outputs: int, inputs: int, *, owner: str, bias: bool, conv1d: bool = False) -> None:
-        """Add a projection into units, whose bias is theirs too."""
+        """Add a projection into units, if there are any; its bias is theirs too."""
+        if not outputs or not inputs:
+            return
         shape = (inputs, outputs) if conv1d else (outputs, inputs)
         self.add(f"{name}.weight", *shape, owner=owner, multiplies=True)
         if bias:
@@ -84,8 +81,7 @@ class _Model:
 
     def back(self, name: str, outputs: int, inputs: int, *, owner: str, bias: bool, conv1d: bool = False) -> None:
         """Add a projection out of units, whose bias stays when they go."""
-        if inputs:
-            self.linear(name, outputs, inputs, owner=owner, bias=False, conv1d=conv1d)
+        self.linear(name, outputs, inputs, owner=owner, bias=False, conv1d=conv1d)
         if bias:
             self.add(f"{name}.bias", outputs)
 
@@ -134,7 +130,7 @@ class _Model:
 
     def cost(self, bytes_of_number: int) -> Cost:
         def numbers(owner: str, *, multiplied: bool = False) -> int:
-            found = (t for t in self.tensors.values() if owner in t.owner and (t.multiplies or not multiplied))
+            found = (t for t in self.tensors.values() if owner in t.owner and t.multiplies >= multiplied)
             return sum(math.prod(tensor.shape) for tensor in found)
 
         return Cost(
@@ -163,10 +159,8 @@ def _llama(model: _Model, kind: str, length: int) -> None:
         raise _Unfamiliar
     head_dim = model.number("head_dim", None if kind in ("qwen3", "gemma") else width // num_heads)
     # Windows are of some layers only.
-    if model.values.get("use_sliding_window") or model.values.get("layer_types") not in (
-        None,
-        ["full_attention"] * layers,
-    ):
+    layer_types = model.values.get("layer_types")
+    if model.values.get("use_sliding_window") or layer_types not in (None, ["full_attention"] * layers):
         raise _Unfamiliar
     bias = kind == "qwen2" or (kind != "mistral" and model.flag("attention_bias", False))
     mlp_bias = has_usual and model.flag("mlp_bias", False)
@@ -178,14 +172,13 @@ def _llama(model: _Model, kind: str, length: int) -> None:
         path = f"model.layers.{layer}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             model.norm(f"{path}.{name}", width, bias=False)
-        if queries:
-            for name, count in {"q": queries, "k": kv, "v": kv}.items():
-                model.linear(f"{path}.self_attn.{name}_proj", count * head_dim, width, owner="head", bias=bias)
-            for name in ("q_norm", "k_norm") if kind == "qwen3" else ():
-                model.norm(f"{path}.self_attn.{name}", head_dim, bias=False)
+        for name, count in {"q": queries, "k": kv, "v": kv}.items():
+            model.linear(f"{path}.self_attn.{name}_proj", count * head_dim, width, owner="head", bias=bias)
+        for name in ("q_norm", "k_norm") if kind == "qwen3" and queries else ():
+            model.norm(f"{path}.self_attn.{name}", head_dim, bias=False)
         o_bias = bias and kind != "qwen2"
         model.back(f"{path}.self_attn.o_proj", width, queries * head_dim, owner="head", bias=o_bias)
-        for name in ("gate_proj", "up_proj") if hidden[layer] else ():
+        for name in ("gate_proj", "up_proj"):
             model.linear(f"{path}.mlp.{name}", hidden[layer], width, owner="block", bias=mlp_bias)
         model.back(f"{path}.mlp.down_proj", width, hidden[layer], owner="block", bias=mlp_bias)
         model.context_flops += 4.0 * (length + 1) * queries * head_dim
@@ -208,11 +201,9 @@ def _gpt2(model: _Model, kind: str, length: int) -> None:
         path, inner = f"transformer.h.{layer}", queries * head_dim
         for name in ("ln_1", "ln_2"):
             model.norm(f"{path}.{name}", width, bias=True)
-        if inner:
-            model.linear(f"{path}.attn.c_attn", 3 * inner, width, owner="head", bias=True, conv1d=True)
+        model.linear(f"{path}.attn.c_attn", 3 * inner, width, owner="head", bias=True, conv1d=True)
         model.back(f"{path}.attn.c_proj", width, inner, owner="head", bias=True, conv1d=True)
-        if hidden[layer]:
-            model.linear(f"{path}.mlp.c_fc", hidden[layer], width, owner="block", bias=True, conv1d=True)
+        model.linear(f"{path}.mlp.c_fc", hidden[layer], width, owner="block", bias=True, conv1d=True)
         model.back(f"{path}.mlp.c_proj", width, hidden[layer], owner="block", bias=True, conv1d=True)
         model.context_flops += 4.0 * (length + 1) * inner
         model.cache_values += 2 * inner * length
@@ -242,7 +233,7 @@ def _own(model: _Model, kind: str, length: int) -> None:
         persistent = dense_persistent if dense_hidden else left[layer]
         model.norm(f"model.layers.{layer}.norm", width, bias=True)
         model.back(f"{path}.o_proj", width, inner, owner="head", bias=True)
-        for name in "qkv" if heads else "":
+        for name in "qkv":
             model.linear(f"{path}.{name}_proj", inner, width, owner="head", bias=bias)
         if heads and is_relative:
             model.linear(f"{path}.r_proj", inner, width, owner="head", bias=bias)
@@ -253,20 +244,16 @@ def _own(model: _Model, kind: str, length: int) -> None:
         for name in ("persistent_k", "persistent_v") if heads and persistent else ():
             model.add(f"{path}.{name}", heads, persistent, head_dim, owner="head" if dense_hidden else "head block")
         if dense_hidden:
-            _own_feed_forward(model, f"model.layers.{layer}.feed_forward", width, left[layer])
+            path = f"model.layers.{layer}.feed_forward"
+            model.norm(f"{path}.norm", width, bias=True)
+            model.linear(f"{path}.up_proj", left[layer], width, owner="block", bias=True)
+            model.back(f"{path}.down_proj", width, left[layer], owner="block", bias=True)
         elif not heads and model.blocks:
             # Persistent vectors go with the last head of their layer.
             model.blocks[layer] = 0
         positions = 2.0 * (memory + 1) if is_relative else 0.0
         model.context_flops += (4.0 * min(length + 1, memory + 1) + positions + 4.0 * persistent) * inner
         model.cache_values += 2 * inner * min(length, memory)
-
-
-def _own_feed_forward(model: _Model, path: str, width: int, hidden: int) -> None:
-    model.norm(f"{path}.norm", width, bias=True)
-    if hidden:
-        model.linear(f"{path}.up_proj", hidden, width, owner="block", bias=True)
-    model.back(f"{path}.down_proj", width, hidden, owner="block", bias=True)
 
 
 _KINDS: dict[str, Callable[[_Model, str, int], None]] = {
@@ -301,11 +288,10 @@ def _folder_cost(folder: Path, values: Mapping[str, Any], length: int | None) ->
     is_cut = kind not in _KINDS and kind.startswith(_CUT)
     stock = kind[len(_CUT) :] if is_cut else kind
     has_place = is_cut or _KINDS.get(stock) is _own
+    has_others = any(name in values for name in ("quantization_config", "transformers_weights"))
+    has_others |= "dtype" in values and "torch_dtype" in values
     # A plan is obeyed where the type is one that reads it, and there is one where the type says so.
-    if stock not in _KINDS or (is_cut and recorded is None) or (recorded is not None and not has_place):
-        raise _Unfamiliar
-    has_others = "dtype" in values and "torch_dtype" in values
-    if has_others or any(name in values for name in ("quantization_config", "transformers_weights")):
+    if stock not in _KINDS or has_others or (is_cut if recorded is None else not has_place):
         raise _Unfamiliar
     stored = read_stored(folder).tensors
     dtype, bytes_of_number = _DTYPES.get(values.get("dtype", values.get("torch_dtype", "float32")), ("", 0))
@@ -319,8 +305,7 @@ def _folder_cost(folder: Path, values: Mapping[str, Any], length: int | None) ->
     if length is None:
         length = model.number("memory_length", 1024)
     _KINDS[stock](model, stock, length)
-    if {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()} != {
-        name: (tensor.shape, dtype) for name, tensor in model.tensors.items()
-    }:
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}
+    if found != {name: (tensor.shape, dtype) for name, tensor in model.tensors.items()}:
         raise _Unfamiliar
     return model.cost(bytes_of_number), model.plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,31 +72,26 @@ def parse_json(text: str | bytes, *, name: str) -> Any:
         InputError: it is not JSON, is nested too deep, has a number of thousands of digits or names a key twice: two
             programs would read such a file in two ways.
     """
+
+    def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twin = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise InputError(f"{name} names the key {shown(twin)} twice; leave one of the two out.")
+        return found
+
     try:
-        return json.loads(text, object_pairs_hook=_without_twins)
+        return json.loads(text, object_pairs_hook=without_twins)
+    except InputError:
+        raise
     except RecursionError:
         raise InputError(f"{name} is not JSON that can be read: it is nested too deep.") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{name} is not JSON: {error.msg} in line {error.lineno}.") from None
     except UnicodeDecodeError:
         raise InputError(f"{name} is not JSON: it is not UTF-8.") from None
-    except _TwinKeys as error:
-        raise InputError(f"{name} names the key {shown(error.args[0])} twice; leave one of the two out.") from None
     except ValueError:
         raise InputError(f"{name} has a number of too many digits.") from None
-
-
-class _TwinKeys(ValueError):
-    pass
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _TwinKeys(key)
-        found[key] = value
-    return found
 
 
 def shown(value: Any, most: int = 120) -> str:

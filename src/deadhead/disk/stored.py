@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +38,6 @@ _TYPES: Mapping[str, tuple[str, int]] = {
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
 }
-# Where two threads would move the one place in a file from which both read.
-_SEEKING = threading.Lock()
 # Bytes of a tensor that are read at once.
 _READ = 4 << 20
 # As the format's own reader has it; a longer header is a lie.
@@ -117,29 +114,22 @@ class StoredCheckpoint:
             for start in range(0, tensor.numel, step):
                 count = min(step, tensor.numel - start)
                 part = memoryview(data)[: count * dtype.itemsize]
-                read_exactly(file.fileno(), part, tensor.begin + start * dtype.itemsize, path)
+                read_exactly(file, part, tensor.begin + start * dtype.itemsize, path)
                 values[start : start + count] = torch.frombuffer(part, dtype=dtype)
 
 
-def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill `buffer` from a file's bytes at `offset`.
+def read_exactly(file: FileIO, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` from the bytes at `offset` of a file that no other thread reads from.
 
     Raises:
         InputError: the file ends before.
     """
-    done = 0
-    while done < len(buffer):
-        if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        else:  # Windows
-            with _SEEKING:
-                os.lseek(descriptor, offset + done, os.SEEK_SET)
-                data = os.read(descriptor, len(buffer) - done)
-            count = len(data)
-            buffer[done : done + count] = data
+    file.seek(offset)
+    while buffer:
+        count = file.readinto(buffer)
         if not count:
             raise InputError(f"{path} ended while it was read; the file was changed or is damaged, fetch it again.")
-        done += count
+        buffer = buffer[count:]
 
 
 def weights_size(folder: Path) -> int:

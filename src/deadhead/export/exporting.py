@@ -7,8 +7,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -229,15 +231,12 @@ def _plain_config(model: PreTrainedModel) -> dict[str, object]:
 def _padded(
     model: PreTrainedModel, out: Path, place: Path, tokenizer: PreTrainedTokenizerBase | None, base: _Base
 ) -> Exported:
-    stock = pad_to_stock(model)
-    reference = make_reference(model)
-    with _runs_stock_code(model):
-        logits = _logits(stock, reference.ids)
+    stock, reference = pad_to_stock(model), make_reference(model)
+    logits = _stock_logits(lambda: stock, model, reference.ids)
     checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
-    with _runs_stock_code(model):
-        # As a server loads it: neither our classes nor code of the checkpoint's.
-        loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, dtype=model.dtype).eval()
-        reloaded = _logits(loaded, reference.ids)
+    # As a server loads it: neither our classes nor code of the checkpoint's.
+    load = partial(AutoModelForCausalLM.from_pretrained, place, trust_remote_code=False, dtype=model.dtype)
+    reloaded = _stock_logits(load, model, reference.ids)
     kind = str(model.dtype).removeprefix("torch.")
     tolerance = _TOLERANCE["f32"] if model.dtype in (torch.float32, torch.float64) else _TOLERANCE["bf16"]
     name = f"transformers {transformers.__version__}, {type(stock).__name__}"
@@ -248,26 +247,21 @@ def _padded(
     return Exported(out, "padded", kind, type(stock).__name__, size, (agreement,))
 
 
-@contextmanager
-def _runs_stock_code(model: PreTrainedModel) -> Iterator[None]:
-    """Turn what transformers' own code raises, where it meets sizes that it was not made for, into a refusal."""
+def _stock_logits(load: Callable[[], Any], model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    """Run the padded `model`; what transformers' code raises at sizes that it was not made for becomes a refusal."""
     try:
-        yield
+        stock = load().eval()
+        with torch.inference_mode():
+            found: np.ndarray = stock(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].float().numpy()
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise UnsupportedModel(
             f"{stock_class(type(model)).__name__} cannot be padded: its code does not load or run such a model "
             f"({type(error).__name__})."
         ) from error
+    return found
 
 
 _ABOUT = (
     "A model whose attention heads deadhead has cut, padded with zeros so that all layers are alike again: it computes "
     "what the cut model does, in its stock architecture, and costs more."
 )
-
-
-@torch.inference_mode()
-def _logits(model: Callable[..., object], ids: np.ndarray) -> np.ndarray:
-    output = model(input_ids=torch.from_numpy(ids)[None], use_cache=False)
-    found: np.ndarray = output.logits[0].float().numpy()  # type: ignore[attr-defined]
-    return found

@@ -6,6 +6,7 @@ Dimensions: B texts, T new tokens, S tokens so far, V vocabulary.
 from __future__ import annotations
 
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class FlatSession:
         require_extra("openvino" if runtime == "openvino" else "onnx", runtime, what=f"Running {path}")
         self.name = f"{runtime} {version(runtime)}"
         self._run, shapes = (_onnxruntime if runtime == "onnxruntime" else _openvino)(path, threads)
-        self._past_shapes = {name: shape for name, shape in shapes.items() if name.startswith(_PAST)}
+        self._past_sizes = {name: (shape[1], shape[3]) for name, shape in shapes.items() if name.startswith(_PAST)}
         self._inputs = set(shapes)
         self.forget()
 
@@ -51,18 +52,18 @@ class FlatSession:
         if self._mask_BS is None:
             self._past = {
                 name: np.zeros((batch, heads, 0, width), dtype=np.float32)
-                for name, (heads, width) in self._past_shapes.items()
+                for name, (heads, width) in self._past_sizes.items()
             }
             self._mask_BS = np.zeros((batch, 0), dtype=np.int64)
         self._mask_BS = np.concatenate([self._mask_BS, mask_BT], axis=1)
         positions = np.maximum(self._mask_BS.cumsum(1) - 1, 0)[:, -new:]
         feed = {"input_ids": ids_BT, "attention_mask": self._mask_BS, "position_ids": positions, **self._past}
         found = self._run({name: value for name, value in feed.items() if name in self._inputs})
-        self._past = {name: found[_PRESENT + name.removeprefix(_PAST)] for name in self._past_shapes}
+        self._past = {name: found[_PRESENT + name.removeprefix(_PAST)] for name in self._past_sizes}
         return found["logits"]
 
 
-def _onnxruntime(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _onnxruntime(path: Path, threads: int) -> tuple[Any, dict[str, list[Any]]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -73,11 +74,11 @@ def _onnxruntime(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, in
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot load the file: {first_line(error)}.") from error
     outputs = [output.name for output in session.get_outputs()]
-    shapes = {given.name: _heads_and_width(given.shape) for given in session.get_inputs()}
+    shapes = {given.name: given.shape for given in session.get_inputs()}
     return lambda feed: dict(zip(outputs, session.run(outputs, feed), strict=True)), shapes
 
 
-def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, list[Any]]]:
     import openvino
 
     # By default it may round to bfloat16, where the processor has it.
@@ -89,7 +90,7 @@ def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, int]]
     except Exception as error:
         raise ExportError(f"OpenVINO cannot load the file: {first_line(error)}.") from error
     shapes = {
-        given.get_any_name(): _heads_and_width([d.get_length() if d.is_static else -1 for d in given.partial_shape])
+        given.get_any_name(): [d.get_length() if d.is_static else -1 for d in given.partial_shape]
         for given in compiled.inputs
     }
     request = compiled.create_infer_request()
@@ -99,10 +100,6 @@ def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, tuple[int, int]]
         return {port.get_any_name(): np.array(value) for port, value in results.items()}
 
     return run, shapes
-
-
-def _heads_and_width(shape: list[Any]) -> tuple[int, int]:
-    return (int(shape[1]), int(shape[3])) if len(shape) == 4 else (0, 0)
 
 
 def check(path: Path, reference: Reference, runtime: str, tolerance: float) -> Agreement:
@@ -117,13 +114,11 @@ def check(path: Path, reference: Reference, runtime: str, tolerance: float) -> A
     ids_BT = np.stack([ids, np.concatenate([np.zeros(padding, dtype=ids.dtype), ids[: len(ids) - padding]])])
     mask_BT = np.ones_like(ids_BT)
     mask_BT[1, :padding] = 0
-    ends = [half, *range(len(reference.prompt_T), len(ids) + 1)]
-    parts: list[np.ndarray] = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        try:
-            parts.append(session.read(ids_BT[:, start:end], mask_BT[:, start:end]))
-        except Exception as error:
-            raise ExportError(f"{session.name} cannot run the file: {first_line(error)}.") from error
+    ends = pairwise([0, half, *range(len(reference.prompt_T), len(ids) + 1)])
+    try:
+        parts = [session.read(ids_BT[:, start:end], mask_BT[:, start:end]) for start, end in ends]
+    except Exception as error:
+        raise ExportError(f"{session.name} cannot run the file: {first_line(error)}.") from error
     logits = np.concatenate(parts, axis=1)
     # The padded text's tokens stand so much further right; those that it lost at the end are taken from the other.
     padded = np.concatenate([logits[1, padding:], logits[0, len(ids) - padding :]])

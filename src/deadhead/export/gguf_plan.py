@@ -9,7 +9,7 @@ Dimensions: D width, H heads, G key/value heads, E head width, F hidden units.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,11 +121,9 @@ def _shape(layer: Any, head_dim: int) -> LayerShape:
 
 def _written(shape: LayerShape, layer: Any, index: int, architecture: str) -> LayerShape:
     """Return the numbers in the file, where some layers that do nothing must be there as zeros."""
-    heads, kv_heads = shape.heads, shape.kv_heads
-    has_bias = not heads and layer.self_attn.o_proj.bias is not None
-    if not heads and (architecture != "deci" or index == 0 or has_bias):
-        heads = kv_heads = 1
-    return LayerShape(heads, kv_heads, shape.units or BLOCK)
+    if not shape.heads and (architecture != "deci" or index == 0 or layer.self_attn.o_proj.bias is not None):
+        shape = replace(shape, heads=1, kv_heads=1)
+    return replace(shape, units=shape.units or BLOCK)
 
 
 def _rope_factors(model: PreTrainedModel, kind: str) -> Tensor | None:

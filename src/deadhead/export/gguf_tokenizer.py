@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from deadhead.errors import InputError
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 # llama.cpp has the splitting of text into words compiled in, by name. What each name stands for in a tokenizer.json:
 # the pattern that words match, or None where ByteLevel splits by its own.
@@ -32,39 +28,11 @@ TEXTS = (
 """Texts that both tokenizers must give the same tokens."""
 
 
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """What of a tokenizer goes into a file: `split` is llama.cpp's name for the splitting into words.
-
-    Tokens and their types, as llama.cpp numbers them, come in the order of ids, merges in that of their rank; `special`
-    has the ids of bos, eos, pad and unk.
-    """
-
-    split: str
-    tokens: tuple[str, ...]
-    types: tuple[int, ...]
-    merges: tuple[str, ...]
-    special: dict[str, int]
-    adds_bos: bool
-    chat_template: str | None
-
-    def write(self, writer: GGUFWriter) -> None:
-        """Add it to a file that is being written."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.split)
-        writer.add_token_list(list(self.tokens))
-        writer.add_token_types(list(self.types))
-        writer.add_token_merges(list(self.merges))
-        writer.add_add_bos_token(self.adds_bos)
-        writer.add_add_eos_token(False)
-        for name, token in self.special.items():
-            getattr(writer, f"add_{name}_token_id")(token)
-        if self.chat_template is not None:
-            writer.add_chat_template(self.chat_template)
-
-
-def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GgufTokenizer:
+def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:
     """Read a fast tokenizer of a model with V tokens, which may be more than the tokenizer has.
+
+    Returns:
+        what goes into a file, by the names of the writer's methods without "add_".
 
     Raises:
         InputError: it is no byte-level BPE tokenizer, it splits text in a way that llama.cpp does not have, or it has
@@ -83,23 +51,25 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GgufT
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     # Without merges every byte is a token, wherever a word ends.
     split = _split_of(backend.get("pre_tokenizer")) if merges else "gpt-2"
-    tokens = _tokens(backend, vocab_size)
+    texts, types = zip(*_tokens(backend, vocab_size), strict=True)
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
     first: Any = tokenizer("a").input_ids[:1]
     template = getattr(tokenizer, "chat_template", None)
-    return GgufTokenizer(
-        split=split,
-        tokens=tuple(text for text, _ in tokens),
-        types=tuple(kind for _, kind in tokens),
-        merges=tuple(merges or [_IMPOSSIBLE_MERGE]),
-        special={name: token for name, token in special.items() if token is not None},
-        adds_bos=special["bos"] is not None and first == [special["bos"]],
-        chat_template=template if isinstance(template, str) else None,
-    )
+    return {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": split,
+        "token_list": list(texts),
+        "token_types": list(types),
+        "token_merges": merges or [_IMPOSSIBLE_MERGE],
+        "add_bos_token": special["bos"] is not None and first == [special["bos"]],
+        "add_eos_token": False,
+        **{f"{name}_token_id": token for name, token in special.items() if token is not None},
+        **({"chat_template": template} if isinstance(template, str) else {}),
+    }
 
 
 def _tokens(backend: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]:
-    """Return text and type of every token that the model has, in the order of their ids."""
+    """Return text and llama.cpp's type of every token that the model has, in the order of their ids."""
     tokens: dict[int, tuple[str, int]] = {token: (text, 1) for text, token in backend["model"]["vocab"].items()}
     for added in backend["added_tokens"]:
         tokens[added["id"]] = (added["content"], 3 if added["special"] else 4)

@@ -1,26 +1,56 @@
-"""Language models as functions of plain tensors, for exporters.
+"""Language models as functions of plain tensors, with the cache going in and coming out: the form that is exported.
 
 Dimensions: B texts, T new tokens, P tokens before, S = P + T, V vocabulary; G key/value heads and E their width, each
-layer's own.
+layer's own. In the All-attention Transformer's, M memory, and M + T columns that the new tokens can see together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from deadhead.errors import UnsupportedModel
-from deadhead.export.all_attention_graph import FlatAllAttention, cache_of
-from deadhead.export.flat_model import CacheTensor, FlatModel
 from deadhead.models import AllAttentionForCausalLM
+from deadhead.models.all_attention.adaptive import AdaptiveEmbedding
+from deadhead.models.all_attention.attention import Operands, eager_attention
+from deadhead.models.all_attention.positions import rotate
 from deadhead.models.pruned.structure import emptied
 
-_KINDS = ("key", "value")
+
+class FlatModel(nn.Module):
+    """A language model with its cache as tensors (B, G, P, E), the keys and the values of each layer that has heads.
+
+    `cache` has their G and E by name, such as "3.key"; `layers` are the layers they are of.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = tuple(cache)
+        self.cache = {
+            f"{layer}.{kind}": size
+            for layer, sizes in cache.items()
+            for kind, size in zip(("key", "value"), sizes, strict=True)
+        }
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the logits (B, T, V) and the cache with the new tokens.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, S), 0 where a position is padding.
+            position_ids: (B, T).
+            past: `cache`'s tensors.
+        """
+        raise NotImplementedError
 
 
 def flat_model(model: PreTrainedModel) -> FlatModel:
@@ -35,29 +65,31 @@ def flat_model(model: PreTrainedModel) -> FlatModel:
             "exported."
         )
     if isinstance(model, AllAttentionForCausalLM):
-        return FlatAllAttention(model, cache_of(model))
+        config = model.config
+        counts = {layer: len(config.layer_heads(layer)) for layer in range(config.num_hidden_layers)}
+        return _FlatAllAttention(
+            model, {layer: [(count, config.head_dim)] * 2 for layer, count in counts.items() if count}
+        )
     return _FlatHuggingFace(model, _cache_of(model))
 
 
 @torch.no_grad()
-def _cache_of(model: PreTrainedModel) -> list[CacheTensor]:
-    """Return the cache's tensors, by running the model once."""
+def _cache_of(model: PreTrainedModel) -> dict[int, list[tuple[int, int]]]:
+    """Return the sizes of each layer's keys and values, by running the model once."""
     cache = DynamicCache(config=model.config)
     empty = {getattr(module, "layer_idx", None) for module in emptied(model).values()}
     model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    found: list[CacheTensor] = []
+    found: dict[int, list[tuple[int, int]]] = {}
     for index, layer in enumerate(cache.layers):
-        tensors = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if any(not isinstance(tensor, Tensor) or tensor.ndim != 4 for tensor in tensors):
+        tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+        sizes = [(t.shape[1], t.shape[3]) for t in tensors if isinstance(t, Tensor) and t.ndim == 4]
+        if len(sizes) < 2:
             kind = type(layer).__name__
             raise UnsupportedModel(
                 f"Layer {index} of this model keeps a {kind}, not keys and values; such models are not exported."
             )
         if index not in empty:
-            found += [
-                CacheTensor(index, kind, tensor.shape[1], tensor.shape[3])  # type: ignore[union-attr]
-                for kind, tensor in zip(_KINDS, tensors, strict=True)
-            ]
+            found[index] = sizes
     return found
 
 
@@ -88,7 +120,7 @@ class _GivenCache(Cache):
 class _FlatHuggingFace(FlatModel):
     """A model of transformers; it is given its mask whole, so that none is made in a way that cannot be traced."""
 
-    def __init__(self, model: PreTrainedModel, cache: Sequence[CacheTensor]) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Mapping[int, Sequence[tuple[int, int]]]) -> None:
         super().__init__(model, cache)
         config: Any = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
@@ -108,11 +140,7 @@ class _FlatHuggingFace(FlatModel):
         new = input_ids.shape[1]
         before = attention_mask.shape[1] - new
         masks = {kind: self._mask(attention_mask, before, new, kind) for kind in self.kinds}
-        pairs = {
-            tensor.layer: (past[index], past[index + 1])
-            for index, tensor in enumerate(self.cache)
-            if tensor.kind == _KINDS[0]
-        }
+        pairs = dict(zip(self.layers, zip(past[::2], past[1::2], strict=True), strict=True))
         cache = _GivenCache(pairs, before, self.num_layers)
         logits = self.model(
             input_ids=input_ids,
@@ -121,8 +149,7 @@ class _FlatHuggingFace(FlatModel):
             past_key_values=cache,
             use_cache=True,
         ).logits
-        present = [cache.present[tensor.layer][_KINDS.index(tensor.kind)] for tensor in self.cache]
-        return (logits.float(), *present)
+        return (logits.float(), *(tensor for layer in self.layers for tensor in cache.present[layer]))
 
     def _mask(self, attention_mask: Tensor, before: int, new: int, kind: str) -> Tensor:
         """Return what is added to the scores, (B, 1, T, S)."""
@@ -135,3 +162,79 @@ class _FlatHuggingFace(FlatModel):
         seen = seen[None, None] & attention_mask.bool()[:, None, None, :]
         zero = torch.zeros((), dtype=self.model.dtype, device=attention_mask.device)
         return torch.where(seen, zero, torch.finfo(self.model.dtype).min)
+
+
+class _FlatAllAttention(FlatModel):
+    """The All-attention Transformer, and Transformer-XL: of the ways its attention has, the plain one.
+
+    Rotary positions are counted in columns, padding included: only their differences matter.
+    """
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        model: Any = self.model.model
+        config = self.model.config
+        new, memory = input_ids.shape[1], config.memory_length
+        before = past[0].shape[2] if past else attention_mask.shape[1] - new
+        hidden = _embed(model.embed_tokens, input_ids) * config.hidden_size**0.5
+        # Of the last M + T columns, where no token stands, those before the first token included.
+        absent = functional.pad(attention_mask[:, -(before + new) :] == 0, (memory, 0), value=True)[:, before:]
+        shared = (model.content_bias, model.position_bias) if hasattr(model, "content_bias") else None
+        positions_WD = model._positions(hidden)
+        u_HE = v_HE = r_HWE = None
+        given, present = iter(past), []
+        for layer in model.layers:
+            attention, attended = layer.attention, layer.norm(hidden)
+            if attention.heads:
+                projections = attention.q_proj, attention.k_proj, attention.v_proj
+                plain_queries, keys, values = (attention._project(part, attended, None) for part in projections)
+                queries = plain_queries
+                if attention.is_rotary:
+                    queries, keys = rotate(queries, before), rotate(keys, before)
+                keys, values = (torch.cat([next(given), tensor], dim=2) for tensor in (keys, values))
+                present += [keys, values]
+                keys, values = (functional.pad(tensor, (0, 0, memory, 0))[:, :, before:] for tensor in (keys, values))
+                if config.attend_initial_memory:
+                    blank = layer.norm(torch.zeros_like(hidden[0, 0]))
+                    keys, values = attention._with_blanks(keys, values, blank, absent, 0, before - memory, None)
+                if positions_WD is not None:
+                    u_HE, v_HE = attention._biases(shared)
+                    r_HWE = attention._project(attention.r_proj, positions_WD[None], None)[0]
+                persistent_k, persistent_v, z_N = attention._persistent(queries, None)
+                if not attention.num_persistent:
+                    # OpenVINO takes no empty tensors: one vector, which its gate keeps out of the softmax.
+                    persistent_k = persistent_v = queries.new_zeros((len(attention.heads), 1, attention.head_dim))
+                    z_N = queries.new_zeros(1)
+                operands = Operands(
+                    q_BHTE=queries,
+                    persistent_q_BHTE=plain_queries,
+                    k_BHSE=keys,
+                    v_BHSE=values,
+                    r_HWE=r_HWE,
+                    content_bias_HE=u_HE,
+                    position_bias_HE=v_HE,
+                    persistent_k_HNE=persistent_k,
+                    persistent_v_HNE=persistent_v,
+                    persistent_scale=attention.persistent_scale,
+                    window=memory + 1,
+                    padding_BS=None if config.attend_initial_memory else absent,
+                    z_N=z_N,
+                )
+                attended = eager_attention(operands)[0].flatten(-2)
+            hidden = layer.feed_forward(hidden + attention.o_proj(attended))
+        logits = self.model.lm_head(model.norm(hidden))
+        return (logits.float(), *present)
+
+
+def _embed(embedding: Any, input_ids: Tensor) -> Tensor:
+    """Look up every word in every band, where the model itself looks only into the band that it is in."""
+    if not isinstance(embedding, AdaptiveEmbedding):
+        hidden: Tensor = embedding(input_ids)
+        return hidden
+    parts = []
+    for (start, stop), table, projection in zip(embedding.bands, embedding.tables, embedding.projections, strict=True):
+        is_here = (input_ids >= start) & (input_ids < stop)
+        found = projection(table((input_ids - start).clamp(0, stop - start - 1)))
+        parts.append(torch.where(is_here[..., None], found, 0.0))
+    return torch.stack(parts).sum(0)

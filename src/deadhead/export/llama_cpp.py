@@ -32,8 +32,13 @@ def require_quantizer(kind: str) -> None:
         InputError: it is not, or does not.
     """
     require_extra("llama-cpp", "llama_cpp", what=f"Type {kind}, which llama.cpp's quantiser makes,")
-    if kind not in quantized_types():
-        raise InputError(f"A type was expected (f32, f16, {', '.join(quantized_types())}), but {kind!r} came.")
+    import llama_cpp
+
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    names = [name.removeprefix(prefix).lower() for name in dir(llama_cpp) if name.startswith(prefix)]
+    types = [name for name in names if name != "f16" and not name.startswith(_NOT_MADE)]
+    if kind not in types:
+        raise InputError(f"A type was expected (f32, f16, {', '.join(types)}), but {kind!r} came.")
 
 
 def read_logits(
@@ -49,8 +54,7 @@ def read_logits(
     """
     ids = {"prompt": prompt_T.tolist(), "rest": rest_C.tolist()}
     found = _run({"task": "logits", "path": str(path), **ids, "texts": list(texts)})
-    lengths = np.cumsum(found["lengths"])[:-1]
-    return found["logits"], [part.tolist() for part in np.split(found["tokens"], lengths)] if texts else []
+    return found["logits"], json.loads(found["tokens"].item())
 
 
 def quantize(path: Path, out: Path, kind: str) -> None:
@@ -60,15 +64,6 @@ def quantize(path: Path, out: Path, kind: str) -> None:
         ExportError: the quantiser failed.
     """
     _run({"task": "quantize", "path": str(path), "out": str(out), "kind": kind})
-
-
-def quantized_types() -> list[str]:
-    """Return the types that llama.cpp's quantiser knows."""
-    import llama_cpp
-
-    prefix = "LLAMA_FTYPE_MOSTLY_"
-    names = [name.removeprefix(prefix).lower() for name in dir(llama_cpp) if name.startswith(prefix)]
-    return [name for name in names if name != "f16" and not name.startswith(_NOT_MADE)]
 
 
 def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -116,8 +111,7 @@ def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
     texts = [model.tokenize(text.encode(), add_bos=False, special=False) for text in job["texts"]]
     return {
         "logits": np.array(model.scores[: len(ids) + len(rest)], dtype=np.float32),
-        "tokens": np.array([token for text in texts for token in text], dtype=np.int64),
-        "lengths": np.array([len(text) for text in texts], dtype=np.int64),
+        "tokens": np.array(json.dumps(texts)),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
-from deadhead.export.flat_model import FlatModel
+from deadhead.export.graphs import FlatModel
 
 FILE = "model.onnx"
 GENAI_FILE = "genai_config.json"
@@ -33,7 +33,7 @@ def write_onnx(model: FlatModel, path: Path) -> None:
         UnsupportedModel: PyTorch's exporter cannot trace the model.
     """
     total = _PAST + _NEW
-    past = tuple(torch.randn(_BATCH, tensor.heads, _PAST, tensor.width) for tensor in model.cache)
+    past = tuple(torch.randn(_BATCH, heads, _PAST, width) for heads, width in model.cache.values())
     positions = torch.arange(_PAST, total).expand(_BATCH, -1).contiguous()
     ids = torch.zeros((_BATCH, _NEW), dtype=torch.long)
     inputs = (ids, torch.ones((_BATCH, total), dtype=torch.long), positions, *past)
@@ -48,8 +48,13 @@ def write_onnx(model: FlatModel, path: Path) -> None:
                 inputs,
                 dynamo=True,
                 dynamic_shapes=shapes,
-                input_names=["input_ids", "attention_mask", "position_ids", *(t.past_name for t in model.cache)],
-                output_names=["logits", *(tensor.present_name for tensor in model.cache)],
+                input_names=[
+                    "input_ids",
+                    "attention_mask",
+                    "position_ids",
+                    *(f"past_key_values.{name}" for name in model.cache),
+                ],
+                output_names=["logits", *(f"present.{name}" for name in model.cache)],
                 opset_version=_OPSET,
                 verbose=False,
             )

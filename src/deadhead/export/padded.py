@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts import find_layout
@@ -58,12 +59,11 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
         key: heads_of(plan.unit, kept, *dense_heads(source[key])).queries if key in source else tuple(kept)
         for key, kept in plan.kept.items()
     }
-    for model_class, probe, is_dense in _candidates(model, source, blocks):
-        if not _fits(probe, model, source, blocks):
-            continue
-        made: PreTrainedModel = model_class._from_config(probe.config, dtype=model.dtype)
-        _fill(made, model, source, blocks, original if is_dense else None)
-        return made.eval()
+    for probe, is_dense in _candidates(model, source, blocks):
+        if _fits(probe, model, source, blocks):
+            made: PreTrainedModel = type(probe)._from_config(probe.config, dtype=model.dtype)
+            _fill(made, model, source, blocks, original if is_dense else None)
+            return made.eval()
     raise UnsupportedModel(
         f"{stock_class(type(model)).__name__} cannot be padded: no stock configuration fits its heads."
     )
@@ -71,8 +71,8 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
 
 def _candidates(
     model: PreTrainedModel, source: Mapping[Key, Attention], blocks: Mapping[Key, FeedForward]
-) -> Iterator[tuple[Any, PreTrainedModel, bool]]:
-    """Yield stock classes, models on the meta device, narrowest first, and whether each is as wide as the dense one."""
+) -> Iterator[tuple[PreTrainedModel, bool]]:
+    """Yield stock models on the meta device, narrowest first, and whether each is as wide as the dense one."""
     stock: Any = stock_class(type(model))
     stock_config: Any = stock_class(type(model.config))
     values = {key: value for key, value in model.config.to_dict().items() if key not in _OURS}
@@ -80,33 +80,29 @@ def _candidates(
     widest = max((found.num_heads // repeat for found in source.values()), default=1)
     units = max((found.width for found in blocks.values()), default=0)
     dense_heads = next((values[name] for name in _HEADS if name in values), 0)
+    forms: list[tuple[Any, Any, dict[str, Any]]] = [(stock, stock_config, {})]
+    if stock_config is LlamaConfig and not (values.get("attention_bias") or values.get("mlp_bias")):
+        forms.append((MistralForCausalLM, MistralConfig, {"sliding_window": None}))
     # Some configurations take a head's width though they do not name it.
     widths: list[dict[str, Any]] = [{}, *({"head_dim": found.head_dim} for found in list(source.values())[:1])]
     for count in range(widest, dense_heads // repeat + 1):
         changed = dict(values)
         for names, number in ((_HEADS, count * repeat), (_KV_HEADS, count), (_UNITS, units)):
             changed |= {name: number for name in names if name in changed and number}
-        forms: list[tuple[Any, Any, dict[str, Any]]] = [(stock, stock_config, {})]
-        if stock_config is LlamaConfig and not (values.get("attention_bias") or values.get("mlp_bias")):
-            forms.append((MistralForCausalLM, MistralConfig, {"sliding_window": None}))
-        for model_class, config_class, more in forms:
-            for width in widths:
-                probe = _probe(model_class, config_class, {**changed, **more, **width})
-                if probe is not None:
-                    yield model_class, probe, False
-    probe = _probe(stock, stock_config, values)
-    if probe is not None:
-        yield stock, probe, True
+        for (model_class, config_class, more), width in product(forms, widths):
+            for probe in _probe(model_class, config_class, {**changed, **more, **width}):
+                yield probe, False
+    for probe in _probe(stock, stock_config, values):
+        yield probe, True
 
 
-def _probe(model_class: Any, config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedModel | None:
-    """Return a model with these sizes on the meta device, or None where its configuration does not take them."""
+def _probe(model_class: Any, config_class: Any, fields: dict[str, Any]) -> list[PreTrainedModel]:
+    """Return a model with these sizes on the meta device, or none where its configuration does not take them."""
     try:
         with torch.device("meta"):
-            made: PreTrainedModel = model_class(config_class.from_dict(fields))
+            return [model_class(config_class.from_dict(fields))]
     except Exception:  # each class has its own way to refuse
-        return None
-    return made
+        return []
 
 
 def _fits(
@@ -118,8 +114,7 @@ def _fits(
     """Tell whether every layer's heads and hidden units have a place in a stock model, and all else is as it was."""
     targets = {found.key: found for found in find_attentions(probe)[0]}
     wider = {found.key: found for found in find_feed_forwards(probe)}
-    resized = {id(found.module.get_parameter(part.path)) for found in targets.values() for part in found.parts}
-    resized |= {id(found.module.get_parameter(name)) for found in wider.values() for name, *_ in found.tensors()}
+    resized = {id(tensor) for tensor in _unit_tensors(probe)}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return (
         all(
@@ -138,6 +133,14 @@ def _fits(
     )
 
 
+def _unit_tensors(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Yield the parameters with heads or hidden units in them."""
+    for attention in find_attentions(model)[0]:
+        yield from (attention.module.get_parameter(part.path) for part in attention.parts)
+    for block in find_feed_forwards(model):
+        yield from (block.module.get_parameter(name) for name, *_ in block.tensors())
+
+
 def _fill(
     made: PreTrainedModel,
     model: PreTrainedModel,
@@ -146,21 +149,17 @@ def _fill(
     original: Mapping[Any, Sequence[int]] | None,
 ) -> None:
     """Give the stock model the cut one's weights, and zeros where heads and hidden units are missing."""
-    filled: set[int] = set()
+    filled = {id(tensor.zero_()) for tensor in _unit_tensors(made)}
     for target in find_attentions(made)[0]:
-        for part in target.parts:
-            tensor = target.module.get_parameter(part.path).zero_()
-            filled.add(id(target.module.get_parameter(part.path)))
-            if (found := source.get(target.key)) is not None:
-                _place_heads(tensor, part, target, found, None if original is None else original[target.key])
+        if (found := source.get(target.key)) is not None:
+            for part in target.parts:
+                _place_heads(part, target, found, None if original is None else original[target.key])
     for wide in find_feed_forwards(made):
         narrow = blocks.get(wide.key)
-        for name, dim, _ in wide.tensors():
-            tensor = wide.module.get_parameter(name).zero_()
-            filled.add(id(wide.module.get_parameter(name)))
-            if narrow is not None and narrow.width:
+        if narrow is not None and narrow.width:
+            for name, dim, _ in wide.tensors():
                 rows = rows_of_units(wide, name, torch.arange(narrow.width))
-                tensor.index_copy_(dim, rows, narrow.module.get_parameter(name))
+                wide.module.get_parameter(name).index_copy_(dim, rows, narrow.module.get_parameter(name))
     given = model.state_dict(keep_vars=True)
     for name, tensor in made.state_dict(keep_vars=True).items():
         # What an emptied layer does not have any more, such as a norm that its heads shared, does nothing.
@@ -168,15 +167,15 @@ def _fill(
             tensor.copy_(given[name])
 
 
-def _place_heads(tensor: Tensor, part: Any, target: Attention, source: Attention, places: Sequence[int] | None) -> None:
+def _place_heads(part: Any, target: Attention, source: Attention, places: Sequence[int] | None) -> None:
     """Copy a part's rows from the cut module's heads to those of the stock module; without `places`, to the first."""
     places = range(source.num_heads) if places is None else places
     share, wide_share = source.num_heads // source.num_kv_heads, target.num_heads // target.num_kv_heads
-    moved = {("q", place): ("q", head) for head, place in enumerate(places)}
+    moved: dict[tuple[str, int], tuple[str, int]] = {}
     for head, place in enumerate(places):
-        for kind in "kv":
-            moved[kind, place // wide_share] = (kind, head // share)
-    old = source.module.get_parameter(part.path)
+        moved["q", place] = ("q", head)
+        moved |= {(kind, place // wide_share): (kind, head // share) for kind in "kv"}
+    tensor, old = (found.module.get_parameter(part.path) for found in (target, source))
     before = {head: row for row, head in enumerate(head_order(part.order, source.num_heads, source.num_kv_heads))}
     after = head_order(part.order, target.num_heads, target.num_kv_heads)
     each = tensor.shape[part.dim] // len(after)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates
-from deadhead.gates.penalty import Weighting, linear_warmup, unit_weights
+from deadhead.gates.penalty import Target, Weighting, unit_weights
 from deadhead.plans.kinds import BudgetKind
 from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
@@ -46,12 +45,11 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
-        low, high = {"sparsity": (0.0, 1.0), "speedup": (1.0, 1000.0)}.get(self.kind, (0.0, 1.0))
-        wrong_end = self.value == (1.0 if self.kind == "sparsity" else 0.0)
-        if not low <= self.value <= high or wrong_end:
-            rule = {"sparsity": "at least 0 and below 1", "speedup": "at least 1"}.get(
-                self.kind, "above 0 and at most 1, as a share of the dense model's"
-            )
+        fits, rule = {
+            "sparsity": (0 <= self.value < 1, "at least 0 and below 1"),
+            "speedup": (1 <= self.value <= 1000, "at least 1"),
+        }.get(self.kind, (0 < self.value <= 1, "above 0 and at most 1, as a share of the dense model's"))
+        if not fits:
             raise InputError(f"A budget of {self.kind} must be {rule}, but it is {self.value}.")
 
     @property
@@ -61,11 +59,8 @@ class Budget:
 
     def reached(self, share: float) -> float:
         """Return what a model reaches of the budget, in the budget's own terms, given the share of the cost left."""
-        if self.kind == "sparsity":
-            return 1.0 - share
-        if self.kind == "speedup":
-            return 1.0 / share if share else math.inf
-        return share
+        speedup = 1.0 / share if share else math.inf
+        return {"sparsity": 1.0 - share, "speedup": speedup}.get(self.kind, share)
 
     def require_reachable(self, costs: UnitCosts, *, has_blocks: bool) -> None:
         """Check that the model without any unit costs no more than may be left.
@@ -84,7 +79,7 @@ class Budget:
             )
 
 
-class BudgetTarget:
+class BudgetTarget(Target):
     """Holds what gates cost in expectation on a straight ramp to a budget.
 
     The sparsity loss is Σ c_u P(open_u) with c_u what unit u costs, and its λ a Lagrange multiplier: after each step
@@ -97,29 +92,18 @@ class BudgetTarget:
         ramp_steps: steps until the ramp has reached it.
     """
 
-    exact = False
-
     def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int) -> None:
         if not 0 < share <= 1:
             raise InputError(f"The share of the cost that is to be left must be above 0 and at most 1, but is {share}.")
+        super().__init__(share, ramp_steps)
         self.costs = costs
-        self.share = share
-        self.ramp_steps = ramp_steps
-        # The share that is left where the ramp begins.
-        self.start: float | None = None
-
-    def wanted(self, step: int, gates: HeadGates) -> float:
-        """Return the share of the dense cost that draws are to have after `step` steps."""
-        if self.start is None:
-            self.start = max(self.expected(gates) / self.costs.total, self.share)
-        return self.start + (self.share - self.start) * linear_warmup(step, self.ramp_steps)
 
     def expected(self, gates: HeadGates) -> float:
         """Return what draws cost in expectation."""
-        return self.costs.of({key: float(p_H.sum()) for key, p_H in self._probabilities(gates).items()})
+        return self.costs.of(self._counts(gates))
 
-    def prepare(self, gates: HeadGates, step: int) -> None:
-        """Do nothing before a step's draws: each gate decides alone."""
+    def _first_share(self, gates: HeadGates) -> float:
+        return max(self.expected(gates) / self.costs.total, self.share)
 
     @torch.no_grad()
     def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
@@ -161,8 +145,7 @@ class BudgetTarget:
 
     def _slopes(self, gates: HeadGates) -> dict[UnitKey, float]:
         """Return by key what a unit costs at the expected counts, 1 on average."""
-        counts = {key: float(p_H.sum()) for key, p_H in self._probabilities(gates).items()}
-        slopes = self.costs.slopes(counts)
+        slopes = self.costs.slopes(self._counts(gates))
         units = {key: gates.gates[key].num_heads for key in slopes}
         variable = self.costs.total - self.costs.fixed
         mean = variable / max(sum(len(table) - 1 for table in self.costs.tables.values()), 1)
@@ -176,16 +159,8 @@ class BudgetTarget:
         average = sum(found[key] * units[key] for key in found) / max(sum(units.values()), 1)
         return {key: slope / average for key, slope in found.items()} if average else found
 
-    def _probabilities(self, gates: HeadGates) -> dict[UnitKey, Tensor]:
-        return {key: gates.gates[key].open_probability.cpu() for key in self.costs.tables}
-
-    def state(self) -> dict[str, Any]:
-        """Return what must be saved to go on exactly here."""
-        return {"start": self.start}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.start = state["start"]
+    def _counts(self, gates: HeadGates) -> dict[UnitKey, float]:
+        return {key: float(gates.gates[key].open_probability.cpu().sum()) for key in self.costs.tables}
 
 
 def plan_within(

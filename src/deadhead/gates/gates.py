@@ -14,7 +14,6 @@ from torch import Tensor
 from deadhead.errors import InputError
 from deadhead.gates.hard_concrete import GateConfig, l0_probability
 from deadhead.gates.head_gate import HeadGate
-from deadhead.gates.output_difference import average_over_processes
 from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import BlockPlan, HeadPlan, Unit, UnitKey
 from deadhead.plans.scores import HeadScores
@@ -72,7 +71,7 @@ class HeadGates:
         """
         self._step, self._micro_batch = step, 0
         for gate in self.gates.values():
-            gate.output_difference.begin_step()
+            gate.measured = []
         self.gather()
 
     def draw(self) -> None:
@@ -102,16 +101,31 @@ class HeadGates:
         Measuring takes as long as a projection and does not change the training.
         """
         for gate in self.gates.values():
-            gate.output_difference.is_tracked = on
+            gate.tracks_difference = on
 
     @property
     def tracks_difference(self) -> bool:
         """Whether output differences are measured in training."""
-        return any(gate.output_difference.is_tracked for gate in self.gates.values())
+        return any(gate.tracks_difference for gate in self.gates.values())
 
+    @torch.no_grad()
     def average_difference(self) -> None:
-        """Take the output differences of this step over the tokens of all processes, which must all call this."""
-        average_over_processes(gate.output_difference for gate in self.gates.values())
+        """Take the output differences of this step over the tokens of all processes, as one with all rows would.
+
+        All processes must call this together, before the step ends.
+        """
+        measuring = [gate for gate in self.gates.values() if gate.measured]
+        if not measuring:
+            return
+        measured = [sums for gate in measuring for sums in gate.measured]
+        summed = torch.cat(measured)
+        torch.distributed.all_reduce(summed)
+        parts = iter(summed.split([len(sums) for sums in measured]))
+        for gate in measuring:
+            gate.difference.copy_(gate.before)
+            for sums in [next(parts) for _ in gate.measured]:
+                gate.add_difference(sums[:-1], sums[-1])
+            gate.measured = []
 
     def gather(self) -> None:
         """Bring the copies of sharded gates up to date, in all processes together; without FSDP2 nothing is done.
@@ -169,11 +183,7 @@ class HeadGates:
     def plan_of(self, kept: Mapping[UnitKey, Sequence[int]]) -> HeadPlan:
         """Return the plan that keeps some units, given by key."""
         return HeadPlan.of_units(
-            kept,
-            self.total,
-            unit=self.unit,
-            output_scale=self.config.output_scale,
-            block_size=self.block_size,
+            kept, self.total, unit=self.unit, output_scale=self.config.output_scale, block_size=self.block_size
         )
 
     def scores(self) -> HeadScores:
@@ -211,8 +221,7 @@ class HeadGates:
             InputError: the plan is of another model or unit, or keeps a head that was cut before.
         """
         units = self.require_plan(plan)
-        config = replace(self.config, output_scale=plan.output_scale)
-        self.config = config
+        self.config = config = replace(self.config, output_scale=plan.output_scale)
         for key, gate in self:
             kept = set(units[key])
             # Beyond saturation soft gates are exactly 0 or 1 too, so the plan holds exactly for both kinds.
@@ -245,8 +254,7 @@ class HeadGates:
         if plan.blocks is not None:
             self._require_blocks(plan.blocks)
         for key, heads in self.heads.items():
-            gone = sorted(set(units[key]) - set(heads))
-            if gone:
+            if gone := sorted(set(units[key]) - set(heads)):
                 what = key.kind
                 raise InputError(
                     f"The head plan keeps {what} {gone[0]} of layer {key.layer}, but that {what} was cut before."

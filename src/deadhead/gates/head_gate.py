@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from deadhead.errors import InputError
 from deadhead.gates.hard_concrete import GateConfig, gate_values, soft_values
-from deadhead.gates.output_difference import OutputDifference
-from deadhead.gates.sharding import is_sharded, overwrite, whole
+from deadhead.gates.sharding import is_sharded, share_out, whole
+
+# Weight of the newest measurement in the running average.
+_RATE = 0.4
 
 
 class HeadGate(nn.Module):
@@ -21,6 +23,10 @@ class HeadGate(nn.Module):
     stays float32 whatever the model is cast to.
 
     Under FSDP2 the parameter is a slice for each process, and every process has a copy of the whole (see `gather`).
+
+    The buffer `difference`, (H,), is the running average of the heads' output differences (see `relative_difference`),
+    measured in some training forwards; 0 if nothing was measured yet. With several processes each measures its own
+    batches, and `HeadGates.average_difference` puts their mean in place.
 
     Args:
         num_heads: H, heads this layer has now.
@@ -38,7 +44,12 @@ class HeadGate(nn.Module):
         self.log_alpha_bias = nn.Parameter(torch.full((num_heads,), config.init / config.lr_scale))
         self.register_buffer("noise", torch.full((num_heads,), 0.5), persistent=False)
         self.register_buffer("difference", torch.zeros(num_heads))
-        self.output_difference = OutputDifference(self)
+        self.tracks_difference = False
+        # Whether the next forward measures.
+        self.is_due = False
+        # With several processes: what this one measured in this step, and the average that the step began with.
+        self.measured: list[Tensor] = []
+        self.before = self.difference
         self._computes_all = True
         # All of a sharded parameter.
         self._gathered: Tensor | None = None
@@ -114,16 +125,40 @@ class HeadGate(nn.Module):
         """
         self.noise.copy_(noise)
         self._computes_all = measure
-        self.output_difference.is_due = measure and self.output_difference.is_tracked
+        self.is_due = measure and self.tracks_difference
 
+    @torch.no_grad()
+    def measure(self, alone_H: Tensor, together: Tensor) -> None:
+        """Update the output differences by one batch of this process, given sums of squares over its tokens.
+
+        Args:
+            alone_H: Σ ‖W_O^h a_h‖², shape (H,).
+            together: Σ ‖Σ_open W_O a‖², 0-dimensional.
+        """
+        # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
+        self.is_due = False
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            if not self.measured:
+                self.before = self.difference.clone()
+            self.measured.append(torch.cat([alone_H, together[None]]))
+        self.add_difference(alone_H, together)
+
+    def add_difference(self, alone_H: Tensor, together: Tensor) -> None:
+        """Let sums as for `measure` join the running average."""
+        first = not bool(self.difference.any())
+        self.difference.lerp_(relative_difference(alone_H, together), 1.0 if first else _RATE)
+
+    @torch.no_grad()
     def set_log_alpha(self, values: Tensor) -> None:
         """Overwrite log_alpha, shape (H,); all processes write the same."""
-        with torch.no_grad():
-            self.set_stored(values / self.config.lr_scale)
+        self.set_stored(values / self.config.lr_scale)
 
+    @torch.no_grad()
     def set_stored(self, values: Tensor) -> None:
         """Overwrite the parameter as it is stored, shape (H,); all processes write the same."""
-        overwrite(self.log_alpha_bias, values)
+        parameter = self.log_alpha_bias
+        parameter.copy_(share_out(values.to(parameter.device, parameter.dtype), parameter))
         if is_sharded(self.log_alpha_bias):
             self._gathered = values.detach().to(self.log_alpha_bias.device, copy=True).requires_grad_()
 
@@ -137,3 +172,9 @@ class HeadGate(nn.Module):
             return z_H, z_H.new_ones(())
         num_open = (z_H.detach() > 0).sum().clamp(min=1)
         return z_H, self.num_heads / num_open.to(z_H.dtype)
+
+
+@torch.no_grad()
+def relative_difference(alone_H: Tensor, together: Tensor) -> Tensor:
+    """Return d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, from the sums of squares, (H,)."""
+    return (alone_H / together.clamp(min=1e-12)).clamp(min=0).sqrt().clamp(max=1e3)

@@ -38,21 +38,15 @@ def difference_weights(difference_H: Tensor) -> Tensor:
 
 def unit_weights(gate: HeadGate, weighting: Weighting) -> Tensor:
     """Return the weights w of a layer's units in the sparsity loss, (H,)."""
-    if weighting == "plain":
-        return torch.ones_like(gate.difference)
-    return difference_weights(gate.difference)
+    return torch.ones_like(gate.difference) if weighting == "plain" else difference_weights(gate.difference)
 
 
 def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
     """Return Σ w P(z > 0) over all heads (paper, the L0 term), and blocks by their cost, with gradient (0-dim.)."""
     if weighting == "plain" or not len(gates):
         return gates.l0()
-    return torch.stack(
-        [
-            (unit_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config)).sum() * gate.cost
-            for _, gate in gates
-        ]
-    ).sum()
+    chances = [unit_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config) for _, gate in gates]
+    return torch.stack([p_H.sum() * gate.cost for p_H, (_, gate) in zip(chances, gates, strict=True)]).sum()
 
 
 def linear_warmup(step: int, warmup_steps: int) -> float:
@@ -60,7 +54,39 @@ def linear_warmup(step: int, warmup_steps: int) -> float:
     return 1.0 if warmup_steps <= 0 else min(1.0, step / warmup_steps)
 
 
-class SparsityTarget:
+class Target:
+    """A straight ramp, from the share where the gates are to a given one."""
+
+    exact = False
+
+    def __init__(self, share: float, ramp_steps: int) -> None:
+        self.share = share
+        self.ramp_steps = ramp_steps
+        # The share where the ramp begins.
+        self.start: float | None = None
+
+    def _first_share(self, gates: HeadGates) -> float:
+        raise NotImplementedError
+
+    def wanted(self, step: int, gates: HeadGates) -> float:
+        """Return the share that draws are to have after `step` steps."""
+        if self.start is None:
+            self.start = self._first_share(gates)
+        return self.start + (self.share - self.start) * linear_warmup(step, self.ramp_steps)
+
+    def prepare(self, gates: HeadGates, step: int) -> None:
+        """Do nothing before a step's draws: each gate decides alone."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what must be saved to go on exactly here."""
+        return {"start": self.start}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.start = state["start"]
+
+
+class SparsityTarget(Target):
     """Holds the share of heads that draws leave out, in expectation, on a straight ramp to a target.
 
     A multiplier in place of a fixed λ: after each step log_alpha of all heads moves by w times one number, the one that
@@ -80,19 +106,14 @@ class SparsityTarget:
             raise InputError(f"The target sparsity must be at least 0 and below 1, but it is {sparsity}.")
         if ranking not in ("global", "layer"):
             raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
-        self.sparsity = sparsity
-        self.ramp_steps = ramp_steps
+        super().__init__(sparsity, ramp_steps)
         self.ranking: Ranking = ranking
         self.exact = exact
-        # The share left out where the ramp begins.
-        self.start: float | None = 0.0 if exact else None
+        self.start = 0.0 if exact else None
 
-    def wanted(self, step: int, gates: HeadGates) -> float:
-        """Return the share of heads that draws are to leave out after `step` steps."""
-        if self.start is None:
-            open_now = torch.cat([p_H for key, p_H in gates.open_probability().items() if key.kind == "head"])
-            self.start = min(1.0 - float(open_now.mean()), self.sparsity)
-        return self.start + (self.sparsity - self.start) * linear_warmup(step, self.ramp_steps)
+    def _first_share(self, gates: HeadGates) -> float:
+        open_now = torch.cat([p_H for key, p_H in gates.open_probability().items() if key.kind == "head"])
+        return min(1.0 - float(open_now.mean()), self.share)
 
     def prepare(self, gates: HeadGates, step: int) -> None:
         """Tell the gates, before the draws of `step` (counted from 0), how many of them are to be open."""
@@ -126,14 +147,6 @@ class SparsityTarget:
         kinds = [[gate for key, gate in gates if key.kind == kind] for kind in ("head", "block")]
         return [gates_of_kind for gates_of_kind in kinds if gates_of_kind]
 
-    def state(self) -> dict[str, Any]:
-        """Return what must be saved to go on exactly here."""
-        return {"start": self.start}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.start = state["start"]
-
 
 def _count(group: Sequence[HeadGate], share: float) -> int:
     total = sum(gate.num_heads for gate in group)
@@ -152,10 +165,8 @@ def _moved_to(values: Tensor, weights: Tensor, count: float, gate: HeadGate) -> 
     low, high = -8 * bound, 8 * bound
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if float(torch.sigmoid(moved(middle) - offset).sum()) > count:
-            high = middle
-        else:
-            low = middle
+        is_above = float(torch.sigmoid(moved(middle) - offset).sum()) > count
+        low, high = (low, middle) if is_above else (middle, high)
     return moved((low + high) / 2)
 
 

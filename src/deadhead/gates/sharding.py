@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from deadhead.errors import InputError
@@ -29,12 +28,6 @@ def share_out(values: Tensor, like: Tensor) -> Tensor:
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     return distribute_tensor(values, mesh, placements, src_data_rank=None)
-
-
-def overwrite(parameter: Tensor, values: Tensor) -> None:
-    """Overwrite a parameter, sharded or not, with `values`, which every process has whole."""
-    with torch.no_grad():
-        parameter.copy_(share_out(values.to(parameter.device, parameter.dtype), parameter))
 
 
 def require_whole(parameters: Iterable[Tensor], what: str) -> None:

@@ -2,23 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from deadhead.layouts.base import Layout, Selection, Site, head_columns
-from deadhead.layouts.feed_forward import FeedForwardSite, feed_forward_selections, feed_forward_sites
-from deadhead.layouts.persistent import PERSISTENT, PersistentSite, persistent_selections, persistent_sites
+from deadhead.layouts.feed_forward import feed_forward_sites
 from deadhead.models import OWN_TYPES
-from deadhead.models.all_attention.layer import AllAttention, OutputBias
-from deadhead.models.all_attention.layer import FeedForward as FeedForwardLayer
+from deadhead.models.all_attention.layer import AllAttention
 from deadhead.models.all_attention.modeling import AllAttentionModel
 from deadhead.models.pruned.feed_forward import FeedForward
-from deadhead.models.pruned.structure import keep_rows
+from deadhead.models.pruned.structure import OutputBias
+from deadhead.plans.block_size import choose_block_size
 from deadhead.plans.plan import HeadPlan, Unit
+
+_PERSISTENT = ("persistent_k", "persistent_v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSite(Site):
+    """The heads of a layer. Persistent vectors belong to their head and to their block: they go with either."""
+
+    module: AllAttention
+
+    def selections(self, units: tuple[int, ...]) -> list[Selection]:
+        """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O."""
+        names = {name for name, _ in self.module.named_parameters()}
+        local = torch.tensor([self.units.index(head) for head in units], dtype=torch.long)
+        wide = self.rows(units)
+        # W_R is applied once a pass to the table of positions, not to tokens.
+        rows = ["r_proj.weight", *(f"{letter}_proj.bias" for letter in "qkvr")]
+        single = ["content_bias", "position_bias", *_PERSISTENT]
+        projections = [(f"{letter}_proj.weight", 0) for letter in "qkv"] + [("o_proj.weight", 1)]
+        return [
+            *(Selection(path=name, dim=dim, index=wide, per_token=True) for name, dim in projections),
+            *(Selection(path=name, dim=0, index=wide, per_token=False) for name in rows if name in names),
+            *(Selection(path=name, dim=0, index=local, per_token=False) for name in single if name in names),
+        ]
+
+    def shrink(self, units: tuple[int, ...]) -> None:
+        """Select the rows that are left; a layer without any keeps nothing but the bias b_O."""
+        super().shrink(units)
+        module, output = self.module, cast(Any, self.output)
+        module.heads = units
+        if units:
+            return
+        for name, _ in [*module.named_children(), *module.named_parameters(recurse=False)]:
+            delattr(module, name)
+        module.o_proj = OutputBias(head_columns(output).shape[0], output.bias)
+        module.num_persistent = 0
+
+    def context_flops(self, length: int) -> Mapping[str, float]:
+        """Count scores and weighted sums: 2 FLOPs a multiply-add, twice for content, once more for positions."""
+        config = self.module.config
+        width, window = config.head_dim * len(self.module.heads), min(length, config.memory_length) + 1
+        # Positions are scored for the whole window before those outside the text are left out.
+        position = 0 if config.position == "rotary" else 2 * (config.memory_length + 1) * width
+        return {"context": 4.0 * window * width, "position": float(position), **_persistent_flops(self.module)}
+
+    def cache_values(self, length: int) -> int:
+        """Count keys and values of at most M positions."""
+        return 2 * self.unit_dim * len(self.units) * min(length, self.module.config.memory_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersistentSite(Site):
+    """The persistent vectors of a layer: block j is the j-th run of `unit_dim` of them in every head that is left.
+
+    A layer without heads has no persistent vectors and so no blocks, whatever a plan says of them.
+    """
+
+    module: AllAttention
+
+    def selections(self, units: tuple[int, ...]) -> list[Selection]:
+        """Return what is left of m^k and m^v."""
+        index, names = self.rows(units), self.module._parameters
+        return [Selection(path=path, dim=1, index=index, per_token=False) for path in _PERSISTENT if path in names]
+
+    def shrink(self, units: tuple[int, ...]) -> None:
+        """Select the vectors that are left. A module that has lost its heads has none anyway."""
+        super().shrink(units)
+        if self.module.heads:
+            self.module.num_persistent = len(units) * self.unit_dim
+            for path in _PERSISTENT if not units else ():
+                delattr(self.module, path)
+
+    def context_flops(self, length: int) -> Mapping[str, float]:
+        """Count scores and weighted sums."""
+        return _persistent_flops(self.module)
+
+
+def _persistent_flops(module: AllAttention) -> dict[str, float]:
+    persistent_k = module._parameters.get("persistent_k")
+    return {"persistent": 0.0 if persistent_k is None else 4.0 * persistent_k.numel()}
 
 
 class AllAttentionLayout(Layout):
@@ -32,127 +111,57 @@ class AllAttentionLayout(Layout):
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return the attention module of every layer."""
         return [
-            Site(
+            HeadSite(
                 layer=index,
-                module=attention,
+                module=layer.attention,
                 output_path="o_proj",
                 unit_dim=model.config.head_dim,
-                units=attention.heads,
+                units=layer.attention.heads,
                 total=model.config.num_attention_heads,
             )
-            for index, attention in enumerate(_attentions(model))
+            for index, layer in enumerate(_layers(model))
         ]
 
     def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
         """Return the feed-forward layers of a Transformer-XL, or the persistent vectors of every layer."""
         plan = self.recorded_plan(model)
         recorded = None if plan is None else plan.blocks
-        if not model.config.feed_forward_size:
-            return [*persistent_sites(_attentions(model), size, recorded)]
-        found = [
-            FeedForward(
-                key=index,
-                path=f"layers.{index}.feed_forward",
-                module=layer.feed_forward,
-                inputs=("up_proj",),
-                output_path="down_proj",
-                width=layer.feed_forward.width,
-                copies=1,
-            )
-            for index, layer in enumerate(_layers(model))
-        ]
-        return [*feed_forward_sites(found, size, recorded)]
-
-    def selections(self, site: Site, units: tuple[int, ...]) -> Sequence[Selection]:
-        """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O.
-
-        Persistent vectors belong to their head and to their block: they go with either.
-        """
-        if isinstance(site, FeedForwardSite):
-            return feed_forward_selections(site, units)
-        if isinstance(site, PersistentSite):
-            return persistent_selections(site, units)
-        names = {name for name, _ in site.module.named_parameters()}
-        width = site.unit_dim
-        local = torch.tensor([site.units.index(head) for head in units], dtype=torch.long)
-        wide = (local[:, None] * width + torch.arange(width)).flatten()
-        # W_R is applied once a pass to the table of positions, not to tokens.
-        rows = ["r_proj.weight", *(f"{letter}_proj.bias" for letter in "qkvr")]
-        single = ["content_bias", "position_bias", "persistent_k", "persistent_v"]
-        projections = [(f"{letter}_proj.weight", 0) for letter in "qkv"] + [("o_proj.weight", 1)]
+        layers, dense = _layers(model), model.config.num_persistent
+        if model.config.feed_forward_size:
+            inner = [layer.feed_forward for layer in layers]
+            found = [
+                FeedForward(index, f"layers.{index}.feed_forward", module, ("up_proj",), "down_proj", module.width, 1)
+                for index, module in enumerate(inner)
+            ]
+            return feed_forward_sites(found, size, recorded)
+        # A checkpoint's own code that is older than these gates would not read them.
+        if not dense or not all(hasattr(layer.attention, "num_persistent") for layer in layers):
+            return []
+        size = choose_block_size([dense] * len(layers), size, recorded)
+        every = dict.fromkeys(range(len(layers)), range(dense // size)) if recorded is None else recorded.kept
         return [
-            *(Selection(path=name, dim=dim, index=wide, per_token=True) for name, dim in projections),
-            *(Selection(path=name, dim=0, index=wide, per_token=False) for name in rows if name in names),
-            *(Selection(path=name, dim=0, index=local, per_token=False) for name in single if name in names),
+            PersistentSite(
+                layer=index,
+                module=layer.attention,
+                output_path=None,
+                unit_dim=size,
+                units=tuple(every[index]) if layer.attention.heads else (),
+                total=dense // size,
+                has_blocks=True,
+                is_headless=not layer.attention.heads,
+            )
+            for index, layer in enumerate(layers)
         ]
-
-    @torch.no_grad()
-    def shrink(self, site: Site, units: tuple[int, ...]) -> None:
-        """Select the rows that are left; a layer without any keeps nothing but the bias b_O."""
-        for part in self.selections(site, units):
-            keep_rows(site.module, part.path, part.dim, part.index)
-        module = cast(AllAttention, site.module)
-        if isinstance(site, PersistentSite):
-            # A module that has lost its heads has no such vectors anyway.
-            if module.heads:
-                module.num_persistent = len(units) * site.unit_dim
-                for path in PERSISTENT if not units else ():
-                    delattr(module, path)
-            return
-        output_bias = OutputBias(head_columns(site.output).shape[0])
-        output_bias.bias = site.output.bias  # type: ignore[assignment]
-        if isinstance(site, FeedForwardSite):
-            inner = cast(FeedForwardLayer, site.module)
-            inner.width = len(units) * site.unit_dim
-            if not units:
-                del inner.up_proj
-                inner.down_proj = output_bias
-            return
-        module.heads = units
-        if units:
-            return
-        for name in [name for name, _ in module.named_children()]:
-            delattr(module, name)
-        for name in [name for name, _ in module.named_parameters(recurse=False)]:
-            delattr(module, name)
-        module.o_proj = output_bias
-        module.num_persistent = 0
 
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
         """Write the plan under `head_plan` of the configuration.
 
         Persistent vectors are gone with the heads of their layer, so there no blocks are left, whatever the plan says.
         """
-        if plan.blocks is not None and not model.config.feed_forward_size:
-            kept = {layer: blocks if plan.kept[layer] else () for layer, blocks in plan.blocks.kept.items()}
-            plan = replace(plan, blocks=replace(plan.blocks, kept=kept))
-        model.config.head_plan = plan.to_dict()
-
-    def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
-        """Count scores and weighted sums: 2 FLOPs a multiply-add, twice for content, once more for positions."""
-        if isinstance(site, FeedForwardSite):
-            return {}
-        module = cast(AllAttention, site.module)
-        config = module.config
-        width = config.head_dim * len(module.heads)
-        persistent_k = module._parameters.get("persistent_k")
-        persistent = {"persistent": 4.0 * (0 if persistent_k is None else persistent_k.shape[1]) * width}
-        if isinstance(site, PersistentSite):
-            return persistent
-        window = min(length + 1, config.memory_length + 1)
-        # Positions are scored for the whole window before those outside the text are left out.
-        position = 0 if config.position == "rotary" else 2 * (config.memory_length + 1) * width
-        return {"context": 4.0 * window * width, "position": float(position), **persistent}
-
-    def cache_values(self, site: Site, length: int) -> int:
-        """Count keys and values of at most M positions."""
-        if site.has_blocks:
-            return 0
-        return 2 * site.unit_dim * len(site.units) * min(length, cast(AllAttention, site.module).config.memory_length)
-
-
-def _attentions(model: PreTrainedModel) -> list[AllAttention]:
-    return [layer.attention for layer in _layers(model)]
+        super().record_plan(model, plan)
+        blocks = model.config.head_plan.get("blocks")
+        if blocks is not None and not model.config.feed_forward_size:
+            blocks["kept"] = {layer: kept if plan.kept[int(layer)] else [] for layer, kept in blocks["kept"].items()}
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:

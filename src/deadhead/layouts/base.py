@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
-from deadhead.models.pruned.structure import output_dim, weight_of
+from deadhead.models.pruned.feed_forward import block_rows
+from deadhead.models.pruned.structure import keep_rows, output_dim, weight_of
 from deadhead.plans.plan import HeadPlan, Layer, Unit, UnitKey
 
 # Names of gates in a module.
@@ -22,46 +24,58 @@ HEAD_GATE, BLOCK_GATE = "head_gate", "block_gate"
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is left of one tensor of a module when some of its units go.
+    """What is left of one tensor of a module when some of its units go."""
 
-    Args:
-        path: name of the parameter, from the module, such as ``q_proj.weight``.
-        dim: the dimension along which units lie.
-        index: (n,) the rows along `dim` that stay, in their new order.
-        per_token: whether every number in it takes part in one multiply-add for each token, as a projection's do.
-    """
-
-    path: str
-    dim: int
-    index: Tensor
-    per_token: bool
+    path: str  # name of the parameter, from the module, such as q_proj.weight
+    dim: int  # along which units lie
+    index: Tensor  # (n,) the rows along `dim` that stay, in their new order
+    per_token: bool  # whether every number in it takes part in one multiply-add for each token, as a projection's do
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
-    """One module with units, heads or blocks, that can be gated and cut.
-
-    Args:
-        layer: the plan's key of the layer.
-        module: the module.
-        output_path: name of the output projection in `module`; its input is the units' outputs side by side, which the
-            gates multiply. None where the module reads its gate itself.
-        unit_dim: E, width of one unit in that input; of a block, how many hidden units or persistent vectors it has.
-        units: indices, in the original dense model, of the units there are now; () for an emptied one.
-        total: units of the original dense model.
-        has_blocks: whether its units are blocks, not heads.
-        is_headless: whether its units went with the last head of its layer. A plan that keeps some is obeyed all the
-            same: there is nothing left to keep.
-    """
+class Site(ABC):
+    """One module with units, heads or blocks, that can be gated and cut."""
 
     layer: Layer
     module: nn.Module
+    # Name of the output projection in `module`; its input is the units' outputs side by side, which the gates multiply.
+    # None where the module reads its gate itself.
     output_path: str | None
-    unit_dim: int
-    units: tuple[int, ...]
-    total: int
-    has_blocks: bool = False
+    unit_dim: int  # E, width of one unit in that input; of a block, how many hidden units or persistent vectors it has
+    units: tuple[int, ...]  # indices, in the dense model, of the units there are now; () for an emptied one
+    total: int  # units of the dense model
+    has_blocks: bool = False  # whether its units are blocks, not heads
+    # Whether its units went with the last head of its layer. A plan that keeps some is obeyed all the same.
     is_headless: bool = False
+
+    @abstractmethod
+    def selections(self, units: tuple[int, ...]) -> Sequence[Selection]:
+        """Return what is left of every tensor with units in it, the output projection included, if `units` stay."""
+
+    def observe(self) -> Callable[[], None]:
+        """Begin to watch the module, which is about to run, for what `shrink` must know; return what ends it."""
+        return lambda: None
+
+    @torch.no_grad()
+    def shrink(self, units: tuple[int, ...]) -> None:
+        """Take all but `units` out of the module, in place."""
+        for part in self.selections(units):
+            keep_rows(self.module, part.path, part.dim, part.index)
+
+    def context_flops(self, length: int) -> Mapping[str, float]:
+        """Return the FLOPs all units spend for one query outside their projections, by the part that spends them.
+
+        The query has `length` positions before it in the text.
+        """
+        return {}
+
+    def cache_values(self, length: int) -> int:
+        """Return how many numbers the module keeps in the key/value cache after `length` positions."""
+        return 0
+
+    def rows(self, units: tuple[int, ...]) -> Tensor:
+        """Return the places that some units' rows have among those there are now, (units · unit_dim,)."""
+        return block_rows([self.units.index(unit) for unit in units], self.unit_dim)
 
     @property
     def key(self) -> UnitKey:
@@ -131,36 +145,17 @@ class Layout(ABC):
         blocks = [] if block_size is None else self.block_sites(model, block_size)
         return [*self.sites(model, unit), *blocks]
 
-    @abstractmethod
-    def selections(self, site: Site, units: tuple[int, ...]) -> Sequence[Selection]:
-        """Return what is left of every tensor with units in it, the output projection included, if `units` stay."""
-
-    def observe(self, site: Site) -> Callable[[], None]:
-        """Begin to watch a module that is about to run, for what `shrink` must know; return what ends it."""
-        return lambda: None
-
-    @abstractmethod
-    def shrink(self, site: Site, units: tuple[int, ...]) -> None:
-        """Take all but `units` out of the module, in place."""
-
-    @abstractmethod
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
-        """Write the plan into the model's configuration, so that the model reloads as it is."""
+        """Write the plan into the model's configuration, so that the model reloads as it is.
+
+        Where it says nothing of blocks, those are recorded that earlier cuts left.
+        """
+        before = self.recorded_plan(model)
+        if plan.blocks is None and before is not None:
+            plan = replace(plan, blocks=before.blocks)
+        model.config.head_plan = plan.to_dict()
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
         """Return the plan the model was cut by, which is its configuration's `head_plan`; None for a dense model."""
         recorded = getattr(model.config, "head_plan", None)
         return None if recorded is None else HeadPlan.from_dict(recorded)
-
-    @abstractmethod
-    def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
-        """Return the FLOPs all units spend for one query outside their projections, by the part that spends them.
-
-        Args:
-            site: the module.
-            length: positions before the query in the text.
-        """
-
-    @abstractmethod
-    def cache_values(self, site: Site, length: int) -> int:
-        """Return how many numbers the module keeps in the key/value cache after `length` positions."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deadhead.layouts.base import Selection, Site
-from deadhead.models.pruned.feed_forward import FeedForward, block_rows, rows_of_units
+from deadhead.models.pruned.feed_forward import FeedForward, rows_of_units, shrink_feed_forward
 from deadhead.plans.block_size import choose_block_size
 from deadhead.plans.plan import BlockPlan
 
@@ -17,46 +17,43 @@ class FeedForwardSite(Site):
 
     feed_forward: FeedForward
 
-    def present(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the places that blocks have among those there are now."""
-        return tuple(self.units.index(block) for block in blocks)
+    def selections(self, units: tuple[int, ...]) -> list[Selection]:
+        """Return the rows of every tensor with hidden units in it."""
+        hidden = self.rows(units)
+        return [
+            Selection(path=name, dim=dim, index=rows_of_units(self.feed_forward, name, hidden), per_token=is_matrix)
+            for name, dim, is_matrix in self.feed_forward.tensors()
+        ]
+
+    def shrink(self, units: tuple[int, ...]) -> None:
+        """Shrink the module as the checkpoint's own code does when it is loaded."""
+        hidden = self.rows(units)
+        # Our own models' layers know their width.
+        if vars(self.module).get("width") == self.feed_forward.width:
+            self.module.width = len(hidden)  # type: ignore[assignment]
+        shrink_feed_forward(self.feed_forward, hidden)
 
 
-def feed_forward_sites(
-    found: Sequence[FeedForward], size: int | None, recorded: BlockPlan | None
-) -> list[FeedForwardSite]:
+def feed_forward_sites(found: Sequence[FeedForward], size: int | None, recorded: BlockPlan | None) -> list[Site]:
     """Return the sites of some feed-forward layers, in blocks of a size that was asked for or recorded by a cut.
 
     Raises:
         InputError: the size is not one that these layers can have.
     """
     found = [feed_forward for feed_forward in found if feed_forward.dense_width]
-    if not found:
-        return []
-    size = choose_block_size([feed_forward.dense_width for feed_forward in found], size, recorded)
-    sites = []
-    for feed_forward in found:
-        total = feed_forward.dense_width // size
-        blocks = tuple(range(total)) if recorded is None else tuple(recorded.kept[feed_forward.key])
-        sites.append(
-            FeedForwardSite(
-                layer=feed_forward.key,
-                module=feed_forward.module,
-                output_path=feed_forward.output_path,
-                unit_dim=size,
-                units=blocks,
-                total=total,
-                has_blocks=True,
-                feed_forward=feed_forward,
-            )
-        )
-    return sites
-
-
-def feed_forward_selections(site: FeedForwardSite, blocks: tuple[int, ...]) -> list[Selection]:
-    """Return what is left of every tensor with hidden units in it if `blocks` stay."""
-    units = block_rows(site.present(blocks), site.unit_dim)
+    size = choose_block_size([feed_forward.dense_width for feed_forward in found], size, recorded) if found else 1
     return [
-        Selection(path=name, dim=dim, index=rows_of_units(site.feed_forward, name, units), per_token=is_matrix)
-        for name, dim, is_matrix in site.feed_forward.tensors()
+        FeedForwardSite(
+            layer=feed_forward.key,
+            module=feed_forward.module,
+            output_path=feed_forward.output_path,
+            unit_dim=size,
+            units=tuple(
+                range(feed_forward.dense_width // size) if recorded is None else recorded.kept[feed_forward.key]
+            ),
+            total=feed_forward.dense_width // size,
+            has_blocks=True,
+            feed_forward=feed_forward,
+        )
+        for feed_forward in found
     ]

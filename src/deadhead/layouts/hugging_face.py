@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import transformers
 from torch import nn
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts.base import Layout, Selection, Site
-from deadhead.layouts.feed_forward import FeedForwardSite, feed_forward_selections, feed_forward_sites
-from deadhead.models.pruned.feed_forward import block_rows, find_feed_forwards, shrink_feed_forward
+from deadhead.layouts.feed_forward import feed_forward_sites
+from deadhead.models.pruned.feed_forward import find_feed_forwards
 from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
 from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, rows_of, shrink
 from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
@@ -22,22 +22,15 @@ from deadhead.plans.plan import HeadPlan, Unit
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceSite(Site):
-    """A site with what is known of its structure.
+    """The heads of a layer, with what is known of its structure."""
 
-    Args:
-        attention: what was found; None for an emptied module.
-        unit: what a gate opens and closes.
-        outputs: how many values the module returns (see `shrink`), once it was observed.
-    """
-
-    attention: Attention | None
+    attention: Attention | None  # None for an emptied module
     unit: Unit
-    outputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)  # how many values it returns (see `shrink`), once observed
 
     def present(self, kept: tuple[int, ...]) -> Heads:
         """Return the heads of units `kept` by the index they have in the module now."""
-        assert self.attention is not None
-        dense = dense_heads(self.attention)
+        dense = dense_heads(self._attention)
         now = heads_of(self.unit, self.units, *dense)
         later = heads_of(self.unit, kept, *dense)
         queries = tuple(now.queries.index(head) for head in later.queries)
@@ -46,6 +39,55 @@ class HuggingFaceSite(Site):
         # Copies of a key/value head may have learnt different things: take the one that serves these queries.
         share_now, share_later = len(now.queries) // len(now.kv), len(queries) // len(later.kv)
         return Heads(queries, tuple(query // share_now for query in queries[::share_later]))
+
+    def selections(self, units: tuple[int, ...]) -> list[Selection]:
+        """Return the rows of every part of the structure."""
+        attention, present = self._attention, self.present(units)
+        sizes = [self.module.get_parameter(part.path).shape[part.dim] for part in attention.parts]
+        return [
+            Selection(
+                path=part.path,
+                dim=part.dim,
+                index=rows_of(attention, part.order, size, present),
+                per_token=part.per_token,
+            )
+            for part, size in zip(attention.parts, sizes, strict=True)
+        ]
+
+    def observe(self) -> Callable[[], None]:
+        """Note, when the module runs next, how many values it returns: an emptied one must return as many."""
+        if self.attention is None:
+            return lambda: None
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            count = len(output) if isinstance(output, (tuple, list)) else 0
+            self.outputs.append(-count if isinstance(output, list) else count)
+
+        return self.attention.inner.register_forward_hook(note).remove
+
+    def shrink(self, units: tuple[int, ...]) -> None:
+        """Shrink the module as the checkpoint's own code does when it is loaded."""
+        shrink(self._attention, self.present(units), self.outputs[-1] if self.outputs else 2)
+
+    def context_flops(self, length: int) -> Mapping[str, float]:
+        """Count scores and weighted sums, 2 FLOPs a multiply-add."""
+        return {"context": 4.0 * min(length + 1, self._window or length + 1) * self.unit_dim * len(self.units)}
+
+    def cache_values(self, length: int) -> int:
+        """Count the keys and values of every key/value head there is, repeated ones included."""
+        if self.attention is None:
+            return 0
+        return 2 * self.attention.num_kv_heads * self.attention.head_dim * min(length, self._window or length)
+
+    @property
+    def _attention(self) -> Attention:
+        assert self.attention is not None, "an emptied module has nothing to cut"
+        return self.attention
+
+    @property
+    def _window(self) -> int | None:
+        window = None if self.attention is None else getattr(self.attention.inner, "sliding_window", None)
+        return window if isinstance(window, int) and window > 0 else None
 
 
 class HuggingFaceLayout(Layout):
@@ -110,47 +152,7 @@ class HuggingFaceLayout(Layout):
     def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
         """Return every feed-forward layer of the text stack that is not one of experts."""
         plan = self.recorded_plan(model)
-        return [*feed_forward_sites(find_feed_forwards(model), size, None if plan is None else plan.blocks)]
-
-    def selections(self, site: Site, units: tuple[int, ...]) -> Sequence[Selection]:
-        """Return the rows of every part of the structure."""
-        if isinstance(site, FeedForwardSite):
-            return feed_forward_selections(site, units)
-        found = cast(HuggingFaceSite, site)
-        assert found.attention is not None
-        present = found.present(units)
-        return [
-            Selection(
-                path=part.path,
-                dim=part.dim,
-                index=rows_of(
-                    found.attention, part.order, site.module.get_parameter(part.path).shape[part.dim], present
-                ),
-                per_token=part.per_token,
-            )
-            for part in found.attention.parts
-        ]
-
-    def shrink(self, site: Site, units: tuple[int, ...]) -> None:
-        """Shrink the module as the checkpoint's own code does when it is loaded."""
-        if isinstance(site, FeedForwardSite):
-            shrink_feed_forward(site.feed_forward, block_rows(site.present(units), site.unit_dim))
-            return
-        found = cast(HuggingFaceSite, site)
-        assert found.attention is not None
-        shrink(found.attention, found.present(units), found.outputs[-1] if found.outputs else 2)
-
-    def observe(self, site: Site) -> Callable[[], None]:
-        """Note, when the module runs next, how many values it returns: an emptied one must return as many."""
-        found = cast(HuggingFaceSite, site)
-        if site.has_blocks or found.attention is None:
-            return lambda: None
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            count = len(output) if isinstance(output, (tuple, list)) else 0
-            found.outputs.append(-count if isinstance(output, list) else count)
-
-        return found.attention.inner.register_forward_hook(note).remove
+        return feed_forward_sites(find_feed_forwards(model), size, None if plan is None else plan.blocks)
 
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
         """Give model and configuration our classes, in place, and write the plan under `head_plan`.
@@ -168,25 +170,6 @@ class HuggingFaceLayout(Layout):
                 )
         config.auto_map = auto_map(stock_config)
         config.__class__ = pruned_config_class(stock_config)
-        config.head_plan = plan.to_dict()
+        super().record_plan(model, plan)
         config.attention_outputs = next((m.num_outputs for m in model.modules() if hasattr(m, "num_outputs")), 2)
         model.__class__ = pruned_class(stock_model, stock_config)
-
-    def context_flops(self, site: Site, length: int) -> Mapping[str, float]:
-        """Count scores and weighted sums, 2 FLOPs a multiply-add."""
-        if site.has_blocks:
-            return {}
-        return {"context": 4.0 * min(length + 1, _window(site) or length + 1) * site.unit_dim * len(site.units)}
-
-    def cache_values(self, site: Site, length: int) -> int:
-        """Count the keys and values of every key/value head there is, repeated ones included."""
-        attention = None if site.has_blocks else cast(HuggingFaceSite, site).attention
-        if attention is None:
-            return 0
-        return 2 * attention.num_kv_heads * attention.head_dim * min(length, _window(site) or length)
-
-
-def _window(site: Site) -> int | None:
-    inner = cast(HuggingFaceSite, site).attention
-    window = getattr(inner.inner, "sliding_window", None) if inner is not None else None
-    return window if isinstance(window, int) and window > 0 else None

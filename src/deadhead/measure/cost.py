@@ -45,9 +45,9 @@ def model_cost(
     given = {id(p): p.numel() for p in inputs.parameters()}
     returned = {} if output is None else {id(p): p.numel() for p in output.parameters()}
     every = given | returned | {id(p): p.numel() for name, p in model.named_parameters() if not is_gate(name)}
-    heads = [pair for site in sites for pair in _unit_parameters(layout, site)]
+    heads = [pair for site in sites for pair in _unit_parameters(site)]
     heads_flops = sum((2.0 * parameter.numel() for parameter, per_token in heads if per_token), 0.0)
-    heads_flops += sum(sum(layout.context_flops(site, length).values()) for site in sites if site.units)
+    heads_flops += sum(sum(site.context_flops(length).values()) for site in sites if site.units)
     # A table of embeddings is looked up, not multiplied, unless it is the output layer too.
     other_flops = _other_flops(model, {id(parameter) for parameter, _ in heads} | (given.keys() - returned.keys()))
     blocks = layout.block_sites(model)
@@ -59,17 +59,17 @@ def model_cost(
         attention_parameters=sum(parameter.numel() for parameter, _ in heads),
         flops_per_token=other_flops + heads_flops,
         attention_flops_per_token=heads_flops,
-        kv_cache_bytes=sum(layout.cache_values(site, length) for site in sites) * model.dtype.itemsize,
+        kv_cache_bytes=sum(site.cache_values(length) for site in sites) * model.dtype.itemsize,
         blocks=[len(site.units) for site in blocks],
         total_blocks=[site.total for site in blocks],
         block_size=blocks[0].unit_dim if blocks else None,
-        block_parameters=sum(p.numel() for site in blocks for p, _ in _unit_parameters(layout, site)),
+        block_parameters=sum(p.numel() for site in blocks for p, _ in _unit_parameters(site)),
     )
 
 
-def _unit_parameters(layout: Layout, site: Site) -> list[tuple[nn.Parameter, bool]]:
+def _unit_parameters(site: Site) -> list[tuple[nn.Parameter, bool]]:
     """Return the parameters with units in them, and whether each multiplies every token."""
-    parts = layout.selections(site, site.units) if site.units else ()
+    parts = site.selections(site.units) if site.units else ()
     return [(site.module.get_parameter(part.path), part.per_token) for part in parts]
 
 
@@ -82,7 +82,7 @@ def cut_skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreT
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     copied = detach(copy.deepcopy(model, memo))
     sites = layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
-    remove_units(layout, sites, plan.units)
+    remove_units(sites, plan.units)
     layout.record_plan(copied, plan)
     return copied
 
@@ -125,7 +125,7 @@ def counted_costs(
     if length is None:
         length = _default_length(model)
     sites = [site for site in layout.all_sites(model, unit, block_size) if site.units]
-    parameters = {site.key: _unit_parameters(layout, site) for site in sites}
+    parameters = {site.key: _unit_parameters(site) for site in sites}
     owners = Counter(id(parameter) for found in parameters.values() for parameter, _ in found)
     # Of numbers that heads and blocks both own, persistent vectors, half counts for either, and so do their FLOPs.
     shares = {"persistent": 0.5} if any(count > 1 for count in owners.values()) else {}
@@ -134,12 +134,12 @@ def counted_costs(
     for site in sites:
         found = parameters[site.key]
         if kind == "kv_cache":
-            whole = float(layout.cache_values(site, length) * model.dtype.itemsize)
+            whole = float(site.cache_values(length) * model.dtype.itemsize)
         elif kind == "params":
             whole = sum(parameter.numel() / owners[id(parameter)] for parameter, _ in found)
         else:
             whole = sum(2.0 * parameter.numel() for parameter, per_token in found if per_token)
-            whole += sum(flops * shares.get(name, 1) for name, flops in layout.context_flops(site, length).items())
+            whole += sum(flops * shares.get(name, 1) for name, flops in site.context_flops(length).items())
         present += whole
         count = len(site.units) if begun is None else begun[site.key]
         tables[site.key] = torch.arange(count + 1, dtype=torch.float64) * (whole / len(site.units))

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from deadhead.attaching import block_size, gates_of, output_squares, unwrapped
 from deadhead.errors import InputError
-from deadhead.gates.output_difference import relative_difference
-from deadhead.layouts import Layout, Site, find_layout
+from deadhead.gates.head_gate import relative_difference
+from deadhead.layouts import Site, find_layout
 from deadhead.measure.losses import SegmentLoss
 from deadhead.modes import evaluating
 from deadhead.plans.kinds import ONE_SHOT, OneShot
@@ -84,7 +84,7 @@ def score_heads(
             "'taylor' or 'magnitude', or leave blocks out."
         )
     if criterion == "magnitude":
-        found = [_magnitude(layout, site) for site in there]
+        found = [_magnitude(site) for site in there]
     elif criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         found = [torch.rand(len(site.units), generator=generator) for site in there]
@@ -99,11 +99,11 @@ def score_heads(
     )
 
 
-def _magnitude(layout: Layout, site: Site) -> Tensor:
+def _magnitude(site: Site) -> Tensor:
     """Return the norm of all numbers that would go with each head, (H,)."""
     squares = []
     for head in site.units:
-        parts = layout.selections(site, (head,))
+        parts = site.selections((head,))
         weights = [site.module.get_parameter(part.path).detach() for part in parts]
         rows = [w.index_select(part.dim, part.index.to(w.device)) for w, part in zip(weights, parts, strict=True)]
         squares.append(sum(float(values.float().square().sum()) for values in rows))

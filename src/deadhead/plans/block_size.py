@@ -14,13 +14,10 @@ _FEWEST_BLOCKS = 8
 
 
 def choose_block_size(widths: Sequence[int], asked: int | None, recorded: BlockPlan | None) -> int:
-    """Return the size of the blocks of a model's layers.
+    """Return the size of the blocks of layers of these widths, in the dense model: as asked for, or as they were cut.
 
-    Args:
-        widths: hidden units of each layer of the dense model.
-        asked: the size that was asked for, or None: the largest power of two that divides all widths, up to 128 and an
-            eighth of a layer; matrices whose sides are multiples of 64 or 128 are the fastest.
-        recorded: the blocks that the model was cut by.
+    Else it is the largest power of two that divides all widths, up to 128 and an eighth of a layer; matrices whose
+    sides are multiples of 64 or 128 are the fastest.
 
     Raises:
         InputError: the size does not divide a width, or is not the one that the model was cut by.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -65,7 +65,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _checked_total(values: Mapping[Layer, Any], unit: str) -> dict[Layer, int]:
-    total = _by_layer(values, f"totals of {unit}s" if unit == "block" else "totals")
+    total = _by_layer(values, "totals of blocks" if unit == "block" else "totals")
     if not total:
         raise InputError("A head plan's totals must name at least one layer, but they are empty.")
     for layer, count in total.items():
@@ -81,7 +81,7 @@ def _checked_total(values: Mapping[Layer, Any], unit: str) -> dict[Layer, int]:
 
 
 def _checked_kept(values: Mapping[Layer, Any], total: Mapping[Layer, int], unit: str) -> dict[Layer, tuple[int, ...]]:
-    kept: dict[Layer, tuple[int, ...]] = {layer: tuple(range(count)) for layer, count in total.items()}
+    kept = {layer: tuple(range(count)) for layer, count in total.items()}
     for layer, indices in _by_layer(values, f"kept {unit}s").items():
         if layer not in total:
             names = shown(list(total))
@@ -184,7 +184,7 @@ class HeadPlan:
     kept: Mapping[Any, Sequence[int]]
     total: Mapping[Any, int]
     unit: Unit = "head"
-    output_scale: bool = field(default=False)
+    output_scale: bool = False
     blocks: BlockPlan | None = None
 
     def __post_init__(self) -> None:
@@ -216,14 +216,13 @@ class HeadPlan:
     ) -> HeadPlan:
         """Return the plan that keeps some units, heads and blocks alike; where there are blocks it needs their size."""
 
-        def of_kind(kind: str) -> dict[str, Any]:
-            pair = {"kept": kept, "total": total}
-            return {
-                name: {key.layer: v for key, v in found.items() if key.kind == kind} for name, found in pair.items()
-            }
+        def of(kind: str, found: Mapping[UnitKey, Any]) -> dict[Layer, Any]:
+            return {key.layer: value for key, value in found.items() if key.kind == kind}
 
-        blocks = None if block_size is None else BlockPlan(size=block_size, **of_kind("block"))
-        return cls(**of_kind("head"), unit=unit, output_scale=output_scale, blocks=blocks)
+        blocks = None
+        if block_size is not None:
+            blocks = BlockPlan(size=block_size, kept=of("block", kept), total=of("block", total))
+        return cls(kept=of("head", kept), total=of("head", total), unit=unit, output_scale=output_scale, blocks=blocks)
 
     @property
     def units(self) -> dict[UnitKey, tuple[int, ...]]:
@@ -268,8 +267,7 @@ class HeadPlan:
         """
         if not isinstance(values, dict) or "total" not in values or "kept" not in values:
             raise InputError('A head plan must be a JSON object with "version", "unit", "total" and "kept".')
-        unknown = sorted(set(values) - _KEYS)
-        if unknown:
+        if unknown := sorted(set(values) - _KEYS):
             raise InputError(
                 f"The head plan has an unknown key {shown(unknown[0])}; known are {', '.join(sorted(_KEYS))}."
             )

@@ -17,23 +17,14 @@ from deadhead.plans.unit_costs import UnitCosts
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScores:
-    """How much each head of a model is worth, by whatever criterion; the lowest go first.
+    """How much each head of a model is worth, by whatever criterion; the lowest go first."""
 
-    Args:
-        scores: by key, a number for each unit there is now, (H,), on the CPU. −∞: this unit must go.
-        heads: by key, the index in the original dense model of each unit there is now; () for an emptied layer.
-        total: by key, units of the original dense model.
-        unit: what a head's index names.
-        output_scale: what the plan is to say of it; False for scores that were taken without gates.
-        block_size: size of the blocks that have scores too, or None.
-    """
-
-    scores: Mapping[UnitKey, Tensor]
-    heads: Mapping[UnitKey, tuple[int, ...]]
-    total: Mapping[UnitKey, int]
-    unit: Unit
-    output_scale: bool = False
-    block_size: int | None = None
+    scores: Mapping[UnitKey, Tensor]  # a number for each unit there is now, (H,), on the CPU. −∞: it must go
+    heads: Mapping[UnitKey, tuple[int, ...]]  # index in the dense model of each unit there is now; () where none is
+    total: Mapping[UnitKey, int]  # units of the dense model
+    unit: Unit  # what a head's index names
+    output_scale: bool = False  # what the plan is to say of it; False for scores that were taken without gates
+    block_size: int | None = None  # size of the blocks that have scores too, or None
 
     def plan(self, sparsity: float, *, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that drops a share of the heads there are now, those with the lowest scores.
@@ -56,12 +47,11 @@ class HeadScores:
         kinds = [[key for key in keys if key.kind == kind] for kind in ("head", "block")]
         groups = kinds if ranking == "global" else [[key] for key in keys]
         kept: dict[UnitKey, tuple[int, ...]] = dict.fromkeys(self.heads, ())
-        for group in groups:
-            values = torch.cat([self.scores[key].flatten() for key in group]) if group else torch.empty(0)
+        for group in filter(None, groups):
+            values = torch.cat([self.scores[key].flatten() for key in group])
             stays = values > -math.inf
             stays[values.argsort(stable=True)[: round(sparsity * len(values))]] = False
-            parts = stays.split([len(self.heads[key]) for key in group]) if group else ()
-            for key, part in zip(group, parts, strict=True):
+            for key, part in zip(group, stays.split([len(self.heads[key]) for key in group]), strict=True):
                 kept[key] = tuple(head for head, stay in zip(self.heads[key], part.tolist(), strict=True) if stay)
         return self._plan_of(kept)
 
@@ -89,32 +79,27 @@ class HeadScores:
             InputError: a score is not a number.
         """
         self._require_numbers()
-        kept = {key: set(range(len(heads))) for key, heads in self.heads.items()}
-        counts = {key: len(heads) for key, heads in self.heads.items()}
-        spent = costs.of(counts)
+        kept = {key: set(heads) for key, heads in self.heads.items()}
+        spent = costs.of({key: len(heads) for key, heads in kept.items()})
         gone: list[tuple[float, UnitKey, int]] = []
         keys = [key for key in costs.tables if self.heads[key]]
         scores = torch.cat([self.scores[key].flatten() for key in keys]) if keys else torch.empty(0)
-        units = [(key, place) for key in keys for place in range(len(self.heads[key]))]
+        units = [(key, head) for key in keys for head in self.heads[key]]
         for index in scores.argsort(stable=True).tolist():
-            score, (key, place) = float(scores[index]), units[index]
+            score, (key, head) = float(scores[index]), units[index]
             if spent <= limit and score > -math.inf:
                 break
-            if score > -math.inf and costs.saved(key, counts[key]) <= 0:
+            if score > -math.inf and costs.saved(key, len(kept[key])) <= 0:
                 continue
-            spent -= costs.saved(key, counts[key])
-            kept[key].discard(place)
-            counts[key] -= 1
-            gone.append((score, key, place))
-        for score, key, place in reversed(gone):
-            price = costs.saved(key, counts[key] + 1)
+            spent -= costs.saved(key, len(kept[key]))
+            kept[key].discard(head)
+            gone.append((score, key, head))
+        for score, key, head in reversed(gone):
+            price = costs.saved(key, len(kept[key]) + 1)
             if score > -math.inf and spent + price <= limit:
                 spent += price
-                counts[key] += 1
-                kept[key].add(place)
-        return self._plan_of(
-            {key: tuple(heads[place] for place in sorted(kept[key])) for key, heads in self.heads.items()}
-        )
+                kept[key].add(head)
+        return self._plan_of({key: tuple(heads) for key, heads in kept.items()})
 
     def _plan_of(self, kept: Mapping[UnitKey, tuple[int, ...]]) -> HeadPlan:
         return HeadPlan.of_units(

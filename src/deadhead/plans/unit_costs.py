@@ -19,14 +19,10 @@ from deadhead.plans.plan import UnitKey
 
 @dataclass(frozen=True, kw_only=True)
 class UnitCosts:
-    """A cost that is a sum over layers, each a function of its number of units.
+    """A cost that is a sum over layers, each a function of its number of units."""
 
-    Args:
-        fixed: what is left when all units are gone.
-        tables: by key, what 0, 1, … all of its units cost together, (units + 1,), float64 on the CPU, from 0 upwards.
-    """
-
-    fixed: float
+    fixed: float  # what is left when all units are gone
+    # By key, what 0, 1, … all of its units cost together, (units + 1,), float64 on the CPU, from 0 upwards.
     tables: Mapping[UnitKey, Tensor]
 
     @cached_property
@@ -55,8 +51,7 @@ class UnitCosts:
         """Return by key what one unit more or less costs at these counts: the line through the neighbours."""
         found: dict[UnitKey, float] = {}
         for key, table in self.tables.items():
-            last = len(table) - 1
-            low, high = max(0, round(counts[key]) - 1), min(last, round(counts[key]) + 1)
+            low, high = max(0, round(counts[key]) - 1), min(len(table) - 1, round(counts[key]) + 1)
             found[key] = float(table[high] - table[low]) / max(1, high - low)
         return found
 

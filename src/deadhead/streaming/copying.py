@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from itertools import cycle
 from math import prod
 from pathlib import Path
@@ -100,7 +101,7 @@ def copy_pieces(
             waiting.append(pool.submit(write, data))
 
         put(memoryview(_header(ordered)))
-        reader = _Reader(file.fileno(), source)
+        reader = _Reader(file, source)
         for piece in ordered:
             done = 0
             for data, count in reader.parts(piece):
@@ -139,8 +140,8 @@ def send_to_disk(path: Path) -> None:
 class _Reader:
     """Reads what is left of tensors of an open file."""
 
-    def __init__(self, descriptor: int, path: Path) -> None:
-        self._descriptor, self._path = descriptor, path
+    def __init__(self, file: FileIO, path: Path) -> None:
+        self._file, self._path = file, path
         self._slab = bytearray()
         # Memory that is new is cleared by the system, so each buffer is used again once its bytes are written.
         self._buffers = cycle([memoryview(bytearray(CHUNK)) for _ in range(_WAITING + 1)])
@@ -184,7 +185,7 @@ class _Reader:
     def _range(self, begin: int, end: int) -> Iterator[tuple[memoryview, int]]:
         for place in range(begin, end, CHUNK):
             buffer = next(self._buffers)[: end - place]
-            read_exactly(self._descriptor, buffer, place, self._path)
+            read_exactly(self._file, buffer, place, self._path)
             yield buffer, len(buffer)
 
     def _read(self, tensor: StoredTensor, offset: int, size: int) -> Tensor:
@@ -192,7 +193,7 @@ class _Reader:
         if len(self._slab) < size:
             self._slab = bytearray(size)
         data = memoryview(self._slab)[:size]
-        read_exactly(self._descriptor, data, tensor.begin + offset, self._path)
+        read_exactly(self._file, data, tensor.begin + offset, self._path)
         return torch.frombuffer(data, dtype=tensor.torch_dtype)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+from filelock import FileLock
 
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut, warn_of_cache
@@ -224,28 +224,16 @@ class _Manifest:
         write_json(self.work / MANIFEST_FILE, {**self.identity, "finished": dict(sorted(self.finished.items()))})
 
 
-def _lock(descriptor: int) -> None:
-    """Lock a file until it is closed; OSError if another process has locked it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 @contextmanager
 def _work_folder(work: Path) -> Iterator[_Manifest]:
     """Yield the manifest of a work folder, which goes if nothing in it is worth resuming, or the cut is a wrong one."""
     work.mkdir(parents=True, exist_ok=True)
     manifest = _Manifest(work)
-    with (work / _LOCK_FILE).open("w") as lock:
-        try:
-            _lock(lock.fileno())
-        except OSError:
-            raise InputError(f"Another process is cutting into {work}; let it finish, or stop it.") from None
+    try:
+        lock = FileLock(work / _LOCK_FILE).acquire(timeout=0)
+    except (OSError, NotImplementedError):
+        raise InputError(f"Another process is cutting into {work}; let it finish, or stop it.") from None
+    with lock:
         fresh = not (work / MANIFEST_FILE).exists()
         try:
             yield manifest

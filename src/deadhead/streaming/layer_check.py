@@ -8,8 +8,8 @@ small; large matrices of the rest of it give zeros.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from deadhead.cutting import head_factors, remove_units, require_same_function, 
 from deadhead.disk.stored import StoredCheckpoint
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
-from deadhead.layouts import Layout, Site
+from deadhead.layouts import Site
 from deadhead.models.pruned.structure import text_stack
 from deadhead.plans.plan import UnitKey
 from deadhead.streaming.shape import NotStreamable, stub
@@ -50,12 +50,11 @@ class LayerCheck:
         stored: StoredCheckpoint,
         names: Mapping[str, str],
         model: PreTrainedModel,
-        layout: Layout,
         sites: Sequence[Site],
         units: Mapping[UnitKey, tuple[int, ...]],
         gates: HeadGates,
     ) -> None:
-        self.stored, self.model, self.layout, self.units, self.gates = stored, model, layout, units, gates
+        self.stored, self.model, self.units, self.gates = stored, model, units, gates
         tensors = stored.tensors
         self._tensors = {name: tensors[there] for name, there in names.items() if there in tensors}
         self._names = {id(module): path for path, module in model.named_modules()}
@@ -102,17 +101,22 @@ class LayerCheck:
             CutError: the cut layer computes something else.
             NotStreamable: the layer does not run alone.
         """
-        layer, sites = self._layers[place], self.sites[place]
+        layers, sites = list(self._layers), self.sites[place]
+        layer = layers[place]
         self._fill(layer, sites)
         try:
-            with self._alone(place):
-                expected = self._gated(layer, sites)
-                factors = {site.key: head_factors(self.gates.gates[site.key]) for site in sites}
-                for site in sites:
-                    take_off(site)
-                remove_units(self.layout, sites, self.units, factors)
-                require_same_function(self.model, expected, texts=_TEXTS)
+            for index, other in enumerate(layers):
+                if index != place:
+                    self._layers[index] = _HandOn(other, index, self)
+            expected = self._gated(layer, sites)
+            factors = {site.key: head_factors(self.gates.gates[site.key]) for site in sites}
+            for site in sites:
+                take_off(site)
+            remove_units(sites, self.units, factors)
+            require_same_function(self.model, expected, texts=_TEXTS)
         finally:
+            for index, other in enumerate(layers):
+                self._layers[index] = other
             # The weights go again.
             for module in layer.modules():
                 for name, parameter in module._parameters.items():
@@ -121,58 +125,33 @@ class LayerCheck:
 
     def _gated(self, layer: nn.Module, sites: Sequence[Site]) -> Tensor:
         """Return the outputs with gates; other layers learn to return what this one does."""
-        seen: list[int] = []
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(len(output) if isinstance(output, (tuple, list)) else 0)
-
-        handle = layer.register_forward_hook(note)
+        seen: set[int] = set()
+        handle = layer.register_forward_hook(
+            lambda _, __, output: seen.add(len(output) if isinstance(output, (tuple, list)) else 0)
+        )
         failure: BaseException | None = None
         try:
             for count in dict.fromkeys((self.outputs, 0, 1, 2, 3)):
                 self.outputs = count
                 seen.clear()
                 try:
-                    expected = watched_outputs(self.model, self.layout, sites, texts=_TEXTS)
+                    expected = watched_outputs(self.model, sites, texts=_TEXTS)
+                    if seen == {count}:
+                        return expected
                 except Exception as error:  # a layer's own code, which got another form than it expects
                     failure = error
-                    continue
-                if seen and set(seen) == {count}:
-                    return expected
         finally:
             handle.remove()
         kind = self.model.config.model_type
         raise NotStreamable(f"a layer of a model of type {kind!r} does not run alone, to be checked") from failure
 
-    @contextmanager
-    def _alone(self, place: int) -> Any:
-        originals = dict(enumerate(self._layers))
-        try:
-            for index in originals.keys() - {place}:
-                self._layers[index] = _HandOn(originals[index], index, self)
-            yield
-        finally:
-            for index, original in originals.items():
-                self._layers[index] = original
-
-    def _real(self, layer: nn.Module, sites: Sequence[Site]) -> Iterable[tuple[nn.Module, str, nn.Parameter]]:
-        """Yield owner, name and stand-in of every parameter of a layer that is loaded."""
+    def _fill(self, layer: nn.Module, sites: Sequence[Site]) -> None:
+        """Load what is cut of a layer, and what is small; the rest gives zeros."""
         cut = {id(module) for site in sites for module in site.module.modules() if site.module is not layer}
         for site in sites:
-            for part in self.layout.selections(site, site.units):
+            for part in site.selections(site.units):
                 cut.add(id(site.module.get_submodule(part.path.rpartition(".")[0])))
-        for module in layer.modules():
-            if isinstance(module, HeadGate):
-                continue
-            for name, parameter in module._parameters.items():
-                if parameter is not None and (id(module) in cut or parameter.numel() <= _SMALL):
-                    yield module, name, parameter
-
-    def _fill(self, layer: nn.Module, sites: Sequence[Site]) -> None:
-        real = list(self._real(layer, sites))
-        owners = {id(module) for module, _, _ in real}
-        for module, name, parameter in real:
-            self._load(module, name, parameter)
+        owners = self._load_all((module for module in layer.modules() if not isinstance(module, HeadGate)), cut)
         for path, module in list(layer.named_modules()):
             if id(module) in owners or not path or not any(True for _ in module.parameters(recurse=False)):
                 continue
@@ -180,6 +159,16 @@ class LayerCheck:
             width = module.out_features if isinstance(module, nn.Linear) else None
             if width is not None or name == "experts":
                 setattr(layer.get_submodule(parent), name, _Zeros(module, width))
+
+    def _load_all(self, modules: Iterable[nn.Module], wanted: Collection[int] = ()) -> set[int]:
+        """Load the parameters that are small or of `wanted` modules, and return which modules have any; all by id."""
+        owners = set()
+        for module in modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (id(module) in wanted or parameter.numel() <= _SMALL):
+                    self._load(module, name, parameter)
+                    owners.add(id(module))
+        return owners
 
     def _load(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """Put a stored tensor in the place of its stand-in."""
@@ -202,12 +191,7 @@ class LayerCheck:
         path = next((path for path, module in stack.named_modules() if module is embeddings), "")
         if not path or not isinstance(embeddings, nn.Embedding):
             raise NotStreamable("the embeddings of its text are not found")
-        for module in stack.modules():
-            if id(module) in inside or module is embeddings:
-                continue
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None and parameter.numel() <= _SMALL:
-                    self._load(module, name, parameter)
+        self._load_all(module for module in stack.modules() if id(module) not in inside and module is not embeddings)
         parent, _, name = path.rpartition(".")
         setattr(stack.get_submodule(parent), name, _HiddenStates(embeddings))
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deadhead.attaching import attach
 from deadhead.checkpoints import checkpoint
-from deadhead.cutting import cache_values, normal_plan, recorded_with
+from deadhead.cutting import cache_values, normal_plan
 from deadhead.disk.stored import StoredCheckpoint, read_stored
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
@@ -92,8 +92,8 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     gates.set_plan(plan)
     sites = layout.all_sites(model, plan.unit, size)
     names = stored_names(model)
-    keeps = {names.get(name, name): keep for name, keep in kept_parts(model, layout, sites, plan.units, gates).items()}
-    cut = cut_skeleton(layout, dense, recorded_with(layout, model, plan))
+    keeps = {names.get(name, name): keep for name, keep in kept_parts(model, sites, plan.units, gates).items()}
+    cut = cut_skeleton(layout, dense, plan)
     cut_shapes = stored_shapes(cut)
     if not cut_shapes.keys() <= stored.tensors.keys() or not keeps.keys() <= cut_shapes.keys():
         raise NotStreamable("what is cut of it lies in files otherwise than in memory")
@@ -105,14 +105,14 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
                 raise NotStreamable(f"tensor {piece.source.name} does not become what the cut model asks for")
         if found:
             pieces[file] = found
-    before = cache_values(layout, layout.sites(dense, plan.unit))
-    after = cache_values(layout, layout.sites(cut, plan.unit))
+    before = cache_values(layout.sites(dense, plan.unit))
+    after = cache_values(layout.sites(cut, plan.unit))
     return StreamedCut(
         stored=stored,
         pieces=pieces,
         plan=plan,
         model=cut.to(dtype),  # type: ignore[arg-type]
-        check=LayerCheck(stored, names, model, layout, sites, plan.units, gates),
+        check=LayerCheck(stored, names, model, sites, plan.units, gates),
         before=model_cost(dense, unit=plan.unit),
         after=model_cost(cut),
         cache_growth=max(0.0, after / before - 1) if before else 0.0,

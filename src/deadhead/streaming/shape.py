@@ -16,7 +16,7 @@ from deadhead.attaching import is_gate
 from deadhead.cutting import head_factors
 from deadhead.disk.stored import StoredCheckpoint
 from deadhead.gates.gates import HeadGates
-from deadhead.layouts import Layout, Site
+from deadhead.layouts import Site
 from deadhead.plans.plan import UnitKey
 from deadhead.streaming.copying import Keep
 
@@ -69,9 +69,8 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
 
 def _as_stored(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what is saved of a model, without values, as it is in memory and as it is in files."""
-    named = dict(model.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}
-    for name, parameter in named.items():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     ignored = set(model._keys_to_ignore_on_save or ())
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -106,9 +105,9 @@ def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torc
         also = " (two names of one tensor)" if extra and extra <= tied.keys() else ""
         raise NotStreamable(f"its tensors are not stored under the names they are saved by, such as {names}{also}")
     for name, shape in shapes.items():
+        stored_dtype = found[name].torch_dtype
         if found[name].shape != shape:
             raise NotStreamable(f"tensor {name} has shape {list(found[name].shape)} in the file, not {list(shape)}")
-        stored_dtype = found[name].torch_dtype
         if stored_dtype.is_floating_point and stored_dtype != dtype:
             raise NotStreamable(f"tensor {name} is stored as {stored_dtype}, but loaded as {dtype}")
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in _HALF else set()
@@ -119,11 +118,7 @@ def require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: torc
 
 
 def kept_parts(
-    model: PreTrainedModel,
-    layout: Layout,
-    sites: Sequence[Site],
-    units: Mapping[UnitKey, tuple[int, ...]],
-    gates: HeadGates,
+    model: PreTrainedModel, sites: Sequence[Site], units: Mapping[UnitKey, tuple[int, ...]], gates: HeadGates
 ) -> dict[str, Keep]:
     """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
 
@@ -137,24 +132,22 @@ def kept_parts(
         factor_H = head_factors(gates.gates[site.key])
         kept = [site.units.index(unit) for unit in units[site.key]]
         factor = factor_H[kept].repeat_interleave(site.unit_dim)
-        if site.units == units[site.key] and bool((factor == 1).all()):
+        scales = not bool((factor == 1).all())
+        if site.units == units[site.key] and not scales:
             continue
-        for part in layout.selections(site, units[site.key]):
+        for part in site.selections(units[site.key]):
             name = f"{paths[id(site.module)]}.{part.path}"
-            is_output = site.output_path is not None and part.path == f"{site.output_path}.weight"
-            scales = is_output and not bool((factor == 1).all())
-            keep = Keep(dim=part.dim, index=part.index, factor=factor if scales else None)
             if name in found:
                 raise NotStreamable(f"tensor {name} has parts of two kinds of units")
-            found[name] = keep
+            is_scaled = scales and part.path == f"{site.output_path}.weight"
+            found[name] = Keep(dim=part.dim, index=part.index, factor=factor if is_scaled else None)
     return found
 
 
 def load_dtype(config: PreTrainedConfig, stored: StoredCheckpoint) -> torch.dtype:
     """Return the type that transformers loads a checkpoint in: the configuration's, or that of its first tensor."""
     named: Any = getattr(config, "dtype", None)
-    if isinstance(named, str):
-        named = getattr(torch, named, None)
+    named = getattr(torch, named, None) if isinstance(named, str) else named
     if isinstance(named, torch.dtype):
         return named
     types = [tensor.torch_dtype for tensor in stored.tensors.values()]

@@ -27,30 +27,23 @@ if TYPE_CHECKING:
     from deadhead.training.runs.run import Run as Run
     from deadhead.training.runs.single import Options as Options
 
-_HOME = {
-    "DataRecipe": "recipes.recipe",
-    "ModelRecipe": "recipes.recipe",
-    "Options": "runs.single",
-    "PhaseRecipe": "recipes.recipe",
-    "PhaseRun": "phases.phase",
-    "PruneRecipe": "recipes.recipe",
-    "Pruned": "runs.results",
-    "Recipe": "recipes.recipe",
-    "Run": "runs.run",
-    "SparsityCallback": "callbacks.sparsity",
-    "Trained": "runs.results",
-    "attach_gates": "phases.choosing",
-    "close_to_budget": "phases.choosing",
-    "finetune": "runs.one_call",
-    "gate_config": "phases.choosing",
-    "load_recipe": "recipes.reading",
-    "prune": "runs.one_call",
-    "rank": "phases.one_shot",
-    "train": "phases.phase",
+_NAMES = {
+    "callbacks.sparsity": ("SparsityCallback",),
+    "phases.choosing": ("attach_gates", "close_to_budget", "gate_config"),
+    "phases.one_shot": ("rank",),
+    "phases.phase": ("PhaseRun", "train"),
+    "recipes.reading": ("load_recipe",),
+    "recipes.recipe": ("DataRecipe", "ModelRecipe", "PhaseRecipe", "PruneRecipe", "Recipe"),
+    "runs.one_call": ("finetune", "prune"),
+    "runs.results": ("Pruned", "Trained"),
+    "runs.run": ("Run",),
+    "runs.single": ("Options",),
 }
-"""Public names, and the modules that define them."""
+"""Modules, and the public names that they define."""
 
-__all__ = list(_HOME)
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """Adaptive input and softmax (Baevski, Auli 2019; Grave et al. 2017): rare words get narrow vectors.
 
-Imports torch only.
+Imports torch and transformers only.
 
 The vocabulary, ordered by falling frequency, is cut into a shortlist of width D and tails of width D / factor,
 D / factor², …; each tail's logits are conditional on one extra logit of the shortlist. Dimensions: B, T, D, V; R rows.
@@ -8,30 +8,30 @@ D / factor², …; each tail's logits are conditional on one extra logit of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .configuration import AllAttentionConfig
 
-def _bands(vocab_size: int, cutoffs: Sequence[int]) -> list[tuple[int, int]]:
-    return list(pairwise([0, *cutoffs, vocab_size]))
+
+def _bands_and_widths(config: AllAttentionConfig) -> tuple[list[tuple[int, int]], list[int]]:
+    bands = list(pairwise([0, *(config.adaptive_cutoffs or ()), config.vocab_size]))
+    return bands, [config.hidden_size // config.adaptive_factor**rank for rank in range(len(bands))]
 
 
 class AdaptiveEmbedding(nn.Module):
     """Embeddings whose width falls with the rank of the word. (B, T) ids → (B, T, D)."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, cutoffs: Sequence[int], factor: int) -> None:
+    def __init__(self, config: AllAttentionConfig) -> None:
         super().__init__()
-        self.bands = _bands(vocab_size, cutoffs)
+        self.bands, widths = _bands_and_widths(config)
         self.tables = nn.ModuleList(
-            nn.Embedding(stop - start, hidden_size // factor**rank) for rank, (start, stop) in enumerate(self.bands)
+            nn.Embedding(stop - start, width) for width, (start, stop) in zip(widths, self.bands, strict=True)
         )
-        self.projections = nn.ModuleList(
-            nn.Linear(hidden_size // factor**rank, hidden_size, bias=False) for rank in range(len(self.bands))
-        )
+        self.projections = nn.ModuleList(nn.Linear(width, config.hidden_size, bias=False) for width in widths)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up and project each band's words."""
@@ -48,10 +48,10 @@ class AdaptiveEmbedding(nn.Module):
 class AdaptiveSoftmax(nn.Module):
     """Output layer over the same bands; tables and tail projections may be tied to an `AdaptiveEmbedding`."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, cutoffs: Sequence[int], factor: int, bias: bool) -> None:
+    def __init__(self, config: AllAttentionConfig) -> None:
         super().__init__()
-        self.bands = _bands(vocab_size, cutoffs)
-        widths = [hidden_size // factor**rank for rank in range(len(self.bands))]
+        self.bands, widths = _bands_and_widths(config)
+        hidden_size, bias = config.hidden_size, config.lm_head_bias
         # Stored D_tail → D, like the embedding's, so that tying is sharing a tensor; used transposed.
         self.projections = nn.ModuleList(nn.Linear(width, hidden_size, bias=False) for width in widths)
         self.tables = nn.ModuleList(

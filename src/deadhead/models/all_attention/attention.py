@@ -31,38 +31,25 @@ class Operands:
     paper's √E·m^k cancels), in one softmax; values are the context's and √N·m^v. Gates z multiply exp(score) of
     persistent vectors, above and below the fraction bar: with z = 0 a vector is not in the softmax.
 
-    Args:
-        q_BHTE: queries for the context.
-        persistent_q_BHTE: queries for the persistent vectors, which have no position: the same tensor, or with rotary
-            positions the queries before the rotation.
-        k_BHSE: keys of the context; the queries stand at its last T positions.
-        v_BHSE: values of the context.
-        r_HWE: keys of the relative positions, oldest first; None with rotary positions.
-        content_bias_HE: u; None with rotary positions.
-        position_bias_HE: v; None with rotary positions.
-        persistent_k_HNE: m^k.
-        persistent_v_HNE: m^v.
-        persistent_scale: √N, N as in the dense model whatever is left of its vectors.
-        window: W, positions that a query sees, its own included.
-        padding_BS: True where a position of the context is padding; None if none is.
-        dropout: share of the weights that are dropped.
-        z_N: gates of the persistent vectors, (N,), or for each text its own, (B, N); None where all are 1. Only
-            `eager_attention` takes them, and `blocked_attention` where they are (N,) and either 0 or 1.
+    Queries stand at the last T positions of the context. r, u and v are None with rotary positions, where queries for
+    the persistent vectors, which have no position, are those before the rotation: else they are the same tensor.
     """
 
     q_BHTE: Tensor
     persistent_q_BHTE: Tensor
     k_BHSE: Tensor
     v_BHSE: Tensor
-    r_HWE: Tensor | None
-    content_bias_HE: Tensor | None
-    position_bias_HE: Tensor | None
-    persistent_k_HNE: Tensor
-    persistent_v_HNE: Tensor
-    persistent_scale: float
-    window: int
-    padding_BS: Tensor | None = None
-    dropout: float = 0.0
+    r_HWE: Tensor | None  # oldest first
+    content_bias_HE: Tensor | None  # u
+    position_bias_HE: Tensor | None  # v
+    persistent_k_HNE: Tensor  # m^k
+    persistent_v_HNE: Tensor  # m^v
+    persistent_scale: float  # √N, N as in the dense model whatever is left of its vectors
+    window: int  # W, positions that a query sees, its own included
+    padding_BS: Tensor | None = None  # True where a position of the context is padding
+    dropout: float = 0.0  # share of the weights that are dropped
+    # Gates of the persistent vectors, (N,), or for each text its own, (B, N); None where all are 1. Only
+    # `eager_attention` takes them, and `blocked_attention` where they are (N,) and either 0 or 1.
     z_N: Tensor | None = None
 
     @property
@@ -76,11 +63,7 @@ class Operands:
         return self.q_BHTE if self.content_bias_HE is None else self.q_BHTE + self.content_bias_HE[:, None]
 
     def position_scores(self, texts: slice = _ALL, heads: slice = _ALL, queries: slice = _ALL) -> Tensor:
-        """Return (q + v)·r / √E of some texts, heads and queries by distance, oldest first.
-
-        Returns:
-            (B, H, T, W), or with rotary positions zeros, (1, 1, T, W)
-        """
+        """Return (q + v)·r / √E by distance, oldest first, (B, H, T, W), or with rotary positions 0, (1, 1, T, W)."""
         q_BHTE = self.q_BHTE[texts, heads, queries]
         if self.r_HWE is None or self.position_bias_HE is None:
             return q_BHTE.new_zeros((1, 1, q_BHTE.shape[2], self.window))
@@ -92,23 +75,16 @@ class Operands:
         return scores_HRW.unflatten(1, (batch, num_queries)).transpose(0, 1)
 
     def context_bias(self) -> Tensor:
-        """Return what the position adds to the scores of the context, −inf outside the window; padding gets no weight.
-
-        Returns:
-            (B, H, T, S), or without positions and padding (1, 1, T, S)
-        """
+        """Return what position and padding add to the scores of the context, (B or 1, H or 1, T, S)."""
         bias = band(self.position_scores(), self.k_BHSE.shape[2])
         return bias if self.padding_BS is None else bias + padding_bias(self.padding_BS[:, None, None], bias.dtype)
 
 
 def band(scores_BHTW: Tensor, num_context: int) -> Tensor:
-    """Shift each query's window scores to the context columns they belong to; −inf outside the window.
+    """Shift each query's window scores to the context columns they belong to, (B, H, T, S); −inf outside the window.
 
     Query i of T stands at column S − T + i and sees the W columns up to its own, oldest first. Padding every row with
     T columns and reading the buffer with rows one shorter moves row i right by i: no index tensor, no mask.
-
-    Returns:
-        (B, H, T, S); if S is below W + T − 1, the columns before the first position are left out.
     """
     num_queries, window = scores_BHTW.shape[-2:]
     columns = window + num_queries - 1

@@ -102,17 +102,14 @@ class _Call:
 
     @property
     def scale(self) -> float:
-        """1 / √E."""
         return float(self.q_HBTE.shape[-1] ** -0.5)
 
     @property
     def num_shut(self) -> int:
-        """C."""
         return 0 if self.shut_k_HCE is None else self.shut_k_HCE.shape[1]
 
     @property
     def blocking(self) -> Blocking:
-        """How the call is done in pieces."""
         heads, batch, queries, _ = self.q_HBTE.shape
         return Blocking(
             heads=heads,
@@ -125,7 +122,6 @@ class _Call:
         )
 
     def buffer(self) -> Tensor:
-        """Return memory for the scores of a block."""
         return self.q_HBTE.new_empty(self.blocking.size)
 
     def part(self, buffer: Tensor, block: Block) -> _Part:
@@ -140,19 +136,17 @@ class _Call:
             seen_Pts=context[..., block.num_missing :],
             window_PtW=by_distance(context, self.window),
             persistent_hRN=whole.view(heads, texts * queries, row)[..., block.columns :],
-            shut_hRC=buffer[whole.numel() : whole.numel() + heads * texts * queries * self.num_shut].view(
+            shut_hRC=buffer[whole.numel() :][: heads * texts * queries * self.num_shut].view(
                 heads, texts * queries, self.num_shut
             ),
         )
 
     def queries(self, block: Block) -> _Queries:
-        """Return the three kinds of queries: scaled q + u, scaled q + v, and q."""
         q_hntE = self.q_HBTE[block.heads, block.texts, block.queries]
         content_hntE, position_hRE = q_hntE, None
         if self.content_bias_HE is not None and self.position_bias_HE is not None:
             content_hntE = q_hntE + self.content_bias_HE[block.heads, None, None]
-            position_hntE = (q_hntE + self.position_bias_HE[block.heads, None, None]).mul_(self.scale)
-            position_hRE = position_hntE.flatten(1, 2)
+            position_hRE = (q_hntE + self.position_bias_HE[block.heads, None, None]).mul_(self.scale).flatten(1, 2)
         persistent = self.q_HBTE if self.persistent_q_HBTE is None else self.persistent_q_HBTE
         return _Queries(
             content_PtE=(content_hntE * self.scale).flatten(0, 1),
@@ -183,12 +177,11 @@ class _Call:
             part.seen_Pts.unflatten(0, block.shape[:2]).add_(padding_nts)
         persistent_hEN = self.persistent_k_HNE[block.heads].transpose(1, 2)
         _multiply(queries.persistent_hRE, persistent_hEN, out=part.persistent_hRN)
-        if not with_shut or self.shut_k_HCE is None:
-            torch.softmax(part.whole_Ptx, -1, out=part.whole_Ptx)
-            return part, queries
         precise = torch.promote_types(buffer.dtype, torch.float32)
-        top_Pt1 = part.whole_Ptx.amax(-1, keepdim=True).to(precise)
+        top_Pt1 = part.whole_Ptx.amax(-1, keepdim=True).to(precise) if with_shut else None
         torch.softmax(part.whole_Ptx, -1, out=part.whole_Ptx)
+        if top_Pt1 is None or self.shut_k_HCE is None:
+            return part, queries
         # The largest weight is e^(top − log Σ).
         log_sum_Pt1 = top_Pt1 - part.whole_Ptx.amax(-1, keepdim=True).to(precise).log()
         shut_hEC = self.shut_k_HCE[block.heads].transpose(1, 2)
@@ -212,11 +205,11 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True)
 class _Queries:
-    """Queries of a block."""
+    """The three kinds of queries of a block."""
 
-    content_PtE: Tensor
-    position_hRE: Tensor | None
-    persistent_hRE: Tensor
+    content_PtE: Tensor  # (q + u) / √E
+    position_hRE: Tensor | None  # (q + v) / √E
+    persistent_hRE: Tensor  # q
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -242,8 +235,7 @@ class _BlockedAttention(torch.autograd.Function):
             target_hntE.copy_(sum_PtE.view(target_hntE.shape))
         if dropout:
             attended_BTHE.div_(1 - dropout)
-        output_BTHE = attended_BTHE if call.shut_k_HCE is not None else None
-        ctx.save_for_backward(*tensors[:-2], output_BTHE, *kept)
+        ctx.save_for_backward(*tensors[:-2], None if call.shut_k_HCE is None else attended_BTHE, *kept)
         ctx.root, ctx.window, ctx.dropout = call.root, call.window, dropout
         return attended_BTHE
 
@@ -293,16 +285,14 @@ class _Gradients:
         self.adds_context = call.blocking.num_queries < call.blocking.queries
         new = torch.zeros_like if self.adds_context else torch.empty_like
         self.k, self.v = new(call.k_HBSE), new(call.v_HBSE)
-        small = (call.r_HWE, call.content_bias_HE, call.position_bias_HE)
-        self.r, self.content_bias, self.position_bias = (
+        small = (call.r_HWE, call.content_bias_HE, call.position_bias_HE, call.z_G)
+        self.r, self.content_bias, self.position_bias, self.z = (
             None if tensor is None else torch.zeros_like(tensor) for tensor in small
         )
         self.persistent_k = torch.empty_like(call.persistent_k_HNE)
         self.persistent_v = torch.empty_like(call.persistent_v_HNE)
-        self.z = None if call.z_G is None else torch.zeros_like(call.z_G)
 
     def of_weights(self, buffer: Tensor, block: Block, upstream_hntE: Tensor) -> _Part:
-        """Return the gradient of the weights, in `buffer`."""
         call, slopes = self.call, self.call.part(buffer, block)
         slopes.context_Ptc[..., : block.num_missing] = 0
         values_PEs = call.context(call.v_HBSE, block).transpose(1, 2)
@@ -326,8 +316,8 @@ class _Gradients:
             self._add_persistent(self.persistent_k, slopes.persistent_hRN, queries.persistent_hRE, block, 1.0)
         if self.z is not None:
             self.z[: call.persistent_k_HNE.shape[1]] += slopes.persistent_hRN.sum((0, 1), dtype=self.z.dtype)
-        rows = (block.shape[0], -1, call.q_HBTE.shape[-1])
-        q_hRE = torch.bmm(slopes.seen_Pts, call.context(call.k_HBSE, block)).view(rows)
+        q_PtE = torch.bmm(slopes.seen_Pts, call.context(call.k_HBSE, block))
+        q_hRE = q_PtE.view(block.shape[0], -1, q_PtE.shape[-1])
         if self.content_bias is not None:
             self.content_bias[heads].add_(q_hRE.sum(1), alpha=call.scale)
         if self.r is not None and call.r_HWE is not None and queries.position_hRE is not None:
@@ -371,7 +361,6 @@ class _Gradients:
             target_hNE.baddbmm_(scores_hNR, rows_hRE, beta=beta, alpha=factor)
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the order of the arguments."""
         found = [getattr(self, name) if self.needed[name] else None for name in _NAMES]
         return (*found, *[None] * (_NUM_CONSTANT + _NUM_NUMBERS))
 

@@ -44,25 +44,15 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Blocking:
-    """How a batch is cut into blocks: all texts of several heads, or some texts of one.
-
-    Args:
-        heads: H.
-        batch: B.
-        queries: T, which stand at the last positions of the context.
-        context: S.
-        window: W.
-        others: scores of a query that are not of the context.
-        capacity: scores a block may have at most, as far as 64 queries of one text and head allow.
-    """
+    """How a batch is cut into blocks: all texts of several heads, or some texts of one."""
 
     heads: int
     batch: int
-    queries: int
+    queries: int  # at the last positions of the context
     context: int
     window: int
-    others: int
-    capacity: int
+    others: int  # scores of a query that are not of the context
+    capacity: int  # scores a block may have at most, as far as 64 queries of one text and head allow
 
     @property
     def num_queries(self) -> int:

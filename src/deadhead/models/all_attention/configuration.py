@@ -7,6 +7,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "memory_length", "segment_length")
 
 
 class AllAttentionConfig(PreTrainedConfig):
@@ -89,17 +90,12 @@ class AllAttentionConfig(PreTrainedConfig):
         Raises:
             ValueError: one sentence that names the size that does not fit.
         """
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "memory_length",
-            "segment_length",
-        ):
-            self._require_number(name, least=1)
-        for name in ("num_persistent", "feed_forward_size"):
-            self._require_number(name, least=0)
+        for name in (*_SIZES, "num_persistent", "feed_forward_size"):
+            value, least = getattr(self, name), int(name in _SIZES)
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, but it is {value!r}.")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, but it is {value}.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"num_attention_heads must divide hidden_size, but {self.num_attention_heads} does not divide "
@@ -133,15 +129,9 @@ class AllAttentionConfig(PreTrainedConfig):
         if self.head_plan is not None:
             self._validate_plan()
 
-    def _require_number(self, name: str, *, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int):
-            raise ValueError(f"{name} must be a whole number, but it is {value!r}.")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, but it is {value}.")
-
     def _validate_plan(self) -> None:
-        self._validate_units(self.head_plan, "head", dict.fromkeys(self._layers, self.num_attention_heads))
+        heads = {str(layer): self.num_attention_heads for layer in range(self.num_hidden_layers)}
+        self._validate_units(self.head_plan, "head", heads)
         blocks = (self.head_plan or {}).get("blocks")
         if blocks is None:
             return
@@ -154,14 +144,11 @@ class AllAttentionConfig(PreTrainedConfig):
         if any(count * size != units for count in total.values()):
             raise ValueError(f"head_plan's blocks of {size} do not make up the {units} {what} of a layer.")
 
-    @property
-    def _layers(self) -> list[str]:
-        return [str(layer) for layer in range(self.num_hidden_layers)]
-
     def _validate_units(self, plan: Any, what: str, most: dict[str, int] | None = None) -> dict[str, int]:
         """Check what a plan keeps in each layer against `most`, or else against its own total; return that total."""
         kept, total = (plan.get(name) if isinstance(plan, dict) else None for name in ("kept", "total"))
-        if not (isinstance(kept, dict) and isinstance(total, dict) and set(kept) == set(total) == set(self._layers)):
+        layers = {str(layer) for layer in range(self.num_hidden_layers)}
+        if not (isinstance(kept, dict) and isinstance(total, dict) and set(kept) == set(total) == layers):
             raise ValueError(
                 f"head_plan must name each of the {self.num_hidden_layers} layers in kept and total of its {what}s."
             )

@@ -154,7 +154,6 @@ class AllAttention(nn.Module):
             content_bias_HE, position_bias_HE = (_select(bias, active_H) for bias in self._biases(shared_bias))
             r_HWE = self._position_keys(positions_WD, active_H, past_key_values, is_first)
         persistent_k_HNE, persistent_v_HNE, z_N = self._persistent(q_BHTE, active_H)
-        has_padding = padding_BS is not None and blank_D is None
         operands = Operands(
             q_BHTE=q_BHTE,
             persistent_q_BHTE=persistent_q_BHTE,
@@ -167,7 +166,7 @@ class AllAttention(nn.Module):
             persistent_v_HNE=persistent_v_HNE,
             persistent_scale=self.persistent_scale,
             window=memory_length + 1,
-            padding_BS=padding_BS[:, -k_BHSE.shape[2] :] if padding_BS is not None and has_padding else None,
+            padding_BS=padding_BS[:, -k_BHSE.shape[2] :] if padding_BS is not None and blank_D is None else None,
             dropout=self.config.attention_dropout if self.training else 0.0,
             z_N=z_N,
         )
@@ -207,9 +206,9 @@ class AllAttention(nn.Module):
         self, positions_WD: Tensor, active_H: Tensor | None, past_key_values: Cache | None, is_first: bool
     ) -> Tensor:
         """Return W_R p, (H, W, E). As long as a cache lives it is computed once, as keys and values are."""
-        if past_key_values is None or torch.is_grad_enabled():
-            return self._project(self.r_proj, positions_WD[None], active_H)[0]
-        known: dict[int, Tensor] = past_key_values.__dict__.setdefault("position_keys", {})
+        known: dict[int, Tensor] = {}
+        if past_key_values is not None and not torch.is_grad_enabled():
+            known = past_key_values.__dict__.setdefault("position_keys", known)
         if is_first or self.layer not in known:
             known[self.layer] = self._project(self.r_proj, positions_WD[None], active_H)[0]
         return known[self.layer]
@@ -234,8 +233,7 @@ class AllAttention(nn.Module):
     def _biases(self, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if shared is None:
             return self.content_bias, self.position_bias
-        heads = list(self.heads)
-        return shared[0][heads], shared[1][heads]
+        return shared[0][list(self.heads)], shared[1][list(self.heads)]
 
     def _with_blanks(
         self,

@@ -35,7 +35,7 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .cache import append_in_place
 from .configuration import AllAttentionConfig
 from .dropout import Dropout
-from .layer import AllAttention, AllAttentionLayer, OutputBias
+from .layer import AllAttention, AllAttentionLayer
 from .positions import sinusoidal_table
 from .projection import project
 
@@ -92,22 +92,15 @@ class AllAttentionPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
         spread = config.initializer_range or config.hidden_size**-0.5
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=spread)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=spread)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, OutputBias):
-            init.zeros_(module.bias)
         elif isinstance(module, AllAttention) and module.num_persistent:
             # As they enter the layer, √E m^k and √N m^v, they then have unit variance.
             init.normal_(module.persistent_k, std=config.head_dim**-0.5)
             init.normal_(module.persistent_v, std=config.num_persistent**-0.5)
-        for name in ("content_bias", "position_bias"):
+        for name in ("bias", "content_bias", "position_bias"):
             if isinstance(getattr(module, name, None), nn.Parameter):
                 init.zeros_(getattr(module, name))
         if isinstance(table := getattr(module, "position_table", None), nn.Parameter):
@@ -119,12 +112,8 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
 
     def __init__(self, config: AllAttentionConfig) -> None:
         super().__init__(config)
-        width, cutoffs = config.hidden_size, config.adaptive_cutoffs
-        self.embed_tokens: nn.Module = (
-            nn.Embedding(config.vocab_size, width)
-            if cutoffs is None
-            else AdaptiveEmbedding(config.vocab_size, width, cutoffs, config.adaptive_factor)
-        )
+        width, cutoffs, size = config.hidden_size, config.adaptive_cutoffs, config.vocab_size
+        self.embed_tokens: nn.Module = nn.Embedding(size, width) if cutoffs is None else AdaptiveEmbedding(config)
         self.embedding_dropout = Dropout(config.embedding_dropout)
         if config.position == "learned":
             self.position_table = nn.Parameter(torch.empty(config.memory_length + 1, width))
@@ -231,13 +220,11 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
     def __init__(self, config: AllAttentionConfig) -> None:
         super().__init__(config)
         self.model = AllAttentionModel(config)
-        width, cutoffs = config.hidden_size, config.adaptive_cutoffs
+        cutoffs = config.adaptive_cutoffs
         if cutoffs is None:
-            self.lm_head: nn.Module = nn.Linear(width, config.vocab_size, bias=config.lm_head_bias)
+            self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         else:
-            self.lm_head = AdaptiveSoftmax(
-                config.vocab_size, width, cutoffs, config.adaptive_factor, bias=config.lm_head_bias
-            )
+            self.lm_head = AdaptiveSoftmax(config)
             # Tables and tail projections are shared with the input, the shortlist's projections are not.
             shared = [f"tables.{rank}.weight" for rank in range(len(cutoffs) + 1)]
             shared += [f"projections.{rank + 1}.weight" for rank in range(len(cutoffs))]
@@ -265,7 +252,7 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         """Return logits, and the mean negative log-likelihood where labels are given.
 
         Args:
-            input_ids: see `AllAttentionModel.forward`, as for `kwargs` and all that is not described here.
+            input_ids: see `AllAttentionModel.forward`, as for all that is not described here.
             attention_mask: see there.
             past_key_values: see there.
             memory: see there.
@@ -296,13 +283,8 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         else:
             logits = project(self.lm_head, hidden_BTD)
         if shift_labels is not None and logits is not None:
-            loss = self.loss_function(
-                logits,
-                labels,
-                self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels.contiguous(),
-            )
+            numbers = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels.contiguous()}
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **numbers)
         return AllAttentionOutput(
             loss=loss,
             logits=logits,

@@ -37,11 +37,12 @@ def project(projection: nn.Module, hidden: Tensor) -> Tensor:
     """
     rows = hidden.numel() // hidden.shape[-1]
     if (
-        not 0 < rows <= _MOST_ROWS
+        # Before the number of rows is asked for, which a compiled graph leaves open.
+        torch.compiler.is_compiling()
+        or not 0 < rows <= _MOST_ROWS
         # Reentrant checkpointing trains without gradients first, and must meet the same numbers when it recomputes.
         or projection.training
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or hidden.device.type != "cpu"
         or hidden.dtype != torch.float32
         or torch.is_autocast_enabled("cpu")

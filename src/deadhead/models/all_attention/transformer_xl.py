@@ -27,11 +27,7 @@ class TransformerXLConfig(AllAttentionConfig):
     feed_forward_size: int = 512
 
     def validate_architecture(self) -> None:
-        """Check the sizes against each other.
-
-        Raises:
-            ValueError: one sentence that names the size that does not fit.
-        """
+        """Check the sizes as `AllAttentionConfig` does, and that they are a Transformer-XL's."""
         super().validate_architecture()
         if self.num_persistent or not self.feed_forward_size:
             raise ValueError(

@@ -38,25 +38,15 @@ _EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward layer, as it is now.
+    """One feed-forward layer, as it is now."""
 
-    Args:
-        key: its layer's index, or its path where an index is not enough.
-        path: name of `module` in the text stack.
-        module: what holds the projections; in some models the whole layer.
-        inputs: names of the projections into the hidden units.
-        output_path: name of the projection out of them.
-        width: F; 0 for an emptied one.
-        copies: rows of an input projection that a hidden unit has: 2 where one projection gives gates too.
-    """
-
-    key: Key
-    path: str
-    module: nn.Module
-    inputs: tuple[str, ...]
-    output_path: str
-    width: int
-    copies: int
+    key: Key  # its layer's index, or its path where an index is not enough
+    path: str  # of `module` in the text stack
+    module: nn.Module  # holds the projections; in some models the whole layer
+    inputs: tuple[str, ...]  # names of the projections into the hidden units
+    output_path: str  # name of the projection out of them
+    width: int  # F; 0 for an emptied one
+    copies: int  # rows of an input projection that a hidden unit has: 2 where one projection gives gates too
 
     @property
     def dense_width(self) -> int:
@@ -96,11 +86,10 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
 
 def _has(module: nn.Module, path: str) -> bool:
     owner_path, _, name = path.rpartition(".")
-    owner: Any = module
-    for part in owner_path.split(".") if owner_path else ():
-        owner = owner._modules.get(part)
-        if owner is None:
-            return False
+    try:
+        owner = module.get_submodule(owner_path)
+    except AttributeError:
+        return False
     return is_projection(owner, name) or isinstance(owner._modules.get(name), (NoUnits, OutputBias))
 
 

@@ -27,13 +27,7 @@ _SEPARATE = (
     ("q", "k", "v"),
 )
 # Names of one projection for all three, and the order of heads in it (see `head_order`).
-_FUSED = {
-    "qkv_proj": "blocks",
-    "Wqkv": "blocks",
-    "c_attn": "blocks",
-    "query_key_value": "groups",
-    "qkv": "blocks",
-}
+_FUSED = {"qkv_proj": "blocks", "Wqkv": "blocks", "c_attn": "blocks", "query_key_value": "groups", "qkv": "blocks"}
 _OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "projection_layer", "proj")
 # Multi-head latent attention: each head's queries, keys and values are expanded from compressed ones.
 _LATENT_QUERY = ("q_b_proj", "q_gate_proj", "q_proj")
@@ -57,36 +51,24 @@ class UnknownStructure(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter of an attention module, by its name there, with heads along `dim` in an order of `head_order`.
-
-    `per_token` tells whether it is a projection's weight, with one multiply-add a number and token.
-    """
+    """A parameter of an attention module, by its name there, with heads along `dim` in an order of `head_order`."""
 
     path: str
     dim: int
     order: str
-    per_token: bool
+    per_token: bool  # whether it is a projection's weight, with one multiply-add a number and token
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention module, as it is now: H query heads, G key/value heads, E wide.
+    """One attention module, as it is now: H query heads, G key/value heads, E wide."""
 
-    Args:
-        key: its layer's index, or its path where a model has more than one stack of layers.
-        path: name of `module` in the model that was searched.
-        module: the module that holds everything, the output projection included.
-        inner: the module that computes attention: `module` itself, or its child `self` as in BERT.
-        output_path: name of the output projection in `module`.
-        parts: every tensor with heads in it, but for the output projection's bias.
-    """
-
-    key: Key
-    path: str
-    module: nn.Module
-    inner: nn.Module
-    output_path: str
-    parts: tuple[Part, ...]
+    key: Key  # its layer's index, or its path where a model has more than one stack of layers
+    path: str  # in the model that was searched
+    module: nn.Module  # holds everything, the output projection included
+    inner: nn.Module  # computes attention: `module` itself, or its child `self` as in BERT
+    output_path: str  # name of the output projection in `module`
+    parts: tuple[Part, ...]  # every tensor with heads in it, but for the output projection's bias
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -161,11 +143,7 @@ def text_stack(model: nn.Module) -> nn.Module:
 
 
 def _describe(path: str, module: nn.Module) -> Attention | None:
-    """Return what `module` is, or None if it is no attention module.
-
-    Raises:
-        UnknownStructure: it is one, but not one that can be cut.
-    """
+    """Return what `module` is, or None if it is no attention module; UnknownStructure if it cannot be cut."""
     inner, output_path = module, next((name for name in _OUTPUT if is_projection(module, name)), None)
     own = getattr(module, "self", None)
     if output_path is None and isinstance(own, nn.Module) and is_projection(getattr(module, "output", None), "dense"):
@@ -211,10 +189,9 @@ def _projections(inner: nn.Module) -> list[Part] | None:
         if is_projection(inner, name):
             # One key and value head for all queries always follows the queries (GPT-BigCode, Falcon); GPT-BigCode's
             # other form keeps each head's three together.
-            if getattr(inner, "multi_query", None) is not None and not getattr(
-                inner, "new_decoder_architecture", False
-            ):
-                order = "blocks" if inner.multi_query else "groups"
+            multi_query = getattr(inner, "multi_query", None)
+            if multi_query is not None and not getattr(inner, "new_decoder_architecture", False):
+                order = "blocks" if multi_query else "groups"
             return _linear(inner, name, order)
     return None
 
@@ -223,11 +200,9 @@ def _counts(inner: nn.Module, parts: list[Part], width: int) -> tuple[int, int]:
     """Return H and G, from the module's own numbers, its shared configuration's, and the projections' shapes."""
     config = getattr(inner, "config", None)
     num_heads = _number(inner, HEAD_COUNTS)
-    head_dim = _number(inner, _HEAD_WIDTHS)
-    if num_heads is None and head_dim is not None:
-        num_heads = width // head_dim
     if num_heads is None:
-        num_heads = _number(config, HEAD_COUNTS)
+        head_dim = _number(inner, _HEAD_WIDTHS)
+        num_heads = _number(config, HEAD_COUNTS) if head_dim is None else width // head_dim
     if not num_heads or width % num_heads:
         raise UnknownStructure(f"the number of heads cannot be told from its output projection's {width} inputs")
     sizes = {part.order: attrgetter(part.path)(inner).shape[part.dim] for part in reversed(parts)}
@@ -236,9 +211,7 @@ def _counts(inner: nn.Module, parts: list[Part], width: int) -> tuple[int, int]:
         num_kv_heads = num_heads // repeat
     if getattr(inner, "multi_query", False) and not getattr(inner, "new_decoder_architecture", False):
         num_kv_heads = 1
-    if "kv" not in sizes and "query" in sizes:
-        num_kv_heads = num_heads
-    if num_kv_heads is None and sizes.get("kv") == sizes.get("query"):
+    if ("kv" not in sizes and "query" in sizes) or (num_kv_heads is None and sizes.get("kv") == sizes.get("query")):
         num_kv_heads = num_heads
     if num_kv_heads is None and config is not None:
         num_kv_heads = _number(config, KV_HEAD_COUNTS)
@@ -249,11 +222,7 @@ def _counts(inner: nn.Module, parts: list[Part], width: int) -> tuple[int, int]:
 
 
 def _extras(inner: nn.Module, covered: set[str], num_heads: int, num_kv_heads: int, head_dim: int) -> list[Part]:
-    """Account for every further parameter: those with heads in them are returned, shared ones are not.
-
-    Raises:
-        UnknownStructure: a parameter whose part in the heads is not known.
-    """
+    """Account for every further parameter: those with heads in them are returned, shared ones are not."""
     parts: list[Part] = []
     for path, tensor in inner.named_parameters():
         owner = path.rpartition(".")[0]
@@ -317,11 +286,8 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def _number(owner: Any, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = _value(owner, name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
+    values = (_value(owner, name) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
 
 
 def _value(owner: Any, name: str) -> Any:
@@ -347,18 +313,10 @@ def keep_rows(module: nn.Module, path: str, dim: int, rows: Tensor) -> None:
     old = getattr(owner, name)
     new = old.index_select(dim, rows.to(old.device))
     setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    tell_sizes(owner)
-
-
-def tell_sizes(projection: nn.Module) -> None:
-    """Let a projection's numbers be those of its weight."""
-    weight = getattr(projection, "weight", None)
-    if weight is None or weight.ndim != 2:
-        return
-    if isinstance(projection, nn.Linear):
-        projection.out_features, projection.in_features = weight.shape
-    elif type(projection).__name__ == "Conv1D":
-        projection.nx, projection.nf = weight.shape
+    if name == "weight" and isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = new.shape
+    elif name == "weight" and type(owner).__name__ == "Conv1D":
+        owner.nx, owner.nf = new.shape
 
 
 class OutputBias(nn.Module):

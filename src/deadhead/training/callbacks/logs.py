@@ -14,9 +14,6 @@ from deadhead.disk.files import no_space_is_input_error, write_text
 from deadhead.gates.gates import HeadGates
 from deadhead.training.callbacks.metrics import parsed_line
 
-# Fields that differ between two runs of the same recipe; everything else is equal bit for bit.
-TIMING_FIELDS = ("seconds",)
-
 
 def add_to_log(state: TrainerState, logs: dict[str, Any], values: Mapping[str, float]) -> None:
     """Add numbers to what is being logged, in a callback's on_log; callbacks that come later in the list see them."""
@@ -39,9 +36,7 @@ class MetricsFile(TrainerCallback):
         self.gates = gates
         self.begin = time.perf_counter()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Drop what a stopped run wrote of this phase after the checkpoint it goes on from."""
         self.begin = time.perf_counter()
         if not state.is_world_process_zero:
@@ -61,16 +56,10 @@ class MetricsFile(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append a line."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        logs = kwargs["logs"]
+        if not state.is_world_process_zero or "loss" not in logs:
             return
         line: dict[str, Any] = {"phase": self.phase, "step": state.global_step}
         line |= {name: value for name, value in logs.items() if not name.startswith(("heads/", "blocks/"))}
@@ -103,16 +92,9 @@ class StepReporter(TrainerCallback):
         self.report = report
         self.last: dict[str, Any] = {}
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember the numbers."""
-        self.last = dict(logs or {})
+        self.last = dict(kwargs["logs"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report."""

@@ -112,9 +112,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             values[f"{key.kind}s/layer_{key.layer}"] = float(gate.is_open.sum())
         return values
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that the gates will learn, and go on where a checkpoint left off."""
         require_supported(args)
         if self.optimizer is not None and self.gate_lr is None:
@@ -150,17 +148,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
                         gate.set_stored(values["log_alpha_bias"])
                         gate.difference.copy_(values["difference"])
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Let the noise of this step depend on its number alone."""
         self.gates.begin_step(state.global_step)
         if self.target is not None:
             self.target.prepare(self.gates, state.global_step)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Add λ(t) · ∂L0 to the gates' gradients, after clipping, and let their optimizer step."""
         if state.global_step == 0 and all(gate.log_alpha_bias.grad is None for _, gate in self.gates):
             raise InputError(
@@ -188,20 +182,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
             is_last = state.global_step >= state.max_steps
             self.target.project(self.gates, state.global_step, self.weighting, is_last=is_last)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         """Let each gate decide alone again."""
         self.gates.draw_exactly(())
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the gates' numbers to training logs."""
-        if logs is not None and "loss" in logs:
-            add_to_log(state, logs, self.metrics())
+        if "loss" in kwargs["logs"]:
+            add_to_log(state, kwargs["logs"], self.metrics())

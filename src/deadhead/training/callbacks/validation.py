@@ -36,15 +36,8 @@ class Validation(TrainerCallback):
             self.perplexity = evaluate(self.model, self.text, limit=self.tokens).perplexity
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the number to the training log."""
-        if logs is not None and "loss" in logs and self.perplexity is not None:
-            add_to_log(state, logs, {"eval_perplexity": self.perplexity})
+        if "loss" in kwargs["logs"] and self.perplexity is not None:
+            add_to_log(state, kwargs["logs"], {"eval_perplexity": self.perplexity})
             self.perplexity = None

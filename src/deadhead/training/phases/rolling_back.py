@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_object
@@ -63,9 +63,7 @@ def roll_back(folder: Path, error: DivergenceError) -> None:
 class SmallerStep(TrainerCallback):
     """Multiplies the learning rate that a checkpoint from before the failure brings along."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         """Scale optimizer and schedule; checkpoints that are written from now on have it in them."""
         for group in kwargs["optimizer"].param_groups:
             group["lr"] *= FACTOR

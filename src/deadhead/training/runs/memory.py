@@ -93,7 +93,7 @@ def _activations(model: PreTrainedModel, recipe: PruneRecipe) -> tuple[int, int]
     seen = 1 + memory / length
     heads = sum(site.unit_dim * len(site.units) for site in sites)
     width = getattr(config, "hidden_size", heads // layers)
-    keys = sum(layout.cache_values(site, 1) for site in sites)
+    keys = sum(site.cache_values(1) for site in sites)
     attention = narrow * ((2 if frozen else 3) * heads + seen * keys)
     dropout = any(getattr(config, name, 0) for name in _ATTENTION_DROPOUT)
     queries = sum(len(site.units) for site in sites)
