@@ -9,7 +9,6 @@ import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from deadhead.data.pieces import Document, Documents, readable
@@ -112,7 +111,7 @@ def _checked(path: Path) -> Document:
             f"UTF-8 text was expected in {path}, but it looks binary (byte {head.index(0)} is NUL); "
             "name a text file, or convert it to UTF-8 if it holds text in another encoding."
         )
-    document = Document(label=str(path), open=partial(path.open, "rb"), stop=size)
+    document = Document(label=str(path), open=lambda: path.open("rb"), stop=size)
     for _ in document.pieces():
         pass
     return document
