@@ -61,9 +61,6 @@ def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str,
     """Load a data set: the splits it has, or else the rows that are to be divided as "train". Its code is never run.
 
     NAME in `hf:NAME[:CONFIG]` may be a local folder. Without a column it takes "text", or the only one of strings.
-
-    Raises:
-        InputError: the source has another form, or can't be loaded, or has no such column or split, or no text.
     """
     require_extra("data", "datasets", what=source)
     name, _, config = source.removeprefix("hf:").partition(":")

@@ -46,19 +46,14 @@ def path_documents(path: Path) -> dict[str, Documents]:
     Of a directory these are all files below it that are UTF-8 text, sorted by their relative path, hidden ones left
     out. Its own splits count when there is one for training and another, and the files whose names tell no split are
     the smaller part of all bytes (a licence, a note): those are then left out.
-
-    Raises:
-        InputError: nothing there, no permission, empty, or not text.
     """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(_missing(path)) from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"A text file or a directory was expected at {path}, but it cannot be read: {reason}."
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"A text file or a directory was expected at {path}, but it cannot be read: {why}.") from None
     if stat.S_ISREG(mode):
         return {"train": Documents([_checked(path)])}
     if not stat.S_ISDIR(mode):
@@ -78,11 +73,7 @@ def path_documents(path: Path) -> dict[str, Documents]:
 
 
 def stdlib_documents() -> Documents:
-    """Find the source files of the standard library, sorted by relative path, without tests.
-
-    Raises:
-        InputError: this Python came without its source.
-    """
+    """Find the source files of the standard library, sorted by relative path, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
     files: list[Path] = []
     for name in _STDLIB_NAMES.split():

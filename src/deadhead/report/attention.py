@@ -30,9 +30,6 @@ def run_attention(
     """Return the attention patterns on a sentence of a run's dense and pruned model, as far as they are there.
 
     `folder` may be a checkpoint too; `progress` is told of models done and to do.
-
-    Raises:
-        InputError: the sentence cannot be used.
     """
     found = checkpoints_in(folder, ATTENTION_OF)
     patterns: dict[str, Any] = {}

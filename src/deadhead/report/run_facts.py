@@ -44,20 +44,15 @@ def checkpoints_in(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
 
 
 def plan_in(folder: Path) -> HeadPlan | None:
-    """Return the head plan in a run's or a checkpoint's folder, or None if there is none yet.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Return the head plan in a run's or a checkpoint's folder, or None if there is none yet."""
     path = folder / PLAN_FILE
     return HeadPlan.from_json(path) if path.is_file() else None
 
 
 class RunFacts:
-    """The facts of one run, read again only where its files have changed.
+    """The facts of a run, a checkpoint that a single phase wrote, or the `.work` beside one that goes on.
 
-    Args:
-        folder: a run's folder, a checkpoint that a single phase wrote, or the `.work` beside one that goes on.
+    Files are read again only where they have changed.
 
     Attributes:
         facts: what the last `update` found, as JSON values; numbers may be infinite or NaN. `recipe` (TOML), `summary`,

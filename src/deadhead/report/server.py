@@ -171,12 +171,9 @@ def _numbered(runs: Sequence[WatchedRun], number: str) -> WatchedRun:
 
 
 def serve(runs: Sequence[WatchedRun], *, port: int | None, ready: Callable[[str], None]) -> None:
-    """Serve the page on 127.0.0.1 until interrupted.
+    """Serve the page on 127.0.0.1 until interrupted; without a port on 6007, or any that is free.
 
-    Args:
-        runs: what it shows.
-        port: where; None takes 6007, or any that is free.
-        ready: called with the page's address, token included, once it can be opened.
+    `ready` is called with the page's address, token included, once it can be opened.
 
     Raises:
         InputError: the port is taken or not allowed.

@@ -96,9 +96,8 @@ def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
     """Return what a phase would do: the model as it is, for instance once it is pruned, and without any unit."""
     table = Table(box=None, pad_edge=False)
     columns = {"as it is": found.dense, "for instance": found.pruned, "without any": found.least}
-    columns = {name: cost for name, cost in columns.items() if cost is not None}
     table.add_column("")
-    for name in columns:
+    for name in (name for name, cost in columns.items() if cost is not None):
         table.add_column(name, justify="right")
     kept = [cost for cost in columns.values() if cost is not None]
     table.add_row(f"{found.unit.replace('kv_group', 'key/value group')}s", *(str(sum(cost.heads)) for cost in kept))

@@ -41,15 +41,10 @@ class _Loaded:
 
 
 class Trial:
-    """The models of a run, with gates for whoever clicks.
+    """The models of a run, or a checkpoint, with gates for whoever clicks.
 
-    One model is held at a time, and one request served at a time.
-
-    Args:
-        folder: a run's folder, or a checkpoint.
-        data: the text whose held-out part is scored.
-        cache: where the text lies in tokens already, or None.
-        tokens: how many tokens of it.
+    One model is held at a time, and one request served at a time. Of the text's held-out part so many `tokens` are
+    scored; in `cache` it may lie in tokens already. All methods raise InputError for what a request cannot ask for.
     """
 
     def __init__(self, folder: Path, data: DataRecipe, *, cache: Path | None = None, tokens: int = 2048) -> None:
@@ -66,11 +61,7 @@ class Trial:
         return checkpoints_in(self.folder, {"gated": "gated", "dense": "dense", "model": "."})
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Load a model; return its folder, its unit and, by layer, the units there are and those that its plan keeps.
-
-        Raises:
-            InputError: there is no such model, or it or the text cannot be read.
-        """
+        """Load a model; return its folder, its unit and, by layer, the units there are and those of the plan."""
         with self._lock:
             gates = self._load(name).gates
             plan = plan_in(self.folder)
@@ -96,13 +87,7 @@ class Trial:
     def measure(self, name: str, kept: Mapping[str, Sequence[int]], prompt: str) -> dict[str, Any]:
         """Switch all heads off but some; return the perplexity, the continuation of a prompt and the head plan.
 
-        Args:
-            name: of the model.
-            kept: units that are on, by key; all are of a key that is not named.
-            prompt: how the text begins.
-
-        Raises:
-            InputError: a head is named that the model does not have, or the prompt cannot be used.
+        Of a key that is not named in `kept` all units are on.
         """
         if len(prompt) > _LONGEST_PROMPT:
             raise InputError(f"The prompt has {len(prompt)} characters, but at most {_LONGEST_PROMPT} are taken.")
@@ -126,11 +111,7 @@ class Trial:
             }
 
     def attention(self, sentence: str) -> dict[str, Any]:
-        """Return the attention patterns of every model there is, by the name that the page has for it.
-
-        Raises:
-            InputError: the sentence cannot be used.
-        """
+        """Return the attention patterns of every model there is, by the name that the page has for it."""
         with self._lock:
             return run_attention(self.folder, sentence)
 
