@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deadhead.data import pieces
-from deadhead.data.pieces import Document, Piece, document_pieces, text_document, whole_words
+from deadhead.data.pieces import Document, Documents, Piece, text_document, whole_words
 from deadhead.errors import InputError
 
 TEXTS = st.text(alphabet=st.sampled_from("ab \n\r\t\x1cé€😀\u3000"), max_size=200)
@@ -22,22 +22,26 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     return 16
 
 
+def texts(document: Document) -> list[str]:
+    return [piece.text for piece in document.pieces()]
+
+
 @given(TEXTS)
 def test_pieces_joined_are_the_text(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE_BYTES", 16)
-        parts = list(text_document("a text", text).texts())
+        parts = texts(text_document("a text", text))
     assert "".join(parts) == text
     assert all(len(part.encode()) <= 16 for part in parts)
 
 
 def test_pieces_end_at_line_ends(small_pieces: int) -> None:
-    parts = list(text_document("a text", "one two\nthree\nfour five six\nseven").texts())
+    parts = texts(text_document("a text", "one two\nthree\nfour five six\nseven"))
     assert parts == ["one two\nthree\n", "four five six\n", "seven"]
 
 
 def test_characters_stay_whole_in_a_line_longer_than_a_piece(small_pieces: int) -> None:
-    parts = list(text_document("a text", "€" * 20).texts())
+    parts = texts(text_document("a text", "€" * 20))
     assert "".join(parts) == "€" * 20
     assert len(parts) == 4  # five characters of three bytes, and one byte that finds no room
 
@@ -45,12 +49,12 @@ def test_characters_stay_whole_in_a_line_longer_than_a_piece(small_pieces: int) 
 @given(TEXTS, st.floats(0, 0.4), st.floats(0, 0.4))
 def test_cut_in_three_loses_nothing(text: str, valid: float, test: float) -> None:
     parts = text_document("a text", text).cut(valid, test)
-    assert "".join("".join(part.texts()) for part in parts) == text
+    assert "".join("".join(texts(part)) for part in parts) == text
 
 
 def test_cut_in_three_is_at_line_ends_near_the_shares() -> None:
     text = "".join(f"line {index}\n" for index in range(1000))
-    train, valid, test = ("".join(part.texts()) for part in text_document("a text", text).cut(0.05, 0.1))
+    train, valid, test = ("".join(texts(part)) for part in text_document("a text", text).cut(0.05, 0.1))
     assert train.endswith("\n")
     assert valid.endswith("\n")
     assert len(valid) == pytest.approx(0.05 * len(text), abs=10)
@@ -59,8 +63,8 @@ def test_cut_in_three_is_at_line_ends_near_the_shares() -> None:
 
 def test_cut_falls_back_on_a_line_end_before_and_then_on_characters() -> None:
     train, _, _ = text_document("a text", "a" * 60 + "\n" + "b" * 40).cut(0.05, 0.05)
-    assert "".join(train.texts()) == "a" * 60 + "\n"
-    parts = ["".join(part.texts()) for part in text_document("a text", "é" * 100).cut(0.05, 0.05)]
+    assert "".join(texts(train)) == "a" * 60 + "\n"
+    parts = ["".join(texts(part)) for part in text_document("a text", "é" * 100).cut(0.05, 0.05)]
     assert parts == ["é" * 90, "é" * 5, "é" * 5]
 
 
@@ -68,25 +72,25 @@ def test_the_offset_of_a_bad_byte_counts_from_the_beginning_of_the_file(small_pi
     data = b"a line\n" * 5 + b"b\xffc"
     document = Document(label="notes.txt", open=lambda: BytesIO(data), stop=len(data), start=7)
     with pytest.raises(InputError, match=r"notes\.txt, but byte 36 cannot be decoded"):
-        list(document.texts())
+        texts(document)
 
 
 def test_a_character_cut_off_by_the_end_of_the_file_is_an_error() -> None:
     data = "a€".encode()[:-1]
     with pytest.raises(InputError, match="byte 1 cannot be decoded"):
-        list(Document(label="x", open=lambda: BytesIO(data), stop=len(data)).texts())
+        texts(Document(label="x", open=lambda: BytesIO(data), stop=len(data)))
 
 
 def test_bytes_that_begin_no_character_end_in_an_error_not_in_a_loop(small_pieces: int) -> None:
     data = b"\x80" * 100
     with pytest.raises(InputError, match="byte 0 cannot be decoded"):
-        list(Document(label="x", open=lambda: BytesIO(data), stop=len(data)).texts())
+        texts(Document(label="x", open=lambda: BytesIO(data), stop=len(data)))
 
 
 def test_only_the_last_piece_of_a_document_ends_it(small_pieces: int) -> None:
-    documents = [text_document("1", "a\n" * 12), text_document("2", "b")]
-    assert [piece.ends_document for piece in document_pieces(documents, separated=True)] == [False, True, True]
-    assert not any(piece.ends_document for piece in document_pieces(documents, separated=False))
+    documents = Documents([text_document("1", "a\n" * 12), text_document("2", "b")])
+    assert [piece.ends_document for piece in documents.pieces()] == [False, True, True]
+    assert not any(piece.ends_document for piece in documents.select([0]).pieces())
 
 
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=8))

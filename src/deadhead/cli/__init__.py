@@ -127,14 +127,8 @@ def _speaks(error: BaseException, wait_of_main: float = 0.0) -> bool:
     """Return whether this process is to say what went wrong: of several that train together one does.
 
     One fault often fails all of them, and those that wait for a process that is gone fail too. The launcher sends
-    SIGTERM to the others once one has ended, so that who has waited here is the first to speak.
-
-    Args:
-        error: what ends this process.
-        wait_of_main: seconds that the main process waits; the others wait longer.
-
-    Raises:
-        SystemExit: another process ended in the meantime; `error` is its cause.
+    SIGTERM to the others once one has ended, so that who has waited here (the main process less long than the others)
+    is the first to speak. A SystemExit in the meantime means that another one ended; `error` is its cause.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True

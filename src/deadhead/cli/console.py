@@ -10,21 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import rich.progress
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.text import Text
 
 from deadhead.disk.files import json_text
@@ -38,7 +27,6 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name on the Hugging Face hub.")]
-Data = Annotated[str, typer.Option(help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].")]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(
@@ -52,17 +40,16 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(help="Load the weights as this; by default as they were saved."),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
+class _Rate(rich.progress.ProgressColumn):
+    def render(self, task: rich.progress.Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:.1f}/s")
 
 
-def _bars(*columns: ProgressColumn) -> Progress:
-    ends = TextColumn("{task.fields[more]}"), TimeElapsedColumn(), TimeRemainingColumn()
-    return Progress(TextColumn("{task.description:>20}"), BarColumn(), *columns, *ends, console=errors)
+def _bars(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
+    ends = "{task.fields[more]}", rich.progress.TimeElapsedColumn(), rich.progress.TimeRemainingColumn()
+    return rich.progress.Progress("{task.description:>20}", rich.progress.BarColumn(), *columns, *ends, console=errors)
 
 
 @contextmanager
@@ -71,7 +58,7 @@ def progress(quiet: bool) -> Iterator[Report]:
     if quiet or not errors.is_terminal:
         yield lambda *_: None
         return
-    with _bars(MofNCompleteColumn(), _Rate()) as bars:
+    with _bars(rich.progress.MofNCompleteColumn(), _Rate()) as bars:
         tasks: dict[str, Any] = {}
 
         def report(name: str, done: int, total: int, logs: dict[str, Any]) -> None:
@@ -93,7 +80,7 @@ def bytes_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     if quiet or not errors.is_terminal:
         yield lambda *_: None
         return
-    with _bars(DownloadColumn(), TransferSpeedColumn()) as bars:
+    with _bars(rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn()) as bars:
         task = bars.add_task("cut", total=None, more="")
 
         def report(name: str, done: int, total: int) -> None:

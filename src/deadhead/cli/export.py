@@ -9,13 +9,12 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Dtype, console, load_torch, print_json, working
-from deadhead.cli.console import Model as ModelArgument
+from deadhead.cli.console import AsJson, Dtype, Model, console, load_torch, print_json, working
 from deadhead.errors import InputError
 
 
 def export(
-    model: ModelArgument,
+    model: Model,
     to: Annotated[
         Literal["gguf", "onnx", "openvino", "padded"],
         typer.Option(

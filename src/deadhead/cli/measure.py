@@ -10,19 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import (
-    AsJson,
-    Data,
-    Device,
-    Dtype,
-    Model,
-    Quiet,
-    Seed,
-    console,
-    load_torch,
-    print_json,
-    progress,
-)
+from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, print_json, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +25,7 @@ def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
 
 def evaluate(
     model: Model,
-    data: Data = "stdlib",
+    data: Annotated[str, typer.Option(help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].")] = "stdlib",
     on: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")] = "valid",
     limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")] = 8,
@@ -83,7 +71,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="How the text begins.")] = "def ",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**24)] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,

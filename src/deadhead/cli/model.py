@@ -10,8 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Device, Dtype, Quiet, bytes_progress, console, load_torch, print_json
-from deadhead.cli.console import Model as ModelArgument
+from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, bytes_progress, console, load_torch, print_json
 from deadhead.errors import InputError, is_installed
 from deadhead.plans.head_map import head_map_text
 from deadhead.plans.plan import HeadPlan
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def cut(
-    model: ModelArgument,
+    model: Model,
     plan: Annotated[Path, typer.Option(help="The head plan, a JSON file.")],
     out: Annotated[Path, typer.Option(help="Folder of the cut model.")],
     stream: Annotated[

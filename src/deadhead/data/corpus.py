@@ -6,19 +6,19 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from deadhead.data.hub import Rows, hub_rows
 from deadhead.data.local import path_documents, stdlib_documents
-from deadhead.data.pieces import Document, Piece, document_pieces
+from deadhead.data.pieces import Documents, Piece
 from deadhead.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 _FEW_DOCUMENTS = 40
-_Part = Rows | list[Document]
+_Part = Rows | Documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,30 +108,22 @@ def open_corpus(
             if value is not None:
                 raise InputError(f"{option} is for data sets, hf:NAME, but {source} came; leave {option} out.")
         parts = {"train": stdlib_documents()} if source == "stdlib" else path_documents(Path(source))
-    readers = {name: _reader(part) for name, part in parts.items()}
     if len(parts) < len(SPLITS):
         shares = (0 if "valid" in parts else valid_share, 0 if "test" in parts else test_share)
-        readers = {**_divided(parts["train"], *shares), **{name: readers[name] for name in parts if name != "train"}}
-    return Corpus(name=source, readers=readers)
+        parts = {**_divided(parts["train"], *shares), **{name: part for name, part in parts.items() if name != "train"}}
+    return Corpus(name=source, readers={name: part.pieces for name, part in parts.items()})
 
 
-def _reader(part: _Part) -> Callable[[], Iterator[Piece]]:
-    return part.pieces if isinstance(part, Rows) else partial(document_pieces, part, separated=len(part) > 1)
-
-
-def _divided(part: _Part, valid_share: float, test_share: float) -> dict[str, Callable[[], Iterator[Piece]]]:
+def _divided(part: _Part, valid_share: float, test_share: float) -> dict[str, _Part]:
     """Divide documents: whole ones, without reading them, if there are many, else each of them in three."""
     if len(part) >= _FEW_DOCUMENTS:
-        indices = _spread(len(part), valid_share, test_share)
-        if isinstance(part, Rows):
-            return {name: part.select(chosen).pieces for name, chosen in indices.items()}
-        return {name: _reader([part[index] for index in chosen]) for name, chosen in indices.items()}
-    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
-    for document in part.documents() if isinstance(part, Rows) else part:
+        return {name: part.select(chosen) for name, chosen in _spread(len(part), valid_share, test_share).items()}
+    splits: dict[str, Documents] = {name: Documents() for name in SPLITS}
+    for document in part:
         for name, third in zip(SPLITS, document.cut(valid_share, test_share), strict=True):
             if third.stop > third.start:
                 splits[name].append(third)
-    return {name: _reader(documents) for name, documents in splits.items()}
+    return dict(splits)
 
 
 def _spread(count: int, valid_share: float, test_share: float) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deadhead.data.local import SPLIT_NAMES
-from deadhead.data.pieces import PIECE_BYTES, Document, Piece, document_pieces, text_document
+from deadhead.data.pieces import PIECE_BYTES, Document, Piece, text_document
 from deadhead.errors import InputError, first_line, require_extra
 
 if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
@@ -41,20 +41,17 @@ class Rows:
                 if 4 * len(text) <= PIECE_BYTES:
                     yield Piece(text, separated)
                 else:
-                    yield from document_pieces([text_document(self._label, text)], separated=separated)
+                    yield from text_document(self._label, text).pieces(separated=separated)
 
     def select(self, indices: np.ndarray) -> Rows:
         """The rows of these indices."""
         return Rows(self._dataset.select(indices), self._column, self._label)
 
-    def documents(self) -> list[Document]:
+    def __iter__(self) -> Iterator[Document]:
         """One document a row that is not empty, for data sets of few rows: each is read when it is opened."""
-        sizes = [self._open(row).getbuffer().nbytes for row in range(len(self))]
-        return [
-            Document(label=f"row {row} of {self._label}", open=partial(self._open, row), stop=size)
-            for row, size in enumerate(sizes)
-            if size
-        ]
+        for row in range(len(self)):
+            if size := self._open(row).getbuffer().nbytes:
+                yield Document(label=f"row {row} of {self._label}", open=partial(self._open, row), stop=size)
 
     def _open(self, row: int) -> BytesIO:
         return BytesIO((self._dataset[row][self._column] or "").encode())
@@ -64,9 +61,6 @@ def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str,
     """Load a data set: the splits it has, or else the rows that are to be divided as "train". Its code is never run.
 
     NAME in `hf:NAME[:CONFIG]` may be a local folder. Without a column it takes "text", or the only one of strings.
-
-    Raises:
-        InputError: the source has another form, or can't be loaded, or has no such column or split, or no text.
     """
     require_extra("data", "datasets", what=source)
     name, _, config = source.removeprefix("hf:").partition(":")

@@ -9,10 +9,9 @@ import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
-from deadhead.data.pieces import Document, readable
+from deadhead.data.pieces import Document, Documents, readable
 from deadhead.errors import InputError
 
 _BINARY_PROBE_BYTES = 8192
@@ -41,27 +40,22 @@ _STDLIB_NAMES = """
 _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"}
 
 
-def path_documents(path: Path) -> dict[str, list[Document]]:
+def path_documents(path: Path) -> dict[str, Documents]:
     """Find the documents at a path, by the split that the files' names tell, or else all as "train".
 
     Of a directory these are all files below it that are UTF-8 text, sorted by their relative path, hidden ones left
     out. Its own splits count when there is one for training and another, and the files whose names tell no split are
     the smaller part of all bytes (a licence, a note): those are then left out.
-
-    Raises:
-        InputError: nothing there, no permission, empty, or not text.
     """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(_missing(path)) from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"A text file or a directory was expected at {path}, but it cannot be read: {reason}."
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"A text file or a directory was expected at {path}, but it cannot be read: {why}.") from None
     if stat.S_ISREG(mode):
-        return {"train": [_checked(path)]}
+        return {"train": Documents([_checked(path)])}
     if not stat.S_ISDIR(mode):
         raise InputError(
             f"A text file or a directory was expected, but {path} is neither; write the text to a file first."
@@ -78,12 +72,8 @@ def path_documents(path: Path) -> dict[str, list[Document]]:
     )
 
 
-def stdlib_documents() -> list[Document]:
-    """Find the source files of the standard library, sorted by relative path, without tests.
-
-    Raises:
-        InputError: this Python came without its source.
-    """
+def stdlib_documents() -> Documents:
+    """Find the source files of the standard library, sorted by relative path, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
     files: list[Path] = []
     for name in _STDLIB_NAMES.split():
@@ -112,15 +102,15 @@ def _checked(path: Path) -> Document:
             f"UTF-8 text was expected in {path}, but it looks binary (byte {head.index(0)} is NUL); "
             "name a text file, or convert it to UTF-8 if it holds text in another encoding."
         )
-    document = Document(label=str(path), open=partial(path.open, "rb"), stop=size)
-    for _ in document.texts():
+    document = Document(label=str(path), open=lambda: path.open("rb"), stop=size)
+    for _ in document.pieces():
         pass
     return document
 
 
-def _text_files(files: Sequence[Path], root: Path) -> list[Document]:
+def _text_files(files: Sequence[Path], root: Path) -> Documents:
     """The documents of those files that can be read and are text, sorted by their path from `root`."""
-    documents = []
+    documents = Documents()
     for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
         with suppress(InputError):
             documents.append(_checked(file))
@@ -146,14 +136,14 @@ def _files_below(root: Path) -> Iterator[Path]:
         yield from (path for path in paths if os.path.isfile(path))
 
 
-def _own_splits(documents: list[Document]) -> dict[str, list[Document]]:
+def _own_splits(documents: Documents) -> dict[str, Documents]:
     """Sort documents by the split that their file names tell, if those are the greater part of the text."""
-    splits: dict[str, list[Document]] = {}
+    splits: dict[str, Documents] = {}
     for document in documents:
         words = re.split(r"[^a-z]+", Path(document.label).name.lower())
         found = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
         if len(found) == 1:
-            splits.setdefault(found.pop(), []).append(document)
+            splits.setdefault(found.pop(), Documents()).append(document)
     marked = sum(document.stop for part in splits.values() for document in part)
     if "train" in splits and len(splits) > 1 and 2 * marked > sum(document.stop for document in documents):
         return splits

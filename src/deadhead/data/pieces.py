@@ -47,8 +47,8 @@ class Document:
     start: int = 0
     stop: int
 
-    def texts(self) -> Iterator[str]:
-        """Yield the text in pieces.
+    def pieces(self, *, separated: bool = False) -> Iterator[Piece]:
+        """Yield the text in pieces; the last says that it ends a document if this one is to be `separated` from others.
 
         Raises:
             InputError: the bytes can't be read, or are not UTF-8 (the message gives the offset).
@@ -72,8 +72,8 @@ class Document:
                         f"UTF-8 text was expected in {self.label}, but byte {position + error.start} cannot be "
                         "decoded; convert the text to UTF-8."
                     ) from None
-                yield text
                 position += size
+                yield Piece(text, separated and position == self.stop)
 
     def cut(self, valid_share: float, test_share: float) -> tuple[Document, Document, Document]:
         """Cut in three contiguous documents, for training, validation and test."""
@@ -120,13 +120,17 @@ def text_document(label: str, text: str) -> Document:
     return Document(label=label, open=lambda: BytesIO(data), stop=len(data))
 
 
-def document_pieces(documents: Iterable[Document], *, separated: bool) -> Iterator[Piece]:
-    """Yield the pieces of several documents; the last of each says that it ends one if they are to be `separated`."""
-    for document in documents:
-        position = document.start
-        for text in document.texts():
-            position += len(text.encode())
-            yield Piece(text, separated and position == document.stop)
+class Documents(list[Document]):
+    """Several documents, which are separated from each other."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces of all."""
+        for document in self:
+            yield from document.pieces(separated=len(self) > 1)
+
+    def select(self, indices: Iterable[int]) -> Documents:
+        """The documents of these indices."""
+        return Documents(self[index] for index in indices)
 
 
 def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from deadhead.data.corpus import Corpus
 from deadhead.data.pieces import whole_words
@@ -95,15 +96,8 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the tokenizer whose ids are the bytes of UTF-8, and `<eos>`.
-
-    Byte-level tokenizers write a byte as the character of the same number where that is printable, and take the
-    characters from U+0100 on for the others, in order.
-    """
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    replacements = iter(sorted(character for character in alphabet if ord(character) >= _BYTES))
-    characters = (chr(byte) if chr(byte) in alphabet else next(replacements) for byte in range(_BYTES))
-    vocabulary = {character: byte for byte, character in enumerate(characters)}
+    """Make the tokenizer whose ids are the bytes of UTF-8, and `<eos>`."""
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: _BYTES}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

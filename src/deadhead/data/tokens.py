@@ -130,8 +130,7 @@ def tokenize_corpus(
         weakref.finalize(made, shutil.rmtree, temporary, ignore_errors=True)
         return made
     sha256 = corpus.sha256()
-    separator = tokenizer.eos_token_id
-    separator = separator if isinstance(separator, int) else None
+    separator = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
     fingerprint = hashlib.sha256(f"{_FORMAT}\n{sha256}\n{fingerprint_of(tokenizer)}".encode()).hexdigest()
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
     meta = {"format": _FORMAT, "fingerprint": fingerprint, "sha256": sha256, "dtype": dtype}

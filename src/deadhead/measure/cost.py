@@ -170,7 +170,6 @@ def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:
 
     Raises:
         InputError: there are not as many numbers as layers, or one is not between 0 and its layer's heads.
-        UnsupportedModel: the model has no layout.
     """
     model = skeleton(config)
     layout = find_layout(model)

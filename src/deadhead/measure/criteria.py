@@ -140,19 +140,18 @@ class _Mask(nn.Module):
 
     @contextmanager
     def put_on(self) -> Iterator[None]:
-        site, modules = self.site, self.site.module._modules
+        if self.site.output_path is not None:
+            with self.site.output.register_forward_pre_hook(self.multiply):
+                yield
+            return
+        modules = self.site.module._modules
         before = dict(modules)
-        handle = None if site.output_path is None else site.output.register_forward_pre_hook(self.multiply)
-        if handle is None:
-            modules[site.gate_name] = self
+        modules[self.site.gate_name] = self
         try:
             yield
         finally:
-            if handle is not None:
-                handle.remove()
-            else:
-                modules.clear()
-                modules.update(before)
+            modules.clear()
+            modules.update(before)
 
 
 def _taylor(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:
@@ -182,8 +181,7 @@ def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) ->
 
     with torch.no_grad(), ExitStack() as exits:
         for scores, site in zip(found, sites, strict=True):
-            hook = site.output.register_forward_pre_hook(partial(measure, scores, site))
-            exits.callback(hook.remove)
+            exits.enter_context(site.output.register_forward_pre_hook(partial(measure, scores, site)))
         count = sum(1 for _ in _losses(model, batches))
     return [(scores / count).sqrt() for scores in found]
 

@@ -126,11 +126,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def _slide_window(
-    model: PreTrainedModel,
-    tokens: np.ndarray,
-    window: int,
-    batch_size: int,
-    progress: Callable[[int, int], None],
+    model: PreTrainedModel, tokens: np.ndarray, window: int, batch_size: int, progress: Callable[[int, int], None]
 ) -> float:
     """Return the nats of all tokens but the first, each scored once, in the first window that reaches it."""
     stride = window // 2

@@ -18,15 +18,7 @@ def generate_text(
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
-    """Return `prompt` and its continuation.
-
-    Args:
-        model: a language model.
-        tokenizer: the one it was trained with.
-        prompt: how the text begins; not empty.
-        max_new_tokens: at most so many tokens are added.
-        temperature: 0 takes the likeliest token each time, more is more varied.
-        seed: of the sampling.
+    """Return `prompt` and its continuation; a temperature of 0 takes the likeliest token, more is more varied.
 
     Raises:
         InputError: the prompt is empty or has tokens that the model doesn't have, or a number is out of range.

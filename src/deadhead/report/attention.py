@@ -27,15 +27,9 @@ _MOST_TOKENS = 48
 def run_attention(
     folder: Path, sentence: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Return the attention patterns of a run's dense and pruned model on a sentence, as far as they are there.
+    """Return the attention patterns on a sentence of a run's dense and pruned model, as far as they are there.
 
-    Args:
-        folder: of the run, or a checkpoint.
-        sentence: what the models read.
-        progress: told of models done and to do.
-
-    Raises:
-        InputError: the sentence cannot be used.
+    `folder` may be a checkpoint too; `progress` is told of models done and to do.
     """
     found = checkpoints_in(folder, ATTENTION_OF)
     patterns: dict[str, Any] = {}
@@ -46,12 +40,7 @@ def run_attention(
 
 
 def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentence: str) -> dict[str, Any]:
-    """Return the attention weights of every head on a sentence.
-
-    Args:
-        model: dense, gated or cut; a causal language model.
-        tokenizer: its own.
-        sentence: what it reads; of a long one the beginning.
+    """Return the attention weights of every head, dense, gated or cut, on a sentence; of a long one on the beginning.
 
     Returns:
         ``tokens``; ``columns``, the tokens and, if the model has them, one for all persistent vectors together; and

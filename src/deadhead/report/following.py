@@ -16,11 +16,7 @@ _LONGEST_LINE = 1 << 26
 
 
 class Frames:
-    """Rows of numbers at growing steps, thinned by dropping every other one when they become too many.
-
-    Args:
-        most: rows kept at most; the newest is always among them.
-    """
+    """Rows of numbers at growing steps, at most `most` and the newest: when they are more, every other one goes."""
 
     def __init__(self, most: int = _MOST_FRAMES) -> None:
         self.most = most
@@ -66,11 +62,7 @@ class PhaseMetrics:
 
 
 class MetricsFollower:
-    """Reads what has been added to a metrics.jsonl since the last time.
-
-    Args:
-        path: the file; it may not be there yet.
-    """
+    """Reads what has been added to a metrics.jsonl, which may not be there yet, since the last time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,10 +100,7 @@ class MetricsFollower:
 def thin(steps: list[int], values: list[float | None], most: int = 1500) -> tuple[list[int], list[float | None]]:
     """Return at most about `most` points of a curve that draw the same picture: of each stretch its lowest and highest.
 
-    Args:
-        steps: where.
-        values: what; None where nothing was logged, which is left out.
-        most: how many points.
+    Steps at which nothing was logged, whose value is None, are left out.
     """
     known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
     if len(known) > most:

@@ -20,12 +20,10 @@ _SCRIPTS = ("text.js", "head_map.js", "drawing.js", "charts.js", "run_view.js", 
 
 
 def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
-    """Return the page as HTML.
+    """Return the page as HTML; if it is `live`, it asks the server that gave it out for news.
 
-    Args:
-        runs: of each run its ``facts`` (see `RunFacts`), the ``others``' points (see `sibling_points`), and by model
-            its ``attention`` patterns, or None.
-        live: whether a server gives the page out, which it asks for news.
+    Of each run it takes the ``facts`` (see `RunFacts`), the ``others``' points (see `sibling_points`), and by model the
+    ``attention`` patterns, or None.
     """
     from deadhead import __version__
 
@@ -42,11 +40,7 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
 
 @cache
 def page_policy(*, live: bool) -> str:
-    """Return the content security policy: the page's own script runs and no other, and no request leaves.
-
-    Args:
-        live: whether requests to the server that gave the page out are allowed.
-    """
+    """Return the content security policy: only the page's own script runs, and requests go to a live server only."""
     digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     connect = "'self'" if live else "'none'"
     return (

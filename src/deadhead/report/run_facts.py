@@ -38,31 +38,21 @@ _COMPARED = {"dense": "dense", "finetuned": "pruned"}
 
 
 def checkpoints_in(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
-    """Return those of some checkpoints in a run's folder that are there.
-
-    Args:
-        folder: of the run.
-        names: by what each is called here, its folder in the run's.
-    """
+    """Return those of some checkpoints in a run's folder that are there; `names` are their folders, by name."""
     found = {name: folder / inner for name, inner in names.items()}
     return {name: path for name, path in found.items() if (path / "config.json").is_file()}
 
 
 def plan_in(folder: Path) -> HeadPlan | None:
-    """Return the head plan in a run's or a checkpoint's folder, or None if there is none yet.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Return the head plan in a run's or a checkpoint's folder, or None if there is none yet."""
     path = folder / PLAN_FILE
     return HeadPlan.from_json(path) if path.is_file() else None
 
 
 class RunFacts:
-    """The facts of one run, read again only where its files have changed.
+    """The facts of a run, a checkpoint that a single phase wrote, or the `.work` beside one that goes on.
 
-    Args:
-        folder: a run's folder, a checkpoint that a single phase wrote, or the `.work` beside one that goes on.
+    Files are read again only where they have changed.
 
     Attributes:
         facts: what the last `update` found, as JSON values; numbers may be infinite or NaN. `recipe` (TOML), `summary`,
@@ -180,13 +170,7 @@ class RunFacts:
 
 
 def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[dict[str, Any]]:
-    """Return a run's models as points of a plot of perplexity against size: dense, pruned, and the dense control.
-
-    Args:
-        name: of the run.
-        summary: its summary.json.
-        is_this: whether it is the run that the page is of.
-    """
+    """Return a run's models as points of a plot of perplexity against size: dense, pruned, and the dense control."""
     kept = ("parameters", "flops_per_token", "perplexity", "steps")
     return [
         {"run": name, "stage": stage, "this": is_this, **{key: summary[stage][key] for key in kept}}
@@ -197,10 +181,6 @@ def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[di
 
 def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> list[dict[str, Any]]:
     """Return the points of other runs that can be compared with one: of the same text, in as many tokens.
-
-    Args:
-        facts: the run.
-        others: folders of the others; None takes those beside it.
 
     Raises:
         InputError: one of `others` is not a run's folder.

@@ -34,11 +34,7 @@ _MOST_BYTES = 1 << 20
 class WatchedRun:
     """A run that the page shows: its facts, read again when they change, and its models.
 
-    Args:
-        folder: of the run.
-        trial: its models.
-        sentence: what attention is first shown on.
-        prompt: what the models are first given to continue.
+    `sentence` is what attention is first shown on, `prompt` what the models are first given to continue.
     """
 
     def __init__(self, folder: Path, trial: Trial, *, sentence: str, prompt: str) -> None:
@@ -105,27 +101,25 @@ def _guard(token: str) -> DispatchFunction:
 
 
 def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
-    """Return the application that serves the page.
+    """Return the application that serves the page of some runs, side by side.
 
-    Args:
-        runs: what it shows, side by side.
-        token: what every request must bring along: the page in its address, its own requests in a header.
+    Every request must bring the token along: that for the page in its address, the page's own in a header.
     """
 
     def page(request: Request) -> Response:
         return HTMLResponse(render_page([json.loads(run.read()[0]) for run in runs], live=True))
 
     def news(request: Request) -> Response:
-        text, mark = _run(request).read()
+        text, mark = asked_run(request).read()
         if request.headers.get("if-none-match") == mark:
             return Response(status_code=304)
         return Response(text, media_type="application/json", headers={"ETag": mark})
 
     def attention(request: Request) -> Response:
-        return JSONResponse(_run(request).trial.attention(request.query_params.get("sentence", "")))
+        return JSONResponse(asked_run(request).trial.attention(request.query_params.get("sentence", "")))
 
     def trial(request: Request) -> Response:
-        return JSONResponse(_run(request).trial.describe(request.query_params.get("model", "")))
+        return JSONResponse(asked_run(request).trial.describe(request.query_params.get("model", "")))
 
     async def try_it(request: Request) -> Response:
         body = b""
@@ -137,9 +131,17 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
             asked = json.loads(body)
         except (ValueError, RecursionError):
             return JSONResponse({"error": "The request is not JSON."}, status_code=400)
-        return await run_in_threadpool(_measure, runs, asked)
+        return await run_in_threadpool(measure, asked)
 
-    def _run(request: Request) -> WatchedRun:
+    def measure(asked: Any) -> Response:
+        if not isinstance(asked, dict) or not isinstance(kept := asked.get("kept"), dict):
+            raise InputError('The request must be a JSON object with "run", "model", "kept" and "prompt".')
+        name, prompt = asked.get("model"), asked.get("prompt")
+        if not isinstance(name, str) or not isinstance(prompt, str):
+            raise InputError('"model" and "prompt" of the request must be strings.')
+        return JSONResponse(finite(_numbered(runs, str(asked.get("run"))).trial.measure(name, kept, prompt)))
+
+    def asked_run(request: Request) -> WatchedRun:
         return _numbered(runs, request.query_params.get("run", ""))
 
     def bad_input(request: Request, error: Exception) -> Response:
@@ -168,22 +170,10 @@ def _numbered(runs: Sequence[WatchedRun], number: str) -> WatchedRun:
     return runs[int(number)]
 
 
-def _measure(runs: Sequence[WatchedRun], asked: Any) -> Response:
-    if not isinstance(asked, dict) or not isinstance(kept := asked.get("kept"), dict):
-        raise InputError('The request must be a JSON object with "run", "model", "kept" and "prompt".')
-    name, prompt = asked.get("model"), asked.get("prompt")
-    if not isinstance(name, str) or not isinstance(prompt, str):
-        raise InputError('"model" and "prompt" of the request must be strings.')
-    return JSONResponse(finite(_numbered(runs, str(asked.get("run"))).trial.measure(name, kept, prompt)))
-
-
 def serve(runs: Sequence[WatchedRun], *, port: int | None, ready: Callable[[str], None]) -> None:
-    """Serve the page on 127.0.0.1 until interrupted.
+    """Serve the page on 127.0.0.1 until interrupted; without a port on 6007, or any that is free.
 
-    Args:
-        runs: what it shows.
-        port: where; None takes 6007, or any that is free.
-        ready: called with the page's address, token included, once it can be opened.
+    `ready` is called with the page's address, token included, once it can be opened.
 
     Raises:
         InputError: the port is taken or not allowed.

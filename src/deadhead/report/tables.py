@@ -18,12 +18,7 @@ _LEFT_OF = {"params": "parameters", "flops": "FLOPs a token", "kv_cache": "key/v
 
 
 def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> str:
-    """Return one sentence.
-
-    Args:
-        budget: kind, what was asked for and what was reached, as in a run's summary.
-        predicted: whether nothing was cut yet.
-    """
+    """Return what was asked for of a budget, and what was reached, or what would be where nothing was cut yet."""
     kind, asked, reached = budget["kind"], budget["asked"], budget["reached"]
     if kind == "speedup":
         return f"Asked for {asked:g} times the speed; {'predicted' if predicted else 'measured'} {reached:.3f} times."
@@ -34,11 +29,7 @@ def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> st
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
-    """Return dense, gated, cut, fine-tuned and, if it was trained, the dense control, side by side.
-
-    Args:
-        summary: what `summary.json` holds.
-    """
+    """Return a table of a run's summary: dense, gated, cut, fine-tuned and, if it was trained, the dense control."""
     table = Table(title="What was cut, and what it cost", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("steps", "heads", "parameters", "MFLOP/tok", "perplexity", "bits/byte", "tokens/s"):
@@ -102,17 +93,11 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
-    """Return the model as it is, for instance once it is pruned, and without any unit, side by side.
-
-    Args:
-        found: what the phase would do.
-        recipe: the phase.
-    """
+    """Return what a phase would do: the model as it is, for instance once it is pruned, and without any unit."""
     table = Table(box=None, pad_edge=False)
     columns = {"as it is": found.dense, "for instance": found.pruned, "without any": found.least}
-    columns = {name: cost for name, cost in columns.items() if cost is not None}
     table.add_column("")
-    for name in columns:
+    for name in (name for name, cost in columns.items() if cost is not None):
         table.add_column(name, justify="right")
     kept = [cost for cost in columns.values() if cost is not None]
     table.add_row(f"{found.unit.replace('kv_group', 'key/value group')}s", *(str(sum(cost.heads)) for cost in kept))

@@ -31,6 +31,7 @@ _LONGEST_PROMPT = 2000
 
 @dataclass
 class _Loaded:
+    name: str
     model: PreTrainedModel
     gates: HeadGates
     tokenizer: PreTrainedTokenizerBase
@@ -40,15 +41,10 @@ class _Loaded:
 
 
 class Trial:
-    """The models of a run, with gates for whoever clicks.
+    """The models of a run, or a checkpoint, with gates for whoever clicks.
 
-    One model is held at a time, and one request served at a time.
-
-    Args:
-        folder: a run's folder, or a checkpoint.
-        data: the text whose held-out part is scored.
-        cache: where the text lies in tokens already, or None.
-        tokens: how many tokens of it.
+    One model is held at a time, and one request served at a time. Of the text's held-out part so many `tokens` are
+    scored; in `cache` it may lie in tokens already. All methods raise InputError for what a request cannot ask for.
     """
 
     def __init__(self, folder: Path, data: DataRecipe, *, cache: Path | None = None, tokens: int = 2048) -> None:
@@ -57,7 +53,6 @@ class Trial:
         self.cache = cache
         self.tokens = tokens
         self._lock = threading.Lock()
-        self._name = ""
         self._loaded: _Loaded | None = None
 
     @property
@@ -66,14 +61,9 @@ class Trial:
         return checkpoints_in(self.folder, {"gated": "gated", "dense": "dense", "model": "."})
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Load a model; return its folder, its unit and, by layer, the units there are and those that its plan keeps.
-
-        Raises:
-            InputError: there is no such model, or it or the text cannot be read.
-        """
+        """Load a model; return its folder, its unit and, by layer, the units there are and those of the plan."""
         with self._lock:
-            loaded = self._load(name)
-            gates = loaded.gates
+            gates = self._load(name).gates
             plan = plan_in(self.folder)
             planned = {} if plan is None else plan.units
             if plan is not None:
@@ -97,13 +87,7 @@ class Trial:
     def measure(self, name: str, kept: Mapping[str, Sequence[int]], prompt: str) -> dict[str, Any]:
         """Switch all heads off but some; return the perplexity, the continuation of a prompt and the head plan.
 
-        Args:
-            name: of the model.
-            kept: units that are on, by key; all are of a key that is not named.
-            prompt: how the text begins.
-
-        Raises:
-            InputError: a head is named that the model does not have, or the prompt cannot be used.
+        Of a key that is not named in `kept` all units are on.
         """
         if len(prompt) > _LONGEST_PROMPT:
             raise InputError(f"The prompt has {len(prompt)} characters, but at most {_LONGEST_PROMPT} are taken.")
@@ -114,35 +98,25 @@ class Trial:
             if unknown := set(asked) - set(gates.total):
                 raise InputError(f"The model has no layer {min(map(str, unknown))!r}.")
             plan = HeadPlan.of_units(
-                asked,
-                dict(gates.total),
-                unit=gates.unit,
-                output_scale=loaded.scale,
-                block_size=gates.block_size,
+                asked, gates.total, unit=gates.unit, output_scale=loaded.scale, block_size=gates.block_size
             )
             gates.set_plan(plan)
-            perplexity = self._perplexity(loaded.model, loaded.text)
-            continuation = generate_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_NEW_TOKENS)
             return {
-                "perplexity": perplexity,
+                "perplexity": self._perplexity(loaded.model, loaded.text),
                 "whole": loaded.whole,
-                "continuation": continuation,
+                "continuation": generate_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_NEW_TOKENS),
                 "on": sum(len(units) for units in plan.units.values()),
                 "total": sum(gates.total.values()),
                 "plan": plan.to_dict(),
             }
 
     def attention(self, sentence: str) -> dict[str, Any]:
-        """Return the attention patterns of every model there is, by the name that the page has for it.
-
-        Raises:
-            InputError: the sentence cannot be used.
-        """
+        """Return the attention patterns of every model there is, by the name that the page has for it."""
         with self._lock:
             return run_attention(self.folder, sentence)
 
     def _load(self, name: str) -> _Loaded:
-        if self._loaded is not None and self._name == name:
+        if self._loaded is not None and self._loaded.name == name:
             return self._loaded
         folder = self.models.get(name)
         if folder is None:
@@ -161,7 +135,7 @@ class Trial:
         scale = gates.config.output_scale
         gates.set_plan(HeadPlan.of_units(gates.heads, gates.total, unit=gates.unit, block_size=gates.block_size))
         whole = self._perplexity(model, text.splits["valid"])
-        self._name, self._loaded = name, _Loaded(model, gates, tokenizer, text.splits["valid"], whole, scale)
+        self._loaded = _Loaded(name, model, gates, tokenizer, text.splits["valid"], whole, scale)
         return self._loaded
 
     def _gated(self, folder: Path) -> tuple[PreTrainedModel, HeadGates]:

@@ -110,11 +110,7 @@ def _attention(folder: Path, sentence: str, progress: Callable[[int, int], None]
 
 
 def text_of(folder: Path) -> DataRecipe:
-    """Return what text a run has learned from, or the one that commands take where none is named.
-
-    Raises:
-        InputError: the run's recipe cannot be read.
-    """
+    """Return what text a run has learned from, or the one that commands take where none is named."""
     recipe = folder / RECIPE_FILE
     return load_recipe(recipe).data if recipe.is_file() else DataRecipe()
 
