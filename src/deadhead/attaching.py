@@ -126,7 +126,7 @@ def attach(
         unit=unit,
         config=config,
         block_size=size,
-        headless=[site.key for site in sites if site.is_headless],
+        headless=frozenset(site.key for site in sites if site.is_headless),
     )
     _hang(sites)
     # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.

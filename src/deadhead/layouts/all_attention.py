@@ -16,8 +16,7 @@ from deadhead.models.all_attention.layer import AllAttention
 from deadhead.models.all_attention.modeling import AllAttentionModel
 from deadhead.models.pruned.feed_forward import FeedForward
 from deadhead.models.pruned.structure import leave_bias
-from deadhead.plans.block_size import choose_block_size
-from deadhead.plans.plan import HeadPlan, Unit
+from deadhead.plans.plan import HeadPlan, Unit, choose_block_size
 
 _PERSISTENT = ("persistent_k", "persistent_v")
 

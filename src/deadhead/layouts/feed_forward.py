@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from deadhead.layouts.base import Selection, Site
 from deadhead.models.pruned.feed_forward import FeedForward, rows_of_units, shrink_feed_forward
-from deadhead.plans.block_size import choose_block_size
-from deadhead.plans.plan import BlockPlan
+from deadhead.plans.plan import BlockPlan, choose_block_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,5 @@
 """Find the feed-forward layers of a Hugging Face model by their structure, and take hidden units out of them.
 
-This file travels with checkpoints and imports torch and transformers only.
-
 Dimensions: D model width, F hidden units of a feed-forward layer.
 """
 

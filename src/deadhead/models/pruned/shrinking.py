@@ -1,7 +1,4 @@
-"""Take heads out of an attention module: which rows stay, what the module must be told, what an empty one does.
-
-This file travels with checkpoints and imports torch and transformers only.
-"""
+"""Take heads out of an attention module: which rows stay, what the module must be told, what an empty one does."""
 
 from __future__ import annotations
 

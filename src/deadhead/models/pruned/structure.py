@@ -1,7 +1,5 @@
 """Find the attention modules of a Hugging Face model by their structure.
 
-This file travels with checkpoints and imports torch and transformers only.
-
 Dimensions: D model width, H query heads, G key/value heads (G divides H), E width of a head's output.
 """
 
