@@ -47,9 +47,8 @@ class _GateInput:
 
 @torch.no_grad()
 def output_squares(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the sums over tokens of ‖W_O^h a_h‖², (H,), and of ‖Σ_open W_O a‖², 0-dimensional.
+    """Return the sums over tokens of ‖W_O^h a_h‖², (H,), and of ‖Σ_open W_O a‖², 0-dim.; all are open without z_H.
 
-    Of the heads (all where z_H is None) it takes what they give to the output projection, before scale and bias.
     ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
     """
     rows_RHE = heads_RHE.float()
@@ -127,7 +126,7 @@ def attach(
         unit=unit,
         config=config,
         block_size=size,
-        headless=[site.key for site in sites if site.is_headless],
+        headless=frozenset(site.key for site in sites if site.is_headless),
     )
     _hang(sites)
     # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
@@ -160,12 +159,7 @@ def _weight(site: Site) -> Tensor:
 
 
 def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> int | None:
-    """Return the size of a model's blocks as `attach` is asked for them, None for none.
-
-    Raises:
-        UnsupportedModel: it has none.
-        InputError: the size does not fit its layers.
-    """
+    """Return the size of a model's blocks as `attach`, which raises as this does, is asked for them; None for none."""
     if blocks is False:
         return None
     sites = layout.block_sites(model, None if blocks is True else blocks)
@@ -194,10 +188,7 @@ def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
 
 
 def rehang(model: PreTrainedModel | nn.Module) -> None:
-    """Move the gates to the output projections there are now, after PEFT has put adapters around them or merged them.
-
-    Does nothing to a model without gates.
-    """
+    """Move gates to the output projections there are now, after PEFT has put adapters around them or merged them."""
     model = unwrapped(model)
     gates = gates_of(model)
     if gates is None:

@@ -108,9 +108,7 @@ def warn_of_cache(growth: float, *, stacklevel: int) -> None:
 def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrainedModel:
     """Return a copy without gates that is cut by a plan, to be timed: nothing is folded, checked or written down.
 
-    Args:
-        model: with or without gates; not changed. The copy shares with it all weights that are not cut.
-        plan: the heads, and blocks, that stay; None: those there are.
+    The copy shares with the model all weights that are not cut.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     copied = detach(copy.deepcopy(model, memo))
@@ -154,11 +152,7 @@ def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
 
 
 def require_same_function(model: PreTrainedModel, expected: Tensor, *, texts: int = CHECK_TEXTS) -> None:
-    """Check that a cut model gives the outputs that the gated one gave.
-
-    Raises:
-        CutError: it does not.
-    """
+    """Check that a cut model gives the outputs that the gated one gave; CutError if it does not."""
     try:
         found = _check_outputs(model, texts)
     except MemoryError:
@@ -181,11 +175,7 @@ def require_same_function(model: PreTrainedModel, expected: Tensor, *, texts: in
 
 
 def normal_plan(gates: HeadGates, plan: HeadPlan) -> HeadPlan:
-    """Return a plan that names every unit of the gates: blocks of which it says nothing stay.
-
-    Raises:
-        InputError: the plan is not one for this model.
-    """
+    """Return a plan, which must be one for this model, with every unit of the gates: blocks it does not name stay."""
     return replace(gates.plan_of(gates.require_plan(plan)), output_scale=plan.output_scale)
 
 

@@ -24,10 +24,7 @@ class ExportError(RuntimeError):
 class DivergenceError(RuntimeError):
     """Training met a loss, gradient or weight that is not finite. The message names the step and what to try.
 
-    Args:
-        message: the sentence.
-        step: of the optimizer, counted from 1.
-        reason: a clause, such as "loss is nan".
+    The optimizer's steps are counted from 1; the reason is a clause, such as "loss is nan".
     """
 
     def __init__(self, message: str, step: int = 0, reason: str = "") -> None:
@@ -60,16 +57,7 @@ def is_installed(*modules: str) -> bool:
 
 
 def require_extra(extra: str, *modules: str, what: str) -> None:
-    """Check that the modules that an extra of the package brings are installed.
-
-    Args:
-        extra: its name, as in `pip install 'deadhead[extra]'`.
-        modules: top-level modules.
-        what: what needs them, as the subject of a sentence.
-
-    Raises:
-        InputError: one is not installed.
-    """
+    """Check that the modules that an extra brings, and `what` needs, are installed; InputError if one is not."""
     missing = [name for name in modules if not is_installed(name)]
     if missing:
         raise InputError(f"{what} needs {' and '.join(missing)}; install with: pip install 'deadhead[{extra}]'.")

@@ -20,8 +20,7 @@ from deadhead.checkpoints.declared import declared_config
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_stored
 from deadhead.errors import InputError
 from deadhead.measure.costs import Cost
-from deadhead.plans.block_size import choose_block_size
-from deadhead.plans.plan import BlockPlan, HeadPlan, Unit
+from deadhead.plans.plan import BlockPlan, HeadPlan, Unit, choose_block_size
 
 _DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 _CUT = "deadhead_"

@@ -22,7 +22,7 @@ from deadhead.layouts import find_layout
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.pruned.feed_forward import FeedForward, find_feed_forwards, rows_of_units
 from deadhead.models.pruned.modeling_pruned import PrunedModel, stock_class
-from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, rows_of
+from deadhead.models.pruned.shrinking import Heads, heads_of, rows_of
 from deadhead.models.pruned.structure import Attention, Key, find_attentions
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -56,7 +56,7 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     blocks = {found.key: found for found in find_feed_forwards(model)}
     # The query heads that a layer has left, by their index in the dense model.
     original = {
-        key: heads_of(plan.unit, kept, *dense_heads(source[key])).queries if key in source else tuple(kept)
+        key: heads_of(plan.unit, kept, *source[key].dense_heads).queries if key in source else tuple(kept)
         for key, kept in plan.kept.items()
     }
     for probe, is_dense in _candidates(model, source, blocks):

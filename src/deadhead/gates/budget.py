@@ -29,19 +29,11 @@ _TRIES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What of the dense model may be left.
+    """What of the dense model may be left; an InputError if that is out of range."""
 
-    Args:
-        kind: "params" (all parameters), "flops" (of a token), "kv_cache" (bytes of a text), "speedup" (measured), or
-            "sparsity" (heads).
-        value: the share of the dense model's that may be left, in (0, 1]; of "sparsity" the share that goes, in
-            [0, 1); of "speedup" how many times as fast the model is to be, from 1.
-
-    Raises:
-        InputError: the value is out of range.
-    """
-
-    kind: BudgetKind
+    kind: BudgetKind  # all parameters, FLOPs of a token, bytes of a text's cache, measured speedup, or heads' sparsity
+    # The share of the dense model's that may be left, in (0, 1]; of "sparsity" the share that goes, in [0, 1); of
+    # "speedup" how many times as fast the model is to be, from 1.
     value: float
 
     def __post_init__(self) -> None:
@@ -63,11 +55,7 @@ class Budget:
         return {"sparsity": 1.0 - share, "speedup": speedup}.get(self.kind, share)
 
     def require_reachable(self, costs: UnitCosts, *, has_blocks: bool) -> None:
-        """Check that the model without any unit costs no more than may be left.
-
-        Raises:
-            InputError: it does; the message says what is possible.
-        """
+        """Check that the model without any unit costs no more than may be left; the InputError says what can be had."""
         least = costs.fixed / costs.total if costs.total else 0.0
         if self.share < least:
             flag = self.kind.replace("_", "-")
@@ -168,13 +156,8 @@ def plan_within(
 ) -> tuple[HeadPlan, float]:
     """Return the plan that keeps the units with the highest scores within a share of the dense cost.
 
-    Args:
-        scores: of the units.
-        costs: what units cost, as a sum over layers.
-        share: of the dense cost that may be left.
-        true_share: what share a plan's model really costs, which the sum may miss: a module may lose more than its
-            units, and a machine is no sum.
-        slack: by how much of `share` the true one may exceed it.
+    `true_share` says what share a plan's model really costs, which the sum of `costs` may miss: a module may lose more
+    than its units, and a machine is no sum. It may exceed `share` by so much of it as `slack` says.
 
     Returns:
         The plan, and its model's true share. That of the last try if none comes within the budget.

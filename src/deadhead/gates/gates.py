@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,40 +22,22 @@ from deadhead.plans.scores import HeadScores
 _MEASURE_EVERY = 10
 
 
+@dataclass(eq=False, repr=False)
 class HeadGates:
-    """All gates of one model, in the order of its layers. Made by `deadhead.attach`.
+    """All gates of one model, in the order of its layers. Made by `deadhead.attach`."""
 
-    Args:
-        gates: the gates by key.
-        heads: by key, the index in the original dense model of each unit there is now.
-        total: by key, units of the original dense model; layers that have lost all of them are in it too.
-        unit: what a gate opens and closes.
-        config: the gates' constants.
-        block_size: size of the blocks that have gates too, or None.
-        headless: keys of blocks that went with the last head of their layer; what a plan says of them means nothing.
-    """
-
-    def __init__(
-        self,
-        gates: Mapping[UnitKey, HeadGate],
-        *,
-        heads: Mapping[UnitKey, tuple[int, ...]],
-        total: Mapping[UnitKey, int],
-        unit: Unit,
-        config: GateConfig,
-        block_size: int | None = None,
-        headless: Sequence[UnitKey] = (),
-    ) -> None:
-        self.gates = dict(gates)
-        self.heads = dict(heads)
-        self.total = dict(total)
-        self.unit = unit
-        self.config = config
-        self.block_size = block_size
-        self.headless = frozenset(headless)
-        self._step = 0
-        self._micro_batch = 0
-        self._exactly: list[tuple[list[HeadGate], int]] = []
+    gates: Mapping[UnitKey, HeadGate]
+    _: KW_ONLY
+    heads: Mapping[UnitKey, tuple[int, ...]]  # index in the original dense model of each unit there is now
+    total: Mapping[UnitKey, int]  # units of the dense model; layers that have lost all of them are in it too
+    unit: Unit  # what a gate opens and closes
+    config: GateConfig  # the gates' constants
+    block_size: int | None = None  # of the blocks that have gates too, if any
+    # Blocks that went with the last head of their layer; what a plan says of them means nothing.
+    headless: frozenset[UnitKey] = frozenset()
+    _step: int = field(default=0, init=False)
+    _micro_batch: int = field(default=0, init=False)
+    _exactly: Sequence[tuple[list[HeadGate], int]] = field(default=(), init=False)
 
     def __iter__(self) -> Iterator[tuple[UnitKey, HeadGate]]:
         return iter(self.gates.items())
@@ -93,7 +75,7 @@ class HeadGates:
 
     def draw_exactly(self, groups: Sequence[tuple[list[HeadGate], int]]) -> None:
         """Let draws open exactly so many gates of each group, until told otherwise; () lets each gate decide alone."""
-        self._exactly = list(groups)
+        self._exactly = groups
 
     def track_difference(self, on: bool = True) -> None:
         """Measure each head's output difference in one training forward of ten, or stop that.
@@ -231,14 +213,10 @@ class HeadGates:
             gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
 
     def require_plan(self, plan: HeadPlan) -> dict[UnitKey, tuple[int, ...]]:
-        """Check that `plan` is one for this model.
-
-        Returns:
-            The units that stay, by key; blocks of which the plan says nothing are among them, and none that went with
-            the heads of their layer.
+        """Return the units that `plan` keeps, by key; blocks too of which it says nothing, if their layer has heads.
 
         Raises:
-            InputError: its unit, layers or numbers differ, or it keeps a head that was cut before.
+            InputError: its unit, layers or numbers are not this model's, or it keeps a head that was cut before.
         """
         if plan.unit != self.unit:
             raise InputError(

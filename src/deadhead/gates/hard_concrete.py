@@ -87,13 +87,7 @@ class GateConfig:
 
 
 def gate_values(log_alpha: Tensor, config: GateConfig, noise: Tensor | None = None) -> Tensor:
-    """Return the values z of gates, shape of `log_alpha`.
-
-    Args:
-        log_alpha: the gates' parameters, any shape.
-        config: the constants.
-        noise: u of a training draw, same shape; None evaluates.
-    """
+    """Return the values z of gates, shape of `log_alpha`, as `noise` is u of a training draw; None evaluates."""
     z = soft_values(log_alpha, config, noise)
     if not config.hard:
         return z

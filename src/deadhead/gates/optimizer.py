@@ -55,11 +55,7 @@ class GateOptimizer:
 
     @torch.no_grad()
     def step(self, penalty: Sequence[Tensor]) -> None:
-        """Move all gates, and leave none of their gradients.
-
-        Args:
-            penalty: by layer, the gradient of the sparsity loss by the stored parameter, (H,).
-        """
+        """Move all gates, and leave none of their gradients; `penalty` is that of the sparsity loss, (H,) by layer."""
         gradients, pushes = [], []
         for (_, gate), push in zip(self.gates, penalty, strict=True):
             parameter = gate.log_alpha_bias

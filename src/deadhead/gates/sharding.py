@@ -31,11 +31,7 @@ def share_out(values: Tensor, like: Tensor) -> Tensor:
 
 
 def require_whole(parameters: Iterable[Tensor], what: str) -> None:
-    """Check that no parameter is sharded.
-
-    Raises:
-        InputError: one is; the message begins with `what`, which is to be done.
-    """
+    """Check that no parameter is sharded; if one is, the InputError begins with `what`, which is to be done."""
     if any(is_sharded(parameter) for parameter in parameters):
         raise InputError(
             f"{what} needs whole tensors, but those of this model are shared out among processes (by FSDP2 or tensor "

@@ -9,15 +9,14 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from deadhead.layouts.base import Layout, Selection, Site, head_columns
+from deadhead.layouts.base import Layout, Selection, Site
 from deadhead.layouts.feed_forward import feed_forward_sites
 from deadhead.models import OWN_TYPES
 from deadhead.models.all_attention.layer import AllAttention
 from deadhead.models.all_attention.modeling import AllAttentionModel
 from deadhead.models.pruned.feed_forward import FeedForward
-from deadhead.models.pruned.structure import OutputBias
-from deadhead.plans.block_size import choose_block_size
-from deadhead.plans.plan import HeadPlan, Unit
+from deadhead.models.pruned.structure import leave_bias
+from deadhead.plans.plan import HeadPlan, Unit, choose_block_size
 
 _PERSISTENT = ("persistent_k", "persistent_v")
 
@@ -46,13 +45,14 @@ class HeadSite(Site):
     def shrink(self, units: tuple[int, ...]) -> None:
         """Select the rows that are left; a layer without any keeps nothing but the bias b_O."""
         super().shrink(units)
-        module, output = self.module, cast(Any, self.output)
+        module = self.module
         module.heads = units
         if units:
             return
+        leave_bias(module, "o_proj")
         for name, _ in [*module.named_children(), *module.named_parameters(recurse=False)]:
-            delattr(module, name)
-        module.o_proj = OutputBias(head_columns(output).shape[0], output.bias)
+            if name != "o_proj":
+                delattr(module, name)
         module.num_persistent = 0
 
     def context_flops(self, length: int) -> Mapping[str, float]:

@@ -112,11 +112,7 @@ class Layout(ABC):
         return ("head",)
 
     def choose_unit(self, model: PreTrainedModel, asked: Unit | None, *, what: str) -> Unit:
-        """Return the unit that was asked for, or the default one.
-
-        Raises:
-            InputError: the model has no such unit; the message says `what` is done by units ("heads are cut by").
-        """
+        """Return the unit asked for, or the default one; an InputError says `what` units do ("heads are cut by")."""
         units = self.units(model)
         if asked is not None and asked not in units:
             raise InputError(f"This model's {what} {' or '.join(units)}, but the unit {asked!r} was asked for.")
@@ -133,10 +129,7 @@ class Layout(ABC):
     def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
         """Return the modules of `model` with blocks that can be cut, emptied ones included; none by default.
 
-        Without a size of a block, it is the one that the model was cut by, or that `choose_block_size` chooses.
-
-        Raises:
-            InputError: such blocks cannot be had.
+        The size of a block is as `choose_block_size` says, which raises an InputError if it cannot be had.
         """
         return []
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from deadhead.layouts.base import Selection, Site
 from deadhead.models.pruned.feed_forward import FeedForward, rows_of_units, shrink_feed_forward
-from deadhead.plans.block_size import choose_block_size
-from deadhead.plans.plan import BlockPlan
+from deadhead.plans.plan import BlockPlan, choose_block_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +34,7 @@ class FeedForwardSite(Site):
 
 
 def feed_forward_sites(found: Sequence[FeedForward], size: int | None, recorded: BlockPlan | None) -> list[Site]:
-    """Return the sites of some feed-forward layers, in blocks of a size that was asked for or recorded by a cut.
-
-    Raises:
-        InputError: the size is not one that these layers can have.
-    """
+    """Return the sites of some feed-forward layers, in blocks of a size that was asked for or recorded by a cut."""
     found = [feed_forward for feed_forward in found if feed_forward.dense_width]
     size = choose_block_size([feed_forward.dense_width for feed_forward in found], size, recorded) if found else 1
     return [

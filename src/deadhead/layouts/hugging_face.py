@@ -15,7 +15,7 @@ from deadhead.layouts.base import Layout, Selection, Site
 from deadhead.layouts.feed_forward import feed_forward_sites
 from deadhead.models.pruned.feed_forward import find_feed_forwards
 from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
-from deadhead.models.pruned.shrinking import Heads, dense_heads, heads_of, rows_of, shrink
+from deadhead.models.pruned.shrinking import Heads, heads_of, rows_of, shrink
 from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
 from deadhead.plans.plan import HeadPlan, Unit
 
@@ -30,7 +30,7 @@ class HuggingFaceSite(Site):
 
     def present(self, kept: tuple[int, ...]) -> Heads:
         """Return the heads of units `kept` by the index they have in the module now."""
-        dense = dense_heads(self._attention)
+        dense = self._attention.dense_heads
         now = heads_of(self.unit, self.units, *dense)
         later = heads_of(self.unit, kept, *dense)
         queries = tuple(now.queries.index(head) for head in later.queries)
@@ -110,11 +110,7 @@ class HuggingFaceLayout(Layout):
         return ("kv_group", "head")
 
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
-        """Return every module of the text stack whose structure is known.
-
-        Raises:
-            UnsupportedModel: there is none, or the model is an encoder and a decoder.
-        """
+        """Return every module of the text stack whose structure is known."""
         kind = model.config.model_type
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(
@@ -131,14 +127,14 @@ class HuggingFaceLayout(Layout):
         found |= dict.fromkeys(without)
         sites: list[Site] = []
         for path, attention in found.items():
-            module = without[path] if attention is None else attention.module
-            total = dense_heads(attention or module)[0 if unit == "head" else 1]
+            emptied_module: Any = without.get(path)
+            total = (attention or emptied_module).dense_heads[0 if unit == "head" else 1]
             heads = tuple(range(total)) if plan is None else tuple(plan.kept[keys[path]])
             width = 1 if attention is None else attention.head_dim * attention.num_heads // len(heads)
             sites.append(
                 HuggingFaceSite(
                     layer=keys[path],
-                    module=module,
+                    module=emptied_module if attention is None else attention.module,
                     output_path="" if attention is None else attention.output_path,
                     unit_dim=width,
                     units=() if attention is None else heads,
@@ -155,11 +151,7 @@ class HuggingFaceLayout(Layout):
         return feed_forward_sites(find_feed_forwards(model), size, None if plan is None else plan.blocks)
 
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
-        """Give model and configuration our classes, in place, and write the plan under `head_plan`.
-
-        Raises:
-            UnsupportedModel: the model's class is not one of transformers' own, so that a checkpoint could not name it.
-        """
+        """Give model and configuration our classes, in place, and write the plan under `head_plan`."""
         config = model.config
         stock_model, stock_config = stock_class(type(model)), stock_class(type(config))
         for stock in (stock_model, stock_config):

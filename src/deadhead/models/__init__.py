@@ -1,6 +1,7 @@
 """deadhead's models: its own, and those of transformers with heads cut off, registered with transformers' Auto classes.
 
 The latter are registered as stand-ins: making all the classes at once would import every model of transformers.
+The files in the folders travel with checkpoints, so they import torch, transformers and each other only.
 """
 
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from deadhead.models.all_attention.configuration import AllAttentionConfig
-from deadhead.models.all_attention.modeling import AllAttentionForCausalLM, AllAttentionModel
-from deadhead.models.all_attention.transformer_xl import (
-    TransformerXLConfig,
+from deadhead.models.all_attention.configuration import AllAttentionConfig, TransformerXLConfig
+from deadhead.models.all_attention.modeling import (
+    AllAttentionForCausalLM,
+    AllAttentionModel,
     TransformerXLForCausalLM,
     TransformerXLModel,
 )

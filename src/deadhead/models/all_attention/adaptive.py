@@ -1,7 +1,5 @@
 """Adaptive input and softmax (Baevski, Auli 2019; Grave et al. 2017): rare words get narrow vectors.
 
-Imports torch and transformers only.
-
 The vocabulary, ordered by falling frequency, is cut into a shortlist of width D and tails of width D / factor,
 D / factor², …; each tail's logits are conditional on one extra logit of the shortlist. Dimensions: B, T, D, V; R rows.
 """

@@ -1,4 +1,4 @@
-"""One softmax over a sliding window of context and a head's persistent vectors, plainly written. Imports torch only.
+"""One softmax over a sliding window of context and a head's persistent vectors, plainly written.
 
 Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width, N persistent vectors.
 """

@@ -11,7 +11,7 @@ the sum over what is in the softmax, g the gradient of the output o, and v the v
 
 which for an open gate is what its vector's scores have for a gradient, and for a shut one needs p and g·v of its own.
 
-Imports torch only. Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
+Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
 N persistent vectors in the softmax, C shut out, G = N + C gates; of a block h heads, n texts, t queries, s positions of
 c = W + t − 1 columns; P = h · n pairs of head and text, R = n · t rows.
 """

@@ -1,6 +1,6 @@
 """Pieces of a batch that are attended at a time, so that their scores stay in the processor's cache.
 
-Imports torch only. Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads; of a block
+Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads; of a block
 h heads, n texts, t queries and c = W + t − 1 columns, those of the context that one of its queries sees.
 """
 

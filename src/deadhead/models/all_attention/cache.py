@@ -1,4 +1,4 @@
-"""Keys and values of the positions before, appended in place. Imports torch and transformers only.
+"""Keys and values of the positions before, appended in place.
 
 Dimensions: B batch, T new positions, S kept positions, H heads, E head width.
 """

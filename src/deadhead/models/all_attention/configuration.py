@@ -1,4 +1,4 @@
-"""Configuration of the All-attention Transformer. Imports torch and transformers only: it travels with checkpoints."""
+"""Configuration of the All-attention Transformer, and of the Transformer-XL that it is compared with."""
 
 from __future__ import annotations
 
@@ -190,3 +190,26 @@ class AllAttentionConfig(PreTrainedConfig):
     def _left_in_blocks(self, layer: int, dense: int) -> int:
         blocks = None if self.head_plan is None else self.head_plan.get("blocks")
         return dense if blocks is None else len(blocks["kept"][str(layer)]) * blocks["size"]
+
+
+class TransformerXLConfig(AllAttentionConfig):
+    """A Transformer-XL language model; see `AllAttentionConfig` for every field.
+
+    Args:
+        num_persistent: 0.
+        feed_forward_size: width of the feed-forward layers.
+    """
+
+    model_type = "deadhead_transformer_xl"
+
+    num_persistent: int = 0
+    feed_forward_size: int = 512
+
+    def validate_architecture(self) -> None:
+        """Check the sizes as `AllAttentionConfig` does, and that they are a Transformer-XL's."""
+        super().validate_architecture()
+        if self.num_persistent or not self.feed_forward_size:
+            raise ValueError(
+                "A Transformer-XL has no persistent vectors and a feed-forward layer, but num_persistent is "
+                f"{self.num_persistent} and feed_forward_size {self.feed_forward_size}."
+            )

@@ -1,7 +1,4 @@
-"""Dropout from random bytes: PyTorch's own, on a CPU, draws one number after the other and costs as much as a product.
-
-Imports torch only.
-"""
+"""Dropout from random bytes: PyTorch's own, on a CPU, draws number after number and costs as much as a product."""
 
 from __future__ import annotations
 

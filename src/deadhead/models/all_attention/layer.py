@@ -1,4 +1,4 @@
-"""One layer of the All-attention Transformer: its heads, norm and residual. Imports torch and transformers only.
+"""One layer of the All-attention Transformer: its heads, norm and residual.
 
 Dimensions: B batch, T queries, P past, S context = P + T, W window, H heads left, D width, E head width, N persistent
 vectors left in each head, J blocks of them that are left.
@@ -98,27 +98,16 @@ class AllAttention(nn.Module):
 
     def forward(
         self,
-        normed_BTD: Tensor,
-        context_BSD: Tensor,
-        blank_D: Tensor | None,
-        positions_WD: Tensor | None,
-        shared_bias: tuple[Tensor, Tensor] | None,
-        padding_BS: Tensor | None,
-        past_key_values: Cache | None,
+        normed_BTD: Tensor,  # of the queries
+        context_BSD: Tensor,  # normed states whose keys and values are needed: memory and queries
+        blank_D: Tensor | None,  # the normed zero state, which stands before the first token, if it is attended
+        positions_WD: Tensor | None,  # p, oldest distance first; None for rotary positions
+        shared_bias: tuple[Tensor, Tensor] | None,  # u and v (H of the dense model, E), if the layers share them
+        padding_BS: Tensor | None,  # True where a column of the context is padding; None if none is
+        past_key_values: Cache | None,  # which this layer's keys and values join
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend and project.
-
-        Args:
-            normed_BTD: normed hidden states of the queries.
-            context_BSD: normed hidden states whose keys and values are needed: memory and queries.
-            blank_D: the normed zero state, which stands before the first token; None if it is not attended.
-            positions_WD: p, oldest distance first; None for rotary positions.
-            shared_bias: u and v (H of the dense model, E), if they are shared by the layers.
-            padding_BS: True where a column of the context is padding; None if none is.
-            past_key_values: the cache, which this layer's keys and values join.
-            need_weights: whether to return the attention weights.
-        """
+        """Attend and project; return the attention weights too if they are needed."""
         batch, num_queries, _ = normed_BTD.shape
         if not self.heads:
             if past_key_values is not None:

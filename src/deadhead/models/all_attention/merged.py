@@ -2,7 +2,7 @@
 
 A few queries, as in generation, are attended in one plain softmax.
 
-Imports torch only. Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
+Dimensions: B batch, T queries, S context positions, W window (memory + 1), H heads, E head width,
 N persistent vectors; of a block n texts, h heads, t queries, c = W + t − 1 columns.
 """
 

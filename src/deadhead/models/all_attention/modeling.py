@@ -8,12 +8,13 @@ every head owns N persistent key/value vectors that join the context's in one so
 Every query sees exactly memory + 1 positions ("same length" attention), so carrying hidden states from segment to
 segment (training) and carrying keys and values in a sliding cache (evaluation) compute the same function.
 
-With `feed_forward_size` and without persistent vectors the same model is a Transformer-XL (`transformer_xl.py`).
+With `feed_forward_size` and without persistent vectors the same model is a Transformer-XL, line by line. If its
+feed-forward layers are as wide as the persistent vectors would be many, both have the same number of weights but for
+those layers' biases and norms.
 
 Layers may differ in their number of heads, and of persistent vectors in each head, or of hidden units:
 `config.head_plan` names those that are left. A layer without heads adds b_O.
 
-Imports torch and transformers only, never deadhead: these files travel with checkpoints.
 Dimensions: B batch, T queries, P past, S context = P + T, M memory, W window = M + 1, H heads, D width, E head width,
 N persistent vectors, L layers, V vocabulary.
 """
@@ -33,7 +34,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .cache import append_in_place
-from .configuration import AllAttentionConfig
+from .configuration import AllAttentionConfig, TransformerXLConfig
 from .dropout import Dropout
 from .layer import AllAttention, AllAttentionLayer
 from .positions import sinusoidal_table
@@ -293,3 +294,15 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class TransformerXLModel(AllAttentionModel):
+    """Embeddings, layers and the last norm of a Transformer-XL."""
+
+    config_class = TransformerXLConfig
+
+
+class TransformerXLForCausalLM(AllAttentionForCausalLM):
+    """The language model of a Transformer-XL."""
+
+    config_class = TransformerXLConfig

@@ -1,4 +1,4 @@
-"""Relative positions: the sinusoidal table, and rotary angles. Imports torch only."""
+"""Relative positions: the sinusoidal table, and rotary angles."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Projections: which are plain, and those of a few rows at the speed of reading the weights. Imports torch only.
-
-Dimensions: R rows.
-"""
+"""Projections: which are plain, and those of a few rows (R) at the speed of reading the weights."""
 
 from __future__ import annotations
 

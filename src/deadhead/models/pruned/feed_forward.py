@@ -1,20 +1,28 @@
 """Find the feed-forward layers of a Hugging Face model by their structure, and take hidden units out of them.
 
-This file travels with checkpoints and imports torch and transformers only.
-
 Dimensions: D model width, F hidden units of a feed-forward layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .structure import Key, OutputBias, is_projection, keep_rows, layer_keys, output_dim, text_stack, weight_of
+from .structure import (
+    Key,
+    OutputBias,
+    is_projection,
+    keep_rows,
+    layer_keys,
+    leave_bias,
+    output_dim,
+    text_stack,
+    weight_of,
+)
 
 # Names of the projections into the hidden units and of the one out of them. Where the first has twice as many outputs
 # as the last has inputs, the gate's come first and then those it multiplies, or the other way round.
@@ -128,10 +136,7 @@ def shrink_feed_forward(feed_forward: FeedForward, units: Tensor) -> None:
     if not len(units):
         for name in feed_forward.inputs:
             module.set_submodule(name, NoUnits())
-        output = module.get_submodule(feed_forward.output_path)
-        bias = getattr(output, "bias", None)
-        width = weight_of(output).shape[output_dim(output)]
-        module.set_submodule(feed_forward.output_path, OutputBias(width, bias))
+        leave_bias(module, feed_forward.output_path)
         # While a checkpoint loads, some types would initialise their projections, which are not there.
         module._is_hf_initialized = True  # type: ignore[assignment]
         return
@@ -140,25 +145,6 @@ def shrink_feed_forward(feed_forward: FeedForward, units: Tensor) -> None:
     for name in _WIDTHS:
         if vars(module).get(name) == feed_forward.width:
             setattr(module, name, len(units))
-
-
-def apply_block_plan(model: nn.Module, plan: Mapping[str, Any]) -> None:
-    """Shrink the feed-forward layers of a model as big as the dense one to what the JSON of a plan's blocks keeps.
-
-    Raises:
-        ValueError: the model's feed-forward layers are not those of the plan.
-    """
-    size = plan["size"]
-    layers = {str(feed_forward.key): feed_forward for feed_forward in find_feed_forwards(model)}
-    for key, kept in plan["kept"].items():
-        width = layers[key].width if key in layers else 0
-        if plan["total"][key] * size != width:
-            raise ValueError(
-                f"the head plan in the configuration gives layer {key} {plan['total'][key]} blocks of {size} hidden "
-                f"units, but it has {width} units"
-            )
-        if len(kept) != plan["total"][key]:
-            shrink_feed_forward(layers[key], block_rows(kept, size))
 
 
 class NoUnits(nn.Module):

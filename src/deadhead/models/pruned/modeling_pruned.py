@@ -97,7 +97,7 @@ def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]
 def pruned_class(
     stock: type[PreTrainedModel], stock_config: type[PreTrainedConfig] | None = None
 ) -> type[PreTrainedModel]:
-    """Return our subclass of a model class of transformers, with a configuration class that it may not declare itself.
+    """Return our subclass of a model class of transformers, for a configuration class that it may not declare itself.
 
     InternLM3, for one, has a configuration of its own for Llama's classes.
     """
@@ -114,11 +114,10 @@ def pruned_class(
         }
         _classes[name] = type(name, (PrunedModel, stock), fields)
         _convert_alike(stock.__name__, name)
-        autos = [
-            auto for auto, names in _AUTO_NAMES.items() if any(stock.__name__ in _names(v) for v in names.values())
-        ]
-        if autos:
-            _classes[name].register_for_auto_class(autos[0])  # type: ignore[attr-defined]
+        for auto, listed in _AUTO_NAMES.items():
+            if any(stock.__name__ in _names(value) for value in listed.values()):
+                _classes[name].register_for_auto_class(auto)  # type: ignore[attr-defined]
+                break
     return _classes[name]
 
 

@@ -1,7 +1,4 @@
-"""Take heads out of an attention module: which rows stay, what the module must be told, what an empty one does.
-
-This file travels with checkpoints and imports torch and transformers only.
-"""
+"""Take heads out of an attention module: which rows stay, what the module must be told, what an empty one does."""
 
 from __future__ import annotations
 
@@ -15,18 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .feed_forward import apply_block_plan
+from .feed_forward import block_rows, find_feed_forwards, shrink_feed_forward
 from .structure import (
     HEAD_COUNTS,
     KV_HEAD_COUNTS,
     Attention,
-    OutputBias,
     config_head_names,
     find_attentions,
     head_order,
     keep_rows,
-    output_dim,
-    weight_of,
+    leave_bias,
 )
 
 _REPEATS = ("num_key_value_groups", "num_kv_groups", "n_rep")
@@ -65,8 +60,7 @@ def rows_of(attention: Attention, order: str, size: int, heads: Heads) -> Tensor
     position = {head: place for place, head in enumerate(now)}
     later = head_order(order, len(heads.queries), len(heads.kv))
     places = [position[kind, heads.queries[index] if kind == "q" else heads.kv[index]] for kind, index in later]
-    each = size // len(now)
-    return (torch.tensor(places)[:, None] * each + torch.arange(each)).flatten()
+    return block_rows(places, size // len(now))
 
 
 @torch.no_grad()
@@ -76,7 +70,7 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
     An emptied one goes on returning as many `outputs`, in a tuple; 0 is one tensor, a negative number a list.
     """
     inner, module = attention.inner, attention.module
-    module.dense_heads = dense_heads(attention)  # type: ignore[assignment]
+    module.dense_heads = attention.dense_heads  # type: ignore[assignment]
     if not heads.queries:
         _empty(attention, outputs)
         return
@@ -118,18 +112,18 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
         if len(kept) != total:
             heads = heads_of(plan["unit"], kept, attention.num_heads, attention.num_kv_heads)
             shrink(attention, heads, outputs)
-    if plan.get("blocks"):
-        apply_block_plan(model, plan["blocks"])
-
-
-def dense_heads(found: Attention | nn.Module) -> tuple[int, int]:
-    """Return H and G in the dense model of an attention module, which `shrink` notes in the module before a cut."""
-    module = found.module if isinstance(found, Attention) else found
-    noted: Any = getattr(module, "dense_heads", None)
-    if noted is None:
-        assert isinstance(found, Attention), "an emptied module was shrunk"
-        return found.num_heads, found.num_kv_heads
-    return int(noted[0]), int(noted[1])
+    if not (blocks := plan.get("blocks")):
+        return
+    layers = {str(feed_forward.key): feed_forward for feed_forward in find_feed_forwards(model)}
+    for key, kept in blocks["kept"].items():
+        count, size, width = blocks["total"][key], blocks["size"], layers[key].width if key in layers else 0
+        if count * size != width:
+            raise ValueError(
+                f"the head plan in the configuration gives layer {key} {count} blocks of {size} hidden units, but it "
+                f"has {width} units"
+            )
+        if len(kept) != count:
+            shrink_feed_forward(layers[key], block_rows(kept, size))
 
 
 class LayerConfig:
@@ -178,9 +172,7 @@ class EmptyAttention(nn.Module):
 
 def _empty(attention: Attention, outputs: int) -> None:
     module, inner = attention.module, attention.inner
-    output = module.get_submodule(attention.output_path)
-    bias = getattr(output, "bias", None)
-    module.set_submodule(attention.output_path, OutputBias(weight_of(output).shape[output_dim(output)], bias))
+    leave_bias(module, attention.output_path)
     keep = {attention.output_path.split(".")[0]} if inner is module else set()
     for table in (inner._modules, inner._parameters, inner._buffers):
         for child in [child for child in table if child not in keep]:

@@ -1,7 +1,5 @@
 """Find the attention modules of a Hugging Face model by their structure.
 
-This file travels with checkpoints and imports torch and transformers only.
-
 Dimensions: D model width, H query heads, G key/value heads (G divides H), E width of a head's output.
 """
 
@@ -72,6 +70,12 @@ class Attention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    @property
+    def dense_heads(self) -> tuple[int, int]:
+        """H and G in the dense model, which `shrink` notes in the module before a cut."""
+        noted: Any = getattr(self.module, "dense_heads", (self.num_heads, self.num_kv_heads))
+        return int(noted[0]), int(noted[1])
 
 
 def head_order(order: str, num_heads: int, num_kv_heads: int) -> list[tuple[str, int]]:
@@ -317,6 +321,12 @@ def keep_rows(module: nn.Module, path: str, dim: int, rows: Tensor) -> None:
         owner.out_features, owner.in_features = new.shape
     elif name == "weight" and type(owner).__name__ == "Conv1D":
         owner.nx, owner.nf = new.shape
+
+
+def leave_bias(module: nn.Module, path: str) -> None:
+    """Put in the place of a module's output projection what is left of it without inputs."""
+    output = module.get_submodule(path)
+    module.set_submodule(path, OutputBias(weight_of(output).shape[output_dim(output)], getattr(output, "bias", None)))
 
 
 class OutputBias(nn.Module):
