@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from deadhead.measure.costs import Cost
     from deadhead.plans.plan import HeadPlan
-    from deadhead.training.runs.memory import TrainingMemory
+    from deadhead.training.runs.dry_run import TrainingMemory
     from deadhead.training.runs.recipe_cost import ShapeCost
 
 
@@ -255,12 +255,12 @@ def _inspect_recipe(
     tokens = vocab_size or expected_vocabulary(recipe.data)
     positions = length or recipe.model.memory_length
     if as_json:
-        models = [{**asdict(cost), "interpolated": cost.is_interpolated} for cost in costs]
+        models = [{**asdict(cost), "interpolated": cost.heads is None} for cost in costs]
         print_json({"recipe": recipe.name, "vocab_size": tokens, "length": positions, "models": models})
         return
     console.print(_recipe_table(costs))
     console.print("Parameters are without embeddings and output layer; stated: as the models' authors count them.")
-    if any(cost.is_interpolated for cost in costs):
+    if any(cost.heads is None for cost in costs):
         console.print("≈ no numbers of heads are stated: in between, by the share of the heads that is gone.")
     if tokens is None:
         part = "without the output layer (its words are counted in the text, or say --vocab-size)"
@@ -272,7 +272,7 @@ def _inspect_recipe(
 def _recipe_table(costs: list[ShapeCost]) -> Table:
     table = _table("heads a layer", "gone", "parameters", "of heads", "FLOPs", "stated")
     for cost in costs:
-        about = "≈" if cost.is_interpolated else ""
+        about = "≈" if cost.heads is None else ""
         flops = cost.layer_flops_per_token if cost.flops_per_token is None else cost.flops_per_token
         table.add_row(
             escape(cost.name),
@@ -326,7 +326,7 @@ def _training_memory(config: PreTrainedConfig, settings: dict[str, Any]) -> dict
     from deadhead.measure.cost import skeleton
     from deadhead.training.recipes.reading import changed
     from deadhead.training.recipes.recipe import PruneRecipe
-    from deadhead.training.runs.memory import training_memory
+    from deadhead.training.runs.dry_run import training_memory
 
     recipe = changed(PruneRecipe(blocks=False), **settings)
     has_lora = not hasattr(config, "memory_length") and find_spec("peft") is not None

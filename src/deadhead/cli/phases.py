@@ -140,9 +140,7 @@ def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> Non
     if phase.budget is not None and phase.budget.kind == "speedup":
         network = checkpoint.load(model)
         with progress(quiet) as report:
-            latency = measure_budget_latency(
-                network, phase, report=lambda done, total: report("measuring latency", done, total, {})
-            )
+            latency = measure_budget_latency(network, phase, report)
     else:
         # Without weights: what they are makes no difference.
         network = skeleton(checkpoint.load_config(model))
@@ -185,8 +183,7 @@ def _run(
 ) -> None:
     load_torch(quiet or as_json)
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.runs.one_call import finetune, prune
-    from deadhead.training.runs.single import Options, run_single
+    from deadhead.training.runs.single import Options, finetune, prune, run_single
 
     with progress(quiet or not is_main()) as report:
         given: dict[str, Any] = {"out": out, "seed": seed, "resume": resume, "progress": report}

@@ -17,8 +17,8 @@ from deadhead.errors import is_installed
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from deadhead.training.processes import Progress
     from deadhead.training.recipes.recipe import Recipe
-    from deadhead.training.runs.run import Progress
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
 Steps = Annotated[
