@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from deadhead.data import TokenStream
 from deadhead.measure.cost import skeleton
 from deadhead.training import PhaseRun, PruneRecipe, attach_gates, train
-from deadhead.training.runs.memory import TrainingMemory, training_memory
+from deadhead.training.runs.dry_run import TrainingMemory, training_memory
 
 MODELS = ("Llama", "GPT-2", "All-attention")
 # Layers, width, words, rows, tokens of a row.

@@ -20,7 +20,7 @@ from benchmarks._tiny_models import scramble
 from deadhead.checkpoints import checkpoint
 from deadhead.data import TokenStream, load_text
 from deadhead.training.recipes.recipe import Recipe
-from deadhead.training.runs.models import build_model
+from deadhead.training.runs.inputs import build_model
 
 _WORDS = [
     "the",

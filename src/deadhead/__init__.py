@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from deadhead.report.writing import report_run as report_run
     from deadhead.streaming.cutting import cut_checkpoint as cut_checkpoint
     from deadhead.training.callbacks.sparsity import SparsityCallback as SparsityCallback
-    from deadhead.training.runs.one_call import finetune as finetune
-    from deadhead.training.runs.one_call import prune as prune
+    from deadhead.training.runs.single import finetune as finetune
+    from deadhead.training.runs.single import prune as prune
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _NAMES = {
     "report.writing": ("report_run",),
     "streaming.cutting": ("cut_checkpoint",),
     "training.callbacks.sparsity": ("SparsityCallback",),
-    "training.runs.one_call": ("finetune", "prune"),
+    "training.runs.single": ("finetune", "prune"),
 }
 """Modules, and the public names that they define."""
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from deadhead.disk.files import json_text
 
 if TYPE_CHECKING:
-    from deadhead.training.runs.workplace import Progress as Report
+    from deadhead.training.processes import Progress as Report
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)

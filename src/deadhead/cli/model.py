@@ -187,12 +187,12 @@ def _inspect_recipe(
     tokens = vocab_size or expected_vocabulary(recipe.data)
     positions = length or recipe.model.memory_length
     if as_json:
-        models = [{**asdict(cost), "interpolated": cost.is_interpolated} for cost in costs]
+        models = [{**asdict(cost), "interpolated": cost.heads is None} for cost in costs]
         print_json({"recipe": recipe.name, "vocab_size": tokens, "length": positions, "models": models})
         return
     console.print(_recipe_table(costs))
     console.print("Parameters are without embeddings and output layer; stated: as the models' authors count them.")
-    if any(cost.is_interpolated for cost in costs):
+    if any(cost.heads is None for cost in costs):
         console.print("≈ no numbers of heads are stated: in between, by the share of the heads that is gone.")
     if tokens is None:
         part = "without the output layer (its words are counted in the text, or say --vocab-size)"
@@ -204,7 +204,7 @@ def _inspect_recipe(
 def _recipe_table(costs: list[ShapeCost]) -> Table:
     table = _table("heads a layer", "gone", "parameters", "of heads", "FLOPs", "stated")
     for cost in costs:
-        about = "≈" if cost.is_interpolated else ""
+        about = "≈" if cost.heads is None else ""
         flops = cost.layer_flops_per_token if cost.flops_per_token is None else cost.flops_per_token
         table.add_row(
             escape(cost.name),
@@ -256,7 +256,7 @@ def _layouts_table(costs: list[tuple[str, Cost]]) -> Table:
 def _training_memory(config: PreTrainedConfig, how: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Return the memory of training by what learns, as far as it can be had of this model and here."""
     from deadhead.measure.cost import skeleton
-    from deadhead.training.runs.memory import training_memory
+    from deadhead.training.runs.dry_run import training_memory
 
     recipe = changed(PruneRecipe(blocks=False), **how)
     modes: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 16}, "frozen": {"freeze_weights": True}}

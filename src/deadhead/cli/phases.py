@@ -120,9 +120,7 @@ def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> Non
     if phase.budget is not None and phase.budget.kind == "speedup":
         network = checkpoint.load(model)
         with progress(quiet) as report:
-            latency = measure_budget_latency(
-                network, phase, report=lambda done, total: report("measuring latency", done, total, {})
-            )
+            latency = measure_budget_latency(network, phase, report)
     else:
         # Without weights: what they are makes no difference.
         network = skeleton(checkpoint.load_config(model))

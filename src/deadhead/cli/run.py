@@ -19,8 +19,8 @@ from deadhead.training.recipes.reading import changed, load_recipe, parse_recipe
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from deadhead.training.processes import Progress
     from deadhead.training.recipes.recipe import Recipe
-    from deadhead.training.runs.run import Progress
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
 Steps = Annotated[float | None, typer.Option(min=0.001, max=1000, help="Multiply every phase's steps by this.")]

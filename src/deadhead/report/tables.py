@@ -95,11 +95,12 @@ def verdict(summary: Mapping[str, Any]) -> str:
 def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
     """Return what a phase would do: the model as it is, for instance once it is pruned, and without any unit."""
     table = Table(box=None, pad_edge=False)
-    columns = {"as it is": found.dense, "for instance": found.pruned, "without any": found.least}
+    titles = {"as it is": "dense", "for instance": "pruned", "without any": "least"}
+    columns = {title: found.costs[name] for title, name in titles.items() if name in found.costs}
     table.add_column("")
-    for name in (name for name, cost in columns.items() if cost is not None):
-        table.add_column(name, justify="right")
-    kept = [cost for cost in columns.values() if cost is not None]
+    for title in columns:
+        table.add_column(title, justify="right")
+    kept = columns.values()
     table.add_row(f"{found.unit.replace('kv_group', 'key/value group')}s", *(str(sum(cost.heads)) for cost in kept))
     if found.block_size is not None:
         table.add_row(f"blocks of {found.block_size}", *(str(sum(cost.blocks)) for cost in kept))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from deadhead.training.phases.choosing import attach_gates as attach_gates
     from deadhead.training.phases.choosing import close_to_budget as close_to_budget
     from deadhead.training.phases.choosing import gate_config as gate_config
-    from deadhead.training.phases.one_shot import rank as rank
+    from deadhead.training.phases.choosing import rank as rank
     from deadhead.training.phases.phase import PhaseRun as PhaseRun
     from deadhead.training.phases.phase import train as train
     from deadhead.training.recipes.reading import load_recipe as load_recipe
@@ -20,24 +20,22 @@ if TYPE_CHECKING:
     from deadhead.training.recipes.recipe import PhaseRecipe as PhaseRecipe
     from deadhead.training.recipes.recipe import PruneRecipe as PruneRecipe
     from deadhead.training.recipes.recipe import Recipe as Recipe
-    from deadhead.training.runs.one_call import finetune as finetune
-    from deadhead.training.runs.one_call import prune as prune
     from deadhead.training.runs.results import Pruned as Pruned
     from deadhead.training.runs.results import Trained as Trained
     from deadhead.training.runs.run import Run as Run
     from deadhead.training.runs.single import Options as Options
+    from deadhead.training.runs.single import finetune as finetune
+    from deadhead.training.runs.single import prune as prune
 
 _NAMES = {
     "callbacks.sparsity": ("SparsityCallback",),
-    "phases.choosing": ("attach_gates", "close_to_budget", "gate_config"),
-    "phases.one_shot": ("rank",),
+    "phases.choosing": ("attach_gates", "close_to_budget", "gate_config", "rank"),
     "phases.phase": ("PhaseRun", "train"),
     "recipes.reading": ("load_recipe",),
     "recipes.recipe": ("DataRecipe", "ModelRecipe", "PhaseRecipe", "PruneRecipe", "Recipe"),
-    "runs.one_call": ("finetune", "prune"),
     "runs.results": ("Pruned", "Trained"),
     "runs.run": ("Run",),
-    "runs.single": ("Options",),
+    "runs.single": ("Options", "finetune", "prune"),
 }
 """Modules, and the public names that they define."""
 

@@ -30,30 +30,37 @@ _PATIENCE = timedelta(hours=6)
 
 _T = TypeVar("_T")
 
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+"""Told of the name of what goes on, how much is done, how much there is, and the last numbers."""
+
 
 def count() -> int:
     """Return how many processes train together; they are connected first, if there are several.
 
-    Raises:
-        InputError: the environment says that there are several, but they cannot be connected.
+    Here and below an InputError is raised where the environment says that there are several, but they cannot connect.
     """
     return 1 if _launched() == 1 else _state().num_processes
 
 
 def is_main() -> bool:
-    """Return whether this process is the main one, or the only one.
-
-    Raises:
-        InputError: as for `count`.
-    """
+    """Return whether this process is the main one, or the only one."""
     return _launched() == 1 or _state().is_main_process
+
+
+def told(progress: Progress | None) -> Progress:
+    """Return whom to tell what goes on: nobody but in the main process."""
+    return progress if progress is not None and is_main() else lambda *_: None
+
+
+def counted(progress: Progress, name: str) -> Callable[[int, int], None]:
+    """Return what tells how much is done of something, and how much there is."""
+    return lambda done, total: progress(name, done, total, {})
 
 
 def on_main(work: Callable[[], _T]) -> _T:
     """Return in all processes what `work` returns in the main one, which alone runs it while the others wait.
 
-    Args:
-        work: what to do; it returns something small that can be pickled, without tensors on a GPU.
+    It returns something small that can be pickled, without tensors on a GPU.
 
     Raises:
         InputError, DivergenceError: as `work` raises them, in all processes.
@@ -77,27 +84,18 @@ def on_main(work: Callable[[], _T]) -> _T:
         raise failure
     if failure is not None:
         raise failure from FailedElsewhere("The main process failed.")
-    found: _T = result
-    return found
+    return result
 
 
 def main_first(work: Callable[[], _T]) -> _T:
-    """Return what `work` returns here; the main process runs it first, so that the others find what it wrote.
-
-    Raises:
-        InputError, DivergenceError, FailedElsewhere: as for `on_main`.
-    """
+    """Return what `work` returns here; the main process runs it first, so that the others find what it wrote."""
     done: list[_T] = []
     on_main(lambda: done.append(work()))
     return done[0] if done else work()
 
 
 def require_supported(args: TrainingArguments) -> None:
-    """Check that gates can learn under the engine that a Trainer uses.
-
-    Raises:
-        InputError: DeepSpeed, Megatron, the first FSDP, or batches spread over several GPUs of one process.
-    """
+    """Check that gates can learn under the engine that a Trainer uses."""
     kind = PartialState._shared_state.get("distributed_type", DistributedType.NO)
     if args.deepspeed is not None or kind == DistributedType.DEEPSPEED:
         raise InputError(
@@ -119,11 +117,7 @@ def require_supported(args: TrainingArguments) -> None:
 
 
 def require_data_parallel() -> None:
-    """Check that a phase of deadhead's own keeps whole models in all processes: they are measured and cut afterwards.
-
-    Raises:
-        InputError: the launcher was told to shard them.
-    """
+    """Check that a phase of deadhead's own keeps whole models in all processes, as they are cut afterwards."""
     for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(name, "").lower() in ("1", "true"):
             raise InputError(

@@ -13,8 +13,7 @@ from benchmarks._tiny_models import tiny_model
 from deadhead.errors import InputError
 from deadhead.measure.cost import cost_of_kind, model_cost
 from deadhead.training import PhaseRun, PruneRecipe, train
-from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, true_share
-from deadhead.training.phases.one_shot import rank
+from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, rank, true_share
 from tests import random_models
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
 from tests.small_runs import KillAt, Killed, stream

@@ -14,7 +14,7 @@ from deadhead.measure.cost import first_heads, model_cost
 from deadhead.models import AllAttentionConfig
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.recipes.recipe import DataRecipe, Recipe
-from deadhead.training.runs.models import model_config
+from deadhead.training.runs.inputs import model_config
 from deadhead.training.runs.recipe_cost import expected_vocabulary, recipe_costs
 from tests.conftest import ROOT
 from tests.small_runs import write_prose
@@ -42,9 +42,9 @@ def test_the_papers_model_by_hand() -> None:
         assert (cost.head_parameters, cost.parameters) == (left * head, left * head + outside)
         assert cost.layer_flops_per_token == left * flops
         assert cost.sparsity == pytest.approx(1 - left / 128)
-        assert cost.flops_per_token is None and not cost.is_interpolated
+        assert cost.flops_per_token is None and cost.heads is not None
     between = costs["43 % gone"]
-    assert between.is_interpolated and between.sparsity == pytest.approx(0.43)
+    assert between.heads is None and between.sparsity == pytest.approx(0.43)
     assert between.head_parameters == pytest.approx(0.57 * 128 * head, abs=1)
     assert between.parameters == between.head_parameters + outside
     assert between.layer_flops_per_token == pytest.approx(0.57 * 128 * flops)

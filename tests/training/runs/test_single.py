@@ -1,20 +1,145 @@
-"""One phase on its own: what it leaves, and what it refuses to go on with. Kills are in tests/cli/test_commands.py."""
+"""One phase on its own, `deadhead.prune` and `deadhead.finetune`: models and texts in every form, and what comes back.
+
+What it refuses to go on with is here too; kills are in tests/cli/test_commands.py.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from deadhead import InputError, load
+import deadhead
+from benchmarks._tiny_models import VOCABULARY, tiny_model
+from deadhead import InputError
+from deadhead.cli import execute
+from deadhead.data import load_text
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json
+from deadhead.training import PhaseRecipe, PruneRecipe
 from deadhead.training.recipes.reading import changed
-from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe
+from deadhead.training.recipes.recipe import DataRecipe
 from deadhead.training.runs.single import Options, run_single
-from tests.small_runs import save_small_model, write_prose
+from tests.small_runs import assert_same_tensors, save_small_llama, save_small_model, stream, weights, write_prose
 
 _PHASE = PhaseRecipe(steps=2, batch_size=2)
+_STEPS: dict[str, Any] = {"steps": 3, "batch_size": 2, "sequence_length": 24}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a text, a Llama and a model of ours."""
+    folder = tmp_path_factory.mktemp("one_call")
+    text = write_prose(folder)
+    save_small_llama(folder / "llama", text)
+    save_small_model(folder / "ours", text)
+    return folder
+
+
+def test_pruned_and_recovered(place: Path, tmp_path: Path) -> None:
+    text = str(place / "prose.txt")
+    pruned = deadhead.prune(place / "llama", text, params=0.8, distill=0.5, out=tmp_path / "out", **_STEPS)
+    assert pruned.measured is not None and pruned.budget is not None
+    assert pruned.costs.after.parameters <= 0.8 * pruned.costs.before.parameters
+    assert pruned.budget["reached"] == pruned.costs.after.parameters / pruned.costs.before.parameters
+    assert pruned.measured.before.perplexity != pruned.measured.after.perplexity
+    assert (pruned.gates, pruned.steps) == (None, 3)
+    assert pruned.plan == deadhead.HeadPlan.from_json(tmp_path / "out" / "head_plan.json")
+    assert_same_tensors(pruned.model.state_dict(), deadhead.load(tmp_path / "out").state_dict())
+    # Its text is read by the tokenizer of the folder that it was loaded from.
+    tuned = deadhead.finetune(
+        pruned.model, text, tokenizer=pruned.tokenizer, teacher=place / "llama", distill=0.5, **_STEPS
+    )
+    assert tuned.plan == pruned.plan
+    assert tuned.measured is not None
+    assert tuned.measured.before.perplexity == pytest.approx(pruned.measured.after.perplexity, rel=1e-5)
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_command_and_a_call_end_in_the_same_weights(place: Path, tmp_path: Path) -> None:
+    text, common = place / "prose.txt", {"sparsity": 0.5, "steps": 3, "batch_size": 2}
+    deadhead.prune(deadhead.load(place / "ours"), str(text), out=tmp_path / "call", seed=3, **common)
+    words = ("prune", "--model", place / "ours", "--data", text, "--sparsity", 0.5, "--steps", 3, "--batch-size", 2)
+    assert execute([str(word) for word in (*words, "--seed", 3, "--out", tmp_path / "command", "--quiet")]) == 0
+    assert_same_tensors(weights(tmp_path / "call"), weights(tmp_path / "command"))
+
+
+def test_tokens_and_gates_that_are_kept(place: Path) -> None:
+    """Of tokens alone nothing is held out; a corpus has a validation text."""
+    model: Any = tiny_model("llama")
+    recipe = PruneRecipe(sparsity=0.25, steps=3, batch_size=2, sequence_length=12)
+    found = deadhead.prune(model, stream(300, vocab_size=VOCABULARY), recipe=recipe, cut=False, unit="head")
+    assert found.model is model and found.measured is None
+    assert found.gates is not None and found.gates.plan() == found.plan
+    assert (found.plan.unit, found.costs.before.parameters) == ("head", found.costs.after.parameters)
+    corpus, _ = load_text(str(place / "prose.txt"))
+    ranked = deadhead.prune(deadhead.load(place / "ours"), corpus, criterion="magnitude", sparsity=0.5, device="cpu")
+    assert ranked.measured is not None and sum(ranked.plan.heads) == 4
+
+
+def test_device_and_dtype(place: Path) -> None:
+    found = deadhead.prune(
+        place / "llama", str(place / "prose.txt"), criterion="random", sparsity=0.5, device="cpu", dtype="bfloat16"
+    )
+    assert found.model.dtype == torch.bfloat16
+    assert deadhead.load(place / "llama", dtype="float16", device="cpu").dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("llama", {}, "A text was expected for a model of type llama, but none was given"),
+        ("llama", {"data": "prose", "sparsty": 0.5}, "unknown key 'sparsty'; did you mean 'sparsity'"),
+        ("llama", {"data": "prose", "teachr": "llama"}, "unknown key 'teachr'; did you mean 'teacher'"),
+        ("llama", {"data": "prose", "seed": -1}, "seed must be a whole number of at least 0"),
+        ("llama", {"data": "prose", "evaluation_tokens": 1}, "evaluation_tokens must be a whole number of at least 2"),
+        ("llama", {"data": "prose", "sparsity": 2.0}, "wrong value for 'sparsity'"),
+        ("llama", {"data": "prose", "sparsity": 0.5, "device": "moon"}, r"A device was expected \(cpu.*'moon'"),
+        ("llama", {"data": "prose", "sparsity": 0.5, "dtype": "int8"}, "A dtype was expected .*'int8'"),
+        ("memory", {"data": "prose", "sparsity": 0.5, "dtype": "bfloat16"}, "for a model that is loaded"),
+        ("memory", {"data": "prose", "sparsity": 0.5}, "A tokenizer is needed to read .*tokenizer="),
+        ("memory", {"data": "prose", "sparsity": 0.5, "resume": True}, "nothing to resume without out"),
+    ],
+)
+def test_one_sentence(place: Path, model: str, arguments: dict[str, Any], message: str) -> None:
+    given: Any = tiny_model("llama") if model == "memory" else place / model
+    data = str(place / "prose.txt") if arguments.pop("data", None) else None
+    with pytest.raises(InputError, match=message):
+        deadhead.prune(given, data, **arguments)
+
+
+@pytest.mark.parametrize("command", ["prune", "finetune"])
+def test_a_stock_model_needs_data(command: str, place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert execute([command, "--model", str(place / "llama"), "--out", str(tmp_path / "out")]) == 2
+    assert "name one with data (--data)" in capfd.readouterr().err.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_that_fails_leaves_no_gates() -> None:
+    """Another try begins anew: the model in memory is as it was."""
+    model: Any = tiny_model("llama")
+    text = stream(300, vocab_size=VOCABULARY)
+    settings: dict[str, Any] = {"steps": 1, "batch_size": 2, "sequence_length": 12}
+    with pytest.raises(InputError, match="cannot be reached"):
+        deadhead.prune(model, text, params=0.01, **settings)
+    assert deadhead.gates_of(model) is None
+    assert deadhead.prune(model, text, sparsity=0.5, **settings).model is model
+
+
+def test_recipes_of_another_phase() -> None:
+    model: Any = tiny_model("llama")
+    for call, recipe in ((deadhead.prune, PhaseRecipe()), (deadhead.finetune, PruneRecipe()), (deadhead.prune, {})):
+        with pytest.raises(InputError, match="The recipe of this phase must be a"):
+            call(model, stream(300, vocab_size=VOCABULARY), recipe=recipe)
+
+
+def test_a_budget_replaces_the_recipes() -> None:
+    model: Any = tiny_model("llama")
+    asked = PruneRecipe(sparsity=0.25, steps=1, batch_size=2, sequence_length=12)
+    found = deadhead.prune(model, stream(300, vocab_size=VOCABULARY), recipe=asked, kv_cache=0.5)
+    assert found.budget is not None and found.budget["kind"] == "kv_cache"
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
@@ -33,7 +158,7 @@ def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
     result = run_single("finetune", _PHASE, model, data, Options(out=out))
     assert result.steps == 2
     assert not work.exists()
-    assert load(out).config.num_hidden_layers == load(model).config.num_hidden_layers
+    assert deadhead.load(out).config.num_hidden_layers == deadhead.load(model).config.num_hidden_layers
     write_json(work / "settings.json", {"phase": "finetune"})
     with pytest.raises(InputError, match="other settings"):
         run_single("finetune", changed(_PHASE, steps=3), model, data, Options(out=out, resume=True))

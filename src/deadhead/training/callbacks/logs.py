@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard scalars, a progress bar."""
+"""What is logged while a phase goes on: metrics.jsonl, validation perplexity, steps for a progress bar."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deadhead.data import TokenStream
 from deadhead.disk.files import no_space_is_input_error, write_text
 from deadhead.gates.gates import HeadGates
+from deadhead.measure.evaluation import evaluate
 from deadhead.training.callbacks.metrics import parsed_line
 
 
@@ -22,13 +24,7 @@ def add_to_log(state: TrainerState, logs: dict[str, Any], values: Mapping[str, f
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one JSON object to a file for each log: the Trainer's numbers and, with gates, those of every head.
-
-    Args:
-        path: metrics.jsonl.
-        phase: name of the phase, written into each line.
-        gates: the gates being trained, or None.
-    """
+    """Appends one JSON object to metrics.jsonl for each log: the Trainer's numbers and, with gates, those of each."""
 
     def __init__(self, path: Path, phase: str, gates: HeadGates | None = None) -> None:
         self.path = path
@@ -44,12 +40,8 @@ class MetricsFile(TrainerCallback):
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return
-        kept = [
-            line
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            if _is_before(line, self.phase, state.global_step)
-        ]
-        write_text(self.path, "".join(kept))
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(self.path, "".join(line for line in lines if _is_before(line, self.phase, state.global_step)))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the last step of a phase too."""
@@ -64,13 +56,13 @@ class MetricsFile(TrainerCallback):
         line: dict[str, Any] = {"phase": self.phase, "step": state.global_step}
         line |= {name: value for name, value in logs.items() if not name.startswith(("heads/", "blocks/"))}
         if self.gates is not None:
-            values = self.gates
-            line["heads"] = [int(gate.is_open.sum()) for key, gate in values if key.kind == "head"]
-            if values.block_size is not None:
-                line["blocks"] = [int(gate.is_open.sum()) for key, gate in values if key.kind == "block"]
-            line["open_probability"] = {str(layer): p.tolist() for layer, p in values.open_probability().items()}
-            if values.tracks_difference:
-                line["output_difference"] = {str(layer): d.tolist() for layer, d in values.difference().items()}
+            gates = self.gates
+            line["heads"] = [int(gate.is_open.sum()) for key, gate in gates if key.kind == "head"]
+            if gates.block_size is not None:
+                line["blocks"] = [int(gate.is_open.sum()) for key, gate in gates if key.kind == "block"]
+            line["open_probability"] = {str(layer): p.tolist() for layer, p in gates.open_probability().items()}
+            if gates.tracks_difference:
+                line["output_difference"] = {str(layer): d.tolist() for layer, d in gates.difference().items()}
         line["seconds"] = round(time.perf_counter() - self.begin, 3)
         with no_space_is_input_error(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -81,12 +73,35 @@ def _is_before(line: str, phase: str, step: int) -> bool:
     return values is not None and (values["phase"] != phase or values["step"] <= step)
 
 
-class StepReporter(TrainerCallback):
-    """Tells a function how many steps are done, with the last logged loss.
+class Validation(TrainerCallback):
+    """Adds ``eval_perplexity`` to the log of every n-th step, and of the last; the training is the same without it.
 
-    Args:
-        report: called with steps done, steps in all and a dictionary of the last logged numbers.
+    Of several processes each measures for itself, as sharded models must run everywhere at once. With gates, those that
+    are open now count.
     """
+
+    def __init__(self, model: PreTrainedModel, text: TokenStream, *, every: int, tokens: int) -> None:
+        self.model = model
+        self.text = text
+        self.every = every
+        self.tokens = tokens
+        self.perplexity: float | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure, and have it logged."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            self.perplexity = evaluate(self.model, self.text, limit=self.tokens).perplexity
+            control.should_log = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the number to the training log."""
+        if "loss" in kwargs["logs"] and self.perplexity is not None:
+            add_to_log(state, kwargs["logs"], {"eval_perplexity": self.perplexity})
+            self.perplexity = None
+
+
+class StepReporter(TrainerCallback):
+    """Tells a function how many steps are done, of how many in all, with the last logged numbers."""
 
     def __init__(self, report: Callable[[int, int, dict[str, Any]], None]) -> None:
         self.report = report

@@ -29,15 +29,8 @@ _IMAGES = 20
 def tensorboard_callbacks(folder: Path, gates: HeadGates | None, *, begin: int) -> Iterator[list[TrainerCallback]]:
     """Yield what writes TensorBoard events: the scalars of every log and, with gates, the head map as an image.
 
-    Nothing is yielded or written where TensorBoard is not installed.
-
-    Args:
-        folder: where they go.
-        gates: the gates being trained, or None.
-        begin: the step that is gone on from; what a stopped run wrote of later ones is hidden.
-
-    Raises:
-        InputError: they cannot be written, as on a full disk.
+    Nothing is yielded or written where TensorBoard is not installed. What a stopped run wrote of steps later than
+    `begin`, the one that is gone on from, is hidden.
     """
     if not is_installed("tensorboard"):
         yield []
@@ -88,11 +81,7 @@ class _HeadMapImage(TrainerCallback):
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Check that transformers knows these trackers and that they are installed.
-
-    Raises:
-        InputError: one is not.
-    """
+    """Check that transformers knows these trackers and that they are installed."""
     if not names:
         return  # looking for what is installed takes a moment
     known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
@@ -109,8 +98,7 @@ def require_trackers(names: Sequence[str]) -> None:
 def tracker_callbacks(names: Sequence[str]) -> Iterator[list[TrainerCallback]]:
     """Yield the Trainer's own integrations of some trackers; they come last, to see what ours add to a log.
 
-    Args:
-        names: as the Trainer's `report_to`; see `require_trackers`. TensorBoard is written anyhow.
+    TensorBoard is written anyhow.
     """
     others = [name for name in names if name != "tensorboard"]
     try:

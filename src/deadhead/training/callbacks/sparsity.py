@@ -134,19 +134,17 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Go on where the checkpoint that `state` was read from left off; a fresh state changes nothing."""
         # A dictionary when it was read from a checkpoint; declared as the list it is made of.
         saved = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
-        if state.global_step and saved:
-            attributes = saved["attributes"]
-            for part, name in ((self.target, "target"), (self.optimizer, "optimizer")):
-                if part is not None and attributes.get(name):
-                    part.load_state(attributes[name])
-            with torch.no_grad():
-                for layer, gate in self.gates:
-                    values = {
-                        name: torch.tensor(row) for name, row in attributes.get("gates", {}).get(str(layer), {}).items()
-                    }
-                    if values:
-                        gate.set_stored(values["log_alpha_bias"])
-                        gate.difference.copy_(values["difference"])
+        if not state.global_step or not saved:
+            return
+        attributes = saved["attributes"]
+        for part, name in ((self.target, "target"), (self.optimizer, "optimizer")):
+            if part is not None and attributes.get(name):
+                part.load_state(attributes[name])
+        with torch.no_grad():
+            for layer, gate in self.gates:
+                if values := attributes.get("gates", {}).get(str(layer)):
+                    gate.set_stored(torch.tensor(values["log_alpha_bias"]))
+                    gate.difference.copy_(torch.tensor(values["difference"]))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Let the noise of this step depend on its number alone."""

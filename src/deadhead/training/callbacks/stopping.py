@@ -28,10 +28,7 @@ class Stopping(TrainerCallback):
     """Ends the training after the step in which a signal came, with a checkpoint of that step.
 
     Several processes agree on the step: each tells the others whether it was told. It comes after all callbacks that
-    ask for a log or a checkpoint.
-
-    Args:
-        saves: whether there is a place for a checkpoint.
+    ask for a log or a checkpoint. It `saves` where there is a place for that.
     """
 
     def __init__(self, *, saves: bool) -> None:
@@ -61,12 +58,11 @@ class Stopping(TrainerCallback):
         Raises:
             KeyboardInterrupt: after SIGINT, or after another signal that its handler lets pass.
         """
-        handlers: dict[int, Any] = {}
         passed_on = _PASSED_ON if processes.count() > 1 else 0.0
         first = math.inf
-        if threading.current_thread() is threading.main_thread():
-            found = {number: signal.getsignal(number) for number in _SIGNALS}
-            handlers = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+        is_main = threading.current_thread() is threading.main_thread()
+        found = {number: signal.getsignal(number) for number in _SIGNALS if is_main}
+        handlers = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
 
         def restore() -> None:
             for number, handler in handlers.items():

@@ -30,14 +30,10 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def finish_checkpoint(checkpoint: Path, *, keep: int) -> None:
-    """Note that all of a checkpoint is there, and let others go.
+    """Note that all of a checkpoint is there, and let others go but for the newest, `keep` of them with this one.
 
-    The list of its files' hashes comes last: a checkpoint without it was cut short.
-
-    Args:
-        checkpoint: its folder.
-        keep: how many whole ones stay, this one among them. Those that were cut short go, and newer ones, which must
-            be damaged: from a whole one training would have gone on.
+    The list of its files' hashes comes last: a checkpoint without it was cut short, and goes. So do newer ones, which
+    must be damaged: from a whole one training would have gone on.
     """
     write_checksums(checkpoint)
     others = [path for path in checkpoints(checkpoint.parent) if path != checkpoint]
@@ -50,11 +46,7 @@ def finish_checkpoint(checkpoint: Path, *, keep: int) -> None:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint in `output_dir` whose files are all there as they were written, or None.
-
-    Warns:
-        RunWarning: a newer one is damaged; the message names the file.
-    """
+    """Return the newest checkpoint in `output_dir` whose files are all there as they were written, or None."""
     for folder in reversed(checkpoints(output_dir)):
         if not _is_finished(folder):
             continue
@@ -76,9 +68,6 @@ def require_plain(checkpoint: Path) -> None:
     """Check that what transformers keeps in torch's own format is tensors and plain values: others could run any code.
 
     Its hashes may have been written anew by whoever changed it. Nothing of a pickle but its list of types is run.
-
-    Raises:
-        InputError: a file holds something else, or is none of torch's.
     """
     for path in sorted(path for ending in _TORCH_FILES for path in checkpoint.glob(ending)):
         try:

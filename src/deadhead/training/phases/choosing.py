@@ -1,39 +1,42 @@
-"""Which units stay: the gates that a recipe asks for, what its budget means for a model, and the plan that meets it."""
+"""Which units stay: the gates that a recipe asks for or scores by one look, its budget, and the plan that meets it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from deadhead.attaching import attach, block_size, gates_of, unwrapped
 from deadhead.cutting import pruned_copy
-from deadhead.gates.budget import Budget, BudgetTarget, plan_within
+from deadhead.data import TokenStream
+from deadhead.errors import InputError
+from deadhead.gates.budget import Budget, plan_within
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
-from deadhead.measure.evaluation import max_positions
+from deadhead.measure.criteria import READS_TEXT, score_heads
 from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import bench
-from deadhead.modes import best_device
+from deadhead.modes import best_device, flushing_denormals
+from deadhead.plans.kinds import OneShot
 from deadhead.plans.plan import HeadPlan, Unit
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
-from deadhead.training.phases.defaults import with_defaults
-from deadhead.training.processes import on_main
+from deadhead.training.phases.defaults import row_length, segments, with_defaults
+from deadhead.training.processes import Progress, counted, on_main
 from deadhead.training.recipes.recipe import PruneRecipe
 
 LATENCY_FILE = "latency.json"
 
-# Tokens of a row of a model without memory, unless the recipe says otherwise.
-ROW = 256
-
 # A model that is so much slower than asked for counts as fast enough: measurements differ by as much.
 _SPEED_SLACK = 0.015
-_TIMED_REPEATS = 15
 
 
 def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> GateConfig:
@@ -55,11 +58,11 @@ def asked_blocks(recipe: PruneRecipe, model: PreTrainedModel) -> bool | int:
 
 
 def attach_gates(model: PreTrainedModel, recipe: PruneRecipe, seed: int = 0) -> HeadGates:
-    """Attach the gates that a recipe asks for.
+    """Attach the gates that a recipe asks for; what it leaves open depends on the model.
 
     Args:
         model: without gates.
-        recipe: unit, blocks and the gates' constants; what it leaves open depends on the model.
+        recipe: unit, blocks and the gates' constants.
         seed: of the gates' noise.
 
     Raises:
@@ -75,40 +78,27 @@ def budget_length(model: PreTrainedModel, recipe: PruneRecipe) -> int:
         return recipe.budget_length
     if hasattr(model.config, "memory_length"):
         return int(model.config.memory_length)
-    return recipe.sequence_length or min(ROW, max_positions(model) or ROW)
+    return row_length(model, recipe)
 
 
 def measure_budget_latency(
-    model: PreTrainedModel, recipe: PruneRecipe, *, report: Callable[[int, int], None] = lambda done, total: None
+    model: PreTrainedModel, recipe: PruneRecipe, progress: Progress = lambda *_: None
 ) -> Latency:
     """Measure how a model's time depends on its units, in the way that a recipe's speedup is meant."""
     model.to(best_device())  # type: ignore[arg-type]
-    return measure_latency(model, **_measured(model, recipe), progress=report)
+    return measure_latency(model, **_measured(model, recipe), progress=counted(progress, "measuring latency"))
 
 
-def latency_in(
-    folder: Path,
-    model: PreTrainedModel,
-    recipe: PruneRecipe,
-    *,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> Latency | None:
+def latency_in(folder: Path, model: PreTrainedModel, recipe: PruneRecipe, progress: Progress) -> Latency | None:
     """Return what a recipe's speedup needs to know of a model's time, kept in a folder or measured and kept there now.
 
-    Args:
-        folder: with or without a `latency.json`.
-        model: without gates.
-        recipe: None is returned where its budget is no speedup.
-        report: told of what is measured.
-
-    Raises:
-        InputError: what is kept there was measured of another model, or in another way.
+    None is returned where its budget is no speedup.
     """
     if recipe.budget is None or recipe.budget.kind != "speedup":
         return None
     path = folder / LATENCY_FILE
     if not path.exists():
-        measure_budget_latency(model, recipe, report=report).to_json(path)
+        measure_budget_latency(model, recipe, progress).to_json(path)
     # Read even if just written, so that a run that is resumed sees the same numbers.
     latency = Latency.from_json(path)
     latency.require(model.to(best_device()), **_measured(model, recipe))  # type: ignore[arg-type]
@@ -130,13 +120,8 @@ def budget_costs(
 ) -> tuple[Budget, UnitCosts] | None:
     """Return a recipe's budget, if it has one that is no share of heads, and what a model's units cost in its terms.
 
-    Args:
-        model: with or without gates.
-        recipe: it.
-        latency: of this model on this machine, for a speedup; None measures it.
-
-    Raises:
-        InputError: the budget cannot be reached, or the latency is not of this model.
+    The model may have gates. A speedup needs its latency on this machine; None measures it. A budget that cannot be
+    reached is refused.
     """
     budget = recipe.budget
     if budget is None or budget.kind == "sparsity":
@@ -160,22 +145,6 @@ def _unit(model: PreTrainedModel, recipe: PruneRecipe) -> Unit:
     return find_layout(model).choose_unit(model, recipe.unit, what="heads are cut by")
 
 
-def budget_target(
-    model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | None = None
-) -> BudgetTarget | None:
-    """Return what holds gates at a recipe's budget while they train; None where that is a share of heads, or λ."""
-    found = budget_costs(model, recipe, latency=latency)
-    if found is None:
-        return None
-    budget, costs = found
-    return BudgetTarget(costs, budget.share, ramp_steps=ramp_steps(recipe))
-
-
-def ramp_steps(recipe: PruneRecipe) -> int:
-    """Return the steps until a recipe's ramp has reached its budget."""
-    return recipe.ramp_steps or max(1, recipe.steps * 2 // 3)
-
-
 def plan_of_scores(
     model: PreTrainedModel,
     scores: HeadScores,
@@ -186,15 +155,8 @@ def plan_of_scores(
 ) -> tuple[HeadPlan, float]:
     """Return the plan that keeps the units with the highest scores within a recipe's budget, and its share of the cost.
 
-    Args:
-        model: it, with or without gates; where nothing is timed, on any device.
-        scores: of its units.
-        recipe: with a budget.
-        latency: as for `budget_costs`.
-        predicted: whether a speedup is what `latency` says, which must be given, rather than measured.
-
-    Raises:
-        InputError: the recipe has no budget, or one that cannot be reached.
+    Where nothing is timed, the model may be on any device. A speedup may be what a given latency predicts, rather than
+    measured. A budget that cannot be reached is refused.
     """
     budget = recipe.budget
     assert budget is not None, "a recipe without budget ranks nothing"
@@ -202,58 +164,48 @@ def plan_of_scores(
     if found is None:
         plan = scores.plan(budget.value, ranking=recipe.ranking)
         return plan, true_share(model, recipe, plan)
-    budget, costs = found
-    if budget.kind == "speedup" and predicted:
-        assert latency is not None, "a prediction needs a latency"
-        known = latency
-        return plan_within(scores, costs, budget.share, lambda plan: 1 / known.speedup(plan))
-    slack = _SPEED_SLACK if budget.kind == "speedup" else 0.0
-    return plan_within(
-        scores, costs, budget.share, lambda plan: true_share(model, recipe, plan, total=costs.total), slack=slack
-    )
+    costs = found[1]
+
+    def share_left(plan: HeadPlan) -> float:
+        if predicted and budget.kind == "speedup" and latency is not None:
+            return 1 / latency.speedup(plan)
+        return true_share(model, recipe, plan, total=costs.total)
+
+    slack = _SPEED_SLACK if budget.kind == "speedup" and not predicted else 0.0
+    return plan_within(scores, costs, budget.share, share_left, slack=slack)
 
 
 def true_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan, *, total: float | None = None) -> float:
     """Return what share of the model's cost its cut self has, counted exactly or measured, in a budget's terms.
 
-    Args:
-        model: with or without gates.
-        recipe: with a budget.
-        plan: of its units.
-        total: what the model costs, if that is known and counted; None counts it.
+    `total` is what the model costs, if that is known and counted; None counts it.
     """
     budget = recipe.budget
     assert budget is not None
     model = unwrapped(model)
     length = budget_length(model, recipe)
     if budget.kind == "sparsity":
-        return sum(plan.heads) / max(_heads_now(model, recipe), 1)
+        # Of the heads that there are, or were before training cut some.
+        gates = gates_of(model)
+        if gates is not None:
+            present = [len(units) for key, units in gates.heads.items() if key.kind == "head"]
+        else:
+            present = [len(site.units) for site in find_layout(model).sites(model, _unit(model, recipe))]
+        return sum(plan.heads) / max(sum(present), 1)
     if budget.kind == "speedup":
-        return _timed_share(model, recipe, plan, length)
+        timings = bench(
+            {"dense": pruned_copy(model, None), "pruned": pruned_copy(model, plan)},
+            workload=recipe.budget_workload,
+            batch_size=recipe.budget_batch_size,
+            length=length,
+            repeats=15,
+        )
+        return timings["pruned"].seconds / timings["dense"].seconds
     if total is None:
         found = budget_costs(model, recipe)
         assert found is not None
         total = found[1].total
     return cost_of_kind(model_cost(model, plan, length=length), budget.kind) / total
-
-
-def _heads_now(model: PreTrainedModel, recipe: PruneRecipe) -> int:
-    """Return the number of heads that there are, or were before training cut some."""
-    gates = gates_of(model)
-    if gates is not None:
-        return sum(len(units) for key, units in gates.heads.items() if key.kind == "head")
-    return sum(len(site.units) for site in find_layout(model).sites(model, _unit(model, recipe)))
-
-
-def _timed_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan, length: int) -> float:
-    timings = bench(
-        {"dense": pruned_copy(model, None), "pruned": pruned_copy(model, plan)},
-        workload=recipe.budget_workload,
-        batch_size=recipe.budget_batch_size,
-        length=length,
-        repeats=_TIMED_REPEATS,
-    )
-    return timings["pruned"].seconds / timings["dense"].seconds
 
 
 def close_to_budget(
@@ -289,7 +241,61 @@ def close_to_budget(
     return found
 
 
-def reached(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan) -> float | None:
-    """Return what a plan reaches of a recipe's budget, in the budget's own terms; None without budget."""
-    budget = recipe.budget
-    return None if budget is None else budget.reached(true_share(model, recipe, plan))
+def rank(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int = 0,
+    first_segment: int = 0,
+    latency: Latency | None = None,
+) -> HeadPlan:
+    """Choose the units that stay by a one-shot criterion; the model is not changed.
+
+    Where the budget is not a share of heads, those go that score least for what they cost.
+
+    Args:
+        model: without gates.
+        text: `recipe.steps` batches of it are looked at by the criteria that look at text.
+        recipe: with a one-shot criterion and a budget.
+        seed: of the choice of batches (of a model without segment memory), and of "random".
+        first_segment: where in the text to begin, for a model with segment memory.
+        latency: of this model on this machine, for a recipe with a speedup; None measures it.
+
+    Raises:
+        InputError: the criterion is not a one-shot one, the budget cannot be reached, or the text is too short.
+    """
+    if not recipe.is_one_shot:
+        raise InputError(
+            f"The criterion {recipe.criterion} trains gates; use deadhead.training.train with gates attached."
+        )
+    scores = score(model, text, recipe, seed=seed, first_segment=first_segment)
+    found = budget_costs(model, recipe, latency=latency)
+    if found is not None:
+        scores = scores.over(found[1])
+    return plan_of_scores(model, scores, recipe, latency=latency)[0]
+
+
+def score(
+    model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, *, seed: int, first_segment: int
+) -> HeadScores:
+    """Score heads by the recipe's one-shot criterion, or the one that gates begin to lean by."""
+    if recipe.is_one_shot:
+        criterion, count = cast(OneShot, recipe.criterion), recipe.steps
+    else:
+        criterion, count = cast(OneShot, recipe.start_from), recipe.start_batches
+    batches: Iterable[dict[str, Tensor]] = ()
+    if criterion in READS_TEXT:
+        dataset = segments(model, text, recipe, rows=recipe.batch_size, first_segment=first_segment)
+        in_order = hasattr(model.config, "memory_length")
+        generator = torch.Generator().manual_seed(seed)
+        loader = DataLoader(
+            dataset, batch_size=recipe.batch_size, shuffle=not in_order, generator=generator, drop_last=in_order
+        )
+        batches = islice(loader, count)
+    model.to(best_device())  # type: ignore[arg-type]
+    gates = gates_of(model)
+    with flushing_denormals():
+        unit = recipe.unit if gates is None else gates.unit
+        blocks = asked_blocks(recipe, model) if gates is None else gates.block_size or False
+        return score_heads(model, criterion, batches, unit=unit, blocks=blocks, seed=seed)

@@ -1,17 +1,24 @@
-"""What a phase's recipe leaves to the model, filled in."""
+"""What a phase's recipe leaves to the model, filled in: rates, scales, blocks, and the rows of text that it reads."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from deadhead.data import SegmentDataset, TokenStream
+from deadhead.errors import InputError
 from deadhead.layouts import find_layout
+from deadhead.measure.evaluation import max_positions
 from deadhead.models import OWN_TYPES, AllAttentionConfig
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 # log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
 _GATE_RATE = 0.02
+
+# Tokens of a row of a model without memory, unless the recipe says otherwise.
+_ROW = 256
 
 _P = TypeVar("_P", bound=PhaseRecipe)
 
@@ -39,8 +46,42 @@ def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:
     if phase.blocks is not None or phase.block_size is not None:
         return phase.blocks is not False
     asked = phase.budget is not None and phase.budget.kind in ("params", "flops", "speedup")
-    return (
-        asked
-        and model.config.model_type != AllAttentionConfig.model_type
-        and bool(find_layout(model).block_sites(model))
+    has_own_blocks = model.config.model_type != AllAttentionConfig.model_type
+    return asked and has_own_blocks and bool(find_layout(model).block_sites(model))
+
+
+def row_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
+    """Return the tokens of a row of a model without segment memory."""
+    return recipe.sequence_length or min(_ROW, max_positions(model) or _ROW)
+
+
+def segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
+    """Return the tokens of a row, if the model can read as many."""
+    if hasattr(model.config, "memory_length"):
+        if recipe.sequence_length not in (None, model.config.segment_length):
+            raise InputError(
+                f"This model reads segments of {model.config.segment_length} tokens, so a sequence_length of "
+                f"{recipe.sequence_length} cannot be had; leave it out."
+            )
+        return int(model.config.segment_length)
+    most, length = max_positions(model), row_length(model, recipe)
+    if most is not None and length > most:
+        raise InputError(f"The model has {most} positions, but a sequence_length of {length} was asked for.")
+    return length
+
+
+def segments(
+    model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, *, rows: int, first_segment: int = 0
+) -> Dataset[Any]:
+    """Return what a phase reads of a text: rows that go on where they ended, or rows in any order.
+
+    So many rows are read side by side, on all processes; `first_segment` is that of `PhaseRun`.
+    """
+    has_memory = hasattr(model.config, "memory_length")
+    return SegmentDataset(
+        text.tokens,
+        # Without memory the rows of a batch need not go on where those of the last one ended.
+        rows=rows if has_memory else 1,
+        segment_length=segment_length(model, recipe),
+        first_segment=first_segment if has_memory else 0,
     )

@@ -18,16 +18,7 @@ from deadhead.errors import InputError
 
 
 class Distillation:
-    """The teacher, and what it says of each batch.
-
-    Args:
-        teacher: of the same vocabulary; set to evaluation mode, and never changed.
-        weight: α, in (0, 1].
-        temperature: T, above 0.
-
-    Raises:
-        InputError: the weight is 0.
-    """
+    """The teacher, of the same vocabulary, and what it says of each batch; α is `weight`, in (0, 1]."""
 
     def __init__(self, teacher: PreTrainedModel, *, weight: float, temperature: float) -> None:
         if not weight:
@@ -41,15 +32,9 @@ class Distillation:
         self.batches = 0
 
     def loss(self, nll: Tensor, logits: Tensor | None, inputs: dict[str, Any]) -> Tensor:
-        """Return the mixed loss of a batch (0-dimensional).
+        """Return the mixed loss of a batch, 0-dimensional, of the model's own on the text and its logits, (B, T, V).
 
-        Args:
-            nll: the model's own loss on the text.
-            logits: of the model, (B, T, V).
-            inputs: the batch: `input_ids`, and `is_first` where rows begin anew.
-
-        Raises:
-            InputError: the two vocabularies differ, or an adaptive softmax keeps the logits to itself.
+        The batch has `input_ids`, and `is_first` where rows begin anew.
         """
         expected = self._teacher_logits(inputs)
         if logits is None or expected is None:
@@ -79,10 +64,8 @@ class Distillation:
         if self.teacher.device != ids.device:
             self.teacher.to(ids.device)
         if not hasattr(self.teacher.config, "memory_length"):
-            logits: Tensor = self.teacher(input_ids=ids, use_cache=False).logits
-            return logits
+            return self.teacher(input_ids=ids, use_cache=False).logits
         memory = None if bool(inputs["is_first"].any()) else self.memory
         outputs = self.teacher(input_ids=ids, use_cache=False, memory=memory)
         self.memory = outputs.memory
-        found: Tensor | None = outputs.logits
-        return found
+        return outputs.logits

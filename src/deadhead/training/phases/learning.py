@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from deadhead.attaching import is_gate
-from deadhead.training.phases.adapters import lora
+from deadhead.attaching import is_gate, rehang
+from deadhead.errors import InputError, require_extra
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 
@@ -45,6 +47,47 @@ def _only_gates_learn(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
+
+
+@contextmanager
+def lora(model: PreTrainedModel, rank: int) -> Iterator[nn.Module]:
+    """Yield PEFT's wrapper of `model` with LoRA adapters on every linear layer; merge them when the block ends well.
+
+    Gates stay trainable and see the adapters' output too. Models with segment memory, whose layers adapters would miss,
+    are refused.
+    """
+    require_extra("peft", "peft", what="LoRA")
+    import peft
+
+    if hasattr(model.config, "memory_length"):
+        raise InputError(
+            "LoRA is for pretrained models of transformers; deadhead's own read their projections' weights directly, "
+            "so leave the LoRA rank out."
+        )
+    # GPT-2's layers keep their weights transposed, and PEFT wants to be told.
+    transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed, lora_dropout=0.0
+    )
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings():
+        # PEFT asks transformers for activation checkpointing by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        wrapped = peft.get_peft_model(model, config)
+    rehang(model)
+    try:
+        yield wrapped
+    except BaseException:
+        cast(Any, wrapped).unload()
+        raise
+    else:
+        cast(Any, wrapped).merge_and_unload()
+    finally:
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        rehang(model)
 
 
 def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:

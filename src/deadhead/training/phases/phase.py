@@ -16,33 +16,38 @@ from transformers.trainer_callback import PrinterCallback
 
 from deadhead.data import TokenStream
 from deadhead.disk.files import no_space_is_input_error
-from deadhead.errors import DivergenceError, InputError, require_extra
+from deadhead.errors import DivergenceError, InputError
 from deadhead.gates.budget import BudgetTarget
 from deadhead.gates.gates import HeadGates
 from deadhead.measure.latency import Latency
 from deadhead.modes import flushing_denormals
-from deadhead.training.callbacks.logs import MetricsFile, StepReporter
+from deadhead.training.callbacks.logs import MetricsFile, StepReporter, Validation
 from deadhead.training.callbacks.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.callbacks.sparsity import SparsityCallback
 from deadhead.training.callbacks.stopping import Stopping
-from deadhead.training.callbacks.validation import Validation
-from deadhead.training.phases.arguments import training_arguments
 from deadhead.training.phases.checkpoints import checkpoint_step, checkpoints, last_checkpoint
-from deadhead.training.phases.choosing import budget_target, gate_config, ramp_steps
-from deadhead.training.phases.defaults import with_defaults
+from deadhead.training.phases.choosing import (
+    attach_gates,
+    budget_costs,
+    close_to_budget,
+    gate_config,
+    rank,
+    score,
+    true_share,
+)
+from deadhead.training.phases.defaults import segments, with_defaults
 from deadhead.training.phases.distillation import Distillation
 from deadhead.training.phases.learning import checkpoint_activations, learner
-from deadhead.training.phases.one_shot import score
 from deadhead.training.phases.rolling_back import roll_back, smaller_step
-from deadhead.training.phases.segments import segments
-from deadhead.training.phases.trainer import LanguageModelTrainer
+from deadhead.training.phases.trainer import LanguageModelTrainer, training_arguments
 from deadhead.training.processes import on_main, require_data_parallel
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 # How far apart gates begin that lean: so far that few of them are open to doubt.
 _LEAN = 3.0
 
-Report = Callable[[int, int, dict[str, Any]], None]
+# Settings that the callback of gates has under the same names.
+_OF_GATES = {"l0", "sparsity", "ranking", "gate_lr", "weighting", "track_difference"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ class PhaseRun:
     report_to: Sequence[str] = ()
     run_name: str | None = None
     valid: TokenStream | None = None
-    report: Report | None = None
+    report: Callable[[int, int, dict[str, Any]], None] | None = None
     resume: bool = False
 
 
@@ -129,6 +134,29 @@ def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: P
     raise AssertionError("a phase rolls back once")
 
 
+def choose_units(
+    model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, run: PhaseRun
+) -> tuple[HeadGates, dict[str, Any] | None]:
+    """Attach gates and close those of the units that go: they learn which, or units are ranked.
+
+    Returns:
+        The gates, and the recipe's budget with what was asked for and reached; None without a budget.
+    """
+    budget = recipe.budget
+    if recipe.is_one_shot:
+        assert budget is not None
+        begin = run.first_segment
+        plan = on_main(lambda: rank(model, text, recipe, seed=run.seed, first_segment=begin, latency=run.latency))
+        gates = attach_gates(model, recipe, run.seed)
+        gates.set_plan(plan)
+        found: float | None = on_main(lambda: budget.reached(true_share(model, recipe, plan)))
+    else:
+        gates = attach_gates(model, recipe, run.seed)
+        train(model, text, recipe, replace(run, gates=gates))
+        found = close_to_budget(model, gates, recipe, latency=run.latency)
+    return gates, None if budget is None else {"kind": budget.kind, "asked": budget.value, "reached": found}
+
+
 def _require_what_is_asked_for(recipe: PhaseRecipe, run: PhaseRun) -> None:
     """Check that what a recipe asks for was given and is installed, and that its settings go together."""
     if recipe.distill and run.teacher is None:
@@ -136,8 +164,6 @@ def _require_what_is_asked_for(recipe: PhaseRecipe, run: PhaseRun) -> None:
     if recipe.eval_every and run.valid is None:
         raise InputError("The recipe's eval_every asks for a validation text, but none was given.")
     require_trackers(run.report_to)
-    if recipe.lora_rank:
-        require_extra("peft", "peft", what="LoRA")
     require_data_parallel()
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
         raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
@@ -146,15 +172,9 @@ def _require_what_is_asked_for(recipe: PhaseRecipe, run: PhaseRun) -> None:
 def _attempt(
     model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: PhaseRun, folder: Path, *, resume: bool
 ) -> None:
-    """Train for one phase, from its start or its last checkpoint; the model ends in evaluation mode, whatever happens.
+    """Train for one phase, from its start or the newest whole checkpoint in `folder`, by a recipe that is filled in.
 
-    Args:
-        model: as for `train`.
-        text: as for `train`.
-        recipe: with everything filled in.
-        run: as for `train`.
-        folder: where checkpoints go.
-        resume: go on from the newest whole checkpoint there.
+    The model ends in evaluation mode, whatever happens.
     """
     args = training_arguments(recipe, folder, seed=run.seed, run_name=run.run_name)
     rows = recipe.batch_size * args.world_size
@@ -214,8 +234,18 @@ def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> li
     found: list[TrainerCallback] = []
     if run.gates is not None:
         prune = _recipe_of_gates(model, recipe, run.gates, run.seed)
-        target = on_main(lambda: budget_target(model, prune, latency=run.latency))
-        found.append(sparsity_callback(run.gates, prune, target))
+        budgeted = on_main(lambda: budget_costs(model, prune, latency=run.latency))
+        ramp_steps = prune.ramp_steps or max(1, prune.steps * 2 // 3)
+        found.append(
+            SparsityCallback(
+                run.gates,
+                **prune.model_dump(include=_OF_GATES),
+                warmup_steps=prune.l0_warmup_steps,
+                exact=prune.criterion == "topk",
+                budget=budgeted and BudgetTarget(budgeted[1], budgeted[0].share, ramp_steps=ramp_steps),
+                ramp_steps=ramp_steps,
+            )
+        )
     if recipe.eval_every and run.valid is not None:
         found.append(Validation(model, run.valid, every=recipe.eval_every, tokens=recipe.eval_tokens))
     if run.metrics is not None:
@@ -224,11 +254,7 @@ def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> li
 
 
 def _recipe_of_gates(model: PreTrainedModel, recipe: PhaseRecipe, gates: HeadGates, seed: int) -> PruneRecipe:
-    """Return the recipe if it is of a phase with gates, and with gates as those that are attached.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Return the recipe if it is of a phase with gates, and with gates as those that are attached."""
     if not isinstance(recipe, PruneRecipe):
         raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
     if recipe.is_one_shot:
@@ -251,26 +277,8 @@ def _recipe_of_gates(model: PreTrainedModel, recipe: PhaseRecipe, gates: HeadGat
     return recipe
 
 
-def sparsity_callback(gates: HeadGates, recipe: PruneRecipe, budget: BudgetTarget | None = None) -> SparsityCallback:
-    """Return the callback that trains `gates` as a recipe asks for, at a budget that is no share of heads if given."""
-    return SparsityCallback(
-        gates,
-        l0=recipe.l0,
-        warmup_steps=recipe.l0_warmup_steps,
-        sparsity=recipe.sparsity,
-        ranking=recipe.ranking,
-        exact=recipe.criterion == "topk",
-        gate_lr=recipe.gate_lr,
-        budget=budget,
-        ramp_steps=ramp_steps(recipe),
-        weighting=recipe.weighting,
-        track_difference=recipe.track_difference,
-    )
-
-
 def _lean_gates(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: PhaseRun) -> None:
     """Let gates begin in the order of a criterion's scores, where the recipe asks for it."""
-    if run.gates is None or not isinstance(recipe, PruneRecipe) or recipe.start_from is None:
-        return
-    look = partial(score, model, text, recipe, recipe.start_from, recipe.start_batches)
-    run.gates.lean(on_main(lambda: look(seed=run.seed, first_segment=run.first_segment)), spread=_LEAN)
+    if run.gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
+        look = partial(score, model, text, recipe, seed=run.seed, first_segment=run.first_segment)
+        run.gates.lean(on_main(look), spread=_LEAN)

@@ -20,13 +20,9 @@ FACTOR = 0.5
 
 
 def rolled_back(folder: Path) -> dict[str, Any] | None:
-    """Return how a phase rolled back, or None if it never did.
+    """Return how a phase rolled back, by the folder of its checkpoints, or None if it never did.
 
-    Args:
-        folder: of the phase's checkpoints.
-
-    Returns:
-        `step` that failed, `to_step`, the checkpoint's, `reason`, and `factor` of the learning rate since.
+    That is the `step` that failed, `to_step`, the checkpoint's, the `reason`, and the learning rate's `factor` since.
     """
     path = folder / _FILE
     return dict(read_object(path, what="note of a phase that rolled back")) if path.exists() else None
@@ -35,11 +31,7 @@ def rolled_back(folder: Path) -> dict[str, Any] | None:
 def roll_back(folder: Path, error: DivergenceError) -> None:
     """Note that the phase goes on from its last good checkpoint with a smaller step; the main process calls this.
 
-    Raises:
-        DivergenceError: it did so before, or there is no checkpoint.
-
-    Warns:
-        RunWarning: what happened, and what becomes of it.
+    If it did so before, or there is no checkpoint, the error is raised.
     """
     before = rolled_back(folder)
     if before is not None:
@@ -78,6 +70,5 @@ class SmallerStep(TrainerCallback):
 def smaller_step(folder: Path, checkpoint: Path | None) -> list[TrainerCallback]:
     """Return what makes the step smaller for a phase that goes on from `checkpoint`, if it is to be and is not yet."""
     before = rolled_back(folder)
-    if before is None or checkpoint is None or checkpoint_step(checkpoint) > before["to_step"]:
-        return []
-    return [SmallerStep()]
+    is_due = before is not None and checkpoint is not None and checkpoint_step(checkpoint) <= before["to_step"]
+    return [SmallerStep()] if is_due else []

@@ -1,4 +1,4 @@
-"""transformers' Trainer with segment memory, guards against divergence, and checkpoints that are known to be whole."""
+"""transformers' Trainer and its arguments: segment memory, guards against divergence, checkpoints known to be whole."""
 
 from __future__ import annotations
 
@@ -20,29 +20,62 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from deadhead.disk.files import no_space_is_input_error
 from deadhead.errors import DivergenceError, InputError
 from deadhead.measure.losses import SegmentLoss
+from deadhead.modes import best_device
 from deadhead.training.callbacks.sparsity import SparsityCallback
-from deadhead.training.phases.checkpoints import (
-    checkpoint_step,
-    finish_checkpoint,
-    newest_finished,
-    require_plain,
-)
+from deadhead.training.phases.checkpoints import checkpoint_step, finish_checkpoint, newest_finished, require_plain
 from deadhead.training.phases.distillation import Distillation
+from deadhead.training.recipes.recipe import PhaseRecipe
 
 # What each process knows that transformers does not save: memories, and sums since the last line of the log.
 _RANK_FILE = "deadhead_rank{rank}.safetensors"
+
+# Settings that have the names of transformers' arguments.
+_NAMED_ALIKE = {"learning_rate", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm", "bf16"}
+_SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name: str | None) -> TrainingArguments:
+    """Return the arguments for one phase, whose recipe has a learning rate, with checkpoints in a folder.
+
+    The seed is that of dropout, and of the order of texts for a model without segment memory.
+    """
+    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        **recipe.model_dump(include=_NAMED_ALIKE),
+        lr_scheduler_type=_SCHEDULERS[recipe.schedule],
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or recipe.steps,
+        seed=seed,
+        # Trackers come after our own callbacks, whose numbers they are to see.
+        report_to=[],
+        run_name=run_name,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        average_tokens_across_devices=False,
+        # transformers refuses bf16 on a CPU unless it is told that the CPU is meant.
+        use_cpu=best_device().type == "cpu",
+    )
+    if args.n_gpu > 1:
+        raise InputError(
+            f"Training in one process would spread batches over {args.n_gpu} GPUs and mix up the segments' memories; "
+            "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
+        )
+    return args
 
 
 class LanguageModelTrainer(Trainer):
     """Trains a language model on contiguous segments, each after the true text before it.
 
-    Args:
-        model: a causal language model; those of ours get the memory of the segment before.
-        args: transformers' arguments.
-        train_dataset: a `deadhead.data.SegmentDataset` with as many rows as a batch over all processes.
-        distillation: what a teacher adds to the loss, or None.
-        keep: how many checkpoints stay.
-        kwargs: what transformers' Trainer takes.
+    Those of ours get the memory of the segment before, so the data set, a `deadhead.data.SegmentDataset`, has as many
+    rows as a batch over all processes. A teacher may add to the loss; the newest `keep` checkpoints stay.
     """
 
     def __init__(
@@ -83,11 +116,10 @@ class LanguageModelTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run forward and backward of one batch.
+        """Run forward and backward of one batch, unless its loss is not finite.
 
-        Raises:
-            DivergenceError: the loss is NaN or infinite. Several processes look at their losses together, before the
-                step of the optimizer: one that stopped alone would leave the others waiting for it.
+        Several processes look at their losses together, before the step of the optimizer: one that stopped alone would
+        leave the others waiting for it.
         """
         loss: Tensor = super().training_step(*args, **kwargs)
         self.logged_loss = self.logged_loss + loss
@@ -142,8 +174,7 @@ class LanguageModelTrainer(Trainer):
         if self.args.should_save and folder.exists():
             # Cut short or damaged: from a whole one training would have gone on.
             shutil.rmtree(folder)
-        if self.args.distributed_state is not None:
-            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         self._require_finite_weights()
         try:
             with no_space_is_input_error(folder):
@@ -153,8 +184,7 @@ class LanguageModelTrainer(Trainer):
             # On a full disk what is left of it would be in the way.
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        if self.args.distributed_state is not None:
-            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish_checkpoint(folder, keep=self.keep)
 
@@ -170,17 +200,14 @@ class LanguageModelTrainer(Trainer):
         """Return what this process must remember, as tensors."""
         sums = {"logged_loss": self.logged_loss, "clipped_steps": self.clipped_steps}
         sums["steps_since_log"] = self.steps_since_log
+        memories = {"segment": self.segment_loss.memory}
         if self.distillation is not None:
             sums |= {"divergence": self.distillation.divergence, "batches": self.distillation.batches}
+            memories["teacher"] = self.distillation.memory
         state = {name: torch.as_tensor(value).detach().cpu().clone() for name, value in sums.items()}
-        for whose, memory in self._memories().items():
-            for layer, states in enumerate(memory or ()):
-                state[f"{whose}.{layer}"] = states.contiguous()
+        for whose, memory in memories.items():
+            state |= {f"{whose}.{layer}": states.contiguous() for layer, states in enumerate(memory or ())}
         return state
-
-    def _memories(self) -> dict[str, tuple[Tensor, ...] | None]:
-        teacher = {} if self.distillation is None else {"teacher": self.distillation.memory}
-        return {"segment": self.segment_loss.memory, **teacher}
 
     def _load_rank_state(self, state: Mapping[str, Tensor]) -> None:
         def memory(whose: str) -> tuple[Tensor, ...] | None:
@@ -196,11 +223,7 @@ class LanguageModelTrainer(Trainer):
             self.distillation.memory = memory("teacher")
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped.
-
-        Raises:
-            InputError: what this process must remember is not there, or a file is none that training wrote.
-        """
+        """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped."""
         require_plain(checkpoint)
         path = checkpoint / _RANK_FILE.format(rank=self.args.process_index)
         try:

@@ -22,6 +22,13 @@ else:
 
 _S = TypeVar("_S", bound=BaseModel)
 
+# What the recipes' own checks found, by the types of their errors.
+_FOUND = {
+    "no_sparsity": "does not say how many heads go",
+    "budgets": "does not go together",
+    "foreign": "has layers of two kinds",
+}
+
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe from a TOML file.
@@ -33,11 +40,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def parse_recipe(text: str, *, name: str) -> Recipe:
-    """Read a recipe from TOML text; `name` says in messages where it came from.
-
-    Raises:
-        InputError: the text is not TOML, or a key or value is not one of a recipe.
-    """
+    """Read a recipe from TOML text; `name` says in messages where it came from."""
     try:
         return Recipe.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -45,7 +48,7 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
     except RecursionError:
         raise InputError(f"The recipe {name} is not TOML that can be read: it is nested too deep.") from None
     except ValidationError as error:
-        raise InputError(f"The recipe {name} {_explain(error, Recipe)}.") from None
+        raise InputError(f"The recipe {name} {explained(error, Recipe)}.") from None
     except ValueError:
         raise InputError(f"The recipe {name} has a number or a date that cannot be: too many digits, say.") from None
 
@@ -65,10 +68,10 @@ def changed(section: _S, **values: Any) -> _S:
     try:
         return type(section).model_validate({**begun, **given})
     except ValidationError as error:
-        raise InputError(f"This run's setting {_explain(error, type(section))}.") from None
+        raise InputError(f"This run's setting {explained(error, type(section))}.") from None
 
 
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+def explained(error: ValidationError, root: type[BaseModel]) -> str:
     """Say in one clause what the first problem is; an unknown key gets the nearest known one."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
@@ -78,12 +81,8 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"has an unknown key {shown('.'.join(where))}; {hint}"
     expected = first["msg"][0].lower() + first["msg"][1:]
-    if first["type"] == "no_sparsity":
-        return f"does not say how many heads go: {expected}"
-    if first["type"] == "budgets":
-        return f"does not go together: {expected}"
-    if first["type"] == "foreign":
-        return f"has layers of two kinds: {expected}"
+    if first["type"] in _FOUND:
+        return f"{_FOUND[first['type']]}: {expected}"
     return f"has a wrong value for {'.'.join(where)!r}: {expected}, but it is {shown(first['input'])}"
 
 
@@ -116,12 +115,9 @@ def to_toml(recipe: Recipe) -> str:
         dumped["model"] = {"from": recipe.model.from_}
     if recipe.dense_phase is None:
         del dumped["train"]
-    tables = {name: item for name, item in dumped.items() if isinstance(item, list)}
     lines = [f"{name} = {value(item)}" for name, item in dumped.items() if not isinstance(item, (dict, list))]
-    for name, section in dumped.items():
-        if isinstance(section, dict):
-            lines += ["", f"[{name}]", *(f"{key} = {value(item)}" for key, item in section.items())]
-    for name, entries in tables.items():
-        for entry in entries:
-            lines += ["", f"[[{name}]]", *(f"{key} = {value(item)}" for key, item in entry.items())]
+    tables = [(f"[{name}]", item) for name, item in dumped.items() if isinstance(item, dict)]
+    tables += [(f"[[{name}]]", entry) for name, item in dumped.items() if isinstance(item, list) for entry in item]
+    for title, table in tables:
+        lines += ["", title, *(f"{key} = {value(item)}" for key, item in table.items())]
     return "\n".join(lines) + "\n"

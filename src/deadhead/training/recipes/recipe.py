@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,6 +23,13 @@ _LONGEST = 2**24
 _FASTEST = 1e3
 _LEAST_SHARE = 1e-4
 
+_optional = partial(setting, None)
+_count = partial(setting, ge=1)
+_tokens = partial(_count, unit="tokens")
+_steps = partial(setting, unit="steps", ge=0, le=_MOST_STEPS)
+_share = partial(setting, unit="share", ge=0)
+_left = partial(_optional, unit="share", first=True, ge=_LEAST_SHARE, le=1)
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True)
@@ -36,8 +44,7 @@ class _Section(BaseModel):
 class ModelRecipe(_Section):
     """The model: one of deadhead's own that is trained from scratch, or one that exists."""
 
-    from_: str | None = setting(
-        None,
+    from_: str | None = _optional(
         "A model that exists, by its folder or its name on the hub, in place of all other fields of this section.",
         unset="a fresh model of these sizes",
         option="",
@@ -49,41 +56,27 @@ class ModelRecipe(_Section):
         "All-attention layers hold persistent vectors; Transformer-XL layers hold a feed-forward part.",
         first=True,
     )
-    layers: int = setting(4, "Number of layers.", first=True, ge=1, le=1000)
-    width: int = setting(128, "Width of the hidden states, a multiple of the heads.", first=True, ge=1, le=65536)
-    heads: int = setting(8, "Attention heads of a layer.", first=True, ge=1, le=1024)
-    persistent: int | None = setting(
-        None,
-        "Persistent vectors of a head, in an All-attention Transformer.",
-        unit="vectors",
-        unset="128",
-        ge=1,
-        le=65536,
+    layers: int = _count(4, "Number of layers.", first=True, le=1000)
+    width: int = _count(128, "Width of the hidden states, a multiple of the heads.", first=True, le=65536)
+    heads: int = _count(8, "Attention heads of a layer.", first=True, le=1024)
+    persistent: int | None = _count(
+        None, "Persistent vectors of a head, in an All-attention Transformer.", unit="vectors", unset="128", le=65536
     )
-    feed_forward: int | None = setting(
-        None,
-        "Width of the feed-forward layers of a Transformer-XL.",
-        unset="four times the model's width",
-        ge=1,
-        le=2**20,
+    feed_forward: int | None = _count(
+        None, "Width of the feed-forward layers of a Transformer-XL.", unset="four times the model's width", le=2**20
     )
-    memory_length: int = setting(
-        64, "Tokens before its own that a token attends to.", unit="tokens", first=True, ge=1, le=65536
-    )
-    segment_length: int = setting(
-        64, "Tokens of a row that a training step reads.", unit="tokens", first=True, ge=1, le=65536
-    )
+    memory_length: int = _tokens(64, "Tokens before its own that a token attends to.", first=True, le=65536)
+    segment_length: int = _tokens(64, "Tokens of a row that a training step reads.", first=True, le=65536)
     position: Literal["learned", "sinusoidal", "rotary"] = setting("learned", "How positions are told apart.")
-    adaptive_cutoffs: list[int] | None = setting(
-        None,
+    adaptive_cutoffs: list[int] | None = _optional(
         "Ranks at which the vocabulary is cut into parts of falling width, for adaptive input and softmax.",
         unset="plain embeddings",
         option="",
     )
-    attention_dropout: float = setting(0.0, "Dropout of the attention weights.", unit="share", ge=0, lt=1)
-    hidden_dropout: float = setting(0.0, "Dropout of each layer's output.", unit="share", ge=0, lt=1)
-    embedding_dropout: float = setting(0.0, "Dropout of the embeddings.", unit="share", ge=0, lt=1)
-    output_dropout: float = setting(0.0, "Dropout of the last hidden states.", unit="share", ge=0, lt=1)
+    attention_dropout: float = _share(0.0, "Dropout of the attention weights.", lt=1)
+    hidden_dropout: float = _share(0.0, "Dropout of each layer's output.", lt=1)
+    embedding_dropout: float = _share(0.0, "Dropout of the embeddings.", lt=1)
+    output_dropout: float = _share(0.0, "Dropout of the last hidden states.", lt=1)
 
     @model_validator(mode="after")
     def _is_described_once(self) -> ModelRecipe:
@@ -111,33 +104,26 @@ class DataRecipe(_Section):
         first=True,
     )
     tokenizer: Literal["byte", "bpe", "word"] = setting("byte", "How the text is cut into tokens.", first=True)
-    vocab_size: int | None = setting(
-        None,
-        "Tokens of the vocabulary, special ones included.",
-        unit="tokens",
-        unset="8192 for bpe, every word for word",
-        ge=1,
-        le=2**24,
+    vocab_size: int | None = _tokens(
+        None, "Tokens of the vocabulary, special ones included.", unset="8192 for bpe, every word for word", le=2**24
     )
-    column: str | None = setting(None, "The column of an hf: data set that holds the text.")
-    split: str | None = setting(None, "The one split of an hf: data set to use.")
+    column: str | None = _optional("The column of an hf: data set that holds the text.")
+    split: str | None = _optional("The one split of an hf: data set to use.")
 
 
 class PhaseRecipe(_Section):
     """One phase of training."""
 
-    steps: int = setting(300, "Steps of the optimizer.", unit="steps", first=True, scaled_from=1, ge=1, le=_MOST_STEPS)
-    batch_size: int = setting(16, "Rows of a batch in each process.", unit="rows", first=True, ge=1, le=_MOST_ROWS)
-    sequence_length: int | None = setting(
-        None,
+    steps: int = _steps(300, "Steps of the optimizer.", first=True, scaled_from=1, ge=1)
+    batch_size: int = _count(16, "Rows of a batch in each process.", unit="rows", first=True, le=_MOST_ROWS)
+    sequence_length: int | None = _optional(
         "Tokens of a row, for models without segment memory.",
         unit="tokens",
         unset="256, or all positions of the model if it has fewer",
         ge=2,
         le=_LONGEST,
     )
-    learning_rate: float | None = setting(
-        None,
+    learning_rate: float | None = _optional(
         "Peak learning rate of the weights.",
         unset="2e-3 for deadhead's own models, 5e-5 for others",
         first=True,
@@ -147,13 +133,11 @@ class PhaseRecipe(_Section):
     schedule: Literal["constant", "cosine", "linear"] = setting(
         "constant", "How the learning rate goes on after the warm-up."
     )
-    warmup_steps: int = setting(
-        0, "Steps over which the learning rate rises to its peak.", unit="steps", scaled_from=0, ge=0, le=_MOST_STEPS
-    )
+    warmup_steps: int = _steps(0, "Steps over which the learning rate rises to its peak.", scaled_from=0)
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=_FASTEST)
-    adam_beta2: float = setting(0.999, "Decay of AdamW's second moment.", unit="share", ge=0, lt=1)
+    adam_beta2: float = _share(0.999, "Decay of AdamW's second moment.", lt=1)
     max_grad_norm: float = setting(1.0, "Norm to which larger gradients are clipped; 0 clips none.", ge=0, le=1e9)
-    gradient_accumulation: int = setting(1, "Batches of a step.", unit="batches", ge=1, le=_MOST_ROWS)
+    gradient_accumulation: int = _count(1, "Batches of a step.", unit="batches", le=_MOST_ROWS)
     gradient_checkpointing: bool = setting(False, "Save memory: compute activations again in the backward pass.")
     bf16: bool = setting(False, "Train in bfloat16 mixed precision.")
     lora_rank: int = setting(
@@ -163,28 +147,17 @@ class PhaseRecipe(_Section):
         ge=0,
         le=65536,
     )
-    distill: float = setting(
-        0.0, "Weight of a teacher's distribution in the loss; 0 uses no teacher.", unit="share", first=True, ge=0, le=1
-    )
+    distill: float = _share(0.0, "Weight of a teacher's distribution in the loss; 0 uses no teacher.", first=True, le=1)
     distill_temperature: float = setting(2.0, "Temperature of both distributions in distillation.", ge=0.01, le=1000)
-    log_every: int = setting(10, "Steps between two logged lines.", unit="steps", ge=1, le=_MOST_STEPS)
-    save_every: int = setting(
-        100, "Steps between two checkpoints to resume from; 0 saves none.", unit="steps", ge=0, le=_MOST_STEPS
+    log_every: int = _steps(10, "Steps between two logged lines.", ge=1)
+    save_every: int = _steps(100, "Steps between two checkpoints to resume from; 0 saves none.")
+    save_total_limit: int = _count(
+        2, "Checkpoints that are kept; more than one, so that a damaged one is no loss.", le=_MOST_STEPS
     )
-    save_total_limit: int = setting(
-        2, "Checkpoints that are kept; more than one, so that a damaged one is no loss.", ge=1, le=_MOST_STEPS
+    eval_every: int = _steps(
+        0, "Steps between two measurements of validation perplexity; 0 measures none.", scaled_from=1
     )
-    eval_every: int = setting(
-        0,
-        "Steps between two measurements of validation perplexity; 0 measures none.",
-        unit="steps",
-        scaled_from=1,
-        ge=0,
-        le=_MOST_STEPS,
-    )
-    eval_tokens: int = setting(
-        16384, "Tokens that are scored in one such measurement.", unit="tokens", ge=1, le=_MOST_TOKENS
-    )
+    eval_tokens: int = _tokens(16384, "Tokens that are scored in one such measurement.", le=_MOST_TOKENS)
 
     @property
     def training_steps(self) -> int:
@@ -195,20 +168,12 @@ class PhaseRecipe(_Section):
 class PruneRecipe(PhaseRecipe):
     """The phase that chooses heads: gates learn which go, or a criterion ranks them."""
 
-    sparsity: float | None = setting(
-        None, "Budget: the share of the heads that goes.", unit="share", first=True, ge=0, lt=1
-    )
-    params: float | None = setting(
-        None, "Budget: the share of all parameters that is left.", unit="share", first=True, ge=_LEAST_SHARE, le=1
-    )
-    flops: float | None = setting(
-        None, "Budget: the share of a token's FLOPs that is left.", unit="share", first=True, ge=_LEAST_SHARE, le=1
-    )
-    kv_cache: float | None = setting(
-        None, "Budget: the share of the key/value cache that is left.", unit="share", first=True, ge=_LEAST_SHARE, le=1
-    )
-    speedup: float | None = setting(
-        None, "Budget: how many times as fast the model is to be on this machine.", first=True, ge=1, le=1000
+    sparsity: float | None = _share(None, "Budget: the share of the heads that goes.", first=True, lt=1)
+    params: float | None = _left("Budget: the share of all parameters that is left.")
+    flops: float | None = _left("Budget: the share of a token's FLOPs that is left.")
+    kv_cache: float | None = _left("Budget: the share of the key/value cache that is left.")
+    speedup: float | None = _optional(
+        "Budget: how many times as fast the model is to be on this machine.", first=True, ge=1, le=1000
     )
     l0: float = setting(
         0.01,
@@ -224,64 +189,51 @@ class PruneRecipe(PhaseRecipe):
         first=True,
     )
     freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)
-    start_from: OneShot | None = setting(
-        None, "Criterion by whose scores gates begin to lean, with a budget.", unset="all gates begin alike"
+    start_from: OneShot | None = _optional(
+        "Criterion by whose scores gates begin to lean, with a budget.", unset="all gates begin alike"
     )
-    start_batches: int = setting(
-        64, "Batches from which the scores of `start_from` are taken.", unit="batches", ge=1, le=_MOST_STEPS
+    start_batches: int = _count(
+        64, "Batches from which the scores of `start_from` are taken.", unit="batches", le=_MOST_STEPS
     )
     ranking: Ranking = setting("global", "Whether the share goes of all heads together or of each layer's.")
-    budget_length: int | None = setting(
+    budget_length: int | None = _tokens(
         None,
         "Length of the text for which FLOPs, cache and time are counted.",
-        unit="tokens",
         unset="the model's memory, or a row",
-        ge=1,
         le=_LONGEST,
     )
-    budget_batch_size: int = setting(8, "Texts at once for which time is measured.", unit="texts", ge=1, le=_MOST_ROWS)
+    budget_batch_size: int = _count(8, "Texts at once for which time is measured.", unit="texts", le=_MOST_ROWS)
     budget_workload: Literal["prefill", "decode", "train"] = setting("prefill", "The work that `speedup` makes faster.")
-    blocks: bool | None = setting(
-        None,
+    blocks: bool | None = _optional(
         "Put gates on blocks of feed-forward units, or of persistent vectors, too.",
         unset="on with params, flops and speedup where there are such layers, off otherwise",
     )
-    block_size: int | None = setting(
+    block_size: int | None = _count(
         None,
         "Units or vectors of a block, which one gate closes.",
         unit="units",
         unset="by the layer's width",
-        ge=1,
         le=_LONGEST,
     )
-    ramp_steps: int = setting(
-        0,
-        "Steps over which a budget is approached; 0 takes two thirds of the phase.",
-        unit="steps",
-        scaled_from=0,
-        ge=0,
-        le=_MOST_STEPS,
+    ramp_steps: int = _steps(
+        0, "Steps over which a budget is approached; 0 takes two thirds of the phase.", scaled_from=0
     )
-    l0_warmup_steps: int = setting(
-        0, "Steps over which λ rises to its value.", unit="steps", scaled_from=0, ge=0, le=_MOST_STEPS
-    )
-    gate_lr: float | None = setting(
-        None,
+    l0_warmup_steps: int = _steps(0, "Steps over which λ rises to its value.", scaled_from=0)
+    gate_lr: float | None = _optional(
         "Learning rate of the gates' own optimizer; with 0 they learn in the model's.",
         unset="by the number of steps",
         ge=0,
         le=_FASTEST,
     )
-    gate_lr_scale: float | None = setting(
-        None,
+    gate_lr_scale: float | None = _optional(
         "How many times as fast as the weights gates learn in the model's optimizer, with a gate_lr of 0.",
         unset="10; for models that are not deadhead's own, so that their rate is 0.02",
         gt=0,
         le=1e9,
     )
     init: float = setting(2.0, "log_alpha of every gate at the start.", ge=-1000, le=1000)
-    output_scale: bool | None = setting(
-        None, "Multiply a layer's output by heads / open heads.", unset="on for deadhead's own models, off for others"
+    output_scale: bool | None = _optional(
+        "Multiply a layer's output by heads / open heads.", unset="on for deadhead's own models, off for others"
     )
     hard: bool = setting(True, "Draw gates of exactly 0 or 1, with a straight-through gradient.", option="")
     weighting: Literal["plain", "output_difference"] = setting(
@@ -290,8 +242,7 @@ class PruneRecipe(PhaseRecipe):
     track_difference: bool = setting(
         False, "Measure output differences for the run's page where they do not weight the loss."
     )
-    unit: Unit | None = setting(
-        None,
+    unit: Unit | None = _optional(
         "What a gate closes: a query head, or a key/value head with its query heads.",
         unset="kv_group where key/value heads are shared, else head",
     )
@@ -344,12 +295,12 @@ class PublishedModel(_Section):
     """A model of a recipe's shape that others have published: what they say of it."""
 
     name: str = Field(description="Its name.")
-    heads: list[int] | None = setting(None, "Heads left in each layer.", unset="all, or as `sparsity` says", option="")
-    sparsity: float | None = setting(
-        None, "Share of the heads that is gone, where no heads are stated.", unit="share", option="", ge=0, le=1
+    heads: list[int] | None = _optional("Heads left in each layer.", unset="all, or as `sparsity` says", option="")
+    sparsity: float | None = _share(
+        None, "Share of the heads that is gone, where no heads are stated.", option="", le=1
     )
-    parameters: int | None = setting(
-        None, "Parameters without embeddings and output layer, as its authors count them.", ge=1, le=10**15
+    parameters: int | None = _count(
+        None, "Parameters without embeddings and output layer, as its authors count them.", le=10**15
     )
 
 
@@ -363,17 +314,10 @@ class Recipe(_Section):
         "Train the dense model on without gates, for as many steps in all as the pruned one, for a fair comparison.",
         option="",
     )
-    evaluation_tokens: int | None = setting(
-        None,
-        "Tokens that each stage is scored on.",
-        unit="tokens",
-        unset="all of the held-out text",
-        option="",
-        ge=1,
-        le=_MOST_TOKENS,
+    evaluation_tokens: int | None = _tokens(
+        None, "Tokens that each stage is scored on.", unset="all of the held-out text", option="", le=_MOST_TOKENS
     )
-    dense: str | None = setting(
-        None,
+    dense: str | None = _optional(
         "Folder of a model that the `train` section trained in an earlier run; the run begins from a copy of it, and "
         "in the text behind that section's steps.",
         unset="the run trains its own",

@@ -1,29 +1,37 @@
-"""What a run begins from: its text and tokenizer, and a dense model that was trained before."""
+"""What a run begins from: its text and tokenizer, its model, fresh or trained before, and whether they fit it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from deadhead.checkpoints import checkpoint
-from deadhead.data import TokenizedCorpus, TokenStream, load_text, load_tokenizer
+from deadhead.data import TokenizedCorpus, TokenStream, load_text, load_tokenizer, special_token_ids
 from deadhead.disk.files import replaced_folder
 from deadhead.disk.reading import read_object
-from deadhead.errors import InputError
-from deadhead.models import OWN_TYPES
+from deadhead.errors import InputError, own_sentence
+from deadhead.measure.cost import skeleton
+from deadhead.models import OWN_TYPES, AllAttentionConfig, TransformerXLConfig
+from deadhead.training.phases.choosing import attach_gates, budget_costs
+from deadhead.training.phases.defaults import segments
+from deadhead.training.phases.learning import learner
 from deadhead.training.processes import count, is_main, main_first
 from deadhead.training.recipes.reading import load_recipe
-from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe
+from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, Recipe
 from deadhead.training.runs.summary import SUMMARY_FILE, read_summary
 
 # Of a configuration, what transformers notes in every one, and what comes from the tokenizer.
 _NOT_COMPARED = {*PreTrainedConfig().to_dict()} - {"model_type"}
 _NOT_COMPARED |= {"auto_map", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+# Of a model's recipe, what its configuration has under other names.
+_NAMED_OTHERWISE = {"from_", "architecture", "layers", "width", "heads", "persistent", "feed_forward"}
 
 Data = str | Path | DataRecipe | TokenizedCorpus | TokenStream
 """A text file, a directory, "stdlib", "hf:NAME[:CONFIG]", one of these with settings, or tokens."""
@@ -38,14 +46,8 @@ def prepare_text(
 ) -> tuple[TokenizedCorpus, PreTrainedTokenizerBase]:
     """Return a text in tokens and its tokenizer, both kept in `folder` to be found again there by other processes.
 
-    Args:
-        data: the text, and the tokenizer to make where there is none yet.
-        folder: gets `tokens/` and `tokenizer/`.
-        tokenizer_of: the checkpoint whose tokenizer to use, by folder or name, or the tokenizer; None: as `data` says.
-        progress: called with the kB of text done and to do.
-
-    Raises:
-        InputError: the text or the tokenizer cannot be used.
+    The tokenizer is the one given, or that of a checkpoint, or the one kept, or it is made as `data` says. `progress`
+    is called with the kB of text done and to do.
     """
     kept = folder / "tokenizer"
 
@@ -72,16 +74,8 @@ def prepare_text(
     return main_first(read)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """What a phase is given to read.
-
-    Args:
-        train: what it learns from.
-        valid: what models are measured on, or None.
-        sha256: of the text, or of tokens that came without one.
-        tokenizer: of the text, if it is known.
-    """
+class Text(NamedTuple):
+    """What a phase reads: the text it learns from, that models are measured on, if any, and its tokenizer, if known."""
 
     train: TokenStream
     valid: TokenStream | None
@@ -90,59 +84,71 @@ class Text:
 
 
 def read_data(
-    data: Data,
+    data: Data | None,
     folder: Path,
     *,
+    model_type: str | None,
     tokenizer_of: str | Path | PreTrainedTokenizerBase | None,
-    is_fresh: bool,
     progress: Callable[[int, int], None],
 ) -> Text:
-    """Return a text in tokens, whatever form it was given in.
+    """Return a text in tokens, whatever form it was given in; see `prepare_text`.
 
-    Args:
-        data: tokens, or a text to be read by the model's tokenizer.
-        folder: keeps what is made of a text; see `prepare_text`.
-        tokenizer_of: the model's tokenizer, or where it lies; None if nobody knows.
-        is_fresh: whether the model is to be made for the tokenizer.
-        progress: called with the kB of text done and to do.
-
-    Raises:
-        InputError: the text cannot be used, or there is no tokenizer for it.
-    """
-    if isinstance(data, (TokenizedCorpus, TokenStream)):
-        known = tokenizer_of
-        if isinstance(known, str | Path):
-            try:
-                known = load_tokenizer(known)
-            except InputError:
-                known = None  # It would only have been saved beside the model.
-        if isinstance(data, TokenizedCorpus):
-            return Text(train=data.splits["train"], valid=data.splits["valid"], sha256=data.sha256, tokenizer=known)
-        return Text(train=data, valid=None, sha256=hashlib.sha256(data.tokens.tobytes()).hexdigest(), tokenizer=known)
-    recipe = DataRecipe(source=str(data)) if isinstance(data, str | Path) else data
-    if tokenizer_of is None and not is_fresh:
-        raise InputError(
-            f"A tokenizer is needed to read {recipe.source}, but this model does not say where its own lies; give it "
-            "with tokenizer=, or give the text in tokens."
-        )
-    corpus, tokenizer = prepare_text(recipe, folder, tokenizer_of=tokenizer_of, progress=progress)
-    return Text(train=corpus.splits["train"], valid=corpus.splits["valid"], sha256=corpus.sha256, tokenizer=tokenizer)
-
-
-def require_named(data: Data | None, model_type: str) -> Data:
-    """Return the text to read: the default one for a model of deadhead's own only.
-
-    Raises:
-        InputError: a model that was trained elsewhere needs a text to be named.
+    A model without a type yet will be made for the tokenizer; of others the tokenizer must be known, and only those of
+    deadhead's own have a default text.
     """
     is_named = data is not None and not (isinstance(data, DataRecipe) and "source" not in data.model_fields_set)
-    if not is_named and model_type not in OWN_TYPES:
+    if not is_named and model_type is not None and model_type not in OWN_TYPES:
         raise InputError(
             f"A text was expected for a model of type {model_type}, but none was given: the default, stdlib, is for "
             "deadhead's own models only; name one with data (--data), a text file, a directory, stdlib or "
             "hf:NAME[:CONFIG]."
         )
-    return DataRecipe() if data is None else data
+    data = DataRecipe() if data is None else data
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if isinstance(data, str | Path | DataRecipe):
+        recipe = data if isinstance(data, DataRecipe) else DataRecipe(source=str(data))
+        if tokenizer_of is None and model_type is not None:
+            raise InputError(
+                f"A tokenizer is needed to read {recipe.source}, but this model does not say where its own lies; give "
+                "it with tokenizer=, or give the text in tokens."
+            )
+        data, tokenizer = prepare_text(recipe, folder, tokenizer_of=tokenizer_of, progress=progress)
+    elif isinstance(tokenizer_of, PreTrainedTokenizerBase):
+        tokenizer = tokenizer_of
+    elif tokenizer_of is not None:
+        # Only to be saved beside the model.
+        with suppress(InputError):
+            tokenizer = load_tokenizer(tokenizer_of)
+    if isinstance(data, TokenStream):
+        return Text(data, None, hashlib.sha256(data.tokens.tobytes()).hexdigest(), tokenizer)
+    return Text(data.splits["train"], data.splits["valid"], data.sha256, tokenizer)
+
+
+def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: Any) -> AllAttentionConfig:
+    """Return the configuration of a recipe's model, given its vocabulary; its sizes may not fit each other."""
+    make: Any = AllAttentionConfig
+    inner: dict[str, int] = {"num_persistent": recipe.persistent or 128}
+    if recipe.architecture == "transformer_xl":
+        make, inner = TransformerXLConfig, {"feed_forward_size": recipe.feed_forward or 4 * recipe.width}
+    try:
+        return make(
+            vocab_size=vocab_size,
+            hidden_size=recipe.width,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            **inner,
+            **recipe.model_dump(exclude=_NAMED_OTHERWISE, by_alias=False),
+            **special_tokens,
+        )
+    except ValueError as error:
+        raise InputError(f"The recipe's model does not fit together: {own_sentence(error)}") from None
+
+
+def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """Return a fresh model for a tokenizer's vocabulary."""
+    config = model_config(recipe, len(tokenizer), **special_token_ids(tokenizer))
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -155,11 +161,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def dense_folder(path: str) -> Path:
-    """Return the folder of the dense model that a recipe begins from.
-
-    Raises:
-        InputError: there is no such folder, or it holds no dense model of deadhead's own.
-    """
+    """Return the folder of the dense model that a recipe begins from, which must be one of deadhead's own."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(
@@ -184,15 +186,8 @@ def dense_folder(path: str) -> Path:
 def require_same_training(recipe: Path, train: PhaseRecipe, sha256: str) -> None:
     """Check that a dense model was trained as this run would have trained it, where the run that did left a word of it.
 
-    Otherwise later phases would read what it has read already, or be measured on what it was trained on.
-
-    Args:
-        recipe: of the run that trained it; it, or the summary beside it, may be missing.
-        train: this run's dense phase.
-        sha256: hash of this run's text.
-
-    Raises:
-        InputError: the phase, the text or the number of processes was another.
+    Otherwise later phases would read what it has read already, or be measured on what it was trained on. `train` and
+    `sha256` are this run's dense phase and the hash of its text.
     """
     noted = read_summary(recipe.parent)
     if not recipe.is_file() or not noted:
@@ -211,15 +206,7 @@ def require_same_training(recipe: Path, train: PhaseRecipe, sha256: str) -> None
 
 
 def load_dense(path: str, expected: PreTrainedConfig) -> PreTrainedModel:
-    """Return the dense model that a recipe begins from.
-
-    Args:
-        path: its folder.
-        expected: the configuration of the recipe's own model.
-
-    Raises:
-        InputError: it is not there, is no dense model of deadhead's own, or not the one that the recipe describes.
-    """
+    """Return the dense model that a recipe begins from, whose configuration must be that of the recipe's own."""
     model = checkpoint.load(dense_folder(path))
     for name, value in expected.to_dict().items():
         if name not in _NOT_COMPARED and (found := getattr(model.config, name, None)) != value:
@@ -228,3 +215,23 @@ def load_dense(path: str, expected: PreTrainedConfig) -> PreTrainedModel:
                 "recipe the [model] of the one that trained it."
             )
     return model
+
+
+def require_fitting(recipe: Recipe, config: PreTrainedConfig, text: TokenStream) -> None:
+    """Check that every phase of a run can begin, on its model without its weights: found before hours of training.
+
+    A speedup is measured, so whether it can be reached shows only then.
+    """
+    model = skeleton(config)
+    for phase in filter(None, (recipe.dense_phase, recipe.prune, recipe.finetune)):
+        segments(model, text, phase, rows=phase.batch_size * count())
+        with learner(model, phase):
+            pass
+    if recipe.dense_phase is not None and recipe.dense_phase.distill:
+        raise InputError(
+            "[train] has no teacher yet that it could learn from, as the dense model is what it makes; leave its "
+            "distill out."
+        )
+    attach_gates(model, recipe.prune)
+    if recipe.prune.budget is not None and recipe.prune.budget.kind != "speedup":
+        budget_costs(model, recipe.prune)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from deadhead.errors import InputError
 from deadhead.measure.cost import config_cost, first_heads
-from deadhead.measure.costs import Cost
-from deadhead.models import AllAttentionConfig
 from deadhead.training.recipes.recipe import DataRecipe, PublishedModel, Recipe
-from deadhead.training.runs.models import model_config
+from deadhead.training.runs.inputs import model_config
 
 # Tokens that tokenizers without a vocab_size have (see `build_tokenizer`); how many words a text has, only it tells.
 _VOCABULARIES = {"byte": 257, "bpe": 8192}
@@ -21,7 +19,6 @@ class ShapeCost:
     """What a model of a recipe's shape costs with some of its heads.
 
     Args:
-        name: what it is called.
         heads: heads left, one number a layer; None where only their share is known: the numbers are then interpolated,
             as if every head were as large as the mean one.
         sparsity: share of the heads that are gone, in [0, 1].
@@ -41,11 +38,6 @@ class ShapeCost:
     flops_per_token: float | None
     stated_parameters: int | None = None
 
-    @property
-    def is_interpolated(self) -> bool:
-        """Whether there is no layout of heads that was counted."""
-        return self.heads is None
-
 
 def expected_vocabulary(data: DataRecipe) -> int | None:
     """Return how many tokens a recipe's tokenizer will have, or None if its text decides."""
@@ -53,22 +45,11 @@ def expected_vocabulary(data: DataRecipe) -> int | None:
 
 
 def recipe_costs(
-    recipe: Recipe,
-    *,
-    vocab_size: int | None = None,
-    length: int | None = None,
-    layouts: Sequence[Sequence[int]] = (),
+    recipe: Recipe, *, vocab_size: int | None = None, length: int | None = None, layouts: Sequence[Sequence[int]] = ()
 ) -> list[ShapeCost]:
-    """Count what a recipe's model costs: dense, as others have published it, and with some numbers of heads.
+    """Count what a recipe's model costs: dense, as others have published it, and with further numbers of heads a layer.
 
-    Args:
-        recipe: its model, and the published models of that shape.
-        vocab_size: tokens; None: as `expected_vocabulary` says.
-        length: positions before the token; None: the model's memory.
-        layouts: further numbers of heads to count, each one number a layer.
-
-    Raises:
-        InputError: the model's sizes do not fit each other, or heads are not those of its layers.
+    By default its vocabulary is as `expected_vocabulary` says, and the positions before a token are the model's memory.
     """
     if recipe.model.from_ is not None:
         raise InputError(
@@ -77,37 +58,34 @@ def recipe_costs(
     tokens = vocab_size or expected_vocabulary(recipe.data)
     # Embeddings and output layer are left out of what is said without a vocabulary; the smallest that the model takes.
     config = model_config(recipe.model, tokens or max(recipe.model.adaptive_cutoffs or [0]) + 1)
-    dense = PublishedModel(name="dense")
     entries = [*recipe.published, *(PublishedModel(name="--heads", heads=list(heads)) for heads in layouts)]
     if not any(entry.heads is None and not entry.sparsity for entry in recipe.published):
-        entries.insert(0, dense)
+        entries.insert(0, PublishedModel(name="dense"))
     whole = config_cost(config, length=length)
-    return [_entry_cost(entry, whole, config, length=length, has_vocabulary=tokens is not None) for entry in entries]
-
-
-def _entry_cost(
-    entry: PublishedModel, whole: Cost, config: AllAttentionConfig, *, length: int | None, has_vocabulary: bool
-) -> ShapeCost:
-    cost, left = whole, 1.0
-    if entry.heads is not None:
-        try:
-            plan = first_heads(config, entry.heads)
-        except InputError as error:
-            raise InputError(f"The heads of {entry.name!r} are not those of the recipe's model: {error}") from None
-        cost = config_cost(config, plan, length=length)
-    elif entry.sparsity:
-        left = 1.0 - entry.sparsity
-    gone_parameters = round((1.0 - left) * cost.attention_parameters)
-    gone_flops = (1.0 - left) * cost.attention_flops_per_token
     # Feed-forward layers are in no head: two matrices, a multiply-add for each of their numbers.
     feed_forward = 4.0 * config.hidden_size * config.feed_forward_size * config.num_hidden_layers
-    return ShapeCost(
-        name=entry.name,
-        heads=cost.heads if left == 1.0 else None,
-        sparsity=1.0 - left * sum(cost.heads) / sum(cost.total_heads),
-        parameters=cost.parameters - cost.embedding_parameters - gone_parameters,
-        head_parameters=cost.attention_parameters - gone_parameters,
-        layer_flops_per_token=cost.attention_flops_per_token - gone_flops + feed_forward,
-        flops_per_token=cost.flops_per_token - gone_flops if has_vocabulary else None,
-        stated_parameters=entry.parameters,
-    )
+
+    def entry_cost(entry: PublishedModel) -> ShapeCost:
+        cost, left = whole, 1.0
+        if entry.heads is not None:
+            try:
+                plan = first_heads(config, entry.heads)
+            except InputError as error:
+                raise InputError(f"The heads of {entry.name!r} are not those of the recipe's model: {error}") from None
+            cost = config_cost(config, plan, length=length)
+        elif entry.sparsity:
+            left = 1.0 - entry.sparsity
+        gone_parameters = round((1.0 - left) * cost.attention_parameters)
+        gone_flops = (1.0 - left) * cost.attention_flops_per_token
+        return ShapeCost(
+            name=entry.name,
+            heads=cost.heads if left == 1.0 else None,
+            sparsity=1.0 - left * sum(cost.heads) / sum(cost.total_heads),
+            parameters=cost.parameters - cost.embedding_parameters - gone_parameters,
+            head_parameters=cost.attention_parameters - gone_parameters,
+            layer_flops_per_token=cost.attention_flops_per_token - gone_flops + feed_forward,
+            flops_per_token=None if tokens is None else cost.flops_per_token - gone_flops,
+            stated_parameters=entry.parameters,
+        )
+
+    return [entry_cost(entry) for entry in entries]

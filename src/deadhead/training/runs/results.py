@@ -11,7 +11,6 @@ from deadhead.gates.gates import HeadGates
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation
 from deadhead.plans.plan import HeadPlan
-from deadhead.training.runs.workplace import measured_values
 
 T = TypeVar("T")
 
@@ -78,3 +77,12 @@ class Pruned(Trained):
         if self.gates is not None:
             found["heads"] = self.plan.heads
         return found if self.budget is None else {**found, "budget": self.budget}
+
+
+def measured_values(cost: Cost, measured: Evaluation | None, *, steps: int) -> dict[str, Any]:
+    """Return what a run's summary and a phase's result say of a model, as plain JSON values."""
+    values = {"heads": cost.heads, "parameters": cost.parameters, "flops_per_token": cost.flops_per_token}
+    if measured is not None:
+        names = ("perplexity", "word_perplexity", "bits_per_byte", "tokens_per_second")
+        values |= {name: getattr(measured, name) for name in names}
+    return values | {"steps": steps}

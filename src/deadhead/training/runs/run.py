@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import deadhead
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut
 from deadhead.data import TokenizedCorpus
@@ -27,21 +29,28 @@ from deadhead.modes import best_device, flushing_denormals
 from deadhead.plans.plan import HeadPlan
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
-from deadhead.training.phases.choosing import asked_blocks, budget_length
-from deadhead.training.processes import count, is_main, on_main
+from deadhead.training.phases.choosing import asked_blocks, budget_length, latency_in
+from deadhead.training.phases.phase import PhaseRun, choose_units, train
+from deadhead.training.phases.rolling_back import rolled_back
+from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
 from deadhead.training.recipes.reading import load_recipe, to_toml
 from deadhead.training.recipes.recipe import PhaseRecipe, Recipe
 from deadhead.training.runs.inputs import (
+    build_model,
     dense_folder,
     fingerprint,
     load_dense,
+    model_config,
     prepare_text,
+    require_fitting,
     require_same_training,
 )
-from deadhead.training.runs.models import build_model, model_config
-from deadhead.training.runs.preflight import require_fitting
-from deadhead.training.runs.summary import RECIPE_FILE, STAGES, read_summary, write_summary
-from deadhead.training.runs.workplace import Place, Progress, measured_values, told
+from deadhead.training.runs.results import measured_values
+from deadhead.training.runs.summary import METRICS_FILE, RECIPE_FILE, STAGES, read_summary, write_summary
+
+# How many of the phases, dense training, gates and fine-tuning, a phase goes on after, or a measured model has had.
+_BEHIND = {"train": 0, "prune": 1, "control_prune": 1, "finetune": 2, "control_finetune": 2}
+_BEHIND |= {"dense": 1, "gated": 2, "cut": 2, "finetuned": 3, "control": 3}
 
 
 @dataclass
@@ -64,6 +73,8 @@ class Run:
     progress: Progress = lambda *_: None
     fresh: bool = False
     report_to: Sequence[str] = ()
+    _text: TokenizedCorpus = field(init=False, repr=False)
+    _tokenizer: PreTrainedTokenizerBase = field(init=False, repr=False)
 
     @classmethod
     def start(
@@ -90,28 +101,24 @@ class Run:
     def _open(recipe: Recipe, folder: Path, *, resume: bool) -> bool:
         """Make or check the folder; return whether it is new."""
         require_replaceable(folder, (RECIPE_FILE,))
-        fresh = not (folder / RECIPE_FILE).exists()
-        if not fresh:
-            if not resume:
-                raise InputError(
-                    f"{folder} holds a run already; go on with --resume, or choose another place with --out."
-                )
-            # What others have published changes nothing in a run.
-            begun, asked = (r.model_copy(update={"published": []}) for r in (load_recipe(folder / RECIPE_FILE), recipe))
-            if to_toml(begun) != to_toml(asked):
-                raise InputError(
-                    f"{folder} holds a run of another recipe; resume it with: "
-                    f"deadhead run {folder / RECIPE_FILE} --out {folder} --resume."
-                )
-            remove_left_overs(folder)
-            if (folder / "tokens").is_dir():
-                remove_left_overs(folder / "tokens")
-        else:
+        if not (folder / RECIPE_FILE).exists():
             if folder.is_dir():
                 # Killed while the recipe was being written.
                 remove_left_overs(folder, RECIPE_FILE)
             write_text(folder / RECIPE_FILE, to_toml(recipe))
-        return fresh
+            return True
+        if not resume:
+            raise InputError(f"{folder} holds a run already; go on with --resume, or choose another place with --out.")
+        # What others have published changes nothing in a run.
+        begun, asked = (r.model_copy(update={"published": []}) for r in (load_recipe(folder / RECIPE_FILE), recipe))
+        if to_toml(begun) != to_toml(asked):
+            raise InputError(
+                f"{folder} holds a run of another recipe; resume it with: "
+                f"deadhead run {folder / RECIPE_FILE} --out {folder} --resume."
+            )
+        for place in filter(Path.is_dir, (folder, folder / "tokens")):
+            remove_left_overs(place)
+        return False
 
     def execute(self) -> dict[str, Any]:
         """Run what is left of dense training, gates, cut and fine-tuning; return the summary.
@@ -134,79 +141,68 @@ class Run:
 
     def _execute(self) -> dict[str, Any]:
         recipe = self.recipe
-        text, tokenizer = prepare_text(
-            recipe.data,
-            self.folder,
-            tokenizer_of=self._tokenizer_of(),
-            progress=lambda done, total: self.progress("reading text, kB", done, total, {}),
-        )
-        on_main(lambda: self._note_beginning(text))
-        before = () if recipe.dense_phase is None else (recipe.dense_phase,)
-        if not self._done("gated"):
-            require_fitting(recipe, self._config(tokenizer), text.splits["train"])
+        tokenizer_of: str | Path | None = None
         if not self._done("dense"):
-            self._make_dense(text, tokenizer)
+            # A model that exists already has one.
+            tokenizer_of = recipe.model.from_ if recipe.dense is None else dense_folder(recipe.dense)
+        self._text, self._tokenizer = prepare_text(
+            recipe.data, self.folder, tokenizer_of=tokenizer_of, progress=counted(self.progress, "reading text, kB")
+        )
+        on_main(self._note_beginning)
+        if not self._done("gated"):
+            require_fitting(recipe, self._config(), self._text.splits["train"])
+        if not self._done("dense"):
+            self._make_dense()
         if not self._done("gated"):
             model = self._load_dense()
-            gates = self._choose_units(model, self._place("prune", text, after=before))
+            gates = self._choose_units(model)
             on_main(lambda: gates.plan().to_json(self.folder / checkpoint.PLAN_FILE))
-            self._finish(model, "gated", text, tokenizer, after=(*before, recipe.prune))
+            self._finish(model, "gated")
         plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
-        pruned = (*before, recipe.prune)
         if not self._done("pruned"):
             model, gates = checkpoint.load_gated(self.folder / "gated")
             self._require_plan_of(gates, plan)
             cut(model, plan).to(best_device())  # type: ignore[arg-type]
-            on_main(lambda: self._measure(model, "cut", text, after=pruned))
-            self._train(model, recipe.finetune, self._place("finetune", text, after=pruned))
-            self._finish(model, "pruned", text, tokenizer, after=(*pruned, recipe.finetune), stage="finetuned")
+            on_main(lambda: self._measure(model, "cut"))
+            self._train(model, "finetune")
+            self._finish(model, "pruned", stage="finetuned")
         if recipe.control and not self._done("control"):
             model = self._load_dense()
             # The same steps on the same text under the same schedules, only without gates and with every head.
             if recipe.prune.training_steps:
-                self._train(model, recipe.prune, self._place("control_prune", text, after=before))
-            self._train(model, recipe.finetune, self._place("control_finetune", text, after=pruned))
-            self._finish(model, "control", text, tokenizer, after=(*pruned, recipe.finetune))
-        on_main(lambda: self._compare(tokenizer))
+                self._train(model, "control_prune")
+            self._train(model, "control_finetune")
+            self._finish(model, "control")
+        on_main(self._compare)
         return self.summary()
 
-    def _config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    def _config(self) -> PreTrainedConfig:
         """Return the configuration of the dense model."""
         model = self.recipe.model
-        return checkpoint.load_config(model.from_) if model.from_ else model_config(model, len(tokenizer))
+        return checkpoint.load_config(model.from_) if model.from_ else model_config(model, len(self._tokenizer))
 
-    def _tokenizer_of(self) -> str | Path | None:
-        """Return where the tokenizer of a model that exists already lies, unless the run has it too."""
-        if self._done("dense"):
-            return None
-        return self.recipe.model.from_ if self.recipe.dense is None else dense_folder(self.recipe.dense)
-
-    def _make_dense(self, text: TokenizedCorpus, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _make_dense(self) -> None:
         """Train the dense model, or take one that was trained before."""
         recipe = self.recipe
         if recipe.dense is not None:
-            require_same_training(Path(recipe.dense).parent / RECIPE_FILE, recipe.train, text.sha256)
-            model = load_dense(recipe.dense, model_config(recipe.model, len(tokenizer)))
+            require_same_training(Path(recipe.dense).parent / RECIPE_FILE, recipe.train, self._text.sha256)
+            model = load_dense(recipe.dense, self._config())
         elif recipe.model.from_ is not None:
             model = checkpoint.load(recipe.model.from_)
         else:
-            model = build_model(recipe.model, tokenizer, seed=recipe.seed)
+            model = build_model(recipe.model, self._tokenizer, seed=recipe.seed)
         if recipe.dense_phase is None:
             # It stays where it is; stages that begin from it check that it is still the same.
             digest = fingerprint(model)
-            on_main(lambda: self._measure(model.to(best_device()), "dense", text, after=()))  # type: ignore[arg-type]
+            on_main(lambda: self._measure(model.to(best_device()), "dense"))  # type: ignore[arg-type]
             on_main(lambda: self._note("model", {"from": str(recipe.model.from_), "sha256": digest}))
             return
         if recipe.trains_dense:
-            self._train(model, recipe.train, self._place("train", text, after=()))
-        self._finish(model, "dense", text, tokenizer, after=(recipe.train,))
+            self._train(model, "train")
+        self._finish(model, "dense")
 
     def _load_dense(self) -> PreTrainedModel:
-        """Return the dense model.
-
-        Raises:
-            InputError: it lies outside the run, and is another by now.
-        """
+        """Return the dense model, which, if it lies outside the run, must still be the same."""
         if self.recipe.dense_phase is not None:
             return checkpoint.load(self.folder / "dense")
         model = checkpoint.load(str(self.recipe.model.from_))
@@ -217,8 +213,9 @@ class Run:
             )
         return model
 
-    def _note_beginning(self, text: TokenizedCorpus) -> None:
+    def _note_beginning(self) -> None:
         """Check that a run goes on as it began, and note how that was."""
+        text = self._text
         source, summary, processes = self.recipe.data.source, self.summary(), count()
         before = summary.get("data", {}).get("sha256", text.sha256)
         if before != text.sha256:
@@ -234,8 +231,14 @@ class Run:
                 f"{processes}: each process reads rows of the text of its own."
             )
         data = {"source": source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)}
-        noted = {"data": data, "processes": processes, "versions": _versions()}
-        write_summary(self.folder, {**summary, **noted})
+        versions = {
+            "deadhead": deadhead.__version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "threads": str(torch.get_num_threads()),
+        }
+        write_summary(self.folder, {**summary, "data": data, "processes": processes, "versions": versions})
 
     def _require_plan_of(self, gates: HeadGates, plan: HeadPlan) -> None:
         """Check that head_plan.json is what the gates learned: a changed digit would cut other heads."""
@@ -245,10 +248,12 @@ class Run:
                 "changed or is damaged: restore it. A plan of your own is for deadhead cut."
             )
 
-    def _choose_units(self, model: PreTrainedModel, place: Place) -> HeadGates:
+    def _choose_units(self, model: PreTrainedModel) -> HeadGates:
         """Attach gates and close those of the units that go; note what became of the budget."""
-        gates, budget = place.choose_units(model, self.recipe.prune)
-        self._note_setback(place)
+        recipe, (_, run) = self.recipe.prune, self._phase_run("prune")
+        latency = on_main(lambda: latency_in(self.folder, model, recipe, self.progress))
+        gates, budget = choose_units(model, self._text.splits["train"], recipe, replace(run, latency=latency))
+        self._note_setback("prune")
         if budget is not None:
             on_main(lambda: self._note("budget", budget))
         return gates
@@ -265,56 +270,55 @@ class Run:
     def _note(self, key: str, value: Any) -> None:
         write_summary(self.folder, {**self.summary(), key: value})
 
-    def _place(self, phase: str, text: TokenizedCorpus, *, after: tuple[PhaseRecipe, ...]) -> Place:
-        """Return where a phase works that comes after others, whose text it goes on in, so that none reads it twice."""
-        segments = sum(each.training_steps * each.gradient_accumulation * each.batch_size for each in after)
-        recipe = {"train": self.recipe.train, "prune": self.recipe.prune, "finetune": self.recipe.finetune}
-        return Place(
+    def _behind(self, name: str) -> list[PhaseRecipe]:
+        """Return the phases that a phase goes on after, or that a measured model has had."""
+        phases = (self.recipe.dense_phase, self.recipe.prune, self.recipe.finetune)
+        return [phase for phase in phases[: _BEHIND[name]] if phase is not None]
+
+    def _phase_run(self, phase: str) -> tuple[PhaseRecipe, PhaseRun]:
+        """Return a phase's recipe and place; it goes on in the text behind those before it, so none reads it twice."""
+        recipe: PhaseRecipe = getattr(self.recipe, phase.removeprefix("control_"))
+        segments = sum(
+            each.training_steps * each.gradient_accumulation * each.batch_size for each in self._behind(phase)
+        )
+        # The dense model, before gates and cuts, is what the pruned one is to stay near to.
+        learns_from_dense = recipe.distill and recipe.training_steps and phase != "train"
+        return recipe, PhaseRun(
+            folder=self.folder / "checkpoints" / phase,
             phase=phase,
-            folder=self.folder,
-            within=phase,
-            name=self.recipe.name,
-            text=text.splits["train"],
-            valid=text.splits["valid"],
             seed=self.recipe.seed,
             # Each process reads its rows; divided by them, what was read of a row.
-            first_segment=segments // recipe[phase.removeprefix("control_")].batch_size,
-            # The dense model, before gates and cuts, is what the pruned one is to stay near to.
-            teacher=None if phase == "train" else self._load_dense,
-            progress=self.progress,
+            first_segment=segments // recipe.batch_size,
+            teacher=self._load_dense() if learns_from_dense else None,
+            metrics=self.folder / METRICS_FILE,
+            tensorboard=self.folder / "tensorboard" / phase,
             report_to=self.report_to,
+            run_name=f"{self.recipe.name} {phase}",
+            valid=self._text.splits["valid"],
+            report=partial(self.progress, phase),
             resume=True,
         )
 
-    def _train(self, model: PreTrainedModel, recipe: PhaseRecipe, place: Place) -> None:
-        place.train(model, recipe)
-        self._note_setback(place)
+    def _train(self, model: PreTrainedModel, phase: str) -> None:
+        train(model, self._text.splits["train"], *self._phase_run(phase))
+        self._note_setback(phase)
 
-    def _note_setback(self, place: Place) -> None:
-        if is_main() and (setback := place.rolled_back()) is not None:
-            self._note("rolled_back", {**self.summary().get("rolled_back", {}), place.phase: setback})
+    def _note_setback(self, phase: str) -> None:
+        if is_main() and (setback := rolled_back(self.folder / "checkpoints" / phase)) is not None:
+            self._note("rolled_back", {**self.summary().get("rolled_back", {}), phase: setback})
 
-    def _finish(
-        self,
-        model: PreTrainedModel,
-        name: str,
-        text: TokenizedCorpus,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        after: tuple[PhaseRecipe, ...],
-        stage: str | None = None,
-    ) -> None:
-        """Measure and save a model that has some phases behind it, in the main process.
+    def _finish(self, model: PreTrainedModel, name: str, *, stage: str | None = None) -> None:
+        """Measure and save a model, in the main process.
 
         Its folder appears last: whoever sees it finds the summary complete too.
         """
 
         def measure_and_save() -> None:
-            measured = self._measure(model, stage or name, text, after=after)
+            measured = self._measure(model, stage or name)
             checkpoint.save(
                 model,
                 self.folder / name,
-                tokenizer=tokenizer,
+                tokenizer=self._tokenizer,
                 metrics={"validation perplexity a token": measured["perplexity"]},
                 base=self.recipe.model.from_,
             )
@@ -322,18 +326,12 @@ class Run:
 
         on_main(measure_and_save)
 
-    def _measure(
-        self, model: PreTrainedModel, stage: str, text: TokenizedCorpus, *, after: tuple[PhaseRecipe, ...]
-    ) -> dict[str, Any]:
-        """Measure a model that has some phases behind it, and note what was found."""
-        result = evaluate(
-            model,
-            text.splits["valid"],
-            limit=self.recipe.evaluation_tokens,
-            progress=lambda done, total: self.progress(f"evaluating {stage}", done, total, {}),
-        )
+    def _measure(self, model: PreTrainedModel, stage: str) -> dict[str, Any]:
+        """Measure a model, and note what was found."""
+        progress = counted(self.progress, f"evaluating {stage}")
+        result = evaluate(model, self._text.splits["valid"], limit=self.recipe.evaluation_tokens, progress=progress)
         cost = model_cost(model, unit=self.recipe.prune.unit)
-        values = measured_values(cost, result, steps=sum(phase.training_steps for phase in after))
+        values = measured_values(cost, result, steps=sum(phase.training_steps for phase in self._behind(stage)))
         blocks = cost.blocks
         if stage == "gated":
             plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
@@ -343,7 +341,7 @@ class Run:
         self._note(stage, values)
         return values
 
-    def _compare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _compare(self) -> None:
         """Time the stages side by side, and let dense and pruned model continue the same text."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.progress("timing", 0, 1, {})
@@ -362,33 +360,15 @@ class Run:
             rate = timings[timed.get(stage, stage)].tokens_per_second
             self._note(stage, {**self.summary()[stage], "tokens_per_second": round(rate, 1)})
         prompt = sample_prompt(self.recipe.data.source)
-        after = {
-            "dense": checkpoint.load(self.folder / "control") if self.recipe.control else dense.cpu(),
-            "pruned": finetuned.cpu(),
-        }
-        self._note(
-            "samples",
-            {
-                # Hardly trained models say their likelier words only.
-                name: generate_text(model, tokenizer, prompt, max_new_tokens=160, temperature=0.6)
-                for name, model in after.items()
-            },
-        )
+        unpruned = checkpoint.load(self.folder / "control") if self.recipe.control else dense.cpu()
+        after = {"dense": unpruned, "pruned": finetuned.cpu()}
+        # Hardly trained models say their likelier words only.
+        how: dict[str, Any] = {"max_new_tokens": 160, "temperature": 0.6}
+        samples = {name: generate_text(model, self._tokenizer, prompt, **how) for name, model in after.items()}
+        self._note("samples", samples)
 
 
 def sample_prompt(source: str) -> str:
     """Return what models that learned from a text are given to continue."""
     # Ends before white space: tokenizers of byte pairs join it to what follows.
     return {"stdlib": "def read(self, size=-1):"}.get(source, "The")
-
-
-def _versions() -> dict[str, str]:
-    from deadhead import __version__
-
-    return {
-        "deadhead": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-    }

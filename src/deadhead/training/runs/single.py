@@ -1,15 +1,17 @@
-"""One phase on its own: a model (or the sizes of one) in, a model and what was measured of it out."""
+"""One phase on its own: a model (or the sizes of one) in, a model and what was measured of it out, in one call."""
 
 from __future__ import annotations
 
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,21 +29,22 @@ from deadhead.measure.evaluation import Evaluation, evaluate
 from deadhead.modes import best_device, on_device
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
-from deadhead.training.phases.choosing import LATENCY_FILE
-from deadhead.training.phases.segments import segments
-from deadhead.training.processes import count, is_main, on_main
+from deadhead.training.phases.choosing import LATENCY_FILE, latency_in
+from deadhead.training.phases.defaults import segments
+from deadhead.training.phases.phase import PhaseRun, choose_units, train
+from deadhead.training.phases.rolling_back import rolled_back
+from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
+from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.runs.inputs import Data, Text, read_data, require_named
-from deadhead.training.runs.models import build_model
+from deadhead.training.runs.inputs import Data, Text, build_model, read_data
 from deadhead.training.runs.results import Change, Pruned, Trained
 from deadhead.training.runs.summary import METRICS_FILE
-from deadhead.training.runs.workplace import Place, Progress, told
-
-_SETTINGS_FILE = "settings.json"
 
 Phase = Literal["train", "prune", "finetune"]
 Model = PreTrainedModel | str | Path | ModelRecipe
 """In memory, a checkpoint's folder, its name on the hub, or the sizes of a fresh one."""
+
+_P = TypeVar("_P", bound=PhaseRecipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,31 +88,91 @@ class Options:
                 raise InputError(f"{name} must be a whole number of at least {least} and below 2^31, but is {value!r}.")
 
 
-def run_single(
-    phase: Phase,
-    recipe: PhaseRecipe,
-    model: Model,
-    data: Data | None,
-    options: Options,
+def prune(
+    model: PreTrainedModel | str | Path,
+    data: Data | None = None,
     *,
+    recipe: PruneRecipe | None = None,
     cut: bool = True,
+    **settings: Any,
+) -> Pruned:
+    """Choose the units of a model that matter least, by gates or a criterion, and cut them off.
+
+        pruned = deadhead.prune("gpt2", "my.txt", params=0.8, steps=500)
+        pruned.model, pruned.plan, pruned.costs.after.parameters, pruned.measured.after.perplexity
+
+    It does what `deadhead prune` does. How much goes is one budget, in shares of the model as it is, or learned under
+    `l0`.
+
+    Args:
+        model: in memory, and changed in place; or a checkpoint folder, or a name on the Hugging Face hub.
+        data: a `TokenizedCorpus` or `TokenStream`; or a text file, a directory, "stdlib" or "hf:NAME[:CONFIG]", read
+            by the model's tokenizer. None takes "stdlib" for a model of deadhead's own.
+        recipe: settings that are not given by themselves; None: the defaults.
+        cut: False keeps the gates on the model.
+        settings: fields of `PruneRecipe`, such as `params`, `sparsity`, `criterion`, `steps`, `batch_size`, and of
+            `Options`: `tokenizer`, `teacher`, `seed`, `out`, `resume`, `progress`, `report_to`, `device`, `dtype`,
+            `evaluation_tokens`.
+
+    Raises:
+        InputError: something given cannot be used; an unknown setting is told with the nearest that there is.
+        UnsupportedModel: the model has no heads that could be cut.
+        DivergenceError: training diverged.
+    """
+    asked, options = _divided(recipe, PruneRecipe, settings)
+    return cast(Pruned, run_single("prune", asked, model, data, options, cut=cut))
+
+
+def finetune(
+    model: PreTrainedModel | str | Path,
+    data: Data | None = None,
+    *,
+    recipe: PhaseRecipe | None = None,
+    **settings: Any,
+) -> Trained:
+    """Train a model, to recover what a cut cost or for any other reason.
+
+        tuned = deadhead.finetune(pruned.model, "my.txt", steps=500, teacher="gpt2", distill=0.5)
+
+    Args:
+        model: as for `prune`.
+        data: as for `prune`.
+        recipe: settings that are not given by themselves; None: the defaults.
+        settings: fields of `PhaseRecipe`, such as `steps`, `learning_rate`, `lora_rank`, and of `Options`.
+
+    Raises:
+        InputError: something given cannot be used; an unknown setting is told with the nearest that there is.
+        DivergenceError: training diverged.
+    """
+    asked, options = _divided(recipe, PhaseRecipe, settings)
+    return run_single("finetune", asked, model, data, options)
+
+
+def _divided(recipe: _P | None, kind: type[_P], settings: dict[str, Any]) -> tuple[_P, Options]:
+    """Return the recipe that was given, or the defaults, with the settings that are its own, and the others."""
+    if recipe is not None and type(recipe) is not kind:
+        raise InputError(
+            f"The recipe of this phase must be a {kind.__name__} of deadhead.training, but a {type(recipe).__name__} "
+            "was given."
+        )
+    options = {field.name for field in fields(Options)}
+    others = {name: settings.pop(name) for name in options & settings.keys()}
+    known = {*kind.model_fields, *options, *(["cut"] if issubclass(kind, PruneRecipe) else [])}
+    for name in settings.keys() - known:
+        near = get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"see help(deadhead.training.{kind.__name__})"
+        raise InputError(f"The call has an unknown key {name!r}; {hint}")
+    return changed(recipe or kind(), **settings), Options(**others)
+
+
+def run_single(
+    phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | None, options: Options, *, cut: bool = True
 ) -> Trained:
     """Run one phase; write its checkpoint, if it is to have a place.
 
     Checkpoints to resume from lie in `OUT.work` beside it until the phase is done. Under torchrun or
-    `accelerate launch` every process calls this; all train, and the main one does the rest.
-
-    Args:
-        phase: its name.
-        recipe: its settings; a `PruneRecipe` chooses units, and the result is a `Pruned`.
-        model: to start from; one in memory is changed in place.
-        data: the text; None for the default one of deadhead's own models.
-        options: the rest.
-        cut: whether units that go are cut, or the gates kept.
-
-    Raises:
-        InputError: something given cannot be used.
-        DivergenceError: training diverged.
+    `accelerate launch` every process calls this; all train, and the main one does the rest. A model in memory is
+    changed in place. A `PruneRecipe` chooses units, which are cut unless the gates are to be kept, for a `Pruned`.
     """
     require_trackers(options.report_to)
     if recipe.lora_rank:
@@ -130,72 +193,69 @@ def run_single(
         work = out.with_name(out.name + ".work")
         on_main(lambda: _check_places(out, work, model, resume=options.resume))
         place = nullcontext(str(work))
-    with place as folder, _gone_if_unused(Path(folder)), on_device(device), _gates_off_on_failure(model):
+    with place as folder, _undone_on_failure(Path(folder), model), on_device(device):
         return _run(phase, recipe, model, data, options, Path(folder), cut=cut)
 
 
 @contextmanager
-def _gates_off_on_failure(model: Model) -> Iterator[None]:
-    """Take the gates off a model in memory if the block fails, unless it had some: another try then begins anew."""
-    had_gates = not isinstance(model, PreTrainedModel) or gates_of(unwrapped(model)) is not None
+def _undone_on_failure(work: Path, model: Model) -> Iterator[None]:
+    """Undo what the block made if it fails: gates on a model in memory, so that another try begins anew, and `work`.
+
+    The folder stays if there is something to resume in it.
+    """
+    fresh = not work.exists()
+    gateless = model if isinstance(model, PreTrainedModel) and gates_of(unwrapped(model)) is None else None
     try:
         yield
     except BaseException:
-        if not had_gates:
-            detach(cast(PreTrainedModel, model))
+        if gateless is not None:
+            detach(gateless)
+        if fresh and is_main() and newest_finished(work / "checkpoints") is None:
+            shutil.rmtree(work, ignore_errors=True)
         raise
 
 
 def _run(
-    phase: Phase,
-    recipe: PhaseRecipe,
-    model: Model,
-    data: Data | None,
-    options: Options,
-    work: Path,
-    *,
-    cut: bool,
+    phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | None, options: Options, work: Path, *, cut: bool
 ) -> Trained:
     progress = told(options.progress)
     network, text = _begin(model, data, options, work, progress)
     if options.out is not None:
-        settings = _settings(phase, recipe, model, data, options, text) | {"cut": cut}
-        on_main(lambda: _keep_settings(work, settings))
+        on_main(lambda: _keep_settings(work, _settings(phase, recipe, model, data, options, text) | {"cut": cut}))
 
     def measured(what: str) -> Evaluation | None:
         if text.valid is None:
             return None
         network.to(best_device())  # type: ignore[arg-type]
-        limit = options.evaluation_tokens
-        return evaluate(network, text.valid, limit=limit, progress=lambda done, total: progress(what, done, total, {}))
+        return evaluate(network, text.valid, limit=options.evaluation_tokens, progress=counted(progress, what))
 
     # A text that is too short is told before anything is measured.
-    segments(network, text.train, recipe, rows=recipe.batch_size * count(), first_segment=0)
+    segments(network, text.train, recipe, rows=recipe.batch_size * count())
     before = on_main(lambda: (model_cost(network), measured("evaluating before")))
-    place = Place(
+    run = PhaseRun(
+        folder=work / "checkpoints",
         phase=phase,
-        folder=work,
-        name=work.name.removesuffix(".work"),
-        text=text.train,
-        valid=text.valid,
         seed=options.seed,
         teacher=_teacher(options.teacher or (model if phase == "prune" else None), network, recipe),
-        progress=progress,
+        metrics=work / METRICS_FILE,
+        tensorboard=work / "tensorboard",
         report_to=options.report_to,
+        run_name=f"{work.name.removesuffix('.work')} {phase}",
+        valid=text.valid,
+        report=partial(progress, phase),
         resume=options.resume,
     )
     found: dict[str, Any] = {}
-    gates = None
     if isinstance(recipe, PruneRecipe):
-        gates, found["budget"] = place.choose_units(network, recipe)
+        latency = on_main(lambda: latency_in(work, network, recipe, progress))
+        gates, budget = choose_units(network, text.train, recipe, replace(run, latency=latency))
         plan = gates.plan()
+        found = {"plan": plan, "gates": gates, "budget": budget}
         if cut:
             cut_heads(network, plan)
-            gates = None
-            plan = find_layout(network).recorded_plan(network) or plan
-        found |= {"plan": plan, "gates": gates}
+            found |= {"plan": find_layout(network).recorded_plan(network) or plan, "gates": None}
     else:
-        place.train(network, recipe)
+        train(network, text.train, recipe, run)
         found["plan"] = find_layout(network).recorded_plan(network)
 
     def measure_and_save() -> tuple[Cost, Evaluation | None, dict[str, Any] | None]:
@@ -209,13 +269,13 @@ def _run(
                 base=_base(model),
                 files=(work / METRICS_FILE, work / "tensorboard", work / LATENCY_FILE),
             )
-        setback = place.rolled_back()
+        setback = rolled_back(work / "checkpoints")
         shutil.rmtree(work, ignore_errors=True)
         return model_cost(network), result, setback
 
     cost, result, setback = on_main(measure_and_save)
-    make: Callable[..., Trained] = Pruned if isinstance(recipe, PruneRecipe) else Trained
-    return make(
+    made = Pruned if isinstance(recipe, PruneRecipe) else Trained
+    return made(
         model=network,
         tokenizer=text.tokenizer,
         costs=Change(before[0], cost),
@@ -227,32 +287,24 @@ def _run(
 
 
 def _begin(
-    model: Model,
-    data: Data | None,
-    options: Options,
-    work: Path,
-    progress: Progress,
+    model: Model, data: Data | None, options: Options, work: Path, progress: Progress
 ) -> tuple[PreTrainedModel, Text]:
     """Return the model to begin with, and the text."""
     network = None
-    if isinstance(model, ModelRecipe):
-        data = DataRecipe() if data is None else data
-    else:
+    if not isinstance(model, ModelRecipe):
         network = model if isinstance(model, PreTrainedModel) else checkpoint.load(model, dtype=options.dtype)
-        data = require_named(data, network.config.model_type)
-    where = _base(model) or (None if network is None else network.name_or_path or None)
     text = read_data(
         data,
         work,
-        tokenizer_of=options.tokenizer or where,
-        is_fresh=network is None,
-        progress=lambda done, total: progress("reading text, kB", done, total, {}),
+        model_type=None if network is None else network.config.model_type,
+        tokenizer_of=options.tokenizer or _base(model) or (None if network is None else network.name_or_path or None),
+        progress=counted(progress, "reading text, kB"),
     )
-    if network is None:
+    if isinstance(model, ModelRecipe):
         if text.tokenizer is None:
             raise InputError("A fresh model is made for a tokenizer's tokens, but none was given; give it a text.")
-        assert isinstance(model, ModelRecipe)
         network = build_model(model, text.tokenizer, seed=options.seed)
+    assert network is not None
     return network, text
 
 
@@ -264,20 +316,17 @@ def _base(model: Model) -> str | Path | None:
     return name if name and Path(name).is_dir() else None
 
 
-def _teacher(teacher: Model | None, network: PreTrainedModel, recipe: PhaseRecipe) -> Callable[[], PreTrainedModel]:
-    """Return what loads the teacher, once it is needed; a model that is to be changed is copied now."""
-    if recipe.distill and teacher is network:
-        kept = copy.deepcopy(network)
-        return lambda: kept
-
-    def load() -> PreTrainedModel:
-        if isinstance(teacher, PreTrainedModel):
-            return teacher
-        if isinstance(teacher, str | Path):
-            return checkpoint.load(teacher)
-        raise InputError("distill asks for a teacher to learn from; name one with --teacher, say the dense model.")
-
-    return load
+def _teacher(teacher: Model | None, network: PreTrainedModel, recipe: PhaseRecipe) -> PreTrainedModel | None:
+    """Return what is distilled from; a model that is to be changed is copied."""
+    if not recipe.distill or not recipe.training_steps:
+        return None
+    if teacher is network:
+        return copy.deepcopy(network)
+    if isinstance(teacher, str | Path):
+        return checkpoint.load(teacher)
+    if isinstance(teacher, PreTrainedModel):
+        return teacher
+    raise InputError("distill asks for a teacher to learn from; name one with --teacher, say the dense model.")
 
 
 def _check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
@@ -295,12 +344,7 @@ def _check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
 
 
 def _settings(
-    phase: Phase,
-    recipe: PhaseRecipe,
-    model: Model,
-    data: Data | None,
-    options: Options,
-    text: Text,
+    phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | None, options: Options, text: Text
 ) -> dict[str, Any]:
     """Return what a phase that is resumed must have been begun with."""
     return {
@@ -325,7 +369,7 @@ def _named(model: PreTrainedModel | str | Path) -> str:
 
 def _keep_settings(work: Path, settings: dict[str, Any]) -> None:
     """Write a phase's settings beside its checkpoints, or check that it goes on with those it began with."""
-    path = work / _SETTINGS_FILE
+    path = work / "settings.json"
     if not path.exists():
         write_json(path, settings)
     elif read_json(path, what="list of a phase's settings") != settings:
@@ -333,15 +377,3 @@ def _keep_settings(work: Path, settings: dict[str, Any]) -> None:
             f"{work} is left of a phase with other settings, another text or another number of processes; resume with "
             "those, or delete it."
         )
-
-
-@contextmanager
-def _gone_if_unused(work: Path) -> Iterator[None]:
-    """Remove `work` after bad input or an interruption, if it was made in the block and there is nothing to resume."""
-    fresh = not work.exists()
-    try:
-        yield
-    except BaseException:
-        if fresh and is_main() and newest_finished(work / "checkpoints") is None:
-            shutil.rmtree(work, ignore_errors=True)
-        raise

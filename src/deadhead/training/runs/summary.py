@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from deadhead.disk.files import json_text, write_json
-from deadhead.disk.reading import read_object, shown
+from deadhead.disk.reading import read_object
 from deadhead.errors import InputError
 from deadhead.plans.kinds import BudgetKind
+from deadhead.training.recipes.reading import explained
 
 STAGES = ("dense", "gated", "cut", "finetuned")
 RECIPE_FILE = "recipe.toml"
@@ -71,14 +72,7 @@ class _Summary(TypedDict, total=False):
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what a run has measured, by stage and otherwise; an empty dictionary if there is nothing yet.
-
-    Args:
-        folder: of the run.
-
-    Raises:
-        InputError: its summary.json cannot be read, is not what a run wrote, or was changed or damaged since.
-    """
+    """Return what a run has measured, by stage and otherwise; an empty dictionary if there is nothing yet."""
     path = folder / SUMMARY_FILE
     if not path.exists():
         return {}
@@ -92,21 +86,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
     try:
         TypeAdapter(_Summary).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"The summary of a run {path} has a wrong value for {where!r}: {first['msg'][0].lower()}{first['msg'][1:]},"
-            f" but it is {shown(first['input'])}; restore it."
-        ) from None
+        raise InputError(f"The summary of a run {path} {explained(error, _Part)}; restore it.") from None
     return values
 
 
 def write_summary(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write a run's summary.json, whole or not at all, with a checksum of what it says.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write a run's summary.json, whole or not at all, with a checksum of what it says."""
     write_json(folder / SUMMARY_FILE, {**values, _CHECKSUM: _checksum(values)})
 
 

@@ -17,7 +17,7 @@ from benchmarks._tiny_models import VOCABULARY, tiny_model
 from deadhead import GateConfig, HeadPlan, InputError
 from deadhead.attaching import is_gate, unwrapped
 from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, gate_config, train
-from deadhead.training.phases.adapters import lora
+from deadhead.training.phases.learning import lora
 from tests.random_models import difference
 from tests.random_models import tiny_model as all_attention
 from tests.small_runs import assert_same_tensors, stream
