@@ -197,9 +197,7 @@ def _flat(
         openvino.save_model(openvino.convert_model(str(place / onnx.FILE)), str(file), compress_to_fp16=False)
         for left in place.glob(f"{onnx.FILE}*"):
             left.unlink()
-    agreements: tuple[Agreement, ...] = ()
-    if is_installed(runtime):
-        agreements = (flat.check(file, reference, runtime, _TOLERANCE["f32"]),)
+    agreements = (flat.check(file, reference, runtime, _TOLERANCE["f32"]),) if is_installed(runtime) else ()
     size = sum(path.stat().st_size for path in place.iterdir())
     write_json(place / "config.json", _plain_config(model))
     if to == "onnx":

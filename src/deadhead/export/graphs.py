@@ -42,13 +42,9 @@ class FlatModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the logits (B, T, V) and the cache with the new tokens.
+        """Return the logits (B, T, V) and the cache with the new tokens; `past` are `cache`'s tensors.
 
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, S), 0 where a position is padding.
-            position_ids: (B, T).
-            past: `cache`'s tensors.
+        `input_ids` and `position_ids` are (B, T), `attention_mask` is (B, S), 0 where a position is padding.
         """
         raise NotImplementedError
 

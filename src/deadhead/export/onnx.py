@@ -81,8 +81,7 @@ def genai_config(model: PreTrainedModel) -> dict[str, Any]:
     """
     config: Any = model.config.get_text_config()
     generation: Any = model.generation_config
-    special = {name: getattr(generation, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    ids = {f"{name}_token_id": token for name, token in special.items() if token is not None}
+    special = {name: getattr(generation, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     length = getattr(config, "max_position_embeddings", None) or 2**17
     heads = config.num_attention_heads
     return {
@@ -91,7 +90,7 @@ def genai_config(model: PreTrainedModel) -> dict[str, Any]:
             "type": "decoder",
             "context_length": length,
             "vocab_size": config.vocab_size,
-            **ids,
+            **{name: token for name, token in special.items() if token is not None},
             "decoder": {
                 "session_options": {},
                 "filename": FILE,

@@ -84,11 +84,6 @@ class LayerCheck:
         if self.sites:
             self._fill_rest(stack)
 
-    def attention_outputs(self) -> int | None:
-        """Return how many values emptied modules return, once layers were checked; None if there is none."""
-        found: list[Any] = [module for module in self.model.modules() if hasattr(module, "num_outputs")]
-        return int(found[0].num_outputs) if found else None
-
     def check(self, place: int) -> None:
         """Check a layer.
 
