@@ -67,12 +67,12 @@ class _Model:
         return value
 
     def add(self, name: str, *shape: int, owner: str = "", multiplies: bool = False) -> None:
-        self.tensors[name] = _Tensor(shape, owner, multiplies)
+        """Add a tensor, if none of its sizes is 0."""
+        if all(shape):
+            self.tensors[name] = _Tensor(shape, owner, multiplies)
 
     def linear(self, name: str, outputs: int, inputs: int, *, owner: str, bias: bool, conv1d: bool = False) -> None:
-        """Add a projection into units, if there are any; its bias is theirs too."""
-        if not outputs or not inputs:
-            return
+        """Add a projection into units, whose bias is theirs too."""
         shape = (inputs, outputs) if conv1d else (outputs, inputs)
         self.add(f"{name}.weight", *shape, owner=owner, multiplies=True)
         if bias:
@@ -167,8 +167,8 @@ def _llama(model: _Model, kind: str, length: int) -> None:
         model.norms(f"{path}.input_layernorm", f"{path}.post_attention_layernorm", width=width, bias=False)
         for name, count in {"q": queries, "k": kv, "v": kv}.items():
             model.linear(f"{path}.self_attn.{name}_proj", count * head_dim, width, owner="head", bias=bias)
-        if kind == "qwen3" and queries:
-            model.norms(f"{path}.self_attn.q_norm", f"{path}.self_attn.k_norm", width=head_dim, bias=False)
+        normed = head_dim if kind == "qwen3" and queries else 0
+        model.norms(f"{path}.self_attn.q_norm", f"{path}.self_attn.k_norm", width=normed, bias=False)
         o_bias = bias and kind != "qwen2"
         model.back(f"{path}.self_attn.o_proj", width, queries * head_dim, owner="head", bias=o_bias)
         for name in ("gate_proj", "up_proj"):
@@ -218,8 +218,7 @@ def _own(model: _Model, kind: str, length: int) -> None:
         model.add("model.position_table", memory + 1, width)
     for name in ("content_bias", "position_bias") if is_relative and shares else ():
         model.add(f"model.{name}", num_heads, head_dim)
-    if model.flag("final_layer_norm"):
-        model.norms("model.norm", width=width, bias=True)
+    model.norms("model.norm", width=width if model.flag("final_layer_norm") else 0, bias=True)
     for layer, (heads, _) in enumerate(model.take_heads(layers, num_heads, num_heads)):
         path, inner = f"model.layers.{layer}.attention", heads * head_dim
         persistent = dense_persistent if dense_hidden else left[layer]
@@ -227,13 +226,13 @@ def _own(model: _Model, kind: str, length: int) -> None:
         model.back(f"{path}.o_proj", width, inner, owner="head", bias=True)
         for name in "qkv":
             model.linear(f"{path}.{name}_proj", inner, width, owner="head", bias=bias)
-        if heads and is_relative:
+        if is_relative:
             model.linear(f"{path}.r_proj", inner, width, owner="head", bias=bias)
             # It is applied once a pass to the table of positions, not to tokens.
             model.add(f"{path}.r_proj.weight", inner, width, owner="head")
-        for name in ("content_bias", "position_bias") if heads and is_relative and not shares else ():
+        for name in ("content_bias", "position_bias") if is_relative and not shares else ():
             model.add(f"{path}.{name}", heads, head_dim, owner="head")
-        for name in ("persistent_k", "persistent_v") if heads and persistent else ():
+        for name in ("persistent_k", "persistent_v"):
             model.add(f"{path}.{name}", heads, persistent, head_dim, owner="head" if dense_hidden else "head block")
         if dense_hidden:
             path = f"model.layers.{layer}.feed_forward"

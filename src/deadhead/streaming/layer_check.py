@@ -85,12 +85,7 @@ class LayerCheck:
             self._fill_rest(stack)
 
     def check(self, place: int) -> None:
-        """Check a layer.
-
-        Raises:
-            CutError: the cut layer computes something else.
-            NotStreamable: the layer does not run alone.
-        """
+        """Check a layer, or raise a CutError, or NotStreamable if it does not run alone."""
         layers, sites = list(self._layers), self.sites[place]
         layer = layers[place]
         self._fill(layer, sites)

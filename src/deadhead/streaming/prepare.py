@@ -58,13 +58,7 @@ class StreamedCut:
 
 
 def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
-    """Work out a cut.
-
-    Raises:
-        InputError: the checkpoint is damaged, or the plan is not one for this model.
-        UnsupportedModel: the model has no prunable heads.
-        NotStreamable: the checkpoint can only be cut in memory.
-    """
+    """Work out a cut; raise NotStreamable if the checkpoint can only be cut in memory."""
     stored = read_stored(source)
     config = checkpoint.load_config(source)
     dtype = _load_dtype(config, stored)
