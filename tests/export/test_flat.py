@@ -13,7 +13,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import deadhead
 from deadhead.export import flat, onnx
 from deadhead.export.agreement import make_reference
-from deadhead.export.graphs import FlatModel, flat_model
+from deadhead.export.onnx import FlatModel, flat_model
 from deadhead.plans.plan import HeadPlan
 from tests.export.small import cut_by, cut_model
 from tests.random_models import tiny_model

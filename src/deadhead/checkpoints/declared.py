@@ -30,10 +30,7 @@ def has_gates(path: str | Path) -> bool:
 
 
 def declared_config(path: Path) -> dict[str, Any]:
-    """Return the JSON values of the configuration in a folder, or of its config.json.
-
-    Args:
-        path: of either.
+    """Return the JSON values of the configuration in a folder, or of its config.json; `path` is that of either.
 
     Raises:
         InputError: it is none, declares what cannot be or names code of others, or the folder links to files elsewhere.

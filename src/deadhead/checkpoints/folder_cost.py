@@ -40,16 +40,15 @@ class _Tensor(NamedTuple):
 
 @dataclass
 class _Model:
-    """What is known of a model: the values of its configuration, and the plan by which it was cut, or None."""
+    """What is known of a model: the values of its configuration, and the plan by which it was cut, or None.
+
+    `units` are the numbers of heads and blocks, by their names in `Cost`.
+    """
 
     values: Mapping[str, Any]
     plan: HeadPlan | None
     tensors: dict[str, _Tensor] = field(default_factory=dict)
-    heads: list[int] = field(default_factory=list)
-    total_heads: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    total_blocks: list[int] = field(default_factory=list)
-    block_size: int | None = None
+    units: dict[str, Any] = field(default_factory=dict)
     context_flops: float = 0.0
     cache_values: int = 0
 
@@ -67,12 +66,12 @@ class _Model:
         return value
 
     def add(self, name: str, *shape: int, owner: str = "", multiplies: bool = False) -> None:
-        self.tensors[name] = _Tensor(shape, owner, multiplies)
+        """Add a tensor, if none of its sizes is 0."""
+        if all(shape):
+            self.tensors[name] = _Tensor(shape, owner, multiplies)
 
     def linear(self, name: str, outputs: int, inputs: int, *, owner: str, bias: bool, conv1d: bool = False) -> None:
-        """Add a projection into units, if there are any; its bias is theirs too."""
-        if not outputs or not inputs:
-            return
+        """Add a projection into units, whose bias is theirs too."""
         shape = (inputs, outputs) if conv1d else (outputs, inputs)
         self.add(f"{name}.weight", *shape, owner=owner, multiplies=True)
         if bias:
@@ -100,18 +99,16 @@ class _Model:
 
     def take_heads(self, layers: int, num_heads: int, num_kv_heads: int) -> list[tuple[int, int]]:
         """Return the query and the key/value heads left in each layer, see `models.pruned.shrinking.heads_of`."""
-        if num_heads % num_kv_heads:
-            raise _Unfamiliar
         shares = 1 < num_kv_heads < num_heads
         unit: Unit = self.plan.unit if self.plan is not None else "kv_group" if shares else "head"
         total = dict.fromkeys(range(layers), num_heads if unit == "head" else num_kv_heads)
         plan = self.plan or HeadPlan.keep_all(total, unit=unit)
         if plan.total != total:
             raise _Unfamiliar
-        self.heads, self.total_heads = plan.heads, list(total.values())
+        self.units |= {"heads": plan.heads, "total_heads": list(total.values())}
         repeat = num_heads // num_kv_heads
         if unit == "kv_group":
-            return [(count * repeat, count) for count in self.heads]
+            return [(count * repeat, count) for count in plan.heads]
         groups = [Counter(head // repeat for head in heads) for heads in plan.kept.values()]
         return [(sum(found.values()), sum(found.values()) // (math.gcd(*found.values()) or 1)) for found in groups]
 
@@ -120,13 +117,13 @@ class _Model:
         if not width:
             return [0] * layers
         blocks = None if self.plan is None else self.plan.blocks
-        self.block_size = choose_block_size([width] * layers, None, blocks)
-        total = dict.fromkeys(range(layers), width // self.block_size)
-        blocks = blocks or BlockPlan(size=self.block_size, kept={}, total=total)
-        if blocks.total != total or width % self.block_size:
+        size = choose_block_size([width] * layers, None, blocks)
+        total = dict.fromkeys(range(layers), width // size)
+        blocks = blocks or BlockPlan(size=size, kept={}, total=total)
+        if blocks.total != total or width % size:
             raise _Unfamiliar
-        self.blocks, self.total_blocks = blocks.blocks, list(total.values())
-        return [count * self.block_size for count in self.blocks]
+        self.units |= {"blocks": blocks.blocks, "total_blocks": list(total.values()), "block_size": size}
+        return [count * size for count in blocks.blocks]
 
     def cost(self, bytes_of_number: int) -> Cost:
         def numbers(owner: str, *, multiplied: bool = False) -> int:
@@ -134,17 +131,13 @@ class _Model:
             return sum(math.prod(tensor.shape) for tensor in found)
 
         return Cost(
-            heads=self.heads,
-            total_heads=self.total_heads,
+            **self.units,
             parameters=numbers(""),
             embedding_parameters=numbers("table"),
             attention_parameters=numbers("head"),
             flops_per_token=2.0 * numbers("", multiplied=True) + self.context_flops,
             attention_flops_per_token=2.0 * numbers("head", multiplied=True) + self.context_flops,
             kv_cache_bytes=self.cache_values * bytes_of_number,
-            blocks=self.blocks,
-            total_blocks=self.total_blocks,
-            block_size=self.block_size,
             block_parameters=numbers("block"),
         )
 
@@ -173,8 +166,8 @@ def _llama(model: _Model, kind: str, length: int) -> None:
         model.norms(f"{path}.input_layernorm", f"{path}.post_attention_layernorm", width=width, bias=False)
         for name, count in {"q": queries, "k": kv, "v": kv}.items():
             model.linear(f"{path}.self_attn.{name}_proj", count * head_dim, width, owner="head", bias=bias)
-        if kind == "qwen3" and queries:
-            model.norms(f"{path}.self_attn.q_norm", f"{path}.self_attn.k_norm", width=head_dim, bias=False)
+        normed = head_dim if kind == "qwen3" and queries else 0
+        model.norms(f"{path}.self_attn.q_norm", f"{path}.self_attn.k_norm", width=normed, bias=False)
         o_bias = bias and kind != "qwen2"
         model.back(f"{path}.self_attn.o_proj", width, queries * head_dim, owner="head", bias=o_bias)
         for name in ("gate_proj", "up_proj"):
@@ -224,8 +217,7 @@ def _own(model: _Model, kind: str, length: int) -> None:
         model.add("model.position_table", memory + 1, width)
     for name in ("content_bias", "position_bias") if is_relative and shares else ():
         model.add(f"model.{name}", num_heads, head_dim)
-    if model.flag("final_layer_norm"):
-        model.norms("model.norm", width=width, bias=True)
+    model.norms("model.norm", width=width if model.flag("final_layer_norm") else 0, bias=True)
     for layer, (heads, _) in enumerate(model.take_heads(layers, num_heads, num_heads)):
         path, inner = f"model.layers.{layer}.attention", heads * head_dim
         persistent = dense_persistent if dense_hidden else left[layer]
@@ -233,22 +225,22 @@ def _own(model: _Model, kind: str, length: int) -> None:
         model.back(f"{path}.o_proj", width, inner, owner="head", bias=True)
         for name in "qkv":
             model.linear(f"{path}.{name}_proj", inner, width, owner="head", bias=bias)
-        if heads and is_relative:
+        if is_relative:
             model.linear(f"{path}.r_proj", inner, width, owner="head", bias=bias)
             # It is applied once a pass to the table of positions, not to tokens.
             model.add(f"{path}.r_proj.weight", inner, width, owner="head")
-        for name in ("content_bias", "position_bias") if heads and is_relative and not shares else ():
+        for name in ("content_bias", "position_bias") if is_relative and not shares else ():
             model.add(f"{path}.{name}", heads, head_dim, owner="head")
-        for name in ("persistent_k", "persistent_v") if heads and persistent else ():
+        for name in ("persistent_k", "persistent_v"):
             model.add(f"{path}.{name}", heads, persistent, head_dim, owner="head" if dense_hidden else "head block")
         if dense_hidden:
             path = f"model.layers.{layer}.feed_forward"
             model.norms(f"{path}.norm", width=width, bias=True)
             model.linear(f"{path}.up_proj", left[layer], width, owner="block", bias=True)
             model.back(f"{path}.down_proj", width, left[layer], owner="block", bias=True)
-        elif not heads and model.blocks:
+        elif not heads and "blocks" in model.units:
             # Persistent vectors go with the last head of their layer.
-            model.blocks[layer] = 0
+            model.units["blocks"][layer] = 0
         positions = 2.0 * (memory + 1) if is_relative else 0.0
         model.context_flops += (4.0 * min(length + 1, memory + 1) + positions + 4.0 * persistent) * inner
         model.cache_values += 2 * inner * min(length, memory)
@@ -264,9 +256,7 @@ _KINDS: dict[str, Callable[[_Model, str, int], None]] = {
 def folder_cost(folder: Path, *, length: int | None = None) -> tuple[Cost, HeadPlan | None] | None:
     """Return what the model in a folder costs, and the plan that it was cut by, if any; None where torch must tell.
 
-    Args:
-        folder: of a checkpoint.
-        length: positions before the token; by default the model's window, or 1024.
+    `length` is the number of positions before the token; by default the model's window, or 1024.
 
     Raises:
         InputError: the folder's configuration declares what cannot be.

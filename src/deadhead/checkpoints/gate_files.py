@@ -31,10 +31,8 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
     """
     folder = Path(path)
     write_bytes(folder / GATES_FILE, save(gates.state_dict()))
-    values = {**asdict(gates.config), "unit": gates.unit}
-    if gates.block_size is not None:
-        values["block_size"] = gates.block_size
-    write_json(folder / GATES_CONFIG_FILE, values)
+    size = {} if gates.block_size is None else {"block_size": gates.block_size}
+    write_json(folder / GATES_CONFIG_FILE, {**asdict(gates.config), "unit": gates.unit, **size})
 
 
 def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:

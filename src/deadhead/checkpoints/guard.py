@@ -5,8 +5,6 @@ Transformers makes whatever a configuration describes: a few kilobytes could ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -49,14 +47,23 @@ def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
             f"The checkpoint {folder} has model type {shown(kind)} and cannot be loaded: neither deadhead nor "
             "transformers knows it, and deadhead never runs code that a checkpoint brings along."
         )
+    # Whatever makes a model is stopped once it has more modules than any.
+    modules = count(1)
+
+    def count_one(*_: Any) -> None:
+        if next(modules) > _MOST_MODULES:
+            raise InputError(f"The configuration describes over {_MOST_MODULES:,} modules, but no model has as many.")
+
+    hook = torch_module.register_module_module_registration_hook(count_one)
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        with _bounded():
-            model = skeleton(config)
+        model = skeleton(config)
     except InputError:
         raise
     except Exception as error:  # each architecture has checks of its own, and its own faults where it has none
         raise InputError(f"The configuration in {path} cannot be used: {_reason(error)}.") from error
+    finally:
+        hook.remove()
     if (parameters := model.num_parameters()) > MOST_PARAMETERS:
         raise InputError(
             f"The model configuration {file} describes {parameters:.1e} parameters, but no model has over "
@@ -103,22 +110,6 @@ def misshapen(folder: Path) -> str:
         if name in stored and stored[name].shape != tuple(parameter.shape):
             return f"{name} has shape {list(stored[name].shape)}, but {list(parameter.shape)} was expected"
     return ""
-
-
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Stop whatever makes a model in the block, by an InputError, once it has more modules than any."""
-    modules = count(1)
-
-    def count_one(*_: Any) -> None:
-        if next(modules) > _MOST_MODULES:
-            raise InputError(f"The configuration describes over {_MOST_MODULES:,} modules, but no model has as many.")
-
-    hook = torch_module.register_module_module_registration_hook(count_one)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:

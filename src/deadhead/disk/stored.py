@@ -22,19 +22,11 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # Of each type of the format, the name in torch and the bytes of a number.
 _TYPES: Mapping[str, tuple[str, int]] = {
+    **{f"U{bits}": (f"uint{bits}", bits // 8) for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": (f"int{bits}", bits // 8) for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": (f"float{bits}", bits // 8) for bits in (16, 32, 64)},
     "BOOL": ("bool", 1),
-    "U8": ("uint8", 1),
-    "I8": ("int8", 1),
-    "I16": ("int16", 2),
-    "U16": ("uint16", 2),
-    "I32": ("int32", 4),
-    "U32": ("uint32", 4),
-    "I64": ("int64", 8),
-    "U64": ("uint64", 8),
-    "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
-    "F32": ("float32", 4),
-    "F64": ("float64", 8),
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
 }
@@ -73,8 +65,7 @@ class StoredTensor:
         """Its type in torch."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, _TYPES[self.dtype][0])
-        return dtype
+        return getattr(torch, _TYPES[self.dtype][0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,12 +37,8 @@ class Reference:
 class Agreement:
     """How near a runtime, by name and version, came.
 
-    Args:
-        runtime: its name and version.
-        logit_difference: max|Δ| / max|reference| over all positions.
-        tolerance: the most that was allowed.
-        tokens: C.
-        tokens_equal: tokens of the greedy continuation that are the same before the first that is not.
+    `logit_difference` is max|Δ| / max|reference| over all positions, `tolerance` the most that was allowed. Of the C
+    `tokens` of the greedy continuation, `tokens_equal` are the same before the first that is not.
     """
 
     runtime: str

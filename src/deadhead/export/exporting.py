@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +22,6 @@ from deadhead.errors import ExportError, InputError, UnsupportedModel, is_instal
 from deadhead.export import flat, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, make_reference
 from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
-from deadhead.export.graphs import flat_model
 from deadhead.export.padded import pad_to_stock
 from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel, stock_class
 from deadhead.modes import evaluating
@@ -87,21 +85,23 @@ def export_model(
     out = Path(out)
     require_exportable(out, to=to, kind=kind)
     _require_plain(model, to)
-    with evaluating(model), _new(out) as place:
-        if to == "gguf":
-            return _gguf(model, out, place, kind or "f16", tokenizer)
-        place.mkdir()
-        if to == "padded":
-            return _padded(model, out, place, tokenizer, base)
-        return _flat(model, out, place, to, tokenizer, base)
+    with evaluating(model), no_space_is_input_error(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_overs(out.parent, out.name)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as folder:
+            place = Path(folder, out.name)
+            if to == "gguf":
+                exported = _gguf(model, out, place, kind or "f16", tokenizer)
+            else:
+                place.mkdir()
+                write = _padded if to == "padded" else partial(_flat, to=to)
+                exported = write(model, out, place, tokenizer, base)
+            place.rename(out)
+    return exported
 
 
 def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
-    """Check what can be checked without the model: format, type, place and libraries; see `export_model`.
-
-    Raises:
-        InputError: one of them does not do.
-    """
+    """Check what can be checked without the model, format, type, place and libraries, or raise an InputError."""
     if to not in FORMATS:
         raise InputError(f"A format was expected ({', '.join(FORMATS)}), but {to!r} came.")
     if kind is not None and to != "gguf":
@@ -134,17 +134,6 @@ def _require_plain(model: PreTrainedModel, to: str) -> None:
             f"A model in float32 was expected, but this one is in {model.dtype}; load it so: "
             "deadhead.load(path, dtype=torch.float32)."
         )
-
-
-@contextmanager
-def _new(out: Path) -> Iterator[Path]:
-    """Yield a place beside `out` for what will be there when the block ends well."""
-    with no_space_is_input_error(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_overs(out.parent, out.name)
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as folder:
-            yield Path(folder, out.name)
-            Path(folder, out.name).rename(out)
 
 
 def _gguf(
@@ -184,9 +173,9 @@ def _in_llama_cpp(
 
 
 def _flat(
-    model: PreTrainedModel, out: Path, place: Path, to: str, tokenizer: PreTrainedTokenizerBase | None, base: _Base
+    model: PreTrainedModel, out: Path, place: Path, tokenizer: PreTrainedTokenizerBase | None, base: _Base, *, to: str
 ) -> Exported:
-    graph = flat_model(model)
+    graph = onnx.flat_model(model)
     reference = make_reference(model)
     onnx.write_onnx(graph, place / onnx.FILE)
     runtime, file = "onnxruntime", place / onnx.FILE
@@ -197,9 +186,7 @@ def _flat(
         openvino.save_model(openvino.convert_model(str(place / onnx.FILE)), str(file), compress_to_fp16=False)
         for left in place.glob(f"{onnx.FILE}*"):
             left.unlink()
-    agreements: tuple[Agreement, ...] = ()
-    if is_installed(runtime):
-        agreements = (flat.check(file, reference, runtime, _TOLERANCE["f32"]),)
+    agreements = (flat.check(file, reference, runtime, _TOLERANCE["f32"]),) if is_installed(runtime) else ()
     size = sum(path.stat().st_size for path in place.iterdir())
     write_json(place / "config.json", _plain_config(model))
     if to == "onnx":

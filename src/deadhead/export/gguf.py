@@ -237,12 +237,12 @@ def _attention(
     is_empty = getattr(attention, "is_emptied", False)
     counts = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
     for part in ("weight", "bias"):
-        if is_empty:
-            zeros = {letter: _zeros(count * plan.head_dim, width) for letter, count in counts.items()}
-            found: dict[str, Tensor] = zeros if part == "weight" else {}
-        else:
+        found: dict[str, Tensor] = {}
+        if not is_empty:
             given = {letter: getattr(getattr(attention, f"{letter}_proj"), part) for letter in counts}
             found = {letter: tensor for letter, tensor in given.items() if tensor is not None}
+        elif part == "weight":
+            found = {letter: _zeros(count * plan.head_dim, width) for letter, count in counts.items()}
         if plan.architecture == "openelm" and found:
             yield f"{block}.attn_qkv.{part}", torch.cat(tuple(found.values()))
             continue

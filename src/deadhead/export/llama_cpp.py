@@ -26,11 +26,7 @@ _NOT_MADE = ("iq1_", "iq2_", "q2_k_s", "mxfp4", "nvfp4", "q1_0")
 
 
 def require_quantizer(kind: str) -> None:
-    """Check that llama.cpp's quantiser is there and makes such a type.
-
-    Raises:
-        InputError: it is not, or does not.
-    """
+    """Check that llama.cpp's quantiser is there and makes such a type, or raise an InputError."""
     require_extra("llama-cpp", "llama_cpp", what=f"Type {kind}, which llama.cpp's quantiser makes,")
     import llama_cpp
 
@@ -58,11 +54,7 @@ def read_logits(
 
 
 def quantize(path: Path, out: Path, kind: str) -> None:
-    """Let llama.cpp's own quantiser write `out` from a file in float16 or float32, in a type such as "q4_k_m".
-
-    Raises:
-        ExportError: the quantiser failed.
-    """
+    """Let llama.cpp's own quantiser write `out` from a file in float16 or float32, in a type such as "q4_k_m"."""
     _run({"task": "quantize", "path": str(path), "out": str(out), "kind": kind})
 
 
@@ -96,7 +88,12 @@ def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
 
     ids, rest = job["prompt"], job["rest"]
     length = len(ids) + len(rest)
-    _use_plain_kernels()
+    # Kept from repacking quantised weights: its kernels for AMX crash on some virtual machines. Older versions take no
+    # notice of it.
+    library: Any = llama_cpp.llama_cpp
+    params = library.llama_model_default_params()
+    params.use_extra_bufts = False
+    library.llama_model_default_params = lambda: params
     model = llama_cpp.Llama(job["path"], n_ctx=max(64, length), logits_all=True, type_k=_FLOAT32, type_v=_FLOAT32)
     model.eval(ids)
     for token in rest:
@@ -106,17 +103,6 @@ def _logits(job: dict[str, Any]) -> dict[str, np.ndarray]:
         "logits": np.array(model.scores[:length], dtype=np.float32),
         "tokens": np.array(json.dumps(texts)),
     }
-
-
-def _use_plain_kernels() -> None:
-    """Keep llama.cpp from repacking quantised weights: its kernels for AMX crash on some virtual machines."""
-    import llama_cpp
-
-    library: Any = llama_cpp.llama_cpp
-    params = library.llama_model_default_params()
-    # Older versions take no notice of it.
-    params.use_extra_bufts = False
-    library.llama_model_default_params = lambda: params
 
 
 def _quantize(job: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -31,12 +31,10 @@ _WAITING = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """What is left of a tensor.
+    """What is left of a tensor when rows go along a dimension.
 
-    Args:
-        dim: the dimension along which rows go.
-        index: (n,) the rows that stay, in their new order; one may stand several times.
-        factor: (n,) what they are multiplied by, or None.
+    `index` (n,) has the rows that stay, in their new order, one perhaps several times, `factor` (n,) what they are
+    multiplied by, or None.
     """
 
     dim: int

@@ -157,14 +157,13 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
     if planned.cache_growth:
         warn_of_cache(planned.cache_growth, stacklevel=4)
     # One layer is checked before anything is written: whether layers of this kind can be.
-    layers = sorted(planned.check.sites)
-    for place in layers[:1]:
+    for place in sorted(planned.check.sites)[:1]:
         planned.check.check(place)
     with no_space_is_input_error(out), _work_folder(work, planned, source) as manifest:
         if resume:
             remove_left_overs(out.parent, out.name)
         _require_room(out, planned, manifest)
-        _copy_and_check(planned, manifest, layers, progress)
+        _copy_and_check(planned, manifest, progress)
         _publish(planned, manifest, source, tokenizer, out)
     shutil.rmtree(work, ignore_errors=True)
     return CheckpointCut(
@@ -254,54 +253,53 @@ def _require_room(out: Path, planned: StreamedCut, manifest: _Manifest) -> None:
         )
 
 
-def _copy_and_check(planned: StreamedCut, manifest: _Manifest, layers: list[int], progress: Progress) -> None:
+def _copy_and_check(planned: StreamedCut, manifest: _Manifest, progress: Progress) -> None:
     """Copy files in threads of their own, and check layers in this one."""
+    stored, layers = planned.stored, sorted(planned.check.sites)
     stop, lock, done = threading.Event(), threading.Lock(), 0
 
     def copied(count: int) -> None:
         nonlocal done
         with lock:
             done += count
-            progress("copying", done, planned.stored.nbytes)
+            progress("copying", done, stored.nbytes)
+
+    def copy(name: str) -> None:
+        pieces = () if name in manifest.finished else planned.pieces.get(name, ())
+        copied(sum(tensor.nbytes for tensor in stored.files[name]) - sum(piece.source.nbytes for piece in pieces))
+        if not pieces or stop.is_set():
+            return
+        part = manifest.work / f"{name}.part"
+        try:
+            digest = copy_pieces(stored.folder / name, part, pieces, progress=copied, stop=stop)
+        except OSError:
+            part.unlink(missing_ok=True)  # the space it takes may be what is missing
+            raise
+        manifest.finish(name, digest, part)
 
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        copies = [pool.submit(_copy, planned, manifest, name, copied, stop) for name in planned.stored.files]
+        copies = [pool.submit(copy, name) for name in stored.files]
         try:
             for count, place in enumerate(layers):
-                if any(copy.done() and copy.exception() for copy in copies):
+                if any(started.done() and started.exception() for started in copies):
                     break
                 if count:
                     planned.check.check(place)
                 progress("checking", count + 1, len(layers))
-            for copy in as_completed(copies):
-                copy.result()
+            for finished in as_completed(copies):
+                finished.result()
         except BaseException:
             stop.set()
             raise
 
 
-def _copy(
-    planned: StreamedCut, manifest: _Manifest, name: str, copied: Callable[[int], None], stop: threading.Event
-) -> None:
-    stored = planned.stored
-    pieces = () if name in manifest.finished else planned.pieces.get(name, ())
-    copied(sum(tensor.nbytes for tensor in stored.files[name]) - sum(piece.source.nbytes for piece in pieces))
-    if not pieces or stop.is_set():
-        return
-    part = manifest.work / f"{name}.part"
-    try:
-        digest = copy_pieces(stored.folder / name, part, pieces, progress=copied, stop=stop)
-    except OSError:
-        part.unlink(missing_ok=True)  # the space it takes may be what is missing
-        raise
-    manifest.finish(name, digest, part)
-
-
 def _publish(planned: StreamedCut, manifest: _Manifest, source: Path, tokenizer: Any, out: Path) -> None:
     """Put the files, and all that goes beside them, in the place of `out`."""
     model: Any = planned.model
-    if (outputs := planned.check.attention_outputs()) is not None:
-        model.config.attention_outputs = outputs
+    # What emptied modules return was seen when their layers were checked.
+    emptied: list[Any] = [module for module in planned.check.model.modules() if hasattr(module, "num_outputs")]
+    if emptied:
+        model.config.attention_outputs = int(emptied[0].num_outputs)
     if _identity(planned, source)["source"] != manifest.identity["source"]:
         raise InputError(f"The weights in {source} were changed while they were cut; cut them again.")
     if model.can_generate() and (source / "generation_config.json").is_file():

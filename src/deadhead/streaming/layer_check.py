@@ -84,18 +84,8 @@ class LayerCheck:
         if self.sites:
             self._fill_rest(stack)
 
-    def attention_outputs(self) -> int | None:
-        """Return how many values emptied modules return, once layers were checked; None if there is none."""
-        found: list[Any] = [module for module in self.model.modules() if hasattr(module, "num_outputs")]
-        return int(found[0].num_outputs) if found else None
-
     def check(self, place: int) -> None:
-        """Check a layer.
-
-        Raises:
-            CutError: the cut layer computes something else.
-            NotStreamable: the layer does not run alone.
-        """
+        """Check a layer, or raise a CutError, or NotStreamable if it does not run alone."""
         layers, sites = list(self._layers), self.sites[place]
         layer = layers[place]
         self._fill(layer, sites)

@@ -37,16 +37,9 @@ _HALF = (torch.float16, torch.bfloat16)
 class StreamedCut:
     """A cut that is about to be made.
 
-    Args:
-        stored: the weights.
-        pieces: by file, what of its tensors goes into the new file of that name; files of which nothing stays are left
-            out.
-        plan: the heads, and blocks, that stay.
-        model: the cut model without weights, in the type it is loaded in.
-        check: of the layers.
-        before: what the model costs now.
-        after: what the cut model costs.
-        cache_growth: by what share the key/value cache grows; 0 if it does not.
+    `pieces` has by file what of its tensors goes into the new file of that name; files of which nothing stays are left
+    out. `model` is the cut model without weights, in the type it is loaded in. `cache_growth` is the share by which the
+    key/value cache grows; 0 if it does not.
     """
 
     stored: StoredCheckpoint
@@ -65,13 +58,7 @@ class StreamedCut:
 
 
 def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
-    """Work out a cut.
-
-    Raises:
-        InputError: the checkpoint is damaged, or the plan is not one for this model.
-        UnsupportedModel: the model has no prunable heads.
-        NotStreamable: the checkpoint can only be cut in memory.
-    """
+    """Work out a cut; raise NotStreamable if the checkpoint can only be cut in memory."""
     stored = read_stored(source)
     config = checkpoint.load_config(source)
     dtype = _load_dtype(config, stored)
