@@ -138,14 +138,12 @@ def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:
     held: list[str] = []
     for text, ends_document in pieces:
         words = text.rsplit(None, 1)
-        cut = len(text) - len(words[-1]) if words and text.endswith(words[-1]) else len(text)
-        if ends_document:
-            yield Piece("".join([*held, text]), True)
-            held = []
-        elif cut == 0:
-            held.append(text)
-        else:
-            yield Piece("".join([*held, text[:cut]]), False)
+        goes_on = not ends_document and words and text.endswith(words[-1])
+        cut = len(text) - len(words[-1]) if goes_on else len(text)
+        if cut or ends_document:
+            yield Piece("".join([*held, text[:cut]]), ends_document)
             held = [text[cut:]]
+        else:
+            held.append(text)
     if any(held):
         yield Piece("".join(held), False)
