@@ -10,7 +10,6 @@ from codecs import utf_8_decode
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -112,12 +111,6 @@ class Document:
         stream.seek(position)
         data = stream.read(min(4, self.stop - position))
         return position + len(data) - len(data.lstrip(_CONTINUATION))
-
-
-def text_document(label: str, text: str) -> Document:
-    """A document of a text in memory."""
-    data = text.encode()
-    return Document(label=label, open=lambda: BytesIO(data), stop=len(data))
 
 
 class Documents(list[Document]):

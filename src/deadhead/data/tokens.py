@@ -61,11 +61,12 @@ class TokenizedCorpus:
         self.sha256 = meta["sha256"]
         self.splits = {
             name: TokenStream(
-                tokens=_mapped(folder / f"{name}.bin", meta["dtype"]),
+                # An empty file can't be mapped.
+                tokens=np.memmap(path, meta["dtype"], "r") if path.stat().st_size else np.zeros(0, meta["dtype"]),
                 num_bytes=meta["splits"][name]["bytes"],
                 num_words=meta["splits"][name]["words"],
             )
-            for name in SPLITS
+            for name, path in {name: folder / f"{name}.bin" for name in SPLITS}.items()
         }
 
 
@@ -199,13 +200,6 @@ def _usable(folder: Path, fingerprint: str) -> TokenizedCorpus | None:
         meta = read_json(folder / _META, what="description of token files")
         return TokenizedCorpus(folder, meta) if meta["fingerprint"] == fingerprint else None
     return None
-
-
-def _mapped(path: Path, dtype: str) -> np.ndarray:
-    """Map a file of ids, (n,); an empty file can't be mapped."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _counted(pieces: Iterable[Piece], count: dict[str, int]) -> Iterator[Piece]:
