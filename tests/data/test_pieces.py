@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deadhead.data import pieces
-from deadhead.data.pieces import Document, Documents, Piece, text_document, whole_words
+from deadhead.data.pieces import Document, Documents, Piece, whole_words
 from deadhead.errors import InputError
 
 TEXTS = st.text(alphabet=st.sampled_from("ab \n\r\t\x1cé€😀\u3000"), max_size=200)
@@ -20,6 +20,11 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
     monkeypatch.setattr(pieces, "_SCAN_BYTES", 8)
     return 16
+
+
+def text_document(label: str, text: str) -> Document:
+    data = text.encode()
+    return Document(label=label, open=lambda: BytesIO(data), stop=len(data))
 
 
 def texts(document: Document) -> list[str]:

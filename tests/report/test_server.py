@@ -148,7 +148,7 @@ def test_a_taken_port_is_said(folder: Path) -> None:
 
 def test_two_readers_at_once_see_the_same(folder: Path) -> None:
     run = _watched(folder)
-    found: list[tuple[bytes, str]] = []
+    found: list[bytes] = []
     readers = [threading.Thread(target=lambda: found.append(run.read())) for _ in range(4)]
     for reader in readers:
         reader.start()

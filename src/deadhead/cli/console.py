@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -92,14 +92,9 @@ def bytes_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-@contextmanager
-def working(what: str) -> Iterator[None]:
+def working(what: str) -> AbstractContextManager[object]:
     """Show that something goes on whose end cannot be told; silent without a terminal."""
-    if not errors.is_terminal:
-        yield
-        return
-    with errors.status(escape(what)):
-        yield
+    return errors.status(escape(what)) if errors.is_terminal else nullcontext()
 
 
 def load_torch(quiet: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deadhead.data.local import SPLIT_NAMES
-from deadhead.data.pieces import PIECE_BYTES, Document, Piece, text_document
+from deadhead.data.pieces import PIECE_BYTES, Document, Piece
 from deadhead.errors import InputError, first_line, require_extra
 
 if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
@@ -41,7 +41,9 @@ class Rows:
                 if 4 * len(text) <= PIECE_BYTES:
                     yield Piece(text, separated)
                 else:
-                    yield from text_document(self._label, text).pieces(separated=separated)
+                    data = text.encode()
+                    document = Document(label=self._label, open=partial(BytesIO, data), stop=len(data))
+                    yield from document.pieces(separated=separated)
 
     def select(self, indices: np.ndarray) -> Rows:
         """The rows of these indices."""
@@ -94,11 +96,9 @@ def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
     """All splits of a data set by name."""
     from datasets import Dataset, load_dataset, load_from_disk
 
-    load: Callable[[], Dataset | Mapping[str, Dataset]] = partial(load_dataset, name, config)
-    if any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
-        load = partial(load_from_disk, name)
+    is_saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     try:
-        loaded = load()
+        loaded = load_from_disk(name) if is_saved else load_dataset(name, config)
     except Exception as error:  # the library raises many kinds, down to those of the file formats
         raise InputError(f"The data set {source} could not be loaded: {first_line(error)}.") from error
     return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)

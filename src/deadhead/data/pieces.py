@@ -10,7 +10,6 @@ from codecs import utf_8_decode
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -114,12 +113,6 @@ class Document:
         return position + len(data) - len(data.lstrip(_CONTINUATION))
 
 
-def text_document(label: str, text: str) -> Document:
-    """A document of a text in memory."""
-    data = text.encode()
-    return Document(label=label, open=lambda: BytesIO(data), stop=len(data))
-
-
 class Documents(list[Document]):
     """Several documents, which are separated from each other."""
 
@@ -138,14 +131,12 @@ def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:
     held: list[str] = []
     for text, ends_document in pieces:
         words = text.rsplit(None, 1)
-        cut = len(text) - len(words[-1]) if words and text.endswith(words[-1]) else len(text)
-        if ends_document:
-            yield Piece("".join([*held, text]), True)
-            held = []
-        elif cut == 0:
-            held.append(text)
-        else:
-            yield Piece("".join([*held, text[:cut]]), False)
+        goes_on = not ends_document and words and text.endswith(words[-1])
+        cut = len(text) - len(words[-1]) if goes_on else len(text)
+        if cut or ends_document:
+            yield Piece("".join([*held, text[:cut]]), ends_document)
             held = [text[cut:]]
+        else:
+            held.append(text)
     if any(held):
         yield Piece("".join(held), False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 import tempfile
 import weakref
@@ -62,11 +61,12 @@ class TokenizedCorpus:
         self.sha256 = meta["sha256"]
         self.splits = {
             name: TokenStream(
-                tokens=_mapped(folder / f"{name}.bin", meta["dtype"]),
+                # An empty file can't be mapped.
+                tokens=np.memmap(path, meta["dtype"], "r") if path.stat().st_size else np.zeros(0, meta["dtype"]),
                 num_bytes=meta["splits"][name]["bytes"],
                 num_words=meta["splits"][name]["words"],
             )
-            for name in SPLITS
+            for name, path in {name: folder / f"{name}.bin" for name in SPLITS}.items()
         }
 
 
@@ -78,7 +78,7 @@ def load_text(
     column: str | None = None,
     split: str | None = None,
     cache_dir: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TokenizedCorpus, PreTrainedTokenizerBase]:
     """Read a text and turn it into tokens.
 
@@ -108,7 +108,7 @@ def tokenize_corpus(
     tokenizer: PreTrainedTokenizerBase,
     *,
     cache_dir: str | Path | None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TokenizedCorpus:
     """Turn a corpus into token ids, streaming, unless the cache has them. Tokenizers of subwords use all cores.
 
@@ -157,7 +157,7 @@ def _write_splits(
     encoder: Encoder,
     separator: int | None,
     dtype: str,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None],
 ) -> dict[str, dict[str, int]]:
     """Write the files of all splits; return the numbers of tokens, bytes and words of each."""
     counts: dict[str, dict[str, int]] = {}
@@ -167,8 +167,7 @@ def _write_splits(
             for ids in encode_pieces(encoder, _counted(corpus.pieces(name), count), separator):
                 _append(file, ids.astype(dtype))
                 count["tokens"] += len(ids)
-                if progress is not None:
-                    progress(sum(each["bytes"] for each in counts.values()) // 1000, corpus.num_bytes // 1000)
+                progress(sum(each["bytes"] for each in counts.values()) // 1000, corpus.num_bytes // 1000)
         if encoder.is_words:
             count["words"] = count["tokens"]
     return counts
@@ -199,18 +198,8 @@ def _usable(folder: Path, fingerprint: str) -> TokenizedCorpus | None:
         if not read_checksums(folder) or changed_file(folder) is not None:
             return None
         meta = read_json(folder / _META, what="description of token files")
-        expected = {name: meta["splits"][name]["tokens"] * np.dtype(meta["dtype"]).itemsize for name in SPLITS}
-        actual = {name: os.path.getsize(folder / f"{name}.bin") for name in SPLITS}
-        if meta["fingerprint"] == fingerprint and expected == actual:
-            return TokenizedCorpus(folder, meta)
+        return TokenizedCorpus(folder, meta) if meta["fingerprint"] == fingerprint else None
     return None
-
-
-def _mapped(path: Path, dtype: str) -> np.ndarray:
-    """Map a file of ids, (n,); an empty file can't be mapped."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _counted(pieces: Iterable[Piece], count: dict[str, int]) -> Iterator[Piece]:

@@ -75,7 +75,6 @@ def score_heads(
     size = block_size(layout, model, blocks)
     sites = layout.all_sites(model, unit, size)
     there = [site for site in sites if site.units]
-    found: list[Tensor] = []
     if criterion not in ONE_SHOT:
         raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
     if criterion == "output-difference" and any(site.output_path is None for site in there):
@@ -88,8 +87,8 @@ def score_heads(
     elif criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         found = [torch.rand(len(site.units), generator=generator) for site in there]
-    elif there:
-        found = (_taylor if criterion == "taylor" else _differences)(model, there, batches)
+    else:
+        found = (_taylor if criterion == "taylor" else _differences)(model, there, batches) if there else []
     return HeadScores(
         scores={site.key: scores for site, scores in zip(there, found, strict=True)},
         heads={site.key: site.units for site in sites},

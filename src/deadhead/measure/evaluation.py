@@ -87,9 +87,8 @@ def evaluate(
             total = _slide_memory(model, text.tokens[: targets + 1], batch_size, progress)
         else:
             most = max_positions(model)
-            if window is None:
-                window = min(_WINDOW, most or _WINDOW)
-            elif window < 2 or (most is not None and window > most):
+            window = min(_WINDOW, most or _WINDOW) if window is None else window
+            if window < 2 or (most is not None and window > most):
                 allowed = f"2 to {most or 'any number of'} tokens"
                 raise InputError(f"The window must have {allowed}, but {window} were asked for.")
             total = _slide_window(model, text.tokens[: targets + 1], window, batch_size, progress)

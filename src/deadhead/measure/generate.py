@@ -38,9 +38,7 @@ def generate_text(
             ids.to(model.device),
             attention_mask=torch.ones_like(ids).to(model.device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+            pad_token_id=tokenizer.pad_token_id or 0,
             **sampling,
         )
-    text = tokenizer.decode(output[0], skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

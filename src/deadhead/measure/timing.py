@@ -78,11 +78,8 @@ def bench(
             if repetition:
                 seconds[name].append(time.perf_counter() - begin)
     tokens = batch_size * (new_tokens if workload == "decode" else length)
-    found = {}
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        found[name] = Timing(workload=workload, seconds=median, tokens_per_second=tokens / median)
-    return found
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: Timing(workload=workload, seconds=m, tokens_per_second=tokens / m) for name, m in medians.items()}
 
 
 def _run(

@@ -22,6 +22,7 @@ from deadhead.report.run_facts import ATTENTION_OF, checkpoints_in, packed
 # Weights of all heads together that a page takes along, one byte each, and tokens that can be read on an axis.
 _MOST_WEIGHTS = 600_000
 _MOST_TOKENS = 48
+_SIGNS = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
 
 
 def run_attention(
@@ -60,7 +61,7 @@ def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         raise InputError("A sentence of at least one token was expected, but it is empty.")
     require_known(model, int(ids.max()), of="sentence")
     attentions = _weights(model, ids.to(model.device))
-    tokens = [_readable(tokenizer, int(token)) for token in ids[0]]
+    tokens = [str(tokenizer.decode([token])).translate(_SIGNS) or f"[{token}]" for token in ids[0].tolist()]
     length = len(tokens)
     layers = {}
     has_persistent = False
@@ -98,8 +99,3 @@ def _weights(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     if not found:
         raise InputError(f"Models of type {model.config.model_type} do not tell their attention weights.")
     return [weights for weights in found if weights is not None]
-
-
-def _readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    text = str(tokenizer.decode([token]))
-    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or f"[{token}]"

@@ -145,8 +145,8 @@ class RunFacts:
             totals = {str(layer): count for layer, count in plan.total.items()}
             totals |= {str(UnitKey("block", layer)): count for layer, count in blocks.items()}
             kept = {str(key): units for key, units in plan.units.items()}
-        kept_frames = found.open_probability.kept
-        frames = [row for _, row in kept_frames]
+        steps = [step for step, _ in found.open_probability.kept]
+        frames = [frame for _, frame in found.open_probability.kept]
         for key, row in (frames[-1] if frames else {}).items():
             totals.setdefault(key, len(row))
         layers = []
@@ -166,7 +166,7 @@ class RunFacts:
                     "difference": found.difference.get(key, []),
                 }
             )
-        return {"steps": [step for step, _ in kept_frames], "layers": layers}
+        return {"steps": steps, "layers": layers}
 
 
 def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[dict[str, Any]]:

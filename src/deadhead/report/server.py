@@ -46,15 +46,13 @@ class WatchedRun:
         self._models: dict[str, Path] = {}
         self._attention: dict[str, Any] | None = None
         self._text = b""
-        self._mark = ""
 
-    def read(self) -> tuple[bytes, str]:
-        """Return what the page is to know, as JSON, and a mark that changes with it."""
+    def read(self) -> bytes:
+        """Return what the page is to know, as JSON."""
         with self._lock:
             if self.facts.update() or not self._text:
                 self._text = json.dumps(finite(self._page_data()), allow_nan=False).encode("utf-8")
-                self._mark = f'"{hashlib.sha256(self._text).hexdigest()[:24]}"'
-            return self._text, self._mark
+            return self._text
 
     def _page_data(self) -> dict[str, Any]:
         models = checkpoints_in(self.facts.folder, ATTENTION_OF)
@@ -107,10 +105,11 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
     """
 
     def page(request: Request) -> Response:
-        return HTMLResponse(render_page([json.loads(run.read()[0]) for run in runs], live=True))
+        return HTMLResponse(render_page([json.loads(run.read()) for run in runs], live=True))
 
     def news(request: Request) -> Response:
-        text, mark = asked_run(request).read()
+        text = asked_run(request).read()
+        mark = f'"{hashlib.sha256(text).hexdigest()[:24]}"'
         if request.headers.get("if-none-match") == mark:
             return Response(status_code=304)
         return Response(text, media_type="application/json", headers={"ETag": mark})

@@ -102,7 +102,7 @@ class Trial:
             )
             gates.set_plan(plan)
             return {
-                "perplexity": self._perplexity(loaded.model, loaded.text),
+                "perplexity": evaluate(loaded.model, loaded.text, limit=self.tokens).perplexity,
                 "whole": loaded.whole,
                 "continuation": generate_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_NEW_TOKENS),
                 "on": sum(len(units) for units in plan.units.values()),
@@ -134,8 +134,9 @@ class Trial:
         )
         scale = gates.config.output_scale
         gates.set_plan(HeadPlan.of_units(gates.heads, gates.total, unit=gates.unit, block_size=gates.block_size))
-        whole = self._perplexity(model, text.splits["valid"])
-        self._loaded = _Loaded(name, model, gates, tokenizer, text.splits["valid"], whole, scale)
+        valid = text.splits["valid"]
+        whole = evaluate(model, valid, limit=self.tokens).perplexity
+        self._loaded = _Loaded(name, model, gates, tokenizer, valid, whole, scale)
         return self._loaded
 
     def _gated(self, folder: Path) -> tuple[PreTrainedModel, HeadGates]:
@@ -147,6 +148,3 @@ class Trial:
         if plan is None:
             return model, attach(model)
         return model, attach(model, unit=plan.unit, blocks=False if plan.blocks is None else plan.blocks.size)
-
-    def _perplexity(self, model: PreTrainedModel, text: TokenStream) -> float:
-        return evaluate(model, text, limit=self.tokens).perplexity
