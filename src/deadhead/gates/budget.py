@@ -72,12 +72,8 @@ class BudgetTarget(Target):
 
     The sparsity loss is Σ c_u P(open_u) with c_u what unit u costs, and its λ a Lagrange multiplier: after each step
     log_alpha of every unit moves by w_u c_u times one number, the one that makes the expected cost what the ramp asks
-    for. So units go that are worth least for what they cost; which those are the language-modelling loss decides.
-
-    Args:
-        costs: what units cost; the keys are those of the gates.
-        share: of the dense cost that is to be left, in (0, 1].
-        ramp_steps: steps until the ramp has reached it.
+    for. So units go that are worth least for what they cost; which those are the language-modelling loss decides. The
+    share, in (0, 1], is of the dense cost; `costs` has the keys of the gates.
     """
 
     def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int) -> None:

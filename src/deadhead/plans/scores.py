@@ -69,14 +69,8 @@ class HeadScores:
     def within(self, costs: UnitCosts, limit: float) -> HeadPlan:
         """Return the plan that drops the units with the lowest scores until what stays costs no more than a limit.
 
-        What then still fits comes back, the highest scores first, so that the budget is used up.
-
-        Args:
-            costs: what units cost, at least for those that have scores.
-            limit: the cost that may be left; where no plan comes so low, all units go that cost anything.
-
-        Raises:
-            InputError: a score is not a number.
+        What then still fits comes back, the highest scores first, so that the budget is used up. Where no plan comes so
+        low, all units go that cost anything. A score that is not a number is an InputError.
         """
         self._require_numbers()
         kept = {key: set(heads) for key, heads in self.heads.items()}
