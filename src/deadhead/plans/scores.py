@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class HeadScores:
             stays = values > -math.inf
             stays[values.argsort(stable=True)[: round(sparsity * len(values))]] = False
             for key, part in zip(group, stays.split([len(self.heads[key]) for key in group]), strict=True):
-                kept[key] = tuple(head for head, stay in zip(self.heads[key], part.tolist(), strict=True) if stay)
+                kept[key] = tuple(compress(self.heads[key], part.tolist()))
         return self._plan_of(kept)
 
     def over(self, costs: UnitCosts) -> HeadScores:
