@@ -158,7 +158,7 @@ class HeadGates:
         if sparsity is not None:
             return self.scores().plan(sparsity, ranking=ranking)
         kept = {key: tuple(compress(self.heads[key], gate.is_open.tolist())) for key, gate in self}
-        return self.plan_of(dict.fromkeys(self.heads, ()) | kept)
+        return self.plan_of({**dict.fromkeys(self.heads, ()), **kept})
 
     def plan_of(self, kept: Mapping[UnitKey, Sequence[int]]) -> HeadPlan:
         """Return the plan that keeps some units, given by key."""
