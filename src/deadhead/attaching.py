@@ -109,16 +109,14 @@ def attach(
     config = config or GateConfig()
     size = block_size(layout, model, blocks)
     sites = layout.all_sites(model, unit, size)
-    _require_cuttable(sites, config)
-    costs = _relative_costs(sites)
+    there = [site for site in sites if site.units]
+    _require_cuttable(there, config)
+    costs = _relative_costs(there)
     gates: dict[UnitKey, HeadGate] = {}
-    for site in sites:
-        if site.units:
-            own = config.for_gate(of_blocks=site.has_blocks)
-            gate = HeadGate(len(site.units), own, costs[site.key]).to(_weight(site).device)
-            gate.train(model.training)
-            site.module.add_module(site.gate_name, gate)
-            gates[site.key] = gate
+    for site in there:
+        gate = HeadGate(len(site.units), config.for_gate(of_blocks=site.has_blocks), costs[site.key])
+        gates[site.key] = gate.to(_weight(site).device).train(model.training)
+        site.module.add_module(site.gate_name, gate)
     head_gates = HeadGates(
         gates,
         heads={site.key: site.units for site in sites},
@@ -137,8 +135,6 @@ def attach(
 
 def _require_cuttable(sites: Sequence[Site], config: GateConfig) -> None:
     for site in sites:
-        if not site.units:
-            continue
         if not _weight(site).is_floating_point():
             raise UnsupportedModel(
                 f"The weights of layer {site.layer} are quantised to {_weight(site).dtype}, so heads "
@@ -173,7 +169,6 @@ def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> in
 
 def _relative_costs(sites: Sequence[Site]) -> dict[UnitKey, float]:
     """Return what an open gate costs: 1 for heads, for blocks their parameters over those of the mean head."""
-    sites = [site for site in sites if site.units]
     numbers = {s.key: sum(s.module.get_parameter(part.path).numel() for part in s.selections(s.units)) for s in sites}
     sizes = {site.key: numbers[site.key] / len(site.units) for site in sites}
     heads = [size for site in sites if not site.has_blocks for size in [sizes[site.key]] * len(site.units)]

@@ -24,8 +24,7 @@ def on_device(device: torch.device | None) -> Iterator[None]:
 
 def best_device() -> torch.device:
     """Return the device that `on_device` has chosen, else the accelerator of this machine, or the CPU."""
-    chosen = _chosen.get()
-    if chosen is not None:
+    if (chosen := _chosen.get()) is not None:
         return chosen
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")

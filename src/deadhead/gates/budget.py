@@ -72,12 +72,8 @@ class BudgetTarget(Target):
 
     The sparsity loss is Σ c_u P(open_u) with c_u what unit u costs, and its λ a Lagrange multiplier: after each step
     log_alpha of every unit moves by w_u c_u times one number, the one that makes the expected cost what the ramp asks
-    for. So units go that are worth least for what they cost; which those are the language-modelling loss decides.
-
-    Args:
-        costs: what units cost; the keys are those of the gates.
-        share: of the dense cost that is to be left, in (0, 1].
-        ramp_steps: steps until the ramp has reached it.
+    for. So units go that are worth least for what they cost; which those are the language-modelling loss decides. The
+    share, in (0, 1], is of the dense cost; `costs` has the keys of the gates.
     """
 
     def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int) -> None:
@@ -96,16 +92,15 @@ class BudgetTarget(Target):
     @torch.no_grad()
     def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
         """Move all log_alpha, after `step` steps (counted from 1), to where the wanted cost is expected."""
-        keys = list(self.costs.tables)
-        sizes = [gates.gates[key].num_heads for key in keys]
+        held = {key: gates.gates[key] for key in self.costs.tables}
+        sizes = [gate.num_heads for gate in held.values()]
         if not sum(sizes):
             return
-        values = torch.cat([gates.gates[key].log_alpha.detach().cpu() for key in keys])
+        values = torch.cat([gate.log_alpha.detach().cpu() for gate in held.values()])
         slopes = self._slopes(gates)
-        weights = torch.cat([unit_weights(gates.gates[key], weighting).cpu() * slopes[key] for key in keys])
+        weights = torch.cat([unit_weights(gate, weighting).cpu() * slopes[key] for key, gate in held.items()])
         moved = self._moved(values, weights, sizes, self.wanted(step, gates), gates)
-        for key, part in zip(keys, moved.split(sizes), strict=True):
-            gate = gates.gates[key]
+        for gate, part in zip(held.values(), moved.split(sizes), strict=True):
             gate.set_log_alpha(part.to(gate.log_alpha_bias.device))
 
     def _moved(self, values: Tensor, weights: Tensor, sizes: list[int], share: float, gates: HeadGates) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -156,11 +157,8 @@ class HeadGates:
         """
         if sparsity is not None:
             return self.scores().plan(sparsity, ranking=ranking)
-        kept: dict[UnitKey, tuple[int, ...]] = dict.fromkeys(self.heads, ())
-        for key, gate in self:
-            states = zip(self.heads[key], gate.is_open.tolist(), strict=True)
-            kept[key] = tuple(head for head, is_open in states if is_open)
-        return self.plan_of(kept)
+        kept = {key: tuple(compress(self.heads[key], gate.is_open.tolist())) for key, gate in self}
+        return self.plan_of({**dict.fromkeys(self.heads, ()), **kept})
 
     def plan_of(self, kept: Mapping[UnitKey, Sequence[int]]) -> HeadPlan:
         """Return the plan that keeps some units, given by key."""

@@ -26,12 +26,8 @@ class HeadGate(nn.Module):
 
     The buffer `difference`, (H,), is the running average of the heads' output differences (see `relative_difference`),
     measured in some training forwards; 0 if nothing was measured yet. With several processes each measures its own
-    batches, and `HeadGates.average_difference` puts their mean in place.
-
-    Args:
-        num_heads: H, heads this layer has now.
-        config: the gates' constants.
-        cost: what an open gate costs in the sparsity loss; a head costs 1.
+    batches, and `HeadGates.average_difference` puts their mean in place. `cost` is what an open gate costs in the
+    sparsity loss, where a head costs 1.
     """
 
     noise: Tensor
@@ -79,10 +75,7 @@ class HeadGate(nn.Module):
     def stored(self) -> Tensor:
         """The parameter as it is stored, log_alpha / lr_scale, shape (H,); gradients can be taken by it.
 
-        Outside the layer's forward FSDP2 leaves each process a slice. Then this is the copy that `gather` made.
-
-        Raises:
-            InputError: the parameter is sharded, and was not gathered.
+        Of a sharded one, outside the layer's forward a slice, it is the copy that `gather` must have made.
         """
         if not is_sharded(self.log_alpha_bias):
             return self.log_alpha_bias
@@ -129,12 +122,7 @@ class HeadGate(nn.Module):
 
     @torch.no_grad()
     def measure(self, alone_H: Tensor, together: Tensor) -> None:
-        """Update the output differences by one batch of this process, given sums of squares over its tokens.
-
-        Args:
-            alone_H: Σ ‖W_O^h a_h‖², shape (H,).
-            together: Σ ‖Σ_open W_O a‖², 0-dimensional.
-        """
+        """Update the output differences by Σ ‖W_O^h a_h‖², (H,), and Σ ‖Σ_open W_O a‖² over this process's tokens."""
         # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
         self.is_due = False
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -56,13 +56,12 @@ class GateOptimizer:
     @torch.no_grad()
     def step(self, penalty: Sequence[Tensor]) -> None:
         """Move all gates, and leave none of their gradients; `penalty` is that of the sparsity loss, (H,) by layer."""
-        gradients, pushes = [], []
-        for (_, gate), push in zip(self.gates, penalty, strict=True):
+        gradients = []
+        for _, gate in self.gates:
             parameter = gate.log_alpha_bias
             gradient = torch.zeros_like(gate.stored) if parameter.grad is None else whole(parameter.grad)
             # The stored parameter is log_alpha / lr_scale.
             gradients.append(gradient.float() / gate.config.lr_scale)
-            pushes.append(push.float() / gate.config.lr_scale)
             # FSDP2's checkpoints want a state of every parameter in the model's own optimizer: it gets one there by a
             # gradient of 0, and what it does to the gates all the same `hold` undoes.
             parameter.grad = torch.zeros_like(parameter) if is_sharded(parameter) else None
@@ -80,11 +79,11 @@ class GateOptimizer:
         self.square = self.smoothing * self.square + (1 - self.smoothing) * square
         typical = (self.square / (1 - self.smoothing**self.steps)) ** 0.5
         unbiased = 1 - self.momentum**self.steps
-        for index, ((_, gate), gradient, push) in enumerate(zip(self.gates, gradients, pushes, strict=True)):
+        for index, ((_, gate), gradient, push) in enumerate(zip(self.gates, gradients, penalty, strict=True)):
             mean = self.means[index].to(gradient.device).lerp(gradient, 1 - self.momentum)
             self.means[index] = mean
             if typical:
-                moved = gate.log_alpha - self.lr * (mean / unbiased + push) / typical
+                moved = gate.log_alpha - self.lr * (mean / unbiased + push.float() / gate.config.lr_scale) / typical
                 gate.set_log_alpha(moved.clamp(-gate.config.bound, gate.config.bound))
         self._moved = [(gate, gate.stored.detach().clone()) for gate, _ in self._moved]
 

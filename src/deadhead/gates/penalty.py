@@ -55,7 +55,7 @@ def linear_warmup(step: int, warmup_steps: int) -> float:
 
 
 class Target:
-    """A straight ramp, from the share where the gates are to a given one."""
+    """A straight ramp in so many steps, from the share where the gates are to a given one."""
 
     exact = False
 
@@ -93,12 +93,9 @@ class SparsityTarget(Target):
     makes Σ P(open) what the ramp asks for, so there is no λ to tune.
     What the language-modelling loss says of each head decides which of them go.
 
-    Args:
-        sparsity: share of the heads' gates to close, in [0, 1), and of those of blocks, if there are any.
-        ramp_steps: steps until the ramp has reached it.
-        ranking: "global" holds the share of all gates, "layer" that of each layer.
-        exact: subset pruning (Li, Cotterell, Sachan 2021): each draw leaves out exactly that share, those with the
-            smallest log_alpha after Gumbel noise.
+    The share, in [0, 1), is of heads' gates, and of blocks' if there are any: the ranking "global" holds it over all
+    gates, "layer" in each layer. With `exact`, which is subset pruning (Li, Cotterell, Sachan 2021), each draw leaves
+    out exactly that share, those with the smallest log_alpha after Gumbel noise.
     """
 
     def __init__(self, sparsity: float, *, ramp_steps: int, ranking: Ranking = "global", exact: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Layouts: one file for each way in which architectures keep their heads, one `register` call for each file."""
+"""Layouts: one file for each way in which architectures keep their heads, listed here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from deadhead.layouts.all_attention import AllAttentionLayout
 from deadhead.layouts.base import BLOCK_GATE, HEAD_GATE, Layout, Selection, Site, head_columns
 from deadhead.layouts.hugging_face import HuggingFaceLayout
 
-_LAYOUTS: list[Layout] = []
-
-
-def register(layout: Layout) -> None:
-    """Add a layout; the one registered first wins where several match."""
-    _LAYOUTS.append(layout)
+# The first that matches is taken.
+_LAYOUTS: list[Layout] = [AllAttentionLayout(), HuggingFaceLayout()]
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
@@ -33,7 +29,4 @@ def find_layout(model: PreTrainedModel) -> Layout:
     )
 
 
-register(AllAttentionLayout())
-register(HuggingFaceLayout())
-
-__all__ = ["BLOCK_GATE", "HEAD_GATE", "Layout", "Selection", "Site", "find_layout", "head_columns", "register"]
+__all__ = ["BLOCK_GATE", "HEAD_GATE", "Layout", "Selection", "Site", "find_layout", "head_columns"]

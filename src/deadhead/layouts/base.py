@@ -101,7 +101,7 @@ def head_columns(output: nn.Module) -> Tensor:
 
 
 class Layout(ABC):
-    """One way in which architectures keep their heads. A subclass is registered in `deadhead.layouts`."""
+    """One way in which architectures keep their heads. A subclass is listed in `deadhead.layouts`."""
 
     @abstractmethod
     def matches(self, model: PreTrainedModel) -> bool:

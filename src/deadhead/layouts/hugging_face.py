@@ -123,18 +123,17 @@ class HuggingFaceLayout(Layout):
             raise UnsupportedModel(f"deadhead cannot prune heads of models of type {kind!r}: {why}.")
         plan = self.recorded_plan(model)
         keys = layer_keys([attention.path for attention in attentions] + list(without) + list(refused))
-        found: dict[str, Attention | None] = {attention.path: attention for attention in attentions}
-        found |= dict.fromkeys(without)
+        owners: dict[str, Any] = {attention.path: attention for attention in attentions} | without
         sites: list[Site] = []
-        for path, attention in found.items():
-            emptied_module: Any = without.get(path)
-            total = (attention or emptied_module).dense_heads[0 if unit == "head" else 1]
+        for path, owner in owners.items():
+            attention = owner if isinstance(owner, Attention) else None
+            total = owner.dense_heads[0 if unit == "head" else 1]
             heads = tuple(range(total)) if plan is None else tuple(plan.kept[keys[path]])
             width = 1 if attention is None else attention.head_dim * attention.num_heads // len(heads)
             sites.append(
                 HuggingFaceSite(
                     layer=keys[path],
-                    module=emptied_module if attention is None else attention.module,
+                    module=owner if attention is None else attention.module,
                     output_path="" if attention is None else attention.output_path,
                     unit_dim=width,
                     units=() if attention is None else heads,

@@ -48,7 +48,7 @@ class _StandIn:
 
 for _type, _name in CONFIG_MAPPING_NAMES.items():
     _stand_in: Any = type(PREFIX + _name, (_StandIn,), {"stock_type": _type, "model_type": TYPE_PREFIX + _type})
-    AutoConfig.register(TYPE_PREFIX + _type, _stand_in)
+    AutoConfig.register(_stand_in.model_type, _stand_in)
 
 __all__ = [
     "OWN_TYPES",

@@ -90,23 +90,19 @@ def _checked_kept(values: Mapping[Layer, Any], total: Mapping[Layer, int], unit:
         if layer not in total:
             names = shown(list(total))
             raise InputError(f"The head plan names layer {shown(layer)}, but its totals have only: {names[1:-1]}.")
-        kept[layer] = _checked_indices(layer, indices, total[layer], unit)
+        if isinstance(indices, (str, bytes, Mapping)) or not isinstance(indices, Iterable):
+            raise InputError(f"The {unit}s kept in layer {layer} must be a list of numbers, but are {shown(indices)}.")
+        indices = list(indices)
+        for index in indices:
+            if not _is_count(index) or index >= total[layer]:
+                raise InputError(
+                    f"The head plan keeps {unit} {shown(index)} of layer {layer}, but its {unit}s are numbered 0 to "
+                    f"{total[layer] - 1}."
+                )
+        if len(set(indices)) != len(indices):
+            raise InputError(f"The head plan names a {unit} of layer {layer} twice: {shown(indices)}.")
+        kept[layer] = tuple(sorted(indices))
     return kept
-
-
-def _checked_indices(layer: Layer, kept: Any, count: int, unit: str) -> tuple[int, ...]:
-    if isinstance(kept, (str, bytes, Mapping)) or not isinstance(kept, Iterable):
-        raise InputError(f"The {unit}s kept in layer {layer} must be a list of numbers, but are {shown(kept)}.")
-    indices = list(kept)
-    for index in indices:
-        if not _is_count(index) or index >= count:
-            raise InputError(
-                f"The head plan keeps {unit} {shown(index)} of layer {layer}, but its {unit}s are numbered 0 to "
-                f"{count - 1}."
-            )
-    if len(set(indices)) != len(indices):
-        raise InputError(f"The head plan names a {unit} of layer {layer} twice: {shown(indices)}.")
-    return tuple(sorted(indices))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class HeadScores:
             stays = values > -math.inf
             stays[values.argsort(stable=True)[: round(sparsity * len(values))]] = False
             for key, part in zip(group, stays.split([len(self.heads[key]) for key in group]), strict=True):
-                kept[key] = tuple(head for head, stay in zip(self.heads[key], part.tolist(), strict=True) if stay)
+                kept[key] = tuple(compress(self.heads[key], part.tolist()))
         return self._plan_of(kept)
 
     def over(self, costs: UnitCosts) -> HeadScores:
@@ -69,14 +70,8 @@ class HeadScores:
     def within(self, costs: UnitCosts, limit: float) -> HeadPlan:
         """Return the plan that drops the units with the lowest scores until what stays costs no more than a limit.
 
-        What then still fits comes back, the highest scores first, so that the budget is used up.
-
-        Args:
-            costs: what units cost, at least for those that have scores.
-            limit: the cost that may be left; where no plan comes so low, all units go that cost anything.
-
-        Raises:
-            InputError: a score is not a number.
+        What then still fits comes back, the highest scores first, so that the budget is used up. Where no plan comes so
+        low, all units go that cost anything. A score that is not a number is an InputError.
         """
         self._require_numbers()
         kept = {key: set(heads) for key, heads in self.heads.items()}

@@ -69,10 +69,9 @@ class AdaptiveSoftmax(nn.Module):
         """Return log-probabilities of all words, (B, T, V), float32."""
         head = self._head(hidden_BTD)
         shortlist = self.bands[0][1]
-        parts = [head[..., :shortlist]]
-        for rank in range(1, len(self.bands)):
-            parts.append(head[..., shortlist + rank - 1, None] + self._tail(hidden_BTD, rank))
-        return torch.cat(parts, dim=-1)
+        ranks = range(1, len(self.bands))
+        tails = [head[..., shortlist + rank - 1, None] + self._tail(hidden_BTD, rank) for rank in ranks]
+        return torch.cat([head[..., :shortlist], *tails], dim=-1)
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the negative log-likelihood of each target, (B, T), without scoring bands it is not in."""

@@ -147,12 +147,10 @@ class _Call:
         if self.content_bias_HE is not None and self.position_bias_HE is not None:
             content_hntE = q_hntE + self.content_bias_HE[block.heads, None, None]
             position_hRE = (q_hntE + self.position_bias_HE[block.heads, None, None]).mul_(self.scale).flatten(1, 2)
-        persistent = self.q_HBTE if self.persistent_q_HBTE is None else self.persistent_q_HBTE
-        return _Queries(
-            content_PtE=(content_hntE * self.scale).flatten(0, 1),
-            position_hRE=position_hRE,
-            persistent_hRE=persistent[block.heads, block.texts, block.queries].flatten(1, 2),
-        )
+        own_hntE = q_hntE
+        if self.persistent_q_HBTE is not None:
+            own_hntE = self.persistent_q_HBTE[block.heads, block.texts, block.queries]
+        return _Queries((content_hntE * self.scale).flatten(0, 1), position_hRE, own_hntE.flatten(1, 2))
 
     def context(self, tensor_HBSE: Tensor, block: Block) -> Tensor:
         """Return a block's part of keys or values, (P, s, E), as a view."""
@@ -203,7 +201,7 @@ class _Part:
     shut_hRC: Tensor  # behind the others in the buffer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Queries:
     """The three kinds of queries of a block."""
 

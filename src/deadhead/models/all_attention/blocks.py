@@ -16,7 +16,7 @@ from torch import Tensor
 _MIN_QUERIES = 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Block:
     """Some heads, some texts, some queries of each, and the positions of the context that they see."""
 
@@ -90,13 +90,7 @@ class Blocking:
             columns = self.window + _length(queries) - 1
             for heads in _slices(self.heads, self.num_heads):
                 for texts in _slices(self.batch, self.num_texts):
-                    yield Block(
-                        heads=heads,
-                        texts=texts,
-                        queries=queries,
-                        context=slice(max(0, last - columns), last),
-                        columns=columns,
-                    )
+                    yield Block(heads, texts, queries, slice(max(0, last - columns), last), columns)
 
 
 def by_distance(scores_tc: Tensor, window: int) -> Tensor:

@@ -77,9 +77,7 @@ class AllAttention(nn.Module):
 
         Those that a gate of deadhead's multiplies by 0, without a gradient, change neither the output nor any gradient.
         """
-        if torch.compiler.is_compiling():
-            return None
-        idle = getattr(getattr(self, "head_gate", None), "idle", ())
+        idle = () if torch.compiler.is_compiling() else getattr(getattr(self, "head_gate", None), "idle", ())
         if not idle:
             return None
         # One head at least, so that every parameter takes part: distributed training waits for all their gradients.

@@ -21,7 +21,7 @@ N persistent vectors, L layers, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,8 +131,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
         if self.config.position == "learned":
             return self.position_table
         if self.config.position == "sinusoidal":
-            table = sinusoidal_table(self.config.memory_length + 1, self.config.hidden_size)
-            return table.to(device=hidden_BTD.device, dtype=hidden_BTD.dtype)
+            return sinusoidal_table(self.config.memory_length + 1, self.config.hidden_size).to(hidden_BTD)
         return None
 
     def forward(
@@ -250,27 +249,14 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> AllAttentionOutput:
-        """Return logits, and the mean negative log-likelihood where labels are given.
+        """Return logits, and the mean negative log-likelihood where labels are given; see `AllAttentionModel.forward`.
 
-        Args:
-            input_ids: see `AllAttentionModel.forward`, as for all that is not described here.
-            attention_mask: see there.
-            past_key_values: see there.
-            memory: see there.
-            inputs_embeds: see there.
-            labels: (B, T), the inputs themselves; they are shifted here, −100 is ignored.
-            shift_labels: (B, T), each position's next token, for texts that go on in the next segment; goes first.
-            logits_to_keep: compute only the last so many positions' logits (0: all), or those at these indices.
-            num_items_in_batch: divide the summed loss by this instead of taking the mean.
+        `labels`, (B, T), are the inputs themselves: they are shifted here, and −100 is ignored. `shift_labels`, (B, T),
+        are each position's next token, for texts that go on in the next segment; they go first. `logits_to_keep` says
+        how many of the last positions get logits (0: all), or which, by index. The summed loss is divided by
+        `num_items_in_batch` if that is given.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            memory=memory,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.model(input_ids, attention_mask, past_key_values, memory, inputs_embeds, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BTD = outputs.last_hidden_state[:, keep]
         if labels is not None and shift_labels is None:
@@ -286,14 +272,7 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         if shift_labels is not None and logits is not None:
             numbers = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels.contiguous()}
             loss = self.loss_function(logits, labels, self.config.vocab_size, **numbers)
-        return AllAttentionOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            memory=outputs.memory,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return replace(outputs, loss=loss, logits=logits, last_hidden_state=None)
 
 
 class TransformerXLModel(AllAttentionModel):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
+from typing_extensions import TypeIs
 
 # Rows up to which a matrix with a few columns is faster than a few rows with a matrix (measured).
 _MOST_ROWS = 32

@@ -173,9 +173,9 @@ def _model_class(auto: str, stock: type[PreTrainedConfig]) -> type[PreTrainedMod
 
 
 def _class_name(stock: type[PreTrainedModel], stock_config: type[PreTrainedConfig] | None) -> str:
-    declared: Any = stock.config_class
-    own = stock_config is None or stock_config is declared
-    return PREFIX + stock.__name__ + ("" if own or stock_config is None else _OF + stock_config.__name__)
+    if stock_config is None or stock_config is stock.config_class:
+        return PREFIX + stock.__name__
+    return f"{PREFIX}{stock.__name__}{_OF}{stock_config.__name__}"
 
 
 def _names(value: Any) -> tuple[str, ...]:
