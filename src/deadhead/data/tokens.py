@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -165,16 +165,12 @@ def _write_splits(
         count = counts[name] = {"tokens": 0, "bytes": 0, "words": 0}
         with (folder / f"{name}.bin").open("wb") as file:
             for ids in encode_pieces(encoder, _counted(corpus.pieces(name), count), separator):
-                _append(file, ids.astype(dtype))
+                file.write(ids.astype(dtype).data)  # unlike ndarray.tofile, this says why it fails
                 count["tokens"] += len(ids)
                 progress(sum(each["bytes"] for each in counts.values()) // 1000, corpus.num_bytes // 1000)
         if encoder.is_words:
             count["words"] = count["tokens"]
     return counts
-
-
-def _append(file: BinaryIO, ids: np.ndarray) -> None:
-    file.write(ids.data)  # unlike ndarray.tofile, this says why it fails
 
 
 def _move_in(temporary: Path, folder: Path, fingerprint: str) -> None:

@@ -134,8 +134,7 @@ class Latency:
 
     def to_json(self, path: str | Path) -> None:
         """Write it to a file, whole or not at all."""
-        keyed = {"units": _written(self.units), "weights": _written(self.weights)}
-        write_json(Path(path), asdict(self) | keyed)
+        write_json(Path(path), asdict(self) | {name: _written(getattr(self, name)) for name in ("units", "weights")})
 
     @classmethod
     def from_json(cls, path: str | Path) -> Latency:

@@ -8,6 +8,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,10 @@ class WatchedRun:
     def _page_data(self) -> dict[str, Any]:
         models = checkpoints_in(self.facts.folder, ATTENTION_OF)
         if models != self._models:
-            self._models = models
-            try:
+            self._models, self._attention = models, None
+            # A model that does not tell its attention has a page all the same.
+            with suppress(InputError):
                 self._attention = self.trial.attention(self.sentence)
-            except InputError:
-                self._attention = None  # a model that does not tell its attention has a page all the same
         return {
             "facts": self.facts.facts,
             "others": sibling_points(self.facts),

@@ -20,7 +20,7 @@ from deadhead.layouts import find_layout
 from deadhead.measure.evaluation import evaluate
 from deadhead.measure.generate import generate_text
 from deadhead.modes import best_device
-from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.plan import UnitKey
 from deadhead.report.attention import run_attention
 from deadhead.report.run_facts import checkpoints_in, plan_in
 from deadhead.training.recipes.recipe import DataRecipe
@@ -37,7 +37,6 @@ class _Loaded:
     tokenizer: PreTrainedTokenizerBase
     text: TokenStream
     whole: float
-    scale: bool
 
 
 class Trial:
@@ -97,9 +96,7 @@ class Trial:
             asked = {UnitKey.parse(key): units for key, units in kept.items()}
             if unknown := set(asked) - set(gates.total):
                 raise InputError(f"The model has no layer {min(map(str, unknown))!r}.")
-            plan = HeadPlan.of_units(
-                asked, gates.total, unit=gates.unit, output_scale=loaded.scale, block_size=gates.block_size
-            )
+            plan = gates.plan_of(asked)
             gates.set_plan(plan)
             return {
                 "perplexity": evaluate(loaded.model, loaded.text, limit=self.tokens).perplexity,
@@ -132,11 +129,10 @@ class Trial:
             split=self.data.split,
             cache_dir=self.cache if self.cache is not None and self.cache.is_dir() else None,
         )
-        scale = gates.config.output_scale
-        gates.set_plan(HeadPlan.of_units(gates.heads, gates.total, unit=gates.unit, block_size=gates.block_size))
+        gates.set_plan(gates.plan_of(gates.heads))
         valid = text.splits["valid"]
         whole = evaluate(model, valid, limit=self.tokens).perplexity
-        self._loaded = _Loaded(name, model, gates, tokenizer, valid, whole, scale)
+        self._loaded = _Loaded(name, model, gates, tokenizer, valid, whole)
         return self._loaded
 
     def _gated(self, folder: Path) -> tuple[PreTrainedModel, HeadGates]:
