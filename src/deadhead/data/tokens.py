@@ -54,12 +54,9 @@ class TokenizedCorpus:
     They lie in a finished folder of the cache.
     """
 
-    splits: Mapping[str, TokenStream]
-    sha256: str
-
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
-        self.sha256 = meta["sha256"]
-        self.splits = {
+        self.sha256: str = meta["sha256"]
+        self.splits: Mapping[str, TokenStream] = {
             name: TokenStream(
                 # An empty file can't be mapped.
                 tokens=np.memmap(path, meta["dtype"], "r") if path.stat().st_size else np.zeros(0, meta["dtype"]),

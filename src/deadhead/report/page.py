@@ -64,6 +64,4 @@ def _read(name: str) -> str:
 def _script_json(value: Any) -> str:
     """Return JSON that can stand in a script element: nothing in it begins a tag or ends a line of the script."""
     text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return text.translate({ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})

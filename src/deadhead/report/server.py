@@ -52,7 +52,7 @@ class WatchedRun:
         """Return what the page is to know, as JSON."""
         with self._lock:
             if self.facts.update() or not self._text:
-                self._text = json.dumps(finite(self._page_data()), allow_nan=False).encode("utf-8")
+                self._text = json.dumps(finite(self._page_data()), allow_nan=False).encode()
             return self._text
 
     def _page_data(self) -> dict[str, Any]:

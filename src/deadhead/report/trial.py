@@ -119,7 +119,14 @@ class Trial:
         if folder is None:
             raise InputError(f"There is no model {name!r} here; there are: {', '.join(self.models) or 'none yet'}.")
         self._loaded = None
-        model, gates = self._gated(folder)
+        if has_gates(folder):
+            model, gates = checkpoint.load_gated(folder)
+        else:
+            # Fresh ones, on what the run's plan counts.
+            model = checkpoint.load(folder)
+            plan = plan_in(self.folder) or find_layout(model).recorded_plan(model)
+            blocks = False if plan is None or plan.blocks is None else plan.blocks.size
+            gates = attach(model, unit=None if plan is None else plan.unit, blocks=blocks)
         model.to(best_device())  # type: ignore[arg-type]
         tokenizer = load_tokenizer(folder)
         text, _ = load_text(
@@ -134,13 +141,3 @@ class Trial:
         whole = evaluate(model, valid, limit=self.tokens).perplexity
         self._loaded = _Loaded(name, model, gates, tokenizer, valid, whole)
         return self._loaded
-
-    def _gated(self, folder: Path) -> tuple[PreTrainedModel, HeadGates]:
-        """Load a model with the gates it was saved with, or with fresh ones on what its run's plan counts."""
-        if has_gates(folder):
-            return checkpoint.load_gated(folder)
-        model = checkpoint.load(folder)
-        plan = plan_in(self.folder) or find_layout(model).recorded_plan(model)
-        if plan is None:
-            return model, attach(model)
-        return model, attach(model, unit=plan.unit, blocks=False if plan.blocks is None else plan.blocks.size)
