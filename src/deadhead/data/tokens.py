@@ -184,14 +184,11 @@ def _move_in(temporary: Path, folder: Path, fingerprint: str) -> None:
 
 def _usable(folder: Path, fingerprint: str) -> TokenizedCorpus | None:
     """What a folder of the cache holds, if it is whole and of this text and tokenizer."""
-    if not folder.is_dir():
-        return None
     with suppress(InputError, OSError, KeyError, TypeError, ValueError):
         # The text itself is hashed at each start too, so this takes no longer than that.
-        if not read_checksums(folder) or changed_file(folder) is not None:
-            return None
-        meta = read_json(folder / _META, what="description of token files")
-        return TokenizedCorpus(folder, meta) if meta["fingerprint"] == fingerprint else None
+        if read_checksums(folder) and changed_file(folder) is None:
+            meta = read_json(folder / _META, what="description of token files")
+            return TokenizedCorpus(folder, meta) if meta["fingerprint"] == fingerprint else None
     return None
 
 
