@@ -32,9 +32,9 @@ PHASES = {
 _SCALARS = ("loss", "l0", "lambda", "sparsity", "block_sparsity", "budget", "eval_perplexity")
 # By the names of their stages, the checkpoints in a run's folder, and those whose costs are compared.
 _CHECKPOINTS = {"dense": "dense", "gated": "gated", "finetuned": "pruned"}
-# By the names that the page has for them, the models in a run's folder whose attention it shows.
-ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}
 _COMPARED = {"dense": "dense", "finetuned": "pruned"}
+# By the names that the page has for them, the models in a run's folder whose attention it shows.
+ATTENTION_OF = {**_COMPARED, "model": "."}
 
 
 def checkpoints_in(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
