@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -165,10 +166,12 @@ def test_another_process_may_be_first(corpus: Corpus, tmp_path: Path, monkeypatc
 def test_a_full_disk_leaves_nothing_half_written(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
-    def full(file: object, ids: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class Full(BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tokens, "_append", full)
+    true_open = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode: Full() if mode == "wb" else true_open(path, mode))
     monkeypatch.setattr(tokens.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     cache = tmp_path / "cache" if cached else None

@@ -75,10 +75,8 @@ def _execute(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except typer.Abort:
         raise KeyboardInterrupt from None
-    except (InputError, DivergenceError) as error:
-        return _fail(str(error).rstrip("."), 2, error)
-    except ExportError as error:
-        return _fail(str(error).rstrip("."), 1, error)
+    except (InputError, DivergenceError, ExportError) as error:
+        return _fail(str(error).rstrip("."), 1 if isinstance(error, ExportError) else 2, error)
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; the interpreter must not try to flush it again.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

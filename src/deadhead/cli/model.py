@@ -194,10 +194,8 @@ def _inspect_recipe(
     console.print("Parameters are without embeddings and output layer; stated: as the models' authors count them.")
     if any(cost.heads is None for cost in costs):
         console.print("≈ no numbers of heads are stated: in between, by the share of the heads that is gone.")
-    if tokens is None:
-        part = "without the output layer (its words are counted in the text, or say --vocab-size)"
-    else:
-        part = f"with an output layer of {tokens:,} tokens"
+    unknown = "without the output layer (its words are counted in the text, or say --vocab-size)"
+    part = unknown if tokens is None else f"with an output layer of {tokens:,} tokens"
     console.print(f"FLOPs are of a token with {positions:,} before it, {part}.")
 
 

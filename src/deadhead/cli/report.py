@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -88,8 +89,6 @@ def watch(
         if open_it:
             typer.launch(address)
 
-    try:
+    # This is how watching ends, not how it fails.
+    with suppress(KeyboardInterrupt):
         serve(watched, port=port, ready=ready)
-    except KeyboardInterrupt:
-        # This is how watching ends, not how it fails.
-        return

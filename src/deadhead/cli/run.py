@@ -51,8 +51,7 @@ def run(
 ) -> None:
     """Run all phases of a recipe: dense training, gates, cut, fine-tuning."""
     loaded = _scaled(load_recipe(recipe), scale_steps)
-    folder = out or Path("runs") / loaded.name
-    _execute(loaded, folder, report_to or (), resume=resume, quiet=quiet, as_json=as_json)
+    _execute(loaded, out or Path("runs") / loaded.name, report_to or (), resume=resume, quiet=quiet, as_json=as_json)
 
 
 def _scaled(recipe: Recipe, factor: float | None) -> Recipe:

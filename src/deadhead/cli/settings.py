@@ -61,8 +61,11 @@ def takes_settings(*sections: type[BaseModel], without: tuple[str, ...], also: C
                 parameters += [_parameter(name, field) for name, field in fields.items()]
                 is_first = False
                 continue
-            hint = hints[parameter.name] if is_first else _further(hints[parameter.name])
-            parameters.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
+            values, info = get_args(hints[parameter.name])
+            if not is_first:
+                info = copy(info)
+                info.rich_help_panel = _FURTHER
+            parameters.append(parameter.replace(annotation=Annotated[values, info], kind=parameter.KEYWORD_ONLY))
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
@@ -94,11 +97,3 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     )
     annotation = Annotated[Optional[values], info]  # type: ignore[valid-type]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _further(hint: Any) -> Any:
-    """Return an option's annotation with its place among the further settings."""
-    values, info = get_args(hint)
-    moved = copy(info)
-    moved.rich_help_panel = _FURTHER
-    return Annotated[values, moved]

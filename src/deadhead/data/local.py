@@ -152,11 +152,9 @@ def _own_splits(documents: Documents) -> dict[str, Documents]:
 
 def _missing(path: Path) -> str:
     """The sentence for a path where nothing is, with the nearest name there is."""
-    try:
-        names = os.listdir(path.parent)
-    except OSError:
-        names = []
-    candidates = [*names, "stdlib"] if path.parent == Path() else names
-    near = difflib.get_close_matches(path.name, candidates, n=1)
+    names = ["stdlib"] if path.parent == Path() else []
+    with suppress(OSError):
+        names += os.listdir(path.parent)
+    near = difflib.get_close_matches(path.name, names, n=1)
     hint = f"did you mean {path.parent / near[0]}?" if near else "check the path."
     return f"A text file, a directory, stdlib or hf:NAME was expected, but there is no {path}; {hint}"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -54,12 +54,9 @@ class TokenizedCorpus:
     They lie in a finished folder of the cache.
     """
 
-    splits: Mapping[str, TokenStream]
-    sha256: str
-
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
-        self.sha256 = meta["sha256"]
-        self.splits = {
+        self.sha256: str = meta["sha256"]
+        self.splits: Mapping[str, TokenStream] = {
             name: TokenStream(
                 # An empty file can't be mapped.
                 tokens=np.memmap(path, meta["dtype"], "r") if path.stat().st_size else np.zeros(0, meta["dtype"]),
@@ -165,16 +162,12 @@ def _write_splits(
         count = counts[name] = {"tokens": 0, "bytes": 0, "words": 0}
         with (folder / f"{name}.bin").open("wb") as file:
             for ids in encode_pieces(encoder, _counted(corpus.pieces(name), count), separator):
-                _append(file, ids.astype(dtype))
+                file.write(ids.astype(dtype).data)  # unlike ndarray.tofile, this says why it fails
                 count["tokens"] += len(ids)
                 progress(sum(each["bytes"] for each in counts.values()) // 1000, corpus.num_bytes // 1000)
         if encoder.is_words:
             count["words"] = count["tokens"]
     return counts
-
-
-def _append(file: BinaryIO, ids: np.ndarray) -> None:
-    file.write(ids.data)  # unlike ndarray.tofile, this says why it fails
 
 
 def _move_in(temporary: Path, folder: Path, fingerprint: str) -> None:
@@ -191,14 +184,11 @@ def _move_in(temporary: Path, folder: Path, fingerprint: str) -> None:
 
 def _usable(folder: Path, fingerprint: str) -> TokenizedCorpus | None:
     """What a folder of the cache holds, if it is whole and of this text and tokenizer."""
-    if not folder.is_dir():
-        return None
     with suppress(InputError, OSError, KeyError, TypeError, ValueError):
         # The text itself is hashed at each start too, so this takes no longer than that.
-        if not read_checksums(folder) or changed_file(folder) is not None:
-            return None
-        meta = read_json(folder / _META, what="description of token files")
-        return TokenizedCorpus(folder, meta) if meta["fingerprint"] == fingerprint else None
+        if read_checksums(folder) and changed_file(folder) is None:
+            meta = read_json(folder / _META, what="description of token files")
+            return TokenizedCorpus(folder, meta) if meta["fingerprint"] == fingerprint else None
     return None
 
 

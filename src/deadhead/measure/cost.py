@@ -39,8 +39,7 @@ def model_cost(
     if plan is not None:
         model = cut_skeleton(layout, model, plan)
     sites = layout.sites(model, unit or layout.units(model)[0])
-    if length is None:
-        length = _default_length(model)
+    length = _default_length(model) if length is None else length
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     given = {id(p): p.numel() for p in inputs.parameters()}
     returned = {} if output is None else {id(p): p.numel() for p in output.parameters()}
@@ -121,9 +120,8 @@ def counted_costs(
     some of them.
     """
     layout = find_layout(model)
+    length = _default_length(model) if length is None else length
     cost = model_cost(model, length=length, unit=unit)
-    if length is None:
-        length = _default_length(model)
     sites = [site for site in layout.all_sites(model, unit, block_size) if site.units]
     parameters = {site.key: _unit_parameters(site) for site in sites}
     owners = Counter(id(parameter) for found in parameters.values() for parameter, _ in found)

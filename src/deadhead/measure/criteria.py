@@ -188,10 +188,9 @@ def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) ->
 def _losses(model: PreTrainedModel, batches: Batches, masks: Iterable[_Mask] = ()) -> Iterator[tuple[Tensor, int]]:
     """Yield the loss of each batch, in evaluation mode, and its rows."""
     segment_loss = SegmentLoss(model)
-    empty = True
+    rows = 0
     with evaluating(model):
         for batch in batches:
-            empty = False
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             rows = len(inputs["input_ids"])
             for mask in masks:
@@ -199,5 +198,5 @@ def _losses(model: PreTrainedModel, batches: Batches, masks: Iterable[_Mask] = (
                 # In evaluation, in which the model is, gates count as decided.
                 mask.train()
             yield segment_loss(model, inputs).loss, rows
-    if empty:
+    if not rows:
         raise InputError("This criterion looks at text, but no batch was given.")

@@ -134,8 +134,7 @@ class Latency:
 
     def to_json(self, path: str | Path) -> None:
         """Write it to a file, whole or not at all."""
-        keyed = {"units": _written(self.units), "weights": _written(self.weights)}
-        write_json(Path(path), asdict(self) | keyed)
+        write_json(Path(path), asdict(self) | {name: _written(getattr(self, name)) for name in ("units", "weights")})
 
     @classmethod
     def from_json(cls, path: str | Path) -> Latency:
@@ -149,10 +148,9 @@ class Latency:
             # Of JSON text even a strict check makes a dataclass.
             found = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
             shares = [float(share) for curve in found.seconds.values() for share in curve]
-            if not all(0 <= share < 1 for share in shares) or sum(found.units.values()) > _MOST:
-                raise ValueError("shares must lie between 0 and 1, and units must be fewer")
-            if set(found.units) != set(found.weights):
-                raise ValueError("units and weights must be of the same layers")
+            are_in_bounds = all(0 <= share < 1 for share in shares) and sum(found.units.values()) <= _MOST
+            if not are_in_bounds or set(found.units) != set(found.weights):
+                raise ValueError("shares must be below 1, units few, and weights of the same layers")
             found.costs()
         except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise InputError(f"{path} does not hold latencies that deadhead measured; delete it.") from error

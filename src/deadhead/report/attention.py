@@ -64,7 +64,7 @@ def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     tokens = [str(tokenizer.decode([token])).translate(_SIGNS) or f"[{token}]" for token in ids[0].tolist()]
     length = len(tokens)
     layers = {}
-    has_persistent = False
+    has_persistent = any(found.shape[-1] > length for found in attentions)
     # A layer without heads has nothing to tell.
     sites = [site for site in all_sites if site.units]
     if len(sites) != len(attentions):
@@ -72,7 +72,6 @@ def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     for site, found in zip(sites, attentions, strict=True):
         weights_HTK = found[0].float()
         if weights_HTK.shape[-1] > length:
-            has_persistent = True
             rest_HT1 = weights_HTK[..., length:].sum(-1, keepdim=True)
             weights_HTK = torch.cat([weights_HTK[..., :length], rest_HT1], dim=-1)
         # A model that was cut by groups counts in groups, each with as many query heads.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,13 @@ class MetricsFollower:
 
         A file that was replaced, as by a resumed run, which drops what it will do again, is read from its beginning.
         """
-        try:
-            file = self.path.open("rb")
-        except OSError:
-            return False
-        with file:
+        changed = False
+        with suppress(OSError), self.path.open("rb") as file:
             status = os.fstat(file.fileno())
             identity = (status.st_dev, status.st_ino)
             if identity != self._identity or status.st_size < self._offset:
                 self._identity, self._offset, self.phases = identity, 0, {}
             file.seek(self._offset)
-            changed = False
             while line := file.readline(_LONGEST_LINE):
                 if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
                     break  # it is being written

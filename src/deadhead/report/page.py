@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from deadhead import __version__
 from deadhead.disk.files import finite
 
 # In the order in which one needs the other.
@@ -25,8 +26,6 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
     Of each run it takes the ``facts`` (see `RunFacts`), the ``others``' points (see `sibling_points`), and by model the
     ``attention`` patterns, or None.
     """
-    from deadhead import __version__
-
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(_read("page.html")).render(
         policy=page_policy(live=live),
@@ -64,6 +63,4 @@ def _read(name: str) -> str:
 def _script_json(value: Any) -> str:
     """Return JSON that can stand in a script element: nothing in it begins a tag or ends a line of the script."""
     text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return text.translate({ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ PHASES = {
 _SCALARS = ("loss", "l0", "lambda", "sparsity", "block_sparsity", "budget", "eval_perplexity")
 # By the names of their stages, the checkpoints in a run's folder, and those whose costs are compared.
 _CHECKPOINTS = {"dense": "dense", "gated": "gated", "finetuned": "pruned"}
-# By the names that the page has for them, the models in a run's folder whose attention it shows.
-ATTENTION_OF = {"dense": "dense", "finetuned": "pruned", "model": "."}
 _COMPARED = {"dense": "dense", "finetuned": "pruned"}
+# By the names that the page has for them, the models in a run's folder whose attention it shows.
+ATTENTION_OF = {**_COMPARED, "model": "."}
 
 
 def checkpoints_in(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
@@ -192,15 +192,12 @@ def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> lis
         found = [RunFacts(path).folder for path in others]
     points = []
     for path in sorted(found):
-        try:
+        # Of those beside it the ones that are damaged are left out.
+        with suppress(InputError) if others is None else nullcontext():
             summary = read_summary(path)
-        except InputError:
-            if others is not None:
-                raise
-            continue
-        data = summary.get("data", {})
-        if text and all(text.get(key) == data.get(key) for key in ("sha256", "tokens")):
-            points += size_points(path.resolve().name, summary, is_this=False)
+            data = summary.get("data", {})
+            if text and all(text.get(key) == data.get(key) for key in ("sha256", "tokens")):
+                points += size_points(path.resolve().name, summary, is_this=False)
     return points
 
 

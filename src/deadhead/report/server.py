@@ -8,6 +8,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +52,22 @@ class WatchedRun:
         """Return what the page is to know, as JSON."""
         with self._lock:
             if self.facts.update() or not self._text:
-                self._text = json.dumps(finite(self._page_data()), allow_nan=False).encode("utf-8")
+                models = checkpoints_in(self.facts.folder, ATTENTION_OF)
+                if models != self._models:
+                    self._models, self._attention = models, None
+                    # A model that does not tell its attention has a page all the same.
+                    with suppress(InputError):
+                        self._attention = self.trial.attention(self.sentence)
+                page = {
+                    "facts": self.facts.facts,
+                    "others": sibling_points(self.facts),
+                    "attention": self._attention,
+                    "sentence": self.sentence,
+                    "models": list(self.trial.models),
+                    "prompt": self.prompt,
+                }
+                self._text = json.dumps(finite(page), allow_nan=False).encode()
             return self._text
-
-    def _page_data(self) -> dict[str, Any]:
-        models = checkpoints_in(self.facts.folder, ATTENTION_OF)
-        if models != self._models:
-            self._models = models
-            try:
-                self._attention = self.trial.attention(self.sentence)
-            except InputError:
-                self._attention = None  # a model that does not tell its attention has a page all the same
-        return {
-            "facts": self.facts.facts,
-            "others": sibling_points(self.facts),
-            "attention": self._attention,
-            "sentence": self.sentence,
-            "models": list(self.trial.models),
-            "prompt": self.prompt,
-        }
 
 
 def _guard(token: str) -> DispatchFunction:

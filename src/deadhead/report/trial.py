@@ -20,7 +20,7 @@ from deadhead.layouts import find_layout
 from deadhead.measure.evaluation import evaluate
 from deadhead.measure.generate import generate_text
 from deadhead.modes import best_device
-from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.plan import UnitKey
 from deadhead.report.attention import run_attention
 from deadhead.report.run_facts import checkpoints_in, plan_in
 from deadhead.training.recipes.recipe import DataRecipe
@@ -37,7 +37,6 @@ class _Loaded:
     tokenizer: PreTrainedTokenizerBase
     text: TokenStream
     whole: float
-    scale: bool
 
 
 class Trial:
@@ -97,9 +96,7 @@ class Trial:
             asked = {UnitKey.parse(key): units for key, units in kept.items()}
             if unknown := set(asked) - set(gates.total):
                 raise InputError(f"The model has no layer {min(map(str, unknown))!r}.")
-            plan = HeadPlan.of_units(
-                asked, gates.total, unit=gates.unit, output_scale=loaded.scale, block_size=gates.block_size
-            )
+            plan = gates.plan_of(asked)
             gates.set_plan(plan)
             return {
                 "perplexity": evaluate(loaded.model, loaded.text, limit=self.tokens).perplexity,
@@ -122,7 +119,14 @@ class Trial:
         if folder is None:
             raise InputError(f"There is no model {name!r} here; there are: {', '.join(self.models) or 'none yet'}.")
         self._loaded = None
-        model, gates = self._gated(folder)
+        if has_gates(folder):
+            model, gates = checkpoint.load_gated(folder)
+        else:
+            # Fresh ones, on what the run's plan counts.
+            model = checkpoint.load(folder)
+            plan = plan_in(self.folder) or find_layout(model).recorded_plan(model)
+            blocks = False if plan is None or plan.blocks is None else plan.blocks.size
+            gates = attach(model, unit=None if plan is None else plan.unit, blocks=blocks)
         model.to(best_device())  # type: ignore[arg-type]
         tokenizer = load_tokenizer(folder)
         text, _ = load_text(
@@ -132,19 +136,8 @@ class Trial:
             split=self.data.split,
             cache_dir=self.cache if self.cache is not None and self.cache.is_dir() else None,
         )
-        scale = gates.config.output_scale
-        gates.set_plan(HeadPlan.of_units(gates.heads, gates.total, unit=gates.unit, block_size=gates.block_size))
+        gates.set_plan(gates.plan_of(gates.heads))
         valid = text.splits["valid"]
         whole = evaluate(model, valid, limit=self.tokens).perplexity
-        self._loaded = _Loaded(name, model, gates, tokenizer, valid, whole, scale)
+        self._loaded = _Loaded(name, model, gates, tokenizer, valid, whole)
         return self._loaded
-
-    def _gated(self, folder: Path) -> tuple[PreTrainedModel, HeadGates]:
-        """Load a model with the gates it was saved with, or with fresh ones on what its run's plan counts."""
-        if has_gates(folder):
-            return checkpoint.load_gated(folder)
-        model = checkpoint.load(folder)
-        plan = plan_in(self.folder) or find_layout(model).recorded_plan(model)
-        if plan is None:
-            return model, attach(model)
-        return model, attach(model, unit=plan.unit, blocks=False if plan.blocks is None else plan.blocks.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,10 @@ def _attention(folder: Path, sentence: str, progress: Callable[[int, int], None]
     if not models:
         return {}
     path, read = folder / ATTENTION_FILE, {"models": models, "sentence": sentence}
-    try:
+    with suppress(InputError):
         kept = read_object(path, what="attention of a run")
-    except InputError:
-        kept = {}
-    if kept.get("read") == read and isinstance(kept.get("patterns"), dict):
-        return dict(kept["patterns"])
+        if kept.get("read") == read and isinstance(kept.get("patterns"), dict):
+            return dict(kept["patterns"])
     progress(0, len(models))
     from deadhead.report.attention import run_attention  # loads torch, which the page itself does without
 

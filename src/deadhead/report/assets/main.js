@@ -38,8 +38,6 @@ class Server {
     return found;
   }
 
-  get(path) { return this.ask(path); }
-
   /** What is at `path` if it has changed since the last time, else null. */
   news(path) { return this.ask(path, this.marks.has(path) ? { headers: { 'If-None-Match': this.marks.get(path) } } : {}); }
 
@@ -71,7 +69,7 @@ async function follow(view, server) {
 async function readSentence(view, server) {
   const sentence = view.find('.sentence').value;
   try {
-    view.setAttention(await server.get(`api/attention?run=${view.index}&sentence=${encodeURIComponent(sentence)}`));
+    view.setAttention(await server.ask(`api/attention?run=${view.index}&sentence=${encodeURIComponent(sentence)}`));
     view.drawAttention();
   } catch (error) { document.getElementById('connection').textContent = error.message; }
 }

@@ -25,7 +25,7 @@ class Trial {
   async open(name) {
     this.say('loading the model …');
     try {
-      this.model = await this.server.get(`api/trial?run=${this.view.index}&model=${encodeURIComponent(name)}`);
+      this.model = await this.server.ask(`api/trial?run=${this.view.index}&model=${encodeURIComponent(name)}`);
     } catch (error) { this.say(error.message); return; }
     this.name = name;
     this.map.unit = this.model.unit;
