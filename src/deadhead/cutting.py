@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -125,12 +125,10 @@ def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrai
 
 def watched_outputs(model: PreTrainedModel, sites: Sequence[Site], *, texts: int = CHECK_TEXTS) -> Tensor:
     """Run the model on so many fixed texts; the sites watch for what `shrink` must know."""
-    watching = [site.observe() for site in sites]
-    try:
+    with ExitStack() as watching:
+        for site in sites:
+            watching.callback(site.observe())
         return _check_outputs(model, texts)
-    finally:
-        for stop in watching:
-            stop()
 
 
 @contextmanager
@@ -182,10 +180,7 @@ def normal_plan(gates: HeadGates, plan: HeadPlan) -> HeadPlan:
 def remove_units(
     sites: Iterable[Site], units: Mapping[UnitKey, tuple[int, ...]], factors: Mapping[UnitKey, Tensor] | None = None
 ) -> None:
-    """Remove all but some units, given by key, in place; modules that lose none are left alone.
-
-    The factors, (H,) by key, are folded into the output projections.
-    """
+    """Remove all but some units, by key, in place; the factors, (H,) by key, are folded into the output projections."""
     for site in sites:
         if not site.units:
             continue

@@ -58,6 +58,5 @@ def is_installed(*modules: str) -> bool:
 
 def require_extra(extra: str, *modules: str, what: str) -> None:
     """Check that the modules that an extra brings, and `what` needs, are installed; InputError if one is not."""
-    missing = [name for name in modules if not is_installed(name)]
-    if missing:
+    if missing := [name for name in modules if not is_installed(name)]:
         raise InputError(f"{what} needs {' and '.join(missing)}; install with: pip install 'deadhead[{extra}]'.")

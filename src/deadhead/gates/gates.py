@@ -111,10 +111,7 @@ class HeadGates:
             gate.measured = []
 
     def gather(self) -> None:
-        """Bring the copies of sharded gates up to date, in all processes together; without FSDP2 nothing is done.
-
-        Afterwards each process may read gates on its own, until an optimizer changes them.
-        """
+        """Let processes read sharded gates, until an optimizer changes them; all of them must call this together."""
         for gate in self.gates.values():
             gate.gather()
 

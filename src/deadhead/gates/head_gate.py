@@ -64,10 +64,7 @@ class HeadGate(nn.Module):
         return self.log_alpha_bias.shape[0]
 
     def gather(self) -> None:
-        """Copy all of a sharded parameter into this process; all processes must call this together.
-
-        The copy holds until an optimizer changes the parameter. Nothing is done to a parameter that is whole.
-        """
+        """Copy all of a sharded parameter, until an optimizer changes it; all processes must call this together."""
         if is_sharded(self.log_alpha_bias):
             self._gathered = whole(self.log_alpha_bias).requires_grad_()
 

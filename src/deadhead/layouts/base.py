@@ -63,10 +63,7 @@ class Site(ABC):
             keep_rows(self.module, part.path, part.dim, part.index)
 
     def context_flops(self, length: int) -> Mapping[str, float]:
-        """Return the FLOPs all units spend for one query outside their projections, by the part that spends them.
-
-        The query has `length` positions before it in the text.
-        """
+        """Return the FLOPs of all units outside their projections, by what spends them, for a query behind `length`."""
         return {}
 
     def cache_values(self, length: int) -> int:

@@ -35,20 +35,18 @@ class FeedForwardSite(Site):
 
 def feed_forward_sites(found: Sequence[FeedForward], size: int | None, recorded: BlockPlan | None) -> list[Site]:
     """Return the sites of some feed-forward layers, in blocks of a size that was asked for or recorded by a cut."""
-    found = [feed_forward for feed_forward in found if feed_forward.dense_width]
-    size = choose_block_size([feed_forward.dense_width for feed_forward in found], size, recorded) if found else 1
+    found = [layer for layer in found if layer.dense_width]
+    size = choose_block_size([layer.dense_width for layer in found], size, recorded) if found else 1
     return [
         FeedForwardSite(
-            layer=feed_forward.key,
-            module=feed_forward.module,
-            output_path=feed_forward.output_path,
+            layer=layer.key,
+            module=layer.module,
+            output_path=layer.output_path,
             unit_dim=size,
-            units=tuple(
-                range(feed_forward.dense_width // size) if recorded is None else recorded.kept[feed_forward.key]
-            ),
-            total=feed_forward.dense_width // size,
+            units=tuple(range(layer.dense_width // size) if recorded is None else recorded.kept[layer.key]),
+            total=layer.dense_width // size,
             has_blocks=True,
-            feed_forward=feed_forward,
+            feed_forward=layer,
         )
-        for feed_forward in found
+        for layer in found
     ]

@@ -51,7 +51,7 @@ class Blocking:
     queries: int  # at the last positions of the context
     context: int
     window: int
-    others: int  # scores of a query that are not of the context
+    others: int = 0  # scores of a query that are not of the context
     capacity: int  # scores a block may have at most, as far as 64 queries of one text and head allow
 
     @property

@@ -51,18 +51,12 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
     shifted, and nothing masked but padding.
     """
     content_q_BHTE, window = operands.content_q_BHTE, operands.window
-    batch, heads, num_queries, _ = content_q_BHTE.shape
+    batch, heads, queries, _ = content_q_BHTE.shape
     blocking = Blocking(
-        heads=heads,
-        batch=batch,
-        queries=num_queries,
-        context=operands.k_BHSE.shape[2],
-        window=window,
-        others=0,
-        capacity=_CAPACITY,
+        heads=heads, batch=batch, queries=queries, context=operands.k_BHSE.shape[2], window=window, capacity=_CAPACITY
     )
     attended_BHTE = torch.empty_like(content_q_BHTE)
-    lse_BHT = content_q_BHTE.new_empty((batch, heads, num_queries))
+    lse_BHT = content_q_BHTE.new_empty((batch, heads, queries))
     for block in blocking:
         h, n, t = block.shape
         bias = content_q_BHTE.new_full((n, h, t, block.columns), -math.inf)
@@ -70,15 +64,10 @@ def _context(operands: Operands) -> tuple[Tensor, Tensor]:
         seen = bias[..., block.num_missing :]
         if operands.padding_BS is not None:
             seen.add_(padding_bias(operands.padding_BS[block.texts, None, None, block.context], seen.dtype))
-        part = (block.texts, block.heads, block.queries)
+        part, context = (block.texts, block.heads, block.queries), (block.texts, block.heads, block.context)
+        k, v = _with_rows(operands.k_BHSE[context]), _with_rows(operands.v_BHSE[context])
         attended_BHTE[part], lse_BHT[part] = _flash(
-            _with_rows(content_q_BHTE[part]),
-            _with_rows(operands.k_BHSE[block.texts, block.heads, block.context]),
-            _with_rows(operands.v_BHSE[block.texts, block.heads, block.context]),
-            0.0,
-            False,
-            attn_mask=seen,
-            scale=operands.scale,
+            _with_rows(content_q_BHTE[part]), k, v, 0.0, False, attn_mask=seen, scale=operands.scale
         )
     return attended_BHTE, lse_BHT
 

@@ -107,11 +107,8 @@ def pruned_class(
     # Making the configuration's class registers model classes for it, this one perhaps among them.
     config = pruned_config_class(stock_config or stock.config_class)  # type: ignore[arg-type]
     if name not in _classes:
-        fields = {
-            "__module__": __name__,
-            "__doc__": f"A `{stock.__name__}` with heads cut off.",
-            "config_class": config,
-        }
+        about = f"A `{stock.__name__}` with heads cut off."
+        fields = {"__module__": __name__, "__doc__": about, "config_class": config}
         _classes[name] = type(name, (PrunedModel, stock), fields)
         _convert_alike(stock.__name__, name)
         for auto, listed in _AUTO_NAMES.items():
@@ -126,8 +123,7 @@ def _convert_alike(stock: str, ours: str) -> None:
 
     Some types' tensors have other names in files than in memory, or lie there one by one, as Mixtral's experts do.
     """
-    conversions = get_checkpoint_conversion_mapping(stock)
-    if conversions is not None:
+    if (conversions := get_checkpoint_conversion_mapping(stock)) is not None:
         register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)
 
 

@@ -126,13 +126,10 @@ def emptied(model: nn.Module) -> dict[str, nn.Module]:
 
 def layer_keys(paths: list[str]) -> dict[str, Key]:
     """Return the layer's index for each module path, or the paths themselves where an index is not enough."""
-    indices = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", path) for path in paths]
-    if all(indices):
-        numbers = [int(match[1]) for match in indices if match]
-        stacks = {path[: match.start()] for path, match in zip(paths, indices, strict=True) if match}
-        if len(stacks) == 1 and len(set(numbers)) == len(numbers):
-            return dict(zip(paths, numbers, strict=True))
-    return {path: path for path in paths}
+    matches = {path: re.search(r"(?:^|\.)(\d+)(?:\.|$)", path) for path in paths}
+    places = {path: (path[: match.start()], int(match[1])) for path, match in matches.items() if match}
+    is_one_stack = len({stack for stack, _ in places.values()}) == 1 and len(set(places.values())) == len(paths)
+    return {path: places[path][1] if is_one_stack else path for path in paths}
 
 
 def text_stack(model: nn.Module) -> nn.Module:
