@@ -31,6 +31,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .cache import append_in_place
@@ -153,7 +154,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             attention_mask: (B, ≥ T), 0 where a position is padding (left padding); None if none is.
             past_key_values: keys and values of the positions before, for evaluation.
             memory: `memory` of the segment before, for training; each layer's states of (B, P ≤ M, D).
-            inputs_embeds: (B, T, D) instead of `input_ids`.
+            inputs_embeds: (B, T, D) instead of `input_ids`, as the embedding layer gives them, not yet scaled by √D.
             use_cache: whether to return a cache; by default in evaluation without memory.
             output_attentions: whether to return each layer's weights (B, H, T, S + N).
             output_hidden_states: whether to return the embeddings and each layer's output.
@@ -169,8 +170,8 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             past_key_values = DynamicCache(config=config)
         if past_key_values is not None:
             append_in_place(past_key_values)
-        embedded = self.embed_tokens(input_ids) * config.hidden_size**0.5 if inputs_embeds is None else inputs_embeds
-        hidden = self.embedding_dropout(embedded)
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.embedding_dropout(embedded * config.hidden_size**0.5)
         positions_WD = self._positions(hidden)
         shared_bias = (self.content_bias, self.position_bias) if hasattr(self, "content_bias") else None
         if memory is None and past_key_values is None and config.attend_initial_memory:
@@ -285,3 +286,9 @@ class TransformerXLForCausalLM(AllAttentionForCausalLM):
     """The language model of a Transformer-XL."""
 
     config_class = TransformerXLConfig
+
+
+# Trainer shifts labels, and pipelines accept models, by the names in this table.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(
+    {each.config_class.model_type: each.__name__ for each in (AllAttentionForCausalLM, TransformerXLForCausalLM)}
+)

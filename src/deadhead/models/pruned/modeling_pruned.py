@@ -8,7 +8,6 @@ names in `auto_map` are looked up in it, and imports torch and transformers only
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -24,16 +23,16 @@ TYPE_PREFIX = "deadhead_"
 _OF = "__"
 # Bytes; torch allocates every tensor at a multiple of it.
 _ALIGNMENT = 64
-_AUTO_NAMES: Mapping[str, Mapping[str, Any]] = {
-    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+_AUTO_NAMES: dict[str, dict[str, Any]] = {
+    name: auto._model_mapping._model_mapping
+    for name, auto in vars(modeling_auto).items()
+    if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None
 }
+"""Auto classes, and their tables from model type to names of classes."""
+
+# A class that several Auto classes list is saved as that of the first.
+_FIRST = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel")
+_AUTO_NAMES = {name: _AUTO_NAMES[name] for name in dict.fromkeys((*_FIRST, *_AUTO_NAMES))}
 _classes: dict[str, type] = {}
 
 
@@ -90,7 +89,10 @@ def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]
         _convert_alike(stock.model_type, made.model_type)
         for auto in _AUTO_NAMES:
             if (model_class := _model_class(auto, stock)) is not None:
-                getattr(transformers, auto).register(made, pruned_class(model_class, stock), exist_ok=True)
+                ours = pruned_class(model_class, stock)
+                getattr(modeling_auto, auto).register(made, ours, exist_ok=True)
+                # Trainer shifts labels, and pipelines accept models, by the names in these tables.
+                _AUTO_NAMES[auto][made.model_type] = ours.__name__
     return _classes[name]
 
 
