@@ -84,7 +84,7 @@ $(TRANSFORMERS_TESTS): $(INSTALLED)
 	@mv $@.new/tests $@.new/transformers_tests && touch $@.new/transformers_tests/__init__.py && mv $@.new $@
 
 test-transformers: $(TRANSFORMERS_TESTS) ## run transformers' own model tests on cut models and on deadhead's
-	TRANSFORMERS_TESTS=$(TRANSFORMERS_TESTS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -o addopts=--import-mode=importlib -W ignore \
+	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(TRANSFORMERS_TESTS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -o addopts=--import-mode=importlib -W ignore \
 		tests/models/test_transformers_common.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## check style, format, docstrings of all that is public, and types
