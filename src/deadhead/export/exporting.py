@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.attaching import gates_of
 from deadhead.checkpoints import checkpoint
@@ -216,7 +216,7 @@ def _padded(
     logits = _stock_logits(lambda: stock, model, reference.ids)
     checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
     # As a server loads it: neither our classes nor code of the checkpoint's.
-    load = partial(AutoModelForCausalLM.from_pretrained, place, trust_remote_code=False, dtype=model.dtype)
+    load = partial(type(stock).from_pretrained, place, dtype=model.dtype)
     reloaded = _stock_logits(load, model, reference.ids)
     kind = str(model.dtype).removeprefix("torch.")
     tolerance = _TOLERANCE["f32"] if model.dtype in (torch.float32, torch.float64) else _TOLERANCE["bf16"]
