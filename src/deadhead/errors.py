@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+# Characters of what another library says.
+_LONGEST = 200
+
 
 class InputError(ValueError):
     """Bad input: a recipe, path, text, plan or checkpoint that cannot be used. The command line exits with 2."""
@@ -47,8 +50,13 @@ def own_sentence(error: ValueError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what another library's error says, or its type, without the full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:!")
+    """Return the first line of what another library's error says, or its type, without the full stop.
+
+    Where that line only begins a list, what follows is added; it never is longer than 200 characters.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    said = " ".join(lines) if lines[0].endswith(":") else lines[0]
+    return (said if len(said) <= _LONGEST else f"{said[: _LONGEST - 2]} …").rstrip(".:!")
 
 
 def is_installed(*modules: str) -> bool:

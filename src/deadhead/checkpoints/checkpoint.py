@@ -139,7 +139,12 @@ def named_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a type of weights by its name, such as "bfloat16".
+
+    Raises:
+        InputError: there is no such type.
+    """
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     found = types.get(dtype) if isinstance(dtype, str) else dtype
     if found not in (*types.values(), torch.float64):
@@ -165,7 +170,7 @@ def load(
         InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
         UnsupportedModel: transformers has no class for it.
     """
-    dtype = None if dtype is None else _named_dtype(dtype)
+    dtype = None if dtype is None else named_dtype(dtype)
     device = None if device is None else named_device(device)
     name = str(path)
     local = Path(path).is_dir()
@@ -239,8 +244,8 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         InputError: there is none, it cannot be used, or it is of a model that cannot be.
     """
     if not is_name(path):
-        if not Path(path).is_file() and not (Path(path) / "config.json").is_file():
-            raise InputError(f"A checkpoint folder was expected at {path}, but it has no config.json.")
+        if not Path(path).exists():
+            raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
         return guarded_config(Path(path))[0]
     require_had(path)
     try:

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from deadhead.checkpoints.declared import declared_config
 from deadhead.disk.reading import read_json, shown
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_header, weight_files
-from deadhead.errors import InputError
+from deadhead.errors import InputError, first_line
 from deadhead.measure.cost import skeleton
 
 MOST_PARAMETERS = 10**13
@@ -25,8 +25,6 @@ _MOST_NEW = 2**26
 _MOST_PACKED = 16
 # Each takes some kilobytes; the largest models there are have a tenth, or less.
 _MOST_MODULES = 200_000
-# Characters of what another library says.
-_LONGEST_REASON = 160
 _ADAPTER = "adapter_config.json"
 # Small files that transformers reads whole.
 _SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -133,4 +131,4 @@ def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
 
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip()[:_LONGEST_REASON].rstrip(".:")
+    return first_line(ValueError(lines[-1]))

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
+from deadhead.measure.losses import require_language_model
 from deadhead.modes import evaluating
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def evaluate(
     Raises:
         InputError: the text has fewer than two tokens, or tokens that the model doesn't have, or the window does not
             fit the model.
+        UnsupportedModel: the model predicts no next token.
     """
+    require_language_model(model, "Perplexity")
     targets = len(text.tokens) - 1 if limit is None else min(limit, len(text.tokens) - 1)
     if targets < 1:
         raise InputError(f"A text of at least 2 tokens is needed to measure perplexity, but it has {len(text.tokens)}.")
