@@ -29,11 +29,12 @@ from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
 from deadhead.disk.hub import is_name, quick, require_had
-from deadhead.errors import InputError, first_line
+from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name, model_class
 from deadhead.measure.cost import model_cost
+from deadhead.measure.losses import require_weights
 
 # In every model card of ours; a folder without it is not overwritten.
 _TAG = '"deadhead", "pruned-attention-heads"'
@@ -46,6 +47,7 @@ _NOT_VERIFIED = {"generation_config.json"}
 _ENDINGS = {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt", ".model"}
 
 
+@typed
 def save(
     model: PreTrainedModel,
     path: str | Path,
@@ -75,6 +77,7 @@ def save(
         InputError: `path` holds something else, cannot be written, or the device is full.
     """
     path = Path(path)
+    require_weights(model, "Saving")
     require_ours_or_free(path)
     gates = gates_of(model)
     with replaced_folder(path) as folder:
@@ -152,6 +155,7 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
+@typed
 def load(
     path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> PreTrainedModel:
@@ -262,6 +266,7 @@ def _no_such_name(path: str | Path, error: Exception) -> InputError:
     )
 
 
+@typed
 def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
     """Load a model and its gates from a folder that was saved with gates on.
 

@@ -35,7 +35,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a model, and check in the runtime that it computes what it does in PyTorch."""
-    load_torch(as_json)
+    load_torch(as_json, model)
     import torch
 
     from deadhead.checkpoints import checkpoint

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, print_json, progress
+from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, of_hub, print_json, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity and bits per byte on a text; every token is scored once."""
-    load_torch(quiet or as_json)
+    load_torch(quiet or as_json, model, of_hub(data))
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
     from deadhead.measure.losses import require_language_model
@@ -87,7 +87,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
-    load_torch(as_json)
+    load_torch(as_json, model)
     from deadhead.data import load_tokenizer
     from deadhead.measure.generate import generate_text
     from deadhead.measure.losses import require_language_model
@@ -115,7 +115,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
-    load_torch(as_json)
+    load_torch(as_json, model, dense)
     from deadhead.measure.cost import model_cost
     from deadhead.measure.timing import bench as run_bench
     from deadhead.measure.timing import efficiency

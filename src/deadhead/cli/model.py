@@ -44,7 +44,7 @@ def cut(
 ) -> None:
     """Cut a model by a head plan that was made elsewhere."""
     head_plan = HeadPlan.from_json(plan)
-    load_torch(quiet or as_json)
+    load_torch(quiet or as_json, model)
     from deadhead.streaming.cutting import cut_checkpoint
 
     with bytes_progress(quiet) as report:
@@ -138,7 +138,7 @@ def inspect(
     # Some folders tell all that is to be known without torch.
     found = None if layouts or plan is not None or training else folder_cost(model, length=length)
     if found is None:
-        load_torch(as_json)
+        load_torch(as_json, model)
         from deadhead.checkpoints.checkpoint import load_config
 
         config = load_config(model)

@@ -9,7 +9,18 @@ import typer
 from pydantic import BaseModel
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Device, Dtype, Quiet, ReportTo, console, load_torch, print_json, progress
+from deadhead.cli.console import (
+    AsJson,
+    Device,
+    Dtype,
+    Quiet,
+    ReportTo,
+    console,
+    load_torch,
+    of_hub,
+    print_json,
+    progress,
+)
 from deadhead.cli.settings import takes_settings
 from deadhead.errors import InputError
 from deadhead.training.recipes.fields import option_name
@@ -117,7 +128,7 @@ def finetune(
 def _dry_run(
     model: Path, phase: PruneRecipe, device: str | None, dtype: str | None, quiet: bool, as_json: bool
 ) -> None:
-    load_torch(quiet or as_json)
+    load_torch(quiet or as_json, model)
     from deadhead.checkpoints import checkpoint
     from deadhead.measure.cost import skeleton
     from deadhead.modes import on_device
@@ -170,7 +181,8 @@ def _run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    load_torch(quiet or as_json)
+    named = None if isinstance(model, ModelRecipe) else model
+    load_torch(quiet or as_json, named, options.get("teacher"), of_hub(text.source))
     from deadhead.training.processes import is_main, leave
     from deadhead.training.runs.single import Options, run_single
 

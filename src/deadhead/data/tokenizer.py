@@ -79,7 +79,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"A tokenizer was expected at {path}, but it has no files of one, such as tokenizer.json; save it there: "
             "tokenizer.save_pretrained(path)."
         )
-    require_had(path, what="tokenizer", file=None)
+    require_had(path)
     for file in files:
         if file.is_file() and file.stat().st_size > _MOST_BYTES:
             raise InputError(

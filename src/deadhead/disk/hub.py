@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub import constants, get_session
 
 from deadhead.errors import InputError
 
-_PATIENCE = 2.0
+# Seconds.
+_PATIENCE = 1.5
 # Seconds for which an answer, or none, is taken to hold.
 _HOLDS = 60.0
 _PATIENT = re.compile(r"HF_\w*(TIMEOUT|RETR)\w*")
@@ -30,7 +32,7 @@ def is_name(path: str | Path) -> bool:
 
 
 def answers() -> bool:
-    """Tell whether the hub can be asked: whether it answers within two seconds, or the user wants to wait longer."""
+    """Tell whether the hub can be asked: whether it answers within seconds, or the user wants to wait longer."""
     if constants.is_offline_mode() or any(map(_PATIENT.fullmatch, os.environ)):
         return not constants.is_offline_mode()
     place = constants.ENDPOINT
@@ -55,19 +57,25 @@ def _ask(place: str, heard: threading.Event, asked: threading.Event) -> None:
         asked.set()
 
 
-def require_had(name: str | Path, *, what: str = "model", file: str | None = "config.json") -> None:
-    """Check that what a name on the hub stands for can be had: the hub answers, or its cache holds `file` of it.
+def require_had(name: str | Path, *, kind: Literal["model", "dataset"] = "model") -> None:
+    """Check that what a name on the hub stands for may be had: the hub answers, or its cache holds something of it.
 
     Raises:
         InputError: it cannot.
     """
-    if not is_name(name) or answers() or (file and isinstance(try_to_load_from_cache(str(name), file), str)):
+    if not is_name(name) or answers():
         return
-    why = "is switched off (HF_HUB_OFFLINE)" if constants.is_offline_mode() else "does not answer"
-    raise InputError(
-        f"There is no folder {name}, and the Hugging Face hub gave no {what} of that name: it {why}, and its cache "
-        "on this machine has none; check the name, or the network."
-    )
+    name = str(name)
+    cached = [Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")]
+    if kind == "dataset":
+        made = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+        cached.append(Path(made, name.replace("/", "___")))
+    if not any(place.is_dir() for place in cached):
+        why = "is switched off (HF_HUB_OFFLINE)" if constants.is_offline_mode() else "does not answer"
+        raise InputError(
+            f"There is no folder {name}, and the Hugging Face hub gave no {kind} of that name: it "
+            f"{why}, and its cache on this machine has none; check the name, or the network."
+        )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deadhead.attaching import gates_of
 from deadhead.checkpoints import checkpoint
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, write_json
-from deadhead.errors import InputError, UnsupportedModel, is_installed, require_extra
+from deadhead.errors import InputError, UnsupportedModel, is_installed, require_extra, typed
 from deadhead.export import flat, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, first_output, make_reference
 from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
@@ -57,6 +57,7 @@ class Exported:
     unchecked: str | None = None
 
 
+@typed
 def export_model(
     model: PreTrainedModel,
     out: str | Path,

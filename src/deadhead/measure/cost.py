@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deadhead.attaching import detach, is_gate
 from deadhead.cutting import remove_units
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.layouts import Layout, Site, find_layout
 from deadhead.layouts.classes import model_class
 from deadhead.measure.costs import Cost
@@ -22,6 +22,7 @@ from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
 
+@typed
 def model_cost(
     model: PreTrainedModel, plan: HeadPlan | None = None, *, length: int | None = None, unit: Unit | None = None
 ) -> Cost:
@@ -36,6 +37,8 @@ def model_cost(
     Raises:
         UnsupportedModel: the model has no layout.
     """
+    if length is not None and length < 0:
+        raise InputError(f"length must be at least 0, but is {length}.")
     layout = find_layout(model)
     if plan is not None:
         model = cut_skeleton(layout, model, plan)

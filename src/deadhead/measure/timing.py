@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.measure.losses import require_language_model
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
@@ -36,6 +36,7 @@ class Timing:
     tokens_per_second: float
 
 
+@typed
 def bench(
     models: Mapping[str, PreTrainedModel],
     *,

@@ -24,7 +24,7 @@ from deadhead.disk.checksums import sha256_of, write_checksums
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
 from deadhead.disk.reading import read_json
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, weights_size
-from deadhead.errors import CutError, InputError
+from deadhead.errors import CutError, InputError, typed
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan
@@ -67,6 +67,7 @@ class CheckpointCut:
     written_bytes: int = 0
 
 
+@typed
 def cut_checkpoint(
     source: str | Path,
     plan: HeadPlan,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,11 +22,12 @@ from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut as cut_heads
 from deadhead.disk.files import remove_left_overs, write_json
 from deadhead.disk.reading import read_json
-from deadhead.errors import InputError, RunWarning, require_extra
+from deadhead.errors import InputError, RunWarning, require_extra, require_type, typed
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
+from deadhead.measure.losses import require_weights
 from deadhead.modes import best_device, on_device
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
@@ -92,6 +93,8 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", (self.report_to,))
+        for name, hint in get_type_hints(Options).items():
+            require_type(getattr(self, name), hint, f"{name} must be")
         for name, least in (("seed", 0), ("evaluation_tokens", 2)):
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)
@@ -99,6 +102,7 @@ class Options:
                 raise InputError(f"{name} must be a whole number of at least {least} and below 2^31, but is {value!r}.")
 
 
+@typed
 def prune(
     model: PreTrainedModel | str | Path,
     data: Data | None = None,
@@ -134,6 +138,7 @@ def prune(
     return cast(Pruned, run_single("prune", asked, model, data, options, cut=cut))
 
 
+@typed
 def finetune(
     model: PreTrainedModel | str | Path,
     data: Data | None = None,
@@ -303,8 +308,14 @@ def _begin(
 ) -> tuple[PreTrainedModel, Text]:
     """Return the model to begin with, and the text; none for a model without a loss on text, if units are ranked."""
     network = None
+    if not isinstance(model, str | Path | PreTrainedModel | ModelRecipe):
+        raise InputError(
+            f"A model of transformers, its folder or its name was expected, but a {type(model).__name__} came; take "
+            "the model out of its wrapper, of PEFT by model.merge_and_unload()."
+        )
     if not isinstance(model, ModelRecipe):
         network = model if isinstance(model, PreTrainedModel) else load_ungated(model, dtype=options.dtype)
+        require_weights(network, "A phase")
         require_trainable(network, recipe)
     tokenizer_of = options.tokenizer or _base(model) or (None if network is None else network.name_or_path or None)
     if network is not None and not network.can_generate():
