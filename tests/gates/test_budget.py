@@ -66,9 +66,9 @@ def test_values_out_of_range_are_refused(kind: Any, value: float) -> None:
 def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
     costs = UnitCosts(fixed=4.0, tables={_KEY: torch.tensor([0.0, 3.0, 6.0])})
     Budget(kind="params", value=0.4).require_reachable(costs, has_blocks=False)
-    with pytest.raises(InputError, match=r"--params 0.3 cannot be reached: without any heads .* 0.400.*--blocks"):
+    with pytest.raises(InputError, match=r"params 0.3 cannot be reached: without any heads .* 0.400.*add blocks"):
         Budget(kind="params", value=0.3).require_reachable(costs, has_blocks=False)
-    with pytest.raises(InputError, match=r"--speedup 3 cannot be reached: without any heads and blocks .* 2.500"):
+    with pytest.raises(InputError, match=r"speedup 3 cannot be reached: without any heads and blocks .* 2.500"):
         Budget(kind="speedup", value=3).require_reachable(costs, has_blocks=True)
 
 

@@ -35,7 +35,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a model, and check in the runtime that it computes what it does in PyTorch."""
-    load_torch(as_json)
+    load_torch(as_json, model)
     import torch
 
     from deadhead.checkpoints import checkpoint
@@ -66,8 +66,8 @@ def export(
     )
     for agreement in result.agreements:
         console.print(
-            f"{agreement.runtime}: logits differ from PyTorch's by {agreement.logit_difference:.1e} of the largest, "
-            f"{agreement.tokens_equal} of {agreement.tokens} greedy tokens are equal"
+            f"{agreement.runtime}: outputs differ from PyTorch's by {agreement.logit_difference:.1e} of the largest"
+            + (f", {agreement.tokens_equal} of {agreement.tokens} greedy tokens are equal" if agreement.tokens else "")
         )
     if result.unchecked is not None:
         console.print(f"Not checked: {escape(result.unchecked)}.")

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, print_json, progress
+from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, of_hub, print_json, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +25,12 @@ def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
 
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].")] = "stdlib",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file, a directory, hf:NAME[:CONFIG], or 'stdlib', the default for deadhead's own models only."
+        ),
+    ] = None,
     on: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")] = "valid",
     limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")] = 8,
@@ -38,14 +43,19 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity and bits per byte on a text; every token is scored once."""
-    load_torch(quiet or as_json)
+    load_torch(quiet or as_json, model, of_hub(data))
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
+    from deadhead.measure.losses import require_language_model
+    from deadhead.training.runs.inputs import require_default_text
 
     network = _load(model, device, dtype)
+    require_language_model(network, "Perplexity")
+    if data is None:
+        require_default_text(network.config.model_type)
     with progress(quiet) as report:
         text, _ = load_text(
-            data,
+            data or "stdlib",
             tokenizer=load_tokenizer(model),
             progress=lambda done, total: report("reading text, kB", done, total, {}),
         )
@@ -77,11 +87,13 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
-    load_torch(as_json)
+    load_torch(as_json, model)
     from deadhead.data import load_tokenizer
     from deadhead.measure.generate import generate_text
+    from deadhead.measure.losses import require_language_model
 
     network = _load(model, device, dtype)
+    require_language_model(network, "Continuing a text")
     text = generate_text(
         network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
@@ -103,7 +115,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
-    load_torch(as_json)
+    load_torch(as_json, model, dense)
     from deadhead.measure.cost import model_cost
     from deadhead.measure.timing import bench as run_bench
     from deadhead.measure.timing import efficiency

@@ -58,11 +58,10 @@ class Budget:
         """Check that the model without any unit costs no more than may be left; the InputError says what can be had."""
         least = costs.fixed / costs.total if costs.total else 0.0
         if self.share < least:
-            flag = self.kind.replace("_", "-")
             what = "heads and blocks" if has_blocks else "heads"
-            hint = "" if has_blocks or self.kind in ("sparsity", "kv_cache") else " (or add --blocks)"
+            hint = "" if has_blocks or self.kind in ("sparsity", "kv_cache") else " (or add blocks)"
             raise InputError(
-                f"--{flag} {self.value:g} cannot be reached: without any {what} the model would be at "
+                f"The budget {self.kind} {self.value:g} cannot be reached: without any {what} the model would be at "
                 f"{self.reached(least):.3f}; ask for less{hint}."
             )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.gates.hard_concrete import GateConfig, l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.plans.kinds import Ranking
@@ -189,6 +189,7 @@ class HeadGates:
         for (_, gate), part in zip(self, ranks.split([gate.num_heads for _, gate in self]), strict=True):
             gate.set_log_alpha(gate.log_alpha + spread * part.to(gate.log_alpha_bias.device))
 
+    @typed
     def set_plan(self, plan: HeadPlan) -> None:
         """Close the gates of the units that `plan` drops and open the others; take over its output scale.
 

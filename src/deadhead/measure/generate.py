@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.errors import InputError
 from deadhead.measure.evaluation import require_known
+from deadhead.measure.losses import require_language_model
 
 
 def generate_text(
@@ -23,6 +24,7 @@ def generate_text(
     Raises:
         InputError: the prompt is empty or has tokens that the model doesn't have, or a number is out of range.
     """
+    require_language_model(model, "Continuing a text")
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[-1] == 0:
         raise InputError("A prompt of at least one token was expected, but it is empty.")

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.gates.budget import BudgetTarget
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.optimizer import GateOptimizer, default_rate
@@ -47,6 +47,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             the optimizer trains, or DeepSpeed steps inside backward, where no gradient can be added.
     """
 
+    @typed
     def __init__(
         self,
         gates: HeadGates,
