@@ -29,6 +29,7 @@ from deadhead.checkpoints.gate_files import load_gates, save_gates
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
+from deadhead.disk.stored import read_header
 from deadhead.errors import InputError, first_line
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
@@ -151,8 +152,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a language model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
 
-    It never runs code that a checkpoint brings along. A gated checkpoint gives the ungated model; `load_gated` gives
-    both.
+    It never runs code that a checkpoint brings along. A gated checkpoint that `save` wrote gives the ungated model;
+    `load_gated` gives both.
 
     Args:
         path: the folder or name.
@@ -160,8 +161,26 @@ def load(
         device: where they go, such as "cuda"; None: the CPU.
 
     Raises:
-        InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
+        InputError: there is no checkpoint, it is cut short, its tensors are not those its configuration asks for, or a
+            Trainer wrote it with gates on.
     """
+    model, is_gated = _load(path, dtype, device)
+    if is_gated:
+        raise _with_gates_on(path)
+    return model
+
+
+def _with_gates_on(path: str | Path) -> InputError:
+    how = f"open it with deadhead.load_gated, as {GATES_FILE} is beside it"
+    if not has_gates(path):
+        how = "resume that run, or load a checkpoint that deadhead.save wrote"
+    return InputError(f"The checkpoint {path} was saved in the middle of training with gates; {how}.")
+
+
+def _load(
+    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, bool]:
+    """Load as `load` does, and tell whether there are gates among the weights, which are left out."""
     dtype = None if dtype is None else _named_dtype(dtype)
     device = None if device is None else named_device(device)
     name = str(path)
@@ -169,6 +188,11 @@ def load(
     if not local and not _looks_like_a_name(path):
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     if local:
+        if has_gates(path) and not (Path(path) / "config.json").exists():
+            raise InputError(
+                f"{path} holds gates without the model that they were trained on; load that, and put them on it with "
+                "deadhead.checkpoints.gate_files.load_gates(model, folder)."
+            )
         _require_unchanged(Path(path))
         require_sound(Path(path))
     try:
@@ -190,11 +214,8 @@ def load(
             raise _no_such_name(path, error) from error
         raise InputError(f"The checkpoint {path} cannot be loaded: {first_line(error)}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    if any(is_gate(str(name)) for name in info["unexpected_keys"]):
-        raise InputError(
-            f"The checkpoint {path} was saved in the middle of training with gates; resume that run, or load a "
-            "checkpoint that deadhead.save wrote."
-        )
+    of_gates = {name for name in info["unexpected_keys"] if is_gate(str(name))}
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - of_gates
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             first = sorted(str(item) for item in info[problem])[0]
@@ -202,7 +223,7 @@ def load(
                 f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}."
             )
     model.eval()
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    return model if device is None else model.to(device), bool(of_gates)  # type: ignore[arg-type]
 
 
 def _require_unchanged(folder: Path) -> None:
@@ -245,15 +266,17 @@ def _looks_like_a_name(path: str | Path) -> bool:
 
 
 def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
-    """Load a model and its gates from a folder that was saved with gates on.
+    """Load a model and its gates from a folder that was saved with gates on, or a Trainer's checkpoint.
 
     Raises:
         InputError: the folder has no gates, or it cannot be loaded.
     """
     path = Path(path)
     if path.is_dir() and not has_gates(path):
+        if any(is_gate(tensor.name) for file in path.glob("*.safetensors") for tensor in read_header(file)):
+            raise _with_gates_on(path)
         raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
-    model = load(path)
+    model, _ = _load(path)
     return model, load_gates(model, path)
 
 
