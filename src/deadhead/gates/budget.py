@@ -73,8 +73,8 @@ class BudgetTarget(Target):
     The sparsity loss is Σ c_u P(open_u) with c_u what unit u costs, and its λ a Lagrange multiplier: after each step
     log_alpha of every unit moves by w_u c_u times one number, the one that makes the expected cost what the ramp asks
     for. So units go that are worth least for what they cost; which those are the language-modelling loss decides. The
-    share, in (0, 1], is of the dense cost; `costs` has the keys of the gates. After the last step what evaluation leaves
-    open costs no more.
+    share, in (0, 1], is of the dense cost; `costs` has the keys of the gates. After the last step what stays open in
+    evaluation costs no more.
     """
 
     def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int | None = None) -> None:
@@ -98,7 +98,7 @@ class BudgetTarget(Target):
         if any(key not in gates.gates or gates.gates[key].num_heads != size for key, size in sizes.items()):
             raise InputError(
                 f"The budget's costs are of {sum(sizes.values())} units in {len(sizes)} places, but the model's gates "
-                f"are {len(gates)} in {len(gates.gates)}; count the costs of the model, unit and blocks that have gates."
+                f"are {len(gates)} in {len(gates.gates)}; count costs of the model, unit and blocks that have gates."
             )
         super().begin(gates, steps)
 

@@ -123,7 +123,9 @@ class SparsityTarget(Target):
     out exactly that share, those with the smallest log_alpha after Gumbel noise.
     """
 
-    def __init__(self, sparsity: float, *, ramp_steps: int | None = None, ranking: Ranking = "global", exact: bool = False) -> None:
+    def __init__(
+        self, sparsity: float, *, ramp_steps: int | None = None, ranking: Ranking = "global", exact: bool = False
+    ) -> None:
         if not 0 <= sparsity < 1:
             raise InputError(f"The target sparsity must be at least 0 and below 1, but it is {sparsity}.")
         if ranking not in ("global", "layer"):
