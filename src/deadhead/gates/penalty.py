@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -69,8 +70,9 @@ class Target:
     exact = False
 
     def __init__(self, share: float, ramp_steps: int | None) -> None:
-        if ramp_steps is not None and not (isinstance(ramp_steps, int) and ramp_steps >= 0):
-            raise InputError(f"ramp_steps must be a whole number of steps, or None, but it is {ramp_steps!r}.")
+        given: Any = ramp_steps
+        if given is not None and not (isinstance(given, Integral) and given >= 0):  # type: ignore[operator]
+            raise InputError(f"ramp_steps must be a whole number of steps, or None, but it is {given!r}.")
         self.share = share
         self.asked_steps = ramp_steps
         self.ramp_steps = ramp_steps or 0

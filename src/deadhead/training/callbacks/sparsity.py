@@ -170,9 +170,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def _gates_in(self, model: nn.Module) -> HeadGates:
         """Return the gates to train of the Trainer's model, which may be wrapped."""
-        held = set(model.modules())
-        found = next(filter(None, map(gates_of, held)), None)
-        if found is None and not any(gate in held for _, gate in self.gates):
+        modules = list(model.modules())
+        found = next(filter(None, map(gates_of, modules)), None)
+        if found is None and not any(gate in modules for _, gate in self.gates):
             if getattr(getattr(model, "config", None), "head_plan", None) is not None:
                 raise InputError(
                     "The Trainer's model was cut, and deadhead.cut takes the gates off; to train it on make a new "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
+from torch import nn
 from transformers import Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -28,9 +29,10 @@ class FrozenWeightsTrainer(Trainer):
         elif self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            named = self.model.named_parameters(remove_duplicate=False)
+            model = cast(nn.Module, self.model)
+            named = model.named_parameters(remove_duplicate=False)
             frozen = {name for name, parameter in named if not parameter.requires_grad}
-            state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+            state = {name: value for name, value in model.state_dict().items() if name not in frozen}
             state = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
             # Where a Trainer looks for weights; without a configuration nobody takes it for a model.
             save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -40,5 +42,6 @@ class FrozenWeightsTrainer(Trainer):
             super()._issue_warnings_after_load(load_result)
 
     def _only_gates_learn(self) -> bool:
-        learning = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        named = cast(nn.Module, self.model).named_parameters()
+        learning = [name for name, parameter in named if parameter.requires_grad]
         return bool(learning) and all(map(is_gate, learning)) and not self.is_fsdp_enabled
