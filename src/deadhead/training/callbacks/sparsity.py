@@ -249,6 +249,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Let each gate decide alone again; take those of the best model, where that was loaded."""
         self.gates.draw_exactly(())
+        is_main = state.is_world_process_zero
         best, end, hint = args.load_best_model_at_end and state.best_model_checkpoint, "Training ended at", ""
         if best:
             # The weights are loaded, but adapters come without gates, and FSDP2's gates have been copied before.
@@ -259,7 +260,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             return
         if best and state.global_step >= self.target.ramp_steps:
             self.gates.settle(self.target.plan(self.gates))
-        if (shortfall := self.target.shortfall(self.gates)) and state.is_world_process_zero:
+        if (shortfall := self.target.shortfall(self.gates)) and is_main:
             warnings.warn(
                 f"{end} step {state.global_step} of {state.max_steps}, where the gates {shortfall}{hint}.",
                 RunWarning,
