@@ -243,6 +243,16 @@ def test_a_budget_is_not_made_anew(tmp_path: Path) -> None:
         _train(tmp_path, resume=4, arguments=arguments, budget=target)
 
 
+def test_a_checkpoint_of_other_gates_is_refused(tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    _train(tmp_path, adapters=True, arguments=arguments, sparsity=0.5)
+    model = _model(True)
+    callback = deadhead.SparsityCallback(deadhead.attach(model, unit="head"), sparsity=0.5)
+    trainer = Trainer(model, _arguments(tmp_path, **arguments), train_dataset=_ROWS, callbacks=[callback])
+    with pytest.raises(InputError, match="has 4 gates of layer 0, but the model has 8; attach them as they were"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def _made() -> Any:
     return _gated()[0]
 
@@ -288,6 +298,13 @@ def _after_the_cut_of_adapters(folder: Path) -> Trainer:
     return trainer
 
 
+def _with_other_gates(folder: Path) -> Trainer:
+    """The Trainer's optimizer still has the parameters from before the cut."""
+    model, gates, trainer = _train(folder, sparsity=0.5)
+    deadhead.attach(deadhead.cut(model, gates.plan()))
+    return trainer
+
+
 def _after_detaching(folder: Path) -> Trainer:
     model, _, trainer = _train(folder, l0=0.1)
     deadhead.detach(model)
@@ -305,6 +322,7 @@ def _without_gates(folder: Path) -> Trainer:
         (_of_another_model, "attach the gates to the very model .* SparsityCallback is given none"),
         (_after_the_cut, "model was cut, and deadhead.cut takes the gates off; to train it on make a new Trainer"),
         (_after_the_cut_of_adapters, "model was cut, and deadhead.cut takes the gates off"),
+        (_with_other_gates, "attach the gates to the very model .* before the Trainer makes its optimizer"),
         (_after_detaching, "The Trainer's model has no gates; attach them with deadhead.attach"),
         (_without_gates, "The Trainer's model has no gates; attach them with deadhead.attach"),
     ],

@@ -160,12 +160,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
             # What an earlier phase may have left.
             self.gates.draw_exactly(())
         trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
+        held = set(kwargs["model"].modules())
         for layer, gate in self.gates:
-            if id(gate.log_alpha_bias) not in trained:
+            if id(gate.log_alpha_bias) not in trained or gate not in held:
                 raise InputError(
-                    f"The gates of layer {layer} are not among the parameters that the optimizer trains; attach the "
-                    "gates to the very model that the Trainer gets, after PEFT has wrapped it and before the Trainer "
-                    "makes its optimizer (with model_init in there, and SparsityCallback is given none)."
+                    f"The gates of layer {layer} are not among the parameters that the optimizer trains of this model; "
+                    "attach the gates to the very model that the Trainer gets, after PEFT has wrapped it and before "
+                    "the Trainer makes its optimizer (with model_init in there, and SparsityCallback is given none)."
                 )
 
     def _gates_in(self, model: nn.Module) -> HeadGates:
@@ -198,6 +199,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
         with torch.no_grad():
             for layer, gate in self.gates:
                 if values := attributes.get("gates", {}).get(str(layer)):
+                    if (count := len(values["log_alpha_bias"])) != gate.num_heads:
+                        raise InputError(
+                            f"The checkpoint has {count} gates of layer {layer}, but the model has {gate.num_heads}; "
+                            "attach them as they were attached before, with the same unit and blocks."
+                        )
                     gate.set_stored(torch.tensor(values["log_alpha_bias"]))
                     gate.difference.copy_(torch.tensor(values["difference"]))
 
@@ -250,15 +256,16 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Let each gate decide alone again; take those of the best model, where that was loaded."""
         self.gates.draw_exactly(())
         is_main = state.is_world_process_zero
-        best, end, hint = args.load_best_model_at_end and state.best_model_checkpoint, "Training ended at", ""
-        if best:
+        best = Path(state.best_model_checkpoint or "") / TRAINER_STATE_NAME
+        is_best, end, hint = args.load_best_model_at_end and best.is_file(), "Training ended at", ""
+        if is_best:
             # The weights are loaded, but adapters come without gates, and FSDP2's gates have been copied before.
-            state = TrainerState.load_from_json(str(Path(best) / TRAINER_STATE_NAME))
+            state = TrainerState.load_from_json(str(best))
             self.restore(state)
             end, hint = "The best model is of", "; eval_delay lets later models alone be compared"
         if self.target is None:
             return
-        if best and state.global_step >= self.target.ramp_steps:
+        if is_best and state.global_step >= self.target.ramp_steps:
             self.gates.settle(self.target.plan(self.gates))
         if (shortfall := self.target.shortfall(self.gates)) and is_main:
             warnings.warn(
