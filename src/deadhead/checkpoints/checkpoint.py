@@ -29,6 +29,7 @@ from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
 from deadhead.disk.hub import is_name, quick, require_had
+from deadhead.disk.stored import read_header
 from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
@@ -162,8 +163,8 @@ def load(
     """Load a model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
 
     Its class is the one that its configuration names, of a language model, an encoder or a classifier, say. It never
-    runs code that a checkpoint brings along. A gated checkpoint gives the ungated model; `load_gated` gives
-    both.
+    runs code that a checkpoint brings along. A gated checkpoint that `save` wrote gives the ungated model; `load_gated`
+    gives both.
 
     Args:
         path: the folder or name.
@@ -171,9 +172,27 @@ def load(
         device: where they go, such as "cuda"; None: the CPU.
 
     Raises:
-        InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
+        InputError: there is no checkpoint, it is cut short, its tensors are not those its configuration asks for, or a
+            Trainer wrote it with gates on.
         UnsupportedModel: transformers has no class for it.
     """
+    model, is_gated = _load(path, dtype, device)
+    if is_gated:
+        raise _with_gates_on(path)
+    return model
+
+
+def _with_gates_on(path: str | Path) -> InputError:
+    how = f"open it with deadhead.load_gated, as {GATES_FILE} is beside it"
+    if not has_gates(path):
+        how = "resume that run, or load a checkpoint that deadhead.save wrote"
+    return InputError(f"The checkpoint {path} was saved in the middle of training with gates; {how}.")
+
+
+def _load(
+    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, bool]:
+    """Load as `load` does, and tell whether there are gates among the weights, which are left out."""
     dtype = None if dtype is None else named_dtype(dtype)
     device = None if device is None else named_device(device)
     name = str(path)
@@ -181,6 +200,11 @@ def load(
     if not local and not is_name(path):
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     if local:
+        if has_gates(path) and not (Path(path) / "config.json").exists():
+            raise InputError(
+                f"{path} holds gates without the model that they were trained on; load that, and put them on it with "
+                "deadhead.checkpoints.gate_files.load_gates(model, folder)."
+            )
         _require_unchanged(Path(path))
     config = require_sound(Path(path)) if local else load_config(path)
     try:
@@ -205,12 +229,9 @@ def load(
             raise _no_such_name(path, error) from error
         raise InputError(f"The checkpoint {path} cannot be loaded: {first_line(error)}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    if any(is_gate(str(name)) for name in info["unexpected_keys"]):
-        raise InputError(
-            f"The checkpoint {path} was saved in the middle of training with gates; resume that run, or load a "
-            "checkpoint that deadhead.save wrote."
-        )
-    info["unexpected_keys"] = set(info["unexpected_keys"]) - _of_other_heads(model, bool(info["unexpected_keys"]))
+    of_gates = {name for name in info["unexpected_keys"] if is_gate(str(name))}
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - of_gates
+    info["unexpected_keys"] -= _of_other_heads(model, bool(info["unexpected_keys"]))
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             first = sorted(str(item) for item in info[problem])[0]
@@ -218,7 +239,7 @@ def load(
                 f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}."
             )
     model.eval()
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    return model if device is None else model.to(device), bool(of_gates)  # type: ignore[arg-type]
 
 
 def _of_other_heads(model: PreTrainedModel, wanted: bool) -> set[str]:
@@ -268,15 +289,17 @@ def _no_such_name(path: str | Path, error: Exception) -> InputError:
 
 @typed
 def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
-    """Load a model and its gates from a folder that was saved with gates on.
+    """Load a model and its gates from a folder that was saved with gates on, or a Trainer's checkpoint.
 
     Raises:
         InputError: the folder has no gates, or it cannot be loaded.
     """
     path = Path(path)
     if path.is_dir() and not has_gates(path):
+        if any(is_gate(tensor.name) for file in path.glob("*.safetensors") for tensor in read_header(file)):
+            raise _with_gates_on(path)
         raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
-    model = load(path)
+    model, _ = _load(path)
     return model, load_gates(model, path)
 
 

@@ -44,10 +44,9 @@ def export(
     from deadhead.export.exporting import export_model, require_exportable
 
     if model.is_dir() and has_gates(model):
-        raise InputError(
-            f"The checkpoint {model} has gates that are still on; cut it first: deadhead cut {model} --plan "
-            f"{model / 'head_plan.json'}."
-        )
+        plan = model / "head_plan.json"
+        how = f"deadhead cut {model} --plan {plan}" if plan.exists() else "deadhead.load_gated gives model and gates"
+        raise InputError(f"The checkpoint {model} has gates that are still on; cut it first: {how}.")
     if dtype is not None and to != "padded":
         raise InputError("--dtype is of a padded checkpoint; the precision of other files is their --type.")
     kind = None if kind is None else kind.lower()

@@ -223,6 +223,8 @@ def _attempt(
             with warnings.catch_warnings(), no_space_is_input_error(folder), flushing_denormals():
                 # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
                 warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+                # A phase that is stopped is gone on with.
+                warnings.filterwarnings("ignore", message="Training ended at step")
                 if checkpoint is None:
                     trainer.train()
                 else:
@@ -239,7 +241,7 @@ def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> li
     if run.gates is not None:
         prune = _recipe_of_gates(model, recipe, run.gates, run.seed)
         budgeted = on_main(lambda: budget_costs(model, prune, latency=run.latency))
-        ramp_steps = prune.ramp_steps or max(1, prune.steps * 2 // 3)
+        ramp_steps = prune.ramp_steps or None
         found.append(
             SparsityCallback(
                 run.gates,
