@@ -119,6 +119,7 @@ _DOORS: dict[str, Callable[[Any, Path, Any], object]] = {
     "report_run": lambda m, f, v: deadhead.report_run(v),
     "callback gates": lambda m, f, v: deadhead.SparsityCallback(v),
     "prune data": lambda m, f, v: deadhead.prune(m, v, **_SMALL),
+    "prune progress": lambda m, f, v: deadhead.prune(m, text(), progress=None if callable(v) else v, **_SMALL),
     "prune model": lambda m, f, v: deadhead.prune(v, text(), **_SMALL),
     "finetune model": lambda m, f, v: deadhead.finetune(v, text(), **_SMALL),
 }
