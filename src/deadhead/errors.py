@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+# Characters of another library's sentence that one of ours may hold.
+_LONGEST = 120
+
 
 class InputError(ValueError):
     """Bad input: a recipe, path, text, plan or checkpoint that cannot be used. The command line exits with 2."""
@@ -47,8 +50,9 @@ def own_sentence(error: ValueError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what another library's error says, or its type, without the full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:!")
+    """Return the first line of what another library's error says, or its type, without the full stop, shortened."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:!")
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
 
 
 def is_installed(*modules: str) -> bool:
