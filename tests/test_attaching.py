@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
+from benchmarks._tiny_models import tiny_model as stock_model
 from deadhead.attaching import attach, detach, gates_of
 from deadhead.cutting import cut
 from deadhead.errors import InputError, UnsupportedModel
@@ -315,3 +317,60 @@ def test_a_gated_layer_compiles_in_one_piece_in_training(log_alpha: float) -> No
     expected, _ = layer(*arguments)
     found, _ = torch.compile(layer, backend="eager", fullgraph=True)(*arguments)
     assert difference(found, expected) <= 1e-5
+
+
+# --- compiled models -------------------------------------------------------------------------------------------------
+
+
+def _in_place(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def _its_layers(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+def _around(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def _in_a_function(model: Any) -> Any:
+    return torch.compile(lambda **inputs: model(**inputs), backend="eager")
+
+
+_LLAMA = partial(stock_model, "llama")
+
+
+@pytest.mark.parametrize(
+    ("make", "compiled"),
+    [
+        (_LLAMA, _its_layers),
+        (tiny_model, _in_a_function),
+        *(pytest.param(_LLAMA, way, marks=pytest.mark.slow) for way in (_in_place, _around, _in_a_function)),
+        *(pytest.param(tiny_model, way, marks=pytest.mark.slow) for way in (_in_place, _around, _its_layers)),
+    ],
+)
+def test_gates_take_effect_on_a_model_that_was_compiled_before(make: Any, compiled: Any) -> None:
+    model, plain = make(), make()
+    run = compiled(model)
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return tuple(m(input_ids=IDS, use_cache=False).logits for m in (run, plain))  # type: ignore[return-value]
+
+    dense, _ = outputs()
+    heads = attach(plain).heads
+    gates = attach(model)
+    outputs()
+    for keep in (lambda units: units[1:], lambda units: units[:1]):
+        plan = gates.plan_of({key: keep(units) for key, units in heads.items()})
+        for each in (gates, gates_of(plain)):
+            each.set_plan(plan)
+        found, expected = outputs()
+        assert difference(found, expected) <= 1e-5 < difference(found, dense)
+    assert difference(logits(detach(model)), dense) <= 1e-5 and difference(outputs()[0], dense) <= 1e-5
+    cut(model, plan)
+    assert difference(outputs()[0], expected) <= 1e-5

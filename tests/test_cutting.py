@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from deadhead.attaching import attach, gates_of
+from benchmarks._tiny_models import scramble
+from benchmarks._tiny_models import tiny_config as stock_config
+from deadhead.attaching import attach, detach, gates_of
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError
 from deadhead.gates.hard_concrete import GateConfig
@@ -23,7 +25,7 @@ from deadhead.layouts.all_attention import AllAttentionLayout, HeadSite
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
 from tests.fresh_process import WAYS, in_a_fresh_process
-from tests.random_models import assert_unchanged, difference, gradients, snapshot, tiny_model
+from tests.random_models import assert_unchanged, difference, gradients, snapshot, tiny_config, tiny_model
 from tests.small_runs import assert_same_tensors
 
 # The package exports the function under the module's name.
@@ -259,7 +261,7 @@ def test_nan_is_not_taken_for_agreement() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[0].norm.weight[0] = float("nan")
-    with pytest.raises(CutError):
+    with pytest.raises(InputError, match=r"own outputs are not finite, .*: model.layers.0.norm.weight holds"):
         cut(model, PLAN)
     assert model.model.layers[0].attention.heads == (0, 1, 2, 3)
 
@@ -284,6 +286,46 @@ def test_the_base_model_can_be_cut() -> None:
 def blocks_too(kept: dict[int, list[int]], plan: HeadPlan) -> HeadPlan:
     """Return a plan that says of blocks of 3 which stay, too."""
     return replace(plan, blocks=BlockPlan(size=3, kept=kept, total=TOTAL))
+
+
+# --- what others share -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["own", "llama", "gpt2", "bert"])
+def test_models_of_one_configuration_are_cut_each_in_its_own_way(kind: str, tmp_path: Path) -> None:
+    config = tiny_config() if kind == "own" else stock_config(kind)
+    models: list[Any] = [AutoModelForCausalLM.from_config(config).eval() for _ in range(3)]
+    for seed, model in enumerate(models):
+        # from_config makes copies, which constructors do not.
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config = config
+        scramble(model, seed)
+    # An embedding in common, too.
+    for model in models:
+        model.set_input_embeddings(models[0].get_input_embeddings())
+        model.tie_weights()
+    before, kept = copy.deepcopy(config), [logits(model) for model in models]
+    weights = {name: value.clone() for name, value in models[2].state_dict().items()}
+    heads = attach(models[2]).heads
+    gates = gates_of(models[2])
+    plans = [gates.plan_of({key: units[where:][:1] for key, units in heads.items()}) for where in (0, 1)]
+    detach(models[2])
+    for model, plan in zip(models, plans, strict=False):
+        cut(model, plan)
+        assert config.to_dict() == before.to_dict() and type(config) is type(before)
+        # A second cut, so that views of one configuration become those of another.
+        cut(model, plan)
+    assert config.to_dict() == before.to_dict() and models[2].config is config
+    assert all(torch.equal(value, weights[name]) for name, value in models[2].state_dict().items())
+    assert torch.equal(logits(models[2]), kept[2])
+    for place, model in enumerate(models):
+        configs = {id(c) for c in (vars(m).get("config") for m in model.modules()) if isinstance(c, type(model.config))}
+        assert configs == {id(model.config)}
+        model.save_pretrained(tmp_path / str(place))
+        again = load_model(tmp_path / str(place))
+        assert torch.equal(logits(again), logits(model))
+        assert getattr(again.config, "head_plan", None) == (plans[place].to_dict() if place < 2 else None)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

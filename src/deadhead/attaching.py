@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError, UnsupportedModel, typed
+from deadhead.errors import InputError, UnsupportedModel, typed, typed_but
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
+from deadhead.layouts.inputs import require_runnable
+from deadhead.layouts.refusals import require_model, require_plain
 from deadhead.models.pruned.structure import text_stack
+from deadhead.modes import restored_on_failure
 from deadhead.plans.plan import Unit, UnitKey
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
@@ -72,7 +75,7 @@ class _DrawNoise:
             self.gates.draw()
 
 
-@typed
+@typed_but("model")
 def attach(
     model: PreTrainedModel | nn.Module,
     *,
@@ -102,22 +105,25 @@ def attach(
             of persistent vectors.
     """
     model = unwrapped(model)
+    layout = require_cuttable(model, "Attaching gates")
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
-    require_whole(model.parameters(), "Attaching gates")
-    layout = find_layout(model)
     unit = layout.choose_unit(model, unit, what="gates open and close")
     config = config or GateConfig()
     size = block_size(layout, model, blocks)
     sites = layout.all_sites(model, unit, size)
     there = [site for site in sites if site.units]
-    _require_cuttable(there, config)
+    if not config.hard and any(site.output_path is None for site in there):
+        raise InputError(
+            "Blocks of persistent vectors need hard gates, as a value between 0 and 1 in the softmax could not be "
+            "folded into a weight at the cut; use GateConfig(hard=True), or leave blocks out."
+        )
+    require_runnable(model)
     costs = _relative_costs(there)
-    gates: dict[UnitKey, HeadGate] = {}
-    for site in there:
-        gate = HeadGate(len(site.units), config.for_gate(of_blocks=site.has_blocks), costs[site.key])
-        gates[site.key] = gate.to(_weight(site).device).train(model.training)
-        site.module.add_module(site.gate_name, gate)
+    gates = {
+        site.key: HeadGate(len(site.units), config.for_gate(of_blocks=site.has_blocks), costs[site.key])
+        for site in there
+    }
     head_gates = HeadGates(
         gates,
         heads={site.key: site.units for site in sites},
@@ -127,25 +133,30 @@ def attach(
         block_size=size,
         headless=frozenset(site.key for site in sites if site.is_headless),
     )
-    _hang(sites)
-    # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
-    text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
-    setattr(model, _GATES_ATTRIBUTE, head_gates)
+    with restored_on_failure(model):
+        for site in there:
+            gate = gates[site.key].to(_weight(site).device).train(model.training)
+            site.module.add_module(site.gate_name, gate)
+        _hang(sites)
+        # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
+        text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
+        setattr(model, _GATES_ATTRIBUTE, head_gates)
     return head_gates
 
 
-def _require_cuttable(sites: Sequence[Site], config: GateConfig) -> None:
-    for site in sites:
-        if not _weight(site).is_floating_point():
-            raise UnsupportedModel(
-                f"The weights of layer {site.layer} are quantised to {_weight(site).dtype}, so heads "
-                "cannot be cut out of them; load the model in its full precision, prune it, and quantise it then."
-            )
-        if site.output_path is None and not config.hard:
-            raise InputError(
-                "Blocks of persistent vectors need hard gates, as a value between 0 and 1 in the softmax could not be "
-                "folded into a weight at the cut; use GateConfig(hard=True), or leave blocks out."
-            )
+def require_cuttable(model: PreTrainedModel, what: str) -> Layout:
+    """Check that `cut` could do its work on a model, and return its layout; an error begins with `what` is to be done.
+
+    Raises:
+        UnsupportedModel: it is no model of transformers, or one that is quantised, offloaded, wrapped by torch.compile,
+            of a class that no checkpoint could name, or of one that cannot be run to be checked.
+        InputError: its tensors are shared out among processes.
+    """
+    layout = find_layout(model)
+    require_whole(model.parameters(), what)
+    require_plain(model)
+    layout.require_reloadable(model)
+    return layout
 
 
 def _weight(site: Site) -> Tensor:
@@ -178,9 +189,11 @@ def _relative_costs(sites: Sequence[Site]) -> dict[UnitKey, float]:
 
 
 def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
-    """Return the model of transformers in PEFT's wrapper, or `model` itself."""
+    """Return the model of transformers in PEFT's wrapper, or `model` itself; UnsupportedModel if it is none."""
     wrapper: Any = model
-    return cast(PreTrainedModel, wrapper.get_base_model() if hasattr(model, "get_base_model") else model)
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    require_model(inner)
+    return cast(PreTrainedModel, inner)
 
 
 def rehang(model: PreTrainedModel | nn.Module) -> None:
@@ -189,11 +202,13 @@ def rehang(model: PreTrainedModel | nn.Module) -> None:
     gates = gates_of(model)
     if gates is None:
         return
-    for module in model.modules():
-        _remove_hooks(module, _GateInput)
-    _hang(find_layout(model).all_sites(model, gates.unit, gates.block_size))
-    for _, gate in gates:
-        gate.log_alpha_bias.requires_grad_()
+    sites = find_layout(model).all_sites(model, gates.unit, gates.block_size)
+    with restored_on_failure(model):
+        for module in model.modules():
+            _remove_hooks(module, _GateInput)
+        _hang(sites)
+        for _, gate in gates:
+            gate.log_alpha_bias.requires_grad_()
 
 
 def _hang(sites: Sequence[Site]) -> None:
@@ -201,6 +216,8 @@ def _hang(sites: Sequence[Site]) -> None:
         gate = site.module._modules.get(site.gate_name)
         if isinstance(gate, HeadGate) and site.output_path is not None:
             site.output.register_forward_pre_hook(_GateInput(gate, site.unit_dim))
+    # Code that was compiled without these hooks, or with others, would go on without them.
+    torch.compiler.reset()
 
 
 def _remove_hooks(module: nn.Module, *kinds: type) -> None:
@@ -230,11 +247,13 @@ def gates_of(model: nn.Module) -> HeadGates | None:
 @typed
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
-    for module in model.modules():
-        _remove_hooks(module, _GateInput, _DrawNoise)
-        for name in _GATE_NAMES:
-            if isinstance(module._modules.get(name), HeadGate):
-                del module._modules[name]
-    if gates_of(model) is not None:
-        delattr(model, _GATES_ATTRIBUTE)
+    with restored_on_failure(model):
+        for module in model.modules():
+            _remove_hooks(module, _GateInput, _DrawNoise)
+            for name in _GATE_NAMES:
+                if isinstance(module._modules.get(name), HeadGate):
+                    del module._modules[name]
+        if gates_of(model) is not None:
+            delattr(model, _GATES_ATTRIBUTE)
+        torch.compiler.reset()
     return model

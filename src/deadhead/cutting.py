@@ -7,32 +7,37 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.attaching import attach, detach, gates_of, rehang
-from deadhead.errors import CutError, InputError, typed
+from deadhead.attaching import attach, detach, gates_of, is_gate, rehang, require_cuttable
+from deadhead.errors import CutError, InputError, first_line, typed_but
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
-from deadhead.gates.sharding import require_whole
-from deadhead.layouts import Site, find_layout, head_columns
+from deadhead.layouts import Layout, Site, find_layout, head_columns, own_config
+from deadhead.layouts.inputs import made_inputs, run
 from deadhead.models.pruned.structure import text_stack
-from deadhead.modes import evaluating
+from deadhead.modes import evaluating, restored_on_failure, uncompiled
 from deadhead.plans.plan import HeadPlan, UnitKey
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
-_TOLERANCE_HALF = 5e-2
+# In half precision: times the gated model's own error, both to float32; and where there is no memory for float32.
+_HALF = (torch.float16, torch.bfloat16)
+_RATIO_HALF, _TOLERANCE_HALF = 1.5, 5e-2
+# Of the memory that is free, what weights in float32 may take.
+_SHARE_OF_MEMORY = 0.7
 # So many that whole texts and halves take different ways through our own model's attention.
 CHECK_TEXTS, _CHECK_LENGTH = 3, 16
 
 
-@typed
+@typed_but("model", "plan")
 def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     """Delete the heads, and blocks, that `plan` drops, in place.
 
@@ -48,53 +53,57 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         `model`, smaller; a plain `save_pretrained` writes a checkpoint that reloads.
 
     Raises:
-        InputError: the plan is not one for this model.
-        UnsupportedModel: the model has no prunable heads.
+        InputError: the plan is not one for this model, or the model's own outputs are not finite.
+        UnsupportedModel: the model has no prunable heads, or cannot be cut; the message says why, as that of `attach`.
         CutError: the cut model computed something else; the model was put back as it was.
 
     Warns:
         UserWarning: the key/value cache grows, as single query heads are cut out of groups that share keys and values.
     """
+    if not isinstance(plan, HeadPlan):
+        raise InputError(f"A deadhead.HeadPlan was expected, but a {type(plan).__name__} came; gates.plan() makes one.")
+    layout = require_cuttable(model, "A cut")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise InputError(
             "The model still has PEFT adapters, whose tensors a cut would not fit; merge them first: "
             "model = model.merge_and_unload()."
         )
-    require_whole(model.parameters(), "A cut")
-    layout = find_layout(model)
-    gates = gates_of(model)
-    # Merging adapters replaces the output projections that the gates hang on.
-    rehang(model)
-    given_gates = gates is not None
-    if gates is None:
-        size = False if plan.blocks is None else plan.blocks.size
-        gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=size)
-    before = gates.state_dict(), gates.config
-    try:
-        plan = normal_plan(gates, plan)
-        if gates.plan() != plan:
-            gates.set_plan(plan)
-        factors = {key: head_factors(gate) for key, gate in gates}
-        sites = layout.all_sites(model, plan.unit, gates.block_size)
-        expected = watched_outputs(model, sites)
-        cache_before = cache_values(sites)
-        with _undone_on_failure(model):
-            detach(model)
-            remove_units(sites, plan.units, factors)
-            require_same_function(model, expected)
-            layout.record_plan(model, plan)
-    except BaseException:
-        state, gates.config = before
-        for key, gate in gates:
-            gate.config = gates.config.for_gate(of_blocks=key.kind == "block")
-        gates.load_state_dict(state)
-        if not given_gates:
-            detach(model)
-        raise
-    cache_now = cache_values(layout.sites(model, plan.unit))
-    if cache_now > cache_before:
-        warn_of_cache(cache_now / cache_before - 1, stacklevel=3)
+    with restored_on_failure(model):
+        # Merging adapters replaces the output projections that the gates hang on.
+        rehang(model)
+        gates = gates_of(model)
+        if gates is None:
+            size = False if plan.blocks is None else plan.blocks.size
+            gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=size)
+        before = gates.state_dict(), gates.config
+        try:
+            growth = _cut(model, layout, gates, plan)
+            if growth > 0:
+                warn_of_cache(growth, stacklevel=3)
+        except BaseException:
+            state, gates.config = before
+            for key, gate in gates:
+                gate.config = gates.config.for_gate(of_blocks=key.kind == "block")
+            gates.load_state_dict(state)
+            raise
     return model
+
+
+def _cut(model: PreTrainedModel, layout: Layout, gates: HeadGates, plan: HeadPlan) -> float:
+    """Cut a model with gates, and return the share by which its key/value cache grows, below 0 if it shrinks."""
+    plan = normal_plan(gates, plan)
+    if gates.plan() != plan:
+        gates.set_plan(plan)
+    factors = {key: head_factors(gate) for key, gate in gates}
+    sites = layout.all_sites(model, plan.unit, gates.block_size)
+    expected = gated_outputs(model, sites)
+    cache_before = cache_values(sites)
+    detach(model)
+    remove_units(sites, plan.units, factors)
+    require_same_function(model, expected)
+    own_config(model)
+    layout.record_plan(model, plan)
+    return cache_values(layout.sites(model, plan.unit)) / max(cache_before, 1) - 1
 
 
 def warn_of_cache(growth: float, *, stacklevel: int) -> None:
@@ -119,58 +128,118 @@ def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrai
     sites = find_layout(copied).all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
     if any(site.units and not units[site.key] for site in sites):
         # What an emptied module must return.
-        watched_outputs(copied, sites)
+        _watched_outputs(copied, sites, CHECK_TEXTS)
     remove_units(sites, units)
     return copied
 
 
-def watched_outputs(model: PreTrainedModel, sites: Sequence[Site], *, texts: int = CHECK_TEXTS) -> Tensor:
-    """Run the model on so many fixed texts; the sites watch for what `shrink` must know."""
+@dataclass(frozen=True)
+class Outputs:
+    """What a model with gates gives for the inputs of a check, and in half precision what it would give in float32."""
+
+    own: Tensor
+    precise: Tensor | None = None
+
+
+def gated_outputs(model: PreTrainedModel, sites: Sequence[Site], *, texts: int = CHECK_TEXTS) -> Outputs:
+    """Run the model, gates closed, on so many fixed examples; the sites watch for what `shrink` must know.
+
+    Raises:
+        InputError: the outputs are not finite.
+        UnsupportedModel: it does not run.
+    """
+    own = _watched_outputs(model, sites, texts)
+    if not bool(own.isfinite().all()):
+        raise InputError(f"The model's own outputs are not finite, before anything is cut: {_why_not_finite(model)}.")
+    if not _half_precisions(model):
+        return Outputs(own)
+    with _in_float32(model) as is_possible:
+        return Outputs(own, _check_outputs(model, texts) if is_possible else None)
+
+
+def _watched_outputs(model: PreTrainedModel, sites: Sequence[Site], texts: int) -> Tensor:
     with ExitStack() as watching:
         for site in sites:
             watching.callback(site.observe())
         return _check_outputs(model, texts)
 
 
+def _half_precisions(model: PreTrainedModel) -> list[torch.dtype]:
+    return [parameter.dtype for parameter in model.parameters() if parameter.dtype in _HALF]
+
+
+def _why_not_finite(model: PreTrainedModel) -> str:
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"{name} holds numbers that are not; load the weights anew"
+    if torch.float16 in _half_precisions(model):
+        return "they are too large for float16; load the model in bfloat16 or float32"
+    return "its weights are finite, but so large that what they compute is not"
+
+
 @contextmanager
-def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
-    """Put modules, parameters, configuration and classes back as they were if the block raises."""
-    modules = [
-        (module, type(module), {name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(module).items()})
-        for module in model.modules()
-    ]
-    config = type(model.config), dict(vars(model.config))
+def _in_float32(model: PreTrainedModel) -> Iterator[bool]:
+    """Hold what is in half precision in float32 while the block runs, if there is memory for that; yield whether."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in _HALF]
+    is_cuda = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if is_cuda else psutil.virtual_memory().available
+    if 4 * sum(tensor.numel() for tensor in tensors) > _SHARE_OF_MEMORY * free:
+        yield False
+        return
+    before = [tensor.data for tensor in tensors]
     try:
-        yield
-    except BaseException:
-        for module, kind, attributes in modules:
-            module.__class__ = kind
-            module.__dict__ = attributes
-        model.config.__class__, model.config.__dict__ = config
-        raise
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield True
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
 
 
-def require_same_function(model: PreTrainedModel, expected: Tensor, *, texts: int = CHECK_TEXTS) -> None:
-    """Check that a cut model gives the outputs that the gated one gave; CutError if it does not."""
+def require_same_function(model: PreTrainedModel, expected: Outputs, *, texts: int = CHECK_TEXTS) -> None:
+    """Check that a cut model gives the outputs that the gated one gave; CutError if it does not.
+
+    In half precision it may be 1.5 times as far from what the gated one gives in float32 as that one itself is, as root
+    mean squares.
+    """
     try:
         found = _check_outputs(model, texts)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model's own code fails in many ways
         raise CutError(
-            f"The model does not run any more with those heads cut off ({type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0]}); nothing was cut. Please report this model's type, "
-            f"{model.config.model_type!r}."
+            f"The model does not run any more with those heads cut off ({first_line(error.__cause__ or error)}); "
+            f"nothing was cut. Please report this model's type, {model.config.model_type!r}."
         ) from error
+    half = _half_precisions(model)
+    if half and expected.precise is not None:
+        # The floor is for a model whose outputs happen to need no rounding.
+        difference, least = _root_mean_square(found, expected.precise), torch.finfo(half[0]).eps / 4
+        allowed = max(_RATIO_HALF * _root_mean_square(expected.own, expected.precise), least)
+        if not difference <= allowed:
+            # Rounding may choose other experts for a token. In float32 the two must then be the same.
+            with _in_float32(model):
+                found, allowed = _check_outputs(model, texts), _TOLERANCE[torch.float32]
+            difference = _largest(found, expected.precise)
+    else:
+        dtypes = [p.dtype for name, p in model.named_parameters() if not is_gate(name)]
+        allowed = _TOLERANCE_HALF if half else max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+        difference = _largest(found, expected.own)
     # What is not finite is infinitely far: no comparison with it holds.
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    allowed = _TOLERANCE.get(model.dtype, _TOLERANCE_HALF)
     if not difference <= allowed:
+        remedy = "Cut it in float32 and convert it, or report" if half else "Please report"
         raise CutError(
             f"The cut model's output differs from the model's with closed gates by {difference:.1e}, but at most "
-            f"{allowed:.0e} is allowed; nothing was cut. Please report this model's type, "
-            f"{model.config.model_type!r}."
+            f"{allowed:.0e} is allowed; nothing was cut. {remedy} this model's type, {model.config.model_type!r}."
         )
+
+
+def _largest(values: Tensor, reference: Tensor) -> float:
+    return float((values - reference).abs().max() / reference.abs().max().clamp(min=1e-30))
+
+
+def _root_mean_square(values: Tensor, reference: Tensor) -> float:
+    return float((values - reference).square().mean().sqrt() / reference.square().mean().sqrt().clamp(min=1e-30))
 
 
 def normal_plan(gates: HeadGates, plan: HeadPlan) -> HeadPlan:
@@ -226,19 +295,21 @@ def fold(site: Site, kept: tuple[int, ...], factor_H: Tensor) -> None:
 def _check_outputs(model: PreTrainedModel, texts: int) -> Tensor:
     """Return the last hidden states of fixed random texts: whole, and again in two halves from a cache, side by side.
 
-    Hidden states, not logits, so that a model of any head class can be checked, on text.
+    Hidden states, not logits, so that a model of any head class can be checked. What reads images or sound is run once.
     """
     stack = text_stack(model)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (texts, _CHECK_LENGTH), generator=generator).to(model.device)
+    inputs = made_inputs(stack, texts, _CHECK_LENGTH)
     half = _CHECK_LENGTH // 2
-    takes_cache = "past_key_values" in inspect.signature(stack.forward).parameters
-    with evaluating(model):
-        parts = [stack(input_ids=ids, **({"use_cache": False} if takes_cache else {}))[0]]
+    takes_cache = inputs.keys() == {"input_ids"} and "past_key_values" in inspect.signature(stack.forward).parameters
+    with evaluating(model), uncompiled(), torch.autocast(model.device.type, enabled=False):
+        parts = [run(stack, inputs | ({"use_cache": False} if takes_cache else {}))[0]]
         if takes_cache:
-            first = stack(input_ids=ids[:, :half], use_cache=True)
+            ids = inputs["input_ids"]
+            first = run(stack, {"input_ids": ids[:, :half], "use_cache": True})
             parts.append(first[0])
             if (cache := getattr(first, "past_key_values", None)) is not None:
-                parts.append(stack(input_ids=ids[:, half:], past_key_values=cache, use_cache=True)[0])
-    return torch.cat([part if part.dtype == torch.float64 else part.float() for part in parts], dim=1)
+                rest = {"input_ids": ids[:, half:], "past_key_values": cache, "use_cache": True}
+                parts.append(run(stack, rest)[0])
+    # Side by side, whatever the output is of: positions, or the whole example.
+    wide = [part if part.dtype == torch.float64 else part.float() for part in parts]
+    return wide[0] if len(wide) == 1 else torch.cat(wide, dim=1)

@@ -17,8 +17,8 @@ _WRAPPED = ("get_base_model", "module", "_orig_mod")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Characters of what another library says.
-_LONGEST = 200
+# Characters of another library's sentence that one of ours may hold.
+_LONGEST = 120
 
 
 class InputError(ValueError):
@@ -65,7 +65,7 @@ def own_sentence(error: ValueError) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what another library's error says, or its type, without the full stop.
 
-    Where that line only begins a list, what follows is added; it never is longer than 200 characters.
+    Where that line only begins a list, what follows is added; it never is longer than 120 characters.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     said = " ".join(lines) if lines[0].endswith(":") else lines[0]
@@ -88,18 +88,26 @@ def typed(function: _F) -> _F:
 
     Numbers of NumPy are numbers.
     """
-    signature, hints = inspect.signature(function), functools.cache(lambda: get_type_hints(function))
+    return typed_but()(function)
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
-            if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
-                require_type(
-                    value, hints().get(name, Any), f"{function.__qualname__.removesuffix('.__init__')} takes {name} as"
-                )
-        return function(*args, **kwargs)
 
-    return cast(_F, checked)
+def typed_but(*names: str) -> Callable[[_F], _F]:
+    """Do as `typed` does, but leave some arguments to the function, which has a better sentence for them."""
+
+    def door(function: _F) -> _F:
+        signature, hints = inspect.signature(function), functools.cache(lambda: get_type_hints(function))
+        what = function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+                if name not in names and signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
+                    require_type(value, hints().get(name, Any), f"{what} takes {name} as")
+            return function(*args, **kwargs)
+
+        return cast(_F, checked)
+
+    return door
 
 
 def require_type(value: Any, hint: Any, expected: str) -> None:

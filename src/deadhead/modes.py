@@ -1,10 +1,12 @@
-"""Where and how modules run: the device there is, evaluation for a while, denormal numbers."""
+"""Where and how modules run: the device there is, evaluation for a while, as they were after a failure, denormals."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,3 +55,37 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run models that were compiled as if they were not while the block runs."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put a model back as it was if the block raises: classes, attributes, hooks, parameters, what learns, modes.
+
+    Tensors and configurations are put back, but what is written into one stays.
+    """
+    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    # The tables themselves, not copies: the handles of hooks refer to them.
+    tables = [value for _, _, values in modules for value in values.values() if isinstance(value, dict | set | list)]
+    contents = [(table, copy.copy(table)) for table in tables]
+    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, values in modules:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(values)
+        for table, before in contents:
+            table.clear()
+            put: Any = table.extend if isinstance(table, list) else table.update
+            put(before)
+        for parameter, learns in learning:
+            parameter.requires_grad_(learns)
+        raise

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from deadhead.errors import UnsupportedModel
 from deadhead.layouts.all_attention import AllAttentionLayout
-from deadhead.layouts.base import BLOCK_GATE, HEAD_GATE, Layout, Selection, Site, head_columns
+from deadhead.layouts.base import BLOCK_GATE, HEAD_GATE, Layout, Selection, Site, head_columns, own_config
 from deadhead.layouts.hugging_face import HuggingFaceLayout
+from deadhead.layouts.refusals import require_model
 
 # The first that matches is taken.
 _LAYOUTS: list[Layout] = [AllAttentionLayout(), HuggingFaceLayout()]
@@ -17,16 +17,10 @@ def find_layout(model: PreTrainedModel) -> Layout:
     """Return the layout of `model`.
 
     Raises:
-        UnsupportedModel: no layout describes it.
+        UnsupportedModel: it is none of transformers.
     """
-    for layout in _LAYOUTS:
-        if layout.matches(model):
-            return layout
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    raise UnsupportedModel(
-        f"A PreTrainedModel of transformers was expected, but a model of type {kind!r} came; to add an architecture, "
-        "describe it in a file of deadhead/layouts."
-    )
+    require_model(model)
+    return next(layout for layout in _LAYOUTS if layout.matches(model))
 
 
-__all__ = ["BLOCK_GATE", "HEAD_GATE", "Layout", "Selection", "Site", "find_layout", "head_columns"]
+__all__ = ["BLOCK_GATE", "HEAD_GATE", "Layout", "Selection", "Site", "find_layout", "head_columns", "own_config"]

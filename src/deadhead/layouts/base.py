@@ -5,13 +5,15 @@ Units are heads (or key/value groups), and blocks: runs of a feed-forward layer'
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.models.pruned.feed_forward import block_rows
@@ -97,6 +99,21 @@ def head_columns(output: nn.Module) -> Tensor:
     return weight.T if output_dim(output, heads=True) == 0 else weight
 
 
+def own_config(model: PreTrainedModel) -> None:
+    """Give a model and its modules a copy of their configuration, which other models may share."""
+    memo: dict[int, Any] = {}
+    model.config = copy.deepcopy(model.config, memo)
+    copies = {place: value for place, value in memo.items() if isinstance(value, PreTrainedConfig)}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            # A layer with heads of its own has a view of the shared configuration.
+            view = vars(value) if type(value).__name__ == "LayerConfig" else {}
+            if id(value) in copies:
+                vars(module)[name] = copies[id(value)]
+            elif id(view.get("shared")) in copies:
+                vars(module)[name] = type(value)(copies[id(view["shared"])], view["own"])
+
+
 class Layout(ABC):
     """One way in which architectures keep their heads. A subclass is listed in `deadhead.layouts`."""
 
@@ -135,8 +152,12 @@ class Layout(ABC):
         blocks = [] if block_size is None else self.block_sites(model, block_size)
         return [*self.sites(model, unit), *blocks]
 
+    def require_reloadable(self, model: PreTrainedModel) -> None:
+        """Check that a checkpoint of the cut model could be loaded; UnsupportedModel if not."""
+        return
+
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
-        """Write the plan into the model's configuration, so that the model reloads as it is.
+        """Write the plan into the model's configuration, its own by then, so that the model reloads as it is.
 
         Where it says nothing of blocks, those are recorded that earlier cuts left.
         """

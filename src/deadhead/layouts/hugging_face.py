@@ -112,7 +112,8 @@ class HuggingFaceLayout(Layout):
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return every module of the text stack whose structure is known."""
         kind = model.config.model_type
-        if model.config.is_encoder_decoder:
+        # The encoder of such a model may be had alone.
+        if model.config.is_encoder_decoder and model.get_decoder() is not model:
             raise UnsupportedModel(
                 f"deadhead prunes models with one stack of layers, but {kind!r} has an encoder and a decoder."
             )
@@ -149,16 +150,20 @@ class HuggingFaceLayout(Layout):
         plan = self.recorded_plan(model)
         return feed_forward_sites(find_feed_forwards(model), size, None if plan is None else plan.blocks)
 
-    def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
-        """Give model and configuration our classes, in place, and write the plan under `head_plan`."""
-        config = model.config
-        stock_model, stock_config = stock_class(type(model)), stock_class(type(config))
-        for stock in (stock_model, stock_config):
+    def require_reloadable(self, model: PreTrainedModel) -> None:
+        """Check that the classes of model and configuration are transformers' own, or ours of those."""
+        for stock in (stock_class(type(model)), stock_class(type(model.config))):
             if getattr(transformers, stock.__name__, None) is not stock:
                 raise UnsupportedModel(
-                    f"The class {stock.__name__} is not one of transformers' own, so a checkpoint of the cut model "
-                    "could not be loaded again; deadhead cannot cut it."
+                    f"The class {stock.__name__} is not one of those that transformers offers by name, so a checkpoint "
+                    "of the cut model could not be loaded again; use a class of transformers, with these weights."
                 )
+
+    def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
+        """Give model and configuration our classes, in place, and write the plan under `head_plan`."""
+        self.require_reloadable(model)
+        config = model.config
+        stock_model, stock_config = stock_class(type(model)), stock_class(type(config))
         config.auto_map = auto_map(stock_config)
         config.__class__ = pruned_config_class(stock_config)
         super().record_plan(model, plan)

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from deadhead.attaching import take_off
-from deadhead.cutting import head_factors, remove_units, require_same_function, watched_outputs
+from deadhead.cutting import Outputs, gated_outputs, head_factors, remove_units, require_same_function
 from deadhead.disk.stored import StoredCheckpoint
+from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Site, find_layout
@@ -108,7 +109,7 @@ class LayerCheck:
                     if parameter is not None:
                         module._parameters[name] = stub(parameter)
 
-    def _gated(self, layer: nn.Module, sites: Sequence[Site]) -> Tensor:
+    def _gated(self, layer: nn.Module, sites: Sequence[Site]) -> Outputs:
         """Return the outputs with gates; other layers learn to return what this one does."""
         seen: set[int] = set()
         handle = layer.register_forward_hook(
@@ -120,10 +121,12 @@ class LayerCheck:
                 self.outputs = count
                 seen.clear()
                 try:
-                    expected = watched_outputs(self.model, sites, texts=_TEXTS)
+                    expected = gated_outputs(self.model, sites, texts=_TEXTS)
                     if seen == {count}:
                         return expected
                 except Exception as error:  # a layer's own code, which got another form than it expects
+                    if isinstance(error, InputError) and not isinstance(error, UnsupportedModel):
+                        raise
                     failure = error
         finally:
             handle.remove()

@@ -105,6 +105,8 @@ def _describe(key: Key, path: str, module: nn.Module, inputs: tuple[str, ...], o
     output: Any = module.get_submodule(output_path)
     if isinstance(output, OutputBias):
         return FeedForward(key, path, module, inputs, output_path, 0, 1)
+    if not all(isinstance(weight_of(module.get_submodule(name)), nn.Parameter) for name in (*inputs, output_path)):
+        return None
     width = int(weight_of(output).shape[1 - output_dim(output)])
     # The first one's rows may be gates and units, which only one projection has.
     most = 2 if len(inputs) == 1 else 1

@@ -160,6 +160,9 @@ def _describe(path: str, module: nn.Module) -> Attention | None:
     if hasattr(module, "set_attention_type"):
         raise UnknownStructure("it exchanges its attention modules while it runs")
     output = module.get_submodule(output_path)
+    weights = {part.path: attrgetter(part.path)(inner) for part in parts} | {f"{output_path}.weight": weight_of(output)}
+    if computed := [name for name, weight in weights.items() if not isinstance(weight, nn.Parameter)]:
+        raise UnknownStructure(f"its {computed[0]} is no parameter, but computed from others, as by a weight norm")
     width = weight_of(output).shape[1 - output_dim(output)]
     num_heads, num_kv_heads = _counts(inner, parts, width)
     prefix = "self." if inner is not module else ""

@@ -1,0 +1,84 @@
+"""What is no model that heads could be cut out of, whatever its architecture: each is refused for its own reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deadhead.errors import UnsupportedModel
+
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Tensors that quantised layers keep in the place of a weight.
+_PACKED = ("qweight", "W_q", "weight_packed")
+
+
+def require_model(model: Any) -> None:
+    """Check that `model` is one of transformers, not something around one; UnsupportedModel if it is not."""
+    if isinstance(model, PreTrainedModel):
+        return
+    kind = type(model).__name__
+    if isinstance(model, str) or hasattr(model, "__fspath__"):
+        raise UnsupportedModel(
+            f"A model of transformers was expected, but a path or name came ({str(model)[:80]!r}); load it first: "
+            "model = deadhead.load(...)."
+        )
+    inner = model.named_modules() if isinstance(model, nn.Module) else [("model", getattr(model, "model", None))]
+    path = next((path for path, module in inner if isinstance(module, PreTrainedModel)), None)
+    if path is None:
+        raise UnsupportedModel(f"A PreTrainedModel of transformers was expected, but a {kind} came, with none in it.")
+    place = f"get_submodule({path!r})" if isinstance(model, nn.Module) else path
+    if hasattr(model, "peft_config"):
+        place += ", its adapters merged by merge_and_unload() if they are to stay"
+    elif kind == "OptimizedModule":
+        kind, place = "model wrapped by torch.compile", f"{place}, and compile it afterwards"
+    raise UnsupportedModel(
+        f"A model of transformers was expected, but a {kind} came, which holds one; give deadhead the model inside, "
+        f"which is its {place}."
+    )
+
+
+def require_plain(model: PreTrainedModel) -> None:
+    """Check that a model's weights are in memory, and plain numbers that rows can be cut out of.
+
+    Raises:
+        UnsupportedModel: they are quantised, offloaded, or a part of the model is wrapped by torch.compile.
+    """
+    if (found := _quantised(model)) is not None:
+        raise UnsupportedModel(
+            f"The model is quantised ({found}), and heads cannot be cut out of quantised weights; load it in its full "
+            "precision, prune it, and quantise it then."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModel(
+                f"The model's weights are not all in memory ({name} is offloaded, or was never loaded); load it whole, "
+                "without offloading, or cut its folder by the command deadhead cut, which takes little memory."
+            )
+    for path, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule":
+            raise UnsupportedModel(
+                f"The model's {path} is wrapped by torch.compile, under which a checkpoint would have other names; "
+                "put its _orig_mod back, and compile after the cut, or in place: module.compile()."
+            )
+
+
+def _quantised(model: PreTrainedModel) -> str | None:
+    """Return by what, or in which tensor, a model is quantised; None if it is not."""
+    declared: Any = getattr(model.config, "quantization_config", None)
+    if declared is not None or getattr(model, "hf_quantizer", None) is not None:
+        method = declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None)
+        return str(getattr(method, "value", method) or "by transformers")
+    for path, module in model.named_modules():
+        if ".quantized." in type(module).__module__ or any(hasattr(module, name) for name in _PACKED):
+            return f"{path} is a {type(module).__name__}"
+        weight = vars(module)["_parameters"].get("weight")
+        if weight is not None and (type(weight.data) is not torch.Tensor or weight.dtype not in _PLAIN):
+            return f"{path}.weight is {_kind(weight)}"
+    return None
+
+
+def _kind(weight: torch.Tensor) -> str:
+    return str(weight.dtype) if type(weight.data) is torch.Tensor else f"a {type(weight.data).__name__}"

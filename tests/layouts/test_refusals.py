@@ -1,0 +1,255 @@
+"""What attach and cut refuse, each for its own reason, in one sentence, and with nothing changed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperModel
+
+from benchmarks._tiny_models import tiny_model
+from deadhead.attaching import attach, detach, gates_of
+from deadhead.cutting import cut
+from deadhead.errors import InputError, UnsupportedModel
+from deadhead.plans.plan import HeadPlan
+from tests.random_models import assert_unchanged, snapshot
+from tests.random_models import tiny_model as own_model
+
+
+class Around(nn.Module):
+    """What other libraries put around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.auto_model = model
+
+
+class Mine(GPT2LMHeadModel):
+    """A user's own."""
+
+
+class Packed(nn.Linear):
+    """A layer whose weight lies in another tensor, as GPTQ's and AWQ's do."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.register_buffer("qweight", torch.zeros(4, dtype=torch.int32))
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that is not what it seems, as torchao's and bitsandbytes' are."""
+
+
+def llama() -> Any:
+    return tiny_model("llama")
+
+
+def with_projection(make: Callable[[nn.Linear], nn.Module]) -> Any:
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = make(layer.self_attn.o_proj)
+    return model
+
+
+def with_weight(make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def put(layer: nn.Linear) -> nn.Linear:
+        layer.weight = nn.Parameter(make(layer.weight.detach()), requires_grad=False)
+        return layer
+
+    return with_projection(put)
+
+
+def with_attribute(owner: str, name: str, value: Any) -> Any:
+    model = llama()
+    setattr(model.get_submodule("") if not owner else model.config, name, value)
+    return model
+
+
+def offloaded() -> Any:
+    from accelerate import cpu_offload
+
+    model = llama()
+    cpu_offload(model.model.layers[1])
+    return model
+
+
+def prompt_tuned() -> Any:
+    import peft
+
+    with warnings.catch_warnings():
+        # PEFT asks transformers for activation checkpointing by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def compiled(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def with_a_compiled_layer() -> Any:
+    model = llama()
+    model.model.layers[0] = compiled(model.model.layers[0])
+    return model
+
+
+class Dynamic(nn.Module):
+    """A layer that torch has quantised, whose weight is a method."""
+
+    __module__ = "torch.ao.nn.quantized.dynamic"
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+
+    def weight(self) -> None:
+        """Return the packed weight."""
+
+
+_SIZES = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+_SPEECH: dict[str, Any] = {
+    "vocab_size": 32,
+    "d_model": 16,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 16),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
+    "begin_suppress_tokens": None,
+}
+
+# What is given, and what is said of it. `cut` says the same as `attach` but for PEFT's wrapper, which `attach` takes.
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a path": (lambda: "some/folder", r"a path or name came \('some/folder'\); load it first"),
+    "a Path": (lambda: Path("folder"), "a path or name came .* load it first"),
+    "nothing": (lambda: None, "a NoneType came, with none in it"),
+    "a class": (lambda: GPT2LMHeadModel, "a type came"),
+    "a model of torch": (lambda: nn.Linear(2, 2), "a Linear came, with none in it"),
+    "torch.compile": (
+        lambda: compiled(llama()),
+        r"wrapped by torch.compile came.*'_orig_mod'\), and compile",
+    ),
+    "DataParallel": (lambda: nn.DataParallel(llama()), r"a DataParallel came.* its get_submodule\('module'\)"),
+    "two wrappers": (lambda: Around(Around(llama())), r"get_submodule\('auto_model.auto_model'\)"),
+    "a compiled wrapper": (
+        lambda: compiled(nn.DataParallel(llama())),
+        r"'_orig_mod.module'\), and compile",
+    ),
+    "a compiled layer": (with_a_compiled_layer, "model.layers.0 is wrapped by torch.compile.*put its _orig_mod back"),
+    "integers": (lambda: with_weight(lambda weight: weight.to(torch.int8)), "o_proj.weight is torch.int8.*quantise it"),
+    "bytes": (lambda: with_weight(lambda weight: weight.to(torch.uint8)), "is quantised .*torch.uint8"),
+    "float8": (lambda: with_weight(lambda weight: weight.to(torch.float8_e4m3fn)), "is quantised .*float8_e4m3fn"),
+    "a tensor's subclass": (
+        lambda: with_weight(lambda weight: weight.as_subclass(Wrapped)),
+        "is quantised .*o_proj.weight is a Wrapped",
+    ),
+    "packed layers": (lambda: with_projection(Packed), "is quantised .*o_proj is a Packed"),  # type: ignore[arg-type]
+    "dynamic quantisation": (lambda: with_projection(Dynamic), "is quantised .*o_proj is a Dynamic"),
+    "a quantiser": (lambda: with_attribute("", "hf_quantizer", object()), r"is quantised \(by transformers\)"),
+    "a declared quantisation": (
+        lambda: with_attribute("config", "quantization_config", {"quant_method": "gptq"}),
+        r"is quantised \(gptq\)",
+    ),
+    "offloaded layers": (offloaded, r"not all in memory \(model.layers.1.*is offloaded"),
+    "no weights": (lambda: llama().to("meta"), r"not all in memory \(model.embed_tokens.weight"),
+    "a weight norm": (
+        lambda: with_projection(nn.utils.parametrizations.weight_norm),
+        "o_proj.weight is no parameter, but computed from others",
+    ),
+    "a user's class": (lambda: Mine(tiny_model("gpt2").config), "The class Mine is not one .* offers by name"),
+    "an encoder and a decoder": (lambda: T5ForConditionalGeneration(T5Config(**_SIZES)), "'t5' has an encoder and a"),
+    "a speech encoder and a decoder": (lambda: WhisperModel(WhisperConfig(**_SPEECH)), "'whisper' has an encoder and"),
+    "an encoder taken out": (
+        lambda: WhisperModel(WhisperConfig(**_SPEECH)).get_encoder(),
+        "The class WhisperEncoder is not one of those that transformers offers by name",
+    ),
+    "no attention": (lambda: tiny_model("mamba"), "no attention with query, key, value and output projections"),
+}
+
+
+def sentence(caught: pytest.ExceptionInfo[InputError]) -> str:
+    text = str(caught.value)
+    assert len(text) <= 300 and "\n" not in text and text.endswith("."), text
+    return text
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_cut_is_refused_at_the_door(make: Callable[[], Any], reason: str) -> None:
+    model = make()
+    names = [(name, type(module)) for name, module in model.named_modules()] if isinstance(model, nn.Module) else []
+    for change in (attach, lambda given: cut(given, HeadPlan.keep_all({0: 2}))):
+        with pytest.raises(UnsupportedModel, match=reason) as caught:
+            change(model)
+        sentence(caught)
+    if isinstance(model, nn.Module):
+        assert [(name, type(module)) for name, module in model.named_modules()] == names
+        assert not any(module._forward_pre_hooks for module in model.modules() if not hasattr(module, "_hf_hook"))
+
+
+def test_a_prompt_tuned_model_has_gates_but_is_not_cut_in_its_wrapper() -> None:
+    model = prompt_tuned()
+    plan = attach(model).plan()
+    with pytest.raises(UnsupportedModel, match=r"a PeftModelForCausalLM came, which holds one.*merge_and_unload"):
+        cut(model, plan)
+    assert gates_of(model.get_base_model()) is not None
+
+
+@pytest.mark.parametrize("plan", [{0: [1]}, None, "plan.json"])
+def test_what_is_no_plan_is_refused(plan: Any) -> None:
+    with pytest.raises(InputError, match=r"A deadhead.HeadPlan was expected, but a \w+ came") as caught:
+        cut(own_model(), plan)
+    sentence(caught)
+
+
+def _spoiled(value: float, dtype: torch.dtype = torch.float32) -> Any:
+    model = tiny_model("llama", dtype=dtype)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = value
+    return model
+
+
+def _overflowing(dtype: torch.dtype, factor: float) -> Any:
+    model: Any = tiny_model("gpt2", dtype=dtype)
+    with torch.no_grad():
+        for layer in model.transformer.h:
+            layer.mlp.c_proj.weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: _spoiled(float("nan")), "not finite, before anything is cut: model.layers.1.mlp.up_proj.weight holds"),
+        (
+            lambda: _spoiled(float("inf"), torch.bfloat16),
+            "model.layers.1.mlp.up_proj.weight holds numbers that are not",
+        ),
+        (lambda: _overflowing(torch.float16, 6e4), "too large for float16; load the model in bfloat16 or float32"),
+        (lambda: _overflowing(torch.float32, 1e38), "its weights are finite, but so large"),
+    ],
+)
+def test_a_model_whose_own_outputs_are_not_finite_is_told_as_that(make: Callable[[], Any], reason: str) -> None:
+    model = make()
+    gates = attach(model)
+    detach(model)
+    before = snapshot(model)
+    with pytest.raises(InputError, match=reason) as caught:
+        cut(model, gates.plan_of({**gates.heads, next(iter(gates.heads)): ()}))
+    sentence(caught)
+    torch.testing.assert_close(model.state_dict(), before["tensors"], equal_nan=True, rtol=0, atol=0)
+
+
+def test_gates_that_are_on_do_not_hide_that_the_model_was_quantised_since() -> None:
+    model = llama()
+    plan = attach(model).plan()
+    other = copy.deepcopy(model)
+    other.model.layers[0].self_attn.q_proj.weight = nn.Parameter(
+        torch.zeros(64, 64, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(UnsupportedModel, match="q_proj.weight is torch.int8"):
+        cut(other, plan)
+    before = snapshot(model)
+    assert_unchanged(model, before)
