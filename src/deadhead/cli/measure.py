@@ -64,6 +64,7 @@ def evaluate(
         f"perplexity {result.perplexity:.4f} a token, {result.word_perplexity:.4g} a word; "
         f"{result.bits_per_byte:.4f} bits/byte; {result.tokens:,} tokens at {result.tokens_per_second:,.0f}/s"
     )
+    console.print(f"read in {result.cut}")
 
 
 def generate(

@@ -70,14 +70,30 @@ def encode_pieces(encoder: Encoder, pieces: Iterable[Piece], separator: int | No
         yield np.concatenate(parts)
 
 
+def text_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a tokenizer puts before those of a text, and those it puts behind them."""
+    whole, own = (tokenizer("a", add_special_tokens=framed, verbose=False)["input_ids"] for framed in (True, False))
+    for start in range(len(whole) - len(own), -1, -1):
+        if own and whole[start : start + len(own)] == own:
+            return tuple(whole[:start]), tuple(whole[start + len(own) :])
+    return (), ()
+
+
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that a tokenizer has to part documents: the end of a text, or what it puts behind one."""
+    if isinstance(tokenizer.eos_token_id, int):
+        return tokenizer.eos_token_id
+    return next(iter(text_frame(tokenizer)[1]), None)
+
+
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides about a tokenizer's ids."""
+    """A hash of all that decides about a tokenizer's ids, and about what stands around a text."""
     backend = _backend(tokenizer)
     if backend is not None:
         content = backend.to_str() + str(backend.encode_special_tokens)
     else:
         content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return hashlib.sha256(f"{content}\n{tokenizer.eos_token_id}".encode()).hexdigest()
+    return hashlib.sha256(f"{content}\n{separator_of(tokenizer)}{text_frame(tokenizer)}".encode()).hexdigest()
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

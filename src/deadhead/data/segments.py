@@ -1,4 +1,4 @@
-"""One long text as rows of segments, so that each batch continues the one before it."""
+"""One long text in rows: of segments, so that each batch continues the one before it, or each for itself."""
 
 from __future__ import annotations
 
@@ -61,3 +61,39 @@ class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
         # One conversion of T + 1 ids; input_ids and labels are views of it.
         ids = torch.from_numpy(self._tokens[start : start + self._segment_length + 1].astype(np.int64))
         return {"input_ids": ids[:-1], "labels": ids[1:], "is_first": torch.tensor(segment == 0)}
+
+
+class RowDataset(Dataset[dict[str, torch.Tensor]]):
+    """Cuts a flat stream into rows for a model without memory, each of which begins as a tokenizer begins a text.
+
+    Args:
+        tokens: (n,), ids. What is left after the last whole row is dropped.
+        length: T, tokens that a model sees at once: those of the prefix, and the next of the stream.
+        prefix: the tokens that every row begins with.
+
+    Raises:
+        InputError: the text is shorter than a row, or the prefix leaves no place in one.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, length: int, prefix: tuple[int, ...] = ()) -> None:
+        if len(prefix) >= length:
+            raise InputError(
+                f"Rows longer than the {len(prefix)} tokens that the tokenizer puts before a text were expected, but a "
+                f"sequence_length of {length} came; choose a longer one."
+            )
+        self._segments = SegmentDataset(tokens, rows=1, segment_length=length - len(prefix))
+        self._prefix = torch.tensor(prefix, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One row: `input_ids` (T,), `scored` (T,), bool: is of the text, not the prefix, and `is_first` (): True.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        ids = self._segments[index]["input_ids"]
+        whole = torch.cat([self._prefix, ids])
+        scored = torch.arange(len(whole)) >= len(self._prefix)
+        return {"input_ids": whole, "scored": scored, "is_first": torch.tensor(True)}

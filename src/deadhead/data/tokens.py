@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deadhead.data.corpus import SPLITS, Corpus, open_corpus
-from deadhead.data.encoders import Encoder, encode_pieces, fingerprint_of
+from deadhead.data.encoders import Encoder, encode_pieces, fingerprint_of, separator_of, text_frame
 from deadhead.data.pieces import Piece
 from deadhead.data.tokenizer import build_tokenizer
 from deadhead.disk.checksums import changed_file, read_checksums, write_checksums
@@ -29,7 +29,7 @@ from deadhead.disk.files import no_space_is_input_error, write_json
 from deadhead.disk.reading import read_json
 from deadhead.errors import InputError
 
-_FORMAT = 1
+_FORMAT = 2
 _META = "meta.json"
 
 
@@ -41,11 +41,14 @@ class TokenStream:
         tokens: (n,), mapped from a file, not to be written to.
         num_bytes: of the text in UTF-8, for bits per byte. Separators between documents are no text.
         num_words: of the text, for perplexity per word; with a tokenizer of words the number of tokens.
+        prefix: the tokens that the tokenizer begins a text with, such as BOS. They are not in `tokens`: every row that
+            a model without segment memory reads begins with them.
     """
 
     tokens: np.ndarray
     num_bytes: int
     num_words: int
+    prefix: tuple[int, ...] = ()
 
 
 class TokenizedCorpus:
@@ -62,6 +65,7 @@ class TokenizedCorpus:
                 tokens=np.memmap(path, meta["dtype"], "r") if path.stat().st_size else np.zeros(0, meta["dtype"]),
                 num_bytes=meta["splits"][name]["bytes"],
                 num_words=meta["splits"][name]["words"],
+                prefix=tuple(meta["prefix"]),
             )
             for name, path in {name: folder / f"{name}.bin" for name in SPLITS}.items()
         }
@@ -109,9 +113,9 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Turn a corpus into token ids, streaming, unless the cache has them. Tokenizers of subwords use all cores.
 
-    Where a split has several documents, each is followed by the tokenizer's end-of-text token, if it has one. Without a
-    cache the ids lie in a temporary folder, which goes with the object returned. `progress` is called with the kB of
-    text done and to do.
+    Where a split has several documents, each is followed by the token that ends a text, if the tokenizer has one.
+    Without a cache the ids lie in a temporary folder, which goes with the object returned. `progress` is called with
+    the kB of text done and to do.
 
     Raises:
         InputError: the text can't be read, or the folder can't be written; then nothing half-written is left.
@@ -127,10 +131,10 @@ def tokenize_corpus(
         weakref.finalize(made, shutil.rmtree, temporary, ignore_errors=True)
         return made
     sha256 = corpus.sha256()
-    separator = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
     fingerprint = hashlib.sha256(f"{_FORMAT}\n{sha256}\n{fingerprint_of(tokenizer)}".encode()).hexdigest()
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
-    meta = {"format": _FORMAT, "fingerprint": fingerprint, "sha256": sha256, "dtype": dtype}
+    prefix = text_frame(tokenizer)[0]
+    meta = {"format": _FORMAT, "fingerprint": fingerprint, "sha256": sha256, "dtype": dtype, "prefix": prefix}
     folder = Path(cache_dir) / fingerprint[:16]
     if (found := _usable(folder, fingerprint)) is not None:
         return found
@@ -139,7 +143,9 @@ def tokenize_corpus(
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             temporary.chmod(0o755)
-            meta["splits"] = _write_splits(temporary, corpus, Encoder(tokenizer), separator, dtype, progress)
+            meta["splits"] = _write_splits(
+                temporary, corpus, Encoder(tokenizer), separator_of(tokenizer), dtype, progress
+            )
             write_json(temporary / _META, meta)
             write_checksums(temporary)
             _move_in(temporary, folder, fingerprint)
