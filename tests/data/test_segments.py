@@ -82,3 +82,19 @@ def test_rows_begin_with_the_prefix_and_cover_the_text_once(prefix: tuple[int, .
 def test_a_row_that_the_prefix_fills_is_refused() -> None:
     with pytest.raises(InputError, match="longer than the 2 tokens .* sequence_length of 2 came"):
         RowDataset(np.arange(100), length=2, prefix=(7, 8))
+
+
+@pytest.mark.parametrize("prefix", [(), (7,)])
+def test_rows_without_a_token_that_counts_are_left_out(prefix: tuple[int, ...]) -> None:
+    width = 4 - len(prefix)
+    scored = np.zeros(8 * width + 1, dtype=np.bool_)
+    # The first of a row can only be told from a prefix.
+    scored[[width, 3 * width + 1, 3 * width + 2]] = True
+    rows = RowDataset(np.arange(100, 100 + len(scored)), length=4, prefix=prefix, scored=scored)
+    items = [rows[index] for index in range(len(rows))]
+    chosen = ([[100 + width]] if prefix else []) + [[100 + 3 * width + 1, 100 + 3 * width + 2]]
+    assert [item["input_ids"][item["scored"]].tolist() for item in items] == chosen
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+    with pytest.raises(InputError, match="Answers were expected in the text"):
+        RowDataset(np.arange(50), length=4, prefix=prefix, scored=np.zeros(50, dtype=np.bool_))

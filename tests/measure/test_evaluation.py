@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.data import TokenStream
-from deadhead.measure.evaluation import evaluate
+from deadhead.measure.evaluation import Evaluation, evaluate
 from tests.random_models import tiny_model
 from tests.small_runs import stream
 
@@ -186,6 +187,29 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(prefix: tuple[int, .
     assert result.loss == pytest.approx(expected / length, rel=1e-5)
     assert result.word_perplexity == pytest.approx(result.perplexity)
     assert f"beginning with {len(prefix)} token" in result.cut
+
+
+@pytest.mark.parametrize("prefix", [(), (5,), (5, 6)])
+def test_of_answers_no_other_token_is_scored(prefix: tuple[int, ...]) -> None:
+    model, plain = without_memory(), stream(40)
+    draw = np.random.default_rng(1).random(40) < 0.4
+
+    def measured(scored: np.ndarray | None, limit: int | None = None) -> Evaluation:
+        text = replace(plain, prefix=prefix, scored=scored)
+        return evaluate(model, text, window=7, batch_size=3, limit=limit)
+
+    whole, marked, others = measured(None), measured(draw), measured(~draw)
+    assert marked.tokens + others.tokens == whole.tokens
+    assert marked.tokens == draw[0 if prefix else 1 :].sum()
+    total = marked.loss * marked.tokens + others.loss * others.tokens
+    assert total == pytest.approx(whole.loss * whole.tokens, rel=1e-5)
+    assert marked.word_perplexity == pytest.approx(math.exp(marked.loss * marked.tokens / plain.num_words))
+    assert measured(np.ones(40, dtype=np.bool_)).loss == whole.loss
+    for limit, scored in ((None, np.zeros(40, dtype=np.bool_)), (3, np.arange(40) > 20)):
+        with pytest.raises(InputError, match="leave answers_only out"):
+            measured(scored, limit)
+    with pytest.raises(InputError, match="leave answers_only out"):
+        evaluate(tiny_model(), replace(plain, scored=draw))
 
 
 def test_a_model_with_memory_reads_no_prefix() -> None:

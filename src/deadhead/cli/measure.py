@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, print_json, progress
+from deadhead.cli.settings import takes_settings
+from deadhead.training.recipes.reading import changed
+from deadhead.training.recipes.recipe import DataRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,30 +26,36 @@ def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
     return checkpoint.load(path, device=device or best_device(), dtype=dtype)
 
 
+def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Has the options that `evaluate` takes besides those of the text."""
+
+
+@takes_settings(DataRecipe, without=("tokenizer", "vocab_size"), also=_shared)
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="A text file, a directory, 'stdlib', or hf:NAME[:CONFIG].")] = "stdlib",
     on: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")] = "valid",
     limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")] = 8,
     window: Annotated[
         int | None, typer.Option(min=2, max=2**24, help="Tokens seen at once by a model without memory (512).")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    *,
+    settings: dict[str, Any],
+    **shared: Any,
 ) -> None:
     """Measure perplexity and bits per byte on a text; every token is scored once."""
+    quiet, as_json = shared["quiet"], shared["as_json"]
+    text_of = changed(DataRecipe(), **settings)
     load_torch(quiet or as_json)
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
 
-    network = _load(model, device, dtype)
+    network = _load(model, shared["device"], shared["dtype"])
     with progress(quiet) as report:
         text, _ = load_text(
-            data,
+            text_of.source,
             tokenizer=load_tokenizer(model),
+            **text_of.reading,
             progress=lambda done, total: report("reading text, kB", done, total, {}),
         )
         result = measure(

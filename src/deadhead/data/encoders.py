@@ -13,20 +13,21 @@ from transformers import PreTrainedTokenizerBase
 
 from deadhead.data.pieces import Piece, whole_words
 from deadhead.data.tokenizer import byte_tokenizer
+from deadhead.errors import InputError
 
 _BATCH_CHARACTERS = 1 << 21
 _BATCH_PIECES = 4096
 
 
 class Encoder:
-    """Gives a tokenizer's ids of texts, without special tokens around them.
+    """Gives a tokenizer's ids of texts, without special tokens around them; those of a chat template are in the text.
 
     The ids of the tokenizer of `build_tokenizer("byte", …)` (`is_bytes`) are the bytes themselves, which takes a
     thirtieth of the time of running it. Where each token is a word (`is_words`), texts must not be cut within one, and
     tokens are counted as words, as in the WikiText papers, where a line end is one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool = False) -> None:
         self._tokenizer = tokenizer
         backend = self._backend = _backend(tokenizer)
         self.is_bytes = self.is_words = False
@@ -34,7 +35,7 @@ class Encoder:
             # As transformers sets them for a call without truncation and padding.
             backend.no_truncation()
             backend.no_padding()
-            backend.encode_special_tokens = tokenizer.split_special_tokens
+            backend.encode_special_tokens = tokenizer.split_special_tokens and not is_chat
             self.is_bytes = backend.encode_special_tokens and backend.to_str() == _backend(byte_tokenizer()).to_str()
             self.is_words = isinstance(backend.model, models.WordLevel)
 
@@ -48,6 +49,17 @@ class Encoder:
         # verbose=False: no warning that a text is longer than the model's context; it will be cut.
         encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.asarray(ids, dtype=np.uint32) for ids in encoded["input_ids"]]
+
+    def located(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the ids of a text, and the characters where each begins and ends."""
+        if self._backend is None:
+            raise InputError(
+                "Answers are told apart by a fast tokenizer, but this one is slow; learn from all of the text, without "
+                "answers_only."
+            )
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        places = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.asarray(encoding.ids, dtype=np.uint32), places[:, 0], places[:, 1]
 
 
 def encode_pieces(encoder: Encoder, pieces: Iterable[Piece], separator: int | None) -> Iterator[np.ndarray]:
@@ -68,6 +80,20 @@ def encode_pieces(encoder: Encoder, pieces: Iterable[Piece], separator: int | No
                     parts.append(np.array([separator], dtype=np.uint32))
                 last = None
         yield np.concatenate(parts)
+
+
+def encode_answers(
+    encoder: Encoder, pieces: Iterable[Piece], separator: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the ids of each conversation, and whether each is of an answer, or ends one."""
+    for piece in pieces:
+        ids, starts, stops = encoder.located(piece.text)
+        scored = np.zeros(len(ids), dtype=np.bool_)
+        for start, stop in piece.answers or ():
+            scored |= (starts < stop) & (stops > start)
+        if piece.ends_document and separator is not None and not (len(ids) and ids[-1] == separator):
+            ids, scored = np.append(ids, np.uint32(separator)), np.append(scored, scored[-1:])
+        yield ids, scored
 
 
 def text_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:

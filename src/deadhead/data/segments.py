@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -70,12 +72,15 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         tokens: (n,), ids. What is left after the last whole row is dropped.
         length: T, tokens that a model sees at once: those of the prefix, and the next of the stream.
         prefix: the tokens that every row begins with.
+        scored: (n,), whether a token counts; None: all do. Rows in which none counts are left out.
 
     Raises:
-        InputError: the text is shorter than a row, or the prefix leaves no place in one.
+        InputError: the text is shorter than a row, or the prefix leaves no place in one, or no token counts.
     """
 
-    def __init__(self, tokens: np.ndarray, *, length: int, prefix: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, tokens: np.ndarray, *, length: int, prefix: tuple[int, ...] = (), scored: np.ndarray | None = None
+    ) -> None:
         if len(prefix) >= length:
             raise InputError(
                 f"Rows longer than the {len(prefix)} tokens that the tokenizer puts before a text were expected, but a "
@@ -83,17 +88,34 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
             )
         self._segments = SegmentDataset(tokens, rows=1, segment_length=length - len(prefix))
         self._prefix = torch.tensor(prefix, dtype=torch.int64)
+        self._scored_RT: np.ndarray | None = None
+        self._rows: Sequence[int] = range(len(self._segments))
+        if scored is not None:
+            width = length - len(prefix)
+            self._scored_RT = scored[: len(self._rows) * width].reshape(-1, width)
+            # A row's first token has nothing before it that it could be told from, without a prefix.
+            self._rows = np.flatnonzero(self._scored_RT[:, 0 if prefix else 1 :].any(axis=1)).tolist()
+            if not self._rows:
+                raise InputError(
+                    "Answers were expected in the text, as answers_only asks for, but it has none; use more "
+                    "conversations, or leave answers_only out."
+                )
 
     def __len__(self) -> int:
-        return len(self._segments)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One row: `input_ids` (T,), `scored` (T,), bool: is of the text, not the prefix, and `is_first` (): True.
+        """One row: `input_ids` (T,), `scored` (T,), bool: is of the text and counts, and `is_first` (): True.
 
         Raises:
             IndexError: there is no such row.
         """
-        ids = self._segments[index]["input_ids"]
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row = self._rows[index]
+        ids = self._segments[row]["input_ids"]
         whole = torch.cat([self._prefix, ids])
         scored = torch.arange(len(whole)) >= len(self._prefix)
+        if self._scored_RT is not None:
+            scored[len(self._prefix) :] = torch.from_numpy(self._scored_RT[row].copy())
         return {"input_ids": whole, "scored": scored, "is_first": torch.tensor(True)}

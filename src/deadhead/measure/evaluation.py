@@ -70,6 +70,8 @@ def evaluate(
 ) -> Evaluation:
     """Score every token of `text` once, each after the true text before it; the first one only after a prefix.
 
+    Of a text that says which tokens are `scored`, others are only read.
+
     A model with segment memory: the text is cut into `batch_size` contiguous rows that are read segment by segment
     with a sliding cache; every row but the first begins one memory length early, without being scored there, so that
     it starts with a full memory.
@@ -103,6 +105,13 @@ def evaluate(
             f"{len(text.tokens)}."
         )
     tokens = text.tokens[: targets + first]
+    scored = None if text.scored is None else text.scored[: targets + first]
+    counted = targets if scored is None else int(scored[first:].sum())
+    if scored is not None and (has_memory or not counted):
+        raise InputError(
+            "Answers are measured alone (answers_only) of models without segment memory, and of texts with answers; "
+            "leave answers_only out."
+        )
     require_known(model, max(int(tokens.max()), *prefix, 0), of="text")
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
@@ -117,15 +126,15 @@ def evaluate(
             if window < least or (most is not None and window > most):
                 allowed = f"{least} to {most or 'any number of'} tokens"
                 raise InputError(f"The window must have {allowed}, but {window} were asked for.")
-            total, cut = _slide_window(model, tokens, prefix, window, batch_size, progress)
+            total, cut = _slide_window(model, tokens, scored, prefix, window, batch_size, progress)
     seconds = time.perf_counter() - begin
-    share = targets / max(len(text.tokens) - first, 1)
+    share = counted / max(len(text.tokens) - first if text.scored is None else int(text.scored[first:].sum()), 1)
     return Evaluation(
-        loss=total / targets,
-        perplexity=_exp(total / targets),
+        loss=total / counted,
+        perplexity=_exp(total / counted),
         word_perplexity=_exp(total / max(text.num_words * share, 1)),
         bits_per_byte=total / math.log(2) / max(text.num_bytes * share, 1),
-        tokens=targets,
+        tokens=counted,
         tokens_per_second=targets / seconds,
         prefix=prefix,
         **cut,
@@ -155,6 +164,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 def _slide_window(
     model: PreTrainedModel,
     tokens: np.ndarray,
+    scored_N: np.ndarray | None,
     prefix: tuple[int, ...],
     window: int,
     batch_size: int,
@@ -183,10 +193,12 @@ def _slide_window(
             rows = [np.concatenate([begin, tokens[start : stop + 1].astype(np.int64)]) for start, stop, _ in group]
             ids = torch.from_numpy(np.stack(rows))
             logits = model(input_ids=ids[:, :-1].to(model.device)).logits
-            wanted = ids[:, 1:].clone()
-            for row, (start, _, scored) in enumerate(group):
-                wanted[row, : scored - start + len(prefix)] = -100
-            total += _nats(logits, wanted)
+            wanted = ids.clone()
+            for row, (start, stop, scored) in enumerate(group):
+                if scored_N is not None:
+                    wanted[row, len(prefix) :][~torch.from_numpy(scored_N[start : stop + 1].copy())] = -100
+                wanted[row, : scored - start + len(prefix) + 1] = -100
+            total += _nats(logits, wanted[:, 1:])
         progress(min(done + batch_size, len(windows)), len(windows))
     longest = len(prefix) + windows[0][1]
     return total, {"rows": len(windows), "length": longest, "context": width - stride + 1}

@@ -79,6 +79,11 @@ def segments(
     """
     length = segment_length(model, recipe)
     if hasattr(model.config, "memory_length"):
+        if text.scored is not None:
+            raise InputError(
+                "answers_only is for models without segment memory, but this one reads all of the text in order; leave "
+                "it out."
+            )
         return SegmentDataset(text.tokens, rows=rows, segment_length=length, first_segment=first_segment)
     # Without memory the rows of a batch need not go on where those of the last one ended.
-    return RowDataset(text.tokens, length=length, prefix=text.prefix)
+    return RowDataset(text.tokens, length=length, prefix=text.prefix, scored=text.scored)
