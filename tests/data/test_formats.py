@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gc
 import gzip
 import json
@@ -99,6 +100,7 @@ def test_what_was_unpacked_goes_with_the_text(tmp_path: Path, monkeypatch: pytes
         json.dumps(ROWS, indent=1).encode(),
         json.dumps(ROWS).encode(),
         b'{"key": 1}',
+        b'\xef\xbb\xbf{"key": 1}\n{"key": 2}\n',
         b'\n {"a b": {"c": 1}}\n{"a b": 2}\n',
         b'{\n  "key":\n    1\n}\n',
     ],
@@ -176,7 +178,9 @@ def test_a_directory_of_files_that_look_like_json_is_refused(tmp_path: Path) -> 
         ("a.csv", b"n\n1\n2\n", "its columns are n; name one with text_column"),
         ("a.gz", gzip.compress(b"text\n" * 99)[:-9], r"A whole \.gz file was expected, but .* is damaged or cut short"),
         ("a.zst", zstd(bytes(range(256)) * 9)[:-9], r"A whole \.zst file was expected, but .* is damaged"),
-        ("a.zip", b"PK\x03\x04\0\0", "looks binary"),
+        ("a.zip", b"PK\x03\x04\0\0", "is packed with zip; unpack it first"),
+        ("a.jsonl.bz2", bz2.compress(json_lines()), "is packed with bzip2; unpack it first"),
+        ("a.bin", b"\x7fELF\0\0", "looks binary"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(name: str, content: bytes, message: str, tmp_path: Path) -> None:

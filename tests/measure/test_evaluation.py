@@ -121,6 +121,8 @@ def test_progress_is_told_of_every_segment() -> None:
 def test_a_text_too_short_is_refused(num_tokens: int) -> None:
     with pytest.raises(InputError, match=f"at least 2 tokens is needed to measure perplexity, but it has {num_tokens}"):
         evaluate(tiny_model(), stream(num_tokens))
+    with pytest.raises(InputError, match="at least 2 tokens is needed"):
+        evaluate(tiny_model(), stream(9), limit=0)
 
 
 def test_tokens_of_another_tokenizer_are_refused() -> None:
@@ -186,7 +188,7 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(prefix: tuple[int, .
     assert result.length == min(7, length - 1 + len(prefix))
     assert result.loss == pytest.approx(expected / length, rel=1e-5)
     assert result.word_perplexity == pytest.approx(result.perplexity)
-    assert f"beginning with {len(prefix)} token" in result.cut
+    assert f"each with {len(prefix)} token" in result.cut
 
 
 @pytest.mark.parametrize("prefix", [(), (5,), (5, 6)])
@@ -205,9 +207,11 @@ def test_of_answers_no_other_token_is_scored(prefix: tuple[int, ...]) -> None:
     assert total == pytest.approx(whole.loss * whole.tokens, rel=1e-5)
     assert marked.word_perplexity == pytest.approx(math.exp(marked.loss * marked.tokens / plain.num_words))
     assert measured(np.ones(40, dtype=np.bool_)).loss == whole.loss
-    for limit, scored in ((None, np.zeros(40, dtype=np.bool_)), (3, np.arange(40) > 20)):
-        with pytest.raises(InputError, match="leave answers_only out"):
-            measured(scored, limit)
+    # So many answers, not so many tokens.
+    late = np.arange(40) > 20
+    assert (measured(late, 3).tokens, measured(late, 99).loss) == (3, measured(late).loss)
+    with pytest.raises(InputError, match="leave answers_only out"):
+        measured(np.zeros(40, dtype=np.bool_))
     with pytest.raises(InputError, match="leave answers_only out"):
         evaluate(tiny_model(), replace(plain, scored=draw))
 

@@ -30,6 +30,7 @@ _ENDINGS: dict[str, Format] = {
     ".parquet": "parquet",
 }
 _PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+_OTHERWISE_PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 # A line, or a file, that begins with the first key of a JSON object.
 _JSON = re.compile(rb'\s*(\[\s*)?\{\s*"(\\.|[^"\\\n])*"\s*:')
 
@@ -99,6 +100,11 @@ def found_in(path: Path, place: Callable[[], Unpacked]) -> Found:
         unpacked = unpacked or place()
         file = unpacked.unpack(file, packing)
     head = _head(file)
+    for magic, name in _OTHERWISE_PACKED.items():
+        if head.startswith(magic) and b"\0" in head:
+            raise InputError(
+                f"Files packed with gzip or zstd are read, but {path} is packed with {name}; unpack it first."
+            )
     told = _ENDINGS.get(file.suffix.lower())
     if head.startswith(b"PAR1"):
         told = "parquet"
@@ -113,6 +119,7 @@ def found_in(path: Path, place: Callable[[], Unpacked]) -> Found:
 
 def _looks_json(head: bytes) -> bool:
     """Tell whether a file is JSON by its beginning: one value, or an object on every line."""
+    head = head.removeprefix(b"\xef\xbb\xbf")
     if not _JSON.match(head):
         return False
     lines = [line for line in head.split(b"\n")[:-1] if line.strip()]

@@ -54,7 +54,8 @@ class Evaluation:
     @property
     def cut(self) -> str:
         """How the text was cut, in words."""
-        begins = f", each beginning with {_counted(len(self.prefix), 'token')} of the tokenizer" if self.prefix else ""
+        before = _counted(len(self.prefix), "token")
+        begins = f", each with {before} that the tokenizer puts before a text" if self.prefix else ""
         rows = f"{_counted(self.rows, 'row')} of at most {_counted(self.length, 'token')}{begins}"
         return f"{rows}; every token scored once, after at least {self.context:,} others where there are as many"
 
@@ -98,20 +99,21 @@ def evaluate(
     prefix = () if has_memory else text.prefix
     # Nothing stands before the first token without a prefix.
     first = 0 if prefix else 1
-    targets = len(text.tokens) - first if limit is None else min(limit, len(text.tokens) - first)
-    if targets < 1:
+    there = len(text.tokens) - first
+    # Where in the text the tokens are that are to be scored.
+    places = range(there) if text.scored is None else np.flatnonzero(text.scored[first:])
+    counted = len(places) if limit is None else min(limit, len(places))
+    if there < 1 or (counted < 1 and text.scored is None):
         raise InputError(
             f"A text of at least {_counted(first + 1, 'token')} is needed to measure perplexity, but it has "
             f"{len(text.tokens)}."
         )
-    tokens = text.tokens[: targets + first]
-    scored = None if text.scored is None else text.scored[: targets + first]
-    counted = targets if scored is None else int(scored[first:].sum())
-    if scored is not None and (has_memory or not counted):
+    if text.scored is not None and (has_memory or not counted):
         raise InputError(
             "Answers are measured alone (answers_only) of models without segment memory, and of texts with answers; "
             "leave answers_only out."
         )
+    tokens = text.tokens if counted == len(places) else text.tokens[: places[counted - 1] + 1 + first]
     require_known(model, max(int(tokens.max()), *prefix, 0), of="text")
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
@@ -126,16 +128,16 @@ def evaluate(
             if window < least or (most is not None and window > most):
                 allowed = f"{least} to {most or 'any number of'} tokens"
                 raise InputError(f"The window must have {allowed}, but {window} were asked for.")
-            total, cut = _slide_window(model, tokens, scored, prefix, window, batch_size, progress)
+            total, cut = _slide_window(model, tokens, text.scored, prefix, window, batch_size, progress)
     seconds = time.perf_counter() - begin
-    share = counted / max(len(text.tokens) - first if text.scored is None else int(text.scored[first:].sum()), 1)
+    share = counted / len(places)
     return Evaluation(
         loss=total / counted,
         perplexity=_exp(total / counted),
         word_perplexity=_exp(total / max(text.num_words * share, 1)),
         bits_per_byte=total / math.log(2) / max(text.num_bytes * share, 1),
         tokens=counted,
-        tokens_per_second=targets / seconds,
+        tokens_per_second=counted / seconds,
         prefix=prefix,
         **cut,
     )
