@@ -174,6 +174,15 @@ def test_a_directory_of_files_that_look_like_json_is_refused(tmp_path: Path) -> 
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "JSON was expected in .* could not be read: .*; mend it"),
         ("a.parquet", b"PAR1 but cut short", "PARQUET was expected in .* could not be read"),
         ("a.json", b"", "the file is empty"),
+        ("a.json", b"[]", "could not be read: it has no rows"),
+        ("a.csv", b"text\n", "could not be read: it has no rows"),
+        ("a.jsonl", '{"text": "Größe"}\n'.encode("latin-1") * 60, "UTF-8 text was expected .* convert it to UTF-8"),
+        ("a.jsonl", '{"text": "Größe"}\n'.encode("latin-1"), "UTF-8 text was expected .* convert it to UTF-8"),
+        ("a.csv", "text\nGröße\n".encode("latin-1"), "CSV was expected .* could not be read: .*codec"),
+        ("a.csv", b"text\nwell, not quoted\n", "CSV was expected .* could not be read: Length of header"),
+        ("a.csv", b"text,n\nwell,1\nwell, not quoted,1\n", "CSV was expected .* could not be read: .*saw 3"),
+        ("a.jsonl", b'{"text": null}\n' * 3, r"A column of strings .* was expected .* its columns are text"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "its columns are data"),
         ("a.jsonl", json_lines([{"a": 1, "b": "x", "c": "y"}]), "its columns are a, b, c; name one with text_column"),
         ("a.csv", b"n\n1\n2\n", "its columns are n; name one with text_column"),
         ("a.gz", gzip.compress(b"text\n" * 99)[:-9], r"A whole \.gz file was expected, but .* is damaged or cut short"),
@@ -203,6 +212,21 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pyt
 def test_a_word_such_as_none_is_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nNone\nNA\nnan\n")
     assert train(tmp_path / "a.csv") == ["None", "NA", "nan"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|", "\t"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_columns_are_parted_as_the_first_line_says(separator: str, ending: str, tmp_path: Path) -> None:
+    lines = [["n", "text", "m"], ["1", '"a, b; c"', "2"], ["3", "d", "4"]]
+    (tmp_path / f"a.{ending}").write_text("\n".join(map(separator.join, lines)))
+    assert train(tmp_path / f"a.{ending}") == ["a, b; c", "d"]
+
+
+def test_a_single_column_has_no_separator(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\nwell, a comma\n")
+    assert train(tmp_path / "a.tsv") == ["well, a comma"]
+    (tmp_path / "a.csv").write_text("text\nwell; a semicolon\n")
+    assert train(tmp_path / "a.csv") == ["well; a semicolon"]
 
 
 def test_data_format_is_for_files(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deadhead.data.chat import Chat, Written
-from deadhead.data.formats import Format, Found
+from deadhead.data.formats import PROBE_BYTES, Format, Found
 from deadhead.data.pieces import PIECE_BYTES, Document, Piece
 from deadhead.errors import InputError, first_line, require_extra
 
@@ -20,8 +22,6 @@ if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
 
 _ROWS_READ_AT_ONCE = 256
 _STRINGS = ("string", "large_string")
-# What a CSV file is read with: a word such as "None" is text.
-_READING: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False}}
 
 
 class Rows:
@@ -69,12 +69,19 @@ class Rows:
                 yield Document(label=f"row {row} of {self._label}", open=partial(self._open, row), stop=size)
 
     def _open(self, row: int) -> BytesIO:
-        written = self._write(row, [self._dataset[row][name] for name in self._columns])
+        with _decoding(self._label):
+            values = [self._dataset[row][name] for name in self._columns]
+        written = self._write(row, values)
         return BytesIO(written.text.encode() if written else b"")
 
     def _written(self) -> Iterator[Written]:
         row = 0
-        for batch in self._dataset.with_format(None).iter(_ROWS_READ_AT_ONCE):
+        batches = self._dataset.with_format(None).iter(_ROWS_READ_AT_ONCE)
+        while True:
+            with _decoding(self._label):
+                batch = next(batches, None)
+            if batch is None:
+                return
             for values in zip(*(batch[name] for name in self._columns), strict=True):
                 if (written := self._write(row, values)) is not None:
                     yield written
@@ -109,7 +116,7 @@ def rows_of(dataset: Dataset, source: str, *, text_column: str | None, chat: Cha
         only = [strings] if len(strings) == 1 else []
         columns = next(iter([*([["text"]] if "text" in strings else []), *chats, *only]), [])
     if not columns or not all(kinds.get(name) for name in columns):
-        what = "A column text, messages, or prompt and completion, or only one of strings,"
+        what = "A column of strings (text, or the only one) or of messages (messages, or prompt and completion)"
         if text_column is not None:
             what = f"A column of strings or of messages named {text_column}"
         there = ", ".join(dataset.column_names)[:80] or "none"
@@ -144,19 +151,23 @@ def file_rows(
     require_extra("data", "datasets", what=f"Reading {source} by its fields")
     from datasets import load_dataset
 
-    settings = dict(_READING.get(kind, {}))
     everything = [file for part in files.values() for file in part]
-    if kind == "csv" and any(file.path.suffix.lower() == ".tsv" for file in everything):
-        settings["sep"] = "\t"
+    settings: dict[str, Any] = {}
+    if kind == "csv":
+        # A word such as "None" is text, and what is too much in a line is no index.
+        settings = {"sep": _separator(everything[0].path), "keep_default_na": False, "index_col": False}
     names = {split: [str(file.path) for file in part] for split, part in files.items()}
     # What was unpacked is gone with its place, and so are the tables made of it.
     place = next((file.place for file in everything if file.place is not None), None)
     cache = None if place is None else str(place.folder / "cache")
     try:
-        with _silent():
+        with _silent(), warnings.catch_warnings():
+            # Said where pandas leaves out what is too much in a line.
+            warnings.filterwarnings("error", message="Length of header or names does not match")
             loaded = load_dataset(kind, data_files=names, cache_dir=cache, **settings)
     except Exception as error:  # the library raises many kinds, down to those of the file formats
         reason = first_line(error.__cause__ or error)[:100]
+        reason = "it has no rows" if "corresponds to no data" in reason else reason
         raise InputError(
             f"{kind.upper()} was expected in {source}, but it could not be read: {reason}; mend it, or read it as it "
             "stands with data_format text."
@@ -166,6 +177,23 @@ def file_rows(
     }
     require_text(rows, source)
     return rows
+
+
+@contextmanager
+def _decoding(label: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"UTF-8 text was expected in {label}, but {error.object[:20]!r} cannot be decoded; convert it to UTF-8."
+        ) from None
+
+
+def _separator(path: Path) -> str:
+    """Return what parts the columns of a CSV file, by its first line."""
+    with path.open("rb") as file:
+        header = file.readline(PROBE_BYTES).decode("utf-8", "replace")
+    return max("\t;,|" if path.suffix.lower() == ".tsv" else ",;\t|", key=header.count)
 
 
 @contextmanager
