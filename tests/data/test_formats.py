@@ -158,6 +158,8 @@ def test_of_several_formats_in_a_directory_the_larger_is_read_and_that_is_said(t
     with pytest.warns(RunWarning, match="is read as text; 2 of its files"):
         assert "".join(train(tmp_path)) == "What this is.\n" * 1000
     assert "".join(train(tmp_path, data_format="text")).count("row 7,") == 2
+    # What is asked for needs no word.
+    assert len(train(tmp_path, data_format="json")) == 100
 
 
 def test_a_directory_of_files_that_look_like_json_is_refused(tmp_path: Path) -> None:

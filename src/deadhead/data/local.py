@@ -66,7 +66,8 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
 
     Args:
         path: of a file or a directory.
-        data_format: of the files, whatever they are named and look like; None tells by that.
+        data_format: of the file, whatever it is named and looks like; of a directory's files only those that are of
+            this format are read, or all of them where none is, or it is "text". None tells by names and looks.
         read: reads files with fields.
 
     Warns:
@@ -92,14 +93,18 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
     files = list(_files_below(path))
     if not files:
         raise InputError(f"Text files were expected below {path}, but it has no files that are not hidden.")
-    groups: dict[Format, list[Sized]] = {}
+    everything: list[Found] = []
     for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):
         with suppress(InputError):  # what cannot be read is left out
-            found = found_in(file, place)
-            found = found if data_format is None else replace(found, format=data_format, looks=False)
+            everything.append(found_in(file, place))
+    if data_format is not None:
+        asked = [found for found in everything if found.format == data_format != "text"]
+        everything = [_as_asked(found, data_format) for found in asked or everything]
+    groups: dict[Format, list[Sized]] = {}
+    for found in everything:
+        with suppress(InputError):
             sized = _checked(found) if found.format == "text" else found
-            size = sized.stop if isinstance(sized, Document) else found.path.stat().st_size
-            if size:
+            if size := sized.stop if isinstance(sized, Document) else found.path.stat().st_size:
                 groups.setdefault(found.format, []).append(Sized(found, sized, size))
     if not groups:
         first = min(files, key=lambda file: file.relative_to(path).as_posix())
