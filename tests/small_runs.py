@@ -14,11 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from benchmarks._tiny_models import scramble
 from deadhead.checkpoints import checkpoint
 from deadhead.data import TokenStream, load_text
+from deadhead.data.tokenizer import byte_tokenizer
 from deadhead.training.recipes.recipe import Recipe
 from deadhead.training.runs.inputs import build_model
 
@@ -99,9 +109,9 @@ def save_small_model(folder: Path, text: Path, *, seed: int = 0, **model: Any) -
     return folder
 
 
-def save_small_llama(folder: Path, text: Path) -> Any:
+def save_small_llama(folder: Path, text: Path, tokenizer: Any = None) -> Any:
     """Write a Llama of 3 layers × 4 heads in 2 groups, all of it random, with a byte tokenizer; return both."""
-    _, tokenizer = load_text(str(text), tokenizer="byte")
+    tokenizer = tokenizer or load_text(str(text), tokenizer="byte")[1]
     config: Any = LlamaConfig
     model = LlamaForCausalLM(
         config(
@@ -120,6 +130,25 @@ def save_small_llama(folder: Path, text: Path) -> Any:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(str(folder))
     return model.eval(), tokenizer
+
+
+FRAMES = {"bos": "<bos> $A", "cls and sep": "<cls> $A <sep>", "none": "$A"}
+"""How tokenizers of each sort frame a text."""
+
+
+def framed_tokenizer(frame: str, *, eos: bool = True) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes that puts around a text what `FRAMES` says."""
+    backend = byte_tokenizer().backend_tokenizer
+    special = {
+        "bos_token": "<bos>",
+        "cls_token": "<cls>",
+        "sep_token": "<sep>",
+        **({"eos_token": "<end>"} if eos else {}),
+    }
+    backend.add_special_tokens(list(special.values()))
+    numbers = [(token, backend.token_to_id(token)) for token in special.values()]
+    backend.post_processor = TemplateProcessing(single=FRAMES[frame], special_tokens=numbers)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def tree(folder: Path) -> dict[str, str]:

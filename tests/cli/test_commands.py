@@ -77,6 +77,7 @@ def test_from_nothing_to_a_tuned_model(given: Path, tmp_path: Path, command: _Co
     assert measured["perplexity"] == pytest.approx(tuned["perplexity"], rel=1e-5)
     assert set(measured) == {
         *("loss", "perplexity", "word_perplexity", "bits_per_byte", "tokens", "tokens_per_second"),
+        *("rows", "length", "context", "prefix"),
     }
     inspected = command.json("inspect", tmp_path / "tuned")
     assert inspected["heads"] == plan.heads

@@ -69,9 +69,9 @@ def test_what_is_given_changes_the_recipe_and_the_rest_stays(tmp_path: Path, mon
     seen: list[Any] = []
     monkeypatch.setattr(phases, "_run", lambda *given, **options: seen.append((given, options)))
     command = f"prune --model m --out o --recipe {tmp_path / 'here' / 'r.toml'} --params 0.7 --no-blocks --data text"
-    command += " --adam-beta2 0.95 --column body --no-cut"
+    command += " --adam-beta2 0.95 --text-column body --no-cut"
     assert execute(command.split()) == 0
     ((name, phase, out, model, text, seed, *_), options) = seen[0]
     assert (name, out, model, seed, options["cut"]) == ("prune", Path("o"), Path("m"), 3, False)
     assert (phase.params, phase.flops, phase.blocks, phase.adam_beta2, phase.init) == (0.7, None, False, 0.95, 1.0)
-    assert (text.source, text.column) == ("text", "body")
+    assert (text.source, text.text_column) == ("text", "body")

@@ -236,8 +236,8 @@ def test_a_file_that_goes_or_spoils_after_opening_is_an_input_error(tmp_path: Pa
 
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.txt", "text"))
-    with pytest.raises(InputError, match="column is for data sets"):
-        open_corpus(path, column="text")
+    with pytest.raises(InputError, match="column is for data with fields"):
+        open_corpus(path, text_column="text")
     with pytest.raises(InputError, match="split is for data sets"):
         open_corpus("stdlib", split="train")
     for shares in ((0.5, 0.5), (-0.1, 0.1), (float("nan"), 0.1)):

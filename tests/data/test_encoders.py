@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from deadhead.data import Corpus, build_tokenizer
-from deadhead.data.encoders import Encoder, encode_pieces, fingerprint_of
+from deadhead.data.encoders import Encoder, encode_pieces, fingerprint_of, separator_of, text_frame
 from deadhead.data.pieces import Piece
+from tests.small_runs import framed_tokenizer
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 WORDS = st.lists(
@@ -113,3 +114,25 @@ def test_fingerprints_tell_tokenizers_apart(make: Callable[[str], PreTrainedToke
     assert len(prints) == 3
     assert fingerprint_of(build_tokenizer("byte", corpus_of("b"))) == fingerprint_of(make("byte"))
     assert fingerprint_of(build_tokenizer("word", corpus_of("other words"))) not in prints
+
+
+@pytest.mark.parametrize(
+    ("frame", "before", "behind"), [("bos", ["<bos>"], []), ("cls and sep", ["<cls>"], ["<sep>"]), ("none", [], [])]
+)
+def test_what_stands_around_a_text(frame: str, before: list[str], behind: list[str]) -> None:
+    tokenizer = framed_tokenizer(frame)
+    assert text_frame(tokenizer) == tuple(tuple(tokenizer.convert_tokens_to_ids(part)) for part in (before, behind))
+    assert separator_of(tokenizer) == tokenizer.eos_token_id
+    without = framed_tokenizer(frame, eos=False)
+    assert separator_of(without) == (without.sep_token_id if behind else None)
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "word"])
+def test_our_own_tokenizers_put_nothing_around_a_text(
+    make: Callable[[str], PreTrainedTokenizerFast], kind: str
+) -> None:
+    assert text_frame(make(kind)) == ((), ())
+
+
+def test_a_tokenizer_that_began_to_frame_its_texts_is_another() -> None:
+    assert len({fingerprint_of(framed_tokenizer(frame)) for frame in ("bos", "cls and sep", "none")}) == 3

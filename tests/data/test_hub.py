@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deadhead.data import hub, open_corpus
+from deadhead.data import open_corpus, tables
 from deadhead.errors import InputError
 
 datasets = pytest.importorskip("datasets")
@@ -74,16 +74,16 @@ def test_one_split_can_be_picked(tmp_path: Path) -> None:
 def test_columns(tmp_path: Path) -> None:
     columns: dict[str, list[object]] = {"a": ["A"], "b": ["B"], "n": [1]}
     source = saved(tmp_path / "d", train=columns)
-    assert list(open_corpus(source, column="b", valid_share=0, test_share=0).documents("train")) == ["B"]
-    with pytest.raises(InputError, match="columns are a, b, n; name one that holds strings"):
+    assert list(open_corpus(source, text_column="b", valid_share=0, test_share=0).documents("train")) == ["B"]
+    with pytest.raises(InputError, match="columns are a, b, n; name one with text_column"):
         open_corpus(source)
     for column in ("n", "c"):
-        with pytest.raises(InputError, match=f"strings named {column} was expected .* columns are a, b, n"):
-            open_corpus(source, column=column)
+        with pytest.raises(InputError, match=f"or of messages named {column} was expected .* columns are a, b, n"):
+            open_corpus(source, text_column=column)
 
 
 def test_a_long_row_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "PIECE_BYTES", 64)
+    monkeypatch.setattr(tables, "PIECE_BYTES", 64)
     monkeypatch.setattr("deadhead.data.pieces.PIECE_BYTES", 64)
     source = saved(tmp_path / "d", train={"text": ["word " * 30, "b"]}, test={"text": ["c"]})
     pieces = list(open_corpus(source, valid_share=0).pieces("train"))

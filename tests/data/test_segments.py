@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from deadhead.data import SegmentDataset
+from deadhead.data import RowDataset, SegmentDataset
 from deadhead.errors import InputError
 
 
@@ -67,3 +67,34 @@ def test_too_short_a_text_is_refused() -> None:
     assert len(SegmentDataset(np.arange(33), rows=4, segment_length=8)) == 4
     with pytest.raises(InputError, match="At least 1 row"):
         SegmentDataset(np.arange(32), rows=0, segment_length=8)
+
+
+@pytest.mark.parametrize("prefix", [(), (7,), (7, 8)])
+def test_rows_begin_with_the_prefix_and_cover_the_text_once(prefix: tuple[int, ...]) -> None:
+    rows = RowDataset(np.arange(100, 131), length=6, prefix=prefix)
+    items = [rows[index] for index in range(len(rows))]
+    assert all(item["input_ids"].shape == item["scored"].shape == (6,) and bool(item["is_first"]) for item in items)
+    assert all(item["input_ids"][~item["scored"]].tolist() == list(prefix) for item in items)
+    text = torch.cat([item["input_ids"][item["scored"]] for item in items])
+    assert text.tolist() == list(range(100, 100 + 30 // (6 - len(prefix)) * (6 - len(prefix))))
+
+
+def test_a_row_that_the_prefix_fills_is_refused() -> None:
+    with pytest.raises(InputError, match="longer than the 2 tokens .* sequence_length of 2 came"):
+        RowDataset(np.arange(100), length=2, prefix=(7, 8))
+
+
+@pytest.mark.parametrize("prefix", [(), (7,)])
+def test_rows_without_a_token_that_counts_are_left_out(prefix: tuple[int, ...]) -> None:
+    width = 4 - len(prefix)
+    scored = np.zeros(8 * width + 1, dtype=np.bool_)
+    # The first of a row can only be told from a prefix.
+    scored[[width, 3 * width + 1, 3 * width + 2]] = True
+    rows = RowDataset(np.arange(100, 100 + len(scored)), length=4, prefix=prefix, scored=scored)
+    items = [rows[index] for index in range(len(rows))]
+    chosen = ([[100 + width]] if prefix else []) + [[100 + 3 * width + 1, 100 + 3 * width + 2]]
+    assert [item["input_ids"][item["scored"]].tolist() for item in items] == chosen
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+    with pytest.raises(InputError, match="Answers were expected in the text"):
+        RowDataset(np.arange(50), length=4, prefix=prefix, scored=np.zeros(50, dtype=np.bool_))

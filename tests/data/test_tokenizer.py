@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deadhead.data import Corpus, build_tokenizer, load_tokenizer, open_corpus
+from deadhead.data.encoders import Encoder
 from deadhead.errors import InputError
 
 TEXT = "the cat and the dog saw <unk> and the cat\n\nthe dog ran — fast\n" * 40
@@ -94,6 +96,34 @@ def test_words_that_a_piece_would_cut_stay_whole(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("deadhead.data.pieces.PIECE_BYTES", 16)
     corpus = open_corpus(str(tmp_path / "a.txt"), valid_share=0, test_share=0)
     assert set(build_tokenizer("word", corpus).get_vocab()) == {"word", "<eos>", "<unk>"}
+
+
+_ADDED = ["<|user|>", "<call>"]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("how", ["extra", "named", "listed"])
+@pytest.mark.parametrize("kind", ["byte", "bpe", "word"])
+def test_added_special_tokens_are_one_id(kind: str, how: str, loaded: bool, corpus: Corpus, tmp_path: Path) -> None:
+    tokenizer: PreTrainedTokenizerBase = build_tokenizer(kind, corpus, vocab_size=280 if kind == "bpe" else None)
+    if loaded:
+        tokenizer.save_pretrained(str(tmp_path / "before"))
+        tokenizer = load_tokenizer(tmp_path / "before")
+    size = len(tokenizer)
+    if how == "extra":
+        tokenizer.add_special_tokens({"additional_special_tokens": _ADDED})
+    elif how == "named":
+        tokenizer.add_special_tokens({"pad_token": _ADDED[0], "cls_token": _ADDED[1]})
+    else:
+        tokenizer.add_tokens(_ADDED, special_tokens=True)
+    text = "<|user|>the cat<call>dog"
+    expected = [size, *ids(tokenizer, "the cat"), size + 1, *ids(tokenizer, "dog")]
+    assert ids(tokenizer, text) == expected
+    assert Encoder(tokenizer)([text])[0].tolist() == expected
+    tokenizer.save_pretrained(str(tmp_path / "after"))
+    for again in (load_tokenizer(tmp_path / "after"), PreTrainedTokenizerFast.from_pretrained(tmp_path / "after")):
+        assert ids(again, text) == expected
+    assert copy.deepcopy(tokenizer)(text)["input_ids"] == expected
 
 
 @pytest.mark.slow

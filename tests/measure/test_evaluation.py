@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.data import TokenStream
-from deadhead.measure.evaluation import evaluate
+from deadhead.measure.evaluation import Evaluation, evaluate
 from tests.random_models import tiny_model
 from tests.small_runs import stream
 
@@ -120,6 +121,8 @@ def test_progress_is_told_of_every_segment() -> None:
 def test_a_text_too_short_is_refused(num_tokens: int) -> None:
     with pytest.raises(InputError, match=f"at least 2 tokens is needed to measure perplexity, but it has {num_tokens}"):
         evaluate(tiny_model(), stream(num_tokens))
+    with pytest.raises(InputError, match="at least 2 tokens is needed"):
+        evaluate(tiny_model(), stream(9), limit=0)
 
 
 def test_tokens_of_another_tokenizer_are_refused() -> None:
@@ -161,6 +164,76 @@ def test_without_memory_a_window_scores_every_token_once_after_at_least_half_a_w
             done = stop
     assert result.tokens == length - 1
     assert result.loss == pytest.approx(expected / (length - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 6, 7, 8, 40])
+@pytest.mark.parametrize("prefix", [(5,), (5, 6)])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(prefix: tuple[int, ...], length: int) -> None:
+    """Each token of the text is scored once, the first one after the prefix alone; the prefix is not scored."""
+    model = without_memory()
+    tokens = stream(length).tokens
+    text = TokenStream(tokens=tokens, num_bytes=2 * length, num_words=length, prefix=prefix)
+    width = 7 - len(prefix)
+    expected, windows, scored = 0.0, 0, -1
+    with torch.no_grad():
+        while scored < length - 1 or not windows:
+            stop = min(width if not windows else scored + width // 2, length - 1)
+            ids = torch.tensor([*prefix, *tokens[max(0, stop - width) : stop + 1].tolist()])
+            log_p = model(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
+            nll = -log_p[torch.arange(len(ids) - 1), ids[1:]]
+            expected += float(nll[len(nll) - (stop - scored) :].sum())
+            scored, windows = stop, windows + 1
+    result = evaluate(model, text, window=7, batch_size=3)
+    assert (result.tokens, result.rows, result.prefix) == (length, windows, prefix)
+    assert result.length == min(7, length - 1 + len(prefix))
+    assert result.loss == pytest.approx(expected / length, rel=1e-5)
+    assert result.word_perplexity == pytest.approx(result.perplexity)
+    assert f"each with {len(prefix)} token" in result.cut
+
+
+@pytest.mark.parametrize("prefix", [(), (5,), (5, 6)])
+def test_of_answers_no_other_token_is_scored(prefix: tuple[int, ...]) -> None:
+    model, plain = without_memory(), stream(40)
+    draw = np.random.default_rng(1).random(40) < 0.4
+
+    def measured(scored: np.ndarray | None, limit: int | None = None) -> Evaluation:
+        text = replace(plain, prefix=prefix, scored=scored)
+        return evaluate(model, text, window=7, batch_size=3, limit=limit)
+
+    whole, marked, others = measured(None), measured(draw), measured(~draw)
+    assert marked.tokens + others.tokens == whole.tokens
+    assert marked.tokens == draw[0 if prefix else 1 :].sum()
+    total = marked.loss * marked.tokens + others.loss * others.tokens
+    assert total == pytest.approx(whole.loss * whole.tokens, rel=1e-5)
+    assert marked.word_perplexity == pytest.approx(math.exp(marked.loss * marked.tokens / plain.num_words))
+    assert measured(np.ones(40, dtype=np.bool_)).loss == whole.loss
+    # So many answers, not so many tokens.
+    late = np.arange(40) > 20
+    assert (measured(late, 3).tokens, measured(late, 99).loss) == (3, measured(late).loss)
+    with pytest.raises(InputError, match="leave answers_only out"):
+        measured(np.zeros(40, dtype=np.bool_))
+    with pytest.raises(InputError, match="leave answers_only out"):
+        evaluate(tiny_model(), replace(plain, scored=draw))
+
+
+def test_a_model_with_memory_reads_no_prefix() -> None:
+    text = stream(60)
+    framed = TokenStream(tokens=text.tokens, num_bytes=text.num_bytes, num_words=text.num_words, prefix=(5,))
+    found, expected = (evaluate(tiny_model(), each) for each in (framed, text))
+    assert (found.loss, found.prefix) == (expected.loss, ())
+    assert (
+        found.cut
+        == expected.cut
+        == ("1 row of at most 59 tokens; every token scored once, after at least 5 others where there are as many")
+    )
+
+
+def test_a_prefix_of_another_tokenizer_is_refused() -> None:
+    text = TokenStream(tokens=stream(9).tokens, num_bytes=9, num_words=9, prefix=(29,))
+    with pytest.raises(InputError, match="has token 29"):
+        evaluate(without_memory(), text)
+    with pytest.raises(InputError, match="must have 3 to 8 tokens, but 2 were asked for"):
+        evaluate(without_memory(), TokenStream(tokens=text.tokens, num_bytes=9, num_words=9, prefix=(2,)), window=2)
 
 
 def test_a_window_must_fit_the_model() -> None:

@@ -12,7 +12,7 @@ from deadhead.data import load_text
 from deadhead.measure.generate import generate_text
 from deadhead.models import AllAttentionForCausalLM
 from tests.random_models import tiny_model
-from tests.small_runs import write_prose
+from tests.small_runs import framed_tokenizer, write_prose
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +96,15 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tokenizer: PreTrainedToke
     """Ids outside the table would crash, or on a GPU corrupt the process."""
     with pytest.raises(InputError, match="vocabulary"):
         generate_text(tiny_model(vocab_size=29), tokenizer, "zebra", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("frame", ["bos", "cls and sep", "none"])
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text_and_does_not_end(frame: str) -> None:
+    tokenizer = framed_tokenizer(frame)
+    model = tiny_model(vocab_size=len(tokenizer))
+    begin = {"bos": [tokenizer.bos_token_id], "cls and sep": [tokenizer.cls_token_id], "none": []}[frame]
+    ids = torch.tensor([[*begin, *b"the cat"]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0, -1].argmax()
+    text = generate_text(model, tokenizer, "the cat", max_new_tokens=1, temperature=0)
+    assert text == tokenizer.decode([*ids[0].tolist(), int(expected)], skip_special_tokens=True)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 
 import deadhead
 from deadhead import HeadPlan
-from tests.small_runs import save_small_llama, write_prose
+from deadhead.data import load_text
+from tests.small_runs import FRAMES, framed_tokenizer, prose, save_small_llama, write_prose
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +88,43 @@ def test_scores_are_the_models_own(how: str, tmp_path: Path) -> None:
         best.append(expected.index(max(expected)) == question["answer"])
     (results,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(results.read_text())["results"]["birds"]["acc,none"] == pytest.approx(sum(best) / len(best))
+
+
+_PERPLEXITY = {
+    "task": "prose",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_perplexity_is_that_of_its_perplexity_task(frame: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins every text with BOS, or with the end of a text, but then has a tokenizer add no BOS of its own."""
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text = prose(100).strip()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text(prose(400, seed=1))
+    (tmp_path / "text" / "test.txt").write_text(text)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": text}))
+    tokenizer = framed_tokenizer(frame)
+    model, _ = save_small_llama(tmp_path / "dense", tmp_path, tokenizer)
+    stream = load_text(str(tmp_path / "text"), tokenizer=tokenizer)[0].splits["test"]
+    prefix = stream.prefix or (tokenizer.eos_token_id,)
+    found = deadhead.evaluate(model, replace(stream, prefix=prefix))
+    assert found.prefix == prefix
+    assert (found.tokens, found.rows) == (len(text.encode()), 1)
+    as_ours: Any = {"tokenizer": tokenizer, "add_bos_token": False, "prefix_token_id": prefix[0]}
+    lm = HFLM(pretrained=model, **as_ours, device="cpu", batch_size=1)
+    task = {**_PERPLEXITY, "dataset_kwargs": {"data_files": {"test": str(tmp_path / "test.jsonl")}}}
+    results = simple_evaluate(lm, tasks=[task], bootstrap_iters=0)["results"]["prose"]
+    assert found.bits_per_byte == pytest.approx(results["bits_per_byte,none"], rel=1e-4)
+    assert found.word_perplexity == pytest.approx(results["word_perplexity,none"], rel=1e-3)
+    assert found.perplexity == pytest.approx(results["byte_perplexity,none"], rel=1e-4)

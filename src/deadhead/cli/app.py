@@ -42,7 +42,7 @@ for phase in (phases.train, phases.prune, phases.finetune):
 app.command()(model.cut)
 app.command()(model.inspect)
 app.command()(export.export)
-app.command("eval")(measure.evaluate)
+app.command("eval", cls=PhaseCommand)(measure.evaluate)
 app.command()(measure.generate)
 app.command()(measure.bench)
 app.command()(report.report)

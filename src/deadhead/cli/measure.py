@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, of_hub, print_json, progress
+from deadhead.cli.settings import takes_settings
+from deadhead.training.recipes.reading import changed
+from deadhead.training.recipes.recipe import DataRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,40 +26,42 @@ def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
     return checkpoint.load(path, device=device or best_device(), dtype=dtype)
 
 
+def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Has the options that `evaluate` takes besides those of the text."""
+
+
+@takes_settings(DataRecipe, without=("tokenizer", "vocab_size"), also=_shared)
 def evaluate(
     model: Model,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="A text file, a directory, hf:NAME[:CONFIG], or 'stdlib', the default for deadhead's own models only."
-        ),
-    ] = None,
     on: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")] = "valid",
     limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")] = 8,
     window: Annotated[
         int | None, typer.Option(min=2, max=2**24, help="Tokens seen at once by a model without memory (512).")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    *,
+    settings: dict[str, Any],
+    **shared: Any,
 ) -> None:
     """Measure perplexity and bits per byte on a text; every token is scored once."""
-    load_torch(quiet or as_json, model, of_hub(data))
+    quiet, as_json = shared["quiet"], shared["as_json"]
+    text_of = changed(DataRecipe(), **settings)
+    named = settings.get("source")
+    load_torch(quiet or as_json, model, of_hub(named))
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
     from deadhead.measure.losses import require_language_model
     from deadhead.training.runs.inputs import require_default_text
 
-    network = _load(model, device, dtype)
+    network = _load(model, shared["device"], shared["dtype"])
     require_language_model(network, "Perplexity")
-    if data is None:
+    if named is None:
         require_default_text(network.config.model_type)
     with progress(quiet) as report:
         text, _ = load_text(
-            data or "stdlib",
+            text_of.source,
             tokenizer=load_tokenizer(model),
+            **text_of.reading,
             progress=lambda done, total: report("reading text, kB", done, total, {}),
         )
         result = measure(
@@ -74,6 +79,7 @@ def evaluate(
         f"perplexity {result.perplexity:.4f} a token, {result.word_perplexity:.4g} a word; "
         f"{result.bits_per_byte:.4f} bits/byte; {result.tokens:,} tokens at {result.tokens_per_second:,.0f}/s"
     )
+    console.print(f"read in {result.cut}")
 
 
 def generate(

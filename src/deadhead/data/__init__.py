@@ -1,12 +1,13 @@
 """The data's path: a corpus, a tokenizer, token ids on disk, and segments in the order of the text."""
 
 from deadhead.data.corpus import Corpus, open_corpus
-from deadhead.data.segments import SegmentDataset
+from deadhead.data.segments import RowDataset, SegmentDataset
 from deadhead.data.tokenizer import build_tokenizer, load_tokenizer, special_token_ids
 from deadhead.data.tokens import TokenizedCorpus, TokenStream, load_text, tokenize_corpus
 
 __all__ = [
     "Corpus",
+    "RowDataset",
     "SegmentDataset",
     "TokenStream",
     "TokenizedCorpus",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from deadhead.data.hub import Rows, hub_rows
-from deadhead.data.local import path_documents, stdlib_documents
+from deadhead.data.chat import Chat
+from deadhead.data.formats import Format, Found
+from deadhead.data.hub import hub_rows
+from deadhead.data.local import path_parts, stdlib_documents
 from deadhead.data.pieces import Documents, Piece
+from deadhead.data.tables import Rows, file_rows
 from deadhead.errors import InputError
 
 SPLITS = ("train", "valid", "test")
@@ -25,10 +28,11 @@ _Part = Rows | Documents
 class Corpus:
     """Text in three splits, never held in memory as a whole: for each a reader, which opens it as a stream of pieces.
 
-    The name is what the user wrote: "stdlib", a path, "hf:...".
+    The name is what the user wrote: "stdlib", a path, "hf:...". Conversations are a `chat`.
     """
 
     name: str
+    is_chat: bool = False
     readers: Mapping[str, Callable[[], Iterator[Piece]]] = field(repr=False)
 
     def pieces(self, split: str) -> Iterator[Piece]:
@@ -59,7 +63,7 @@ class Corpus:
         digest, size = hashlib.sha256(), 0
         for split in SPLITS:
             digest.update(b"\xfe" + split.encode())  # 0xfe and 0xff never occur in UTF-8
-            for text, ends_document in self.pieces(split):
+            for text, ends_document, _ in self.pieces(split):
                 data = text.encode()
                 digest.update(data)
                 size += len(data)
@@ -71,8 +75,10 @@ class Corpus:
 def open_corpus(
     source: str,
     *,
-    column: str | None = None,
+    text_column: str | None = None,
     split: str | None = None,
+    data_format: Format | None = None,
+    chat: Chat | None = None,
     valid_share: float = 0.05,
     test_share: float = 0.05,
 ) -> Corpus:
@@ -80,18 +86,24 @@ def open_corpus(
 
     Splits that a data set or a directory has are used; one for validation or test that is missing is taken from the
     one for training. Of 40 documents or more, whole ones go to valid and test, every 20th each by default; fewer are
-    each cut in three, at line ends.
+    each cut in three, at line ends, but conversations stay whole where there are three.
 
     Args:
-        source: a UTF-8 file, a directory of such files, `stdlib` (the Python standard library's own source) or
-            `hf:NAME[:CONFIG]`, a data set.
-        column: of a data set: the column with the text.
+        source: a file of UTF-8 text, JSON, JSON Lines, CSV or Parquet, packed with gzip or zstd or not; a directory of
+            such files; `stdlib` (the Python standard library's own source) or `hf:NAME[:CONFIG]`, a data set.
+        text_column: of data with fields: the column with the text, or with lists of messages.
         split: of a data set: the one split to take and divide.
+        data_format: of files: "text", "json", "csv" or "parquet"; None tells by their endings.
+        chat: writes conversations as text.
         valid_share: share of the text for validation where it has no such split.
         test_share: the same for test.
 
     Raises:
-        InputError: the source is not there, or not text, or the shares leave nothing for training.
+        InputError: the source is not there, is not what it was expected to be, looks like data with fields but is not
+            named like it, or has conversations without `chat`; or the shares leave nothing for training.
+
+    Warns:
+        RunWarning: files of a directory are left out, as they hold another format.
     """
     if not (valid_share >= 0 and test_share >= 0 and valid_share + test_share < 1):
         raise InputError(
@@ -100,22 +112,43 @@ def open_corpus(
         )
     if not source:
         raise InputError("A text file, a directory, stdlib or hf:NAME was expected, but nothing came.")
+    is_named = source.startswith("hf:")
+    _refuse("split", split if not is_named else None, "data sets, hf:NAME", source)
+    _refuse("data_format", data_format if is_named or source == "stdlib" else None, "files", source)
     parts: Mapping[str, _Part]
-    if source.startswith("hf:"):
-        parts = hub_rows(source, column=column, split=split)
+    if is_named:
+        parts = hub_rows(source, text_column=text_column, split=split, chat=chat)
+    elif source == "stdlib":
+        parts = {"train": stdlib_documents()}
     else:
-        for option, value in (("column", column), ("split", split)):
-            if value is not None:
-                raise InputError(f"{option} is for data sets, hf:NAME, but {source} came; leave {option} out.")
-        parts = {"train": stdlib_documents()} if source == "stdlib" else path_documents(Path(source))
+
+        def read(files: Mapping[str, Sequence[Found]], kind: Format, path: Path) -> Mapping[str, Rows]:
+            return file_rows(files, kind, str(path), text_column=text_column, chat=chat)
+
+        parts = path_parts(Path(source), data_format=data_format, read=read)
+    has_rows = isinstance(parts["train"], Rows)
+    _refuse("text_column", None if has_rows else text_column, "data with fields (JSON, CSV, Parquet, hf:NAME)", source)
+    is_chat = any(isinstance(part, Rows) and part.chat is not None for part in parts.values())
     if len(parts) < len(SPLITS):
         shares = (0 if "valid" in parts else valid_share, 0 if "test" in parts else test_share)
         parts = {**_divided(parts["train"], *shares), **{name: part for name, part in parts.items() if name != "train"}}
-    return Corpus(name=source, readers={name: part.pieces for name, part in parts.items()})
+    return Corpus(name=source, is_chat=is_chat, readers={name: part.pieces for name, part in parts.items()})
+
+
+def _refuse(option: str, value: str | None, what: str, source: str) -> None:
+    if value is not None:
+        raise InputError(f"{option} is for {what}, but {source} came; leave {option} out.")
 
 
 def _divided(part: _Part, valid_share: float, test_share: float) -> dict[str, _Part]:
-    """Divide documents: whole ones, without reading them, if there are many, else each of them in three."""
+    """Divide documents: whole ones, without reading them, if there are many, else each of them in three.
+
+    Of few conversations each split gets one at least.
+    """
+    if isinstance(part, Rows) and part.chat is not None and len(SPLITS) <= len(part) < _FEW_DOCUMENTS:
+        least = 1 / len(part)
+        valid_share, test_share = (max(share, least) if share else 0 for share in (valid_share, test_share))
+        return {name: part.select(chosen) for name, chosen in _spread(len(part), valid_share, test_share).items()}
     if len(part) >= _FEW_DOCUMENTS:
         return {name: part.select(chosen) for name, chosen in _spread(len(part), valid_share, test_share).items()}
     splits: dict[str, Documents] = {name: Documents() for name in SPLITS}

@@ -13,20 +13,21 @@ from transformers import PreTrainedTokenizerBase
 
 from deadhead.data.pieces import Piece, whole_words
 from deadhead.data.tokenizer import byte_tokenizer
+from deadhead.errors import InputError
 
 _BATCH_CHARACTERS = 1 << 21
 _BATCH_PIECES = 4096
 
 
 class Encoder:
-    """Gives a tokenizer's ids of texts, without special tokens around them.
+    """Gives a tokenizer's ids of texts, without special tokens around them; those of a chat template are in the text.
 
     The ids of the tokenizer of `build_tokenizer("byte", …)` (`is_bytes`) are the bytes themselves, which takes a
     thirtieth of the time of running it. Where each token is a word (`is_words`), texts must not be cut within one, and
     tokens are counted as words, as in the WikiText papers, where a line end is one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool = False) -> None:
         self._tokenizer = tokenizer
         backend = self._backend = _backend(tokenizer)
         self.is_bytes = self.is_words = False
@@ -34,7 +35,7 @@ class Encoder:
             # As transformers sets them for a call without truncation and padding.
             backend.no_truncation()
             backend.no_padding()
-            backend.encode_special_tokens = tokenizer.split_special_tokens
+            backend.encode_special_tokens = tokenizer.split_special_tokens and not is_chat
             self.is_bytes = backend.encode_special_tokens and backend.to_str() == _backend(byte_tokenizer()).to_str()
             self.is_words = isinstance(backend.model, models.WordLevel)
 
@@ -48,6 +49,17 @@ class Encoder:
         # verbose=False: no warning that a text is longer than the model's context; it will be cut.
         encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.asarray(ids, dtype=np.uint32) for ids in encoded["input_ids"]]
+
+    def located(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the ids of a text, and the characters where each begins and ends."""
+        if self._backend is None:
+            raise InputError(
+                "Answers are told apart by a fast tokenizer, but this one is slow; learn from all of the text, without "
+                "answers_only."
+            )
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        places = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.asarray(encoding.ids, dtype=np.uint32), places[:, 0], places[:, 1]
 
 
 def encode_pieces(encoder: Encoder, pieces: Iterable[Piece], separator: int | None) -> Iterator[np.ndarray]:
@@ -70,14 +82,44 @@ def encode_pieces(encoder: Encoder, pieces: Iterable[Piece], separator: int | No
         yield np.concatenate(parts)
 
 
+def encode_answers(
+    encoder: Encoder, pieces: Iterable[Piece], separator: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the ids of each conversation, and whether each is of an answer, or ends one."""
+    for piece in pieces:
+        ids, starts, stops = encoder.located(piece.text)
+        scored = np.zeros(len(ids), dtype=np.bool_)
+        for start, stop in piece.answers or ():
+            scored |= (starts < stop) & (stops > start)
+        if piece.ends_document and separator is not None and not (len(ids) and ids[-1] == separator):
+            ids, scored = np.append(ids, np.uint32(separator)), np.append(scored, scored[-1:])
+        yield ids, scored
+
+
+def text_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a tokenizer puts before those of a text, and those it puts behind them."""
+    whole, own = (tokenizer("a", add_special_tokens=framed, verbose=False)["input_ids"] for framed in (True, False))
+    for start in range(len(whole) - len(own), -1, -1):
+        if own and whole[start : start + len(own)] == own:
+            return tuple(whole[:start]), tuple(whole[start + len(own) :])
+    return (), ()
+
+
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that a tokenizer has to part documents: the end of a text, or what it puts behind one."""
+    if isinstance(tokenizer.eos_token_id, int):
+        return tokenizer.eos_token_id
+    return next(iter(text_frame(tokenizer)[1]), None)
+
+
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides about a tokenizer's ids."""
+    """A hash of all that decides about a tokenizer's ids, and about what stands around a text."""
     backend = _backend(tokenizer)
     if backend is not None:
         content = backend.to_str() + str(backend.encode_special_tokens)
     else:
         content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return hashlib.sha256(f"{content}\n{tokenizer.eos_token_id}".encode()).hexdigest()
+    return hashlib.sha256(f"{content}\n{separator_of(tokenizer)}{text_frame(tokenizer)}".encode()).hexdigest()
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

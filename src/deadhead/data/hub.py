@@ -2,69 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from huggingface_hub import constants
 
+from deadhead.data.chat import Chat
 from deadhead.data.local import SPLIT_NAMES
-from deadhead.data.pieces import PIECE_BYTES, Document, Piece
+from deadhead.data.tables import Rows, require_text, rows_of
 from deadhead.disk.hub import quick, require_had
 from deadhead.errors import InputError, first_line, require_extra
 
 if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
     from datasets import Dataset  # type: ignore[import-untyped]
 
-_ROWS_READ_AT_ONCE = 256
 
-
-class Rows:
-    """The rows of a data set's column of strings, each a document; those that are null are passed over."""
-
-    def __init__(self, dataset: Dataset, column: str, label: str) -> None:
-        self._dataset = dataset.select_columns([column])
-        self._column = column
-        self._label = label
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the text of all rows; each row ends a document if there is more than one."""
-        separated = len(self) > 1
-        for batch in self._dataset.with_format("arrow").iter(_ROWS_READ_AT_ONCE):
-            for text in batch.column(self._column).to_pylist():
-                if text is None:
-                    continue
-                if 4 * len(text) <= PIECE_BYTES:
-                    yield Piece(text, separated)
-                else:
-                    data = text.encode()
-                    document = Document(label=self._label, open=partial(BytesIO, data), stop=len(data))
-                    yield from document.pieces(separated=separated)
-
-    def select(self, indices: np.ndarray) -> Rows:
-        """The rows of these indices."""
-        return Rows(self._dataset.select(indices), self._column, self._label)
-
-    def __iter__(self) -> Iterator[Document]:
-        """One document a row that is not empty, for data sets of few rows: each is read when it is opened."""
-        for row in range(len(self)):
-            if size := self._open(row).getbuffer().nbytes:
-                yield Document(label=f"row {row} of {self._label}", open=partial(self._open, row), stop=size)
-
-    def _open(self, row: int) -> BytesIO:
-        return BytesIO((self._dataset[row][self._column] or "").encode())
-
-
-def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str, Rows]:
+def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: Chat | None) -> dict[str, Rows]:
     """Load a data set: the splits it has, or else the rows that are to be divided as "train". Its code is never run.
 
-    NAME in `hf:NAME[:CONFIG]` may be a local folder. Without a column it takes "text", or the only one of strings.
+    NAME in `hf:NAME[:CONFIG]` may be a local folder. See `rows_of` for the columns.
     """
     require_extra("data", "datasets", what=source)
     name, _, config = source.removeprefix("hf:").partition(":")
@@ -88,10 +44,8 @@ def hub_rows(source: str, *, column: str | None, split: str | None) -> dict[str,
                     f"A split named train was expected in {source}, but it has {names}; choose one with split."
                 )
             own = {"train": next(iter(loaded.values()))}
-    rows = {ours: Rows(dataset, _text_column(dataset, column, source), source) for ours, dataset in own.items()}
-    for ours, part in rows.items():
-        if not any(piece.text for piece in part.pieces()):
-            raise InputError(f"Text was expected in {source}, but its split {ours} has none; choose another split.")
+    rows = {ours: rows_of(part, source, text_column=text_column, chat=chat) for ours, part in own.items()}
+    require_text(rows, source)
     return rows
 
 
@@ -112,18 +66,3 @@ def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
     finally:
         datasets.config.HF_HUB_OFFLINE = before
     return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-
-
-def _text_column(dataset: Dataset, column: str | None, source: str) -> str:
-    """The column with the text."""
-    kinds = {name: getattr(feature, "dtype", "") for name, feature in dataset.features.items()}
-    strings: list[str] = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
-    if column is None:
-        found = "text" if "text" in strings or len(strings) != 1 else strings[0]
-        what = "A column named text, or only one of strings, was expected"
-    else:
-        found, what = column, f"A column of strings named {column} was expected"
-    if found in strings:
-        return found
-    columns = ", ".join(dataset.column_names) or "none"
-    raise InputError(f"{what} in {source}, but its columns are {columns}; name one that holds strings with column.")

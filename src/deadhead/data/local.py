@@ -1,4 +1,4 @@
-"""Text on this machine: a file, a directory, and the Python standard library's own source."""
+"""Text on this machine: files, directories, and the Python standard library's own source."""
 
 from __future__ import annotations
 
@@ -7,14 +7,30 @@ import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
+from deadhead.data.formats import PROBE_BYTES, Format, Found, Unpacked, found_in, refuse_looks
 from deadhead.data.pieces import Document, Documents, readable
-from deadhead.errors import InputError
+from deadhead.data.tables import Rows
+from deadhead.errors import InputError, RunWarning
 
-_BINARY_PROBE_BYTES = 8192
+ReadRows = Callable[[Mapping[str, Sequence[Found]], Format, Path], Mapping[str, Rows]]
+
+
+class Sized(NamedTuple):
+    """A file, the document or the table that it is, and its bytes."""
+
+    found: Found
+    document: Document | Found
+    size: int
+
+
 # Names that data sets, and parts of files' names, have for the splits; the first one that is there counts.
 SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _SPLIT_WORDS = {"training": "train"} | {name: split for split, names in SPLIT_NAMES.items() for name in names}
@@ -40,12 +56,22 @@ _STDLIB_NAMES = """
 _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"}
 
 
-def path_documents(path: Path) -> dict[str, Documents]:
+def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dict[str, Documents | Rows]:
     """Find the documents at a path, by the split that the files' names tell, or else all as "train".
 
-    Of a directory these are all files below it that are UTF-8 text, sorted by their relative path, hidden ones left
-    out. Its own splits count when there is one for training and another, and the files whose names tell no split are
-    the smaller part of all bytes (a licence, a note): those are then left out.
+    Of a directory these are the files below it, sorted by their relative path, hidden ones left out. Files that hold
+    UTF-8 text, JSON, CSV or Parquet do not go together: the format with the most bytes is read. Its own splits count
+    when there is one for training and another, and the files whose names tell no split are the smaller part of all
+    bytes (a licence, a note): those are then left out.
+
+    Args:
+        path: of a file or a directory.
+        data_format: of the file, whatever it is named and looks like; of a directory's files only those that are of
+            this format are read, or all of them where none is, or it is "text". None tells by names and looks.
+        read: reads files with fields.
+
+    Warns:
+        RunWarning: files of another format are left out.
     """
     try:
         mode = path.stat().st_mode
@@ -54,22 +80,65 @@ def path_documents(path: Path) -> dict[str, Documents]:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"A text file or a directory was expected at {path}, but it cannot be read: {why}.") from None
+    place = cache(Unpacked)
     if stat.S_ISREG(mode):
-        return {"train": Documents([_checked(path)])}
+        found = _as_asked(found_in(path, place), data_format)
+        if found.format != "text" and found.path.stat().st_size:
+            return dict(read({"train": [found]}, found.format, path))
+        return {"train": Documents([_checked(found)])}
     if not stat.S_ISDIR(mode):
         raise InputError(
             f"A text file or a directory was expected, but {path} is neither; write the text to a file first."
         )
     files = list(_files_below(path))
-    if documents := _text_files(files, path):
-        return _own_splits(documents)
     if not files:
         raise InputError(f"Text files were expected below {path}, but it has no files that are not hidden.")
-    first = min(files, key=lambda file: file.relative_to(path).as_posix())
-    raise InputError(
-        f"Text files were expected below {path}, but of its {len(files)} files none is UTF-8 text that isn't empty, "
-        f"{first.name} for one; name a directory with text files."
-    )
+    everything: list[Found] = []
+    for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):
+        with suppress(InputError):  # what cannot be read is left out
+            everything.append(found_in(file, place))
+    if data_format is not None:
+        asked = [found for found in everything if found.format == data_format != "text"]
+        everything = [_as_asked(found, data_format) for found in asked or everything]
+    groups: dict[Format, list[Sized]] = {}
+    for found in everything:
+        with suppress(InputError):
+            sized = _checked(found) if found.format == "text" else found
+            if size := sized.stop if isinstance(sized, Document) else found.path.stat().st_size:
+                groups.setdefault(found.format, []).append(Sized(found, sized, size))
+    if not groups:
+        first = min(files, key=lambda file: file.relative_to(path).as_posix())
+        raise InputError(
+            f"Text files were expected below {path}, but of its {len(files)} files none is UTF-8 text that isn't "
+            f"empty, {first.name} for one; name a directory with text files."
+        )
+    chosen = max(groups, key=lambda name: sum(each.size for each in groups[name]))
+    others = [each.found.label for name, group in groups.items() if name != chosen for each in group]
+    if others:
+        warnings.warn(
+            f"{path} is read as {chosen}; {len(others)} of its files hold another format and are left out, "
+            f"{Path(others[0]).name} for one (choose with data_format).",
+            RunWarning,
+            stacklevel=2,
+        )
+    parts = _own_splits(groups[chosen])
+    if chosen == "text":
+        return {
+            split: Documents(each.document for each in part if isinstance(each.document, Document))
+            for split, part in parts.items()
+        }
+    for each in groups[chosen]:
+        _as_asked(each.found, data_format)
+    return dict(read({split: [each.found for each in part] for split, part in parts.items()}, chosen, path))
+
+
+def _as_asked(found: Found, data_format: Format | None) -> Found:
+    """Return a file in the format that is asked for; refuse one that only looks like what it is if none is."""
+    if data_format is not None:
+        return replace(found, format=data_format)
+    if found.looks:
+        raise refuse_looks(found)
+    return found
 
 
 def stdlib_documents() -> Documents:
@@ -84,37 +153,38 @@ def stdlib_documents() -> Documents:
             below = (file for file in package.rglob("*.py") if file.is_file())
             files += [file for file in below if not _STDLIB_SKIPPED_FOLDERS.intersection(file.relative_to(root).parts)]
     # A few files hold another encoding on purpose, and some packages have an empty __init__.py.
-    if documents := _text_files(files, root):
+    documents = Documents()
+    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
+        with suppress(InputError):
+            documents.append(_checked(Found(label=str(file), path=file, format="text")))
+    if documents:
         return documents
     raise InputError(
         f"The standard library's source was expected in {root}, but there is none; name a text file instead."
     )
 
 
-def _checked(path: Path) -> Document:
+def _checked(found: Found) -> Document:
     """A document of a whole file, after reading it once to see that it is text, or else an InputError."""
-    with readable(path), path.open("rb") as stream:
-        size, head = os.fstat(stream.fileno()).st_size, stream.read(_BINARY_PROBE_BYTES)
+    path = found.path
+    with readable(found.label), path.open("rb") as stream:
+        size, head = os.fstat(stream.fileno()).st_size, stream.read(PROBE_BYTES)
     if not head:
-        raise InputError(f"Text was expected in {path}, but the file is empty; name one with text in it.")
+        raise InputError(f"Text was expected in {found.label}, but the file is empty; name one with text in it.")
     if b"\0" in head:
         raise InputError(
-            f"UTF-8 text was expected in {path}, but it looks binary (byte {head.index(0)} is NUL); "
+            f"UTF-8 text was expected in {found.label}, but it looks binary (byte {head.index(0)} is NUL); "
             "name a text file, or convert it to UTF-8 if it holds text in another encoding."
         )
-    document = Document(label=str(path), open=lambda: path.open("rb"), stop=size)
+    document = Document(label=found.label, open=partial(_open, found), stop=size)
     for _ in document.pieces():
         pass
     return document
 
 
-def _text_files(files: Sequence[Path], root: Path) -> Documents:
-    """The documents of those files that can be read and are text, sorted by their path from `root`."""
-    documents = Documents()
-    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
-        with suppress(InputError):
-            documents.append(_checked(file))
-    return documents
+def _open(found: Found) -> BinaryIO:
+    """Open a file; what was unpacked stays as long as this can be called."""
+    return found.path.open("rb")
 
 
 def _files_below(root: Path) -> Iterator[Path]:
@@ -136,18 +206,18 @@ def _files_below(root: Path) -> Iterator[Path]:
         yield from (path for path in paths if os.path.isfile(path))
 
 
-def _own_splits(documents: Documents) -> dict[str, Documents]:
-    """Sort documents by the split that their file names tell, if those are the greater part of the text."""
-    splits: dict[str, Documents] = {}
-    for document in documents:
-        words = re.split(r"[^a-z]+", Path(document.label).name.lower())
+def _own_splits(files: Sequence[Sized]) -> dict[str, list[Sized]]:
+    """Sort files by the split that their names tell, if those are the greater part of the text."""
+    splits: dict[str, list[Sized]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", Path(file.found.label).name.lower())
         found = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
         if len(found) == 1:
-            splits.setdefault(found.pop(), Documents()).append(document)
-    marked = sum(document.stop for part in splits.values() for document in part)
-    if "train" in splits and len(splits) > 1 and 2 * marked > sum(document.stop for document in documents):
+            splits.setdefault(found.pop(), []).append(file)
+    marked = sum(file.size for part in splits.values() for file in part)
+    if "train" in splits and len(splits) > 1 and 2 * marked > sum(file.size for file in files):
         return splits
-    return {"train": documents}
+    return {"train": list(files)}
 
 
 def _missing(path: Path) -> str:

@@ -31,10 +31,15 @@ def readable(label: str | Path) -> Iterator[None]:
 
 
 class Piece(NamedTuple):
-    """At most `PIECE_BYTES` of text, and whether it ends one of several documents, so that a separator follows."""
+    """At most `PIECE_BYTES` of text, and whether it ends one of several documents, so that a separator follows.
+
+    Of a conversation, which is one piece however long it is, `answers` are the ranges of characters that are answers,
+    if they were asked for.
+    """
 
     text: str
     ends_document: bool
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +134,7 @@ class Documents(list[Document]):
 def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Yield the same text cut so that no word, no run of characters without whitespace, lies in two pieces."""
     held: list[str] = []
-    for text, ends_document in pieces:
+    for text, ends_document, _ in pieces:
         words = text.rsplit(None, 1)
         goes_on = not ends_document and words and text.endswith(words[-1])
         cut = len(text) - len(words[-1]) if goes_on else len(text)

@@ -1,6 +1,8 @@
-"""One long text as rows of segments, so that each batch continues the one before it."""
+"""One long text in rows: of segments, so that each batch continues the one before it, or each for itself."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -61,3 +63,59 @@ class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
         # One conversion of T + 1 ids; input_ids and labels are views of it.
         ids = torch.from_numpy(self._tokens[start : start + self._segment_length + 1].astype(np.int64))
         return {"input_ids": ids[:-1], "labels": ids[1:], "is_first": torch.tensor(segment == 0)}
+
+
+class RowDataset(Dataset[dict[str, torch.Tensor]]):
+    """Cuts a flat stream into rows for a model without memory, each of which begins as a tokenizer begins a text.
+
+    Args:
+        tokens: (n,), ids. What is left after the last whole row is dropped.
+        length: T, tokens that a model sees at once: those of the prefix, and the next of the stream.
+        prefix: the tokens that every row begins with.
+        scored: (n,), whether a token counts; None: all do. Rows in which none counts are left out.
+
+    Raises:
+        InputError: the text is shorter than a row, or the prefix leaves no place in one, or no token counts.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, *, length: int, prefix: tuple[int, ...] = (), scored: np.ndarray | None = None
+    ) -> None:
+        if len(prefix) >= length:
+            raise InputError(
+                f"Rows longer than the {len(prefix)} tokens that the tokenizer puts before a text were expected, but a "
+                f"sequence_length of {length} came; choose a longer one."
+            )
+        self._segments = SegmentDataset(tokens, rows=1, segment_length=length - len(prefix))
+        self._prefix = torch.tensor(prefix, dtype=torch.int64)
+        self._scored_RT: np.ndarray | None = None
+        self._rows: Sequence[int] = range(len(self._segments))
+        if scored is not None:
+            width = length - len(prefix)
+            self._scored_RT = scored[: len(self._rows) * width].reshape(-1, width)
+            # A row's first token has nothing before it that it could be told from, without a prefix.
+            self._rows = np.flatnonzero(self._scored_RT[:, 0 if prefix else 1 :].any(axis=1)).tolist()
+            if not self._rows:
+                raise InputError(
+                    "Answers were expected in the text, as answers_only asks for, but it has none; use more "
+                    "conversations, or leave answers_only out."
+                )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One row: `input_ids` (T,), `scored` (T,), bool: is of the text and counts, and `is_first` (): True.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row = self._rows[index]
+        ids = self._segments[row]["input_ids"]
+        whole = torch.cat([self._prefix, ids])
+        scored = torch.arange(len(whole)) >= len(self._prefix)
+        if self._scored_RT is not None:
+            scored[len(self._prefix) :] = torch.from_numpy(self._scored_RT[row].copy())
+        return {"input_ids": whole, "scored": scored, "is_first": torch.tensor(True)}

@@ -2,7 +2,7 @@
 
 All three are ordinary fast tokenizers of transformers, saved and loaded by its own functions. A text can't forge an end
 of document: "<eos>" within it is cut like any other text (of words, see `_word`), so byte and bpe give every string
-back exactly.
+back exactly. Once special tokens are added, each special token within a text is one id, as in other tokenizers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ KINDS = ("byte", "bpe", "word")
 EOS, UNK = "<eos>", "<unk>"
 _BYTES = 256
 _BPE_VOCABULARY = 8192
+
+
+class TokenizersBackend(PreTrainedTokenizerFast):
+    """A tokenizer of ours; it is saved under this name, which is that of transformers' own class."""
+
+    def _add_tokens(self, new_tokens: list[Any], special_tokens: bool = False) -> int:
+        if special_tokens and any(str(token) not in (EOS, UNK) for token in new_tokens):
+            # Whoever adds special tokens wants them found within a text.
+            self.split_special_tokens = False
+        return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
 
 
 def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
@@ -94,6 +104,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"A tokenizer was expected at {path}, but {type(tokenizer).__name__} came; check the folder.")
+    if type(tokenizer) is PreTrainedTokenizerFast and tokenizer.split_special_tokens and tokenizer.eos_token == EOS:
+        tokenizer.__class__ = TokenizersBackend
     for noted in _LOADED_BY:
         tokenizer.init_kwargs.pop(noted, None)
     return tokenizer
@@ -134,7 +146,7 @@ def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
     out. Where the text has "<unk>" or "<eos>" for a word, as WikiText does, that is the special token.
     """
     counts: Counter[str] = Counter()
-    for text, _ in whole_words(corpus.pieces("train")):
+    for text, *_ in whole_words(corpus.pieces("train")):
         counts.update(text.split())
         counts[EOS] += text.count("\n")
     if not any(word not in (EOS, UNK) for word in counts):
@@ -155,7 +167,7 @@ def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
 
 
 def _wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
-    wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
+    return TokenizersBackend(
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=EOS,
@@ -164,4 +176,3 @@ def _wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **special,
     )
-    return wrapped

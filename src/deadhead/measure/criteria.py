@@ -52,8 +52,9 @@ def score_heads(
     Args:
         model: without gates, or with all of them open; not changed.
         criterion: which.
-        batches: what "taylor" and "output-difference" look at: dictionaries with `input_ids` (B, T), and for a model
-            with segment memory `labels` (B, T) and `is_first` (B,), in the order of the text.
+        batches: what "taylor" and "output-difference" look at: dictionaries with `input_ids` (B, T); for a model
+            with segment memory `labels` (B, T) and `is_first` (B,), in the order of the text, for others `scored`
+            (B, T), where not every token counts.
         unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
         blocks: whether blocks are scored too, or their size.
         seed: of "random".

@@ -32,6 +32,10 @@ class Evaluation:
         bits_per_byte: total bits / bytes of the text.
         tokens: tokens scored.
         tokens_per_second: how fast.
+        rows: rows that the text was cut into to be read.
+        length: tokens that a row has at most; with segment memory, all tokens of a row, beginning with its memory.
+        context: tokens of the text that a scored one has before it at least, but for those at the text's beginning.
+        prefix: tokens that each row begins with, as the tokenizer begins a text; they are not scored.
     """
 
     loss: float
@@ -40,6 +44,18 @@ class Evaluation:
     bits_per_byte: float
     tokens: int
     tokens_per_second: float
+    rows: int
+    length: int
+    context: int
+    prefix: tuple[int, ...]
+
+    @property
+    def cut(self) -> str:
+        """How the text was cut, in words."""
+        before = _counted(len(self.prefix), "token")
+        begins = f", each with {before} that the tokenizer puts before a text" if self.prefix else ""
+        rows = f"{_counted(self.rows, 'row')} of at most {_counted(self.length, 'token')}{begins}"
+        return f"{rows}; every token scored once, after at least {self.context:,} others where there are as many"
 
 
 @typed
@@ -52,7 +68,9 @@ def evaluate(
     window: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Score every token of `text` but the first once, each after the true text before it.
+    """Score every token of `text` once, each after the true text before it; the first one only after a prefix.
+
+    Of a text that says which tokens are `scored`, others are only read.
 
     A model with segment memory: the text is cut into `batch_size` contiguous rows that are read segment by segment
     with a sliding cache; every row but the first begins one memory length early, without being scored there, so that
@@ -60,14 +78,16 @@ def evaluate(
     (What deeper layers know of the text before that is missing there; with `batch_size` 1 nothing is.)
 
     Any other causal language model: a window slides along the text by half its length, and each token is scored in the
-    first window that reaches it, so after at least half a window of text where there is as much.
+    first window that reaches it, so after at least half a window of text where there is as much. Every window begins
+    with the text's `prefix`, as its tokenizer begins a text.
 
     Args:
         model: a causal language model; switched to evaluation for the time.
         text: tokens and the numbers of bytes and words they stand for.
         batch_size: rows read side by side; short texts take fewer.
         limit: score only this many tokens, from the beginning.
-        window: tokens seen at once by a model without memory; by default 512, or all its positions if it has fewer.
+        window: tokens seen at once by a model without memory, the prefix among them; by default 512, or all its
+            positions if it has fewer.
         progress: called with the number of segments done and to do.
 
     Raises:
@@ -80,32 +100,51 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, but is {value}.")
-    targets = len(text.tokens) - 1 if limit is None else min(limit, len(text.tokens) - 1)
-    if targets < 1:
-        raise InputError(f"A text of at least 2 tokens is needed to measure perplexity, but it has {len(text.tokens)}.")
-    require_known(model, int(text.tokens[: targets + 1].max()), of="text")
+    has_memory = hasattr(model.config, "memory_length")
+    prefix = () if has_memory else text.prefix
+    # Nothing stands before the first token without a prefix.
+    first = 0 if prefix else 1
+    there = len(text.tokens) - first
+    # Where in the text the tokens are that are to be scored.
+    places = range(there) if text.scored is None else np.flatnonzero(text.scored[first:])
+    counted = len(places) if limit is None else min(limit, len(places))
+    if there < 1 or (counted < 1 and text.scored is None):
+        raise InputError(
+            f"A text of at least {_counted(first + 1, 'token')} is needed to measure perplexity, but it has "
+            f"{len(text.tokens)}."
+        )
+    if text.scored is not None and (has_memory or not counted):
+        raise InputError(
+            "Answers are measured alone (answers_only) of models without segment memory, and of texts with answers; "
+            "leave answers_only out."
+        )
+    tokens = text.tokens if counted == len(places) else text.tokens[: places[counted - 1] + 1 + first]
+    require_known(model, max(int(tokens.max()), *prefix, 0), of="text")
     begin = time.perf_counter()
     with evaluating(model), torch.inference_mode():
-        if hasattr(model.config, "memory_length"):
+        if has_memory:
             if window is not None:
                 raise InputError("This model reads the text with a memory of its own length; leave the window out.")
-            total = _slide_memory(model, text.tokens[: targets + 1], batch_size, progress)
+            total, cut = _slide_memory(model, tokens, batch_size, progress)
         else:
             most = max_positions(model)
             window = min(_WINDOW, most or _WINDOW) if window is None else window
-            if window < 2 or (most is not None and window > most):
-                allowed = f"2 to {most or 'any number of'} tokens"
+            least = 2 + len(prefix)
+            if window < least or (most is not None and window > most):
+                allowed = f"{least} to {most or 'any number of'} tokens"
                 raise InputError(f"The window must have {allowed}, but {window} were asked for.")
-            total = _slide_window(model, text.tokens[: targets + 1], window, batch_size, progress)
+            total, cut = _slide_window(model, tokens, text.scored, prefix, window, batch_size, progress)
     seconds = time.perf_counter() - begin
-    share = targets / max(len(text.tokens) - 1, 1)
+    share = counted / len(places)
     return Evaluation(
-        loss=total / targets,
-        perplexity=_exp(total / targets),
+        loss=total / counted,
+        perplexity=_exp(total / counted),
         word_perplexity=_exp(total / max(text.num_words * share, 1)),
         bits_per_byte=total / math.log(2) / max(text.num_bytes * share, 1),
-        tokens=targets,
-        tokens_per_second=targets / seconds,
+        tokens=counted,
+        tokens_per_second=counted / seconds,
+        prefix=prefix,
+        **cut,
     )
 
 
@@ -130,16 +169,27 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def _slide_window(
-    model: PreTrainedModel, tokens: np.ndarray, window: int, batch_size: int, progress: Callable[[int, int], None]
-) -> float:
-    """Return the nats of all tokens but the first, each scored once, in the first window that reaches it."""
-    stride = window // 2
-    targets = len(tokens) - 1
-    # Each window but the first scores its second half: the inputs before `scored` are there to be seen only.
-    windows = [(0, min(window, targets), 0)]
-    while windows[-1][1] < targets:
-        stop = min(windows[-1][1] + stride, targets)
-        windows.append((max(0, stop - window), stop, windows[-1][1]))
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    scored_N: np.ndarray | None,
+    prefix: tuple[int, ...],
+    window: int,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> tuple[float, dict[str, int]]:
+    """Return the nats of all tokens, each scored once, in the first window that reaches it, and how they were cut.
+
+    Without a prefix the first token is not scored.
+    """
+    width = window - len(prefix)
+    stride = width // 2
+    last = len(tokens) - 1
+    # Each window but the first scores its second half: what comes up to token `scored` is there to be seen only.
+    windows = [(0, min(width, last), -1 if prefix else 0)]
+    while windows[-1][1] < last:
+        stop = min(windows[-1][1] + stride, last)
+        windows.append((max(0, stop - width), stop, windows[-1][1]))
+    begin = np.array(prefix, dtype=np.int64)
     total = 0.0
     # Windows of one length can be stacked; all but the first and the last have the same.
     for done in range(0, len(windows), batch_size):
@@ -147,20 +197,26 @@ def _slide_window(
         for start, stop, scored in windows[done : done + batch_size]:
             groups.setdefault(stop - start, []).append((start, stop, scored))
         for group in groups.values():
-            ids = torch.from_numpy(np.stack([tokens[start : stop + 1] for start, stop, _ in group]).astype(np.int64))
+            rows = [np.concatenate([begin, tokens[start : stop + 1].astype(np.int64)]) for start, stop, _ in group]
+            ids = torch.from_numpy(np.stack(rows))
             logits = model(input_ids=ids[:, :-1].to(model.device)).logits
-            wanted = ids[:, 1:].clone()
-            for row, (start, _, scored) in enumerate(group):
-                wanted[row, : scored - start] = -100
-            total += _nats(logits, wanted)
+            wanted = ids.clone()
+            for row, (start, stop, scored) in enumerate(group):
+                if scored_N is not None:
+                    wanted[row, len(prefix) :][~torch.from_numpy(scored_N[start : stop + 1].copy())] = -100
+                wanted[row, : scored - start + len(prefix) + 1] = -100
+            total += _nats(logits, wanted[:, 1:])
         progress(min(done + batch_size, len(windows)), len(windows))
-    return total
+    longest = len(prefix) + windows[0][1]
+    return total, {"rows": len(windows), "length": longest, "context": width - stride + 1}
 
 
 def _slide_memory(
     model: PreTrainedModel, tokens: np.ndarray, batch_size: int, progress: Callable[[int, int], None]
-) -> float:
+) -> tuple[float, dict[str, int]]:
     """Return the nats of all tokens but the first, read in contiguous rows, side by side, with a sliding cache.
+
+    Beside them stands how the text was cut.
 
     Row r scores the targets of inputs r·width … (r + 1)·width − 1. The memory's columns before them are only read.
     """
@@ -190,13 +246,17 @@ def _slide_memory(
         cache = outputs.past_key_values
         total += _nats(outputs.logits, wanted)
         progress(done + 1, len(starts))
-    return total
+    return total, {"rows": rows, "length": warm_up + width, "context": memory}
 
 
 def _nats(logits_BTV: torch.Tensor, wanted_BT: torch.Tensor) -> float:
     """Return the sum of the negative log-likelihoods of tokens, but for those that are -100."""
     wanted = wanted_BT.to(logits_BTV.device).flatten()
     return cross_entropy(logits_BTV.float().flatten(0, 1), wanted, ignore_index=-100, reduction="sum").item()
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _exp(value: float) -> float:

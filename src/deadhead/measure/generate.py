@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deadhead.data.encoders import text_frame
 from deadhead.errors import InputError
 from deadhead.measure.evaluation import require_known
 from deadhead.measure.losses import require_language_model
@@ -25,8 +26,10 @@ def generate_text(
         InputError: the prompt is empty or has tokens that the model doesn't have, or a number is out of range.
     """
     require_language_model(model, "Continuing a text")
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    if ids.shape[-1] == 0:
+    own = tokenizer(prompt, add_special_tokens=False).input_ids
+    # As the tokenizer begins a text; what it puts behind one would end the text here.
+    ids = torch.tensor([[*text_frame(tokenizer)[0], *own]], dtype=torch.int64)
+    if not own:
         raise InputError("A prompt of at least one token was expected, but it is empty.")
     require_known(model, int(ids.max()), of="prompt")
     if not (temperature == 0 or 1e-3 <= temperature <= 1e3):

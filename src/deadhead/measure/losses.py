@@ -53,11 +53,13 @@ class SegmentLoss:
         """Return the outputs of the model, or of a wrapper: `loss` is the mean negative log-likelihood of a token.
 
         The inputs are `input_ids` (B, T); with memory also `labels` (B, T), the next tokens, and `is_first` (B,).
+        Without memory there may be `scored` (B, T): whether a token counts, as all do otherwise.
         """
         ids = inputs["input_ids"]
         if not self.has_memory:
             # Every language model shifts the labels itself; not all take labels that are shifted.
-            return model(input_ids=ids, labels=ids, use_cache=False)
+            labels = ids.masked_fill(~inputs["scored"], -100) if "scored" in inputs else ids
+            return model(input_ids=ids, labels=labels, use_cache=False)
         memory = None if bool(inputs["is_first"].any()) else self.memory
         labels = inputs["labels"]
         outputs = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False, memory=memory)

@@ -132,8 +132,7 @@ class Trial:
         text, _ = load_text(
             self.data.source,
             tokenizer=tokenizer,
-            column=self.data.column,
-            split=self.data.split,
+            **self.data.reading,
             cache_dir=self.cache if self.cache is not None and self.cache.is_dir() else None,
         )
         gates.set_plan(gates.plan_of(gates.heads))

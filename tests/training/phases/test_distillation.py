@@ -44,6 +44,23 @@ def test_the_loss_is_the_formula(weight: float, temperature: float) -> None:
     assert distillation.mean_divergence() == 0.0
 
 
+def test_what_does_not_count_is_not_compared() -> None:
+    teacher, student = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    scored = torch.tensor(
+        [[False, False, True, True, False, False, False], [True, True, False, False, False, True, True]]
+    )
+    with torch.no_grad():
+        logits = student(input_ids=ids).logits
+        p, q = (torch.softmax(model(input_ids=ids).logits.double() / 2, dim=-1) for model in (teacher, student))
+    # A token is told at the position before it.
+    each = (p * (p / q).log()).sum(-1)[:, :-1][scored[:, 1:]]
+    loss = Distillation(teacher, weight=1.0, temperature=2.0).loss(
+        torch.tensor(3.0), logits, {"input_ids": ids, "scored": scored}
+    )
+    assert float(loss) == pytest.approx(4 * float(each.mean()), rel=1e-5)
+
+
 def test_nothing_is_to_be_learnt_from_oneself() -> None:
     teacher = tiny_model("gpt2")
     ids = torch.arange(3, 10)[None]

@@ -41,7 +41,7 @@ _recipes = st.fixed_dictionaries(
             {},
             optional={"adaptive_cutoffs": st.none() | st.lists(st.integers(1, 10**6)), "hidden_dropout": st.just(0.1)},
         ),
-        "data": st.fixed_dictionaries({}, optional={"source": _texts, "column": st.none() | _texts}),
+        "data": st.fixed_dictionaries({}, optional={"source": _texts, "text_column": st.none() | _texts}),
         "train": st.fixed_dictionaries({}, optional=_phases),
         "published": st.lists(
             st.fixed_dictionaries(
@@ -114,7 +114,10 @@ def test_recipes_are_frozen() -> None:
         ("[prune]\nl_0 = 3", "has an unknown key 'prune.l_0'; did you mean 'l0'?"),
         ("[prune]\nlearning-rate = 3", "has an unknown key 'prune.learning-rate'; did you mean 'learning_rate'?"),
         ("[trian]\nsteps = 3", "has an unknown key 'trian'; did you mean 'train'?"),
-        ("[data]\nzzzz = 3", "has an unknown key 'data.zzzz'; known are source, tokenizer, vocab_size, column, split"),
+        (
+            "[data]\nzzzz = 3",
+            "has an unknown key 'data.zzzz'; known are source, tokenizer, vocab_size, text_column, split",
+        ),
         ("[train]\nl0 = 0.1", "has an unknown key 'train.l0'"),
         ("[[published]]\nhead = [3]", "has a wrong value for 'published.0.name': field required"),
         ("[[published]]\nname = 'a'\nhead = [3]", "unknown key 'published.0.head'; did you mean 'heads'?"),

@@ -5,6 +5,7 @@ What it refuses to go on with is here too; kills are in tests/cli/test_commands.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,16 @@ from deadhead.training import PhaseRecipe, PruneRecipe
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe
 from deadhead.training.runs.single import Options, run_single
-from tests.small_runs import assert_same_tensors, save_small_llama, save_small_model, stream, weights, write_prose
+from tests.small_runs import (
+    FRAMES,
+    assert_same_tensors,
+    framed_tokenizer,
+    save_small_llama,
+    save_small_model,
+    stream,
+    weights,
+    write_prose,
+)
 
 _PHASE = PhaseRecipe(steps=2, batch_size=2)
 _STEPS: dict[str, Any] = {"steps": 3, "batch_size": 2, "sequence_length": 24}
@@ -163,3 +173,52 @@ def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="other settings"):
         run_single("finetune", changed(_PHASE, steps=3), model, data, Options(out=out, resume=True))
     assert read_json(work / "settings.json", what="settings") == {"phase": "finetune"}
+
+
+class _Read(list[tuple[torch.Tensor, torch.Tensor | None]]):
+    """What a model is given: ids, and the labels that are learned from, where there are some."""
+
+    def __call__(self, module: Any, args: Any, given: dict[str, Any]) -> None:
+        self.append((given["input_ids"].cpu(), None if given.get("labels") is None else given["labels"].cpu()))
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("settings", [{"criterion": "taylor"}, {"criterion": "gates", "eval_every": 1, "distill": 0.5}])
+def test_every_row_begins_as_the_tokenizer_begins_a_text(
+    frame: str, settings: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Those that score, train, validate and evaluate; what the tokenizer puts there is not learned."""
+    tokenizer, read = framed_tokenizer(frame), _Read()
+    model, _ = save_small_llama(tmp_path / "llama", place / "prose.txt", tokenizer)
+    model.register_forward_pre_hook(read, with_kwargs=True)
+    common = {"sparsity": 0.3, "steps": 2, "batch_size": 2, "sequence_length": 12, "evaluation_tokens": 40}
+    found = deadhead.prune(
+        model, str(place / "prose.txt"), tokenizer=tokenizer, cut=False, device="cpu", **common, **settings
+    )
+    begin = {"bos": [tokenizer.bos_token_id], "cls and sep": [tokenizer.cls_token_id], "none": []}[frame]
+    assert found.measured is not None and found.measured.after.prefix == tuple(begin)
+    assert len(read) >= 4 and any(labels is not None for _, labels in read)
+    for ids, labels in read:
+        assert ids[:, : len(begin)].tolist() == [begin] * len(ids)
+        assert bool((ids[:, len(begin) :] < 256).all())
+        assert labels is None or (ids.shape[1] == 12 and bool((labels == -100).sum(1).eq(len(begin)).all()))
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "gates"])
+def test_answers_alone_are_learned_from(criterion: str, place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasets").disable_progress_bars()
+    tokenizer, read = framed_tokenizer("bos"), _Read()
+    template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    rows = [{"prompt": "what is it " * 2, "completion": f"ANSWER {index}"} for index in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "t.jinja").write_text(template)
+    model, _ = save_small_llama(tmp_path / "llama", place / "prose.txt", tokenizer)
+    model.register_forward_pre_hook(read, with_kwargs=True)
+    data = DataRecipe(source=str(tmp_path / "chat.jsonl"), chat_template=str(tmp_path / "t.jinja"), answers_only=True)
+    common = {"sparsity": 0.3, "steps": 3, "batch_size": 2, "sequence_length": 9, "criterion": criterion}
+    found = deadhead.prune(model, data, tokenizer=tokenizer, device="cpu", cut=False, **common)
+    learned = "".join(tokenizer.decode(labels[labels != -100]) for _, labels in read if labels is not None)
+    assert learned and set(learned) <= set("ANSWER 0123456789|<end>")
+    assert found.tokenizer is not None and found.tokenizer.chat_template == template
+    with pytest.raises(InputError, match="answers_only is for models without segment memory"):
+        deadhead.prune(place / "ours", data, sparsity=0.5, steps=2, batch_size=2)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from deadhead.data import SegmentDataset, TokenStream
+from deadhead.data import RowDataset, SegmentDataset, TokenStream
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.evaluation import max_positions
@@ -77,11 +77,13 @@ def segments(
 
     So many rows are read side by side, on all processes; `first_segment` is that of `PhaseRun`.
     """
-    has_memory = hasattr(model.config, "memory_length")
-    return SegmentDataset(
-        text.tokens,
-        # Without memory the rows of a batch need not go on where those of the last one ended.
-        rows=rows if has_memory else 1,
-        segment_length=segment_length(model, recipe),
-        first_segment=first_segment if has_memory else 0,
-    )
+    length = segment_length(model, recipe)
+    if hasattr(model.config, "memory_length"):
+        if text.scored is not None:
+            raise InputError(
+                "answers_only is for models without segment memory, but this one reads all of the text in order; leave "
+                "it out."
+            )
+        return SegmentDataset(text.tokens, rows=rows, segment_length=length, first_segment=first_segment)
+    # Without memory the rows of a batch need not go on where those of the last one ended.
+    return RowDataset(text.tokens, length=length, prefix=text.prefix, scored=text.scored)

@@ -2,7 +2,7 @@
 
     loss = (1 − α) · NLL + α · T² · KL(softmax(teacher / T) ‖ softmax(model / T)),
 
-with weight α and temperature T (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), means over all tokens.
+with weight α and temperature T (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), means over all tokens that count.
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ class Distillation:
     def loss(self, nll: Tensor, logits: Tensor | None, inputs: dict[str, Any]) -> Tensor:
         """Return the mixed loss of a batch, 0-dimensional, of the model's own on the text and its logits, (B, T, V).
 
-        The batch has `input_ids`, and `is_first` where rows begin anew.
+        The batch has `input_ids`, and `is_first` where rows begin anew; there may be `scored`, whether a token counts.
         """
         expected = self._teacher_logits(inputs)
         if logits is None or expected is None:
             raise InputError("Distillation compares whole distributions, which an adaptive softmax does not compute.")
+        if "scored" in inputs and not bool(inputs["scored"].all()):
+            # A position tells of the token after it.
+            counts_BT = F.pad(inputs["scored"][:, 1:], (0, 1))
+            logits, expected = logits[counts_BT], expected[counts_BT]
         found_NV, wanted_NV = (
             F.log_softmax(values.flatten(0, -2).float() / self.temperature, dim=-1) for values in (logits, expected)
         )

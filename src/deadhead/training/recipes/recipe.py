@@ -98,8 +98,8 @@ class DataRecipe(_Section):
 
     source: str = setting(
         "stdlib",
-        "The text: a file, a directory, hf:NAME[:CONFIG], or 'stdlib' (Python's own source, the default for deadhead's "
-        "own models only).",
+        "The text: a file or a directory of text, JSON, JSON Lines, CSV or Parquet, packed (.gz, .zst) or not, "
+        "hf:NAME[:CONFIG], or 'stdlib' (Python's own source, the default for deadhead's own models only).",
         option="--data",
         first=True,
     )
@@ -107,8 +107,23 @@ class DataRecipe(_Section):
     vocab_size: int | None = _tokens(
         None, "Tokens of the vocabulary, special ones included.", unset="8192 for bpe, every word for word", le=2**24
     )
-    column: str | None = _optional("The column of an hf: data set that holds the text.")
+    text_column: str | None = _optional(
+        "The column with the text, or with lists of messages, of data with fields.",
+        unset="text, messages, prompt and completion, or the only one of strings",
+    )
     split: str | None = _optional("The one split of an hf: data set to use.")
+    data_format: Literal["text", "json", "csv", "parquet"] | None = _optional(
+        "What files hold, whatever they are named; text takes them as they stand.", unset="by their endings"
+    )
+    chat_template: str | None = _optional(
+        "File with the template that conversations are written by.", unset="the tokenizer's own", min_length=1
+    )
+    answers_only: bool = setting(False, "Learn from, and measure on, the answers of conversations alone.")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the text is read, as `deadhead.data.load_text` takes it."""
+        return self.model_dump(exclude={"source", "tokenizer", "vocab_size"})
 
 
 class PhaseRecipe(_Section):

@@ -66,8 +66,7 @@ def prepare_text(
             data.source,
             tokenizer=tokenizer,
             vocab_size=data.vocab_size,
-            column=data.column,
-            split=data.split,
+            **data.reading,
             cache_dir=folder / "tokens",
             progress=progress,
         )

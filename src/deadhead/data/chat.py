@@ -1,0 +1,97 @@
+"""Conversations as text, by a chat template, and where in the text the answers stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from deadhead.errors import InputError, first_line
+
+Spans = tuple[tuple[int, int], ...]
+_ANSWERS = "assistant"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Written(NamedTuple):
+    """A conversation as text, and the ranges of its characters that are answers, if they were asked for."""
+
+    text: str
+    answers: Spans | None
+
+
+class Chat:
+    """Writes conversations as the template says.
+
+    What a tokenizer puts before every text, such as BOS, is left out where the template writes it too: rows get it
+    where they begin.
+
+    Args:
+        template: in Jinja.
+        special: the special tokens by the names that templates have for them, such as `eos_token`.
+        begin: what the tokenizer puts before a text.
+        answers: whether it is told where the answers stand.
+    """
+
+    def __init__(self, template: str, special: Mapping[str, Any], *, begin: str = "", answers: bool = False) -> None:
+        self.answers = answers
+        self._template = template
+        self._special = dict(special)
+        self._begin = begin
+
+    def write(self, messages: Sequence[Any], label: str) -> Written:
+        """Return a conversation as text; errors call it by the label.
+
+        Raises:
+            InputError: it is no list of messages, or not one that the template takes, or the template does not let
+                answers be told apart.
+        """
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InputError(
+                    f"Messages with a role and a content were expected in {label}, but {str(message)[:60]!r} came."
+                )
+        # Where messages have other fields than their neighbours, data sets say that these are null.
+        plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        text = self._render(plain, label)
+        answers = self._answers(plain, text, label) if self.answers else None
+        if self._begin and text.startswith(self._begin):
+            size = len(self._begin)
+            text = text[size:]
+            answers = answers and tuple((max(0, start - size), stop - size) for start, stop in answers)
+        return Written(text, answers)
+
+    def _answers(self, messages: list[dict[str, Any]], text: str, label: str) -> Spans:
+        if _GENERATION.search(self._template) and (marked := self._marked(messages, label)):
+            return marked
+        found: list[tuple[int, int]] = []
+        for index, message in enumerate(messages):
+            if message["role"] == _ANSWERS:
+                before = self._render(messages[:index], label, add_generation_prompt=True) if index else ""
+                after = self._render(messages[: index + 1], label)
+                if not (text.startswith(before) and text.startswith(after) and len(before) <= len(after)):
+                    raise InputError(
+                        f"The chat template writes {label} otherwise than its beginning, so its answers cannot be told "
+                        "apart; mark them in the template with {% generation %}, or learn from all of the text."
+                    )
+                found.append((len(before), len(after)))
+        return tuple(found)
+
+    def _marked(self, messages: list[dict[str, Any]], label: str) -> Spans:
+        """Return what the template itself marks as generated."""
+        spans = self._called(messages, label, return_assistant_tokens_mask=True)[1][0]
+        return tuple((start, stop) for start, stop in spans)
+
+    def _render(self, messages: list[dict[str, Any]], label: str, **how: bool) -> str:
+        return str(self._called(messages, label, **how)[0][0])
+
+    def _called(self, messages: list[dict[str, Any]], label: str, **how: Any) -> Any:
+        try:
+            return render_jinja_template([messages], chat_template=self._template, **how, **self._special)
+        except Exception as error:  # what Jinja, and whatever a template calls, may raise
+            raise InputError(
+                f"A conversation that the chat template takes was expected in {label}, but it says: "
+                f"{first_line(error)[:120]}."
+            ) from error
