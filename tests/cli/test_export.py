@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import deadhead
+from deadhead.checkpoints.gate_files import save_gates
 from deadhead.cli import execute
 from deadhead.errors import is_installed
 from tests.small_runs import tree
@@ -79,3 +81,17 @@ def test_bad_input(
     assert len(said.strip().splitlines()) == 1
     assert re.search(message, said), said
     assert tree(tmp_path) == before
+
+
+def test_gates_that_are_still_on(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan is named where there is one; a Trainer's checkpoint has none."""
+    folder = Path(shutil.copytree(given / "llama", tmp_path / "gated"))
+    save_gates(deadhead.attach(deadhead.load(folder)), folder)
+    command = ["export", str(folder), "--to", "onnx", "--out", str(tmp_path / "out")]
+    for how in (
+        "deadhead.load_gated gives model and gates",
+        f"deadhead cut {folder} --plan {folder / 'head_plan.json'}",
+    ):
+        assert execute(command) == 2
+        assert f"has gates that are still on; cut it first: {how}." in capsys.readouterr().err
+        (folder / "head_plan.json").write_text("{}")

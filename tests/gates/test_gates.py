@@ -353,6 +353,28 @@ def test_a_plan_of_given_sparsity_closes_the_smallest_gates_of_all_layers(sparsi
     assert sorted(closed) == sorted(values.argsort()[: len(closed)].tolist())
 
 
+@configs
+@given(values=st.lists(st.floats(-6, 6, width=32), min_size=12, max_size=12), sparsity=st.floats(0, 1))
+@settings(deadline=None, max_examples=40)
+def test_gates_settle_where_a_plan_has_them_and_keep_their_order(
+    config: GateConfig, values: list[float], sparsity: float
+) -> None:
+    """Each of the two groups moves as a whole, and only if one of its gates is on the wrong side."""
+    gates = _gates(config)
+    for (_, gate), part in zip(gates, torch.tensor(values).split(4), strict=True):
+        gate.set_log_alpha(part)
+    before, plan = torch.cat(list(gates.log_alpha().values())), gates.plan(sparsity=sparsity)
+    stays = torch.tensor([head in plan.kept[key.layer] for key, gate in gates for head in range(4)])
+    gates.settle(plan)
+    after = torch.cat(list(gates.log_alpha().values()))
+    assert gates.plan() == plan == gates.plan(sparsity=sparsity)
+    for group in (stays, ~stays):
+        moves = (after - before)[group]
+        assert not len(moves) or float(moves.max() - moves.min()) < 1e-5
+    gates.settle(plan)
+    assert float((torch.cat(list(gates.log_alpha().values())) - after).abs().max()) < 1e-6
+
+
 def test_ties_are_closed_in_the_order_of_the_layers() -> None:
     assert _gates().plan(sparsity=0.5).kept == {0: (), 1: (2, 3), 2: (0, 1, 2, 3)}
 

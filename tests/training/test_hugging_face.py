@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -14,6 +15,7 @@ import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
 from deadhead import GateConfig, InputError
 from deadhead.attaching import is_gate
+from deadhead.checkpoints.gate_files import load_gates
 from deadhead.gates.gates import HeadGates
 from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, train
 from deadhead.training.phases.choosing import gate_config
@@ -161,9 +163,11 @@ def test_a_probe_moves_gates_and_not_one_bit_of_the_weights(tmp_path: Path) -> N
     assert all(bool((row != 1.0).any()) for row in gates.log_alpha().values())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert [line["grad_norm"] > 0 for line in metrics(tmp_path)] == [True] * _STEPS
-    checkpoint = tmp_path / "checkpoints" / f"checkpoint-{_STEPS}" / "optimizer.pt"
+    checkpoint = tmp_path / "checkpoints" / f"checkpoint-{_STEPS}"
     # AdamW's state is of gates alone: two moments of 4 numbers a layer.
-    assert checkpoint.stat().st_size < 10_000
+    assert (checkpoint / "optimizer.pt").stat().st_size < 10_000
+    assert all(map(is_gate, load_file(checkpoint / "model.safetensors"))), "frozen weights are not written again"
+    assert_same_tensors(load_gates(tiny_model("llama"), checkpoint).state_dict(), gates.state_dict())
 
 
 def test_frozen_weights_stay_frozen_where_they_were(tmp_path: Path) -> None:

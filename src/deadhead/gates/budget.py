@@ -89,6 +89,7 @@ class BudgetTarget(Target):
 
     @property
     def _limit(self) -> float:
+        # What rounding may add.
         return self.share * self.costs.total * (1 + 1e-9)
 
     def begin(self, gates: HeadGates, steps: int) -> None:
@@ -103,7 +104,7 @@ class BudgetTarget(Target):
 
     def plan(self, gates: HeadGates) -> HeadPlan:
         """Return the plan that closes units until the others cost no more than the share."""
-        return gates.scores().within(self.costs, self._limit)
+        return gates.scores().within(self.costs, self.share * self.costs.total)
 
     def shortfall(self, gates: HeadGates) -> str:
         """Return a clause that names the share that is left and the one asked for, if it is more, or ""."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
@@ -74,6 +74,18 @@ def test_a_checkpoint_of_gates_alone_is_small_and_gone_on_from(
     # Saved on purpose, a model is whole.
     trainer.save_model(str(tmp_path / "model"))
     assert not all(map(is_gate, load_file(tmp_path / "model" / "model.safetensors")))
+
+
+def test_as_many_gates_as_eight_billion_weights_have_are_kilobytes(tmp_path: Path) -> None:
+    sizes: Any = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8)).requires_grad_(False)
+    often = {"save_strategy": "steps", "save_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=1, dataloader_pin_memory=False, **often
+    )
+    callbacks = [deadhead.SparsityCallback(deadhead.attach(model), sparsity=0.5)]
+    FrozenWeightsTrainer(model, args, train_dataset=_ROWS, callbacks=callbacks).train()
+    assert sum(path.stat().st_size for path in (tmp_path / "checkpoint-2").iterdir()) < 100_000
 
 
 def test_what_such_a_checkpoint_holds_is_said(tmp_path: Path) -> None:
