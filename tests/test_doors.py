@@ -128,7 +128,6 @@ _OF_PRUNE = (
     "teacher",
     "seed",
     "resume",
-    "progress",
     "report_to",
     "device",
     "dtype",

@@ -29,8 +29,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         return found
     if name is None or (isinstance(name, str) and name.endswith(_CAUSAL)):
         for auto in (AutoModelForCausalLM, *([AutoModel] if name is None else [])):
-            if type(config) in auto._model_mapping:
-                listed: Any = auto._model_mapping[type(config)]
+            table: Any = auto._model_mapping
+            if type(config) in table:
+                listed = table[type(config)]
                 return listed[0] if isinstance(listed, (tuple, list)) else listed  # type: ignore[no-any-return]
     why = "gives no class" if name is None else f"names the class {str(name)[:80]!r}"
     raise UnsupportedModel(
@@ -48,8 +49,10 @@ def _named(name: str) -> type[PreTrainedModel] | None:
 
 def _is_for(found: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
     declared = found.config_class
-    is_declared = isinstance(declared, type) and isinstance(config, declared)
-    return is_declared or is_listed(stock_class(found).__name__, stock_class(type(config)).model_type)
+    if isinstance(declared, type) and isinstance(config, declared):
+        return True
+    stock: Any = stock_class(type(config))
+    return is_listed(stock_class(found).__name__, stock.model_type)
 
 
 def auto_name(model: PreTrainedModel) -> str:
