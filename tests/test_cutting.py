@@ -274,6 +274,40 @@ def test_other_precisions_are_cut_and_kept(dtype: torch.dtype) -> None:
     assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("factor", "message"), [(1.04, "differs"), (1.0, None)])
+def test_in_half_precision_a_cut_is_held_against_float32(
+    dtype: torch.dtype, factor: float, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So small a fault is within 5 %, but beyond what rounding does."""
+    model = tiny_model(dtype=dtype)
+    original = HeadSite.shrink
+
+    def spoil(self: Any, heads: tuple[int, ...]) -> None:
+        original(self, heads)
+        if heads:
+            self.module.o_proj.weight.data.mul_(factor)
+
+    monkeypatch.setattr(HeadSite, "shrink", spoil)
+    before, whole = snapshot(model), {name: value.data_ptr() for name, value in model.named_parameters()}
+    if message is None:
+        cut(model, PLAN)
+        assert whole["model.embed_tokens.weight"] == model.get_parameter("model.embed_tokens.weight").data_ptr()
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        return
+    with pytest.raises(CutError, match=message):
+        cut(model, PLAN)
+    assert_unchanged(model, before)
+    assert whole == {name: value.data_ptr() for name, value in model.named_parameters()}
+
+
+def test_where_there_is_no_memory_for_float32_outputs_are_held_against_the_models_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cutting, "_SHARE_OF_MEMORY", 0)
+    cut(tiny_model(dtype=torch.bfloat16), PLAN)
+
+
 def test_the_base_model_can_be_cut() -> None:
     whole, base = tiny_model(seed=2), tiny_model(seed=2).model
     cut(whole, PLAN)

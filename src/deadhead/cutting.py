@@ -21,9 +21,8 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Layout, Site, find_layout, head_columns, own_config
-from deadhead.layouts.inputs import made_inputs, run
-from deadhead.models.pruned.structure import text_stack
-from deadhead.modes import evaluating, restored_on_failure, uncompiled
+from deadhead.layouts.inputs import made_inputs, run, runner
+from deadhead.modes import evaluating, restored_on_failure, seeded, uncompiled
 from deadhead.plans.plan import HeadPlan, UnitKey
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
@@ -297,11 +296,11 @@ def _check_outputs(model: PreTrainedModel, texts: int) -> Tensor:
 
     Hidden states, not logits, so that a model of any head class can be checked. What reads images or sound is run once.
     """
-    stack = text_stack(model)
+    stack = runner(model)
     inputs = made_inputs(stack, texts, _CHECK_LENGTH)
     half = _CHECK_LENGTH // 2
     takes_cache = inputs.keys() == {"input_ids"} and "past_key_values" in inspect.signature(stack.forward).parameters
-    with evaluating(model), uncompiled(), torch.autocast(model.device.type, enabled=False):
+    with evaluating(model), uncompiled(), seeded(), torch.autocast(model.device.type, enabled=False):
         parts = [run(stack, inputs | ({"use_cache": False} if takes_cache else {}))[0]]
         if takes_cache:
             ids = inputs["input_ids"]

@@ -65,6 +65,15 @@ def uncompiled() -> Iterator[None]:
 
 
 @contextmanager
+def seeded() -> Iterator[None]:
+    """Let what models draw at random be the same each time while the block runs; afterwards all goes on as before."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
 def restored_on_failure(model: nn.Module) -> Iterator[None]:
     """Put a model back as it was if the block raises: classes, attributes, hooks, parameters, what learns, modes.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
@@ -382,6 +383,18 @@ def test_a_class_that_no_checkpoint_could_name_is_refused_and_nothing_changes() 
         attach(model)
     assert_unchanged(model, before)
     assert type(model) is Mine and type(model.config) is GPT2Config
+
+
+def test_a_model_that_accelerate_has_dispatched_is_cut() -> None:
+    model: Any = tiny_model("llama")
+    plan, ids = _plan(model), torch.arange(3, 23).view(2, 10)
+    dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    assert hasattr(model.model.layers[0].self_attn, "_hf_hook")
+    gates = attach(model)
+    gates.set_plan(plan)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert difference(cut(model, plan)(input_ids=ids).logits, expected) <= 1e-5
 
 
 def test_a_cut_that_fails_puts_classes_and_configuration_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,10 +30,16 @@ def require_runnable(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModel: it cannot.
     """
-    stack = text_stack(model)
+    stack = runner(model)
     if _main_input(stack) != "input_ids" or _NO_TEXT & inspect.signature(stack.forward).parameters.keys():
         with evaluating(model):
             run(stack, made_inputs(stack, 1, _FRAMES))
+
+
+def runner(model: PreTrainedModel) -> nn.Module:
+    """Return what a check runs: the part that has the heads, or the whole model if that part reads hidden states."""
+    stack = text_stack(model)
+    return stack if _needed(stack).keys() <= _MAKERS.keys() else model
 
 
 def run(stack: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -64,9 +70,7 @@ def made_inputs(stack: nn.Module, count: int, length: int) -> dict[str, Tensor]:
         UnsupportedModel: there is one that cannot be made.
     """
     owner: Any = stack
-    parameters = inspect.signature(stack.forward).parameters.values()
-    named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    needed = dict.fromkeys([_main_input(stack), *(each.name for each in named if each.default is each.empty)])
+    needed = _needed(stack)
     if unknown := [name for name in needed if name not in _MAKERS]:
         raise UnsupportedModel(
             f"The model, a {type(stack).__name__}, cannot be run without {unknown[0]}, which deadhead cannot make up, "
@@ -82,6 +86,13 @@ def made_inputs(stack: nn.Module, count: int, length: int) -> dict[str, Tensor]:
             values = torch.randn((count, *_MAKERS[name](owner.config)), generator=generator).to(owner.dtype)
         made[name] = values.to(owner.device)
     return made
+
+
+def _needed(stack: nn.Module) -> dict[str, None]:
+    """Return the names of the inputs that a model must be given, the main one first."""
+    parameters = inspect.signature(stack.forward).parameters.values()
+    named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    return dict.fromkeys([_main_input(stack), *(each.name for each in named if each.default is each.empty)])
 
 
 def _main_input(stack: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -44,8 +45,11 @@ def model_cost(
         model = cut_skeleton(layout, model, plan)
     sites = layout.sites(model, unit or layout.units(model)[0])
     length = _default_length(model) if length is None else length
-    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
-    given = {id(p): p.numel() for p in inputs.parameters()}
+    # Models that hear have no table of embeddings, and some that see; transformers says so by an error.
+    inputs, output = None, model.get_output_embeddings()
+    with suppress(NotImplementedError):
+        inputs = model.get_input_embeddings()
+    given = {} if inputs is None else {id(p): p.numel() for p in inputs.parameters()}
     returned = {} if output is None else {id(p): p.numel() for p in output.parameters()}
     every = given | returned | {id(p): p.numel() for name, p in model.named_parameters() if not is_gate(name)}
     heads = [pair for site in sites for pair in _unit_parameters(site)]

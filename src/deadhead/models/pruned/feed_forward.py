@@ -38,6 +38,7 @@ _NAMES = (
     (("lin1",), "lin2"),
     (("Wi",), "Wo"),
     (("intermediate.dense",), "output.dense"),
+    (("intermediate_dense",), "output_dense"),
 )
 _WIDTHS = ("intermediate_size", "ffn_dim", "inner_dim", "hidden_dim")
 # Experts are chosen token by token; each is a layer of its own.

@@ -178,6 +178,8 @@ def _empty(attention: Attention, outputs: int) -> None:
         for child in [child for child in table if child not in keep]:
             del table[child]
     layer_idx: Any = getattr(inner, "layer_idx", getattr(module, "layer_idx", attention.key))
+    # Where accelerate has put a module on a device, its old forward lies in the module itself.
+    vars(inner).pop("forward", None)
     empty = typing.cast(EmptyAttention, inner)
     empty.layer_idx = layer_idx
     empty.__class__ = EmptyAttention

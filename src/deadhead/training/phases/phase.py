@@ -19,6 +19,7 @@ from deadhead.disk.files import no_space_is_input_error
 from deadhead.errors import DivergenceError, InputError
 from deadhead.gates.budget import BudgetTarget
 from deadhead.gates.gates import HeadGates
+from deadhead.layouts import own_config
 from deadhead.measure.latency import Latency
 from deadhead.measure.losses import require_language_model
 from deadhead.modes import flushing_denormals
@@ -180,6 +181,9 @@ def _attempt(
 
     The model ends in evaluation mode, whatever happens.
     """
+    # The Trainer writes into the configuration, which other models may share.
+    own_config(model)
+    settings = dict(vars(model.config))
     args = training_arguments(recipe, folder, seed=run.seed, run_name=run.run_name)
     rows = recipe.batch_size * args.world_size
     dataset = segments(model, text, recipe, rows=rows, first_segment=run.first_segment)
@@ -232,6 +236,7 @@ def _attempt(
     finally:
         if recipe.gradient_checkpointing:
             checkpoint_activations(model, False)
+        vars(model.config).update(settings)
         model.eval()
 
 
