@@ -13,6 +13,7 @@ CORE := .venv/.core
 INSTALLED := .venv/.installed
 # Stands from the first to the last step of an installation, so that an interrupted one is seen and done anew.
 INCOMPLETE := .venv/.incomplete
+TRANSFORMERS_TESTS := .venv/transformers-tests
 
 # The lists name every package at its version, so there is nothing to resolve; Python compiles what it imports.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile $(PIP_ARGS)
@@ -21,11 +22,11 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: anew help install llama-cpp browser demo test test-slow test-full lint bench wheel clean
+.PHONY: anew help install llama-cpp browser demo test test-slow test-full test-transformers lint bench wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 
 install: $(INSTALLED) ## make .venv with deadhead, its extras and the tools, at the versions in requirements/
 
@@ -71,6 +72,20 @@ test-slow: $(INSTALLED) ## run the tests that test leaves out, but for larger ta
 
 test-full: $(INSTALLED) ## run all tests, with their larger tables, on the GPU too where there is one
 	$(PYTEST) $(PYTEST_ARGS)
+
+$(TRANSFORMERS_TESTS): $(INSTALLED)
+	@echo "Fetching the tests of transformers' source distribution …"
+	@rm -rf $@ $@.new && mkdir $@.new
+	@version=$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("transformers"))') && \
+		$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-build-isolation \
+		--no-binary transformers --dest $@.new "transformers==$$version"
+	@$(PIP) --target $@.new parameterized==0.9.0
+	@tar --extract --gzip --file $@.new/transformers-*.tar.gz --directory $@.new --strip-components 1 --wildcards '*/tests'
+	@mv $@.new/tests $@.new/transformers_tests && touch $@.new/transformers_tests/__init__.py && mv $@.new $@
+
+test-transformers: $(TRANSFORMERS_TESTS) ## run transformers' own model tests on cut models and on deadhead's
+	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(TRANSFORMERS_TESTS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -o addopts=--import-mode=importlib -W ignore \
+		tests/models/test_transformers_common.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## check style, format, docstrings of all that is public, and types
 	$(BIN)/ruff check .

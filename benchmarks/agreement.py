@@ -31,8 +31,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deadhead
-from deadhead.errors import UnsupportedModel
-from deadhead.export import flat, llama_cpp
+from deadhead.errors import UnsupportedModel, is_installed
 from deadhead.export.exporting import Exported
 
 _SIZES = {
@@ -79,10 +78,10 @@ def cut_model(family: str, seed: int) -> PreTrainedModel:
 def exports(model: PreTrainedModel, folder: Path, *, traced: bool) -> Iterator[tuple[str, Exported]]:
     """Yield a model's exports, each with its name for the table."""
     ways: list[tuple[str, str, str | None]] = [("padded", "padded", None)]
-    if llama_cpp.is_installed():
+    if is_installed("llama_cpp"):
         ways += [(f"llama.cpp {kind}", "gguf", kind) for kind in _GGUF_TYPES]
     if traced:
-        runtimes = [name for name in ("onnxruntime", "openvino") if flat.is_installed(name)]
+        runtimes = [name for name in ("onnxruntime", "openvino") if is_installed(name)]
         ways += [(name, name.removesuffix("runtime"), None) for name in runtimes]
     for name, form, kind in ways:
         out = folder / (name.replace(" ", "-") + (".gguf" if form == "gguf" else ""))

@@ -29,7 +29,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import deadhead
-from deadhead.export import flat, llama_cpp
+from deadhead.errors import is_installed
+from deadhead.export import flat
 from deadhead.export.exporting import export_model
 from deadhead.measure.timing import efficiency
 
@@ -152,11 +153,11 @@ def _exported(
             ("onnxruntime", "onnx", "model.onnx"),
             ("openvino", "openvino", "openvino_model.xml"),
         ):
-            if flat.is_installed(runtime):
+            if is_installed(runtime):
                 found = export_model(model, folder / f"{name}-{form}", to=form)
                 runs[runtime, name] = in_flat(found.path / file, runtime, threads)
                 sizes[runtime, name] = found.num_bytes
-        for kind in GGUF_TYPES if llama_cpp.is_installed() else ():
+        for kind in GGUF_TYPES if is_installed("llama_cpp") else ():
             found = export_model(model, folder / f"{name}-{kind}.gguf", to="gguf", kind=kind)
             runs[f"llama.cpp {kind}", name] = in_llama_cpp(found.path, threads, length)
             sizes[f"llama.cpp {kind}", name] = found.num_bytes

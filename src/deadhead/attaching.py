@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError, UnsupportedModel
+from deadhead.errors import InputError, UnsupportedModel, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
@@ -72,6 +72,7 @@ class _DrawNoise:
             self.gates.draw()
 
 
+@typed
 def attach(
     model: PreTrainedModel | nn.Module,
     *,
@@ -220,11 +221,13 @@ def is_gate(name: str) -> bool:
     return not set(_GATE_NAMES).isdisjoint(name.split("."))
 
 
+@typed
 def gates_of(model: nn.Module) -> HeadGates | None:
     """Return the gates of `model`, or None if it has none."""
     return getattr(model, _GATES_ATTRIBUTE, None)
 
 
+@typed
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
     for module in model.modules():

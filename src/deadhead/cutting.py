@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.attaching import attach, detach, gates_of, rehang
-from deadhead.errors import CutError, InputError
+from deadhead.errors import CutError, InputError, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
@@ -32,6 +32,7 @@ _TOLERANCE_HALF = 5e-2
 CHECK_TEXTS, _CHECK_LENGTH = 3, 16
 
 
+@typed
 def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     """Delete the heads, and blocks, that `plan` drops, in place.
 

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import reprlib
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+# Where wrappers, of PEFT, of parallel training and of torch.compile, have their model.
+_WRAPPED = ("get_base_model", "module", "_orig_mod")
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# Characters of what another library says.
+_LONGEST = 200
 
 
 class InputError(ValueError):
@@ -47,8 +63,13 @@ def own_sentence(error: ValueError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what another library's error says, or its type, without the full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:!")
+    """Return the first line of what another library's error says, or its type, without the full stop.
+
+    Where that line only begins a list, what follows is added; it never is longer than 200 characters.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    said = " ".join(lines) if lines[0].endswith(":") else lines[0]
+    return (said if len(said) <= _LONGEST else f"{said[: _LONGEST - 2]} …").rstrip(".:!")
 
 
 def is_installed(*modules: str) -> bool:
@@ -60,3 +81,55 @@ def require_extra(extra: str, *modules: str, what: str) -> None:
     """Check that the modules that an extra brings, and `what` needs, are installed; InputError if one is not."""
     if missing := [name for name in modules if not is_installed(name)]:
         raise InputError(f"{what} needs {' and '.join(missing)}; install with: pip install 'deadhead[{extra}]'.")
+
+
+def typed(function: _F) -> _F:
+    """Let a public function refuse, by an InputError, arguments that are not of the types in its signature.
+
+    Numbers of NumPy are numbers.
+    """
+    signature, hints = inspect.signature(function), functools.cache(lambda: get_type_hints(function))
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+            if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
+                require_type(
+                    value, hints().get(name, Any), f"{function.__qualname__.removesuffix('.__init__')} takes {name} as"
+                )
+        return function(*args, **kwargs)
+
+    return cast(_F, checked)
+
+
+def require_type(value: Any, hint: Any, expected: str) -> None:
+    """Check that a value is of a type, or raise an InputError that begins with what was expected."""
+    if not _fits(value, hint):
+        plain = value is None or isinstance(value, (bool, int, float, str, bytes))
+        came = reprlib.repr(value) if plain else f"an object of type {type(value).__name__}"
+        words = hint.__name__ if isinstance(hint, type) else re.sub(r"\b(\w+\.)+|~", "", str(hint))
+        raise InputError(f"{expected} {words}, but {came} came.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in inner)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    if hint is Any or not isinstance(origin or hint, type):
+        return True
+    if isinstance(value, str | bytes) and origin is not None:
+        return False
+    if not isinstance(value, origin or hint):
+        # The function itself says what is to be done with a model in a wrapper.
+        return getattr(hint, "__name__", "") == "PreTrainedModel" and any(hasattr(value, name) for name in _WRAPPED)
+    if origin is not None and isinstance(value, Mapping):
+        return all(_fits(each, inner[-1]) for each in value.values())
+    if origin is not None and isinstance(value, list | tuple) and len(inner) == 1:
+        return all(_fits(each, inner[0]) for each in value)
+    return True

@@ -109,7 +109,7 @@ def test_a_dry_run_says_what_would_be_left_and_writes_nothing(
     [
         ("--params 0.5 --flops 0.5", "asks for params and flops"),
         ("--params 0.01", "cannot be reached: without any heads and blocks the model would be at 0"),
-        ("--params 0.01 --no-blocks", "without any heads the model .* add --blocks"),
+        ("--params 0.01 --no-blocks", "without any heads the model .* add blocks"),
         ("--params 0", "greater than or equal to 0.0001"),
         ("--kv-cache 0.5 --blocks", "blocks hold no key/value cache"),
         ("--flops 0.5 --criterion topk", "criterion topk holds a share of the heads"),

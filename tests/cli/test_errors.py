@@ -53,7 +53,7 @@ _CASES = {
     "rate not a number": Case(_TRAIN + " --learning-rate nan", "wrong value for 'learning_rate'"),
     "negative l0": Case(_PRUNE + " --l0 -1", "Invalid value for '--l0'"),
     "l0 not a number": Case(_PRUNE + " --l0 nan", "value for '(--)?l0'"),
-    "sparsity above one": Case(_PRUNE + " --sparsity 1.5", "Invalid value for '--sparsity'"),
+    "sparsity above one": Case(_PRUNE + " --sparsity 1.5", "'sparsity': input should be less than 1, but it is 1.5"),
     "criterion without a share": Case(_PRUNE + " --criterion taylor", "with another set sparsity"),
     "leaning without a share": Case(_PRUNE + " --start-from taylor", "start_from is for gates with a target"),
     "unknown criterion": Case(_PRUNE + " --criterion best", "Invalid value for '--criterion'"),
@@ -93,7 +93,7 @@ _CASES = {
     "run out is not ours": Case("run r.toml --out d", "not written by deadhead", two(recipe(), folder_of("d"))),
     "demo out is not ours": Case("demo --out d", "not written by deadhead", folder_of("d")),
     "a run that was begun": Case(
-        "run r.toml --out d", "go on with --resume", two(recipe(), folder_of("d", "recipe.toml"))
+        "run r.toml --out d", "go on with resume", two(recipe(), folder_of("d", "recipe.toml"))
     ),
     "a phase that was stopped": Case(_TRAIN.replace("{out}", "d"), "d.work is left of", folder_of("d.work")),
     # Recipes.
@@ -141,7 +141,7 @@ _CASES = {
     "too much distillation": Case(_LLAMA + " --distill 1.5", "Invalid value for '--distill'"),
     "cold distillation": Case(_LLAMA + " --distill 0.5 --distill-temperature 0", "distill_temperature"),
     "teacher without weight": Case(_LLAMA + " --teacher {llama}", "distill, is 0; set it"),
-    "distillation without teacher": Case(_TUNE + " --distill 0.5", "name one with --teacher"),
+    "distillation without teacher": Case(_TUNE + " --distill 0.5", "name one as teacher"),
     "teacher that is not there": Case(
         _TUNE + " --distill 0.5 --teacher nothing/at/all", "A checkpoint folder was expected at nothing/at/all"
     ),

@@ -66,9 +66,9 @@ def test_values_out_of_range_are_refused(kind: Any, value: float) -> None:
 def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
     costs = UnitCosts(fixed=4.0, tables={_KEY: torch.tensor([0.0, 3.0, 6.0])})
     Budget(kind="params", value=0.4).require_reachable(costs, has_blocks=False)
-    with pytest.raises(InputError, match=r"--params 0.3 cannot be reached: without any heads .* 0.400.*--blocks"):
+    with pytest.raises(InputError, match=r"params 0.3 cannot be reached: without any heads .* 0.400.*add blocks"):
         Budget(kind="params", value=0.3).require_reachable(costs, has_blocks=False)
-    with pytest.raises(InputError, match=r"--speedup 3 cannot be reached: without any heads and blocks .* 2.500"):
+    with pytest.raises(InputError, match=r"speedup 3 cannot be reached: without any heads and blocks .* 2.500"):
         Budget(kind="speedup", value=3).require_reachable(costs, has_blocks=True)
 
 
@@ -127,6 +127,53 @@ def test_a_target_goes_on_where_it_was_saved() -> None:
     assert again.wanted(7, gates) == target.wanted(7, gates)
     with pytest.raises(InputError, match="above 0 and at most 1"):
         BudgetTarget(costs, 0.0, ramp_steps=10)
+
+
+_MODEL, _GATES = gated()
+_COSTS = {kind: costs_of(_MODEL, _GATES, kind) for kind in ("params", "flops", "kv_cache")}
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    steps=st.integers(1, 6),
+    ramp=st.none() | st.integers(0, 20),
+    kind=st.sampled_from(["params", "flops", "kv_cache"]),
+    part=st.floats(0.0, 1.0),
+    weighting=st.sampled_from(["plain", "output_difference"]),
+)
+@settings(deadline=None, max_examples=30)
+def test_a_training_ends_within_its_budget(
+    seed: int, steps: int, ramp: int | None, kind: Any, part: float, weighting: Any
+) -> None:
+    """What stays open costs no more than was asked for, what else there is would be too much, and it is said so."""
+    costs, gates = _COSTS[kind], _GATES
+    least = costs.fixed / costs.total
+    share = max(least + part * (1 - least), 1e-6)
+    scatter(gates, seed)
+    target = BudgetTarget(costs, share, ramp_steps=ramp)
+    target.begin(gates, steps)
+    for step in range(1, steps + 1):
+        target.project(gates, step, weighting, is_last=step == steps)
+    plan = gates.plan()
+    assert plan == target.plan(gates) and target.shortfall(gates) == ""
+    counts = {key: len(units) for key, units in plan.units.items()}
+    assert costs.of(counts) <= share * costs.total * (1 + 1e-6)
+    assert model_cost(_MODEL, plan).parameters <= share * costs.total * (1 + 1e-6) or kind != "params"
+    for key, gate in gates:
+        if counts[key] < gate.num_heads:
+            assert costs.of({**counts, key: counts[key] + 1}) > share * costs.total
+
+
+def test_a_budget_out_of_reach_and_costs_of_others_are_refused() -> None:
+    model, gates = gated()
+    costs = costs_of(model, gates)
+    with pytest.raises(InputError, match=r"A share of 0.01 of the cost cannot be reached: without any of its units"):
+        BudgetTarget(costs, 0.01)
+    heads = deadhead.attach(tiny_model("llama"))
+    with pytest.raises(InputError, match="costs are of 36 units in 6 places, but the model's gates are 12 in 3"):
+        BudgetTarget(costs, 0.7).begin(heads, 10)
+    said = BudgetTarget(costs, 0.7).shortfall(gates)
+    assert said == "leave 1 of the cost, but 0.7 was asked for; callback.target.plan(gates) is within that"
 
 
 @given(seed=st.integers(0, 10**6), share=st.floats(0.3, 1.0))

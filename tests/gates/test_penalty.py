@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -203,6 +204,83 @@ def test_an_exact_target_forgets_no_order_on_its_ramp() -> None:
         target.project(gates, step, is_last=step == 10)
     assert torch.cat(list(gates.log_alpha().values())).argsort().tolist() == order
     assert gates.plan() == gates.plan(sparsity=0.7)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    steps=st.integers(1, 12),
+    ramp=st.none() | st.integers(0, 40),
+    sparsity=st.floats(0.0, 0.999),
+    weighting=st.sampled_from(["plain", "output_difference"]),
+    ranking=st.sampled_from(["global", "layer"]),
+    exact=st.booleans(),
+    hard=st.booleans(),
+    alike=st.booleans(),
+)
+@settings(deadline=None, max_examples=80)
+def test_a_training_ends_with_exactly_the_share_closed(
+    seed: int,
+    steps: int,
+    ramp: int | None,
+    sparsity: float,
+    weighting: Any,
+    ranking: Any,
+    exact: bool,
+    hard: bool,
+    alike: bool,
+) -> None:
+    """Whatever the schedule, the criterion and the gradients, of gates that are all alike at first too."""
+    gates = make_gates(GateConfig(hard=hard or exact), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    if alike:
+        for _, gate in gates:
+            gate.set_log_alpha(torch.full((5,), 2.0))
+    target = SparsityTarget(sparsity, ramp_steps=ramp, ranking=ranking, exact=exact)
+    target.begin(gates, steps)
+    optimizer = GateOptimizer(gates, lr=0.3)
+    before = torch.empty(0)
+    for step in range(1, steps + 1):
+        target.prepare(gates, step - 1)
+        for _, gate in gates:
+            gate.log_alpha_bias.grad = torch.randn(5, generator=generator) * (not alike)
+        optimizer.step(penalty_gradient(gates, 0.0))
+        if step == steps:
+            copied = copy.deepcopy(gates)
+            target.project(copied, step, weighting)
+            before = torch.cat(list(copied.log_alpha().values()))
+        target.project(gates, step, weighting, is_last=step == steps)
+    share = gates.plan(sparsity=sparsity, ranking=ranking)
+    assert gates.plan() == share and target.shortfall(gates) == ""
+    groups = [10] if ranking == "global" else [5, 5]
+    assert 10 - sum(share.heads) == sum(round(sparsity * size) for size in groups)
+    for key, gate in gates:
+        assert (gate.eval()()[0] > 0).tolist() == [head in share.kept[key.layer] for head in range(5)]
+    after = torch.cat(list(gates.log_alpha().values()))
+    for old, new in zip(before.split(groups), after.split(groups), strict=True):
+        assert bool((new[old.argsort(stable=True)].diff() >= -1e-5).all()), "the order is the one that was learned"
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "ramp"), [(None, 32, 21), (None, 1, 1), (1000, 32, 32), (10, 32, 10), (0, 32, 0)]
+)
+def test_a_ramp_follows_the_trainings_steps(asked: int | None, steps: int, ramp: int) -> None:
+    target, gates = SparsityTarget(0.5, ramp_steps=asked), make_gates()
+    target.begin(gates, steps)
+    assert target.ramp_steps == ramp
+    assert target.wanted(steps, gates) == pytest.approx(0.5)
+    # For another training it begins anew.
+    target.begin(gates, 2 * steps)
+    assert target.start is None
+
+
+def test_what_is_missing_is_said_with_what_was_asked() -> None:
+    gates = make_gates()
+    for _, gate in gates:
+        gate.set_log_alpha(torch.full((5,), 2.0))
+    assert SparsityTarget(0.5, ranking="layer").shortfall(gates) == (
+        'close 0 of the heads, but 0.5 was asked for; gates.plan(sparsity=0.5, ranking="layer") closes that'
+    )
+    assert SparsityTarget(0.0).shortfall(gates) == ""
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.999])

@@ -80,7 +80,9 @@ def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(KeyboardInterrupt):
             cut_checkpoint(source, plan, tmp_path / "out", stream=True)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="is left of a cut that was stopped; go on with --resume, or delete it"):
+    with pytest.raises(
+        InputError, match="is left of a cut that was stopped; go on with resume \\(--resume\\), or delete it"
+    ):
         cut_checkpoint(source, plan, tmp_path / "out", stream=True)
     # A damaged shard of those that were done is found by its hash and made anew.
     shard = next((tmp_path / "out.work").rglob("model-00002*.safetensors"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import deadhead
+from deadhead.checkpoints.declared import GATES_FILE
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import whole
 from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, attach_gates, train
@@ -142,13 +144,23 @@ def without_gates(name: str, accumulation: int) -> dict[str, Tensor]:
     return _state(name, model, None, [])
 
 
-def sharded(name: str, folder: Path, *, resume: bool = False, **settings: Any) -> dict[str, Tensor]:
+class _FirstIsBest(Trainer):
+    """A Trainer to whom the first model that it evaluates is the best."""
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        metrics = {"eval_rank": -float(self.state.global_step)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def sharded(name: str, folder: Path, *, resume: bool = False, best: bool = False, **settings: Any) -> dict[str, Tensor]:
     """Train gates with the callback in a Trainer of transformers, under FSDP2 if there are several processes.
 
     accelerate takes FSDP only where there is an accelerator: here it is told of one, and everything from there on is
     its own and the Trainer's way, with gloo.
     """
     environment = dict(os.environ)
+    often = {"eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True, "metric_for_best_model": "rank"}
     fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     args = TrainingArguments(
         str(folder),
@@ -163,6 +175,7 @@ def sharded(name: str, folder: Path, *, resume: bool = False, **settings: Any) -
         save_strategy="steps",
         save_steps=6,
         **(fsdp if COUNT > 1 else {}),
+        **(often if best else {}),
     )
     assert args.device.type == "cpu"
     if COUNT > 1:
@@ -171,7 +184,7 @@ def sharded(name: str, folder: Path, *, resume: bool = False, **settings: Any) -
     examples = [{"input_ids": ids, "labels": ids} for ids in torch.arange(24 * 8).mul(7).remainder(29).view(24, 8)]
     gates = deadhead.attach(model)
     callback = deadhead.SparsityCallback(gates, track_difference=True, **settings)
-    trainer = Trainer(model, args, train_dataset=examples, callbacks=[callback])
+    trainer = _FirstIsBest(model, args, train_dataset=examples, eval_dataset=examples, callbacks=[callback])
     with _noted_noise(gates) as noise:
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6") if resume else None)
     if COUNT > 1:
@@ -182,6 +195,10 @@ def sharded(name: str, folder: Path, *, resume: bool = False, **settings: Any) -
         gates.plan().to_json(folder / "plan.json")
         _ = callback.state(), callback.metrics(), gates.scores(), gates.state_dict()
     trainer.save_model(str(folder / "saved"))
+    if best:
+        saved = load_file(folder / "checkpoint-6" / GATES_FILE)
+        assert saved.keys() == gates.state_dict().keys()
+        assert all(torch.equal(value, gates.state_dict()[key]) for key, value in saved.items())
     found = _state(name, model, gates, noise)
     if COUNT > 1:
         # TrainingArguments tells accelerate by environment variables, which would tell the next case too.
@@ -201,6 +218,10 @@ def run(folder: Path, *, few: bool) -> Path:
     for name in ["sharded"] if few else SHARDED:
         found |= sharded(name, folder / f"{name} of {COUNT}", **SHARDED[name])
     found |= sharded("resumed", folder / f"sharded of {COUNT}", resume=True, **SHARDED["sharded"])
+    # The best is of a step on the ramp, which is warned of.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", deadhead.errors.RunWarning)
+        found |= sharded("best", folder / f"best of {COUNT}", best=True, sparsity=0.5)
     if not few:
         found |= without_gates("dense", 1)
         if COUNT <= 2:

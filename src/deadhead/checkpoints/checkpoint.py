@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoModelForPreTraining,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,10 +28,14 @@ from deadhead.checkpoints.gate_files import load_gates, save_gates
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
-from deadhead.errors import InputError, first_line
+from deadhead.disk.hub import is_name, quick, require_had
+from deadhead.disk.stored import read_header
+from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
+from deadhead.layouts.classes import auto_name, model_class
 from deadhead.measure.cost import model_cost
+from deadhead.measure.losses import require_weights
 
 # In every model card of ours; a folder without it is not overwritten.
 _TAG = '"deadhead", "pruned-attention-heads"'
@@ -45,6 +48,7 @@ _NOT_VERIFIED = {"generation_config.json"}
 _ENDINGS = {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt", ".model"}
 
 
+@typed
 def save(
     model: PreTrainedModel,
     path: str | Path,
@@ -55,7 +59,7 @@ def save(
     files: Sequence[Path] = (),
     about: str | None = None,
 ) -> None:
-    """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads.
+    """Write a checkpoint folder that transformers' Auto class for the model loads; its card says which.
 
     It holds the weights, the configuration, the modelling files (for places without deadhead), the head plan of a cut
     model, the gates of a gated one (whose weights are then those of the ungated model), tokenizer and model card.
@@ -74,6 +78,7 @@ def save(
         InputError: `path` holds something else, cannot be written, or the device is full.
     """
     path = Path(path)
+    require_weights(model, "Saving")
     require_ours_or_free(path)
     gates = gates_of(model)
     with replaced_folder(path) as folder:
@@ -138,7 +143,12 @@ def named_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a type of weights by its name, such as "bfloat16".
+
+    Raises:
+        InputError: there is no such type.
+    """
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     found = types.get(dtype) if isinstance(dtype, str) else dtype
     if found not in (*types.values(), torch.float64):
@@ -146,13 +156,15 @@ def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
+@typed
 def load(
     path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """Load a language model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
+    """Load a model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
 
-    It never runs code that a checkpoint brings along. A gated checkpoint gives the ungated model; `load_gated` gives
-    both.
+    Its class is the one that its configuration names, of a language model, an encoder or a classifier, say. It never
+    runs code that a checkpoint brings along. A gated checkpoint that `save` wrote gives the ungated model; `load_gated`
+    gives both.
 
     Args:
         path: the folder or name.
@@ -160,26 +172,53 @@ def load(
         device: where they go, such as "cuda"; None: the CPU.
 
     Raises:
-        InputError: there is no checkpoint, it is cut short, or its tensors are not those its configuration asks for.
+        InputError: there is no checkpoint, it is cut short, its tensors are not those its configuration asks for, or a
+            Trainer wrote it with gates on.
+        UnsupportedModel: transformers has no class for it.
     """
-    dtype = None if dtype is None else _named_dtype(dtype)
+    model, is_gated = _load(path, dtype, device)
+    if is_gated:
+        raise _with_gates_on(path)
+    return model
+
+
+def _with_gates_on(path: str | Path) -> InputError:
+    how = f"open it with deadhead.load_gated, as {GATES_FILE} is beside it"
+    if not has_gates(path):
+        how = "resume that run, or load a checkpoint that deadhead.save wrote"
+    return InputError(f"The checkpoint {path} was saved in the middle of training with gates; {how}.")
+
+
+def _load(
+    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, bool]:
+    """Load as `load` does, and tell whether there are gates among the weights, which are left out."""
+    dtype = None if dtype is None else named_dtype(dtype)
     device = None if device is None else named_device(device)
     name = str(path)
     local = Path(path).is_dir()
-    if not local and not _looks_like_a_name(path):
+    if not local and not is_name(path):
         raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
     if local:
+        if has_gates(path) and not (Path(path) / "config.json").exists():
+            raise InputError(
+                f"{path} holds gates without the model that they were trained on; load that, and put them on it with "
+                "deadhead.checkpoints.gate_files.load_gates(model, folder)."
+            )
         _require_unchanged(Path(path))
-        require_sound(Path(path))
+    config = require_sound(Path(path)) if local else load_config(path)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            output_loading_info=True,
-            local_files_only=local,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        with quick():
+            loaded: Any = model_class(config).from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=local,
+                use_safetensors=True,
+            )
+    except InputError:
+        raise
     except SafetensorError as error:
         raise InputError(f"The weights in {path} are damaged or cut short: {error}.") from error
     except RuntimeError as error:
@@ -190,11 +229,9 @@ def load(
             raise _no_such_name(path, error) from error
         raise InputError(f"The checkpoint {path} cannot be loaded: {first_line(error)}.") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    if any(is_gate(str(name)) for name in info["unexpected_keys"]):
-        raise InputError(
-            f"The checkpoint {path} was saved in the middle of training with gates; resume that run, or load a "
-            "checkpoint that deadhead.save wrote."
-        )
+    of_gates = {name for name in info["unexpected_keys"] if is_gate(str(name))}
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - of_gates
+    info["unexpected_keys"] -= _of_other_heads(model, bool(info["unexpected_keys"]))
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             first = sorted(str(item) for item in info[problem])[0]
@@ -202,7 +239,16 @@ def load(
                 f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}."
             )
     model.eval()
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    return model if device is None else model.to(device), bool(of_gates)  # type: ignore[arg-type]
+
+
+def _of_other_heads(model: PreTrainedModel, wanted: bool) -> set[str]:
+    """Return the tensors that the model's type had in pre-training, which files of BERT, say, hold beside its own."""
+    config = model.config
+    if not wanted or type(config) not in AutoModelForPreTraining._model_mapping:
+        return set()
+    with torch.device("meta"):
+        return {*AutoModelForPreTraining.from_config(config).state_dict()}
 
 
 def _require_unchanged(folder: Path) -> None:
@@ -222,12 +268,14 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     Raises:
         InputError: there is none, it cannot be used, or it is of a model that cannot be.
     """
-    if not _looks_like_a_name(path):
-        if not Path(path).is_file() and not (Path(path) / "config.json").is_file():
-            raise InputError(f"A checkpoint folder was expected at {path}, but it has no config.json.")
+    if not is_name(path):
+        if not Path(path).exists():
+            raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
         return guarded_config(Path(path))[0]
+    require_had(path)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        with quick():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_such_name(path, error) from error
     return config
@@ -239,21 +287,19 @@ def _no_such_name(path: str | Path, error: Exception) -> InputError:
     )
 
 
-def _looks_like_a_name(path: str | Path) -> bool:
-    """Tell whether `path`, which is no folder, may be the name of a model on the Hugging Face hub: NAME or ORG/NAME."""
-    return not Path(path).exists() and bool(re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(path)))
-
-
+@typed
 def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
-    """Load a model and its gates from a folder that was saved with gates on.
+    """Load a model and its gates from a folder that was saved with gates on, or a Trainer's checkpoint.
 
     Raises:
         InputError: the folder has no gates, or it cannot be loaded.
     """
     path = Path(path)
     if path.is_dir() and not has_gates(path):
+        if any(is_gate(tensor.name) for file in path.glob("*.safetensors") for tensor in read_header(file)):
+            raise _with_gates_on(path)
         raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
-    model = load(path)
+    model, _ = _load(path)
     return model, load_gates(model, path)
 
 
@@ -271,7 +317,7 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
     name = None if Path(base).is_dir() else str(base)
     metadata: dict[str, Any] = {}
     # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
-    with suppress(Exception):
+    with suppress(Exception), quick():
         card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
         metadata = metadata_load(card) or {}
     kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
@@ -288,6 +334,7 @@ def _model_card(
         about = "A model that deadhead has not cut." if plan is None else cut
     is_stock = type(model).__module__.startswith("transformers.")
     how = ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
+    auto = auto_name(model)
     front: dict[str, Any] = {**origin, "library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
     lines = [
         "---",
@@ -304,9 +351,9 @@ def _model_card(
         *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{how}',
+        f'model = {auto}.from_pretrained("PATH"{how}',
         "```",
         "",
     ]

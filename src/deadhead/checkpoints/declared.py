@@ -36,6 +36,7 @@ def declared_config(path: Path) -> dict[str, Any]:
         InputError: it is none, declares what cannot be or names code of others, or the folder links to files elsewhere.
     """
     if path.is_dir():
+        require_config(path)
         _require_own_files(path)
     file = path / "config.json" if path.is_dir() else path
     values = read_object(file, what="model configuration")
@@ -56,6 +57,16 @@ def declared_config(path: Path) -> dict[str, Any]:
                 f"The model configuration {file} gives {name} as {shown(value)}, but between 0 and {most} was expected."
             )
     return values
+
+
+def require_config(folder: Path) -> None:
+    """Check that a folder has a configuration; the InputError names the models in it where it is a run's."""
+    if not (folder / "config.json").is_file():
+        inner = [name for name in ("pruned", "dense", "gated", "control") if (folder / name / "config.json").is_file()]
+        hint = f"; its models are in {', '.join(str(folder / name) for name in inner)}" if inner else ""
+        raise InputError(
+            f"A model configuration was expected at {folder / 'config.json'}, but there is no such file{hint}."
+        )
 
 
 def _values(value: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from deadhead.checkpoints.declared import declared_config
 from deadhead.disk.reading import read_json, shown
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_header, weight_files
-from deadhead.errors import InputError
+from deadhead.errors import InputError, first_line
 from deadhead.measure.cost import skeleton
 
 MOST_PARAMETERS = 10**13
@@ -38,13 +38,14 @@ def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     Raises:
         InputError: it is no configuration that can be used, or one of a model that cannot be.
     """
-    folder = path if path.is_dir() else path.parent
     file = path / "config.json" if path.is_dir() else path
     values = declared_config(path)
     kind = values.get("model_type")
-    if "auto_map" in values and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+    # Old checkpoints have none, and transformers guesses it from the folder's name.
+    is_told = "auto_map" in values or "model_type" in values
+    if is_told and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise InputError(
-            f"The checkpoint {folder} has model type {shown(kind)} and cannot be loaded: neither deadhead nor "
+            f"The model configuration {file} has model type {shown(kind)} and cannot be used: neither deadhead nor "
             "transformers knows it, and deadhead never runs code that a checkpoint brings along."
         )
     # Whatever makes a model is stopped once it has more modules than any.
@@ -61,7 +62,9 @@ def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     except InputError:
         raise
     except Exception as error:  # each architecture has checks of its own, and its own faults where it has none
-        raise InputError(f"The configuration in {path} cannot be used: {_reason(error)}.") from error
+        raise InputError(
+            f"The model configuration {file}, of type {shown(kind)}, cannot be used: {_reason(error)}."
+        ) from error
     finally:
         hook.remove()
     if (parameters := model.num_parameters()) > MOST_PARAMETERS:
@@ -72,8 +75,8 @@ def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     return config, model
 
 
-def require_sound(folder: Path) -> None:
-    """Check what a checkpoint folder declares against the files that are in it, without reading a weight.
+def require_sound(folder: Path) -> PreTrainedConfig:
+    """Return a checkpoint folder's configuration, checked against the files there are, without reading a weight.
 
     Raises:
         InputError: the configuration is none, the weights are pickled, damaged, of another shape or far too few for
@@ -90,7 +93,7 @@ def require_sound(folder: Path) -> None:
     config, model = guarded_config(folder)
     files = _weight_files(folder, config)
     if not files:
-        return
+        return config
     if hasattr(config, "quantization_config"):
         held = sum(file.stat().st_size for file in files) * _MOST_PACKED
     else:
@@ -100,6 +103,7 @@ def require_sound(folder: Path) -> None:
             f"The configuration in {folder} describes {parameters:,} parameters, but its files hold {held:,}; it is "
             "another model's, or a file is missing."
         )
+    return config
 
 
 def misshapen(folder: Path) -> str:
@@ -127,4 +131,4 @@ def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
 
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip().rstrip(".:")
+    return first_line(ValueError(lines[-1]))

@@ -27,6 +27,7 @@ def main() -> None:
     """Run the command line and exit."""
     # The libraries read these when they are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Torch and transformers make a million objects that stay. Looking through them takes half a second while they
     # load, and a second at the end.

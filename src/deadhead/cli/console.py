@@ -97,12 +97,27 @@ def working(what: str) -> AbstractContextManager[object]:
     return errors.status(escape(what)) if errors.is_terminal else nullcontext()
 
 
-def load_torch(quiet: bool = False) -> None:
-    """Import what commands with a model need, which takes seconds, and say so; silent as `progress` is."""
+def load_torch(quiet: bool, *names: Path | str | None) -> None:
+    """Import what commands with a model need, which takes seconds, and say so; silent as `progress` is.
+
+    Before that the models and data sets (hf:NAME) that a command names are looked for, so that a no comes at once.
+    """
+    from deadhead.disk.hub import require_had
+
+    for name in map(str, filter(None, names)):
+        if name.startswith("hf:"):
+            require_had(name.split(":")[1], kind="dataset")
+        else:
+            require_had(name)
     # Of several processes that train together one speaks.
     is_silent = quiet or os.environ.get("RANK", "0") != "0"
     with nullcontext() if is_silent else working("loading torch and transformers"):
         import_module("deadhead.checkpoints.checkpoint")
+
+
+def of_hub(source: str | None) -> str | None:
+    """Return a text's source if it is a data set of the hub; None for others, which need no looking for."""
+    return source if source is not None and source.startswith("hf:") else None
 
 
 def print_json(value: Any) -> None:

@@ -35,7 +35,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a model, and check in the runtime that it computes what it does in PyTorch."""
-    load_torch(as_json)
+    load_torch(as_json, model)
     import torch
 
     from deadhead.checkpoints import checkpoint
@@ -44,10 +44,9 @@ def export(
     from deadhead.export.exporting import export_model, require_exportable
 
     if model.is_dir() and has_gates(model):
-        raise InputError(
-            f"The checkpoint {model} has gates that are still on; cut it first: deadhead cut {model} --plan "
-            f"{model / 'head_plan.json'}."
-        )
+        plan = model / "head_plan.json"
+        how = f"deadhead cut {model} --plan {plan}" if plan.exists() else "deadhead.load_gated gives model and gates"
+        raise InputError(f"The checkpoint {model} has gates that are still on; cut it first: {how}.")
     if dtype is not None and to != "padded":
         raise InputError("--dtype is of a padded checkpoint; the precision of other files is their --type.")
     kind = None if kind is None else kind.lower()
@@ -66,8 +65,8 @@ def export(
     )
     for agreement in result.agreements:
         console.print(
-            f"{agreement.runtime}: logits differ from PyTorch's by {agreement.logit_difference:.1e} of the largest, "
-            f"{agreement.tokens_equal} of {agreement.tokens} greedy tokens are equal"
+            f"{agreement.runtime}: outputs differ from PyTorch's by {agreement.logit_difference:.1e} of the largest"
+            + (f", {agreement.tokens_equal} of {agreement.tokens} greedy tokens are equal" if agreement.tokens else "")
         )
     if result.unchecked is not None:
         console.print(f"Not checked: {escape(result.unchecked)}.")

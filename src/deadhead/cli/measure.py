@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, print_json, progress
+from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, of_hub, print_json, progress
 from deadhead.cli.settings import takes_settings
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe
@@ -46,11 +46,16 @@ def evaluate(
     """Measure perplexity and bits per byte on a text; every token is scored once."""
     quiet, as_json = shared["quiet"], shared["as_json"]
     text_of = changed(DataRecipe(), **settings)
-    load_torch(quiet or as_json)
+    load_torch(quiet or as_json, model, of_hub(settings.get("source")))
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
+    from deadhead.measure.losses import require_language_model
+    from deadhead.training.runs.inputs import require_default_text
 
     network = _load(model, shared["device"], shared["dtype"])
+    require_language_model(network, "Perplexity")
+    if "source" not in settings:
+        require_default_text(network.config.model_type)
     with progress(quiet) as report:
         text, _ = load_text(
             text_of.source,
@@ -87,11 +92,13 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
-    load_torch(as_json)
+    load_torch(as_json, model)
     from deadhead.data import load_tokenizer
     from deadhead.measure.generate import generate_text
+    from deadhead.measure.losses import require_language_model
 
     network = _load(model, device, dtype)
+    require_language_model(network, "Continuing a text")
     text = generate_text(
         network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
@@ -113,7 +120,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
-    load_torch(as_json)
+    load_torch(as_json, model, dense)
     from deadhead.measure.cost import model_cost
     from deadhead.measure.timing import bench as run_bench
     from deadhead.measure.timing import efficiency

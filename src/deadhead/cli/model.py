@@ -44,7 +44,7 @@ def cut(
 ) -> None:
     """Cut a model by a head plan that was made elsewhere."""
     head_plan = HeadPlan.from_json(plan)
-    load_torch(quiet or as_json)
+    load_torch(quiet or as_json, model)
     from deadhead.streaming.cutting import cut_checkpoint
 
     with bytes_progress(quiet) as report:
@@ -91,7 +91,9 @@ def inspect(
     training: Annotated[
         bool, typer.Option("--training", help="Also show the memory that training gates on it takes.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Of --training: rows of a batch.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="Of --training: rows of a batch, by default 8.")
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=2, max=2**24, help="Of --training: tokens of a row, by default 256.")
     ] = None,
@@ -108,6 +110,16 @@ def inspect(
     layouts = [_numbers(text) for text in heads or []]
     if latency is not None and plan is None:
         raise InputError("--latency predicts the speed of a plan's model; name the plan with --plan.")
+    of_training = {
+        "--batch-size": batch_size,
+        "--sequence-length": sequence_length,
+        "--gradient-checkpointing": gradient_checkpointing or None,
+        "--bf16": bf16 or None,
+    }
+    unused = [option for option, value in of_training.items() if value is not None]
+    if unused and not training:
+        raise InputError(f"{unused[0]} is of the memory of training; ask for that with --training, or leave it out.")
+    batch_size = batch_size or 8
     if model.suffix == ".toml":
         if plan is not None:
             raise InputError("A recipe's model is not there yet for a plan to be applied to; leave out --plan.")
@@ -126,7 +138,7 @@ def inspect(
     # Some folders tell all that is to be known without torch.
     found = None if layouts or plan is not None or training else folder_cost(model, length=length)
     if found is None:
-        load_torch(as_json)
+        load_torch(as_json, model)
         from deadhead.checkpoints.checkpoint import load_config
 
         config = load_config(model)

@@ -9,7 +9,18 @@ import typer
 from pydantic import BaseModel
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Device, Dtype, Quiet, ReportTo, console, load_torch, print_json, progress
+from deadhead.cli.console import (
+    AsJson,
+    Device,
+    Dtype,
+    Quiet,
+    ReportTo,
+    console,
+    load_torch,
+    of_hub,
+    print_json,
+    progress,
+)
 from deadhead.cli.settings import takes_settings
 from deadhead.errors import InputError
 from deadhead.training.recipes.fields import option_name
@@ -51,10 +62,14 @@ def train(
     given = base.model
     if model is None and given.from_ is not None:
         model = Path(given.from_)
-    sizes = sorted(settings.keys() & ModelRecipe.model_fields.keys())
-    if model is not None and sizes:
-        option = option_name(sizes[0], ModelRecipe.model_fields[sizes[0]])
-        raise InputError(f"{option} is for a fresh model, but {model} has its sizes; leave {option} out.")
+    fresh = {
+        **ModelRecipe.model_fields,
+        **{name: DataRecipe.model_fields[name] for name in ("tokenizer", "vocab_size")},
+    }
+    given_sizes = sorted(settings.keys() & fresh.keys())
+    if model is not None and given_sizes:
+        option = option_name(given_sizes[0], fresh[given_sizes[0]])
+        raise InputError(f"{option} is for a fresh model, but {model} has its own; leave {option} out.")
     if settings.get("architecture", given.architecture) != given.architecture:
         # What the recipe says of the other architecture's layers does not hold.
         given = given.model_copy(update={"persistent": None, "feed_forward": None})
@@ -65,13 +80,13 @@ def train(
 
 @takes_settings(DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size"), also=_shared)
 def prune(
-    out: Out,
+    out: Annotated[Path | None, typer.Option(help="Folder of the checkpoint to write; not for --dry-run.")] = None,
+    *,
     model: RequiredModel,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be left and what memory training would take.")
     ] = False,
     resume: Resume = False,
-    *,
     settings: dict[str, Any],
     cut: Annotated[bool, typer.Option(help="Cut the dead heads, or keep the gates.  [default: cut]")] = True,
     teacher: Teacher = None,
@@ -86,8 +101,10 @@ def prune(
     base = _begun(shared.pop("recipe"), settings)
     phase = _with(base.prune, settings)
     if dry_run:
-        _dry_run(model, phase, shared["quiet"], shared["as_json"])
+        _dry_run(model, phase, shared["device"], shared["dtype"], shared["quiet"], shared["as_json"])
         return
+    if out is None:
+        raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
     text = _with(base.data, settings)
     _run("prune", phase, out, model, text, base.seed, resume=resume, cut=cut, teacher=teacher, **shared)
 
@@ -108,22 +125,32 @@ def finetune(
     _run("finetune", phase, out, model, text, base.seed, resume=resume, teacher=teacher, **shared)
 
 
-def _dry_run(model: Path, phase: PruneRecipe, quiet: bool, as_json: bool) -> None:
-    load_torch(quiet or as_json)
+def _dry_run(
+    model: Path, phase: PruneRecipe, device: str | None, dtype: str | None, quiet: bool, as_json: bool
+) -> None:
+    load_torch(quiet or as_json, model)
     from deadhead.checkpoints import checkpoint
     from deadhead.measure.cost import skeleton
+    from deadhead.modes import on_device
     from deadhead.report.tables import dry_run_table
     from deadhead.training.phases.choosing import measure_budget_latency
     from deadhead.training.runs.dry_run import dry_run
+    from deadhead.training.runs.inputs import load_ungated, require_trainable, require_ungated
 
+    place = None if device is None else checkpoint.named_device(device)
     latency = None
     if phase.budget is not None and phase.budget.kind == "speedup":
-        network = checkpoint.load(model)
-        with progress(quiet) as report:
+        network = load_ungated(model, dtype=dtype)
+        require_trainable(network, phase)
+        with progress(quiet) as report, on_device(place):
             latency = measure_budget_latency(network, phase, report)
     else:
         # Without weights: what they are makes no difference.
+        require_ungated(model)
         network = skeleton(checkpoint.load_config(model))
+        require_trainable(network, phase)
+        if dtype is not None:
+            network.to(checkpoint.named_dtype(dtype))  # type: ignore[arg-type]
     result = dry_run(network, phase, latency=latency)
     if as_json:
         print_json(result.to_dict())
@@ -154,7 +181,8 @@ def _run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    load_torch(quiet or as_json)
+    named = None if isinstance(model, ModelRecipe) else model
+    load_torch(quiet or as_json, named, options.get("teacher"), of_hub(text.source))
     from deadhead.training.processes import is_main, leave
     from deadhead.training.runs.single import Options, run_single
 
@@ -167,10 +195,12 @@ def _run(
         print_json(result)
         return
     heads = " ".join(str(count) for count in result["heads"])
+    is_measured = "perplexity" in result
+    worth = "perplexity {perplexity:.3f}, {bits_per_byte:.3f} bits/byte" if is_measured else "not measured on a text"
     blocks = "".join([", blocks ", " ".join(map(str, result["blocks"]))]) if "blocks" in result else ""
     console.print(
         f"{escape(str(out))}: heads a layer {heads}{blocks}, {result['parameters']:,} parameters, "
-        f"perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.3f} bits/byte"
+        f"{worth.format_map(result)}"
     )
     if "budget" in result:
         from deadhead.report.tables import budget_sentence

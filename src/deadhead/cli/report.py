@@ -69,7 +69,7 @@ def watch(
 ) -> None:
     """Serve the page of one or more runs live, on this machine alone, with heads to switch off and on."""
     require_extra("report", "starlette", "uvicorn", what="The live page")
-    load_torch()
+    load_torch(quiet=False)
     from deadhead.report.server import WatchedRun, serve
     from deadhead.report.trial import Trial
     from deadhead.report.writing import default_sentence, text_of

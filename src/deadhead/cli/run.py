@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, load_torch, print_json, progress
+from deadhead.cli.console import AsJson, Quiet, ReportTo, console, errors, load_torch, of_hub, print_json, progress
 from deadhead.errors import is_installed
 from deadhead.training.recipes.fields import about
 from deadhead.training.recipes.reading import changed, load_recipe, parse_recipe
@@ -93,7 +93,7 @@ def _with_whole(report: Progress, recipe: Recipe) -> Progress:
 def _execute(
     recipe: Recipe, folder: Path, report_to: Sequence[str], *, resume: bool, quiet: bool, as_json: bool
 ) -> None:
-    load_torch(quiet or as_json)
+    load_torch(quiet or as_json, recipe.model.from_, of_hub(recipe.data.source))
     from deadhead.checkpoints import checkpoint
     from deadhead.plans.head_map import head_map_text
     from deadhead.plans.picture import save_head_map

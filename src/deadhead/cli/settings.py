@@ -84,14 +84,14 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """Return the parameter of a command that stands for a field; None is what was not given."""
     option, values = option_name(name, field), kind(field)
     is_number = values in (int, float)
-    # Typer's ranges include their ends; a recipe refuses those that do not belong to it, and what only slips reach.
     limits = known_bounds(field) if is_number else {}
     unit = about(field, "unit") or ("number" if is_number else "text")
     info = typer.Option(
         f"{option}/--no-{option[2:]}" if values is bool else option,
         help=sentence(field),
+        # Typer's ranges include their ends; a recipe refuses those that do not belong to it, and what slips reach.
         min=limits.get("ge"),
-        max=limits.get("le", limits.get("lt")),
+        max=limits.get("le"),
         metavar=unit.upper() if is_number or values is str else None,
         rich_help_panel=None if about(field, "first") else _FURTHER,
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import constants
+
 from deadhead.data.chat import Chat
 from deadhead.data.local import SPLIT_NAMES
 from deadhead.data.tables import Rows, require_text, rows_of
+from deadhead.disk.hub import quick, require_had
 from deadhead.errors import InputError, first_line, require_extra
 
 if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
@@ -23,6 +26,7 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
     name, _, config = source.removeprefix("hf:").partition(":")
     if not name or ":" in config or source.endswith(":"):
         raise InputError(f"hf:NAME or hf:NAME:CONFIG was expected, but {source!r} came.")
+    require_had(name, kind="dataset")
     loaded = _load(source, name, config or None)
     names = ", ".join(sorted(loaded))
     if split is not None:
@@ -47,11 +51,18 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
 
 def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
     """All splits of a data set by name."""
+    import datasets
     from datasets import Dataset, load_dataset, load_from_disk
 
+    # It read this setting of huggingface_hub's when it was imported.
+    before = datasets.config.HF_HUB_OFFLINE
     is_saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     try:
-        loaded = load_from_disk(name) if is_saved else load_dataset(name, config)
+        with quick():
+            datasets.config.HF_HUB_OFFLINE = before or constants.HF_HUB_OFFLINE
+            loaded = load_from_disk(name) if is_saved else load_dataset(name, config)
     except Exception as error:  # the library raises many kinds, down to those of the file formats
         raise InputError(f"The data set {source} could not be loaded: {first_line(error)}.") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
     return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)

@@ -17,6 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from deadhead.data.corpus import Corpus
 from deadhead.data.pieces import whole_words
+from deadhead.disk.hub import quick, require_had
 from deadhead.errors import InputError, first_line
 
 KINDS = ("byte", "bpe", "word")
@@ -82,13 +83,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, or it can't be loaded.
     """
-    for file in Path(path).glob("*") if Path(path).is_dir() else ():
-        if file.name.startswith(_NAMES) and file.is_file() and file.stat().st_size > _MOST_BYTES:
+    files = [file for file in Path(path).glob("*") if file.name.startswith(_NAMES)]
+    if Path(path).is_dir() and not files:
+        raise InputError(
+            f"A tokenizer was expected at {path}, but it has no files of one, such as tokenizer.json; save it there: "
+            "tokenizer.save_pretrained(path)."
+        )
+    require_had(path)
+    for file in files:
+        if file.is_file() and file.stat().st_size > _MOST_BYTES:
             raise InputError(
                 f"A tokenizer was expected at {path}, but {file.name} has {file.stat().st_size:,} bytes, more than any."
             )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        with quick():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise InputError(
             f"A tokenizer was expected at {path}, but it could not be loaded: {first_line(error)}."

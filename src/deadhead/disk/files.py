@@ -37,7 +37,9 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
             raise full from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"{path} cannot be written: {error.strerror}; choose another place.") from error
-        if error.errno == errno.ENOENT and Path(str(error.filename)).name.startswith(f".{path.name}."):
+        failed = Path(str(error.filename))
+        is_of_place = failed in (path, *path.parents) or failed.name.startswith(f".{path.name}.")
+        if error.errno == errno.ENOENT and is_of_place:
             # A place such as /proc, where nothing can be made.
             raise InputError(f"{path} cannot be written: nothing can be made there; choose another place.") from error
         if error.errno in (errno.EBUSY, errno.EINVAL):

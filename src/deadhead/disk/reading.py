@@ -97,7 +97,7 @@ def parse_json(text: str | bytes, *, name: str) -> Any:
 def shown(value: Any, most: int = 120) -> str:
     """Return a value as messages show it: at most `most` characters, whatever it is."""
     try:
-        text = repr(value)
+        text = repr(value).replace("\n", " ")
     except (ValueError, RecursionError):
         # Python writes no decimal number of thousands of digits, but a hexadecimal one can be read.
         return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__}"

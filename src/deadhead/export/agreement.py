@@ -21,7 +21,10 @@ _PROMPT, _CONTINUATION = 24, 16
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch computes: a prompt's greedy continuation, and logits of all but the last token, (T + C − 1, V)."""
+    """What PyTorch computes: a prompt's greedy continuation, and logits of all but the last token, (T + C − 1, V).
+
+    Of models that continue no texts: no continuation, and the first output for the prompt.
+    """
 
     prompt_T: np.ndarray
     continuation_C: np.ndarray
@@ -48,6 +51,12 @@ class Agreement:
     tokens_equal: int
 
 
+def first_output(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """Return a model's first output for a text: logits, or the last hidden states of one without a head."""
+    found: Tensor = model(input_ids=ids_BT, **({"use_cache": False} if model.can_generate() else {}))[0]
+    return found
+
+
 @torch.inference_mode()
 def make_reference(model: PreTrainedModel, seed: int = 0) -> Reference:
     """Compute logits of a random text and its greedy continuation, without a cache, in the model's precision."""
@@ -58,9 +67,11 @@ def make_reference(model: PreTrainedModel, seed: int = 0) -> Reference:
     drawn = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(seed))
     ids_BT: Tensor = drawn.to(model.device)
     with evaluating(model):
-        for _ in range(steps):
-            logits = model(input_ids=ids_BT, use_cache=False).logits
+        for _ in range(steps if model.can_generate() else 0):
+            logits = first_output(model, ids_BT)
             ids_BT = torch.cat([ids_BT, logits[:, -1:].argmax(-1)], dim=1)
+        if not model.can_generate():
+            logits = first_output(model, ids_BT)
     found = ids_BT[0].cpu().numpy()
     return Reference(found[:prompt], found[prompt:], logits[0].float().cpu().numpy())
 
@@ -78,7 +89,7 @@ def compare(reference: Reference, logits: np.ndarray, *, runtime: str, tolerance
         )
     difference = float(np.abs(logits - reference.logits).max() / max(np.abs(reference.logits).max(), 1e-30))
     count = len(reference.continuation_C)
-    equal = int((logits[-count:].argmax(-1) == reference.continuation_C).cumprod().sum())
+    equal = count and int((logits[-count:].argmax(-1) == reference.continuation_C).cumprod().sum())
     if not difference <= tolerance:  # NaN too
         raise ExportError(
             f"The exported model does not compute in {runtime} what it computes in PyTorch: its logits differ by "

@@ -77,8 +77,8 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
     if kind not in _NATIVE:
         raise UnsupportedModel(
             f"A model of type {kind} cannot be written as GGUF: llama.cpp takes layers of different sizes for "
-            f"{', '.join(_NATIVE)} only. Export it with --to onnx"
-            + (", or with --to padded and convert that." if isinstance(model, PrunedModel) else ".")
+            f"{', '.join(_NATIVE)} only. Export it to onnx (--to onnx)"
+            + (", or to padded and convert that." if isinstance(model, PrunedModel) else ".")
         )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         kind == "mistral" and config.sliding_window is not None
@@ -120,7 +120,9 @@ def _architecture(config: Any, kind: str, shapes: list[LayerShape], head_dim: in
 
 
 def _refusal(kind: str, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(f"This {kind} model {reason}, so it cannot be written as GGUF; export it with --to onnx.")
+    return UnsupportedModel(
+        f"This {kind} model {reason}, so it cannot be written as GGUF; export it to onnx (--to onnx)."
+    )
 
 
 def _shape(layer: Any, head_dim: int) -> LayerShape:

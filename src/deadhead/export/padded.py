@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts import find_layout
@@ -44,7 +44,7 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     """
     if isinstance(model, AllAttentionForCausalLM):
         raise UnsupportedModel(
-            "An All-attention model has no stock architecture to be padded to; export it with --to onnx."
+            "An All-attention model has no stock architecture to be padded to; export it to onnx (--to onnx)."
         )
     plan = find_layout(model).recorded_plan(model)
     if plan is None or not isinstance(model, PrunedModel):
@@ -81,7 +81,11 @@ def _candidates(
     units = max((found.width for found in blocks.values()), default=0)
     dense_heads = next((values[name] for name in _HEADS if name in values), 0)
     forms: list[tuple[Any, Any, dict[str, Any]]] = [(stock, stock_config, {})]
-    if stock_config is LlamaConfig and not (values.get("attention_bias") or values.get("mlp_bias")):
+    if (
+        stock is LlamaForCausalLM
+        and stock_config is LlamaConfig
+        and not (values.get("attention_bias") or values.get("mlp_bias"))
+    ):
         forms.append((MistralForCausalLM, MistralConfig, {"sliding_window": None}))
     # Some configurations take a head's width though they do not name it.
     widths: list[dict[str, Any]] = [{}, *({"head_dim": found.head_dim} for found in list(source.values())[:1])]

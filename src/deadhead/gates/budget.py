@@ -58,11 +58,10 @@ class Budget:
         """Check that the model without any unit costs no more than may be left; the InputError says what can be had."""
         least = costs.fixed / costs.total if costs.total else 0.0
         if self.share < least:
-            flag = self.kind.replace("_", "-")
             what = "heads and blocks" if has_blocks else "heads"
-            hint = "" if has_blocks or self.kind in ("sparsity", "kv_cache") else " (or add --blocks)"
+            hint = "" if has_blocks or self.kind in ("sparsity", "kv_cache") else " (or add blocks)"
             raise InputError(
-                f"--{flag} {self.value:g} cannot be reached: without any {what} the model would be at "
+                f"The budget {self.kind} {self.value:g} cannot be reached: without any {what} the model would be at "
                 f"{self.reached(least):.3f}; ask for less{hint}."
             )
 
@@ -73,14 +72,48 @@ class BudgetTarget(Target):
     The sparsity loss is Σ c_u P(open_u) with c_u what unit u costs, and its λ a Lagrange multiplier: after each step
     log_alpha of every unit moves by w_u c_u times one number, the one that makes the expected cost what the ramp asks
     for. So units go that are worth least for what they cost; which those are the language-modelling loss decides. The
-    share, in (0, 1], is of the dense cost; `costs` has the keys of the gates.
+    share, in (0, 1], is of the dense cost; `costs` has the keys of the gates. After the last step what stays open in
+    evaluation costs no more.
     """
 
-    def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int) -> None:
+    def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int | None = None) -> None:
         if not 0 < share <= 1:
             raise InputError(f"The share of the cost that is to be left must be above 0 and at most 1, but is {share}.")
         super().__init__(share, ramp_steps)
         self.costs = costs
+        if self._limit < costs.fixed:
+            raise InputError(
+                f"A share of {share:g} of the cost cannot be reached: without any of its units the model would still "
+                f"cost {costs.fixed / costs.total:.3g} of it; ask for less to go."
+            )
+
+    @property
+    def _limit(self) -> float:
+        return self.share * self.costs.total * (1 + 1e-9)
+
+    def begin(self, gates: HeadGates, steps: int) -> None:
+        """Begin a ramp where the gates are; an InputError says if their units are not those of the costs."""
+        sizes = {key: len(table) - 1 for key, table in self.costs.tables.items()}
+        if any(key not in gates.gates or gates.gates[key].num_heads != size for key, size in sizes.items()):
+            raise InputError(
+                f"The budget's costs are of {sum(sizes.values())} units in {len(sizes)} places, but the model's gates "
+                f"are {len(gates)} in {len(gates.gates)}; count costs of the model, unit and blocks that have gates."
+            )
+        super().begin(gates, steps)
+
+    def plan(self, gates: HeadGates) -> HeadPlan:
+        """Return the plan that closes units until the others cost no more than the share."""
+        return gates.scores().within(self.costs, self._limit)
+
+    def shortfall(self, gates: HeadGates) -> str:
+        """Return a clause that names the share that is left and the one asked for, if it is more, or ""."""
+        cost = self.costs.of({key: float(gates.gates[key].is_open.sum()) for key in self.costs.tables})
+        if cost <= self._limit:
+            return ""
+        return (
+            f"leave {cost / self.costs.total:.3g} of the cost, but {self.share:g} was asked for; "
+            "callback.target.plan(gates) is within that"
+        )
 
     def expected(self, gates: HeadGates) -> float:
         """Return what draws cost in expectation."""
@@ -102,6 +135,8 @@ class BudgetTarget(Target):
         moved = self._moved(values, weights, sizes, self.wanted(step, gates), gates)
         for gate, part in zip(held.values(), moved.split(sizes), strict=True):
             gate.set_log_alpha(part.to(gate.log_alpha_bias.device))
+        if is_last:
+            gates.settle(self.plan(gates))
 
     def _moved(self, values: Tensor, weights: Tensor, sizes: list[int], share: float, gates: HeadGates) -> Tensor:
         """Return values + μ · weights, μ such that the expected cost is a share of the dense one."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.gates.hard_concrete import GateConfig, l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.plans.kinds import Ranking
@@ -21,6 +21,8 @@ from deadhead.plans.scores import HeadScores
 
 # Forwards from one measurement of the output differences to the next.
 _MEASURE_EVERY = 10
+# How far log_alpha is kept from the threshold of evaluation, where rounding could decide.
+_CLEAR = 0.01
 
 
 @dataclass(eq=False, repr=False)
@@ -189,6 +191,26 @@ class HeadGates:
         for (_, gate), part in zip(self, ranks.split([gate.num_heads for _, gate in self]), strict=True):
             gate.set_log_alpha(gate.log_alpha + spread * part.to(gate.log_alpha_bias.device))
 
+    @torch.no_grad()
+    def settle(self, plan: HeadPlan) -> None:
+        """Move log_alpha to where evaluation closes the units that `plan` drops, and no others.
+
+        Those that go and those that stay move as two groups, each only if one of them is on the wrong side: all keep
+        their order where the plan drops those with the smallest log_alpha.
+        """
+        kept = {key: set(units) for key, units in self.require_plan(plan).items()}
+        stays = torch.tensor([head in kept[key] for key in self.gates for head in self.heads[key]], dtype=torch.bool)
+        values = torch.cat([torch.empty(0), *self.log_alpha().values()])
+        threshold, before = self.config.open_threshold, values.clone()
+        if bool(stays.any()):
+            values[stays] += (threshold + _CLEAR - values[stays].min()).clamp(min=0)
+        if not bool(stays.all()):
+            values[~stays] -= (values[~stays].max() - threshold + _CLEAR).clamp(min=0)
+        if not torch.equal(values, before):
+            for (_, gate), part in zip(self, values.split([gate.num_heads for _, gate in self]), strict=True):
+                gate.set_log_alpha(part)
+
+    @typed
     def set_plan(self, plan: HeadPlan) -> None:
         """Close the gates of the units that `plan` drops and open the others; take over its output scale.
 

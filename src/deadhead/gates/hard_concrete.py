@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, require_type
 
 # Of the constants of the stretch and of log_alpha: beyond it σ is 0 or 1 whatever is drawn.
 _MOST = 1e3
@@ -51,6 +52,8 @@ class GateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(GateConfig).items():
+            require_type(getattr(self, name), hint, f"{name} must be")
         for name, wrong, rule in (
             ("beta", not 0 < self.beta <= _MOST, f"above 0 and at most {_MOST:g}"),
             ("gamma", not -_MOST <= self.gamma < 0, f"below 0 and at least {-_MOST:g}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.plans.kinds import Ranking
+from deadhead.plans.plan import HeadPlan
 
 Weighting = Literal["plain", "output_difference"]
 
@@ -54,16 +56,41 @@ def linear_warmup(step: int, warmup_steps: int) -> float:
     return 1.0 if warmup_steps <= 0 else min(1.0, step / warmup_steps)
 
 
+def steps_within(asked: int | None, steps: int) -> int:
+    """Return how many of a training's `steps` a ramp takes: as many as are asked for, by default two thirds."""
+    return max(1, steps * 2 // 3) if asked is None else min(asked, steps)
+
+
 class Target:
-    """A straight ramp in so many steps, from the share where the gates are to a given one."""
+    """A straight ramp from the share where the gates are to a given one.
+
+    It takes `ramp_steps`; in a training (see `begin`) no more than that has, and with None two thirds of them.
+    """
 
     exact = False
 
-    def __init__(self, share: float, ramp_steps: int) -> None:
+    def __init__(self, share: float, ramp_steps: int | None) -> None:
+        given: Any = ramp_steps
+        if given is not None and not (isinstance(given, Integral) and given >= 0):  # type: ignore[operator]
+            raise InputError(f"ramp_steps must be a whole number of steps, or None, but it is {given!r}.")
         self.share = share
-        self.ramp_steps = ramp_steps
+        self.asked_steps = ramp_steps
+        self.ramp_steps = ramp_steps or 0
         # The share where the ramp begins.
         self.start: float | None = None
+
+    def begin(self, gates: HeadGates, steps: int) -> None:
+        """Begin a ramp where the gates are, for a training of so many steps."""
+        self.ramp_steps = steps_within(self.asked_steps, steps)
+        self.start = None
+
+    def plan(self, gates: HeadGates) -> HeadPlan:
+        """Return the plan that closes what is asked for: the units with the smallest log_alpha."""
+        raise NotImplementedError
+
+    def shortfall(self, gates: HeadGates) -> str:
+        """Return what the gates close in evaluation if it is not what is asked for, and how to get that, or ""."""
+        raise NotImplementedError
 
     def _first_share(self, gates: HeadGates) -> float:
         raise NotImplementedError
@@ -98,7 +125,9 @@ class SparsityTarget(Target):
     out exactly that share, those with the smallest log_alpha after Gumbel noise.
     """
 
-    def __init__(self, sparsity: float, *, ramp_steps: int, ranking: Ranking = "global", exact: bool = False) -> None:
+    def __init__(
+        self, sparsity: float, *, ramp_steps: int | None = None, ranking: Ranking = "global", exact: bool = False
+    ) -> None:
         if not 0 <= sparsity < 1:
             raise InputError(f"The target sparsity must be at least 0 and below 1, but it is {sparsity}.")
         if ranking not in ("global", "layer"):
@@ -106,9 +135,25 @@ class SparsityTarget(Target):
         super().__init__(sparsity, ramp_steps)
         self.ranking: Ranking = ranking
         self.exact = exact
-        self.start = 0.0 if exact else None
+
+    def plan(self, gates: HeadGates) -> HeadPlan:
+        """Return the plan that closes the share, of all gates or of each layer's."""
+        return gates.plan(sparsity=self.share, ranking=self.ranking)
+
+    def shortfall(self, gates: HeadGates) -> str:
+        """Return a clause that names the share closed and the one asked for, if they differ, or ""."""
+        if gates.plan() == self.plan(gates):
+            return ""
+        blocks = "" if gates.block_size is None else f" and {gates.block_sparsity:.3g} of the blocks"
+        ranking = "" if self.ranking == "global" else ', ranking="layer"'
+        return (
+            f"close {gates.sparsity:.3g} of the heads{blocks}, but {self.share:g} was asked for; "
+            f"gates.plan(sparsity={self.share:g}{ranking}) closes that"
+        )
 
     def _first_share(self, gates: HeadGates) -> float:
+        if self.exact:
+            return 0.0
         open_now = torch.cat([p_H for key, p_H in gates.open_probability().items() if key.kind == "head"])
         return min(1.0 - float(open_now.mean()), self.share)
 
@@ -122,8 +167,8 @@ class SparsityTarget(Target):
     def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
         """Move all log_alpha, after `step` steps (counted from 1), to where the wanted share is left out.
 
-        Exact draws depend on differences only: there the mean is held, so that no gate runs into its bound, and after
-        the last step the gates that stay are moved above the threshold of evaluation, the others below.
+        Exact draws depend on differences only: there the mean is held, so that no gate runs into its bound. After the
+        last step evaluation closes exactly that share too.
         """
         if not len(gates):
             return
@@ -137,6 +182,8 @@ class SparsityTarget(Target):
                 moved = _moved_to(values, weights, (1 - share) * sum(gate.num_heads for gate in group), group[0])
             for gate, part in zip(group, moved.split([gate.num_heads for gate in group]), strict=True):
                 gate.set_log_alpha(part)
+        if is_last:
+            gates.settle(self.plan(gates))
 
     def _groups(self, gates: HeadGates) -> list[list[HeadGate]]:
         if self.ranking == "layer":

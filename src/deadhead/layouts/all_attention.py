@@ -106,7 +106,7 @@ class AllAttentionLayout(Layout):
     def matches(self, model: PreTrainedModel) -> bool:
         """Tell whether `model` is an All-attention Transformer or our Transformer-XL, with or without output layer."""
         # By name, not by class: a checkpoint loaded with remote code brings its own copy of the class.
-        return model.config.model_type in OWN_TYPES
+        return isinstance(model, PreTrainedModel) and model.config.model_type in OWN_TYPES
 
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return the attention module of every layer."""

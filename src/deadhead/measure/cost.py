@@ -9,18 +9,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deadhead.attaching import detach, is_gate
 from deadhead.cutting import remove_units
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.layouts import Layout, Site, find_layout
+from deadhead.layouts.classes import model_class
 from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
 
+@typed
 def model_cost(
     model: PreTrainedModel, plan: HeadPlan | None = None, *, length: int | None = None, unit: Unit | None = None
 ) -> Cost:
@@ -35,6 +37,8 @@ def model_cost(
     Raises:
         UnsupportedModel: the model has no layout.
     """
+    if length is not None and length < 0:
+        raise InputError(f"length must be at least 0, but is {length}.")
     layout = find_layout(model)
     if plan is not None:
         model = cut_skeleton(layout, model, plan)
@@ -157,8 +161,7 @@ def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, lengt
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a model of this configuration on the meta device, without weights."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+        return model_class(config)._from_config(config)
 
 
 def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:

@@ -26,7 +26,7 @@ from deadhead.attaching import block_size, gates_of, output_squares, unwrapped
 from deadhead.errors import InputError
 from deadhead.gates.head_gate import relative_difference
 from deadhead.layouts import Site, find_layout
-from deadhead.measure.losses import SegmentLoss
+from deadhead.measure.losses import SegmentLoss, require_language_model
 from deadhead.modes import evaluating
 from deadhead.plans.kinds import ONE_SHOT, OneShot
 from deadhead.plans.plan import Unit
@@ -188,6 +188,7 @@ def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) ->
 
 def _losses(model: PreTrainedModel, batches: Batches, masks: Iterable[_Mask] = ()) -> Iterator[tuple[Tensor, int]]:
     """Yield the loss of each batch, in evaluation mode, and its rows."""
+    require_language_model(model, "A criterion that looks at text")
     segment_loss = SegmentLoss(model)
     rows = 0
     with evaluating(model):

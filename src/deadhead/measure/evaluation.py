@@ -6,18 +6,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError
+from deadhead.data import TokenStream
+from deadhead.errors import InputError, typed
+from deadhead.measure.losses import require_language_model, require_weights
 from deadhead.modes import evaluating
-
-if TYPE_CHECKING:
-    from deadhead.data import TokenStream
 
 _WINDOW = 512
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
@@ -60,6 +58,7 @@ class Evaluation:
         return f"{rows}; every token scored once, after at least {self.context:,} others where there are as many"
 
 
+@typed
 def evaluate(
     model: PreTrainedModel,
     text: TokenStream,
@@ -94,7 +93,13 @@ def evaluate(
     Raises:
         InputError: the text has fewer than two tokens, or tokens that the model doesn't have, or the window does not
             fit the model.
+        UnsupportedModel: the model predicts no next token.
     """
+    require_language_model(model, "Perplexity")
+    require_weights(model, "Perplexity")
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, but is {value}.")
     has_memory = hasattr(model.config, "memory_length")
     prefix = () if has_memory else text.prefix
     # Nothing stands before the first token without a prefix.

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deadhead.data.encoders import text_frame
 from deadhead.errors import InputError
 from deadhead.measure.evaluation import require_known
+from deadhead.measure.losses import require_language_model
 
 
 def generate_text(
@@ -24,6 +25,7 @@ def generate_text(
     Raises:
         InputError: the prompt is empty or has tokens that the model doesn't have, or a number is out of range.
     """
+    require_language_model(model, "Continuing a text")
     own = tokenizer(prompt, add_special_tokens=False).input_ids
     # As the tokenizer begins a text; what it puts behind one would end the text here.
     ids = torch.tensor([[*text_frame(tokenizer)[0], *own]], dtype=torch.int64)

@@ -8,6 +8,39 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deadhead.errors import InputError, UnsupportedModel
+
+
+def require_language_model(model: PreTrainedModel, what: str) -> None:
+    """Check that a model predicts the next token, as `what` needs; encoders and classifiers do not.
+
+    Raises:
+        UnsupportedModel: it does not.
+    """
+    if not hasattr(model, "can_generate"):
+        raise UnsupportedModel(
+            f"{what} needs a model of transformers, but an object of type {type(model).__name__} came."
+        )
+    if not model.can_generate():
+        raise UnsupportedModel(
+            f"{what} needs a model that predicts the next token, but {type(model).__name__} has no such loss. It can "
+            "be inspected, cut by a plan, and pruned by criterion 'magnitude'; or train gates with "
+            "deadhead.SparsityCallback in a Trainer of your own."
+        )
+
+
+def require_weights(model: PreTrainedModel, what: str) -> None:
+    """Check that a model has its weights, as `what` needs, rather than their shapes on the meta device.
+
+    Raises:
+        InputError: it has not.
+    """
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise InputError(
+            f"{what} needs a model with its weights, but some of them are on the meta device, without values; load it "
+            "whole, without offloading."
+        )
+
 
 class SegmentLoss:
     """Computes losses of successive batches; a model with segment memory sees the segments before."""

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
+from deadhead.measure.losses import require_language_model
+from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating
 
 Workload = Literal["prefill", "decode", "train"]
@@ -34,6 +36,7 @@ class Timing:
     tokens_per_second: float
 
 
+@typed
 def bench(
     models: Mapping[str, PreTrainedModel],
     *,
@@ -55,6 +58,7 @@ def bench(
 
     Raises:
         InputError: a number is below 1, or the workload is not known.
+        UnsupportedModel: "decode" or "train" of a model that predicts no next token.
     """
     sizes = {"batch size": batch_size, "length": length, "new tokens": new_tokens, "repeats": repeats}
     for name, value in sizes.items():
@@ -64,6 +68,8 @@ def bench(
         raise InputError(f"A benchmark's workload must be one of {', '.join(WORKLOADS)}, but it is {workload!r}.")
     runs = {}
     for name, model in models.items():
+        if workload != "prefill":
+            require_language_model(model, f"The workload {workload}")
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.get_text_config().vocab_size, (batch_size, length + 1), generator=generator)
         runs[name] = _run(model, ids.to(model.device), workload, new_tokens)
@@ -85,7 +91,11 @@ def bench(
 def _run(
     model: PreTrainedModel, ids: torch.Tensor, workload: Workload, new_tokens: int
 ) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Return what comes before a repetition, untimed, and the repetition, which takes what that returned."""
+    """Return what comes before a repetition, untimed, and the repetition, which takes what that returned.
+
+    Of models that predict no next token only the text stack runs: their heads ask for more than tokens.
+    """
+    network = model if model.can_generate() else text_stack(model)
 
     def read() -> Any:
         with evaluating(model), torch.inference_mode():
@@ -93,7 +103,7 @@ def _run(
 
     def prefill(_: Any) -> None:
         with evaluating(model), torch.inference_mode():
-            model(input_ids=ids[:, :-1], use_cache=True)
+            network(input_ids=ids[:, :-1], use_cache=True)
 
     def decode(cache: Any) -> None:
         with evaluating(model), torch.inference_mode():

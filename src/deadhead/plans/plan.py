@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json, shown
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 
 Layer = int | str
 """A layer's index, or its module path where a model has more than one stack of layers."""
@@ -55,6 +55,8 @@ class UnitKey(NamedTuple):
 
 
 def _by_layer(values: Mapping[Layer, Any], what: str) -> dict[Layer, Any]:
+    if not isinstance(values, Mapping):
+        raise InputError(f"A head plan's {what} must be a mapping by layer, but are {shown(values)}.")
     found: dict[Layer, Any] = {}
     for key, value in values.items():
         layer = layer_key(key)
@@ -188,7 +190,7 @@ class HeadPlan:
     blocks: BlockPlan | None = None
 
     def __post_init__(self) -> None:
-        if self.unit not in ("head", "kv_group"):
+        if not (isinstance(self.unit, str) and self.unit in ("head", "kv_group")):
             raise InputError(f"A head plan's unit must be 'head' or 'kv_group', but it is {shown(self.unit)}.")
         if not isinstance(self.output_scale, bool):
             raise InputError(f"A head plan's output_scale must be true or false, but it is {shown(self.output_scale)}.")
@@ -287,11 +289,13 @@ class HeadPlan:
             blocks=None if blocks is None else BlockPlan.from_dict(blocks),
         )
 
+    @typed
     def to_json(self, path: str | Path) -> None:
         """Write the plan to a file, whole or not at all."""
         write_json(Path(path), self.to_dict())
 
     @classmethod
+    @typed
     def from_json(cls, path: str | Path) -> HeadPlan:
         """Read a plan from a file.
 

@@ -11,7 +11,7 @@ from typing import Any
 from deadhead.disk.checksums import read_checksums
 from deadhead.disk.files import write_json, write_text
 from deadhead.disk.reading import read_object
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.report.page import render_page
 from deadhead.report.run_facts import ATTENTION_OF, RunFacts, checkpoints_in, sibling_points
 from deadhead.training.recipes.reading import load_recipe
@@ -42,6 +42,7 @@ class Report:
     lacks: str
 
 
+@typed
 def report_run(
     run: str | Path,
     path: str | Path | None = None,

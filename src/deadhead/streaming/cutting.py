@@ -24,7 +24,7 @@ from deadhead.disk.checksums import sha256_of, write_checksums
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
 from deadhead.disk.reading import read_json
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, weights_size
-from deadhead.errors import CutError, InputError
+from deadhead.errors import CutError, InputError, typed
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan
@@ -67,6 +67,7 @@ class CheckpointCut:
     written_bytes: int = 0
 
 
+@typed
 def cut_checkpoint(
     source: str | Path,
     plan: HeadPlan,
@@ -106,7 +107,9 @@ def cut_checkpoint(
     """
     folder, out = Path(source), Path(out)
     if out.resolve() == folder.resolve():
-        raise InputError(f"The cut model must not overwrite the model it is made of, {source}; choose another --out.")
+        raise InputError(
+            f"The cut model must not overwrite the model it is made of, {source}; choose another out (--out)."
+        )
     checkpoint.require_ours_or_free(out)
     why: str | None = None
     if device is not None or dtype is not None:
@@ -149,7 +152,7 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
     out = out.resolve()
     work = out.with_name(out.name + ".work")
     if work.exists() and not resume:
-        raise InputError(f"{work} is left of a cut that was stopped; go on with --resume, or delete it.")
+        raise InputError(f"{work} is left of a cut that was stopped; go on with resume (--resume), or delete it.")
     if resume and not work.is_dir():
         raise InputError(f"There is nothing to resume: {work}, where a stopped cut leaves its files, is not there.")
     planned = prepare(source, plan)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from deadhead.attaching import attach, is_gate
@@ -21,6 +21,7 @@ from deadhead.disk.stored import StoredCheckpoint, read_stored
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
+from deadhead.layouts.classes import model_class
 from deadhead.measure.cost import cut_skeleton, model_cost, skeleton
 from deadhead.measure.costs import Cost
 from deadhead.models import OWN_TYPES
@@ -107,7 +108,7 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
 def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model on the CPU whose parameters are zeros that take no memory; its buffers are real."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = model_class(config)._from_config(config, dtype=dtype)
     stubs: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deadhead.training.phases.choosing import close_to_budget as close_to_budget
     from deadhead.training.phases.choosing import gate_config as gate_config
     from deadhead.training.phases.choosing import rank as rank
+    from deadhead.training.phases.frozen import FrozenWeightsTrainer as FrozenWeightsTrainer
     from deadhead.training.phases.phase import PhaseRun as PhaseRun
     from deadhead.training.phases.phase import train as train
     from deadhead.training.recipes.reading import load_recipe as load_recipe
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "callbacks.sparsity": ("SparsityCallback",),
     "phases.choosing": ("attach_gates", "close_to_budget", "gate_config", "rank"),
+    "phases.frozen": ("FrozenWeightsTrainer",),
     "phases.phase": ("PhaseRun", "train"),
     "recipes.reading": ("load_recipe",),
     "recipes.recipe": ("DataRecipe", "ModelRecipe", "PhaseRecipe", "PruneRecipe", "Recipe"),

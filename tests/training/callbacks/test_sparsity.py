@@ -143,7 +143,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(options: dict[str, Any], tmp_
 def test_target_and_optimizer_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     trainer, _, _ = _run(tmp_path, sparsity=0.5, ramp_steps=6, warmup_steps=0)
     saved = json.loads((tmp_path / f"checkpoint-{_STEPS}" / "trainer_state.json").read_text(encoding="utf-8"))
-    attributes = saved["stateful_callbacks"]["SparsityCallback"]["attributes"]
+    attributes = saved["stateful_callbacks"]["SparsityCallback"]["attributes"]["saved"]
     assert 0 < attributes["target"]["start"] < 0.5
     assert attributes["optimizer"]["steps"] == _STEPS and attributes["optimizer"]["square"] > 0
     assert [len(means) for means in attributes["optimizer"]["means"]] == [4, 4, 4]
@@ -347,18 +347,22 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
         ({"l0": -0.1}, "l0 .* must be a number that is not negative, but it is -0.1"),
         ({"l0": float("nan")}, "l0 .* must be a number that is not negative"),
         ({"l0": float("inf")}, "l0 .* must be a number that is not negative"),
-        ({"weighting": "both"}, "weighting must be 'plain' or 'output_difference', but it is 'both'"),
+        ({"weighting": "both"}, "takes weighting as .*'plain', 'output_difference'.*, but 'both' came"),
         ({"sparsity": 1.0}, "target sparsity must be at least 0 and below 1, but it is 1.0"),
         ({"sparsity": -0.5}, "target sparsity must be at least 0 and below 1, but it is -0.5"),
         ({"gate_lr": -1.0}, "gate_lr must be a number that is not negative, or None, but it is -1.0"),
         ({"exact": True}, "need a target sparsity"),
-        ({"sparsity": 0.5, "ranking": "best"}, "ranking must be 'global' or 'layer', but it is 'best'"),
+        ({"sparsity": 0.5, "ranking": "best"}, "takes ranking as .*'global', 'layer'.*, but 'best' came"),
+        ({"sparsity": 0.5, "ramp_steps": 0.6}, "takes ramp_steps as int .*, but 0.6 came"),
+        ({"sparsity": 0.5, "ramp_steps": -1}, "ramp_steps must be a whole number of steps, or None, but it is -1"),
+        ({"budget": 0.5}, "budget must be a BudgetTarget"),
+        ({"gates": "heads"}, "takes gates as HeadGates .*, but 'heads' came"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     _, gates = _gated()
     with pytest.raises(InputError, match=message) as caught:
-        deadhead.SparsityCallback(gates, **options)
+        deadhead.SparsityCallback(**{"gates": gates, **options})
     assert str(caught.value).count("\n") == 0
 
 

@@ -99,7 +99,7 @@ def test_trained_on_first_where_the_recipe_says_so(place: Path, tmp_path: Path) 
     ("text", "message"),
     [
         ('[model]\nfrom = "x"\nlayers = 2\n[data]\nsource = "t"', "has its sizes, so leave layers out"),
-        ('[model]\nfrom = "x"', r"learned from other text, so name one: \[data\] source"),
+        ('[model]\nfrom = "x"', r"learned from other text, so name one in \[data\] source"),
         ('dense = "y"\n[model]\nfrom = "x"\n[data]\nsource = "t"', "leave one of the two out"),
         ('[model]\nfrm = "x"', "did you mean 'from'"),
     ],

@@ -141,7 +141,7 @@ def test_a_call_that_fails_leaves_no_gates() -> None:
 def test_recipes_of_another_phase() -> None:
     model: Any = tiny_model("llama")
     for call, recipe in ((deadhead.prune, PhaseRecipe()), (deadhead.finetune, PruneRecipe()), (deadhead.prune, {})):
-        with pytest.raises(InputError, match="The recipe of this phase must be a"):
+        with pytest.raises(InputError, match="recipe"):
             call(model, stream(300, vocab_size=VOCABULARY), recipe=recipe)
 
 

@@ -136,8 +136,11 @@ def eager_attention(operands: Operands, *, need_weights: bool = False) -> tuple[
 
     weights = None
     if need_weights:
+        # What is returned is what is multiplied, so that it has a gradient.
         persistent_BHTN = persistent_HRN.unflatten(1, (batch, num_queries)).transpose(0, 1)
         weights = torch.cat([context_BHTS, persistent_BHTN], dim=-1) / total_BHT1
+        context_BHTS, persistent_BHTN = weights.split([context_BHTS.shape[-1], num_persistent], dim=-1)
+        persistent_HRN, total_BHT1 = persistent_BHTN.transpose(0, 1).flatten(1, 2), torch.ones_like(total_BHT1)
     if operands.dropout:
         context_BHTS = functional.dropout(context_BHTS, operands.dropout)
         persistent_HRN = functional.dropout(persistent_HRN, operands.dropout)

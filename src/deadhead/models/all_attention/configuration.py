@@ -168,6 +168,10 @@ class AllAttentionConfig(PreTrainedConfig):
         """Positions a query attends to, itself included; transformers' caches keep one less."""
         return self.memory_length + 1
 
+    @sliding_window.setter
+    def sliding_window(self, positions: int) -> None:
+        self.memory_length = positions - 1
+
     @property
     def max_position_embeddings(self) -> int | None:
         """None: relative positions and a sliding window set no limit to the length of a text."""

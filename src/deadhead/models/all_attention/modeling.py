@@ -31,7 +31,8 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.utils.generic import can_return_tuple
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .cache import append_in_place
@@ -135,6 +136,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             return sinusoidal_table(self.config.memory_length + 1, self.config.hidden_size).to(hidden_BTD)
         return None
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -147,7 +149,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
         output_hidden_states: bool | None = None,
         **_: Any,
     ) -> AllAttentionOutput:
-        """Run the layers.
+        """Run the layers. What is None is as the configuration says.
 
         Args:
             input_ids: (B, T).
@@ -158,12 +160,16 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             use_cache: whether to return a cache; by default in evaluation without memory.
             output_attentions: whether to return each layer's weights (B, H, T, S + N).
             output_hidden_states: whether to return the embeddings and each layer's output.
+
+        With `return_dict=False` a tuple of all that is not None is returned.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, one of the two.")
         if memory is not None and past_key_values is not None:
             raise ValueError("Give either memory (training) or past_key_values (evaluation), not both.")
         config = self.config
+        need_weights = bool(config.output_attentions if output_attentions is None else output_attentions)
+        need_hidden = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         if past_key_values is None and use_cache and memory is None:
@@ -192,7 +198,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
                 shared_bias,
                 padding_BS=padding_BS,
                 past_key_values=past_key_values,
-                need_weights=bool(output_attentions),
+                need_weights=need_weights,
             )
             all_hidden.append(hidden)
             all_weights.append(weights)
@@ -201,8 +207,8 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             memory=None if past_key_values is not None else tuple(next_memory),
-            hidden_states=tuple(all_hidden) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
+            hidden_states=tuple(all_hidden) if need_hidden else None,
+            attentions=tuple(all_weights) if need_weights else None,
         )
 
 
@@ -237,6 +243,7 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         """Leave the mask of padding as it is: the layers themselves know the window, static caches included."""
         return attention_mask
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -257,7 +264,9 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         how many of the last positions get logits (0: all), or which, by index. The summed loss is divided by
         `num_items_in_batch` if that is given.
         """
-        outputs = self.model(input_ids, attention_mask, past_key_values, memory, inputs_embeds, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, past_key_values, memory, inputs_embeds, return_dict=True, **kwargs
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BTD = outputs.last_hidden_state[:, keep]
         if labels is not None and shift_labels is None:
@@ -288,7 +297,10 @@ class TransformerXLForCausalLM(AllAttentionForCausalLM):
     config_class = TransformerXLConfig
 
 
-# Trainer shifts labels, and pipelines accept models, by the names in this table.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(
-    {each.config_class.model_type: each.__name__ for each in (AllAttentionForCausalLM, TransformerXLForCausalLM)}
-)
+# Trainer shifts labels, and pipelines accept models, by the names in these tables.
+for _config, _model, _causal in (
+    (AllAttentionConfig, AllAttentionModel, AllAttentionForCausalLM),
+    (TransformerXLConfig, TransformerXLModel, TransformerXLForCausalLM),
+):
+    MODEL_MAPPING_NAMES[_config.model_type] = _model.__name__
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _causal.__name__

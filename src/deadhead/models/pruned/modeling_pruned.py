@@ -31,7 +31,7 @@ _AUTO_NAMES: dict[str, dict[str, Any]] = {
 """Auto classes, and their tables from model type to names of classes."""
 
 # A class that several Auto classes list is saved as that of the first.
-_FIRST = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel")
+_FIRST = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel", "AutoModelForImageTextToText")
 _AUTO_NAMES = {name: _AUTO_NAMES[name] for name in dict.fromkeys((*_FIRST, *_AUTO_NAMES))}
 _classes: dict[str, type] = {}
 
@@ -113,10 +113,8 @@ def pruned_class(
         fields = {"__module__": __name__, "__doc__": about, "config_class": config}
         _classes[name] = type(name, (PrunedModel, stock), fields)
         _convert_alike(stock.__name__, name)
-        for auto, listed in _AUTO_NAMES.items():
-            if any(stock.__name__ in _names(value) for value in listed.values()):
-                _classes[name].register_for_auto_class(auto)  # type: ignore[attr-defined]
-                break
+        if (auto := auto_of(stock.__name__)) is not None:
+            _classes[name].register_for_auto_class(auto)  # type: ignore[attr-defined]
     return _classes[name]
 
 
@@ -127,6 +125,18 @@ def _convert_alike(stock: str, ours: str) -> None:
     """
     if (conversions := get_checkpoint_conversion_mapping(stock)) is not None:
         register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)
+
+
+def is_listed(name: str, model_type: str) -> bool:
+    """Return whether a class of transformers is one that an Auto class has for a type of models."""
+    return any(name in _names(listed.get(model_type)) for listed in _AUTO_NAMES.values())
+
+
+def auto_of(name: str) -> str | None:
+    """Return the first Auto class that lists a class of transformers, or None."""
+    return next(
+        (auto for auto, listed in _AUTO_NAMES.items() if any(name in _names(value) for value in listed.values())), None
+    )
 
 
 def stock_class(found: type) -> type:

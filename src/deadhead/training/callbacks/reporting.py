@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,22 @@ def require_trackers(names: Sequence[str]) -> None:
             require_extra("tensorboard", "tensorboard", what="Reporting to tensorboard")
         elif name not in installed:
             raise InputError(f"Reporting to {name} needs its package; install it with: pip install {name}.")
+        elif name == "wandb":
+            _require_wandb()
+
+
+def _require_wandb() -> None:
+    """Check that wandb can begin a run without asking anything: it is logged in, or offline."""
+    import wandb
+
+    # Older versions cannot be asked without their asking the user.
+    can_be_asked = "prompt" in inspect.signature(wandb.login).parameters
+    is_online = wandb.setup().settings.mode in ("online", "shared")
+    if can_be_asked and is_online and not wandb.login(prompt=False, verify=False):
+        raise InputError(
+            "Reporting to wandb was asked for, but nobody is logged in to it here; run wandb login, or set "
+            "WANDB_MODE=offline to keep its files on this machine."
+        )
 
 
 @contextmanager

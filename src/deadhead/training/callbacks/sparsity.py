@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deadhead.errors import InputError
+from deadhead.attaching import gates_of
+from deadhead.checkpoints.gate_files import save_gates
+from deadhead.errors import InputError, RunWarning, typed
 from deadhead.gates.budget import BudgetTarget
 from deadhead.gates.gates import HeadGates
+from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.optimizer import GateOptimizer, default_rate
-from deadhead.gates.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient
+from deadhead.gates.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient, steps_within
 from deadhead.gates.sharding import share_out
 from deadhead.plans.kinds import Ranking
 from deadhead.training.callbacks.logs import add_to_log
@@ -27,12 +35,19 @@ class SparsityCallback(TrainerCallback, ExportableState):
     pure, clipping sees the language model's gradient only, and gradient accumulation counts the penalty once. Gates
     are kept out of weight decay without any change to the Trainer's optimizer.
 
+    After the Trainer's last step exactly what was asked for is closed: `gates.plan()` is `gates.plan(sparsity=…)`, or
+    within the budget. Gates go into every checkpoint of the Trainer, which `deadhead.load_gated` opens too, and come
+    back from the one that is resumed or, with `load_best_model_at_end`, is the best.
+
     Args:
-        gates: what `deadhead.attach` returned for the model being trained.
+        gates: what `deadhead.attach` returned for the model being trained; None: those that the Trainer's model has
+            when training begins, as a `model_init` has to attach them.
         l0: λ, what an open head costs, in nats a token. Not used with `sparsity`.
-        warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off.
+        warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off, None takes two
+            thirds of the training's.
         sparsity: close this share of the gates, along a ramp, instead of paying λ for the open ones.
-        ramp_steps: steps until the ramp reaches `sparsity`.
+        ramp_steps: steps until the ramp reaches `sparsity`; None takes two thirds of the training's. A ramp ends with
+            the training at the latest.
         budget: hold what the gates cost at a share of what the dense model costs (see `BudgetTarget`), instead.
         weighting: "plain" L0, or "output_difference": heads whose removal changes their layer's output least are
             pushed hardest.
@@ -43,36 +58,45 @@ class SparsityCallback(TrainerCallback, ExportableState):
         track_difference: measure output differences also where they do not weight the loss (`gates.difference()`).
 
     Raises:
-        InputError: an argument is out of range; at the start of training: the gates are not among the parameters that
-            the optimizer trains, or DeepSpeed steps inside backward, where no gradient can be added.
+        InputError: an argument is out of range; at the start of training: the model has no gates, they are not among
+            the parameters that the optimizer trains, or DeepSpeed steps inside backward, where no gradient can be
+            added.
+
+    Warns:
+        RunWarning: training ended before its last step, or the best model is of an earlier one, with less closed than
+            was asked for.
     """
 
+    @typed
     def __init__(
         self,
-        gates: HeadGates,
+        gates: HeadGates | None = None,
         *,
         l0: float = 0.01,
-        warmup_steps: int = 1000,
+        warmup_steps: int | None = None,
         sparsity: float | None = None,
-        ramp_steps: int = 1000,
-        budget: BudgetTarget | None = None,
+        ramp_steps: int | None = None,
+        budget: BudgetTarget | Any = None,
         weighting: Weighting = "plain",
         gate_lr: float | None = None,
         ranking: Ranking = "global",
         exact: bool = False,
         track_difference: bool = False,
     ) -> None:
+        # What transformers makes this object anew from, with restore_callback_states_from_checkpoint.
+        given = {name: value for name, value in locals().items() if name not in ("self", "gates", "budget")}
+        self.given = {name: value.item() if hasattr(value, "item") else value for name, value in given.items()}
+        if not isinstance(budget, BudgetTarget | None):
+            raise InputError(
+                "budget must be a BudgetTarget, which restore_callback_states_from_checkpoint cannot make anew; leave "
+                "that out: SparsityCallback goes on from a checkpoint without it."
+            )
         if not 0 <= l0 < math.inf:
             raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but it is {l0}.")
-        if weighting not in ("plain", "output_difference"):
-            raise InputError(f"weighting must be 'plain' or 'output_difference', but it is {weighting!r}.")
         if gate_lr is not None and not 0 <= gate_lr < math.inf:
             raise InputError(f"gate_lr must be a number that is not negative, or None, but it is {gate_lr}.")
-        if exact and not gates.config.hard:
-            raise InputError("exact draws need hard gates, which are open or closed; soft ones are partly open.")
         if exact and sparsity is None:
             raise InputError("exact draws leave out a share of the heads, so they need a target sparsity.")
-        self.gates = gates
         self.l0 = l0
         self.warmup_steps = warmup_steps
         self.weighting: Weighting = weighting
@@ -82,10 +106,19 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if sparsity is not None:
             self.target = SparsityTarget(sparsity, ramp_steps=ramp_steps, ranking=ranking, exact=exact)
         self.gate_lr = gate_lr
-        self.optimizer = None if gate_lr == 0 else GateOptimizer(gates, gate_lr or default_rate(1))
+        self.tracks_difference = track_difference or weighting == "output_difference"
         self.strength = 0.0
         self.last_l0 = float("nan")
-        if track_difference or weighting == "output_difference":
+        self.finds_gates = gates is None
+        self._take(HeadGates({}, heads={}, total={}, unit="head", config=GateConfig()) if gates is None else gates)
+
+    def _take(self, gates: HeadGates, steps: int = 1) -> None:
+        """Begin to train these gates, for so many steps."""
+        if self.target is not None and self.target.exact and not gates.config.hard:
+            raise InputError("exact draws need hard gates, which are open or closed; soft ones are partly open.")
+        self.gates = gates
+        self.optimizer = None if self.gate_lr == 0 else GateOptimizer(gates, self.gate_lr or default_rate(steps))
+        if self.tracks_difference:
             gates.track_difference()
 
     def state(self) -> dict[str, Any]:
@@ -99,7 +132,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         }
         parts = {"target": self.target, "optimizer": self.optimizer}
         states = {name: None if part is None else part.state() for name, part in parts.items()}
-        return {"args": {}, "attributes": {"gates": values, **states}}
+        budget = {"budget": "BudgetTarget"} if isinstance(self.target, BudgetTarget) else {}
+        return {"args": {**self.given, **budget}, "attributes": {"saved": {"gates": values, **states}}}
 
     def metrics(self) -> dict[str, float]:
         """Return the last step's numbers: λ, L0, shares of closed gates, share of the budget, units open a layer."""
@@ -115,20 +149,38 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that the gates will learn, and go on where a checkpoint left off."""
         require_supported(args)
-        if self.optimizer is not None and self.gate_lr is None:
-            self.optimizer.lr = default_rate(state.max_steps)
+        self._take(self._gates_in(kwargs["model"]), state.max_steps)
+        if self.target is not None:
+            self.target.begin(self.gates, state.max_steps)
         self.restore(state)
         if self.target is None or not self.target.exact:
             # What an earlier phase may have left.
             self.gates.draw_exactly(())
         trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
+        held = set(kwargs["model"].modules())
         for layer, gate in self.gates:
-            if id(gate.log_alpha_bias) not in trained:
+            if id(gate.log_alpha_bias) not in trained or gate not in held:
                 raise InputError(
-                    f"The gates of layer {layer} are not among the parameters that the optimizer trains; attach the "
-                    "gates to the very model that the Trainer gets, after PEFT has wrapped it and before the Trainer "
-                    "makes its optimizer."
+                    f"The gates of layer {layer} are not among the parameters that the optimizer trains of this model; "
+                    "attach the gates to the very model that the Trainer gets, after PEFT has wrapped it and before "
+                    "the Trainer makes its optimizer (with model_init in there, and SparsityCallback is given none)."
                 )
+
+    def _gates_in(self, model: nn.Module) -> HeadGates:
+        """Return the gates to train of the Trainer's model, which may be wrapped."""
+        modules = list(model.modules())
+        found = next(filter(None, map(gates_of, modules)), None)
+        if found is None and not any(gate in modules for _, gate in self.gates):
+            if getattr(getattr(model, "config", None), "head_plan", None) is not None:
+                raise InputError(
+                    "The Trainer's model was cut, and deadhead.cut takes the gates off; to train it on make a new "
+                    "Trainer without SparsityCallback, to prune more attach gates to it first."
+                )
+            raise InputError(
+                "The Trainer's model has no gates; attach them with deadhead.attach before the Trainer gets it, or in "
+                "its model_init."
+            )
+        return found if self.finds_gates and found is not None else self.gates
 
     def restore(self, state: TrainerState) -> None:
         """Go on where the checkpoint that `state` was read from left off; a fresh state changes nothing."""
@@ -137,12 +189,18 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if not state.global_step or not saved:
             return
         attributes = saved["attributes"]
+        attributes = attributes.get("saved", attributes)
         for part, name in ((self.target, "target"), (self.optimizer, "optimizer")):
             if part is not None and attributes.get(name):
                 part.load_state(attributes[name])
         with torch.no_grad():
             for layer, gate in self.gates:
                 if values := attributes.get("gates", {}).get(str(layer)):
+                    if (count := len(values["log_alpha_bias"])) != gate.num_heads:
+                        raise InputError(
+                            f"The checkpoint has {count} gates of layer {layer}, but the model has {gate.num_heads}; "
+                            "attach them as they were attached before, with the same unit and blocks."
+                        )
                     gate.set_stored(torch.tensor(values["log_alpha_bias"]))
                     gate.difference.copy_(torch.tensor(values["difference"]))
 
@@ -158,7 +216,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise InputError(
                 "No gradient of the loss reached the gates; train the model they were attached to, not a copy."
             )
-        self.strength = self.l0 * linear_warmup(state.global_step, self.warmup_steps) if self.target is None else 0.0
+        warmup = steps_within(None, state.max_steps) if self.warmup_steps is None else self.warmup_steps
+        self.strength = self.l0 * linear_warmup(state.global_step, warmup) if self.target is None else 0.0
         self.gates.average_difference()
         self.last_l0 = float(self.gates.l0().detach())
         penalty = penalty_gradient(self.gates, self.strength, self.weighting)
@@ -180,9 +239,37 @@ class SparsityCallback(TrainerCallback, ExportableState):
             is_last = state.global_step >= state.max_steps
             self.target.project(self.gates, state.global_step, self.weighting, is_last=is_last)
 
-    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        """Let each gate decide alone again."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Write the gates' own files beside what the Trainer has saved."""
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        # In a search of hyperparameters each trial has a folder of its own.
+        found = list(Path(str(args.output_dir)).glob(f"*/{name}" if state.is_hyper_param_search else name))
+        if found and args.should_save:
+            save_gates(self.gates, max(found, key=lambda folder: folder.stat().st_mtime))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let each gate decide alone again; take those of the best model, where that was loaded."""
         self.gates.draw_exactly(())
+        is_main = state.is_world_process_zero
+        best = Path(state.best_model_checkpoint or "") / TRAINER_STATE_NAME
+        is_best, end, hint = args.load_best_model_at_end and best.is_file(), "Training ended at", ""
+        if is_best:
+            # The weights are loaded, but adapters come without gates, and FSDP2's gates have been copied before.
+            state = TrainerState.load_from_json(str(best))
+            self.restore(state)
+            end, hint = "The best model is of", "; eval_delay lets later models alone be compared"
+        if self.target is None:
+            return
+        if is_best and state.global_step >= self.target.ramp_steps:
+            self.gates.settle(self.target.plan(self.gates))
+        if (shortfall := self.target.shortfall(self.gates)) and is_main:
+            warnings.warn(
+                f"{end} step {state.global_step} of {state.max_steps}, where the gates {shortfall}{hint}.",
+                RunWarning,
+                stacklevel=2,
+            )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the gates' numbers to training logs."""

@@ -15,6 +15,22 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
+from deadhead.measure.losses import require_language_model
+
+
+def require_same_vocabulary(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Check that a teacher reads the tokens of a model and gives each of them a probability.
+
+    Raises:
+        InputError: it has another number of tokens.
+        UnsupportedModel: it predicts no next token.
+    """
+    require_language_model(teacher, "Distillation")
+    theirs, ours = (one.config.get_text_config().vocab_size for one in (teacher, model))
+    if theirs != ours:
+        raise InputError(
+            f"A teacher of the same vocabulary was expected, but the model has {ours} tokens and the teacher {theirs}."
+        )
 
 
 class Distillation:
@@ -39,11 +55,6 @@ class Distillation:
         expected = self._teacher_logits(inputs)
         if logits is None or expected is None:
             raise InputError("Distillation compares whole distributions, which an adaptive softmax does not compute.")
-        if logits.shape[-1] != expected.shape[-1]:
-            raise InputError(
-                f"A teacher of the same vocabulary was expected, but the model has {logits.shape[-1]} tokens and the "
-                f"teacher {expected.shape[-1]}."
-            )
         if "scored" in inputs and not bool(inputs["scored"].all()):
             # A position tells of the token after it.
             counts_BT = F.pad(inputs["scored"][:, 1:], (0, 1))

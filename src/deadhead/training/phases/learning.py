@@ -25,6 +25,11 @@ def learner(model: PreTrainedModel, recipe: PhaseRecipe) -> AbstractContextManag
 @contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Hold weights in float32 while the block runs: in bfloat16 a small step is rounded away."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(
+            "All weights of the model are frozen, so nothing would learn; set requires_grad of those that are to, or "
+            "train adapters with lora_rank."
+        )
     precisions = {name: parameter.dtype for name, parameter in model.named_parameters()}
     try:
         for parameter in model.parameters():

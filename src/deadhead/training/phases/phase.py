@@ -20,6 +20,7 @@ from deadhead.errors import DivergenceError, InputError
 from deadhead.gates.budget import BudgetTarget
 from deadhead.gates.gates import HeadGates
 from deadhead.measure.latency import Latency
+from deadhead.measure.losses import require_language_model
 from deadhead.modes import flushing_denormals
 from deadhead.training.callbacks.logs import MetricsFile, StepReporter, Validation
 from deadhead.training.callbacks.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
@@ -36,7 +37,7 @@ from deadhead.training.phases.choosing import (
     true_share,
 )
 from deadhead.training.phases.defaults import segments, with_defaults
-from deadhead.training.phases.distillation import Distillation
+from deadhead.training.phases.distillation import Distillation, require_same_vocabulary
 from deadhead.training.phases.learning import checkpoint_activations, learner
 from deadhead.training.phases.rolling_back import roll_back, smaller_step
 from deadhead.training.phases.trainer import LanguageModelTrainer, training_arguments
@@ -122,7 +123,7 @@ def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: P
         raise InputError(
             f"{folder} holds checkpoints of an earlier training; go on with resume=True, or choose another folder."
         )
-    _require_what_is_asked_for(recipe, run)
+    _require_what_is_asked_for(model, recipe, run)
     recipe = with_defaults(recipe, model)
     for resume in (run.resume, True):
         try:
@@ -157,8 +158,11 @@ def choose_units(
     return gates, None if budget is None else {"kind": budget.kind, "asked": budget.value, "reached": found}
 
 
-def _require_what_is_asked_for(recipe: PhaseRecipe, run: PhaseRun) -> None:
+def _require_what_is_asked_for(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> None:
     """Check that what a recipe asks for was given and is installed, and that its settings go together."""
+    require_language_model(model, "Training on a text")
+    if run.teacher is not None:
+        require_same_vocabulary(run.teacher, model)
     if recipe.distill and run.teacher is None:
         raise InputError("The recipe's distill asks for a teacher to learn from, but none was given.")
     if recipe.eval_every and run.valid is None:
@@ -219,6 +223,8 @@ def _attempt(
             with warnings.catch_warnings(), no_space_is_input_error(folder), flushing_denormals():
                 # Segments are read in order on purpose, and the scheduler is saved by the Trainer itself.
                 warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+                # A phase that is stopped is gone on with.
+                warnings.filterwarnings("ignore", message="Training ended at step")
                 if checkpoint is None:
                     trainer.train()
                 else:
@@ -235,7 +241,7 @@ def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> li
     if run.gates is not None:
         prune = _recipe_of_gates(model, recipe, run.gates, run.seed)
         budgeted = on_main(lambda: budget_costs(model, prune, latency=run.latency))
-        ramp_steps = prune.ramp_steps or max(1, prune.steps * 2 // 3)
+        ramp_steps = prune.ramp_steps or None
         found.append(
             SparsityCallback(
                 run.gates,

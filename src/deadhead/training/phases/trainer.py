@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -24,6 +24,7 @@ from deadhead.modes import best_device
 from deadhead.training.callbacks.sparsity import SparsityCallback
 from deadhead.training.phases.checkpoints import checkpoint_step, finish_checkpoint, newest_finished, require_plain
 from deadhead.training.phases.distillation import Distillation
+from deadhead.training.phases.frozen import FrozenWeightsTrainer
 from deadhead.training.recipes.recipe import PhaseRecipe
 
 # What each process knows that transformers does not save: memories, and sums since the last line of the log.
@@ -71,7 +72,7 @@ def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name
     return args
 
 
-class LanguageModelTrainer(Trainer):
+class LanguageModelTrainer(FrozenWeightsTrainer):
     """Trains a language model on contiguous segments, each after the true text before it.
 
     Those of ours get the memory of the segment before, so the data set, a `deadhead.data.SegmentDataset`, has as many

@@ -113,6 +113,8 @@ def to_toml(recipe: Recipe) -> str:
     dumped = recipe.model_dump(exclude_none=True)
     if recipe.model.from_ is not None:
         dumped["model"] = {"from": recipe.model.from_}
+        for name in ("tokenizer", "vocab_size"):
+            dumped["data"].pop(name, None)
     if recipe.dense_phase is None:
         del dumped["train"]
     lines = [f"{name} = {value(item)}" for name, item in dumped.items() if not isinstance(item, (dict, list))]

@@ -373,6 +373,10 @@ class Recipe(_Section):
             raise PydanticCustomError("budgets", "[model] from and dense both name a model; leave one of the two out")
         if "source" not in self.data.model_fields_set:
             raise PydanticCustomError(
-                "budgets", "[model] from names a model that learned from other text, so name one: [data] source"
+                "budgets",
+                "[model] from names a model that learned from other text, so name one in [data] source: a text file, "
+                "a directory, hf:NAME[:CONFIG] or stdlib",
             )
+        if others := sorted({"tokenizer", "vocab_size"} & self.data.model_fields_set):
+            raise PydanticCustomError("budgets", f"[model] from has its own tokenizer, so leave [data] {others[0]} out")
         return self

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from deadhead.attaching import gates_of, unwrapped
 from deadhead.checkpoints import checkpoint
+from deadhead.checkpoints.declared import has_gates
 from deadhead.data import TokenizedCorpus, TokenStream, load_text, load_tokenizer, special_token_ids
 from deadhead.disk.files import replaced_folder
 from deadhead.disk.reading import read_object
 from deadhead.errors import InputError, own_sentence
+from deadhead.layouts import find_layout
 from deadhead.measure.cost import skeleton
+from deadhead.measure.criteria import READS_TEXT
+from deadhead.measure.losses import require_language_model
 from deadhead.models import OWN_TYPES, AllAttentionConfig, TransformerXLConfig
 from deadhead.training.phases.choosing import attach_gates, budget_costs
 from deadhead.training.phases.defaults import segments
 from deadhead.training.phases.learning import learner
 from deadhead.training.processes import count, is_main, main_first
 from deadhead.training.recipes.reading import load_recipe
-from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, Recipe
+from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
 from deadhead.training.runs.summary import SUMMARY_FILE, read_summary
 
 # Of a configuration, what transformers notes in every one, and what comes from the tokenizer.
@@ -82,6 +87,67 @@ class Text(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
+def require_default_text(model_type: str | None) -> None:
+    """Check that a model of this type, or one that is yet to be made, learns from the default text, stdlib."""
+    if model_type is not None and model_type not in OWN_TYPES:
+        raise InputError(
+            f"A text was expected for a model of type {model_type}, but none was given: the default, stdlib, is for "
+            "deadhead's own models only; name one with data (--data), a text file, a directory, stdlib or "
+            "hf:NAME[:CONFIG]."
+        )
+
+
+def is_named(data: Data | None) -> bool:
+    """Tell whether a text was given, rather than left to the default."""
+    return data is not None and not (isinstance(data, DataRecipe) and "source" not in data.model_fields_set)
+
+
+NO_TEXT = TokenStream(tokens=np.zeros(0, np.uint16), num_bytes=0, num_words=0)
+
+
+def known_tokenizer(tokenizer_of: str | Path | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    """Return a tokenizer that is only to be saved beside a model: None if there is none."""
+    if tokenizer_of is None or isinstance(tokenizer_of, PreTrainedTokenizerBase):
+        return tokenizer_of
+    try:
+        return load_tokenizer(tokenizer_of)
+    except InputError:
+        return None
+
+
+def load_ungated(path: str | Path, **how: Any) -> PreTrainedModel:
+    """Load a model to begin with, or to learn from, which must have no gates: they would be lost."""
+    require_ungated(path)
+    return checkpoint.load(path, **how)
+
+
+def require_ungated(path: str | Path) -> None:
+    """Check that a checkpoint was not saved with its gates on."""
+    if has_gates(path):
+        raise InputError(
+            f"The checkpoint {path} has gates that are still on, and would lose them here; cut it first: "
+            "model, gates = deadhead.load_gated(path); deadhead.cut(model, gates.plan())."
+        )
+
+
+def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
+    """Check that a phase can begin on a model: it has no gates yet, and a loss on text unless units are ranked without.
+
+    Raises:
+        InputError: it has gates.
+        UnsupportedModel: its heads cannot be told, or it has no such loss.
+    """
+    if gates_of(unwrapped(model)) is not None:
+        raise InputError(
+            "The model has gates already, and the phase attaches its own or none; take them off with "
+            "deadhead.detach(model), or cut by them with deadhead.cut(model, gates.plan())."
+        )
+    layout = find_layout(unwrapped(model))
+    layout.sites(unwrapped(model), layout.units(unwrapped(model))[0])
+    if not (isinstance(recipe, PruneRecipe) and recipe.is_one_shot and recipe.criterion not in READS_TEXT):
+        require_language_model(model, "Training on a text")
+
+
 def read_data(
     data: Data | None,
     folder: Path,
@@ -95,13 +161,8 @@ def read_data(
     A model without a type yet will be made for the tokenizer; of others the tokenizer must be known, and only those of
     deadhead's own have a default text.
     """
-    is_named = data is not None and not (isinstance(data, DataRecipe) and "source" not in data.model_fields_set)
-    if not is_named and model_type is not None and model_type not in OWN_TYPES:
-        raise InputError(
-            f"A text was expected for a model of type {model_type}, but none was given: the default, stdlib, is for "
-            "deadhead's own models only; name one with data (--data), a text file, a directory, stdlib or "
-            "hf:NAME[:CONFIG]."
-        )
+    if not is_named(data):
+        require_default_text(model_type)
     data = DataRecipe() if data is None else data
     tokenizer: PreTrainedTokenizerBase | None = None
     if isinstance(data, str | Path | DataRecipe):
@@ -112,12 +173,8 @@ def read_data(
                 "it with tokenizer=, or give the text in tokens."
             )
         data, tokenizer = prepare_text(recipe, folder, tokenizer_of=tokenizer_of, progress=progress)
-    elif isinstance(tokenizer_of, PreTrainedTokenizerBase):
-        tokenizer = tokenizer_of
-    elif tokenizer_of is not None:
-        # Only to be saved beside the model.
-        with suppress(InputError):
-            tokenizer = load_tokenizer(tokenizer_of)
+    else:
+        tokenizer = known_tokenizer(tokenizer_of)
     if isinstance(data, TokenStream):
         return Text(data, None, hashlib.sha256(data.tokens.tobytes()).hexdigest(), tokenizer)
     return Text(data.splits["train"], data.splits["valid"], data.sha256, tokenizer)
@@ -222,6 +279,7 @@ def require_fitting(recipe: Recipe, config: PreTrainedConfig, text: TokenStream)
     A speedup is measured, so whether it can be reached shows only then.
     """
     model = skeleton(config)
+    require_language_model(model, "A run")
     for phase in filter(None, (recipe.dense_phase, recipe.prune, recipe.finetune)):
         segments(model, text, phase, rows=phase.batch_size * count())
         with learner(model, phase):

@@ -40,6 +40,7 @@ from deadhead.training.runs.inputs import (
     dense_folder,
     fingerprint,
     load_dense,
+    load_ungated,
     model_config,
     prepare_text,
     require_fitting,
@@ -108,7 +109,9 @@ class Run:
             write_text(folder / RECIPE_FILE, to_toml(recipe))
             return True
         if not resume:
-            raise InputError(f"{folder} holds a run already; go on with --resume, or choose another place with --out.")
+            raise InputError(
+                f"{folder} holds a run already; go on with resume (--resume), or choose another folder (--out)."
+            )
         # What others have published changes nothing in a run.
         begun, asked = (r.model_copy(update={"published": []}) for r in (load_recipe(folder / RECIPE_FILE), recipe))
         if to_toml(begun) != to_toml(asked):
@@ -142,6 +145,9 @@ class Run:
     def _execute(self) -> dict[str, Any]:
         recipe = self.recipe
         tokenizer_of: str | Path | None = None
+        if recipe.model.from_ is not None:
+            # Before its tokenizer is looked for, and its text read.
+            checkpoint.load_config(recipe.model.from_)
         if not self._done("dense"):
             # A model that exists already has one.
             tokenizer_of = recipe.model.from_ if recipe.dense is None else dense_folder(recipe.dense)
@@ -188,7 +194,7 @@ class Run:
             require_same_training(Path(recipe.dense).parent / RECIPE_FILE, recipe.train, self._text.sha256)
             model = load_dense(recipe.dense, self._config())
         elif recipe.model.from_ is not None:
-            model = checkpoint.load(recipe.model.from_)
+            model = load_ungated(recipe.model.from_)
         else:
             model = build_model(recipe.model, self._tokenizer, seed=recipe.seed)
         if recipe.dense_phase is None:
@@ -209,7 +215,7 @@ class Run:
         if fingerprint(model) != self.summary()["model"]["sha256"]:
             raise InputError(
                 f"The model {self.recipe.model.from_} is not the one that this run began with: its weights are others; "
-                "bring it back, or begin a new run with --out."
+                "bring it back, or begin a new run in another folder."
             )
         return model
 
@@ -221,7 +227,7 @@ class Run:
         if before != text.sha256:
             raise InputError(
                 f"The text {source} is not the one this run began with (its hash was {before[:12]}… and is "
-                f"{text.sha256[:12]}…); begin a new run with --out, or bring the old text back."
+                f"{text.sha256[:12]}…); begin a new run in another folder, or bring the old text back."
             )
         # Runs of earlier versions had one process.
         begun = summary.get("processes", 1) if "data" in summary else processes

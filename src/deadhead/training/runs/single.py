@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,11 +22,12 @@ from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut as cut_heads
 from deadhead.disk.files import remove_left_overs, write_json
 from deadhead.disk.reading import read_json
-from deadhead.errors import InputError, require_extra
+from deadhead.errors import InputError, RunWarning, require_extra, require_type, typed
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
+from deadhead.measure.losses import require_weights
 from deadhead.modes import best_device, on_device
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
@@ -36,7 +38,17 @@ from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.runs.inputs import Data, Text, build_model, read_data
+from deadhead.training.runs.inputs import (
+    NO_TEXT,
+    Data,
+    Text,
+    build_model,
+    is_named,
+    known_tokenizer,
+    load_ungated,
+    read_data,
+    require_trainable,
+)
 from deadhead.training.runs.results import Change, Pruned, Trained
 from deadhead.training.runs.summary import METRICS_FILE
 
@@ -81,6 +93,8 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", (self.report_to,))
+        for name, hint in get_type_hints(Options).items():
+            require_type(getattr(self, name), hint, f"{name} must be")
         for name, least in (("seed", 0), ("evaluation_tokens", 2)):
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)
@@ -88,6 +102,7 @@ class Options:
                 raise InputError(f"{name} must be a whole number of at least {least} and below 2^31, but is {value!r}.")
 
 
+@typed
 def prune(
     model: PreTrainedModel | str | Path,
     data: Data | None = None,
@@ -123,6 +138,7 @@ def prune(
     return cast(Pruned, run_single("prune", asked, model, data, options, cut=cut))
 
 
+@typed
 def finetune(
     model: PreTrainedModel | str | Path,
     data: Data | None = None,
@@ -219,18 +235,19 @@ def _run(
     phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | None, options: Options, work: Path, *, cut: bool
 ) -> Trained:
     progress = told(options.progress)
-    network, text = _begin(model, data, options, work, progress)
+    network, text = _begin(model, data, options, work, progress, recipe)
     if options.out is not None:
         on_main(lambda: _keep_settings(work, _settings(phase, recipe, model, data, options, text) | {"cut": cut}))
 
     def measured(what: str) -> Evaluation | None:
-        if text.valid is None:
+        if text.valid is None or not network.can_generate():
             return None
         network.to(best_device())  # type: ignore[arg-type]
         return evaluate(network, text.valid, limit=options.evaluation_tokens, progress=counted(progress, what))
 
-    # A text that is too short is told before anything is measured.
-    segments(network, text.train, recipe, rows=recipe.batch_size * count())
+    if network.can_generate():
+        # A text that is too short is told before anything is measured.
+        segments(network, text.train, recipe, rows=recipe.batch_size * count())
     before = on_main(lambda: (model_cost(network), measured("evaluating before")))
     run = PhaseRun(
         folder=work / "checkpoints",
@@ -287,17 +304,31 @@ def _run(
 
 
 def _begin(
-    model: Model, data: Data | None, options: Options, work: Path, progress: Progress
+    model: Model, data: Data | None, options: Options, work: Path, progress: Progress, recipe: PhaseRecipe
 ) -> tuple[PreTrainedModel, Text]:
-    """Return the model to begin with, and the text."""
+    """Return the model to begin with, and the text; none for a model without a loss on text, if units are ranked."""
     network = None
+    if not isinstance(model, str | Path | PreTrainedModel | ModelRecipe):
+        raise InputError(
+            f"A model of transformers, its folder or its name was expected, but a {type(model).__name__} came; take "
+            "the model out of its wrapper, of PEFT by model.merge_and_unload()."
+        )
     if not isinstance(model, ModelRecipe):
-        network = model if isinstance(model, PreTrainedModel) else checkpoint.load(model, dtype=options.dtype)
+        network = model if isinstance(model, PreTrainedModel) else load_ungated(model, dtype=options.dtype)
+        require_weights(network, "A phase")
+        require_trainable(network, recipe)
+    tokenizer_of = options.tokenizer or _base(model) or (None if network is None else network.name_or_path or None)
+    if network is not None and not network.can_generate():
+        if is_named(data):
+            warnings.warn(
+                RunWarning(f"{type(network).__name__} has no loss on a text, so data is not read."), stacklevel=2
+            )
+        return network, Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of))
     text = read_data(
         data,
         work,
         model_type=None if network is None else network.config.model_type,
-        tokenizer_of=options.tokenizer or _base(model) or (None if network is None else network.name_or_path or None),
+        tokenizer_of=tokenizer_of,
         progress=counted(progress, "reading text, kB"),
     )
     if isinstance(model, ModelRecipe):
@@ -323,18 +354,20 @@ def _teacher(teacher: Model | None, network: PreTrainedModel, recipe: PhaseRecip
     if teacher is network:
         return copy.deepcopy(network)
     if isinstance(teacher, str | Path):
-        return checkpoint.load(teacher)
+        return load_ungated(teacher)
     if isinstance(teacher, PreTrainedModel):
         return teacher
-    raise InputError("distill asks for a teacher to learn from; name one with --teacher, say the dense model.")
+    raise InputError("distill asks for a teacher to learn from; name one as teacher, say the dense model.")
 
 
 def _check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
     if isinstance(model, str | Path) and Path(model).resolve() == out:
-        raise InputError(f"The checkpoint must not overwrite the model it is made of, {model}; choose another --out.")
+        raise InputError(
+            f"The checkpoint must not overwrite the model it is made of, {model}; choose another out (--out)."
+        )
     checkpoint.require_ours_or_free(out)
     if work.exists() and not resume:
-        raise InputError(f"{work} is left of a phase that was stopped; go on with --resume, or delete it.")
+        raise InputError(f"{work} is left of a phase that was stopped; go on with resume (--resume), or delete it.")
     if resume and not work.exists():
         raise InputError(
             f"There is nothing to resume: {work}, where a stopped phase leaves its checkpoints, is not there."
