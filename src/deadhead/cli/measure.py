@@ -46,8 +46,7 @@ def evaluate(
     """Measure perplexity and bits per byte on a text; every token is scored once."""
     quiet, as_json = shared["quiet"], shared["as_json"]
     text_of = changed(DataRecipe(), **settings)
-    named = settings.get("source")
-    load_torch(quiet or as_json, model, of_hub(named))
+    load_torch(quiet or as_json, model, of_hub(settings.get("source")))
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
     from deadhead.measure.losses import require_language_model
@@ -55,7 +54,7 @@ def evaluate(
 
     network = _load(model, shared["device"], shared["dtype"])
     require_language_model(network, "Perplexity")
-    if named is None:
+    if "source" not in settings:
         require_default_text(network.config.model_type)
     with progress(quiet) as report:
         text, _ = load_text(
