@@ -37,7 +37,7 @@ def door(
         {"number": np.int64(3), "share": np.float32(0.5)},
         {"share": 1, "kind": 1},
         {"files": [Path("a")], "metrics": {"a": 1}},
-        {"tell": print, "anything": object()},
+        {"tell": print, "anything": ...},
     ],
     ids=str,
 )

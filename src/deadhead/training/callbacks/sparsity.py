@@ -44,7 +44,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             when training begins, as a `model_init` has to attach them.
         l0: λ, what an open head costs, in nats a token. Not used with `sparsity`.
         warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off, None takes two
-            thirds of the training's.
+            thirds of the training's, and at most 1,000.
         sparsity: close this share of the gates, along a ramp, instead of paying λ for the open ones.
         ramp_steps: steps until the ramp reaches `sparsity`; None takes two thirds of the training's. A ramp ends with
             the training at the latest.
@@ -216,7 +216,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             raise InputError(
                 "No gradient of the loss reached the gates; train the model they were attached to, not a copy."
             )
-        warmup = steps_within(None, state.max_steps) if self.warmup_steps is None else self.warmup_steps
+        warmup = min(1000, steps_within(None, state.max_steps)) if self.warmup_steps is None else self.warmup_steps
         self.strength = self.l0 * linear_warmup(state.global_step, warmup) if self.target is None else 0.0
         self.gates.average_difference()
         self.last_l0 = float(self.gates.l0().detach())
