@@ -126,5 +126,6 @@ def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip().rstrip(".:")
+    # All the types that transformers knows are no reason.
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Model type should be one of")]
+    return (lines or [type(error).__name__])[-1].strip().rstrip(".:")
