@@ -105,7 +105,7 @@ def attach(
             of persistent vectors.
     """
     model = unwrapped(model)
-    layout = require_cuttable(model, "Attaching gates")
+    layout = require_cuttable(model, "Attaching gates", may_be_empty=True)
     if gates_of(model) is not None:
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
     unit = layout.choose_unit(model, unit, what="gates open and close")
@@ -144,7 +144,7 @@ def attach(
     return head_gates
 
 
-def require_cuttable(model: PreTrainedModel, what: str) -> Layout:
+def require_cuttable(model: PreTrainedModel, what: str, *, may_be_empty: bool = False) -> Layout:
     """Check that `cut` could do its work on a model, and return its layout; an error begins with `what` is to be done.
 
     Raises:
@@ -154,7 +154,7 @@ def require_cuttable(model: PreTrainedModel, what: str) -> Layout:
     """
     layout = find_layout(model)
     require_whole(model.parameters(), what)
-    require_plain(model)
+    require_plain(model, may_be_empty=may_be_empty)
     layout.require_reloadable(model)
     return layout
 

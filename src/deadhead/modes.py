@@ -77,13 +77,13 @@ def seeded() -> Iterator[None]:
 def restored_on_failure(model: nn.Module) -> Iterator[None]:
     """Put a model back as it was if the block raises: classes, attributes, hooks, parameters, what learns, modes.
 
-    Tensors and configurations are put back, but what is written into one stays.
+    Parameters go back to their device. Tensors and configurations are put back, but what is written into one stays.
     """
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     # The tables themselves, not copies: the handles of hooks refer to them.
     tables = [value for _, _, values in modules for value in values.values() if isinstance(value, dict | set | list)]
     contents = [(table, copy.copy(table)) for table in tables]
-    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    parameters = [(p, p.device, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
@@ -95,6 +95,9 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
             table.clear()
             put: Any = table.extend if isinstance(table, list) else table.update
             put(before)
-        for parameter, learns in learning:
+        for parameter, device, learns, gradient in parameters:
+            if parameter.device != device:
+                parameter.data = parameter.data.to(device)
             parameter.requires_grad_(learns)
+            parameter.grad = gradient
         raise

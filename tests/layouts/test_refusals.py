@@ -71,11 +71,11 @@ def with_attribute(owner: str, name: str, value: Any) -> Any:
     return model
 
 
-def offloaded() -> Any:
+def offloaded(path: str) -> Any:
     from accelerate import cpu_offload
 
     model = llama()
-    cpu_offload(model.model.layers[1])
+    cpu_offload(model.get_submodule(path))
     return model
 
 
@@ -153,8 +153,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: with_attribute("config", "quantization_config", {"quant_method": "gptq"}),
         r"is quantised \(gptq\)",
     ),
-    "offloaded layers": (offloaded, r"not all in memory \(model.layers.1.*is offloaded"),
-    "no weights": (lambda: llama().to("meta"), r"not all in memory \(model.embed_tokens.weight"),
+    "offloaded layers": (lambda: offloaded("model.layers.1"), r"not all in memory \(model.layers.1.*is offloaded"),
+    "all of it offloaded": (lambda: offloaded(""), r"not all in memory \(model.embed_tokens.weight"),
     "a weight norm": (
         lambda: with_projection(nn.utils.parametrizations.weight_norm),
         "o_proj.weight is no parameter, but computed from others",
@@ -240,6 +240,13 @@ def test_a_model_whose_own_outputs_are_not_finite_is_told_as_that(make: Callable
         cut(model, gates.plan_of({**gates.heads, next(iter(gates.heads)): ()}))
     sentence(caught)
     torch.testing.assert_close(model.state_dict(), before["tensors"], equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_model_without_weights_has_gates_but_is_not_cut() -> None:
+    model = llama().to("meta")
+    with pytest.raises(UnsupportedModel, match="not all in memory"):
+        cut(model, attach(llama()).plan())
+    assert len(attach(model)) == 12
 
 
 def test_gates_that_are_on_do_not_hide_that_the_model_was_quantised_since() -> None:

@@ -130,5 +130,6 @@ def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return first_line(ValueError(lines[-1]))
+    # All the types that transformers knows are no reason.
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Model type should be one of")]
+    return first_line(ValueError((lines or [type(error).__name__])[-1]))

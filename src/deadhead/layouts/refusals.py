@@ -40,8 +40,10 @@ def require_model(model: Any) -> None:
     )
 
 
-def require_plain(model: PreTrainedModel) -> None:
+def require_plain(model: PreTrainedModel, *, may_be_empty: bool = False) -> None:
     """Check that a model's weights are in memory, and plain numbers that rows can be cut out of.
+
+    One that has none at all, as it was made on the meta device, may be let through.
 
     Raises:
         UnsupportedModel: they are quantised, offloaded, or a part of the model is wrapped by torch.compile.
@@ -51,12 +53,15 @@ def require_plain(model: PreTrainedModel) -> None:
             f"The model is quantised ({found}), and heads cannot be cut out of quantised weights; load it in its full "
             "precision, prune it, and quantise it then."
         )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UnsupportedModel(
-                f"The model's weights are not all in memory ({name} is offloaded, or was never loaded); load it whole, "
-                "without offloading, or cut its folder by the command deadhead cut, which takes little memory."
-            )
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    is_empty = len(absent) == sum(1 for _ in model.parameters()) and not any(
+        hasattr(module, "_hf_hook") for module in model.modules()
+    )
+    if absent and not (is_empty and may_be_empty):
+        raise UnsupportedModel(
+            f"The model's weights are not all in memory ({absent[0]} is offloaded, or was never loaded); load it "
+            "whole, without offloading, or cut its folder by the command deadhead cut, which takes little memory."
+        )
     for path, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule":
             raise UnsupportedModel(

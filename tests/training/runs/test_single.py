@@ -22,6 +22,7 @@ from deadhead.disk.reading import read_json
 from deadhead.training import PhaseRecipe, PruneRecipe
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe
+from deadhead.training.runs import single
 from deadhead.training.runs.single import Options, run_single
 from tests.small_runs import (
     FRAMES,
@@ -136,6 +137,37 @@ def test_a_call_that_fails_leaves_no_gates() -> None:
         deadhead.prune(model, text, params=0.01, **settings)
     assert deadhead.gates_of(model) is None
     assert deadhead.prune(model, text, sparsity=0.5, **settings).model is model
+
+
+@pytest.mark.parametrize("step", ["choose_units", "cut_heads", "model_cost"])
+def test_a_call_that_fails_leaves_the_model_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that comes to its end leaves alone a configuration that other models share."""
+    model: Any = tiny_model("llama").train()
+    config, shared = model.config, model.config.to_dict()
+    names = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+    text = stream(300, vocab_size=VOCABULARY)
+    settings: dict[str, Any] = {"sparsity": 0.5, "steps": 1, "batch_size": 2, "sequence_length": 12}
+    original, calls = getattr(single, step), []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        calls.append(step)
+        # The first count of costs comes before anything is changed.
+        if step != "model_cost" or len(calls) == 2:
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(single, step, fail)
+        with pytest.raises(KeyboardInterrupt):
+            deadhead.prune(model, text, **settings)
+    assert deadhead.gates_of(model) is None and type(model).__name__ == "LlamaForCausalLM"
+    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == names
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    assert model.config is config and config.to_dict() == shared
+    deadhead.prune(model, text, **settings)
+    deadhead.finetune(model, text, steps=1, batch_size=2, sequence_length=12)
+    assert config.to_dict() == shared and model.config.use_cache == config.use_cache
 
 
 def test_recipes_of_another_phase() -> None:

@@ -22,7 +22,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.layouts import own_config
 from deadhead.measure.latency import Latency
 from deadhead.measure.losses import require_language_model
-from deadhead.modes import flushing_denormals
+from deadhead.modes import flushing_denormals, restored_on_failure
 from deadhead.training.callbacks.logs import MetricsFile, StepReporter, Validation
 from deadhead.training.callbacks.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.callbacks.sparsity import SparsityCallback
@@ -95,7 +95,7 @@ _ALONE = PhaseRun()
 
 
 def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: PhaseRun = _ALONE) -> PreTrainedModel:
-    """Train `model` in place for one phase; it ends in evaluation mode.
+    """Train `model` in place for one phase; it ends in evaluation mode. If it fails, weights stay as far as they came.
 
     On Ctrl-C or SIGTERM the step is finished and a checkpoint saved before the signal takes effect. After a loss or a
     gradient that is not finite, the phase goes on from its last checkpoint with half the learning rate, once.
@@ -126,13 +126,14 @@ def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: P
         )
     _require_what_is_asked_for(model, recipe, run)
     recipe = with_defaults(recipe, model)
-    for resume in (run.resume, True):
-        try:
-            _attempt(model, text, recipe, run, folder, resume=resume)
-            return model
-        except DivergenceError as error:
-            # It raises if the phase has rolled back before.
-            on_main(partial(roll_back, folder, error))
+    with restored_on_failure(model):
+        for resume in (run.resume, True):
+            try:
+                _attempt(model, text, recipe, run, folder, resume=resume)
+                return model
+            except DivergenceError as error:
+                # It raises if the phase has rolled back before.
+                on_main(partial(roll_back, folder, error))
     raise AssertionError("a phase rolls back once")
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar, cast, get_type_hints
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deadhead.attaching import detach, gates_of, unwrapped
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut as cut_heads
 from deadhead.disk.files import remove_left_overs, write_json
@@ -28,7 +27,7 @@ from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
 from deadhead.measure.losses import require_weights
-from deadhead.modes import best_device, on_device
+from deadhead.modes import best_device, on_device, restored_on_failure
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import LATENCY_FILE, latency_in
@@ -215,17 +214,15 @@ def run_single(
 
 @contextmanager
 def _undone_on_failure(work: Path, model: Model) -> Iterator[None]:
-    """Undo what the block made if it fails: gates on a model in memory, so that another try begins anew, and `work`.
+    """Undo what the block made if it fails: of a model in memory, so that another try begins anew, and `work`.
 
     The folder stays if there is something to resume in it.
     """
     fresh = not work.exists()
-    gateless = model if isinstance(model, PreTrainedModel) and gates_of(unwrapped(model)) is None else None
     try:
-        yield
+        with restored_on_failure(model) if isinstance(model, PreTrainedModel) else nullcontext():
+            yield
     except BaseException:
-        if gateless is not None:
-            detach(gateless)
         if fresh and is_main() and newest_finished(work / "checkpoints") is None:
             shutil.rmtree(work, ignore_errors=True)
         raise
