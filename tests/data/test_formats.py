@@ -187,7 +187,7 @@ def test_a_directory_of_files_that_look_like_json_is_refused(tmp_path: Path) -> 
         ("a.json", b'{"data": [{"text": "a"}]}', "its columns are data"),
         ("a.jsonl", json_lines([{"a": 1, "b": "x", "c": "y"}]), "its columns are a, b, c; name one with text_column"),
         ("a.csv", b"n\n1\n2\n", "its columns are n; name one with text_column"),
-        ("a.gz", gzip.compress(b"text\n" * 99, mtime=0)[:-9], r"A whole \.gz file was expected, but .* is damaged or cut short"),
+        ("a.gz", gzip.compress(b"text\n" * 99, mtime=0)[:-9], r"A whole \.gz file .* is damaged or cut short"),
         ("a.zst", zstd(bytes(range(256)) * 9)[:-9], r"A whole \.zst file was expected, but .* is damaged"),
         ("a.zip", b"PK\x03\x04\0\0", "is packed with zip; unpack it first"),
         ("a.jsonl.bz2", bz2.compress(json_lines()), "is packed with bzip2; unpack it first"),
