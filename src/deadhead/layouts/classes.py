@@ -32,7 +32,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             table: Any = auto._model_mapping
             if type(config) in table:
                 listed = table[type(config)]
-                return listed[0] if isinstance(listed, (tuple, list)) else listed  # type: ignore[no-any-return]
+                return listed[0] if isinstance(listed, (tuple, list)) else listed
     why = "gives no class" if name is None else f"names the class {str(name)[:80]!r}"
     raise UnsupportedModel(
         f"The configuration {why} in architectures, and transformers has none like that for models of type "

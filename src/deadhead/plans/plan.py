@@ -190,7 +190,7 @@ class HeadPlan:
     blocks: BlockPlan | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.unit, str) or self.unit not in ("head", "kv_group"):
+        if str(self.unit) not in ("head", "kv_group"):
             raise InputError(f"A head plan's unit must be 'head' or 'kv_group', but it is {shown(self.unit)}.")
         if not isinstance(self.output_scale, bool):
             raise InputError(f"A head plan's output_scale must be true or false, but it is {shown(self.output_scale)}.")
