@@ -75,3 +75,10 @@ def test_what_is_given_changes_the_recipe_and_the_rest_stays(tmp_path: Path, mon
     assert (name, out, model, seed, options["cut"]) == ("prune", Path("o"), Path("m"), 3, False)
     assert (phase.params, phase.flops, phase.blocks, phase.adam_beta2, phase.init) == (0.7, None, False, 0.95, 1.0)
     assert (text.source, text.text_column) == ("text", "body")
+
+
+@pytest.mark.parametrize("command", ["train", "prune", "finetune"])
+def test_help_names_options_not_fields(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output = _help(command, capsys)
+    assert "`" not in output
+    assert "gate_lr" not in output and "start_from" not in output

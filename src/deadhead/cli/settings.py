@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Annotated, Any, Optional, get_args, get_type_hints
 
@@ -58,7 +59,7 @@ def takes_settings(*sections: type[BaseModel], without: tuple[str, ...], also: C
         *own, _ = inspect.signature(command).parameters.values()
         for parameter in (*own, *inspect.signature(also).parameters.values()):
             if parameter.name == "settings":
-                parameters += [_parameter(name, field) for name, field in fields.items()]
+                parameters += [_parameter(name, field, fields) for name, field in fields.items()]
                 is_first = False
                 continue
             values, info = get_args(hints[parameter.name])
@@ -80,7 +81,17 @@ def takes_settings(*sections: type[BaseModel], without: tuple[str, ...], also: C
     return decorate
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _with_options(text: str, fields: Mapping[str, FieldInfo]) -> str:
+    """Return what a field says of others by their options: `steps` and gate_lr are --steps and --gate-lr."""
+
+    def option(found: re.Match[str]) -> str:
+        name = found[0].strip("`")
+        return option_name(name, fields[name]) if name in fields else found[0]
+
+    return re.sub(r"`\w+`|\b\w+_\w+\b", option, text)
+
+
+def _parameter(name: str, field: FieldInfo, fields: Mapping[str, FieldInfo]) -> inspect.Parameter:
     """Return the parameter of a command that stands for a field; None is what was not given."""
     option, values = option_name(name, field), kind(field)
     is_number = values in (int, float)
@@ -88,7 +99,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     unit = about(field, "unit") or ("number" if is_number else "text")
     info = typer.Option(
         f"{option}/--no-{option[2:]}" if values is bool else option,
-        help=sentence(field),
+        help=_with_options(sentence(field), fields),
         # Typer's ranges include their ends; a recipe refuses those that do not belong to it, and what slips reach.
         min=limits.get("ge"),
         max=limits.get("le"),
