@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -97,7 +97,8 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
             put(before)
         for parameter, device, learns, gradient in parameters:
             if parameter.device != device:
-                parameter.data = parameter.data.to(device)
+                with suppress(RuntimeError):  # a device that has failed gives nothing back
+                    parameter.data = parameter.data.to(device)
             parameter.requires_grad_(learns)
             parameter.grad = gradient
         raise

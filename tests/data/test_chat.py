@@ -158,7 +158,7 @@ def test_data_sets_have_conversations_too(tmp_path: Path) -> None:
     _, file = write(tmp_path, SHAPES["messages"])
     datasets.Dataset.from_list(SHAPES["messages"]).save_to_disk(str(tmp_path / "set"))
     text, tokenizer = load_text(f"hf:{tmp_path / 'set'}", chat_template=file, answers_only=True)
-    assert text.sha256 == load_text(str(tmp_path / "chat.jsonl"), chat_template=file)[0].sha256
+    assert text.sha256 == load_text(str(tmp_path / "chat.jsonl"), chat_template=file, answers_only=True)[0].sha256
     train = text.splits["train"]
     assert train.scored is not None
     assert tokenizer.decode(train.tokens[train.scored]).startswith("Größe 0!<eos>")

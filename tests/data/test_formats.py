@@ -241,3 +241,17 @@ def test_a_file_names_itself_as_the_user_did(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json_lines()))
     found = found_in(tmp_path / "a.jsonl.gz", pytest.importorskip("deadhead.data.formats").Unpacked)
     assert (found.label, found.format, found.path.name) == (str(tmp_path / "a.jsonl.gz"), "json", "a.jsonl")
+
+
+def test_a_path_is_no_pattern(tmp_path: Path) -> None:
+    for name in ("run[1]", "run1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_bytes(json_lines([{"text": f"of {name} {index}"} for index in range(50)]))
+    assert all("of run[1]" in text for text in train(tmp_path / "run[1]" / "a.jsonl"))
+
+
+def test_a_packed_text_of_a_directory_that_cannot_be_unpacked_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text\n" * 20)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"text\n" * 99)[:-9])
+    with pytest.raises(InputError, match="b.txt.gz is damaged or cut short"):
+        open_corpus(str(tmp_path))

@@ -116,3 +116,14 @@ def test_one_that_answers_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(hub, "get_session", Session)
     assert hub.answers() and hub.answers() and len(asked) == 1
+
+
+def test_threads_leave_the_setting_as_it_was() -> None:
+    first, second = hub.quick(), hub.quick()
+    first.__enter__()
+    second.__enter__()
+    assert constants.HF_HUB_OFFLINE
+    first.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE
+    second.__exit__(None, None, None)
+    assert not constants.HF_HUB_OFFLINE

@@ -322,3 +322,12 @@ def test_a_saved_target_goes_on_exactly() -> None:
 def test_a_target_out_of_range_is_refused(sparsity: float) -> None:
     with pytest.raises(InputError, match="target sparsity must be"):
         SparsityTarget(sparsity, ramp_steps=10)
+
+
+def test_a_ramp_that_goes_on_in_a_longer_training_stays_as_it_was() -> None:
+    target = SparsityTarget(0.5, ramp_steps=None)
+    target.ramp_steps, target.start = 20, 0.0
+    longer = SparsityTarget(0.5, ramp_steps=None)
+    longer.ramp_steps = 100
+    longer.load_state(target.state())
+    assert longer.ramp_steps == 20

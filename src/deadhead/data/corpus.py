@@ -50,7 +50,7 @@ class Corpus:
         return (piece.text for piece in self.pieces(split))
 
     def sha256(self) -> str:
-        """The hash of all text in order, including where splits and documents end."""
+        """The hash of all text in order, including where splits, documents and answers end."""
         return self._hash_and_size[0]
 
     @property
@@ -62,11 +62,13 @@ class Corpus:
     def _hash_and_size(self) -> tuple[str, int]:
         digest, size = hashlib.sha256(), 0
         for split in SPLITS:
-            digest.update(b"\xfe" + split.encode())  # 0xfe and 0xff never occur in UTF-8
-            for text, ends_document, _ in self.pieces(split):
+            digest.update(b"\xfe" + split.encode())  # 0xfd, 0xfe and 0xff never occur in UTF-8
+            for text, ends_document, answers in self.pieces(split):
                 data = text.encode()
                 digest.update(data)
                 size += len(data)
+                if answers is not None:
+                    digest.update(b"\xfd" + repr(answers).encode())
                 if ends_document:
                     digest.update(b"\xff")
         return digest.hexdigest(), size

@@ -88,6 +88,14 @@ def _damaged(path: Path, packing: str) -> InputError:
     return InputError(f"A whole {packing} file was expected, but {path} is damaged or cut short; bring it again.")
 
 
+def is_packed(path: Path) -> bool:
+    """Tell whether a file is packed in a way that is unpacked here."""
+    try:
+        return _head(path).startswith(tuple(_PACKED))
+    except InputError:
+        return False
+
+
 def found_in(path: Path, place: Callable[[], Unpacked]) -> Found:
     """Tell what a file holds; `place` is where it is unpacked, if it is packed.
 

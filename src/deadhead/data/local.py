@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from deadhead.data.formats import PROBE_BYTES, Format, Found, Unpacked, found_in, refuse_looks
+from deadhead.data.formats import PROBE_BYTES, Format, Found, Unpacked, found_in, is_packed, refuse_looks
 from deadhead.data.pieces import Document, Documents, readable
 from deadhead.data.tables import Rows
 from deadhead.errors import InputError, RunWarning
@@ -56,6 +56,16 @@ _STDLIB_NAMES = """
 _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"}
 
 
+def _found_below(path: Path, files: Sequence[Path], place: Callable[[], Unpacked]) -> Iterator[Found]:
+    """Yield what the files below a directory hold, in order; what is no text is left out, unless it is a packed one."""
+    for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):
+        try:
+            yield found_in(file, place)
+        except InputError:
+            if is_packed(file):
+                raise
+
+
 def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dict[str, Documents | Rows]:
     """Find the documents at a path, by the split that the files' names tell, or else all as "train".
 
@@ -93,10 +103,7 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
     files = list(_files_below(path))
     if not files:
         raise InputError(f"Text files were expected below {path}, but it has no files that are not hidden.")
-    everything: list[Found] = []
-    for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):
-        with suppress(InputError):  # what cannot be read is left out
-            everything.append(found_in(file, place))
+    everything = list(_found_below(path, files, place))
     if data_format is not None:
         asked = [found for found in everything if found.format == data_format != "text"]
         everything = [_as_asked(found, data_format) for found in asked or everything]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,7 +157,7 @@ def file_rows(
     if kind == "csv":
         # A word such as "None" is text, and what is too much in a line is no index.
         settings = {"sep": _separator(everything[0].path), "keep_default_na": False, "index_col": False}
-    names = {split: [str(file.path) for file in part] for split, part in files.items()}
+    names = {split: [glob.escape(str(file.path)) for file in part] for split, part in files.items()}
     # What was unpacked is gone with its place, and so are the tables made of it.
     place = next((file.place for file in everything if file.place is not None), None)
     cache = None if place is None else str(place.folder / "cache")

@@ -24,6 +24,9 @@ _PATIENCE = 1.5
 _HOLDS = 60.0
 _PATIENT = re.compile(r"HF_\w*(TIMEOUT|RETR)\w*")
 _asked: dict[str, tuple[float, bool]] = {}
+_lock = threading.Lock()
+# How many blocks of `quick` there are now, and what was set before the first.
+_quick: dict[str, int] = {"inside": 0, "before": 0}
 
 
 def is_name(path: str | Path) -> bool:
@@ -81,9 +84,17 @@ def require_had(name: str | Path, *, kind: Literal["model", "dataset"] = "model"
 @contextmanager
 def quick() -> Iterator[None]:
     """Let what the block asks of the hub come from its cache alone where the hub does not answer."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not answers()
+    is_down = not answers()
+    # Threads may be in here at the same time: the first notes what was set, the last puts it back.
+    with _lock:
+        if not _quick["inside"]:
+            _quick["before"] = constants.HF_HUB_OFFLINE
+        _quick["inside"] += 1
+        constants.HF_HUB_OFFLINE |= is_down
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        with _lock:
+            _quick["inside"] -= 1
+            if not _quick["inside"]:
+                constants.HF_HUB_OFFLINE = bool(_quick["before"])

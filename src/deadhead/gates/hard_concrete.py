@@ -53,7 +53,11 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(GateConfig).items():
-            require_type(getattr(self, name), hint, f"{name} must be")
+            value = getattr(self, name)
+            require_type(value, hint, f"{name} must be")
+            if hasattr(value, "item"):
+                # A number of NumPy would not go into JSON.
+                object.__setattr__(self, name, value.item())
         for name, wrong, rule in (
             ("beta", not 0 < self.beta <= _MOST, f"above 0 and at most {_MOST:g}"),
             ("gamma", not -_MOST <= self.gamma < 0, f"below 0 and at least {-_MOST:g}"),

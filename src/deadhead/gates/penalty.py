@@ -106,11 +106,13 @@ class Target:
 
     def state(self) -> dict[str, Any]:
         """Return what must be saved to go on exactly here."""
-        return {"start": self.start}
+        return {"start": self.start, "ramp_steps": self.ramp_steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self.start = state["start"]
+        # A training that now goes on for longer does not open again what is closed.
+        self.ramp_steps = min(self.ramp_steps, state.get("ramp_steps", self.ramp_steps))
 
 
 class SparsityTarget(Target):

@@ -158,7 +158,7 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
     planned = prepare(source, plan)
     tokenizer = _tokenizer(source)
     if planned.cache_growth:
-        warn_of_cache(planned.cache_growth, stacklevel=4)
+        warn_of_cache(planned.cache_growth, stacklevel=5)
     # One layer is checked before anything is written: whether layers of this kind can be.
     for place in sorted(planned.check.sites)[:1]:
         planned.check.check(place)

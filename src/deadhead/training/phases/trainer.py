@@ -91,7 +91,8 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.distillation = distillation
         self.keep = keep
-        # All segments have the same length, so the mean over accumulated batches is the mean of their means.
+        # All segments have the same length, so the mean over accumulated batches is the mean of their means; where
+        # answers alone count, each micro-batch counts alike, however many tokens of answers it has.
         self.model_accepts_loss_kwargs = False
         self.segment_loss = SegmentLoss(model)
         self.clipped_steps = 0

@@ -208,20 +208,16 @@ def run_single(
         work = out.with_name(out.name + ".work")
         on_main(lambda: _check_places(out, work, model, resume=options.resume))
         place = nullcontext(str(work))
-    with place as folder, _undone_on_failure(Path(folder), model), on_device(device):
+    with place as folder, _gone_on_failure(Path(folder)), on_device(device):
         return _run(phase, recipe, model, data, options, Path(folder), cut=cut)
 
 
 @contextmanager
-def _undone_on_failure(work: Path, model: Model) -> Iterator[None]:
-    """Undo what the block made if it fails: of a model in memory, so that another try begins anew, and `work`.
-
-    The folder stays if there is something to resume in it.
-    """
+def _gone_on_failure(work: Path) -> Iterator[None]:
+    """Remove `work` if the block made it and fails, unless there is something to resume in it."""
     fresh = not work.exists()
     try:
-        with restored_on_failure(model) if isinstance(model, PreTrainedModel) else nullcontext():
-            yield
+        yield
     except BaseException:
         if fresh and is_main() and newest_finished(work / "checkpoints") is None:
             shutil.rmtree(work, ignore_errors=True)
@@ -242,35 +238,37 @@ def _run(
         network.to(best_device())  # type: ignore[arg-type]
         return evaluate(network, text.valid, limit=options.evaluation_tokens, progress=counted(progress, what))
 
-    if network.can_generate():
-        # A text that is too short is told before anything is measured.
-        segments(network, text.train, recipe, rows=recipe.batch_size * count())
-    before = on_main(lambda: (model_cost(network), measured("evaluating before")))
-    run = PhaseRun(
-        folder=work / "checkpoints",
-        phase=phase,
-        seed=options.seed,
-        teacher=_teacher(options.teacher or (model if phase == "prune" else None), network, recipe),
-        metrics=work / METRICS_FILE,
-        tensorboard=work / "tensorboard",
-        report_to=options.report_to,
-        run_name=f"{work.name.removesuffix('.work')} {phase}",
-        valid=text.valid,
-        report=partial(progress, phase),
-        resume=options.resume,
-    )
-    found: dict[str, Any] = {}
-    if isinstance(recipe, PruneRecipe):
-        latency = on_main(lambda: latency_in(work, network, recipe, progress))
-        gates, budget = choose_units(network, text.train, recipe, replace(run, latency=latency))
-        plan = gates.plan()
-        found = {"plan": plan, "gates": gates, "budget": budget}
-        if cut:
-            cut_heads(network, plan)
-            found |= {"plan": find_layout(network).recorded_plan(network) or plan, "gates": None}
-    else:
-        train(network, text.train, recipe, run)
-        found["plan"] = find_layout(network).recorded_plan(network)
+    # Until the units are cut another try begins anew with a model in memory; what fails afterwards loses nothing.
+    with restored_on_failure(network) if isinstance(model, PreTrainedModel) else nullcontext():
+        if network.can_generate():
+            # A text that is too short is told before anything is measured.
+            segments(network, text.train, recipe, rows=recipe.batch_size * count())
+        before = on_main(lambda: (model_cost(network), measured("evaluating before")))
+        run = PhaseRun(
+            folder=work / "checkpoints",
+            phase=phase,
+            seed=options.seed,
+            teacher=_teacher(options.teacher or (model if phase == "prune" else None), network, recipe),
+            metrics=work / METRICS_FILE,
+            tensorboard=work / "tensorboard",
+            report_to=options.report_to,
+            run_name=f"{work.name.removesuffix('.work')} {phase}",
+            valid=text.valid,
+            report=partial(progress, phase),
+            resume=options.resume,
+        )
+        found: dict[str, Any] = {}
+        if isinstance(recipe, PruneRecipe):
+            latency = on_main(lambda: latency_in(work, network, recipe, progress))
+            gates, budget = choose_units(network, text.train, recipe, replace(run, latency=latency))
+            plan = gates.plan()
+            found = {"plan": plan, "gates": gates, "budget": budget}
+            if cut:
+                cut_heads(network, plan)
+                found |= {"plan": find_layout(network).recorded_plan(network) or plan, "gates": None}
+        else:
+            train(network, text.train, recipe, run)
+            found["plan"] = find_layout(network).recorded_plan(network)
 
     def measure_and_save() -> tuple[Cost, Evaluation | None, dict[str, Any] | None]:
         result = measured("evaluating")
