@@ -30,9 +30,12 @@ def require_model(model: Any) -> None:
     if path is None:
         raise UnsupportedModel(f"A PreTrainedModel of transformers was expected, but a {kind} came, with none in it.")
     place = f"get_submodule({path!r})" if isinstance(model, nn.Module) else path
-    if hasattr(model, "peft_config"):
-        place += ", its adapters merged by merge_and_unload() if they are to stay"
-    elif kind == "OptimizedModule":
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        raise UnsupportedModel(
+            f"A model of transformers was expected, but a {kind} came, whose adapters a cut would not fit; merge them "
+            "first: model = model.merge_and_unload()."
+        )
+    if kind == "OptimizedModule":
         kind, place = "model wrapped by torch.compile", f"{place}, and compile it afterwards"
     raise UnsupportedModel(
         f"A model of transformers was expected, but a {kind} came, which holds one; give deadhead the model inside, "
