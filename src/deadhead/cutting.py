@@ -6,12 +6,10 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,7 +21,7 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Layout, Site, find_layout, head_columns, own_config
 from deadhead.layouts.inputs import made_inputs, run, runner
-from deadhead.modes import evaluating, restored_on_failure, seeded, uncompiled
+from deadhead.modes import evaluating, free_memory, restored_on_failure, seeded, uncompiled
 from deadhead.plans.plan import HeadPlan, UnitKey
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
@@ -33,7 +31,6 @@ _HALF = (torch.float16, torch.bfloat16)
 _RATIO_HALF, _TOLERANCE_HALF = 1.5, 5e-2
 # Of the memory that is free, what weights in float32 may take.
 _SHARE_OF_MEMORY = 0.7
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
 # So many that whole texts and halves take different ways through our own model's attention.
 CHECK_TEXTS, _CHECK_LENGTH = 3, 16
 
@@ -182,7 +179,7 @@ def _why_not_finite(model: PreTrainedModel) -> str:
 def _in_float32(model: PreTrainedModel) -> Iterator[bool]:
     """Hold what is in half precision in float32 while the block runs, if there is memory for that; yield whether."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in _HALF]
-    if 4 * sum(tensor.numel() for tensor in tensors) > _SHARE_OF_MEMORY * _free_memory(model.device):
+    if 4 * sum(tensor.numel() for tensor in tensors) > _SHARE_OF_MEMORY * free_memory(model.device):
         yield False
         return
     before = [tensor.data for tensor in tensors]
@@ -193,18 +190,6 @@ def _in_float32(model: PreTrainedModel) -> Iterator[bool]:
     finally:
         for tensor, data in zip(tensors, before, strict=True):
             tensor.data = data
-
-
-def _free_memory(device: torch.device) -> int:
-    """Return how many bytes can still be had on a device; in a container no more than it may have."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # no such file, or no limit in it
-        most, used = (int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, most - used)
-    return free
 
 
 def require_same_function(model: PreTrainedModel, expected: Outputs, *, texts: int = CHECK_TEXTS) -> None:

@@ -1,4 +1,4 @@
-"""Where and how modules run: the device there is, evaluation for a while, as they were after a failure, denormals."""
+"""Where and how modules run: the device there is and its memory, evaluation for a while, undone failures, denormals."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _chosen: ContextVar[torch.device | None] = ContextVar("chosen_device", default=None)
 
 
@@ -30,6 +33,18 @@ def best_device() -> torch.device:
         return chosen
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes can still be had on a device; in a container no more than it may have."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no such file, or no limit in it
+        most, used = (int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, most - used)
+    return free
 
 
 @contextmanager

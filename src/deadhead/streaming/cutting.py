@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import torch
 from filelock import FileLock
 from transformers import GenerationConfig
 
@@ -27,6 +27,7 @@ from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, weights_size
 from deadhead.errors import CutError, InputError, typed
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
+from deadhead.modes import free_memory
 from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import copy_pieces, send_to_disk
 from deadhead.streaming.layer_check import NotStreamable
@@ -125,7 +126,7 @@ def cut_checkpoint(
             raise InputError(f"{source} cannot be cut shard by shard, as {why}; cut it in memory.")
     if resume:
         raise InputError("There is nothing to resume: a cut in memory leaves nothing when it is stopped.")
-    needed, free = weights_size(folder), psutil.virtual_memory().available
+    needed, free = weights_size(folder), free_memory(torch.device("cpu"))
     if needed > free:
         reason = f" It cannot be cut shard by shard, as {why}." if why else ""
         raise InputError(

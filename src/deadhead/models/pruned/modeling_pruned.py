@@ -23,16 +23,16 @@ TYPE_PREFIX = "deadhead_"
 _OF = "__"
 # Bytes; torch allocates every tensor at a multiple of it.
 _ALIGNMENT = 64
+# A class that several Auto classes list is saved as that of the first.
+_FIRST = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel", "AutoModelForImageTextToText")
 _AUTO_NAMES: dict[str, dict[str, Any]] = {
     name: auto._model_mapping._model_mapping
-    for name, auto in vars(modeling_auto).items()
-    if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None
+    for name in dict.fromkeys((*_FIRST, *vars(modeling_auto)))
+    if name.startswith("AutoModel")
+    and getattr(auto := getattr(modeling_auto, name), "_model_mapping", None) is not None
 }
 """Auto classes, and their tables from model type to names of classes."""
 
-# A class that several Auto classes list is saved as that of the first.
-_FIRST = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel", "AutoModelForImageTextToText")
-_AUTO_NAMES = {name: _AUTO_NAMES[name] for name in dict.fromkeys((*_FIRST, *_AUTO_NAMES))}
 _classes: dict[str, type] = {}
 
 
