@@ -6,6 +6,7 @@ were. A mistake that turns out to be none, such as a whole number where a share 
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 import deadhead
+from deadhead.checkpoints.gate_files import load_gates, save_gates
 from deadhead.cli import execute
 from deadhead.data import TokenStream
 from deadhead.errors import CutError, InputError
@@ -118,6 +120,12 @@ _DOORS: dict[str, Callable[[Any, Path, Any], object]] = {
     "HeadPlan.from_json": lambda m, f, v: deadhead.HeadPlan.from_json(v),
     "report_run": lambda m, f, v: deadhead.report_run(v),
     "callback gates": lambda m, f, v: deadhead.SparsityCallback(v),
+    "callback budget": lambda m, f, v: deadhead.SparsityCallback(budget=v),
+    "HeadPlan blocks": lambda m, f, v: deadhead.HeadPlan(kept={}, total={0: 2}, blocks=v),
+    "HeadPlan.cut": lambda m, f, v: plan_for(m).cut(v),
+    "load_gates path": lambda m, f, v: load_gates(m, v),
+    "load_gates model": lambda m, f, v: load_gates(v, f),
+    "save_gates": lambda m, f, v: save_gates(v, f),
     "prune data": lambda m, f, v: deadhead.prune(m, v, **_SMALL),
     "prune progress": lambda m, f, v: deadhead.prune(m, text(), progress=None if callable(v) else v, **_SMALL),
     "prune model": lambda m, f, v: deadhead.prune(v, text(), **_SMALL),
@@ -147,6 +155,23 @@ _DOORS |= {
         "unit",
         "nme",
     )
+}
+_DOORS |= {
+    f"callback {name}": (lambda m, f, v, name=name: deadhead.SparsityCallback(**{name: v}))  # type: ignore[misc]
+    for name in ("l0", "warmup_steps", "sparsity", "weighting", "gate_lr", "exact", "track_difference")
+}
+_DOORS |= {
+    f"gates.{name}": (lambda m, f, v, call=call: call(deadhead.attach(copy.deepcopy(m)), v))  # type: ignore[misc]
+    for name, call in {
+        "plan sparsity": lambda g, v: g.plan(sparsity=v),
+        "plan ranking": lambda g, v: g.plan(ranking=v),
+        "plan_of": lambda g, v: g.plan_of(v),
+        "set_plan": lambda g, v: g.set_plan(v),
+        "settle": lambda g, v: g.settle(v),
+        "load_state_dict": lambda g, v: g.load_state_dict(v),
+        "track_difference": lambda g, v: g.track_difference(v),
+        "lean": lambda g, v: g.lean(v, spread=1.0),
+    }.items()
 }
 
 

@@ -120,10 +120,14 @@ def attach(
         )
     require_runnable(model)
     costs = _relative_costs(there)
-    gates = {
-        site.key: HeadGate(len(site.units), config.for_gate(of_blocks=site.has_blocks), costs[site.key])
-        for site in there
-    }
+    # What is made under torch.inference_mode() could never learn.
+    with torch.inference_mode(False):
+        gates = {
+            site.key: HeadGate(len(site.units), config.for_gate(of_blocks=site.has_blocks), costs[site.key]).to(
+                _weight(site).device
+            )
+            for site in there
+        }
     head_gates = HeadGates(
         gates,
         heads={site.key: site.units for site in sites},
@@ -135,8 +139,7 @@ def attach(
     )
     with restored_on_failure(model):
         for site in there:
-            gate = gates[site.key].to(_weight(site).device).train(model.training)
-            site.module.add_module(site.gate_name, gate)
+            site.module.add_module(site.gate_name, gates[site.key].train(model.training))
         _hang(sites)
         # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
         text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from huggingface_hub.repocard import metadata_load
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 import deadhead
+from benchmarks._tiny_models import tiny_model as model_of_type
 from deadhead import HeadPlan, InputError
 from deadhead.data import load_text, load_tokenizer
 from deadhead.gates.hard_concrete import GateConfig
@@ -364,7 +366,7 @@ _DAMAGES = {
     _without_weights: "cannot be loaded: .*no file named",
     _without_a_tensor: "not those of its configuration: missing tensor model.layers.1.attention.k_proj.weight",
     _with_another_tensor: "not those of its configuration: unexpected tensor stray",
-    _with_gate_keys: "was saved in the middle of training with gates; resume that run",
+    _with_gate_keys: "was saved with gates on, .*; open it with deadhead.load_gated",
     _other_width: "do not fit its configuration",
     _uneven_heads: "cannot be used: .*",
     _more_layers: "not those of its configuration: missing tensor",
@@ -481,13 +483,86 @@ def test_gates_that_are_not_there_or_damaged(tmp_path: Path) -> None:
     )
 
 
-def test_the_trainers_own_checkpoint_is_refused(tmp_path: Path) -> None:
-    """A model saved by the Trainer with gates on has their tensors among the weights."""
-    model = _gated()
-    model.save_pretrained(tmp_path / "checkpoint-5")
-    assert any("head_gate" in name for name in weights(tmp_path / "checkpoint-5"))
-    with pytest.raises(InputError, match="was saved in the middle of training with gates; resume that run"):
-        deadhead.load(tmp_path / "checkpoint-5")
+@pytest.mark.parametrize("shard", ["5GB", "10KB"])
+@pytest.mark.parametrize(
+    ("model_type", "gates"),
+    [("llama", {}), ("llama", {"unit": "head", "blocks": 8}), ("gpt2", {}), ("bert", {"blocks": True})],
+    ids=["llama", "llama-blocks", "gpt2", "bert"],
+)
+def test_what_was_saved_with_gates_on_by_other_means_opens(
+    model_type: str, gates: dict[str, Any], shard: str, tmp_path: Path
+) -> None:
+    """A Trainer's `save_model` and `save_pretrained` write gates among the weights, with all that they need."""
+    model: Any = model_of_type(model_type)
+    config = GateConfig(lr_scale=7.0, seed=2**40, output_scale=True)
+    saved = deadhead.attach(model, config=config, **gates)
+    for _, gate in saved:
+        gate.set_log_alpha(torch.linspace(-1, 1, gate.num_heads))
+        gate.difference.fill_(0.5)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    with pytest.raises(InputError, match="was saved with gates on, .* open it with deadhead.load_gated"):
+        deadhead.load(tmp_path)
+    loaded, found = deadhead.load_gated(tmp_path)
+    assert deadhead.gates_of(loaded) is found
+    assert (found.config, found.unit, found.block_size) == (config, saved.unit, saved.block_size)
+    assert found.plan() == saved.plan()
+    torch.testing.assert_close(found.state_dict(), saved.state_dict())
+    plain = {name: value for name, value in model.state_dict().items() if "_gate." not in name}
+    assert_same_tensors({name: value for name, value in loaded.state_dict().items() if name in plain}, plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_extra_state": None}, "have gates without their settings; load the model"),
+        ({"_extra_state": torch.tensor([1, 2], dtype=torch.uint8)}, "have gates without their settings"),
+        ({"log_alpha_bias": None}, "The saved gates do not fit this model"),
+        ({"difference": torch.zeros(9)}, "The saved gates do not fit this model"),
+    ],
+    ids=["no settings", "no JSON", "no values", "other shape"],
+)
+def test_gates_among_weights_that_are_damaged(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    _gated().save_pretrained(tmp_path)
+    (ending, value), *_ = change.items()
+    tensors = weights(tmp_path)
+    name = next(name for name in tensors if name.endswith(f"head_gate.{ending}"))
+    del tensors[name]
+    save_file(tensors if value is None else {**tensors, name: value}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message) as caught:
+        deadhead.load_gated(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [deadhead.load, deadhead.load_gated])
+@pytest.mark.parametrize(
+    ("holds", "message"),
+    [
+        (
+            ("checkpoint-2", "checkpoint-4", "checkpoint-10", "checkpoint-x"),
+            "are in .*/checkpoint-10, .*/checkpoint-4[.]$",
+        ),
+        (("pruned", "dense"), "its models are in .*/pruned, .*/dense[.]$"),
+        (("checkpoint-4",) * 2, "its models are in .*/checkpoint-4[.]$"),
+    ],
+    ids=["trainer", "run", "one"],
+)
+def test_a_folder_of_checkpoints_names_them(load: Any, holds: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    for name in holds:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
+
+
+# PEFT asks transformers for activation checkpointing by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_alone_are_told_as_that(tmp_path: Path) -> None:
+    wrapped = peft.get_peft_model(model_of_type("llama"), peft.LoraConfig(target_modules="all-linear"))
+    deadhead.attach(wrapped)
+    wrapped.save_pretrained(str(tmp_path))
+    for load in (deadhead.load, deadhead.load_gated):
+        with pytest.raises(InputError, match="holds PEFT's adapters without their model"):
+            load(tmp_path)
 
 
 def test_another_programs_model_is_left_alone(tmp_path: Path) -> None:

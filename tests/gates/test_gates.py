@@ -468,3 +468,20 @@ def test_gates_learn_lr_scale_times_as_fast_under_adam(lr_scale: float) -> None:
 def test_constants_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(InputError, match=f"gate's {field} must be"):
         GateConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda gates: gates.plan(),
+        lambda gates: gates.plan(sparsity=0.5),
+        lambda gates: gates.open_probability(),
+        lambda gates: gates.sparsity,
+        lambda gates: gates.state_dict(),
+    ],
+    ids=["plan", "plan of a share", "chances", "sparsity", "state"],
+)
+def test_gates_without_values_say_so(read: Any) -> None:
+    gates = attach(tiny_model().to("meta"))
+    with pytest.raises(InputError, match="The gates have no values, as their model is on the meta device"):
+        read(gates)

@@ -22,14 +22,18 @@ from transformers import (
 )
 
 from deadhead.attaching import gates_of, is_gate
-from deadhead.checkpoints.declared import GATES_FILE, has_gates
+from deadhead.checkpoints.declared import GATES_FILE, has_gates, require_config
 from deadhead.checkpoints.declared import PLAN_FILE as PLAN_FILE
-from deadhead.checkpoints.gate_files import load_gates, save_gates
+from deadhead.checkpoints.gate_files import (
+    has_gates_among_weights,
+    load_gates,
+    load_gates_among_weights,
+    save_gates,
+)
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
 from deadhead.disk.hub import is_name, quick, require_had
-from deadhead.disk.stored import read_header
 from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
@@ -183,10 +187,10 @@ def load(
 
 
 def _with_gates_on(path: str | Path) -> InputError:
-    how = f"open it with deadhead.load_gated, as {GATES_FILE} is beside it"
-    if not has_gates(path):
-        how = "resume that run, or load a checkpoint that deadhead.save wrote"
-    return InputError(f"The checkpoint {path} was saved in the middle of training with gates; {how}.")
+    return InputError(
+        f"The checkpoint {path} was saved with gates on, and they are among its weights; open it with "
+        "deadhead.load_gated, which gives model and gates."
+    )
 
 
 def _load(
@@ -288,18 +292,27 @@ def _no_such_name(path: str | Path, error: Exception) -> InputError:
 
 
 @typed
-def load_gated(path: str | Path) -> tuple[PreTrainedModel, HeadGates]:
-    """Load a model and its gates from a folder that was saved with gates on, or a Trainer's checkpoint.
+def load_gated(
+    path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, HeadGates]:
+    """Load a model and its gates from a folder that was saved with gates on, by `save`, a Trainer or `save_pretrained`.
+
+    Args:
+        path: the folder.
+        dtype: of the weights, as in `load`; gates stay float32.
+        device: where both go, as in `load`.
 
     Raises:
         InputError: the folder has no gates, or it cannot be loaded.
     """
     path = Path(path)
     if path.is_dir() and not has_gates(path):
-        if any(is_gate(tensor.name) for file in path.glob("*.safetensors") for tensor in read_header(file)):
-            raise _with_gates_on(path)
+        require_config(path)
+        if has_gates_among_weights(path):
+            model, _ = _load(path, dtype, device)
+            return model, load_gates_among_weights(model, path)
         raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
-    model, _ = _load(path)
+    model, _ = _load(path, dtype, device)
     return model, load_gates(model, path)
 
 

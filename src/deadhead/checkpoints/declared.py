@@ -60,10 +60,20 @@ def declared_config(path: Path) -> dict[str, Any]:
 
 
 def require_config(folder: Path) -> None:
-    """Check that a folder has a configuration; the InputError names the models in it where it is a run's."""
+    """Check that a folder has a configuration; the InputError names the models in the folder of a run or Trainer."""
     if not (folder / "config.json").is_file():
-        inner = [name for name in ("pruned", "dense", "gated", "control") if (folder / name / "config.json").is_file()]
+        # Of a Trainer's checkpoints the last two.
+        steps = sorted(
+            int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()
+        )
+        names = ["pruned", "dense", "gated", "control", *(f"checkpoint-{step}" for step in steps[:-3:-1])]
+        inner = [name for name in names if (folder / name / "config.json").is_file()]
         hint = f"; its models are in {', '.join(str(folder / name) for name in inner)}" if inner else ""
+        if (folder / "adapter_config.json").is_file():
+            hint = (
+                ": it holds PEFT's adapters without their model; load that, put them on it with "
+                "PeftModel.from_pretrained, and gates, if save_gates wrote any beside them, with load_gates"
+            )
         raise InputError(
             f"A model configuration was expected at {folder / 'config.json'}, but there is no such file{hint}."
         )

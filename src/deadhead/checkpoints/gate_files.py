@@ -1,20 +1,23 @@
-"""Gates alone in a folder: values as safetensors, constants as JSON."""
+"""Gates in a folder, alone (values as safetensors, constants as JSON) or among a model's weights."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from deadhead.attaching import attach, detach
+from deadhead.attaching import attach, detach, is_gate
 from deadhead.checkpoints.declared import GATES_FILE, has_gates
 from deadhead.disk.files import write_bytes, write_json
 from deadhead.disk.reading import read_object, shown
-from deadhead.errors import InputError
+from deadhead.disk.stored import read_header
+from deadhead.errors import InputError, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 
@@ -23,6 +26,7 @@ GATES_CONFIG_FILE = "head_gates.json"
 _LARGEST = 2**63
 
 
+@typed
 def save_gates(gates: HeadGates, path: str | Path) -> None:
     """Write the gates, without the model they were trained on, into a folder; other files in it stay.
 
@@ -35,6 +39,7 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
     write_json(folder / GATES_CONFIG_FILE, {**asdict(gates.config), "unit": gates.unit, **size})
 
 
+@typed
 def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     """Attach gates that `save_gates` wrote into a folder to `model`, the one they were trained on.
 
@@ -46,6 +51,62 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
         raise InputError(f"Gates were expected in {folder}, but there is no {GATES_FILE}.")
     path = folder / GATES_CONFIG_FILE
     values = read_object(path, what="gate configuration")
+    try:
+        state = load_file(folder / GATES_FILE)
+    except SafetensorError as error:
+        raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
+    except OSError as error:
+        raise InputError(f"The gates {folder / GATES_FILE} cannot be read: {error.strerror or error}.") from error
+    return _put_on(model, values, state, path)
+
+
+def has_gates_among_weights(path: str | Path) -> bool:
+    """Tell whether a folder's weights were saved with gates on by other means than `save`, such as a Trainer's."""
+    return any(is_gate(tensor.name) for file in Path(path).glob("*.safetensors") for tensor in read_header(file))
+
+
+def load_gates_among_weights(model: PreTrainedModel, path: str | Path) -> HeadGates:
+    """Attach the gates that lie among a folder's weights to `model`, which was loaded from there.
+
+    Raises:
+        InputError: they have no settings, are damaged, or are another model's.
+    """
+    found: dict[str, Tensor] = {}
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if is_gate(name)}  # noqa: SIM118
+    settings: dict[str, Any] = {}
+    state: dict[str, Tensor] = {}
+    for place in sorted({name.rpartition(".")[0] for name in found}):
+        values = _settings_of(found.get(f"{place}._extra_state"), path)
+        key = values.pop("key", None)
+        scale: Any = values.get("lr_scale")
+        # What makes up for closed heads is no matter of blocks.
+        settings |= {
+            **values,
+            "output_scale": bool(settings.get("output_scale")) | (values.get("output_scale") is True),
+        }
+        if _is_number(scale, float):
+            names = ("log_alpha", "log_alpha_bias", scale), ("difference", "difference", 1.0)
+            state |= {f"{key}.{to}": found[f"{place}.{of}"] * by for to, of, by in names if f"{place}.{of}" in found}
+    return _put_on(model, settings, state, Path(path))
+
+
+def _settings_of(stored: Tensor | None, path: str | Path) -> dict[str, Any]:
+    try:
+        values = None if stored is None else json.loads(bytes(stored.tolist()))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"The weights in {path} have gates without their settings; load the model they were made of, attach gates "
+            "as they were attached then, and take their values from the weights by load_state_dict(…, strict=False)."
+        )
+    return values
+
+
+def _put_on(model: PreTrainedModel, values: dict[str, Any], state: dict[str, Tensor], path: Path) -> HeadGates:
+    """Attach gates with settings and a state that were read from `path`."""
     unit, block_size = values.pop("unit", None), values.pop("block_size", None)
     if unit not in (None, "head", "kv_group") or not (block_size is None or _is_number(block_size, int)):
         raise InputError(
@@ -53,12 +114,6 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
             f"has {shown(unit)} and {shown(block_size)}."
         )
     config = _checked_config(values, path)
-    try:
-        state = load_file(folder / GATES_FILE)
-    except SafetensorError as error:
-        raise InputError(f"The gates {folder / GATES_FILE} are damaged or cut short: {error}.") from error
-    except OSError as error:
-        raise InputError(f"The gates {folder / GATES_FILE} cannot be read: {error.strerror or error}.") from error
     gates = attach(model, config=config, unit=unit, blocks=block_size or False)
     try:
         gates.load_state_dict(state)

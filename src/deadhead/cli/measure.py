@@ -10,7 +10,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Device, Dtype, Model, Quiet, console, load_torch, of_hub, print_json, progress
+from deadhead.cli.console import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    console,
+    errors,
+    load_torch,
+    of_hub,
+    print_json,
+    progress,
+)
 from deadhead.cli.settings import takes_settings
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe
@@ -20,10 +32,21 @@ if TYPE_CHECKING:
 
 
 def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
+    """Load a model to be measured; one that was saved with gates on has them, and a line says so."""
     from deadhead.checkpoints import checkpoint
+    from deadhead.checkpoints.declared import has_gates
+    from deadhead.checkpoints.gate_files import has_gates_among_weights
     from deadhead.modes import best_device
 
-    return checkpoint.load(path, device=device or best_device(), dtype=dtype)
+    device = device or str(best_device())
+    if not path.is_dir() or not (has_gates(path) or has_gates_among_weights(path)):
+        return checkpoint.load(path, device=device, dtype=dtype)
+    model, gates = checkpoint.load_gated(path, device=device, dtype=dtype)
+    errors.print(
+        f"{escape(str(path))} has gates, which are on here: {gates.sparsity:.1%} of its heads are closed, not cut; "
+        "deadhead.load gives the ungated model of a folder that deadhead wrote."
+    )
+    return model
 
 
 def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:

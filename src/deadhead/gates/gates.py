@@ -42,6 +42,10 @@ class HeadGates:
     _micro_batch: int = field(default=0, init=False)
     _exactly: Sequence[tuple[list[HeadGate], int]] = field(default=(), init=False)
 
+    def __post_init__(self) -> None:
+        for key, gate in self.gates.items():
+            gate.settings = {"key": str(key), "unit": self.unit, "block_size": self.block_size}
+
     def __iter__(self) -> Iterator[tuple[UnitKey, HeadGate]]:
         return iter(self.gates.items())
 
@@ -80,6 +84,7 @@ class HeadGates:
         """Let draws open exactly so many gates of each group, until told otherwise; () lets each gate decide alone."""
         self._exactly = groups
 
+    @typed
     def track_difference(self, on: bool = True) -> None:
         """Measure each head's output difference in one training forward of ten, or stop that.
 
@@ -119,14 +124,17 @@ class HeadGates:
 
     def log_alpha(self) -> dict[UnitKey, Tensor]:
         """Return log_alpha by key, detached, on the CPU."""
+        self._require_values()
         return {key: gate.log_alpha.detach().cpu() for key, gate in self}
 
     def open_probability(self) -> dict[UnitKey, Tensor]:
         """Return by key the chance that a unit is open in a training draw, on the CPU."""
+        self._require_values()
         return {key: gate.open_probability.cpu() for key, gate in self}
 
     def difference(self) -> dict[UnitKey, Tensor]:
         """Return by key the running relative output difference d_h of each unit, on the CPU; 0 if never measured."""
+        self._require_values()
         return {key: gate.difference.cpu() for key, gate in self}
 
     def l0(self) -> Tensor:
@@ -140,13 +148,24 @@ class HeadGates:
     @property
     def sparsity(self) -> float:
         """Share of the heads' gates that are closed in evaluation, in [0, 1]."""
+        self._require_values()
         return _closed_share([gate for key, gate in self if key.kind == "head"])
 
     @property
     def block_sparsity(self) -> float:
         """Share of the blocks' gates that are closed in evaluation, in [0, 1]."""
+        self._require_values()
         return _closed_share([gate for key, gate in self if key.kind == "block"])
 
+    def _require_values(self) -> None:
+        """Check that the gates have values, which those of a model on the meta device have not."""
+        if any(gate.log_alpha_bias.is_meta for _, gate in self):
+            raise InputError(
+                "The gates have no values, as their model is on the meta device, without weights; attach gates to a "
+                "model whose weights are loaded."
+            )
+
+    @typed
     def plan(self, *, sparsity: float | None = None, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that keeps the heads open now.
 
@@ -156,9 +175,11 @@ class HeadGates:
         """
         if sparsity is not None:
             return self.scores().plan(sparsity, ranking=ranking)
+        self._require_values()
         kept = {key: tuple(compress(self.heads[key], gate.is_open.tolist())) for key, gate in self}
         return self.plan_of({**dict.fromkeys(self.heads, ()), **kept})
 
+    @typed
     def plan_of(self, kept: Mapping[UnitKey, Sequence[int]]) -> HeadPlan:
         """Return the plan that keeps some units, given by key."""
         return HeadPlan.of_units(
@@ -176,6 +197,7 @@ class HeadGates:
             block_size=self.block_size,
         )
 
+    @typed
     def lean(self, scores: HeadScores, *, spread: float) -> None:
         """Move log_alpha apart, in even steps in the order of the units' scores, by a standard deviation of `spread`.
 
@@ -191,6 +213,7 @@ class HeadGates:
         for (_, gate), part in zip(self, ranks.split([gate.num_heads for _, gate in self]), strict=True):
             gate.set_log_alpha(gate.log_alpha + spread * part.to(gate.log_alpha_bias.device))
 
+    @typed
     @torch.no_grad()
     def settle(self, plan: HeadPlan) -> None:
         """Move log_alpha to where evaluation closes the units that `plan` drops, and no others.
@@ -229,6 +252,7 @@ class HeadGates:
             gate.config = config.for_gate(of_blocks=key.kind == "block")
             gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
 
+    @typed
     def require_plan(self, plan: HeadPlan) -> dict[UnitKey, tuple[int, ...]]:
         """Return the units that `plan` keeps, by key; blocks too of which it says nothing, if their layer has heads.
 
@@ -271,12 +295,14 @@ class HeadGates:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return log_alpha and the measured output differences of every layer, for saving."""
+        self._require_values()
         return {
             f"{key}.{name}": value.detach().cpu().clone()
             for key, gate in self
             for name, value in (("log_alpha", gate.log_alpha), ("difference", gate.difference))
         }
 
+    @typed
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` returned.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +30,8 @@ class HeadGate(nn.Module):
     The buffer `difference`, (H,), is the running average of the heads' output differences (see `relative_difference`),
     measured in some training forwards; 0 if nothing was measured yet. With several processes each measures its own
     batches, and `HeadGates.average_difference` puts their mean in place. `cost` is what an open gate costs in the
-    sparsity loss, where a head costs 1.
+    sparsity loss, where a head costs 1. `settings` is what all gates of a model have in common besides the
+    constants, and which of them these are.
     """
 
     noise: Tensor
@@ -37,6 +41,7 @@ class HeadGate(nn.Module):
         super().__init__()
         self.config = config
         self.cost = cost
+        self.settings: dict[str, Any] = {}
         self.log_alpha_bias = nn.Parameter(torch.full((num_heads,), config.init / config.lr_scale))
         self.register_buffer("noise", torch.full((num_heads,), 0.5), persistent=False)
         self.register_buffer("difference", torch.zeros(num_heads))
@@ -57,6 +62,23 @@ class HeadGate(nn.Module):
 
         super()._apply(keep_float32, recurse)
         return self
+
+    def get_extra_state(self) -> Tensor:
+        """Return, as bytes of JSON, what a file of weights must hold for gates to be attached again."""
+        text = json.dumps({**asdict(self.config), **self.settings})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Do nothing: the constants are those that the gates were attached with."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        found = state_dict.get(f"{prefix}log_alpha_bias")
+        if found is not None and found.numel() != self.num_heads:
+            raise InputError(
+                f"The checkpoint has {found.numel()} gates at {prefix[:-1]}, but the model has {self.num_heads}; "
+                "attach them as they were attached before, with the same unit and blocks."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def num_heads(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import l0_probability
 from deadhead.gates.head_gate import HeadGate
@@ -127,6 +127,7 @@ class SparsityTarget(Target):
     out exactly that share, those with the smallest log_alpha after Gumbel noise.
     """
 
+    @typed
     def __init__(
         self, sparsity: float, *, ramp_steps: int | None = None, ranking: Ranking = "global", exact: bool = False
     ) -> None:

@@ -10,7 +10,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
@@ -27,6 +27,7 @@ class HeadScores:
     output_scale: bool = False  # what the plan is to say of it; False for scores that were taken without gates
     block_size: int | None = None  # size of the blocks that have scores too, or None
 
+    @typed
     def plan(self, sparsity: float, *, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that drops a share of the heads there are now, those with the lowest scores.
 

@@ -329,8 +329,47 @@ def test_frozen_gates_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(
         model=model, args=_arguments(tmp_path), train_dataset=_Text(), callbacks=[deadhead.SparsityCallback(gates)]
     )
-    with pytest.raises(InputError, match="not among the parameters that the optimizer trains"):
+    with pytest.raises(InputError, match="gates of layer 0 are frozen"):
         trainer.train()
+
+
+@pytest.mark.parametrize("twice", [True, False], ids=["one twice", "two"])
+def test_two_callbacks_are_refused(twice: bool, tmp_path: Path) -> None:
+    model, gates = _gated()
+    first = deadhead.SparsityCallback(gates, sparsity=0.5)
+    second = first if twice else deadhead.SparsityCallback(gates, l0=0.5)
+    trainer = Trainer(model=model, args=_arguments(tmp_path), train_dataset=_Text(), callbacks=[first, second])
+    with pytest.raises(InputError, match="has two SparsityCallbacks, .*; give it one"):
+        trainer.train()
+    trainer.remove_callback(first)
+    if not twice:
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("made", "trained", "message"),
+    [
+        (torch.no_grad(), torch.inference_mode(), "cannot learn under torch.no_grad.. or torch.inference_mode"),
+        (torch.no_grad(), torch.no_grad(), "cannot learn under torch.no_grad.. or torch.inference_mode"),
+        (torch.inference_mode(), torch.enable_grad(), "a model that was loaded under torch.inference_mode"),
+    ],
+    ids=["trained in inference mode", "trained without gradients", "made in inference mode"],
+)
+def test_what_lets_nothing_learn_is_refused(made: Any, trained: Any, message: str, tmp_path: Path) -> None:
+    with made:
+        model = tiny_model()
+    callbacks = [deadhead.SparsityCallback(deadhead.attach(model))]
+    with pytest.raises(InputError, match=message), trained:
+        Trainer(model=model, args=_arguments(tmp_path), train_dataset=_Text(), callbacks=callbacks).train()
+
+
+def test_gates_that_were_attached_in_inference_mode_learn(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.inference_mode():
+        gates = deadhead.attach(model)
+    callbacks = [deadhead.SparsityCallback(gates, sparsity=0.5)]
+    Trainer(model=model, args=_arguments(tmp_path), train_dataset=_Text(), callbacks=callbacks).train()
+    assert gates.sparsity == 0.5
 
 
 def test_deepspeed_is_refused(tmp_path: Path) -> None:
@@ -355,7 +394,12 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
         ({"sparsity": 0.5, "ranking": "best"}, "takes ranking as .*'global', 'layer'.*, but 'best' came"),
         ({"sparsity": 0.5, "ramp_steps": 0.6}, "takes ramp_steps as int .*, but 0.6 came"),
         ({"sparsity": 0.5, "ramp_steps": -1}, "ramp_steps must be a whole number of steps, or None, but it is -1"),
-        ({"budget": 0.5}, "budget must be a BudgetTarget"),
+        ({"budget": 0.5}, "budget must be a deadhead.gates.budget.BudgetTarget"),
+        ({"budget": "0.5"}, "budget must be a deadhead.gates.budget.BudgetTarget.*, but '0.5' came"),
+        ({"warmup_steps": -5}, "warmup_steps must be a whole number of steps, or None, but it is -5"),
+        ({"l0": 0.1, "sparsity": 0.5}, "l0 is what open heads cost where no share is asked for"),
+        ({"ramp_steps": 5}, "ramp_steps and ranking say how a sparsity is reached; give a sparsity"),
+        ({"ranking": "layer"}, "ramp_steps and ranking say how a sparsity is reached; give a sparsity"),
         ({"gates": "heads"}, "takes gates as HeadGates .*, but 'heads' came"),
     ],
 )

@@ -204,7 +204,7 @@ def test_a_trainers_checkpoint_opens_with_its_gates(blocks: Any, tmp_path: Path)
     assert_same_tensors(model.state_dict(), again.state_dict())
     assert gates.plan() == trained.plan() and gates.config == trained.config
     deadhead.cut(model, gates.plan())
-    with pytest.raises(InputError, match="middle of training with gates; open it with deadhead.load_gated"):
+    with pytest.raises(InputError, match="was saved with gates on, .*; open it with deadhead.load_gated"):
         deadhead.load(folder)
 
 
@@ -251,6 +251,17 @@ def test_a_checkpoint_of_other_gates_is_refused(tmp_path: Path) -> None:
     trainer = Trainer(model, _arguments(tmp_path, **arguments), train_dataset=_ROWS, callbacks=[callback])
     with pytest.raises(InputError, match="has 4 gates of layer 0, but the model has 8; attach them as they were"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [({}, {"unit": "head"}), ({"blocks": 8}, {"blocks": 16}), ({"unit": "head"}, {})], ids=str
+)
+def test_weights_with_other_gates_are_refused(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> None:
+    saved, model = _model(False), _model(False)
+    deadhead.attach(saved, **before)
+    deadhead.attach(model, **now)
+    with pytest.raises(InputError, match="The checkpoint has .* gates at .*, but the model has .* attach them as they"):
+        model.load_state_dict(saved.state_dict(), strict=False)
 
 
 def _made() -> Any:

@@ -16,16 +16,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deadhead.attaching import gates_of
 from deadhead.checkpoints.gate_files import save_gates
-from deadhead.errors import InputError, RunWarning, typed
+from deadhead.errors import InputError, RunWarning, require_type, typed
 from deadhead.gates.budget import BudgetTarget
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.optimizer import GateOptimizer, default_rate
 from deadhead.gates.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient, steps_within
 from deadhead.gates.sharding import share_out
+from deadhead.modes import require_gradients
 from deadhead.plans.kinds import Ranking
 from deadhead.training.callbacks.logs import add_to_log
 from deadhead.training.processes import require_supported
+
+# What stands for a budget in a Trainer's checkpoint.
+_NOT_MADE_ANEW = "BudgetTarget"
+# What a Trainer's state is marked with once a callback has begun.
+_CALLBACKS = "_deadhead_callbacks"
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
@@ -42,7 +48,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     Args:
         gates: what `deadhead.attach` returned for the model being trained; None: those that the Trainer's model has
             when training begins, as a `model_init` has to attach them.
-        l0: λ, what an open head costs, in nats a token. Not used with `sparsity`.
+        l0: λ, what an open head costs, in nats a token; None takes 0.01. Not with `sparsity` or `budget`.
         warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off, None takes two
             thirds of the training's, and at most 1,000.
         sparsity: close this share of the gates, along a ramp, instead of paying λ for the open ones.
@@ -72,7 +78,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self,
         gates: HeadGates | None = None,
         *,
-        l0: float = 0.01,
+        l0: float | None = None,
         warmup_steps: int | None = None,
         sparsity: float | None = None,
         ramp_steps: int | None = None,
@@ -87,21 +93,35 @@ class SparsityCallback(TrainerCallback, ExportableState):
         given = {name: value for name, value in locals().items() if name not in ("self", "gates", "budget")}
         self.given = {name: value.item() if hasattr(value, "item") else value for name, value in given.items()}
         if not isinstance(budget, BudgetTarget | None):
-            raise InputError(
-                "budget must be a BudgetTarget, which restore_callback_states_from_checkpoint cannot make anew; leave "
-                "that out: SparsityCallback goes on from a checkpoint without it."
+            if budget == _NOT_MADE_ANEW:
+                raise InputError(
+                    "budget is a BudgetTarget, which restore_callback_states_from_checkpoint cannot make anew; leave "
+                    "that out: SparsityCallback goes on from a checkpoint without it."
+                )
+            require_type(
+                budget, BudgetTarget | None, "budget must be a deadhead.gates.budget.BudgetTarget(costs, share):"
             )
-        if not 0 <= l0 < math.inf:
+        if l0 is not None and not 0 <= l0 < math.inf:
             raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but it is {l0}.")
         if gate_lr is not None and not 0 <= gate_lr < math.inf:
             raise InputError(f"gate_lr must be a number that is not negative, or None, but it is {gate_lr}.")
         if exact and sparsity is None:
             raise InputError("exact draws leave out a share of the heads, so they need a target sparsity.")
-        self.l0 = l0
+        if warmup_steps is not None and warmup_steps < 0:
+            raise InputError(f"warmup_steps must be a whole number of steps, or None, but it is {warmup_steps}.")
+        self.l0 = 0.01 if l0 is None else l0
         self.warmup_steps = warmup_steps
         self.weighting: Weighting = weighting
         if sparsity is not None and budget is not None:
             raise InputError("sparsity and budget both say how much is to go; give one of the two.")
+        if l0 is not None and (sparsity is not None or budget is not None):
+            raise InputError(
+                "l0 is what open heads cost where no share is asked for; leave it out, or sparsity and budget."
+            )
+        if sparsity is None and (ramp_steps is not None or ranking != "global"):
+            raise InputError(
+                "ramp_steps and ranking say how a sparsity is reached; give a sparsity, or leave them out."
+            )
         self.target: SparsityTarget | BudgetTarget | None = budget
         if sparsity is not None:
             self.target = SparsityTarget(sparsity, ramp_steps=ramp_steps, ranking=ranking, exact=exact)
@@ -132,7 +152,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         }
         parts = {"target": self.target, "optimizer": self.optimizer}
         states = {name: None if part is None else part.state() for name, part in parts.items()}
-        budget = {"budget": "BudgetTarget"} if isinstance(self.target, BudgetTarget) else {}
+        budget = {"budget": _NOT_MADE_ANEW} if isinstance(self.target, BudgetTarget) else {}
         return {"args": {**self.given, **budget}, "attributes": {"saved": {"gates": values, **states}}}
 
     def metrics(self) -> dict[str, float]:
@@ -149,6 +169,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that the gates will learn, and go on where a checkpoint left off."""
         require_supported(args)
+        require_gradients(kwargs["model"], "SparsityCallback's gates")
+        # A training has one state for all callbacks, and the next has another.
+        if vars(state).setdefault(_CALLBACKS, 0):
+            raise InputError("The Trainer has two SparsityCallbacks, which would both move its gates; give it one.")
+        vars(state)[_CALLBACKS] = 1
         self._take(self._gates_in(kwargs["model"]), state.max_steps)
         if self.target is not None:
             self.target.begin(self.gates, state.max_steps)
@@ -159,6 +184,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
         trained = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
         held = set(kwargs["model"].modules())
         for layer, gate in self.gates:
+            if not gate.log_alpha_bias.requires_grad:
+                raise InputError(
+                    f"The gates of layer {layer} are frozen (requires_grad is False); freeze weights, or wrap them "
+                    "by PEFT, before deadhead.attach, and make the Trainer afterwards."
+                )
             if id(gate.log_alpha_bias) not in trained or gate not in held:
                 raise InputError(
                     f"The gates of layer {layer} are not among the parameters that the optimizer trains of this model; "

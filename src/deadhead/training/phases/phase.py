@@ -49,7 +49,7 @@ from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 _LEAN = 3.0
 
 # Settings that the callback of gates has under the same names.
-_OF_GATES = {"l0", "sparsity", "ranking", "gate_lr", "weighting", "track_difference"}
+_OF_GATES = {"sparsity", "gate_lr", "weighting", "track_difference"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,10 +252,13 @@ def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> li
             SparsityCallback(
                 run.gates,
                 **prune.model_dump(include=_OF_GATES),
+                # Of several ways to say how much is to go, one is given.
+                l0=prune.l0 if prune.sparsity is None and budgeted is None else None,
+                ramp_steps=None if prune.sparsity is None else ramp_steps,
+                ranking="global" if prune.sparsity is None else prune.ranking,
                 warmup_steps=prune.l0_warmup_steps,
                 exact=prune.criterion == "topk",
                 budget=budgeted and BudgetTarget(budgeted[1], budgeted[0].share, ramp_steps=ramp_steps),
-                ramp_steps=ramp_steps,
             )
         )
     if recipe.eval_every and run.valid is not None:

@@ -23,6 +23,7 @@ from deadhead.measure.cost import skeleton
 from deadhead.measure.criteria import READS_TEXT
 from deadhead.measure.losses import require_language_model
 from deadhead.models import OWN_TYPES, AllAttentionConfig, TransformerXLConfig
+from deadhead.modes import require_gradients
 from deadhead.training.phases.choosing import attach_gates, budget_costs
 from deadhead.training.phases.defaults import segments
 from deadhead.training.phases.learning import learner
@@ -146,6 +147,8 @@ def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
     layout.sites(unwrapped(model), layout.units(unwrapped(model))[0])
     if not (isinstance(recipe, PruneRecipe) and recipe.is_one_shot and recipe.criterion not in READS_TEXT):
         require_language_model(model, "Training on a text")
+    if not (isinstance(recipe, PruneRecipe) and recipe.is_one_shot):
+        require_gradients(model, "A model")
 
 
 def read_data(
