@@ -19,7 +19,18 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 import deadhead
 from deadhead.cli import execute
-from deadhead.data import TokenStream
+from deadhead.data import (
+    Corpus,
+    RowDataset,
+    SegmentDataset,
+    TokenStream,
+    build_tokenizer,
+    load_text,
+    load_tokenizer,
+    open_corpus,
+    special_token_ids,
+    tokenize_corpus,
+)
 from deadhead.errors import CutError, InputError
 from tests.small_runs import tree
 
@@ -54,6 +65,10 @@ def llama() -> LlamaForCausalLM:
 
 def text() -> TokenStream:
     return TokenStream(tokens=(np.arange(300) % 40).astype(np.uint16), num_bytes=300, num_words=60)
+
+
+def corpus(folder: Path) -> Corpus:
+    return open_corpus(folder / "llama" / "config.json", data_format="text")
 
 
 def state_of(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -147,6 +162,49 @@ _DOORS |= {
         "unit",
         "nme",
     )
+}
+
+
+_IDS = np.arange(60)
+_OF_LOAD_TEXT = ("tokenizer", "vocab_size", "text_column", "split", "data_format", "chat_template", "answers_only")
+_DOORS |= {
+    f"load_text {name}": (
+        lambda m, f, v, name=name: load_text(f / "llama" / "config.json", **{"data_format": "text", name: v})  # type: ignore[misc]
+    )
+    for name in (*_OF_LOAD_TEXT, "cache_dir")
+}
+_DOORS |= {
+    f"{made.__name__} {name}": (lambda m, f, v, made=made, given=given, name=name: made(**{**given, name: v}))  # type: ignore[misc]
+    for made, given in (
+        (TokenStream, {"tokens": _IDS, "num_bytes": 60, "num_words": 9, "prefix": (), "scored": None}),
+        (SegmentDataset, {"tokens": _IDS, "rows": 1, "segment_length": 4, "first_segment": 0}),
+        (RowDataset, {"tokens": _IDS, "length": 4, "prefix": (), "scored": None}),
+    )
+    for name in given
+}
+_DOORS |= {
+    "load_text source": lambda m, f, v: load_text(v),
+    "load_text progress": lambda m, f, v: load_text(
+        f / "llama" / "config.json", data_format="text", progress=None if callable(v) else v
+    ),
+    "load_tokenizer": lambda m, f, v: load_tokenizer(v),
+    "open_corpus source": lambda m, f, v: open_corpus(v),
+    "open_corpus chat": lambda m, f, v: open_corpus(f / "llama" / "config.json", data_format="text", chat=v),
+    "open_corpus valid_share": lambda m, f, v: open_corpus(
+        f / "llama" / "config.json", data_format="text", valid_share=v
+    ),
+    "corpus split": lambda m, f, v: list(corpus(f).documents(v)),
+    "build_tokenizer kind": lambda m, f, v: build_tokenizer(v, corpus(f)),
+    "build_tokenizer corpus": lambda m, f, v: build_tokenizer("byte", v),
+    "build_tokenizer vocab_size": lambda m, f, v: build_tokenizer("bpe", corpus(f), vocab_size=v),
+    "special_token_ids": lambda m, f, v: special_token_ids(v),
+    "tokenize_corpus corpus": lambda m, f, v: tokenize_corpus(
+        v, build_tokenizer("byte", corpus(f)), cache_dir=f / "o"
+    ),
+    "tokenize_corpus tokenizer": lambda m, f, v: tokenize_corpus(corpus(f), v, cache_dir=f / "o"),
+    "tokenize_corpus cache_dir": lambda m, f, v: tokenize_corpus(
+        corpus(f), build_tokenizer("byte", corpus(f)), cache_dir=v
+    ),
 }
 
 

@@ -138,6 +138,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return getattr(hint, "__name__", "") == "PreTrainedModel" and any(hasattr(value, name) for name in _WRAPPED)
     if origin is not None and isinstance(value, Mapping):
         return all(_fits(each, inner[-1]) for each in value.values())
-    if origin is not None and isinstance(value, list | tuple) and len(inner) == 1:
+    if origin is not None and isinstance(value, list | tuple) and len({*inner} - {...}) == 1:
         return all(_fits(each, inner[0]) for each in value)
     return True

@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from deadhead.data.corpus import Corpus
 from deadhead.data.pieces import whole_words
 from deadhead.disk.hub import quick, require_had
-from deadhead.errors import InputError, first_line
+from deadhead.errors import InputError, first_line, typed
 
 KINDS = ("byte", "bpe", "word")
 EOS, UNK = "<eos>", "<unk>"
@@ -36,6 +36,7 @@ class TokenizersBackend(PreTrainedTokenizerFast):
         return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
 
 
+@typed
 def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
     """Make a tokenizer, from the text for training where it has to learn.
 
@@ -77,6 +78,7 @@ _MOST_BYTES = 2**29
 _LOADED_BY = ("is_local", "local_files_only")
 
 
+@typed
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a saved tokenizer, or one of the hub by its name.
 
@@ -111,6 +113,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@typed
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the numbers of a tokenizer's special tokens, by the names that a model's configuration has for them."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
