@@ -198,9 +198,7 @@ _DOORS |= {
     "build_tokenizer corpus": lambda m, f, v: build_tokenizer("byte", v),
     "build_tokenizer vocab_size": lambda m, f, v: build_tokenizer("bpe", corpus(f), vocab_size=v),
     "special_token_ids": lambda m, f, v: special_token_ids(v),
-    "tokenize_corpus corpus": lambda m, f, v: tokenize_corpus(
-        v, build_tokenizer("byte", corpus(f)), cache_dir=f / "o"
-    ),
+    "tokenize_corpus corpus": lambda m, f, v: tokenize_corpus(v, build_tokenizer("byte", corpus(f)), cache_dir=f / "o"),
     "tokenize_corpus tokenizer": lambda m, f, v: tokenize_corpus(corpus(f), v, cache_dir=f / "o"),
     "tokenize_corpus cache_dir": lambda m, f, v: tokenize_corpus(
         corpus(f), build_tokenizer("byte", corpus(f)), cache_dir=v

@@ -208,7 +208,7 @@ def _load(
         _require_unchanged(Path(path))
     config = require_sound(Path(path)) if local else load_config(path)
     try:
-        with quick():
+        with quick(path):
             loaded: Any = model_class(config).from_pretrained(
                 name,
                 config=config,
@@ -274,7 +274,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         return guarded_config(Path(path))[0]
     require_had(path)
     try:
-        with quick():
+        with quick(path):
             config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_such_name(path, error) from error
@@ -317,7 +317,7 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
     name = None if Path(base).is_dir() else str(base)
     metadata: dict[str, Any] = {}
     # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
-    with suppress(Exception), quick():
+    with suppress(Exception), quick(base):
         card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
         metadata = metadata_load(card) or {}
     kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}

@@ -107,7 +107,7 @@ def open_corpus(
             named like it, or has conversations without `chat`; or the shares leave nothing for training.
 
     Warns:
-        RunWarning: files of a directory are left out, as they hold another format.
+        RunWarning: files of a directory are left out, as they hold another format, or no UTF-8 text.
     """
     if not (valid_share >= 0 and test_share >= 0 and valid_share + test_share < 1):
         raise InputError(

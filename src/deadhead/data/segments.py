@@ -97,6 +97,7 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self, tokens: np.ndarray, *, length: int, prefix: tuple[int, ...] = (), scored: np.ndarray | None = None
     ) -> None:
+        require_ids(tokens)
         if scored is not None and (scored.dtype != np.bool_ or scored.shape != tokens.shape):
             raise InputError(
                 f"A truth value for each of {len(tokens)} tokens was expected as scored, but an array of "
@@ -105,7 +106,12 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         if len(prefix) >= length:
             raise InputError(
                 f"Rows longer than the {len(prefix)} tokens that the tokenizer puts before a text were expected, but a "
-                f"sequence_length of {length} came; choose a longer one."
+                f"sequence_length (--sequence-length) of {length} came; choose a longer one."
+            )
+        if len(tokens) <= length - len(prefix):
+            raise InputError(
+                f"More than {length - len(prefix)} tokens of text were expected for a row of {length}, but the text has "
+                f"{len(tokens)}; choose a shorter sequence_length (--sequence-length), or use more text."
             )
         self._segments = SegmentDataset(tokens, rows=1, segment_length=length - len(prefix))
         self._prefix = torch.tensor(prefix, dtype=torch.int64)

@@ -98,7 +98,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
                 f"A tokenizer was expected at {path}, but {file.name} has {file.stat().st_size:,} bytes, more than any."
             )
     try:
-        with quick():
+        with quick(path):
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise InputError(

@@ -91,8 +91,8 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.distillation = distillation
         self.keep = keep
-        # All segments have the same length, so the mean over accumulated batches is the mean of their means; where
-        # answers alone count, each micro-batch counts alike, however many tokens of answers it has.
+        # All segments have the same length, so the mean over accumulated batches is the mean of their means; rows of
+        # which not every token counts are weighted by `compute_loss`.
         self.model_accepts_loss_kwargs = False
         self.segment_loss = SegmentLoss(model)
         self.clipped_steps = 0
@@ -107,14 +107,28 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         # The dataset is laid out so that reading it in order continues every row of the batch.
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Return how many tokens count in all batches of a step, of all processes; None where all do."""
+        if not batch_samples or "scored" not in batch_samples[0]:
+            return None
+        own = sum(_counted(batch) for batch in batch_samples).to(device)
+        return cast(Tensor, self.accelerator.reduce(own, "sum"))
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states."""
+        """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states.
+
+        Where not every token counts it is weighted, so that a step's loss is the mean over all tokens that do.
+        """
         outputs = self.segment_loss(model, inputs)
         loss = outputs.loss
         if self.distillation is not None:
             loss = self.distillation.loss(loss, outputs.logits, inputs)
+        if num_items_in_batch is not None:
+            # Batches of a step, and processes, are averaged later.
+            batches = self.current_gradient_accumulation_steps * self.args.world_size
+            loss = loss * (_counted(inputs) * batches / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -246,3 +260,8 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
                     callback.restore(state)
         else:
             self.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _counted(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return how many tokens of a batch are learned from; nothing tells of a row's first."""
+    return batch["scored"][:, 1:].sum()
