@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -139,12 +140,12 @@ _LOCAL: dict[str, Callable[[Path], object]] = {
     "prune": lambda folder: _prune(folder / "m", folder / "a.jsonl", **_SMALL),
     "inspect": lambda folder: execute(["inspect", str(folder / "m")]),
 }
-_SMALL: dict[str, object] = {"steps": 1, "batch_size": 1, "sequence_length": 8, "sparsity": 0.5}
+_SMALL: dict[str, Any] = {"steps": 1, "batch_size": 1, "sequence_length": 8, "sparsity": 0.5}
 
 
 @pytest.mark.parametrize("door", _LOCAL)
 def test_what_lies_on_this_disk_asks_nobody(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)).save_pretrained(tmp_path / "m")
     (tmp_path / "d").mkdir()
     (tmp_path / "a.txt").write_text("words and words\n" * 50)

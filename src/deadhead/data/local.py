@@ -105,21 +105,7 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
     files = list(_files_below(path))
     if not files:
         raise InputError(f"Text files were expected below {path}, but it has no files that are not hidden.")
-    lost: list[Path] = []
-    everything = list(_found_below(path, files, place, lost))
-    if data_format is not None:
-        asked = [found for found in everything if found.format == data_format != "text"]
-        everything = [_as_asked(found, data_format) for found in asked or everything]
-    groups: dict[Format, list[Sized]] = {}
-    for found in everything:
-        if not (size := found.path.stat().st_size):
-            continue
-        try:
-            groups.setdefault(found.format, []).append(
-                Sized(found, _checked(found) if found.format == "text" else found, size)
-            )
-        except InputError:
-            lost.append(Path(found.label))
+    groups, lost = _by_format(path, files, data_format, place)
     if not groups:
         first = min(files, key=lambda file: file.relative_to(path).as_posix())
         raise InputError(
@@ -151,6 +137,28 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
     for each in groups[chosen]:
         _as_asked(each.found, data_format)
     return dict(read({split: [each.found for each in part] for split, part in parts.items()}, chosen, path))
+
+
+def _by_format(
+    path: Path, files: Sequence[Path], data_format: Format | None, place: Callable[[], Unpacked]
+) -> tuple[dict[Format, list[Sized]], list[Path]]:
+    """Return the files below a directory that hold something, by their format, and those that hold no text."""
+    lost: list[Path] = []
+    everything = list(_found_below(path, files, place, lost))
+    if data_format is not None:
+        asked = [found for found in everything if found.format == data_format != "text"]
+        everything = [_as_asked(found, data_format) for found in asked or everything]
+    groups: dict[Format, list[Sized]] = {}
+    for found in everything:
+        if not (size := found.path.stat().st_size):
+            continue
+        try:
+            held = _checked(found) if found.format == "text" else found
+        except InputError:
+            lost.append(Path(found.label))
+        else:
+            groups.setdefault(found.format, []).append(Sized(found, held, size))
+    return groups, lost
 
 
 def _as_asked(found: Found, data_format: Format | None) -> Found:

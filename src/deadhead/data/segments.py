@@ -110,8 +110,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
             )
         if len(tokens) <= length - len(prefix):
             raise InputError(
-                f"More than {length - len(prefix)} tokens of text were expected for a row of {length}, but the text has "
-                f"{len(tokens)}; choose a shorter sequence_length (--sequence-length), or use more text."
+                f"More than {length - len(prefix)} tokens of text were expected for a row of {length}, but the text "
+                f"has {len(tokens)}; choose a shorter sequence_length (--sequence-length), or use more text."
             )
         self._segments = SegmentDataset(tokens, rows=1, segment_length=length - len(prefix))
         self._prefix = torch.tensor(prefix, dtype=torch.int64)

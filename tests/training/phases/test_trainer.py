@@ -91,7 +91,12 @@ def test_each_token_of_an_answer_counts_alike(
 
     def llama(seed: int) -> LlamaForCausalLM:
         torch.manual_seed(seed)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        }
         return LlamaForCausalLM(LlamaConfig(vocab_size=29, **sizes))
 
     marks = np.random.default_rng(0).random(320) < np.repeat(np.linspace(0.05, 1, 40), 8)

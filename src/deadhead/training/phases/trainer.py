@@ -111,7 +111,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         """Return how many tokens count in all batches of a step, of all processes; None where all do."""
         if not batch_samples or "scored" not in batch_samples[0]:
             return None
-        own = sum(_counted(batch) for batch in batch_samples).to(device)
+        own = torch.stack([_counted(batch) for batch in batch_samples]).sum().to(device)
         return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
     def compute_loss(
