@@ -253,7 +253,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             for name in _GATE_NAMES:
                 if isinstance(module._modules.get(name), HeadGate):
                     del module._modules[name]
-        if gates_of(model) is not None:
-            delattr(model, _GATES_ATTRIBUTE)
+            # PEFT's wrapper shows its model's gates as its own.
+            vars(module).pop(_GATES_ATTRIBUTE, None)
         torch.compiler.reset()
     return model

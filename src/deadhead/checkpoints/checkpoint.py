@@ -34,6 +34,7 @@ from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name, model_class
+from deadhead.layouts.refusals import require_model
 from deadhead.measure.cost import model_cost
 from deadhead.measure.losses import require_weights
 
@@ -78,6 +79,7 @@ def save(
         InputError: `path` holds something else, cannot be written, or the device is full.
     """
     path = Path(path)
+    require_model(model)
     require_weights(model, "Saving")
     require_ours_or_free(path)
     gates = gates_of(model)
