@@ -28,6 +28,7 @@ from deadhead.checkpoints.gate_files import load_gates, save_gates
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
+from deadhead.disk.gguf import gguf_file, reading_gguf
 from deadhead.disk.hub import is_name, quick, require_had
 from deadhead.disk.stored import read_header
 from deadhead.errors import InputError, first_line, typed
@@ -162,15 +163,15 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def load(
     path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """Load a model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
+    """Load a model from a checkpoint folder, a GGUF file, or by its name on the Hugging Face hub, in evaluation mode.
 
     Its class is the one that its configuration names, of a language model, an encoder or a classifier, say. It never
     runs code that a checkpoint brings along. A gated checkpoint that `save` wrote gives the ungated model; `load_gated`
     gives both.
 
     Args:
-        path: the folder or name.
-        dtype: of the weights, such as "bfloat16"; None: as they were saved.
+        path: the folder, file or name. Weights of a GGUF file, quantised ones too, become plain numbers again.
+        dtype: of the weights, such as "bfloat16"; None: as they were saved, or float32 for those of a GGUF file.
         device: where they go, such as "cuda"; None: the CPU.
 
     Raises:
@@ -197,6 +198,8 @@ def _load(
     """Load as `load` does, and tell whether there are gates among the weights, which are left out."""
     dtype = None if dtype is None else named_dtype(dtype)
     device = None if device is None else named_device(device)
+    if (file := gguf_file(path)) is not None:
+        return _read_gguf(file, dtype, device), False
     name = str(path)
     local = Path(path).is_dir()
     if not local and not is_name(path):
@@ -244,6 +247,20 @@ def _load(
     return model if device is None else model.to(device), bool(of_gates)  # type: ignore[arg-type]
 
 
+def _read_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | None) -> PreTrainedModel:
+    """Load the model in a GGUF file as if it had never been quantised."""
+    config = load_config(file)
+    with reading_gguf(file, "model") as (folder, of_gguf):
+        made = model_class(config)
+        model: Any = made.from_pretrained(folder, config=config, dtype=dtype or torch.float32, **of_gguf)
+    # Else `save_pretrained` would refuse it as quantised.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    vars(model.config).pop("quantization_config", None)
+    model.eval()
+    return model if device is None else model.to(device)
+
+
 def _of_other_heads(model: PreTrainedModel, wanted: bool) -> set[str]:
     """Return the tensors that the model's type had in pre-training, which files of BERT, say, hold beside its own."""
     config = model.config
@@ -265,11 +282,15 @@ def _require_unchanged(folder: Path) -> None:
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """Load a model's configuration from a checkpoint folder, its file, or by its name on the Hugging Face hub.
+    """Load a model's configuration from a checkpoint folder, its file, a GGUF file, or by its name on the hub.
 
     Raises:
         InputError: there is none, it cannot be used, or it is of a model that cannot be.
     """
+    if (file := gguf_file(path)) is not None:
+        with reading_gguf(file, "configuration") as (folder, of_gguf):
+            found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **of_gguf)
+        return found
     if not is_name(path):
         if not Path(path).exists():
             raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
@@ -316,7 +337,7 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
     """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
     if base is None:
         return {}
-    name = None if Path(base).is_dir() else str(base)
+    name = str(base) if is_name(base) else None
     metadata: dict[str, Any] = {}
     # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
     with suppress(Exception), quick(base):

@@ -7,6 +7,7 @@ back exactly. Once special tokens are added, each special token within a text is
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from deadhead.data.corpus import Corpus
 from deadhead.data.pieces import whole_words
+from deadhead.disk.gguf import gguf_file, reading_gguf
 from deadhead.disk.hub import quick, require_had
 from deadhead.errors import InputError, first_line, typed
 
@@ -78,13 +80,22 @@ _MOST_BYTES = 2**29
 _LOADED_BY = ("is_local", "local_files_only")
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Tell whether a model's folder has its tokenizer beside it, as GGUF files and models of the hub are taken to."""
+    return not path.is_dir() or (path / "tokenizer_config.json").exists() or gguf_file(path) is not None
+
+
 @typed
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a saved tokenizer, or one of the hub by its name.
+    """Load a saved tokenizer, that of a GGUF file, or one of the hub by its name.
 
     Raises:
         InputError: there is none, or it can't be loaded.
     """
+    if (file := gguf_file(path)) is not None:
+        with reading_gguf(file, "tokenizer") as (folder, of_gguf):
+            read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **of_gguf)
+        return _without_more(read) if isinstance(read, PreTrainedTokenizerFast) else read
     files = [file for file in Path(path).glob("*") if file.name.startswith(_NAMES)]
     if Path(path).is_dir() and not files:
         raise InputError(
@@ -110,6 +121,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.__class__ = TokenizersBackend
     for noted in _LOADED_BY:
         tokenizer.init_kwargs.pop(noted, None)
+    return tokenizer
+
+
+def _without_more(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Take off what transformers adds to the tokens of a GGUF file, <|endoftext|>, for which the model has no row."""
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    written["added_tokens"] = [token for token in written["added_tokens"] if token["id"] < tokenizer.vocab_size]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(written))
     return tokenizer
 
 

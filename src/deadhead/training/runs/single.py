@@ -119,7 +119,7 @@ def prune(
     `l0`.
 
     Args:
-        model: in memory, and changed in place; or a checkpoint folder, or a name on the Hugging Face hub.
+        model: in memory, and changed in place; or a checkpoint folder, a GGUF file, or a name on the Hugging Face hub.
         data: a `TokenizedCorpus` or `TokenStream`; or a text file, a directory, "stdlib" or "hf:NAME[:CONFIG]", read
             by the model's tokenizer. None takes "stdlib" for a model of deadhead's own.
         recipe: settings that are not given by themselves; None: the defaults.
