@@ -100,7 +100,12 @@ def typed_but(*names: str) -> Callable[[_F], _F]:
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+            try:
+                given = signature.bind_partial(*args, **kwargs).arguments
+            except TypeError:
+                # Python's own words name the function.
+                return function(*args, **kwargs)
+            for name, value in given.items():
                 if name not in names and signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
                     require_type(value, hints().get(name, Any), f"{what} takes {name} as")
             return function(*args, **kwargs)
