@@ -117,6 +117,8 @@ def typed_but(*names: str) -> Callable[[_F], _F]:
 
 def require_type(value: Any, hint: Any, expected: str) -> None:
     """Check that a value is of a type, or raise an InputError that begins with what was expected."""
+    if isinstance(hint, TypeVar):
+        hint = hint.__bound__
     if not _fits(value, hint):
         plain = value is None or isinstance(value, (bool, int, float, str, bytes))
         came = reprlib.repr(value) if plain else f"an object of type {type(value).__name__}"
