@@ -61,6 +61,33 @@ def test_detach_leaves_the_model_as_it_was() -> None:
     assert detach(model) is model, "detaching twice must be harmless"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.Sequential,
+        nn.DataParallel,
+        lambda model: peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")),
+    ],
+    ids=["Sequential", "DataParallel", "PEFT"],
+)
+def test_detach_finds_gates_in_a_wrapper(wrap: Any) -> None:
+    model = stock_model("llama")
+    attach(model)
+    wrapped = wrap(model)
+    assert detach(wrapped) is wrapped
+    assert gates_of(model) is None and gates_of(wrapped) is None
+    attach(model)
+
+
+def test_detach_does_nothing_to_what_never_had_gates() -> None:
+    model = nn.Linear(2, 2)
+    assert detach(model) is model
+    for wrong in (5, None, "model"):
+        with pytest.raises(InputError, match=f"detach takes model as Module, but {wrong!r} came"):
+            detach(wrong)  # type: ignore[type-var]
+
+
 def test_gates_are_parameters_of_the_model_outside_weight_decay() -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -18,6 +18,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 import deadhead
+from deadhead.checkpoints.gate_files import load_gates, save_gates
 from deadhead.cli import execute
 from deadhead.data import (
     Corpus,
@@ -32,6 +33,8 @@ from deadhead.data import (
     tokenize_corpus,
 )
 from deadhead.errors import CutError, InputError
+from deadhead.gates.budget import Budget, BudgetTarget
+from deadhead.gates.penalty import SparsityTarget
 from tests.small_runs import tree
 
 pytestmark = pytest.mark.slow
@@ -133,6 +136,18 @@ _DOORS: dict[str, Callable[[Any, Path, Any], object]] = {
     "HeadPlan.from_json": lambda m, f, v: deadhead.HeadPlan.from_json(v),
     "report_run": lambda m, f, v: deadhead.report_run(v),
     "callback gates": lambda m, f, v: deadhead.SparsityCallback(v),
+    "plan sparsity": lambda m, f, v: deadhead.attach(llama()).plan(sparsity=v),
+    "plan ranking": lambda m, f, v: deadhead.attach(llama()).plan(sparsity=0.5, ranking=v),
+    "HeadPlan blocks": lambda m, f, v: deadhead.HeadPlan(kept={0: (1,)}, total={0: 2}, blocks=v),
+    "HeadPlan.cut": lambda m, f, v: plan_for(m).cut(v),
+    "load_gates path": lambda m, f, v: load_gates(m, v),
+    "load_gates model": lambda m, f, v: load_gates(v, f),
+    "save_gates gates": lambda m, f, v: save_gates(v, f / "o"),
+    "save_gates path": lambda m, f, v: save_gates(deadhead.attach(llama()), v),
+    "Budget kind": lambda m, f, v: Budget(kind=v, value=0.5),
+    "Budget value": lambda m, f, v: Budget(kind="params", value=v),
+    "BudgetTarget costs": lambda m, f, v: BudgetTarget(v, 0.5),
+    "SparsityTarget": lambda m, f, v: SparsityTarget(v),
     "prune data": lambda m, f, v: deadhead.prune(m, v, **_SMALL),
     "prune progress": lambda m, f, v: deadhead.prune(m, text(), progress=None if callable(v) else v, **_SMALL),
     "prune model": lambda m, f, v: deadhead.prune(v, text(), **_SMALL),
@@ -149,6 +164,17 @@ _OF_PRUNE = (
     "recipe",
     "criterion",
 )
+_OF_CALLBACK = ("l0", "warmup_steps", "sparsity", "budget", "weighting", "gate_lr", "track_difference")
+_DOORS |= {
+    f"callback {name}": (lambda m, f, v, name=name: deadhead.SparsityCallback(**{name: v}))  # type: ignore[misc]
+    for name in _OF_CALLBACK
+}
+_DOORS |= {
+    f"callback sparsity with {name}": (  # type: ignore[misc]
+        lambda m, f, v, name=name: deadhead.SparsityCallback(sparsity=0.5, **{name: v})
+    )
+    for name in ("ramp_steps", "ranking", "exact")
+}
 _DOORS |= {
     f"prune {name}": (lambda m, f, v, name=name: deadhead.prune(m, text(), **{**_SMALL, name: v}))  # type: ignore[misc]
     for name in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from deadhead.plans.plan import Unit, UnitKey
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _GateInput:
@@ -245,7 +247,7 @@ def gates_of(model: nn.Module) -> HeadGates | None:
 
 
 @typed
-def detach(model: PreTrainedModel) -> PreTrainedModel:
+def detach(model: _Module) -> _Module:
     """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
     with restored_on_failure(model):
         for module in model.modules():

@@ -14,7 +14,7 @@ from deadhead.attaching import attach, detach
 from deadhead.checkpoints.declared import GATES_FILE, has_gates
 from deadhead.disk.files import write_bytes, write_json
 from deadhead.disk.reading import read_object, shown
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed, typed_but
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 
@@ -23,6 +23,7 @@ GATES_CONFIG_FILE = "head_gates.json"
 _LARGEST = 2**63
 
 
+@typed
 def save_gates(gates: HeadGates, path: str | Path) -> None:
     """Write the gates, without the model they were trained on, into a folder; other files in it stay.
 
@@ -35,6 +36,7 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
     write_json(folder / GATES_CONFIG_FILE, {**asdict(gates.config), "unit": gates.unit, **size})
 
 
+@typed_but("model")
 def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     """Attach gates that `save_gates` wrote into a folder to `model`, the one they were trained on.
 

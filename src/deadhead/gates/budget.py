@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, require_type, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.penalty import Target, Weighting, unit_weights
 from deadhead.plans.kinds import BudgetKind
@@ -37,6 +38,8 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Budget).items():
+            require_type(getattr(self, name), hint, f"A budget's {name} must be")
         fits, rule = {
             "sparsity": (0 <= self.value < 1, "at least 0 and below 1"),
             "speedup": (1 <= self.value <= 1000, "at least 1"),
@@ -76,6 +79,7 @@ class BudgetTarget(Target):
     evaluation costs no more.
     """
 
+    @typed
     def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int | None = None) -> None:
         if not 0 < share <= 1:
             raise InputError(f"The share of the cost that is to be left must be above 0 and at most 1, but is {share}.")

@@ -80,6 +80,7 @@ class HeadGates:
         """Let draws open exactly so many gates of each group, until told otherwise; () lets each gate decide alone."""
         self._exactly = groups
 
+    @typed
     def track_difference(self, on: bool = True) -> None:
         """Measure each head's output difference in one training forward of ten, or stop that.
 
@@ -147,6 +148,7 @@ class HeadGates:
         """Share of the blocks' gates that are closed in evaluation, in [0, 1]."""
         return _closed_share([gate for key, gate in self if key.kind == "block"])
 
+    @typed
     def plan(self, *, sparsity: float | None = None, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that keeps the heads open now.
 
@@ -156,9 +158,12 @@ class HeadGates:
         """
         if sparsity is not None:
             return self.scores().plan(sparsity, ranking=ranking)
+        if ranking != "global":
+            raise InputError("ranking says how a share of the gates is chosen; give sparsity too, or leave it out.")
         kept = {key: tuple(compress(self.heads[key], gate.is_open.tolist())) for key, gate in self}
         return self.plan_of({**dict.fromkeys(self.heads, ()), **kept})
 
+    @typed
     def plan_of(self, kept: Mapping[UnitKey, Sequence[int]]) -> HeadPlan:
         """Return the plan that keeps some units, given by key."""
         return HeadPlan.of_units(
@@ -176,6 +181,7 @@ class HeadGates:
             block_size=self.block_size,
         )
 
+    @typed
     def lean(self, scores: HeadScores, *, spread: float) -> None:
         """Move log_alpha apart, in even steps in the order of the units' scores, by a standard deviation of `spread`.
 
@@ -186,6 +192,8 @@ class HeadGates:
         values = torch.cat([scores.scores[key] for key in self.gates])
         if bool(values.isnan().any()):
             raise InputError("Some heads have a score that is not a number, so gates cannot lean by it.")
+        if not 0 <= spread < math.inf:
+            raise InputError(f"The spread of log_alpha must be a number that is not negative, but it is {spread}.")
         ranks = values.argsort(stable=True).argsort().float()
         ranks = (ranks - ranks.mean()) / ranks.std(correction=0).clamp(min=1e-6)
         for (_, gate), part in zip(self, ranks.split([gate.num_heads for _, gate in self]), strict=True):
@@ -229,6 +237,7 @@ class HeadGates:
             gate.config = config.for_gate(of_blocks=key.kind == "block")
             gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
 
+    @typed
     def require_plan(self, plan: HeadPlan) -> dict[UnitKey, tuple[int, ...]]:
         """Return the units that `plan` keeps, by key; blocks too of which it says nothing, if their layer has heads.
 
@@ -277,6 +286,7 @@ class HeadGates:
             for name, value in (("log_alpha", gate.log_alpha), ("difference", gate.difference))
         }
 
+    @typed
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` returned.
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json, shown
-from deadhead.errors import InputError, typed
+from deadhead.errors import InputError, require_type, typed
 
 Layer = int | str
 """A layer's index, or its module path where a model has more than one stack of layers."""
@@ -195,6 +195,7 @@ class HeadPlan:
             raise InputError(f"A head plan's unit must be 'head' or 'kv_group', but it is {shown(self.unit)}.")
         if not isinstance(self.output_scale, bool):
             raise InputError(f"A head plan's output_scale must be true or false, but it is {shown(self.output_scale)}.")
+        require_type(self.blocks, BlockPlan | None, "A head plan's blocks must be")
         total = _checked_total(self.total, "head")
         object.__setattr__(self, "kept", _checked_kept(self.kept, total, "head"))
         object.__setattr__(self, "total", total)
@@ -245,8 +246,11 @@ class HeadPlan:
         """Share of the dense model's heads that go, in [0, 1]."""
         return 1.0 - sum(self.heads) / sum(self.total.values())
 
+    @typed
     def cut(self, layer: Layer) -> tuple[int, ...]:
-        """Return the heads of `layer` that go."""
+        """Return the heads of `layer` that go; an InputError says that there is no such layer."""
+        if layer not in self.kept:
+            raise InputError(f"The head plan has the layers {shown(list(self.kept))[1:-1]}, but not {shown(layer)}.")
         kept = set(self.kept[layer])
         return tuple(head for head in range(self.total[layer]) if head not in kept)
 

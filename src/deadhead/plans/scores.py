@@ -10,7 +10,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
@@ -27,6 +27,7 @@ class HeadScores:
     output_scale: bool = False  # what the plan is to say of it; False for scores that were taken without gates
     block_size: int | None = None  # size of the blocks that have scores too, or None
 
+    @typed
     def plan(self, sparsity: float, *, ranking: Ranking = "global") -> HeadPlan:
         """Return the plan that drops a share of the heads there are now, those with the lowest scores.
 
@@ -41,8 +42,6 @@ class HeadScores:
         """
         if not 0 <= sparsity <= 1:
             raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
-        if ranking not in ("global", "layer"):
-            raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
         self._require_numbers()
         keys = [key for key, heads in self.heads.items() if heads]
         kinds = [[key for key in keys if key.kind == kind] for kind in ("head", "block")]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -72,6 +72,20 @@ def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name
     return args
 
 
+class _Finishing(TrainerCallback):
+    """Notes that a checkpoint is whole, after the callbacks that write into it, as that of gates does."""
+
+    def __init__(self, keep: int) -> None:
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if args.should_save:
+            finish_checkpoint(_folder(args, state), keep=self.keep)
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
 class LanguageModelTrainer(FrozenWeightsTrainer):
     """Trains a language model on contiguous segments, each after the true text before it.
 
@@ -89,8 +103,8 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.add_callback(_Finishing(keep))
         self.distillation = distillation
-        self.keep = keep
         # All segments have the same length, so the mean over accumulated batches is the mean of their means; rows of
         # which not every token counts are weighted by `compute_loss`.
         self.model_accepts_loss_kwargs = False
@@ -185,8 +199,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        output_dir = Path(str(self.args.output_dir))
-        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = _folder(self.args, self.state)
         if self.args.should_save and folder.exists():
             # Cut short or damaged: from a whole one training would have gone on.
             shutil.rmtree(folder)
@@ -201,8 +214,6 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            finish_checkpoint(folder, keep=self.keep)
 
     def _require_finite_weights(self) -> None:
         """Let no checkpoint pass for good that would lose the run: its loss was that of the weights before the step."""
