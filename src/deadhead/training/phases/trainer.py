@@ -76,6 +76,7 @@ class _Finishing(TrainerCallback):
     """Notes that a checkpoint is whole, after the callbacks that write into it, as that of gates does."""
 
     def __init__(self, keep: int) -> None:
+        self.keep = keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if args.should_save:
