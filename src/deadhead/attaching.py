@@ -155,7 +155,7 @@ def require_cuttable(model: PreTrainedModel, what: str, *, may_be_empty: bool = 
         InputError: its tensors are shared out among processes.
     """
     layout = find_layout(model)
-    require_whole(model.parameters(), what)
+    require_whole(model, what)
     require_plain(model, may_be_empty=may_be_empty)
     layout.require_reloadable(model)
     return layout

@@ -33,6 +33,7 @@ from deadhead.disk.hub import is_name, quick, require_had
 from deadhead.disk.stored import read_header
 from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
+from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name, model_class
 from deadhead.layouts.refusals import require_model
@@ -77,12 +78,21 @@ def save(
         about: what the card says the model is; by default whether deadhead has cut it.
 
     Raises:
-        InputError: `path` holds something else, cannot be written, or the device is full.
+        InputError: `path` holds something else, cannot be written, or the device is full; or the weights are not whole
+            in this process, or only a model inside of `model` was cut.
     """
     path = Path(path)
     require_model(model)
     require_weights(model, "Saving")
+    require_whole(
+        model,
+        "Saving",
+        "gather them by get_model_state_dict of torch.distributed.checkpoint.state_dict, load them into a whole model, "
+        "and save that",
+    )
     require_ours_or_free(path)
+    # A cut that the configuration does not tell of is no model to be loaded again.
+    find_layout(model).recorded_plan(model)
     gates = gates_of(model)
     with replaced_folder(path) as folder:
         weights = {name: value for name, value in model.state_dict().items() if not is_gate(name)}
