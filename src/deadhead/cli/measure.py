@@ -121,6 +121,7 @@ def bench(
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
     load_torch(as_json, model, dense)
+    from deadhead.layouts.inputs import positions_read
     from deadhead.measure.cost import model_cost
     from deadhead.measure.timing import bench as run_bench
     from deadhead.measure.timing import efficiency
@@ -128,9 +129,12 @@ def bench(
     models = {"model": _load(model, device, dtype)}
     if dense is not None:
         models = {"dense": _load(dense, device, dtype), **models}
-    # Without a past every token of a text sees half of it on average.
-    past = length if workload == "decode" else length // 2
-    costs = {name: model_cost(network, length=past) for name, network in models.items()}
+    # Without a past every token of a text that goes on sees half of it on average; others see all.
+    costs = {}
+    for name, network in models.items():
+        positions = positions_read(network, length)
+        goes_on = workload != "decode" and network.can_generate()
+        costs[name] = model_cost(network, length=positions // 2 if goes_on else positions)
     timings = run_bench(models, workload=workload, batch_size=batch_size, length=length, repeats=repeats)
     result: dict[str, object] = {
         name: {**asdict(timing), "flops_per_token": costs[name].flops_per_token} for name, timing in timings.items()
@@ -146,7 +150,7 @@ def bench(
     if as_json:
         print_json(result)
         return
-    table = Table(title=f"{workload}, {batch_size} × {length} tokens, median of {repeats}")
+    table = Table(title=f"{workload}, {batch_size} × {positions} tokens, median of {repeats}")
     for column in ("", "ms", "tokens/s", "FLOPs/token"):
         table.add_column(column, justify="right")
     for name, timing in timings.items():
