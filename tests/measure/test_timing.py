@@ -84,6 +84,15 @@ def test_what_reads_images_or_sound_is_timed_on_such(name: str, positions: int) 
         bench({"model": reader(name)}, workload="decode")
 
 
+@pytest.mark.parametrize(("workload", "length"), [("prefill", 9), ("train", 9), ("decode", 7)])
+def test_a_text_is_not_longer_than_the_models_positions(workload: Workload, length: int) -> None:
+    config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+    models = {"model": transformers.GPT2LMHeadModel(config)}
+    bench(models, workload=workload, batch_size=1, length=length - 1, new_tokens=2, repeats=1)
+    with pytest.raises(InputError, match=f"A text of the {workload} would have 9 tokens, .* has 8 positions"):
+        bench(models, workload=workload, length=length, new_tokens=2)
+
+
 def test_a_model_that_does_not_run_on_made_inputs_is_told() -> None:
     config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
     with pytest.raises(UnsupportedModel, match="does not run on the input_ids, use_cache that deadhead makes up"):

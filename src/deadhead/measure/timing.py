@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts.inputs import made_inputs, made_tokens, positions_read, run, runner
 from deadhead.layouts.refusals import require_model
+from deadhead.measure.evaluation import require_positions
 from deadhead.measure.losses import require_language_model, require_weights
 from deadhead.modes import evaluating
 
 Workload = Literal["prefill", "decode", "train"]
 WORKLOADS: tuple[Workload, ...] = ("prefill", "decode", "train")
+NEW_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ def bench(
     workload: Workload = "prefill",
     batch_size: int = 8,
     length: int = 128,
-    new_tokens: int = 16,
+    new_tokens: int = NEW_TOKENS,
     repeats: int = 10,
 ) -> dict[str, Timing]:
     """Time a workload on several models, one repetition of each in turn.
@@ -59,16 +62,19 @@ def bench(
         repeats: repetitions that count, after one that doesn't.
 
     Raises:
-        InputError: a number is below 1, the workload is not known, there is no model, or one has no weights.
+        InputError: a number is below 1, the workload is not known, there is no model, or one has no weights or too few
+            positions.
         UnsupportedModel: "decode" or "train" of a model that predicts no next token, or one that does not run on what
             deadhead can make up.
     """
-    if not isinstance(models, Mapping) or not models:
-        came = "none" if isinstance(models, Mapping) else f"an object of type {type(models).__name__}"
+    given: Any = models
+    if not isinstance(given, Mapping) or not given:
+        came = "none" if isinstance(given, Mapping) else f"an object of type {type(given).__name__}"
         raise InputError(f"A benchmark's models must be given by name, as in {{'dense': model}}, but {came} came.")
     for model in models.values():
         require_model(model)
         require_weights(model, "A benchmark")
+        require_timed(model, workload, length, new_tokens)
     sizes = {"batch size": batch_size, "length": length, "new tokens": new_tokens, "repeats": repeats}
     for name, value in sizes.items():
         if value < 1:
@@ -77,8 +83,6 @@ def bench(
         raise InputError(f"A benchmark's workload must be one of {', '.join(WORKLOADS)}, but it is {workload!r}.")
     runs, tokens = {}, {}
     for name, model in models.items():
-        if workload != "prefill":
-            require_language_model(model, f"The workload {workload}")
         runs[name] = _run(model, batch_size, length, workload, new_tokens)
         tokens[name] = batch_size * (new_tokens if workload == "decode" else positions_read(model, length))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -98,6 +102,13 @@ def bench(
     }
 
 
+def require_timed(model: PreTrainedModel, workload: Workload, length: int, new_tokens: int = NEW_TOKENS) -> None:
+    """Check that a model does a workload, and has positions for its texts; its weights are not needed."""
+    if workload != "prefill":
+        require_language_model(model, f"The workload {workload}")
+    require_positions(model, length + (new_tokens if workload == "decode" else 0), of=f"A text of the {workload}")
+
+
 def _run(
     model: PreTrainedModel, batch_size: int, length: int, workload: Workload, new_tokens: int
 ) -> tuple[Callable[[], Any], Callable[[Any], None]]:
@@ -105,12 +116,13 @@ def _run(
 
     Of models that predict no next token only the part with the layers runs, as in the check of a cut.
     """
+    network: nn.Module = model
     if model.can_generate():
         ids = made_tokens(model, batch_size, length + 1)
-        network, inputs = model, {"input_ids": ids[:, :-1], "use_cache": True}
+        inputs: dict[str, Any] = {"input_ids": ids[:, :-1], "use_cache": True}
     else:
         network = runner(model)
-        inputs = made_inputs(network, batch_size, length)
+        inputs = dict(made_inputs(network, batch_size, length))
 
     def read() -> Any:
         with evaluating(model), torch.inference_mode():
