@@ -304,6 +304,8 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     if not is_name(path):
         if not Path(path).exists():
             raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
+        if Path(path).is_file() and Path(path).suffix != ".json":
+            raise InputError(f"A checkpoint folder was expected at {path}, but that is a file.")
         return guarded_config(Path(path))[0]
     require_had(path)
     try:
