@@ -175,7 +175,7 @@ def by_gates(
         {"input_ids": ids, "attention_mask": mask, "target": wanted}
         for ids, mask, wanted in zip(batch["input_ids"], batch["attention_mask"], target, strict=True)
     ]
-    callback = deadhead.SparsityCallback(gates, warmup_steps=0, sparsity=removed / _HEADS, ramp_steps=steps // 2)
+    callback = deadhead.SparsityCallback(gates, sparsity=removed / _HEADS, ramp_steps=steps // 2)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

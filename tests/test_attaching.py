@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,33 @@ def test_detach_leaves_the_model_as_it_was() -> None:
     assert [name for name, _ in model.named_modules()] == names
     assert torch.equal(logits(model), expected)
     assert detach(model) is model, "detaching twice must be harmless"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.Sequential,
+        nn.DataParallel,
+        lambda model: peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")),
+    ],
+    ids=["Sequential", "DataParallel", "PEFT"],
+)
+def test_detach_finds_gates_in_a_wrapper(wrap: Any) -> None:
+    model = stock_model("llama")
+    attach(model)
+    wrapped = wrap(model)
+    assert detach(wrapped) is wrapped
+    assert gates_of(model) is None and gates_of(wrapped) is None
+    attach(model)
+
+
+def test_detach_does_nothing_to_what_never_had_gates() -> None:
+    model = nn.Linear(2, 2)
+    assert detach(model) is model
+    for wrong in (5, None, "model"):
+        with pytest.raises(InputError, match=f"detach takes model as Module, but {wrong!r} came"):
+            detach(wrong)  # type: ignore[type-var]
 
 
 def test_gates_are_parameters_of_the_model_outside_weight_decay() -> None:
@@ -374,3 +402,19 @@ def test_gates_take_effect_on_a_model_that_was_compiled_before(make: Any, compil
     assert difference(logits(detach(model)), dense) <= 1e-5 and difference(outputs()[0], dense) <= 1e-5
     cut(model, plan)
     assert difference(outputs()[0], expected) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["LoRA", "IA3", "prompt tuning", "DataParallel"])
+def test_gates_come_off_through_a_wrapper(kind: str) -> None:
+    model = stock_model("llama")
+    attach(model)
+    configs: dict[str, peft.PeftConfig] = {
+        "LoRA": peft.LoraConfig(target_modules=["q_proj"]),
+        "IA3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        "prompt tuning": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }
+    wrapped: Any = peft.get_peft_model(model, configs[kind]) if kind in configs else nn.DataParallel(model)
+    assert detach(wrapped) is wrapped
+    assert gates_of(model) is None
+    assert not any(isinstance(module, HeadGate) for module in model.modules())

@@ -21,8 +21,21 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 import deadhead
 from deadhead.checkpoints.gate_files import load_gates, save_gates
 from deadhead.cli import execute
-from deadhead.data import TokenStream
+from deadhead.data import (
+    Corpus,
+    RowDataset,
+    SegmentDataset,
+    TokenStream,
+    build_tokenizer,
+    load_text,
+    load_tokenizer,
+    open_corpus,
+    special_token_ids,
+    tokenize_corpus,
+)
 from deadhead.errors import CutError, InputError
+from deadhead.gates.budget import Budget, BudgetTarget
+from deadhead.gates.penalty import SparsityTarget
 from tests.small_runs import tree
 
 pytestmark = pytest.mark.slow
@@ -56,6 +69,10 @@ def llama() -> LlamaForCausalLM:
 
 def text() -> TokenStream:
     return TokenStream(tokens=(np.arange(300) % 40).astype(np.uint16), num_bytes=300, num_words=60)
+
+
+def corpus(folder: Path) -> Corpus:
+    return open_corpus(folder / "llama" / "config.json", data_format="text")
 
 
 def state_of(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -120,12 +137,18 @@ _DOORS: dict[str, Callable[[Any, Path, Any], object]] = {
     "HeadPlan.from_json": lambda m, f, v: deadhead.HeadPlan.from_json(v),
     "report_run": lambda m, f, v: deadhead.report_run(v),
     "callback gates": lambda m, f, v: deadhead.SparsityCallback(v),
-    "callback budget": lambda m, f, v: deadhead.SparsityCallback(budget=v),
-    "HeadPlan blocks": lambda m, f, v: deadhead.HeadPlan(kept={}, total={0: 2}, blocks=v),
+    "plan sparsity": lambda m, f, v: deadhead.attach(llama()).plan(sparsity=v),
+    "plan ranking": lambda m, f, v: deadhead.attach(llama()).plan(sparsity=0.5, ranking=v),
+    "HeadPlan blocks": lambda m, f, v: deadhead.HeadPlan(kept={0: (1,)}, total={0: 2}, blocks=v),
     "HeadPlan.cut": lambda m, f, v: plan_for(m).cut(v),
     "load_gates path": lambda m, f, v: load_gates(m, v),
     "load_gates model": lambda m, f, v: load_gates(v, f),
-    "save_gates": lambda m, f, v: save_gates(v, f),
+    "save_gates gates": lambda m, f, v: save_gates(v, f / "o"),
+    "save_gates path": lambda m, f, v: save_gates(deadhead.attach(llama()), v),
+    "Budget kind": lambda m, f, v: Budget(kind=v, value=0.5),
+    "Budget value": lambda m, f, v: Budget(kind="params", value=v),
+    "BudgetTarget costs": lambda m, f, v: BudgetTarget(v, 0.5),
+    "SparsityTarget": lambda m, f, v: SparsityTarget(v),
     "prune data": lambda m, f, v: deadhead.prune(m, v, **_SMALL),
     "prune progress": lambda m, f, v: deadhead.prune(m, text(), progress=None if callable(v) else v, **_SMALL),
     "prune model": lambda m, f, v: deadhead.prune(v, text(), **_SMALL),
@@ -142,6 +165,17 @@ _OF_PRUNE = (
     "recipe",
     "criterion",
 )
+_OF_CALLBACK = ("l0", "warmup_steps", "sparsity", "budget", "weighting", "gate_lr", "track_difference")
+_DOORS |= {
+    f"callback {name}": (lambda m, f, v, name=name: deadhead.SparsityCallback(**{name: v}))  # type: ignore[misc]
+    for name in _OF_CALLBACK
+}
+_DOORS |= {
+    f"callback sparsity with {name}": (  # type: ignore[misc]
+        lambda m, f, v, name=name: deadhead.SparsityCallback(sparsity=0.5, **{name: v})
+    )
+    for name in ("ramp_steps", "ranking", "exact")
+}
 _DOORS |= {
     f"prune {name}": (lambda m, f, v, name=name: deadhead.prune(m, text(), **{**_SMALL, name: v}))  # type: ignore[misc]
     for name in (
@@ -172,6 +206,47 @@ _DOORS |= {
         "track_difference": lambda g, v: g.track_difference(v),
         "lean": lambda g, v: g.lean(v, spread=1.0),
     }.items()
+}
+
+
+_IDS = np.arange(60)
+_OF_LOAD_TEXT = ("tokenizer", "vocab_size", "text_column", "split", "data_format", "chat_template", "answers_only")
+_DOORS |= {
+    f"load_text {name}": (
+        lambda m, f, v, name=name: load_text(f / "llama" / "config.json", **{"data_format": "text", name: v})  # type: ignore[misc]
+    )
+    for name in (*_OF_LOAD_TEXT, "cache_dir")
+}
+_DOORS |= {
+    f"{made.__name__} {name}": (lambda m, f, v, made=made, given=given, name=name: made(**{**given, name: v}))  # type: ignore[misc]
+    for made, given in (
+        (TokenStream, {"tokens": _IDS, "num_bytes": 60, "num_words": 9, "prefix": (), "scored": None}),
+        (SegmentDataset, {"tokens": _IDS, "rows": 1, "segment_length": 4, "first_segment": 0}),
+        (RowDataset, {"tokens": _IDS, "length": 4, "prefix": (), "scored": None}),
+    )
+    for name in given
+}
+_DOORS |= {
+    "load_text source": lambda m, f, v: load_text(v),
+    "load_text progress": lambda m, f, v: load_text(
+        f / "llama" / "config.json", data_format="text", progress=None if callable(v) else v
+    ),
+    "load_tokenizer": lambda m, f, v: load_tokenizer(v),
+    "open_corpus source": lambda m, f, v: open_corpus(v),
+    "open_corpus chat": lambda m, f, v: open_corpus(f / "llama" / "config.json", data_format="text", chat=v),
+    "open_corpus valid_share": lambda m, f, v: open_corpus(
+        f / "llama" / "config.json", data_format="text", valid_share=v
+    ),
+    "corpus split": lambda m, f, v: list(corpus(f).documents(v)),
+    "build_tokenizer kind": lambda m, f, v: build_tokenizer(v, corpus(f)),
+    "build_tokenizer corpus": lambda m, f, v: build_tokenizer("byte", v),
+    "build_tokenizer vocab_size": lambda m, f, v: build_tokenizer("bpe", corpus(f), vocab_size=v),
+    "special_token_ids": lambda m, f, v: special_token_ids(v),
+    "tokenize_corpus corpus": lambda m, f, v: tokenize_corpus(v, build_tokenizer("byte", corpus(f)), cache_dir=f / "o"),
+    "tokenize_corpus tokenizer": lambda m, f, v: tokenize_corpus(corpus(f), v, cache_dir=f / "o"),
+    "tokenize_corpus cache_dir": lambda m, f, v: tokenize_corpus(
+        corpus(f), build_tokenizer("byte", corpus(f)), cache_dir=v
+    ),
 }
 
 

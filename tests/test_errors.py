@@ -75,6 +75,8 @@ def test_what_is_wrong_is_said(given: dict[str, Any], message: str) -> None:
 def test_our_own_faults_stay_what_they_are() -> None:
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         door()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"door\(\) takes 1 positional argument but 2 were given"):
+        door("name", 1)  # type: ignore[call-arg]
     assert door(LlamaForCausalLM.__new__(LlamaForCausalLM)) == "well"
     assert LlamaConfig is not None
 

@@ -165,3 +165,26 @@ def test_handles_of_hooks_still_remove_them_after_a_failure() -> None:
     assert gates_of(model) is None
     handle.remove()
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("move", "value"),
+    [
+        (lambda model: model._apply(torch.clone), 7.0),
+        (lambda model: model.double(), 7.0),
+        # What was resized, or has gone where nothing can be had of, is as it was before.
+        (lambda model: model.register_buffer("count", torch.full((3,), 7.0)), 1.0),
+        (lambda model: model.to("meta"), 1.0),
+    ],
+    ids=["another place", "another type", "another shape", "meta"],
+)
+def test_buffers_of_a_model_that_was_moved_are_as_far_as_it_came(move: Callable[[Any], Any], value: float) -> None:
+    model: Any = nn.Linear(2, 2)
+    model.register_buffer("count", torch.ones(2))
+    buffer = model.count
+    with pytest.raises(Failed), restored_on_failure(model):
+        move(model)
+        model.count.fill_(7.0)
+        raise Failed
+    assert model.count is buffer and buffer.dtype == torch.float32
+    assert buffer.tolist() == [value, value]

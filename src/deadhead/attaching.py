@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from deadhead.plans.plan import Unit, UnitKey
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _GateInput:
@@ -156,7 +158,7 @@ def require_cuttable(model: PreTrainedModel, what: str, *, may_be_empty: bool = 
         InputError: its tensors are shared out among processes.
     """
     layout = find_layout(model)
-    require_whole(model.parameters(), what)
+    require_whole(model, what)
     require_plain(model, may_be_empty=may_be_empty)
     layout.require_reloadable(model)
     return layout
@@ -248,7 +250,7 @@ def gates_of(model: nn.Module) -> HeadGates | None:
 
 
 @typed
-def detach(model: PreTrainedModel) -> PreTrainedModel:
+def detach(model: _Module) -> _Module:
     """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
     with restored_on_failure(model):
         for module in model.modules():
@@ -256,7 +258,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             for name in _GATE_NAMES:
                 if isinstance(module._modules.get(name), HeadGate):
                     del module._modules[name]
-        if gates_of(model) is not None:
-            delattr(model, _GATES_ATTRIBUTE)
+            # PEFT's wrapper shows its model's gates as its own.
+            vars(module).pop(_GATES_ATTRIBUTE, None)
         torch.compiler.reset()
     return model

@@ -44,7 +44,9 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
     scale are folded into the output projection.
 
     Args:
-        model: with or without gates. Cuts compose: indices always refer to the original dense model.
+        model: with or without gates, and the whole of it: of a cut of its inner model alone (`model.model`, say) its
+            configuration knows nothing, so that its own `save_pretrained` would write what does not reload, and
+            `deadhead.save` refuses. Cuts compose: indices always refer to the original dense model.
         plan: the heads that stay; blocks of which it says nothing stay too.
 
     Returns:

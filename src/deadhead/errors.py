@@ -100,7 +100,12 @@ def typed_but(*names: str) -> Callable[[_F], _F]:
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+            try:
+                given = signature.bind_partial(*args, **kwargs).arguments
+            except TypeError:
+                # Python's own words name the function.
+                return function(*args, **kwargs)
+            for name, value in given.items():
                 if name not in names and signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
                     require_type(value, hints().get(name, Any), f"{what} takes {name} as")
             return function(*args, **kwargs)
@@ -112,6 +117,8 @@ def typed_but(*names: str) -> Callable[[_F], _F]:
 
 def require_type(value: Any, hint: Any, expected: str) -> None:
     """Check that a value is of a type, or raise an InputError that begins with what was expected."""
+    if isinstance(hint, TypeVar):
+        hint = hint.__bound__
     if not _fits(value, hint):
         plain = value is None or isinstance(value, (bool, int, float, str, bytes))
         came = reprlib.repr(value) if plain else f"an object of type {type(value).__name__}"
@@ -138,6 +145,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return getattr(hint, "__name__", "") == "PreTrainedModel" and any(hasattr(value, name) for name in _WRAPPED)
     if origin is not None and isinstance(value, Mapping):
         return all(_fits(each, inner[-1]) for each in value.values())
-    if origin is not None and isinstance(value, list | tuple) and len(inner) == 1:
+    if origin is not None and isinstance(value, list | tuple) and len({*inner} - {...}) == 1:
         return all(_fits(each, inner[0]) for each in value)
     return True

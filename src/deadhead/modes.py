@@ -104,16 +104,24 @@ def require_gradients(model: nn.Module, what: str) -> None:
 def restored_on_failure(model: nn.Module) -> Iterator[None]:
     """Put a model back as it was if the block raises: classes, attributes, hooks, parameters, what learns, modes.
 
-    Parameters go back to their device. Tensors and configurations are put back, but what is written into one stays.
+    Parameters go back to their device. Tensors and configurations are put back, but what is written into one stays, and
+    so does what is written into the buffers of a model that was moved.
     """
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     # The tables themselves, not copies: the handles of hooks refer to them.
     tables = [value for _, _, values in modules for value in values.values() if isinstance(value, dict | set | list)]
     contents = [(table, copy.copy(table)) for table in tables]
+    buffers = [(module, name, b) for module, _, _ in modules for name, b in module._buffers.items() if b is not None]
     parameters = [(p, p.device, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
+        for module, name, buffer in buffers:
+            now = module._buffers.get(name)
+            if now is not None and now is not buffer and now.shape == buffer.shape:
+                # A move, unlike that of parameters, makes new buffers, and training goes on in those.
+                with suppress(RuntimeError), torch.no_grad():
+                    buffer.copy_(now)
         for module, kind, values in modules:
             module.__class__ = kind
             vars(module).clear()

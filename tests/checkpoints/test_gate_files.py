@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead import GateConfig, InputError
-from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, GATES_FILE, has_gates
+from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, GATES_FILE, has_gates, load_gates, save_gates
 from tests.small_runs import assert_same_tensors
 
 _CONFIG = GateConfig(init=0.5, seed=3, output_scale=True, lr_scale=7.0)
@@ -42,6 +42,30 @@ def test_round_trip(unit: Any, tmp_path: Path) -> None:
     assert deadhead.gates_of(model) is loaded
     assert_same_tensors(loaded.state_dict(), gates.state_dict())
     assert (loaded.config, loaded.unit, loaded.plan()) == (_CONFIG, unit, gates.plan())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, gates: load_gates(model, 5), "load_gates takes path as .*, but 5 came"),
+        (lambda model, gates: load_gates(model, None), "load_gates takes path as .*, but None came"),
+        (lambda model, gates: save_gates(None, "o"), "save_gates takes gates as HeadGates, but None came"),
+        (
+            lambda model, gates: save_gates(model, "o"),
+            "save_gates takes gates as HeadGates, but an object of type Llama",
+        ),
+        (lambda model, gates: save_gates(gates, 5), "save_gates takes path as .*, but 5 came"),
+    ],
+)
+def test_what_is_of_another_type_is_refused(
+    call: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model: Any = tiny_model("llama")
+    gates = deadhead.attach(model)
+    with pytest.raises(InputError, match=message):
+        call(model, gates)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_other_files_stay(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ _CASES = {
     "decoding of a classifier": Case("bench bert --workload decode", f"workload decode {_LOSS}", classifier),
     "GGUF of a classifier": Case("export bert --to gguf --out o.gguf", "only such are exported to gguf", classifier),
     "prune without text": Case(f"prune --model {_LLAMA} --out o", _TEXT.replace("(", r"\(").replace(")", r"\)")),
-    "magnitude without text": Case(
-        f"prune --model {_LLAMA} --criterion magnitude --sparsity 0.5 --out o", "name one with data"
+    "Taylor without text": Case(
+        f"prune --model {_LLAMA} --criterion taylor --sparsity 0.5 --out o", "name one with data"
     ),
     "tuning without text": Case(f"finetune --model {_LLAMA} --out o", "name one with data"),
     "training without text": Case(f"train --model {_LLAMA} --out o", "name one with data"),

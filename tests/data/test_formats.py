@@ -111,7 +111,7 @@ def test_what_looks_like_json_is_read_as_what_is_asked_for(content: bytes, packi
     path.write_bytes(PACKING[packing](content))
     with pytest.raises(InputError, match=r"looks like JSON; choose data_format \(--data-format\) json .* or text"):
         open_corpus(str(path))
-    assert "".join(train(path, data_format="text")) == content.decode()
+    assert "".join(train(path, data_format="text")) == content.decode("utf-8-sig")
     if b"row 1" in content:
         assert train(path, data_format="json")[1] == "row 1, of 50"
 
@@ -180,13 +180,31 @@ def test_a_directory_of_files_that_look_like_json_is_refused(tmp_path: Path) -> 
         ("a.csv", b"text\n", "could not be read: it has no rows"),
         ("a.jsonl", '{"text": "Größe"}\n'.encode("latin-1") * 60, "UTF-8 text was expected .* convert it to UTF-8"),
         ("a.jsonl", '{"text": "Größe"}\n'.encode("latin-1"), "UTF-8 text was expected .* convert it to UTF-8"),
-        ("a.csv", "text\nGröße\n".encode("latin-1"), "CSV was expected .* could not be read: .*codec"),
+        ("a.csv", "text\nGröße\n".encode("latin-1"), "UTF-8 text was expected .* in another encoding"),
         ("a.csv", b"text\nwell, not quoted\n", "CSV was expected .* could not be read: Length of header"),
         ("a.csv", b"text,n\nwell,1\nwell, not quoted,1\n", "CSV was expected .* could not be read: .*saw 3"),
-        ("a.jsonl", b'{"text": null}\n' * 3, r"A column of strings .* was expected .* its columns are text"),
+        ("a.jsonl", b'{"text": null}\n' * 3, "column text of .* it holds nothing but nulls; make"),
         ("a.json", b'{"data": [{"text": "a"}]}', "its columns are data"),
         ("a.jsonl", json_lines([{"a": 1, "b": "x", "c": "y"}]), "its columns are a, b, c; name one with text_column"),
-        ("a.csv", b"n\n1\n2\n", "its columns are n; name one with text_column"),
+        ("a.csv", b"n\n1\n2\n", "its first line names n; name one with text_column"),
+        ("a.json", '[{"text": "Größe"}]'.encode("latin-1"), "UTF-8 text was expected .* in another encoding"),
+        ("a.csv", "text\nGröße\n".encode("utf-16"), "begins as UTF-16 does; convert it to UTF-8"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "looks binary"),
+        ("a.jsonl", json_lines([{"text": 1}, {"text": 2}]), "column text of .* holds values of type int64; make"),
+        ("a.jsonl", json_lines([{"text": "a"}, {"text": 2}]), "column text of .* holds values of several types; make"),
+        ("a.jsonl", json_lines([{"text": 1, "n": "x"}]), r"name one with text_column \(--text-column\) of n\."),
+        ("a.jsonl", json_lines([{"text": {"a": "b"}}]), "column text of .* holds objects; make strings of them"),
+        ("a.json", json_lines([{"text": ["a", "b"]}]), "column text of .* holds lists of something else; make"),
+        ("a.csv", b"the first row\nthe second\n", r"first line names the first row; name one .*line of names before"),
+        ("a.csv", b"1,first row\n2,second\n", r"first line names 1, first row; name one .*line of names before"),
+        ("a.tsv", b"review\tlabel\ngood\t1\n", r"its first line names review, label; .*\(--text-column\), or put"),
+        ("a.txt.gz", b"not packed\n", r"A \.gz file was expected, but .* is not packed; take \.gz off"),
+        ("a.jsonl.zst", json_lines(), r"A \.zst file was expected, but .* is not packed; take \.zst off"),
+        ("a.gz", b"", "the file is empty"),
+        ("a.zst", zstd(b""), "the file is empty"),
+        ("a.txt", b"\xef\xbb\xbf", "the file is empty"),
+        ("a.zst", b"\x28\xb5\x2f\xfd", r"A whole \.zst file was expected, but .* is damaged"),
+        ("a.gz", gzip.compress(b"text\n" * 99, mtime=0)[:3], r"A whole \.gz file .* is damaged or cut short"),
         ("a.gz", gzip.compress(b"text\n" * 99, mtime=0)[:-9], r"A whole \.gz file .* is damaged or cut short"),
         ("a.zst", zstd(bytes(range(256)) * 9)[:-9], r"A whole \.zst file was expected, but .* is damaged"),
         ("a.zip", b"PK\x03\x04\0\0", "is packed with zip; unpack it first"),
@@ -211,9 +229,37 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pyt
         open_corpus(str(tmp_path / "a.zst"))
 
 
-def test_a_word_such_as_none_is_text(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text\nNone\nNA\nnan\n")
-    assert train(tmp_path / "a.csv") == ["None", "NA", "nan"]
+@pytest.mark.parametrize("rows", [["None", "NA", "nan"], ["1", "2", "03"], ["True", "1.50"], ["2020-01-01", "7"]])
+def test_what_a_csv_file_holds_is_text(rows: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(["text", *rows]))
+    assert train(tmp_path / "a.csv") == rows
+
+
+@pytest.mark.parametrize("last", ["", "x", "1.5"])
+def test_a_blank_after_many_numbers_is_no_fault(last: str, tmp_path: Path) -> None:
+    lines = [f"{index},row {index}" for index in range(10_050)]  # more than are parsed at once
+    (tmp_path / "a.csv").write_text("\n".join(["n,text", *lines, f"{last},last"]))
+    texts = train(tmp_path / "a.csv")
+    assert (len(texts), texts[0], texts[-1]) == (10_051, "row 0", "last")
+
+
+def test_blanks_behind_separators_are_none_of_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('\nid, text, n\n1, "a, b", 2\n2, c, 3\n')
+    assert train(tmp_path / "a.csv") == ["a, b", "c"]
+
+
+@pytest.mark.parametrize("content", [b"the first row\nthe second\n", b"n\n1\n2\n"])
+def test_a_csv_file_without_names_loses_no_row_in_a_data_set_either(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(InputError, match="A column named text was expected in hf:.*, but its first line names"):
+        open_corpus(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_the_mark_of_utf_8_is_no_text(name: str, tmp_path: Path) -> None:
+    content = {"a.txt": "line\n", "a.csv": "text\nline\n", "a.jsonl": '{"text": "line"}\n'}[name]
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert "".join(train(tmp_path / name)).strip("\n") == "line"
 
 
 @pytest.mark.parametrize("separator", [",", ";", "|", "\t"])

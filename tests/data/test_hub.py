@@ -77,9 +77,10 @@ def test_columns(tmp_path: Path) -> None:
     assert list(open_corpus(source, text_column="b", valid_share=0, test_share=0).documents("train")) == ["B"]
     with pytest.raises(InputError, match="columns are a, b, n; name one with text_column"):
         open_corpus(source)
-    for column in ("n", "c"):
-        with pytest.raises(InputError, match=f"or of messages named {column} was expected .* columns are a, b, n"):
-            open_corpus(source, text_column=column)
+    with pytest.raises(InputError, match="or of messages named c was expected .* columns are a, b, n"):
+        open_corpus(source, text_column="c")
+    with pytest.raises(InputError, match="in column n of .* holds values of type int64; .* of a, b"):
+        open_corpus(source, text_column="n")
 
 
 def test_a_long_row_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

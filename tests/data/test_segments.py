@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from deadhead.data import RowDataset, SegmentDataset
+from deadhead.data import RowDataset, SegmentDataset, TokenStream
 from deadhead.errors import InputError
 
 
@@ -80,7 +80,7 @@ def test_rows_begin_with_the_prefix_and_cover_the_text_once(prefix: tuple[int, .
 
 
 def test_a_row_that_the_prefix_fills_is_refused() -> None:
-    with pytest.raises(InputError, match="longer than the 2 tokens .* sequence_length of 2 came"):
+    with pytest.raises(InputError, match=r"longer than the 2 tokens .*\(--sequence-length\) of 2 came"):
         RowDataset(np.arange(100), length=2, prefix=(7, 8))
 
 
@@ -98,3 +98,27 @@ def test_rows_without_a_token_that_counts_are_left_out(prefix: tuple[int, ...]) 
         rows[len(rows)]
     with pytest.raises(InputError, match="Answers were expected in the text"):
         RowDataset(np.arange(50), length=4, prefix=prefix, scored=np.zeros(50, dtype=np.bool_))
+
+
+@pytest.mark.parametrize("prefix", [(), (1, 2)])
+def test_a_text_shorter_than_a_row_names_the_option_of_its_length(prefix: tuple[int, ...]) -> None:
+    expected = rf"More than {8 - len(prefix)} tokens .* for a row of 8, but the text has 5; .*\(--sequence-length\)"
+    with pytest.raises(InputError, match=expected):
+        RowDataset(np.arange(5), length=8, prefix=prefix)
+
+
+@pytest.mark.parametrize("tokens", [np.ones(9), np.ones((3, 3), dtype=int), np.array(["a"] * 9), np.ones(9) > 0])
+def test_tokens_are_whole_numbers_in_one_row(tokens: np.ndarray) -> None:
+    for made in (
+        lambda: RowDataset(tokens, length=4),
+        lambda: SegmentDataset(tokens, rows=1, segment_length=4),
+        lambda: TokenStream(tokens=tokens, num_bytes=9, num_words=9),
+    ):
+        with pytest.raises(InputError, match="Tokens were expected as whole numbers in one row"):
+            made()
+
+
+def test_what_counts_is_a_truth_value_for_each_token() -> None:
+    for scored in (np.ones(9), np.ones(8) > 0):
+        with pytest.raises(InputError, match="A truth value for each of 9 tokens was expected as scored"):
+            RowDataset(np.arange(9), length=4, scored=scored)

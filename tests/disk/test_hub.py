@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -103,7 +104,7 @@ def test_who_asked_for_patience_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hub.answers()
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "60")
     assert hub.answers()
-    with hub.quick():
+    with hub.quick("a/b"):
         assert not constants.HF_HUB_OFFLINE
 
 
@@ -119,7 +120,7 @@ def test_one_that_answers_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_threads_leave_the_setting_as_it_was() -> None:
-    first, second = hub.quick(), hub.quick()
+    first, second = hub.quick("a/b"), hub.quick("c")
     first.__enter__()
     second.__enter__()
     assert constants.HF_HUB_OFFLINE
@@ -127,3 +128,41 @@ def test_threads_leave_the_setting_as_it_was() -> None:
     assert constants.HF_HUB_OFFLINE
     second.__exit__(None, None, None)
     assert not constants.HF_HUB_OFFLINE
+
+
+_LOCAL: dict[str, Callable[[Path], object]] = {
+    "model": lambda folder: deadhead.load(folder / "m"),
+    "tokenizer": lambda folder: load_tokenizer(folder / "m"),
+    "text": lambda folder: load_text(folder / "a.txt"),
+    "rows": lambda folder: load_text(folder / "a.jsonl"),
+    "data set": lambda folder: load_text(f"hf:{folder / 'd'}"),
+    "save": lambda folder: deadhead.save(deadhead.load(folder / "m"), folder / "o", base=folder / "m"),
+    "prune": lambda folder: _prune(folder / "m", folder / "a.jsonl", **_SMALL),
+    "inspect": lambda folder: execute(["inspect", str(folder / "m")]),
+}
+_SMALL: dict[str, Any] = {"steps": 1, "batch_size": 1, "sequence_length": 8, "sparsity": 0.5}
+
+
+@pytest.mark.parametrize("door", _LOCAL)
+def test_what_lies_on_this_disk_asks_nobody(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)).save_pretrained(tmp_path / "m")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "a.txt").write_text("words and words\n" * 50)
+    for file in (tmp_path / "a.jsonl", tmp_path / "d" / "a.jsonl"):
+        file.write_text('{"text": "words and words"}\n' * 50)
+    load_text(tmp_path / "a.txt")[1].save_pretrained(str(tmp_path / "m"))
+    asked: list[object] = []
+
+    def ask(*what: object, **how: object) -> None:
+        asked.append(what)
+        raise OSError("no network")
+
+    for place, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (hub, "_ask")):
+        monkeypatch.setattr(place, name, ask)
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    _LOCAL[door](tmp_path)
+    assert not asked
+    assert not datasets.config.HF_HUB_OFFLINE

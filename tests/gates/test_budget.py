@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from benchmarks._tiny_models import tiny_model
 from deadhead.errors import InputError
 from deadhead.gates.budget import Budget, BudgetTarget, plan_within
 from deadhead.gates.gates import HeadGates
+from deadhead.gates.penalty import SparsityTarget
 from deadhead.measure.cost import counted_costs, model_cost
 from deadhead.plans.kinds import BUDGET_KINDS
 from deadhead.plans.plan import UnitKey
@@ -61,6 +63,22 @@ def test_shares_and_what_is_reached_are_in_the_budgets_own_terms(kind: Any, valu
 def test_values_out_of_range_are_refused(kind: Any, value: float) -> None:
     with pytest.raises(InputError, match=f"budget of {kind} must be"):
         Budget(kind=kind, value=value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Budget(kind="memory", value=0.5), "A budget's kind must be .*'params'.*, but 'memory' came"),  # type: ignore[arg-type]
+        (lambda: Budget(kind="params", value="a"), "A budget's value must be float, but 'a' came"),  # type: ignore[arg-type]
+        (lambda: Budget(kind="params", value=True), "A budget's value must be float, but True came"),
+        (lambda: BudgetTarget("params", 0.5), "BudgetTarget takes costs as UnitCosts, but 'params' came"),  # type: ignore[arg-type]
+        (lambda: SparsityTarget("half"), "SparsityTarget takes sparsity as float, but 'half' came"),  # type: ignore[arg-type]
+        (lambda: SparsityTarget(0.5, ramp_steps=True), "takes ramp_steps as int .*, but True came"),
+    ],
+)
+def test_what_is_of_another_type_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_what_cannot_be_reached_is_refused_with_what_can() -> None:

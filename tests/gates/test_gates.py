@@ -386,6 +386,33 @@ def test_a_sparsity_that_is_no_share_is_refused(sparsity: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("plan", {"sparsity": "a"}, r"HeadGates.plan takes sparsity as float \| None, but 'a' came"),
+        ("plan", {"sparsity": True}, "takes sparsity as .*, but True came"),
+        ("plan", {"ranking": "x"}, "takes ranking as .*, but 'x' came"),
+        ("plan", {"ranking": "layer"}, "ranking says how a share .*; give sparsity too"),
+        ("plan_of", {"kept": "x"}, "takes kept as Mapping.*, but 'x' came"),
+        ("settle", {"plan": None}, "takes plan as HeadPlan, but None came"),
+        ("set_plan", {"plan": "plan.json"}, "HeadGates.set_plan takes plan as HeadPlan, but 'plan.json' came"),
+        ("load_state_dict", {"state": None}, "takes state as Mapping"),
+        ("load_state_dict", {"state": {"0.log_alpha": [0.0]}}, "takes state as Mapping"),
+        ("lean", {"scores": {}, "spread": 1.0}, "takes scores as HeadScores"),
+        ("lean", {"scores": _gates().scores(), "spread": math.nan}, "spread of log_alpha must be .* but it is nan"),
+        ("track_difference", {"on": "yes"}, "takes on as bool, but 'yes' came"),
+    ],
+)
+def test_what_is_of_another_type_is_refused_and_changes_nothing(
+    method: str, given: dict[str, Any], message: str
+) -> None:
+    gates = _gates()
+    before = gates.state_dict()
+    with pytest.raises(InputError, match=message):
+        getattr(gates, method)(**given)
+    assert all(torch.equal(value, before[name]) for name, value in gates.state_dict().items())
+
+
+@pytest.mark.parametrize(
     ("plan", "message"),
     [
         (HeadPlan(kept={}, total={0: 4, 1: 4}), r"for \[4, 4\] heads a layer, but this model had \[4, 4, 4\]"),
@@ -463,7 +490,15 @@ def test_gates_learn_lr_scale_times_as_fast_under_adam(lr_scale: float) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("beta", 0.0), ("gamma", 0.0), ("zeta", 1.0), ("lr_scale", 0.0), ("epsilon", 0.0), ("epsilon", 0.5)],
+    [
+        ("beta", 0.0),
+        ("gamma", 0.0),
+        ("zeta", 1.0),
+        ("lr_scale", 0.0),
+        ("epsilon", 0.0),
+        ("epsilon", 0.5),
+        ("seed", 2**63),
+    ],
 )
 def test_constants_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(InputError, match=f"gate's {field} must be"):

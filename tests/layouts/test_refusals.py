@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperModel
 
 from benchmarks._tiny_models import tiny_model
 from deadhead.attaching import attach, detach, gates_of
+from deadhead.checkpoints.checkpoint import save
 from deadhead.cutting import cut
 from deadhead.errors import InputError, UnsupportedModel
+from deadhead.measure.cost import model_cost
 from deadhead.plans.plan import HeadPlan
 from tests.random_models import assert_unchanged, snapshot
 from tests.random_models import tiny_model as own_model
@@ -260,3 +264,57 @@ def test_gates_that_are_on_do_not_hide_that_the_model_was_quantised_since() -> N
         cut(other, plan)
     before = snapshot(model)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(("kind", "inner"), [("llama", "model"), ("gpt2", "transformer"), ("bert", "bert")])
+def test_a_cut_of_the_inner_model_alone_is_told_wherever_the_outer_one_is_used(
+    kind: str, inner: str, tmp_path: Path
+) -> None:
+    model = tiny_model(kind)
+    gates = attach(model.get_submodule(inner))
+    plan = gates.plan_of({**gates.heads, next(iter(gates.heads)): ()})
+    cut(model.get_submodule(inner), plan)  # type: ignore[arg-type]
+    for use in (lambda: save(model, tmp_path / "outer"), lambda: attach(model), lambda: model_cost(model)):
+        with pytest.raises(InputError, match=rf"A part of the model \({inner}\) was cut by itself") as caught:
+            use()
+        sentence(caught)
+    assert not list(tmp_path.iterdir())
+    save(model.get_submodule(inner), tmp_path / "inner")  # type: ignore[arg-type]
+    cut(whole := tiny_model(kind), plan)
+    save(whole, tmp_path / "whole")
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    """A world of one process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def _flattened(module: nn.Module, *, names: bool) -> nn.Module:
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=names)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("how", ["FSDP2", "FSDP1", "FSDP1 under names", "a layer by FSDP1"])
+@pytest.mark.filterwarnings("ignore:FSDP")
+def test_weights_that_are_shared_out_are_told_before_anything_is_written(how: str, tmp_path: Path) -> None:
+    model = llama()
+    if how == "FSDP2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    elif how == "a layer by FSDP1":
+        model.model.layers[0] = _flattened(model.model.layers[0], names=True)
+    else:
+        wrapper = _flattened(model, names="names" in how)
+        with pytest.raises(UnsupportedModel, match="FullyShardedDataParallel came, which shares") as refused:
+            attach(wrapper)
+        sentence(refused)
+    for use, remedy in (
+        (lambda: attach(model), "attach gates before"),
+        (lambda: save(model, tmp_path / "a"), "gather"),
+    ):
+        with pytest.raises(InputError, match=f"needs whole tensors, but .*by FSDP .*: {remedy}") as caught:
+            use()
+        sentence(caught)
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 import deadhead
 from deadhead import HeadPlan, InputError
@@ -108,3 +108,15 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text_and_does_not_end(frame: 
         expected = model(input_ids=ids).logits[0, -1].argmax()
     text = generate_text(model, tokenizer, "the cat", max_new_tokens=1, temperature=0)
     assert text == tokenizer.decode([*ids[0].tolist(), int(expected)], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("asked", [6, 7, 2**24])
+def test_a_text_ends_within_the_models_positions(asked: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = GPT2Config(vocab_size=270, n_embd=8, n_layer=1, n_head=2, n_positions=7, eos_token_id=None)
+    network = GPT2LMHeadModel(config)
+    assert len(tokenizer("a").input_ids) == 1
+    if asked == 6:
+        generate_text(network, tokenizer, "a", max_new_tokens=asked)
+        return
+    with pytest.raises(InputError, match="The prompt with the new tokens would have .* has 7 positions"):
+        generate_text(network, tokenizer, "a", max_new_tokens=asked)

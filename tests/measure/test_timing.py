@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import deadhead
 from deadhead import HeadPlan, InputError
+from deadhead.errors import UnsupportedModel
 from deadhead.measure.timing import WORKLOADS, Workload, bench, efficiency
+from tests.layouts.test_inputs import reader
 from tests.random_models import assert_unchanged, snapshot, tiny_model
 
 
@@ -61,6 +64,56 @@ def test_training_mode_is_restored() -> None:
     for workload in WORKLOADS:
         bench({"model": model}, workload=workload, batch_size=1, length=4, new_tokens=1, repeats=1)
         assert model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("ViTForImageClassification", 5),
+        ("CLIPVisionModel", 5),
+        ("ASTForAudioClassification", 4),
+        ("Wav2Vec2ForCTC", 30),
+        ("HubertForSequenceClassification", 30),
+        ("WhisperForAudioClassification", 12),
+    ],
+)
+def test_what_reads_images_or_sound_is_timed_on_such(name: str, positions: int) -> None:
+    timing = bench({"model": reader(name)}, batch_size=2, length=7, repeats=1)["model"]
+    assert timing.tokens_per_second * timing.seconds == pytest.approx(2 * positions)
+    with pytest.raises(UnsupportedModel, match="The workload decode needs a model that predicts the next token"):
+        bench({"model": reader(name)}, workload="decode")
+
+
+@pytest.mark.parametrize(("workload", "length"), [("prefill", 9), ("train", 9), ("decode", 7)])
+def test_a_text_is_not_longer_than_the_models_positions(workload: Workload, length: int) -> None:
+    config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+    models = {"model": transformers.GPT2LMHeadModel(config)}
+    bench(models, workload=workload, batch_size=1, length=length - 1, new_tokens=2, repeats=1)
+    with pytest.raises(InputError, match=f"A text of the {workload} would have 9 tokens, .* has 8 positions"):
+        bench(models, workload=workload, length=length, new_tokens=2)
+
+
+def test_a_model_that_does_not_run_on_made_inputs_is_told() -> None:
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
+    with pytest.raises(UnsupportedModel, match="does not run on the input_ids, use_cache that deadhead makes up"):
+        bench({"model": transformers.T5ForConditionalGeneration(config)}, batch_size=1, length=4, repeats=1)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({}, "models must be given by name, as in {'dense': model}, but none came"),
+        (tiny_model(), "models must be given by name, .* but an object of type AllAttentionForCausalLM came"),
+        ({"a": None}, "A PreTrainedModel of transformers was expected, but a NoneType came"),
+        ({"a": "gpt2"}, "a path or name came"),
+        ({"a": tiny_model(), "b": torch.nn.Sequential(tiny_model())}, "but a Sequential came, which holds one"),
+        ({"a": tiny_model().to("meta")}, "A benchmark needs a model with its weights"),
+    ],
+    ids=["none", "no mapping", "nothing", "name", "wrapped", "no weights"],
+)
+def test_what_is_no_model(models: Any, message: str) -> None:
+    with pytest.raises((InputError, UnsupportedModel), match=message):
+        bench(models)
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,20 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
         HeadPlan.from_json(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "blocks", ["x", {"size": 1, "kept": {}, "total": {"0": 2}}, HeadPlan.keep_all({0: 2})], ids=str
+)
+def test_blocks_of_another_type_are_refused(blocks: Any) -> None:
+    with pytest.raises(InputError, match=r"plan's blocks must be BlockPlan \| None, but .* came"):
+        HeadPlan(kept={}, total={0: 2}, blocks=blocks)
+
+
+@pytest.mark.parametrize("layer", [9, "x", [1], None], ids=str)
+def test_what_goes_of_a_layer_that_is_not_there(layer: Any) -> None:
+    with pytest.raises(InputError, match="head plan has the layers 0, 1, but not |takes layer as int . str"):
+        HeadPlan.keep_all({0: 2, 1: 2}).cut(layer)
+
+
 def test_version_2_without_blocks_is_read() -> None:
     assert HeadPlan.from_dict(valid(version=2, blocks=None)) == HeadPlan.from_dict(valid())
 

@@ -33,11 +33,14 @@ from deadhead.checkpoints.gate_files import (
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
+from deadhead.disk.gguf import gguf_file, reading_gguf
 from deadhead.disk.hub import is_name, quick, require_had
 from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
+from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name, model_class
+from deadhead.layouts.refusals import require_model
 from deadhead.measure.cost import model_cost
 from deadhead.measure.losses import require_weights
 
@@ -79,11 +82,21 @@ def save(
         about: what the card says the model is; by default whether deadhead has cut it.
 
     Raises:
-        InputError: `path` holds something else, cannot be written, or the device is full.
+        InputError: `path` holds something else, cannot be written, or the device is full; or the weights are not whole
+            in this process, or only a model inside of `model` was cut.
     """
     path = Path(path)
+    require_model(model)
     require_weights(model, "Saving")
+    require_whole(
+        model,
+        "Saving",
+        "gather them by get_model_state_dict of torch.distributed.checkpoint.state_dict, load them into a whole model, "
+        "and save that",
+    )
     require_ours_or_free(path)
+    # A cut that the configuration does not tell of is no model to be loaded again.
+    find_layout(model).recorded_plan(model)
     gates = gates_of(model)
     with replaced_folder(path) as folder:
         weights = {name: value for name, value in model.state_dict().items() if not is_gate(name)}
@@ -164,15 +177,15 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def load(
     path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """Load a model from a checkpoint folder or by its name on the Hugging Face hub, in evaluation mode.
+    """Load a model from a checkpoint folder, a GGUF file, or by its name on the Hugging Face hub, in evaluation mode.
 
     Its class is the one that its configuration names, of a language model, an encoder or a classifier, say. It never
     runs code that a checkpoint brings along. A gated checkpoint that `save` wrote gives the ungated model; `load_gated`
     gives both.
 
     Args:
-        path: the folder or name.
-        dtype: of the weights, such as "bfloat16"; None: as they were saved.
+        path: the folder, file or name. Weights of a GGUF file, quantised ones too, become plain numbers again.
+        dtype: of the weights, such as "bfloat16"; None: as they were saved, or float32 for those of a GGUF file.
         device: where they go, such as "cuda"; None: the CPU.
 
     Raises:
@@ -199,6 +212,8 @@ def _load(
     """Load as `load` does, and tell whether there are gates among the weights, which are left out."""
     dtype = None if dtype is None else named_dtype(dtype)
     device = None if device is None else named_device(device)
+    if (file := gguf_file(path)) is not None:
+        return _read_gguf(file, dtype, device), False
     name = str(path)
     local = Path(path).is_dir()
     if not local and not is_name(path):
@@ -212,7 +227,7 @@ def _load(
         _require_unchanged(Path(path))
     config = require_sound(Path(path)) if local else load_config(path)
     try:
-        with quick():
+        with quick(path):
             loaded: Any = model_class(config).from_pretrained(
                 name,
                 config=config,
@@ -246,6 +261,20 @@ def _load(
     return model if device is None else model.to(device), bool(of_gates)  # type: ignore[arg-type]
 
 
+def _read_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | None) -> PreTrainedModel:
+    """Load the model in a GGUF file as if it had never been quantised."""
+    config = load_config(file)
+    with reading_gguf(file, "model") as (folder, of_gguf):
+        made = model_class(config)
+        model: Any = made.from_pretrained(folder, config=config, dtype=dtype or torch.float32, **of_gguf)
+    # Else `save_pretrained` would refuse it as quantised.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    vars(model.config).pop("quantization_config", None)
+    model.eval()
+    return model if device is None else model.to(device)
+
+
 def _of_other_heads(model: PreTrainedModel, wanted: bool) -> set[str]:
     """Return the tensors that the model's type had in pre-training, which files of BERT, say, hold beside its own."""
     config = model.config
@@ -267,18 +296,24 @@ def _require_unchanged(folder: Path) -> None:
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """Load a model's configuration from a checkpoint folder, its file, or by its name on the Hugging Face hub.
+    """Load a model's configuration from a checkpoint folder, its file, a GGUF file, or by its name on the hub.
 
     Raises:
         InputError: there is none, it cannot be used, or it is of a model that cannot be.
     """
+    if (file := gguf_file(path)) is not None:
+        with reading_gguf(file, "configuration") as (folder, of_gguf):
+            found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **of_gguf)
+        return found
     if not is_name(path):
         if not Path(path).exists():
             raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
+        if Path(path).is_file() and Path(path).suffix != ".json":
+            raise InputError(f"A checkpoint folder was expected at {path}, but that is a file.")
         return guarded_config(Path(path))[0]
     require_had(path)
     try:
-        with quick():
+        with quick(path):
             config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_such_name(path, error) from error
@@ -327,10 +362,10 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
     """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
     if base is None:
         return {}
-    name = None if Path(base).is_dir() else str(base)
+    name = str(base) if is_name(base) else None
     metadata: dict[str, Any] = {}
     # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
-    with suppress(Exception), quick():
+    with suppress(Exception), quick(base):
         card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
         metadata = metadata_load(card) or {}
     kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}

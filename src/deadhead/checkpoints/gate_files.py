@@ -17,7 +17,7 @@ from deadhead.checkpoints.declared import GATES_FILE, has_gates
 from deadhead.disk.files import write_bytes, write_json
 from deadhead.disk.reading import read_object, shown
 from deadhead.disk.stored import read_header
-from deadhead.errors import InputError, typed
+from deadhead.errors import InputError, typed, typed_but
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 
@@ -39,7 +39,7 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
     write_json(folder / GATES_CONFIG_FILE, {**asdict(gates.config), "unit": gates.unit, **size})
 
 
-@typed
+@typed_but("model")
 def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
     """Attach gates that `save_gates` wrote into a folder to `model`, the one they were trained on.
 

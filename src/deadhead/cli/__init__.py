@@ -29,6 +29,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # The bars of transformers' reader of GGUF files.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # Torch and transformers make a million objects that stay. Looking through them takes half a second while they
     # load, and a second at the end.
     gc.set_threshold(100_000)

@@ -26,7 +26,9 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name on the Hugging Face hub.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A checkpoint folder, a GGUF file, or a name on the Hugging Face hub.")
+]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(

@@ -40,7 +40,7 @@ def export(
 
     from deadhead.checkpoints import checkpoint
     from deadhead.checkpoints.declared import has_gates
-    from deadhead.data import load_tokenizer
+    from deadhead.data import has_tokenizer, load_tokenizer
     from deadhead.export.exporting import export_model, require_exportable
 
     if model.is_dir() and has_gates(model):
@@ -52,8 +52,7 @@ def export(
     kind = None if kind is None else kind.lower()
     require_exportable(out, to=to, kind=kind)
     network = checkpoint.load(model, dtype=dtype if to == "padded" else torch.float32)
-    has_tokenizer = not model.is_dir() or (model / "tokenizer_config.json").exists()
-    words = load_tokenizer(model) if tokenizer and has_tokenizer else None
+    words = load_tokenizer(model) if tokenizer and has_tokenizer(model) else None
     with working(f"writing {out.name}, and checking it in its runtime"):
         result = export_model(network, out, to=to, kind=kind, tokenizer=words, base=model)
     if as_json:

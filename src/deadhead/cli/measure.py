@@ -49,6 +49,14 @@ def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
     return model
 
 
+def _declared(path: Path) -> PreTrainedModel:
+    """Return a model without its weights, of which much can be told before they are loaded."""
+    from deadhead.checkpoints import checkpoint
+    from deadhead.measure.cost import skeleton
+
+    return skeleton(checkpoint.load_config(path))
+
+
 def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Has the options that `evaluate` takes besides those of the text."""
 
@@ -75,10 +83,11 @@ def evaluate(
     from deadhead.measure.losses import require_language_model
     from deadhead.training.runs.inputs import require_default_text
 
-    network = _load(model, shared["device"], shared["dtype"])
-    require_language_model(network, "Perplexity")
+    declared = _declared(model)
+    require_language_model(declared, "Perplexity")
     if "source" not in settings:
-        require_default_text(network.config.model_type)
+        require_default_text(declared.config.model_type)
+    network = _load(model, shared["device"], shared["dtype"])
     with progress(quiet) as report:
         text, _ = load_text(
             text_of.source,
@@ -120,8 +129,8 @@ def generate(
     from deadhead.measure.generate import generate_text
     from deadhead.measure.losses import require_language_model
 
+    require_language_model(_declared(model), "Continuing a text")
     network = _load(model, device, dtype)
-    require_language_model(network, "Continuing a text")
     text = generate_text(
         network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
@@ -144,16 +153,22 @@ def bench(
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
     load_torch(as_json, model, dense)
+    from deadhead.layouts.inputs import positions_read
     from deadhead.measure.cost import model_cost
     from deadhead.measure.timing import bench as run_bench
-    from deadhead.measure.timing import efficiency
+    from deadhead.measure.timing import efficiency, require_timed
 
+    for path in filter(None, (model, dense)):
+        require_timed(_declared(path), workload, length)
     models = {"model": _load(model, device, dtype)}
     if dense is not None:
         models = {"dense": _load(dense, device, dtype), **models}
-    # Without a past every token of a text sees half of it on average.
-    past = length if workload == "decode" else length // 2
-    costs = {name: model_cost(network, length=past) for name, network in models.items()}
+    # Without a past every token of a text that goes on sees half of it on average; others see all.
+    costs = {}
+    for name, network in models.items():
+        positions = positions_read(network, length)
+        goes_on = workload != "decode" and network.can_generate()
+        costs[name] = model_cost(network, length=positions // 2 if goes_on else positions)
     timings = run_bench(models, workload=workload, batch_size=batch_size, length=length, repeats=repeats)
     result: dict[str, object] = {
         name: {**asdict(timing), "flops_per_token": costs[name].flops_per_token} for name, timing in timings.items()
@@ -169,7 +184,7 @@ def bench(
     if as_json:
         print_json(result)
         return
-    table = Table(title=f"{workload}, {batch_size} × {length} tokens, median of {repeats}")
+    table = Table(title=f"{workload}, {batch_size} × {positions} tokens, median of {repeats}")
     for column in ("", "ms", "tokens/s", "FLOPs/token"):
         table.add_column(column, justify="right")
     for name, timing in timings.items():

@@ -68,7 +68,7 @@ def inspect(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="A checkpoint folder, its config.json, a name on the Hugging Face hub, or a recipe: RECIPE.toml.",
+            help="A checkpoint folder, its config.json, a GGUF file, a name on the hub, or a recipe: RECIPE.toml.",
         ),
     ],
     length: Annotated[

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
 
 _S = TypeVar("_S", bound=BaseModel)
 
-ModelOption = Annotated[Path | None, typer.Option(help="The checkpoint folder, or name on the hub, to start from.")]
-RequiredModel = Annotated[Path, typer.Option(help="The checkpoint folder, or name on the hub, to start from.")]
+ModelOption = Annotated[
+    Path | None, typer.Option(help="The checkpoint folder, GGUF file, or name on the hub, to start from.")
+]
+RequiredModel = Annotated[
+    Path, typer.Option(help="The checkpoint folder, GGUF file, or name on the hub, to start from.")
+]
 Out = Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")]
 RecipeOption = Annotated[Path | None, typer.Option(help="Take settings that are not given here from this recipe.")]
 Teacher = Annotated[Path | None, typer.Option(help="The model to distil from: a folder, or a name on the hub.")]

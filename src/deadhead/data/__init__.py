@@ -2,7 +2,7 @@
 
 from deadhead.data.corpus import Corpus, open_corpus
 from deadhead.data.segments import RowDataset, SegmentDataset
-from deadhead.data.tokenizer import build_tokenizer, load_tokenizer, special_token_ids
+from deadhead.data.tokenizer import build_tokenizer, has_tokenizer, load_tokenizer, special_token_ids
 from deadhead.data.tokens import TokenizedCorpus, TokenStream, load_text, tokenize_corpus
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "TokenStream",
     "TokenizedCorpus",
     "build_tokenizer",
+    "has_tokenizer",
     "load_text",
     "load_tokenizer",
     "open_corpus",

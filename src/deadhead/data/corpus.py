@@ -17,7 +17,7 @@ from deadhead.data.hub import hub_rows
 from deadhead.data.local import path_parts, stdlib_documents
 from deadhead.data.pieces import Documents, Piece
 from deadhead.data.tables import Rows, file_rows
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
 
 SPLITS = ("train", "valid", "test")
 _FEW_DOCUMENTS = 40
@@ -35,6 +35,7 @@ class Corpus:
     is_chat: bool = False
     readers: Mapping[str, Callable[[], Iterator[Piece]]] = field(repr=False)
 
+    @typed
     def pieces(self, split: str) -> Iterator[Piece]:
         """Yield the text of a split, piece by piece.
 
@@ -74,8 +75,9 @@ class Corpus:
         return digest.hexdigest(), size
 
 
+@typed
 def open_corpus(
-    source: str,
+    source: str | Path,
     *,
     text_column: str | None = None,
     split: str | None = None,
@@ -105,13 +107,14 @@ def open_corpus(
             named like it, or has conversations without `chat`; or the shares leave nothing for training.
 
     Warns:
-        RunWarning: files of a directory are left out, as they hold another format.
+        RunWarning: files of a directory are left out, as they hold another format, or no UTF-8 text.
     """
     if not (valid_share >= 0 and test_share >= 0 and valid_share + test_share < 1):
         raise InputError(
             "Shares for valid and test of at least 0 and together less than 1 were expected, "
             f"but {valid_share} and {test_share} came."
         )
+    source = str(source)
     if not source:
         raise InputError("A text file, a directory, stdlib or hf:NAME was expected, but nothing came.")
     is_named = source.startswith("hf:")

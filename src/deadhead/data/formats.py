@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import weakref
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,9 @@ def _damaged(path: Path, packing: str) -> InputError:
 
 
 def is_packed(path: Path) -> bool:
-    """Tell whether a file is packed in a way that is unpacked here."""
+    """Tell whether a file is packed in a way that is unpacked here, or is named so."""
     try:
-        return _head(path).startswith(tuple(_PACKED))
+        return path.suffix.lower() in _PACKED.values() or _head(path).startswith(tuple(_PACKED))
     except InputError:
         return False
 
@@ -108,14 +109,25 @@ def found_in(path: Path, place: Callable[[], Unpacked]) -> Found:
         unpacked = unpacked or place()
         file = unpacked.unpack(file, packing)
     head = _head(file)
+    if head and file.suffix.lower() in _PACKED.values():
+        raise InputError(
+            f"A {file.suffix} file was expected, but {path} is not packed; take {file.suffix} off its name."
+        )
     for magic, name in _OTHERWISE_PACKED.items():
         if head.startswith(magic) and b"\0" in head:
             raise InputError(
                 f"Files packed with gzip or zstd are read, but {path} is packed with {name}; unpack it first."
             )
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"UTF-8 text was expected in {path}, but it begins as UTF-16 does; convert it to UTF-8.")
     told = _ENDINGS.get(file.suffix.lower())
     if head.startswith(b"PAR1"):
         told = "parquet"
+    elif b"\0" in head:
+        raise InputError(
+            f"UTF-8 text was expected in {path}, but it looks binary (byte {head.index(0)} is NUL); "
+            "name a text file, or convert it to UTF-8 if it holds text in another encoding."
+        )
     return Found(
         label=str(path),
         path=file,
@@ -127,7 +139,7 @@ def found_in(path: Path, place: Callable[[], Unpacked]) -> Found:
 
 def _looks_json(head: bytes) -> bool:
     """Tell whether a file is JSON by its beginning: one value, or an object on every line."""
-    head = head.removeprefix(b"\xef\xbb\xbf")
+    head = head.removeprefix(BOM_UTF8)
     if not _JSON.match(head):
         return False
     lines = [line for line in head.split(b"\n")[:-1] if line.strip()]

@@ -27,7 +27,9 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
     if not name or ":" in config or source.endswith(":"):
         raise InputError(f"hf:NAME or hf:NAME:CONFIG was expected, but {source!r} came.")
     require_had(name, kind="dataset")
-    loaded = _load(source, name, config or None)
+    is_saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+    loaded = _load(source, name, config or None, is_saved=is_saved)
+    is_csv = not is_saved and any(part.info.builder_name == "csv" for part in loaded.values())
     names = ", ".join(sorted(loaded))
     if split is not None:
         if split not in loaded:
@@ -44,22 +46,24 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
                     f"A split named train was expected in {source}, but it has {names}; choose one with split."
                 )
             own = {"train": next(iter(loaded.values()))}
-    rows = {ours: rows_of(part, source, text_column=text_column, chat=chat) for ours, part in own.items()}
+    rows = {
+        ours: rows_of(part, source, text_column=text_column, chat=chat, is_csv=is_csv) for ours, part in own.items()
+    }
     require_text(rows, source)
     return rows
 
 
-def _load(source: str, name: str, config: str | None) -> dict[str, Dataset]:
+def _load(source: str, name: str, config: str | None, *, is_saved: bool) -> dict[str, Dataset]:
     """All splits of a data set by name."""
     import datasets
     from datasets import Dataset, load_dataset, load_from_disk
 
     # It read this setting of huggingface_hub's when it was imported.
     before = datasets.config.HF_HUB_OFFLINE
-    is_saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     try:
-        with quick():
-            datasets.config.HF_HUB_OFFLINE = before or constants.HF_HUB_OFFLINE
+        with quick(name):
+            # Of a folder on this disk it would still tell a server that it was read.
+            datasets.config.HF_HUB_OFFLINE = before or constants.HF_HUB_OFFLINE or Path(name).exists()
             loaded = load_from_disk(name) if is_saved else load_dataset(name, config)
     except Exception as error:  # the library raises many kinds, down to those of the file formats
         raise InputError(f"The data set {source} could not be loaded: {first_line(error)}.") from error

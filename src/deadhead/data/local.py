@@ -8,6 +8,7 @@ import re
 import stat
 import sysconfig
 import warnings
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -56,14 +57,15 @@ _STDLIB_NAMES = """
 _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"}
 
 
-def _found_below(path: Path, files: Sequence[Path], place: Callable[[], Unpacked]) -> Iterator[Found]:
-    """Yield what the files below a directory hold, in order; what is no text is left out, unless it is a packed one."""
+def _found_below(path: Path, files: Sequence[Path], place: Callable[[], Unpacked], lost: list[Path]) -> Iterator[Found]:
+    """Yield what the files below a directory hold, in order; what is no text, unless it is a packed one, is lost."""
     for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):
         try:
             yield found_in(file, place)
         except InputError:
             if is_packed(file):
                 raise
+            lost.append(file)
 
 
 def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dict[str, Documents | Rows]:
@@ -81,7 +83,7 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
         read: reads files with fields.
 
     Warns:
-        RunWarning: files of another format are left out.
+        RunWarning: files of another format, or of no text, are left out.
     """
     try:
         mode = path.stat().st_mode
@@ -103,16 +105,7 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
     files = list(_files_below(path))
     if not files:
         raise InputError(f"Text files were expected below {path}, but it has no files that are not hidden.")
-    everything = list(_found_below(path, files, place))
-    if data_format is not None:
-        asked = [found for found in everything if found.format == data_format != "text"]
-        everything = [_as_asked(found, data_format) for found in asked or everything]
-    groups: dict[Format, list[Sized]] = {}
-    for found in everything:
-        with suppress(InputError):
-            sized = _checked(found) if found.format == "text" else found
-            if size := sized.stop if isinstance(sized, Document) else found.path.stat().st_size:
-                groups.setdefault(found.format, []).append(Sized(found, sized, size))
+    groups, lost = _by_format(path, files, data_format, place)
     if not groups:
         first = min(files, key=lambda file: file.relative_to(path).as_posix())
         raise InputError(
@@ -128,6 +121,13 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
             RunWarning,
             stacklevel=2,
         )
+    if lost:
+        warnings.warn(
+            f"{len(lost)} of the files below {path} hold no UTF-8 text and are left out, {lost[0].name} for one; "
+            "convert them to UTF-8 if they are text in another encoding.",
+            RunWarning,
+            stacklevel=2,
+        )
     parts = _own_splits(groups[chosen])
     if chosen == "text":
         return {
@@ -137,6 +137,28 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
     for each in groups[chosen]:
         _as_asked(each.found, data_format)
     return dict(read({split: [each.found for each in part] for split, part in parts.items()}, chosen, path))
+
+
+def _by_format(
+    path: Path, files: Sequence[Path], data_format: Format | None, place: Callable[[], Unpacked]
+) -> tuple[dict[Format, list[Sized]], list[Path]]:
+    """Return the files below a directory that hold something, by their format, and those that hold no text."""
+    lost: list[Path] = []
+    everything = list(_found_below(path, files, place, lost))
+    if data_format is not None:
+        asked = [found for found in everything if found.format == data_format != "text"]
+        everything = [_as_asked(found, data_format) for found in asked or everything]
+    groups: dict[Format, list[Sized]] = {}
+    for found in everything:
+        if not (size := found.path.stat().st_size):
+            continue
+        try:
+            held = _checked(found) if found.format == "text" else found
+        except InputError:
+            lost.append(Path(found.label))
+        else:
+            groups.setdefault(found.format, []).append(Sized(found, held, size))
+    return groups, lost
 
 
 def _as_asked(found: Found, data_format: Format | None) -> Found:
@@ -176,14 +198,11 @@ def _checked(found: Found) -> Document:
     path = found.path
     with readable(found.label), path.open("rb") as stream:
         size, head = os.fstat(stream.fileno()).st_size, stream.read(PROBE_BYTES)
-    if not head:
+    # The mark of UTF-8 is no text.
+    start = len(BOM_UTF8) if head.startswith(BOM_UTF8) else 0
+    if len(head) == start:
         raise InputError(f"Text was expected in {found.label}, but the file is empty; name one with text in it.")
-    if b"\0" in head:
-        raise InputError(
-            f"UTF-8 text was expected in {found.label}, but it looks binary (byte {head.index(0)} is NUL); "
-            "name a text file, or convert it to UTF-8 if it holds text in another encoding."
-        )
-    document = Document(label=found.label, open=partial(_open, found), stop=size)
+    document = Document(label=found.label, open=partial(_open, found), start=start, stop=size)
     for _ in document.pieces():
         pass
     return document

@@ -8,7 +8,20 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed
+
+
+def require_ids(tokens: np.ndarray) -> None:
+    """Check that an array holds tokens one after the other.
+
+    Raises:
+        InputError: it does not.
+    """
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise InputError(
+            f"Tokens were expected as whole numbers in one row, but an array of {tokens.dtype} with the shape "
+            f"{tokens.shape} came."
+        )
 
 
 class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
@@ -28,7 +41,9 @@ class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
         InputError: the text is shorter than one segment a row, or a number is not positive.
     """
 
+    @typed
     def __init__(self, tokens: np.ndarray, *, rows: int, segment_length: int, first_segment: int = 0) -> None:
+        require_ids(tokens)
         if rows < 1 or segment_length < 1:
             raise InputError(
                 "At least 1 row and a segment_length of at least 1 were expected, "
@@ -78,13 +93,25 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         InputError: the text is shorter than a row, or the prefix leaves no place in one, or no token counts.
     """
 
+    @typed
     def __init__(
         self, tokens: np.ndarray, *, length: int, prefix: tuple[int, ...] = (), scored: np.ndarray | None = None
     ) -> None:
+        require_ids(tokens)
+        if scored is not None and (scored.dtype != np.bool_ or scored.shape != tokens.shape):
+            raise InputError(
+                f"A truth value for each of {len(tokens)} tokens was expected as scored, but an array of "
+                f"{scored.dtype} with the shape {scored.shape} came."
+            )
         if len(prefix) >= length:
             raise InputError(
                 f"Rows longer than the {len(prefix)} tokens that the tokenizer puts before a text were expected, but a "
-                f"sequence_length of {length} came; choose a longer one."
+                f"sequence_length (--sequence-length) of {length} came; choose a longer one."
+            )
+        if len(tokens) <= length - len(prefix):
+            raise InputError(
+                f"More than {length - len(prefix)} tokens of text were expected for a row of {length}, but the text "
+                f"has {len(tokens)}; choose a shorter sequence_length (--sequence-length), or use more text."
             )
         self._segments = SegmentDataset(tokens, rows=1, segment_length=length - len(prefix))
         self._prefix = torch.tensor(prefix, dtype=torch.int64)

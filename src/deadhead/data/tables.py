@@ -100,28 +100,42 @@ class Rows:
         return self.chat.write(messages, f"row {row} of {self._label}")
 
 
-def rows_of(dataset: Dataset, source: str, *, text_column: str | None, chat: Chat | None, holds: object = None) -> Rows:
+def rows_of(
+    dataset: Dataset,
+    source: str,
+    *,
+    text_column: str | None,
+    chat: Chat | None,
+    holds: object = None,
+    is_csv: bool = False,
+) -> Rows:
     """Find what to read of a data set, which errors call `source`.
 
-    Without a column's name it is text, messages, prompt and completion, or the only one of strings.
+    Without a column's name it is text, messages, prompt and completion, or the only one of strings. The first line of a
+    CSV file may be none of names, so the only one does not do there.
 
     Raises:
         InputError: there is no such column, or conversations came without a chat template.
     """
-    kinds = {name: _kind(feature) for name, feature in dataset.features.items()}
-    strings = [name for name, kind in kinds.items() if kind == "string"]
-    columns = [text_column] if text_column is not None else []
-    if text_column is None:
-        chats = [["messages"]] if kinds.get("messages") == "list" else []
-        chats += [["prompt", "completion"]] if all(kinds.get(name) for name in ("prompt", "completion")) else []
-        only = [strings] if len(strings) == 1 else []
-        columns = next(iter([*([["text"]] if "text" in strings else []), *chats, *only]), [])
-    if not columns or not all(kinds.get(name) for name in columns):
+    kinds = {name: _kind(dataset, name) for name in dataset.column_names}
+    columns = _columns(kinds, is_csv=is_csv) if text_column is None else [text_column]
+    others = ", ".join(name for name in dataset.column_names if name not in columns)[:80]
+    name_one = "name one with text_column (--text-column)"
+    if is_csv and not columns:
+        raise InputError(
+            f"A column named text was expected in {source}, but its first line names {others}; {name_one}, or put a "
+            "line of names before that one if it is none."
+        )
+    if not columns or columns[0] not in kinds:
         what = "A column of strings (text, or the only one) or of messages (messages, or prompt and completion)"
         if text_column is not None:
-            what = f"A column of strings or of messages named {text_column}"
-        there = ", ".join(dataset.column_names)[:80] or "none"
-        raise InputError(f"{what} was expected in {source}, but its columns are {there}; name one with text_column.")
+            what = f"A column of strings or of messages named {text_column[:40]}"
+        raise InputError(f"{what} was expected in {source}, but its columns are {others or 'none'}; {name_one}.")
+    if not all(kinds[name] for name in columns):
+        raise InputError(
+            f"Strings or lists of messages were expected in column {columns[0]} of {source}, but it holds "
+            f"{_held(dataset.features[columns[0]])}; make strings of them{others and f', or {name_one} of {others}'}."
+        )
     if kinds[columns[0]] == "string" and len(columns) == 1:
         return Rows(dataset, columns, source, None, holds)
     if chat is None:
@@ -132,13 +146,40 @@ def rows_of(dataset: Dataset, source: str, *, text_column: str | None, chat: Cha
     return Rows(dataset, columns, source, chat, holds)
 
 
-def _kind(feature: Any) -> str:
+def _columns(kinds: Mapping[str, str], *, is_csv: bool) -> list[str]:
+    """Return the columns that are read where none is named; one of an expected name goes before others."""
+    usual = {"text": "string", "messages": "list"}
+    if found := [name for name, kind in usual.items() if kinds.get(name) == kind]:
+        return found[:1]
+    if kinds.get("prompt") and kinds.get("completion"):
+        return ["prompt", "completion"]
+    if found := [name for name in usual if name in kinds]:
+        return found[:1]
+    strings = [name for name, kind in kinds.items() if kind == "string"]
+    return strings if len(strings) == 1 and not is_csv else []
+
+
+def _kind(dataset: Dataset, name: str) -> str:
     """Return "string", "list" or nothing."""
+    feature = dataset.features[name]
     if getattr(feature, "dtype", "") in _STRINGS:
         return "string"
+    if type(feature).__name__ == "Json":
+        # Whatever JSON can be: the first rows tell.
+        values = [value for value in dataset[:_ROWS_READ_AT_ONCE][name] if value is not None]
+        return "list" if values and all(isinstance(value, (list, dict)) for value in values) else ""
     # Lists of structs, under the several names that versions of the library have for them.
-    is_list = isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence", "Json")
-    return "list" if is_list else ""
+    is_list = isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence")
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return "list" if is_list and type(inner).__name__ != "Value" else ""
+
+
+def _held(feature: Any) -> str:
+    """Say what a column holds whose values cannot be read."""
+    name, dtype = type(feature).__name__, getattr(feature, "dtype", "")
+    if name == "Value":
+        return "nothing but nulls" if dtype == "null" else f"values of type {dtype}"
+    return {"Json": "values of several types", "dict": "objects"}.get(name, "lists of something else")
 
 
 def file_rows(
@@ -154,27 +195,32 @@ def file_rows(
 
     everything = [file for part in files.values() for file in part]
     settings: dict[str, Any] = {}
-    if kind == "csv":
-        # A word such as "None" is text, and what is too much in a line is no index.
-        settings = {"sep": _separator(everything[0].path), "keep_default_na": False, "index_col": False}
     names = {split: [glob.escape(str(file.path)) for file in part] for split, part in files.items()}
     # What was unpacked is gone with its place, and so are the tables made of it.
     place = next((file.place for file in everything if file.place is not None), None)
     cache = None if place is None else str(place.folder / "cache")
     try:
+        if kind == "csv":
+            settings = _csv_settings(everything[0].path)
         with _silent(), warnings.catch_warnings():
             # Said where pandas leaves out what is too much in a line.
             warnings.filterwarnings("error", message="Length of header or names does not match")
             loaded = load_dataset(kind, data_files=names, cache_dir=cache, **settings)
     except Exception as error:  # the library raises many kinds, down to those of the file formats
-        reason = first_line(error.__cause__ or error)[:100]
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError) or "in UTF-8" in str(cause):
+            raise InputError(
+                f"UTF-8 text was expected in {source}, but it is in another encoding; convert it to UTF-8."
+            ) from error
+        reason = first_line(cause)[:100]
         reason = "it has no rows" if "corresponds to no data" in reason else reason
         raise InputError(
             f"{kind.upper()} was expected in {source}, but it could not be read: {reason}; mend it, or read it as it "
             "stands with data_format text."
         ) from error
     rows = {
-        split: rows_of(part, source, text_column=text_column, chat=chat, holds=place) for split, part in loaded.items()
+        split: rows_of(part, source, text_column=text_column, chat=chat, holds=place, is_csv=kind == "csv")
+        for split, part in loaded.items()
     }
     require_text(rows, source)
     return rows
@@ -190,24 +236,34 @@ def _decoding(label: str) -> Iterator[None]:
         ) from None
 
 
-def _separator(path: Path) -> str:
-    """Return what parts the columns of a CSV file, by its first line."""
+def _csv_settings(path: Path) -> dict[str, Any]:
+    """Return how a CSV file is read, by its first line: all values are text as it stands there, such as None or 01."""
+    import pandas  # type: ignore[import-untyped]
+    from datasets import Features, Value
+
     with path.open("rb") as file:
-        header = file.readline(PROBE_BYTES).decode("utf-8", "replace")
-    return max("\t;,|" if path.suffix.lower() == ".tsv" else ",;\t|", key=header.count)
+        header = next((line for line in iter(partial(file.readline, PROBE_BYTES), b"") if line.strip()), b"")
+    line = header.decode("utf-8", "replace")
+    separator = max("\t;,|" if path.suffix.lower() == ".tsv" else ",;\t|", key=line.count)
+    # What is too much in a line is no index.
+    how = {"sep": separator, "index_col": False, "skipinitialspace": f"{separator} " in line}
+    names = pandas.read_csv(path, nrows=0, **how).columns
+    return {**how, "keep_default_na": False, "features": Features({str(name): Value("string") for name in names})}
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep `datasets` from writing bars and log lines: what is wrong is told in one sentence."""
+    """Keep `datasets` from writing bars and log lines, and from telling a server that a file on this disk is read."""
     import datasets
 
     level, has_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    is_offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
+        datasets.config.HF_HUB_OFFLINE = is_offline
         datasets.logging.set_verbosity(level)
         if has_bars:
             datasets.enable_progress_bars()

@@ -7,6 +7,7 @@ back exactly. Once special tokens are added, each special token within a text is
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from deadhead.data.corpus import Corpus
 from deadhead.data.pieces import whole_words
+from deadhead.disk.gguf import gguf_file, reading_gguf
 from deadhead.disk.hub import quick, require_had
-from deadhead.errors import InputError, first_line
+from deadhead.errors import InputError, first_line, typed
 
 KINDS = ("byte", "bpe", "word")
 EOS, UNK = "<eos>", "<unk>"
@@ -36,6 +38,7 @@ class TokenizersBackend(PreTrainedTokenizerFast):
         return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
 
 
+@typed
 def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
     """Make a tokenizer, from the text for training where it has to learn.
 
@@ -77,12 +80,22 @@ _MOST_BYTES = 2**29
 _LOADED_BY = ("is_local", "local_files_only")
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Tell whether a model's folder has its tokenizer beside it, as GGUF files and models of the hub are taken to."""
+    return not path.is_dir() or (path / "tokenizer_config.json").exists() or gguf_file(path) is not None
+
+
+@typed
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a saved tokenizer, or one of the hub by its name.
+    """Load a saved tokenizer, that of a GGUF file, or one of the hub by its name.
 
     Raises:
         InputError: there is none, or it can't be loaded.
     """
+    if (file := gguf_file(path)) is not None:
+        with reading_gguf(file, "tokenizer") as (folder, of_gguf):
+            read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **of_gguf)
+        return _without_more(read) if isinstance(read, PreTrainedTokenizerFast) else read
     files = [file for file in Path(path).glob("*") if file.name.startswith(_NAMES)]
     if Path(path).is_dir() and not files:
         raise InputError(
@@ -96,7 +109,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
                 f"A tokenizer was expected at {path}, but {file.name} has {file.stat().st_size:,} bytes, more than any."
             )
     try:
-        with quick():
+        with quick(path):
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise InputError(
@@ -111,6 +124,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _without_more(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Take off what transformers adds to the tokens of a GGUF file, <|endoftext|>, for which the model has no row."""
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    written["added_tokens"] = [token for token in written["added_tokens"] if token["id"] < tokenizer.vocab_size]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(written))
+    return tokenizer
+
+
+@typed
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the numbers of a tokenizer's special tokens, by the names that a model's configuration has for them."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -27,11 +27,12 @@ from deadhead.data.corpus import SPLITS, Corpus, open_corpus
 from deadhead.data.encoders import Encoder, encode_answers, encode_pieces, fingerprint_of, separator_of, text_frame
 from deadhead.data.formats import Format
 from deadhead.data.pieces import Piece
+from deadhead.data.segments import require_ids
 from deadhead.data.tokenizer import EOS, build_tokenizer
 from deadhead.disk.checksums import changed_file, read_checksums, write_checksums
 from deadhead.disk.files import no_space_is_input_error, write_json
 from deadhead.disk.reading import read_json, read_text
-from deadhead.errors import InputError
+from deadhead.errors import InputError, require_type, typed
 
 _FORMAT = 2
 _META = "meta.json"
@@ -57,6 +58,11 @@ class TokenStream:
     num_words: int
     prefix: tuple[int, ...] = ()
     scored: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(TokenStream).items():
+            require_type(getattr(self, name), hint, f"{name} must be")
+        require_ids(self.tokens)
 
 
 class TokenizedCorpus:
@@ -84,8 +90,9 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
+@typed
 def load_text(
-    source: str,
+    source: str | Path,
     *,
     tokenizer: str | PreTrainedTokenizerBase = "byte",
     vocab_size: int | None = None,
@@ -155,6 +162,7 @@ def _chat_of(tokenizer: str | PreTrainedTokenizerBase, template: str | None, *, 
     return None if template is None else Chat(template, special, begin=begin, answers=answers)
 
 
+@typed
 def tokenize_corpus(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,

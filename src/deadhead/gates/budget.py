@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
-        require_type(self.kind, BudgetKind, "A budget's kind must be")
-        require_type(self.value, float, "A budget's value must be")
+        for name, hint in get_type_hints(Budget).items():
+            require_type(getattr(self, name), hint, f"A budget's {name} must be")
         fits, rule = {
             "sparsity": (0 <= self.value < 1, "at least 0 and below 1"),
             "speedup": (1 <= self.value <= 1000, "at least 1"),

@@ -175,6 +175,8 @@ class HeadGates:
         """
         if sparsity is not None:
             return self.scores().plan(sparsity, ranking=ranking)
+        if ranking != "global":
+            raise InputError("ranking says how a share of the gates is chosen; give sparsity too, or leave it out.")
         self._require_values()
         kept = {key: tuple(compress(self.heads[key], gate.is_open.tolist())) for key, gate in self}
         return self.plan_of({**dict.fromkeys(self.heads, ()), **kept})
@@ -208,6 +210,8 @@ class HeadGates:
         values = torch.cat([scores.scores[key] for key in self.gates])
         if bool(values.isnan().any()):
             raise InputError("Some heads have a score that is not a number, so gates cannot lean by it.")
+        if not 0 <= spread < math.inf:
+            raise InputError(f"The spread of log_alpha must be a number that is not negative, but it is {spread}.")
         ranks = values.argsort(stable=True).argsort().float()
         ranks = (ranks - ranks.mean()) / ranks.std(correction=0).clamp(min=1e-6)
         for (_, gate), part in zip(self, ranks.split([gate.num_heads for _, gate in self]), strict=True):

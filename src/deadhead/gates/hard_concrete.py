@@ -64,6 +64,8 @@ class GateConfig:
             ("zeta", not 1 < self.zeta <= _MOST, f"above 1 and at most {_MOST:g}"),
             ("init", not abs(self.init) <= _MOST, f"at most {_MOST:g} from 0"),
             ("lr_scale", not self.lr_scale > 0, "above 0"),
+            # What files of gates may have.
+            ("seed", not abs(self.seed) < 2**63, "a number of 64 bits"),
             ("epsilon", not 0 < self.epsilon < 0.5, "between 0 and 0.5"),
         ):
             if wrong or not math.isfinite(getattr(self, name)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -61,6 +60,12 @@ def steps_within(asked: int | None, steps: int) -> int:
     return max(1, steps * 2 // 3) if asked is None else min(asked, steps)
 
 
+def require_steps(name: str, steps: int | None) -> None:
+    """Check that a number of steps, if one is given, is not negative; `name` is what the InputError calls it."""
+    if steps is not None and steps < 0:
+        raise InputError(f"{name} must be a number of steps from 0, or None, but it is {steps}.")
+
+
 class Target:
     """A straight ramp from the share where the gates are to a given one.
 
@@ -70,9 +75,7 @@ class Target:
     exact = False
 
     def __init__(self, share: float, ramp_steps: int | None) -> None:
-        given: Any = ramp_steps
-        if given is not None and not (isinstance(given, Integral) and given >= 0):  # type: ignore[operator]
-            raise InputError(f"ramp_steps must be a whole number of steps, or None, but it is {given!r}.")
+        require_steps("ramp_steps", ramp_steps)
         self.share = share
         self.asked_steps = ramp_steps
         self.ramp_steps = ramp_steps or 0
@@ -133,8 +136,6 @@ class SparsityTarget(Target):
     ) -> None:
         if not 0 <= sparsity < 1:
             raise InputError(f"The target sparsity must be at least 0 and below 1, but it is {sparsity}.")
-        if ranking not in ("global", "layer"):
-            raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
         super().__init__(sparsity, ramp_steps)
         self.ranking: Ranking = ranking
         self.exact = exact

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from torch import Tensor
+from torch import Tensor, nn
 
 from deadhead.errors import InputError
+
+_REMEDY = (
+    "attach gates before a Trainer shards the model, load it without tp_plan, and cut in one process, from a saved "
+    "copy of the weights"
+)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -30,11 +33,12 @@ def share_out(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values, mesh, placements, src_data_rank=None)
 
 
-def require_whole(parameters: Iterable[Tensor], what: str) -> None:
+def require_whole(model: nn.Module, what: str, remedy: str = _REMEDY) -> None:
     """Check that no parameter is sharded; if one is, the InputError begins with `what`, which is to be done."""
-    if any(is_sharded(parameter) for parameter in parameters):
+    # FSDP1 has flattened the parameters, or shows slices of them under their names.
+    is_managed = any(hasattr(module, "_is_fsdp_managed_module") for module in model.modules())
+    if is_managed or any(is_sharded(parameter) for parameter in model.parameters()):
         raise InputError(
-            f"{what} needs whole tensors, but those of this model are shared out among processes (by FSDP2 or tensor "
-            "parallelism): attach gates before a Trainer shards the model, load it without tp_plan, and cut in one "
-            "process, from a saved copy of the weights."
+            f"{what} needs whole tensors, but those of this model are shared out among processes (by FSDP or tensor "
+            f"parallelism): {remedy}."
         )

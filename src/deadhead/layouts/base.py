@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deadhead.errors import InputError
+from deadhead.layouts.refusals import require_recorded
 from deadhead.models.pruned.feed_forward import block_rows
 from deadhead.models.pruned.structure import keep_rows, output_dim, weight_of
 from deadhead.plans.plan import HeadPlan, Layer, Unit, UnitKey
@@ -167,6 +168,11 @@ class Layout(ABC):
         model.config.head_plan = plan.to_dict()
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
-        """Return the plan the model was cut by, which is its configuration's `head_plan`; None for a dense model."""
+        """Return the plan the model was cut by, which is its configuration's `head_plan`; None for a dense model.
+
+        Raises:
+            InputError: only a model inside of it was cut.
+        """
+        require_recorded(model)
         recorded = getattr(model.config, "head_plan", None)
         return None if recorded is None else HeadPlan.from_dict(recorded)

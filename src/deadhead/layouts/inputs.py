@@ -50,12 +50,12 @@ def run(stack: nn.Module, inputs: Mapping[str, Any]) -> Any:
         raise
     except Exception as error:  # a model's own code fails in many ways
         raise UnsupportedModel(
-            f"The model, a {type(stack).__name__}, does not run on the {', '.join(inputs)} that a cut of it would be "
-            f"checked on ({type(error).__name__}: {first_line(error)})."
+            f"The model, a {type(stack).__name__}, does not run on the {', '.join(inputs)} that deadhead makes up "
+            f"({type(error).__name__}: {first_line(error)})."
         ) from error
     if not isinstance(output[0], Tensor):
         raise UnsupportedModel(
-            f"The model, a {type(stack).__name__}, returns no tensor first, so that a cut could not be checked."
+            f"The model, a {type(stack).__name__}, returns no tensor first, so that it could not be checked or timed."
         )
     return output
 
@@ -73,19 +73,35 @@ def made_inputs(stack: nn.Module, count: int, length: int) -> dict[str, Tensor]:
     needed = _needed(stack)
     if unknown := [name for name in needed if name not in _MAKERS]:
         raise UnsupportedModel(
-            f"The model, a {type(stack).__name__}, cannot be run without {unknown[0]}, which deadhead cannot make up, "
-            "so that a cut of it could not be checked."
+            f"The model, a {type(stack).__name__}, cannot be run without {unknown[0]}, which deadhead cannot make up."
         )
     generator = torch.Generator().manual_seed(0)
     made = {}
     for name in needed:
         if name == "input_ids":
-            vocabulary = owner.config.get_text_config().vocab_size
-            values = torch.randint(vocabulary, (count, length), generator=generator)
+            made[name] = made_tokens(owner, count, length)
         else:
             values = torch.randn((count, *_MAKERS[name](owner.config)), generator=generator).to(owner.dtype)
-        made[name] = values.to(owner.device)
+            made[name] = values.to(owner.device)
     return made
+
+
+def made_tokens(model: PreTrainedModel, count: int, length: int) -> Tensor:
+    """Return `count` texts of `length` random tokens, (B, T), the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (count, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def positions_read(model: PreTrainedModel, length: int) -> int:
+    """Return how many positions the layers of a model have for one example: tokens of a text, or patches, or frames."""
+    if model.can_generate():
+        return length
+    stack = runner(model)
+    with evaluating(model):
+        output = run(stack, made_inputs(stack, 1, length) | {"output_hidden_states": True})
+    return int(output.hidden_states[-1].shape[1])
 
 
 def _needed(stack: nn.Module) -> dict[str, None]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from deadhead.errors import UnsupportedModel
+from deadhead.errors import InputError, UnsupportedModel
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Tensors that quantised layers keep in the place of a weight.
@@ -34,6 +34,11 @@ def require_model(model: Any) -> None:
         raise UnsupportedModel(
             f"A model of transformers was expected, but a {kind} came, whose adapters a cut would not fit; merge them "
             "first: model = model.merge_and_unload()."
+        )
+    if kind == "FullyShardedDataParallel":
+        raise UnsupportedModel(
+            f"A model of transformers was expected, but a {kind} came, which shares the weights of one out among "
+            "processes; attach gates before the model is wrapped, and cut in one process, from a saved copy of them."
         )
     if kind == "OptimizedModule":
         kind, place = "model wrapped by torch.compile", f"{place}, and compile it afterwards"
@@ -70,6 +75,23 @@ def require_plain(model: PreTrainedModel, *, may_be_empty: bool = False) -> None
             raise UnsupportedModel(
                 f"The model's {path} is wrapped by torch.compile, under which a checkpoint would have other names; "
                 "put its _orig_mod back, and compile after the cut, or in place: module.compile()."
+            )
+
+
+def require_recorded(model: PreTrainedModel) -> None:
+    """Check that no model inside of another was cut by itself: the outer configuration does not tell of such a cut.
+
+    Raises:
+        InputError: one was, so that a checkpoint of the outer model would be loaded with the heads that are gone.
+    """
+    configs = [model.config, *(value for value in vars(model.config).values() if isinstance(value, PreTrainedConfig))]
+    plans = [None, *(getattr(config, "head_plan", None) for config in configs)]
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "head_plan", None) not in plans:
+            raise InputError(
+                f"A part of the model ({path}) was cut by itself, which the model's own configuration does not say, so "
+                "that its heads would come back with random weights; cut the whole model instead, "
+                "deadhead.cut(model, plan), or go on with that part alone."
             )
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.data.encoders import text_frame
 from deadhead.errors import InputError
-from deadhead.measure.evaluation import require_known
+from deadhead.measure.evaluation import require_known, require_positions
 from deadhead.measure.losses import require_language_model
 
 
@@ -23,7 +23,8 @@ def generate_text(
     """Return `prompt` and its continuation; a temperature of 0 takes the likeliest token, more is more varied.
 
     Raises:
-        InputError: the prompt is empty or has tokens that the model doesn't have, or a number is out of range.
+        InputError: the prompt is empty or has tokens that the model doesn't have, a number is out of range, or the
+            model has too few positions.
     """
     require_language_model(model, "Continuing a text")
     own = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -36,6 +37,7 @@ def generate_text(
         raise InputError(f"The temperature must be 0 or lie between 0.001 and 1000, but it is {temperature}.")
     if max_new_tokens < 1:
         raise InputError(f"At least one new token must be asked for, but {max_new_tokens} were.")
+    require_positions(model, ids.shape[1] + max_new_tokens, of="The prompt with the new tokens")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)

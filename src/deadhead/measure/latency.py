@@ -26,7 +26,7 @@ from deadhead.disk.reading import read_object
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import counted_costs
-from deadhead.measure.timing import Workload, bench
+from deadhead.measure.timing import NEW_TOKENS, Workload, bench, require_timed
 from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
@@ -170,7 +170,7 @@ def measure_latency(
     workload: Workload = "prefill",
     batch_size: int = 8,
     length: int = 128,
-    new_tokens: int = 16,
+    new_tokens: int = NEW_TOKENS,
     repeats: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Latency:
@@ -180,9 +180,10 @@ def measure_latency(
     as often as fits into most of a minute, if `repeats` does not say. `progress` is told rounds done, and in all.
 
     Raises:
-        InputError: a number is below 1, or the unit or the blocks are not ones of this model.
+        InputError: a number is below 1, the model has too few positions, or the unit or the blocks are not its own.
         UnsupportedModel: there is nothing to thin out.
     """
+    require_timed(model, workload, length, new_tokens)
     layout = find_layout(model)
     setting = _setting(model, unit, blocks)
     sites = layout.all_sites(model, setting["unit"], setting["block_size"])

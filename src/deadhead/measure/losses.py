@@ -23,9 +23,9 @@ def require_language_model(model: PreTrainedModel, what: str) -> None:
         )
     if not model.can_generate():
         raise UnsupportedModel(
-            f"{what} needs a model that predicts the next token, but {type(model).__name__} has no such loss. It can "
-            "be inspected, cut by a plan, and pruned by criterion 'magnitude'; or train gates with "
-            "deadhead.SparsityCallback in a Trainer of your own."
+            f"{what} needs a model that predicts the next token, but {type(model).__name__} has no such loss; it can "
+            "be cut by a plan, pruned by criterion 'magnitude', or trained with deadhead.SparsityCallback in a Trainer "
+            "of your own."
         )
 
 

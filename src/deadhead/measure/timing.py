@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError, typed
-from deadhead.measure.losses import require_language_model
-from deadhead.models.pruned.structure import text_stack
+from deadhead.errors import InputError, typed_but
+from deadhead.layouts.inputs import made_inputs, made_tokens, positions_read, run, runner
+from deadhead.layouts.refusals import require_model
+from deadhead.measure.evaluation import require_positions
+from deadhead.measure.losses import require_language_model, require_weights
 from deadhead.modes import evaluating
 
 Workload = Literal["prefill", "decode", "train"]
 WORKLOADS: tuple[Workload, ...] = ("prefill", "decode", "train")
+NEW_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class Timing:
         workload: "prefill" (a forward over batch × length tokens), "decode" (one token for each text at a time, after
             a context of `length` that is not timed) or "train" (forward and backward over batch × length tokens).
         seconds: median of one repetition.
-        tokens_per_second: tokens of the workload over `seconds`.
+        tokens_per_second: tokens of the workload over `seconds`; of images and sounds patches and frames count.
     """
 
     workload: Workload
@@ -36,66 +40,89 @@ class Timing:
     tokens_per_second: float
 
 
-@typed
+@typed_but("models")
 def bench(
     models: Mapping[str, PreTrainedModel],
     *,
     workload: Workload = "prefill",
     batch_size: int = 8,
     length: int = 128,
-    new_tokens: int = 16,
+    new_tokens: int = NEW_TOKENS,
     repeats: int = 10,
 ) -> dict[str, Timing]:
     """Time a workload on several models, one repetition of each in turn.
 
     Args:
-        models: by name; the first is what others are compared with.
+        models: by name; the first is what others are compared with. Those that read images or sound are timed on
+            random ones of the size that their configuration declares, whatever `length` is.
         workload: what to time.
-        batch_size: B, texts at once.
+        batch_size: B, texts at once, or images or sounds.
         length: T, tokens of each text.
         new_tokens: tokens that "decode" adds to each text.
         repeats: repetitions that count, after one that doesn't.
 
     Raises:
-        InputError: a number is below 1, or the workload is not known.
-        UnsupportedModel: "decode" or "train" of a model that predicts no next token.
+        InputError: a number is below 1, the workload is not known, there is no model, or one has no weights or too few
+            positions.
+        UnsupportedModel: "decode" or "train" of a model that predicts no next token, or one that does not run on what
+            deadhead can make up.
     """
+    given: Any = models
+    if not isinstance(given, Mapping) or not given:
+        came = "none" if isinstance(given, Mapping) else f"an object of type {type(given).__name__}"
+        raise InputError(f"A benchmark's models must be given by name, as in {{'dense': model}}, but {came} came.")
+    for model in models.values():
+        require_model(model)
+        require_weights(model, "A benchmark")
+        require_timed(model, workload, length, new_tokens)
     sizes = {"batch size": batch_size, "length": length, "new tokens": new_tokens, "repeats": repeats}
     for name, value in sizes.items():
         if value < 1:
             raise InputError(f"A benchmark's {name} must be at least 1, but it is {value}.")
     if workload not in WORKLOADS:
         raise InputError(f"A benchmark's workload must be one of {', '.join(WORKLOADS)}, but it is {workload!r}.")
-    runs = {}
+    runs, tokens = {}, {}
     for name, model in models.items():
-        if workload != "prefill":
-            require_language_model(model, f"The workload {workload}")
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.get_text_config().vocab_size, (batch_size, length + 1), generator=generator)
-        runs[name] = _run(model, ids.to(model.device), workload, new_tokens)
+        runs[name] = _run(model, batch_size, length, workload, new_tokens)
+        tokens[name] = batch_size * (new_tokens if workload == "decode" else positions_read(model, length))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repeats + 1):
-        for name, (prepare, run) in runs.items():
+        for name, (prepare, repeat) in runs.items():
             prepared = prepare()
             begin = time.perf_counter()
-            run(prepared)
+            repeat(prepared)
             if models[name].device.type == "cuda":
                 torch.cuda.synchronize()
             if repetition:
                 seconds[name].append(time.perf_counter() - begin)
-    tokens = batch_size * (new_tokens if workload == "decode" else length)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {name: Timing(workload=workload, seconds=m, tokens_per_second=tokens / m) for name, m in medians.items()}
+    return {
+        name: Timing(workload=workload, seconds=median, tokens_per_second=tokens[name] / median)
+        for name, median in medians.items()
+    }
+
+
+def require_timed(model: PreTrainedModel, workload: Workload, length: int, new_tokens: int = NEW_TOKENS) -> None:
+    """Check that a model does a workload, and has positions for its texts; its weights are not needed."""
+    if workload != "prefill":
+        require_language_model(model, f"The workload {workload}")
+    require_positions(model, length + (new_tokens if workload == "decode" else 0), of=f"A text of the {workload}")
 
 
 def _run(
-    model: PreTrainedModel, ids: torch.Tensor, workload: Workload, new_tokens: int
+    model: PreTrainedModel, batch_size: int, length: int, workload: Workload, new_tokens: int
 ) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     """Return what comes before a repetition, untimed, and the repetition, which takes what that returned.
 
-    Of models that predict no next token only the text stack runs: their heads ask for more than tokens.
+    Of models that predict no next token only the part with the layers runs, as in the check of a cut.
     """
-    network = model if model.can_generate() else text_stack(model)
+    network: nn.Module = model
+    if model.can_generate():
+        ids = made_tokens(model, batch_size, length + 1)
+        inputs: dict[str, Any] = {"input_ids": ids[:, :-1], "use_cache": True}
+    else:
+        network = runner(model)
+        inputs = dict(made_inputs(network, batch_size, length))
 
     def read() -> Any:
         with evaluating(model), torch.inference_mode():
@@ -103,7 +130,7 @@ def _run(
 
     def prefill(_: Any) -> None:
         with evaluating(model), torch.inference_mode():
-            network(input_ids=ids[:, :-1], use_cache=True)
+            run(network, inputs)
 
     def decode(cache: Any) -> None:
         with evaluating(model), torch.inference_mode():

@@ -248,10 +248,9 @@ class HeadPlan:
 
     @typed
     def cut(self, layer: Layer) -> tuple[int, ...]:
-        """Return the heads of `layer` that go."""
-        if layer not in self.total:
-            names = shown(list(self.total))[1:-1]
-            raise InputError(f"The head plan has no layer {shown(layer)}; it has {names}.")
+        """Return the heads of `layer` that go; an InputError says that there is no such layer."""
+        if layer not in self.kept:
+            raise InputError(f"The head plan has the layers {shown(list(self.kept))[1:-1]}, but not {shown(layer)}.")
         kept = set(self.kept[layer])
         return tuple(head for head in range(self.total[layer]) if head not in kept)
 

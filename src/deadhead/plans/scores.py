@@ -42,8 +42,6 @@ class HeadScores:
         """
         if not 0 <= sparsity <= 1:
             raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
-        if ranking not in ("global", "layer"):
-            raise InputError(f"ranking must be 'global' or 'layer', but it is {ranking!r}.")
         self._require_numbers()
         keys = [key for key, heads in self.heads.items() if heads]
         kinds = [[key for key in keys if key.kind == kind] for kind in ("head", "block")]

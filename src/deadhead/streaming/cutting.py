@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut, warn_of_cache
-from deadhead.data import load_tokenizer
+from deadhead.data import has_tokenizer, load_tokenizer
 from deadhead.disk.checksums import sha256_of, write_checksums
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
 from deadhead.disk.reading import read_json
@@ -87,7 +87,7 @@ def cut_checkpoint(
     of a stopped cut are read again and compared with that. Until all is done they lie in `OUT.work` beside `out`.
 
     Args:
-        source: a checkpoint folder, or a name on the Hugging Face hub, which is cut in memory.
+        source: a checkpoint folder; or a GGUF file, or a name on the Hugging Face hub, which is cut in memory.
         plan: the heads, and blocks, that stay.
         out: the new folder; a checkpoint of ours that is there already is replaced as a whole.
         stream: whether to go shard by shard; None: if the checkpoint has several shards, or one of 2 GiB or more, and
@@ -146,7 +146,7 @@ def _is_large(folder: Path) -> bool:
 
 
 def _tokenizer(source: Path) -> Any:
-    return load_tokenizer(source) if not source.is_dir() or (source / "tokenizer_config.json").exists() else None
+    return load_tokenizer(source) if has_tokenizer(source) else None
 
 
 def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress: Progress) -> CheckpointCut:

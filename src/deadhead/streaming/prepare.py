@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from deadhead.attaching import attach, is_gate
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cache_values, head_factors, normal_plan
+from deadhead.disk.gguf import gguf_file
 from deadhead.disk.stored import StoredCheckpoint, read_stored
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
@@ -60,6 +61,8 @@ class StreamedCut:
 
 def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
     """Work out a cut; raise NotStreamable if the checkpoint can only be cut in memory."""
+    if gguf_file(source) is not None:
+        raise NotStreamable("a GGUF file is read as a whole")
     stored = read_stored(source)
     config = checkpoint.load_config(source)
     dtype = _load_dtype(config, stored)

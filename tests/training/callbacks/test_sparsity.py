@@ -15,11 +15,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import deadhead
 from deadhead.errors import InputError
+from deadhead.gates.budget import Budget, BudgetTarget
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.penalty import l0_loss
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plans.plan import UnitKey
+from deadhead.plans.unit_costs import UnitCosts
 from tests.random_models import tiny_model
 from tests.small_runs import assert_same_tensors
 
@@ -380,6 +382,11 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
         deadhead.SparsityCallback(gates).on_train_begin(arguments, TrainerState(), TrainerControl())
 
 
+def _budget() -> BudgetTarget:
+    costs = UnitCosts(tables={UnitKey("head", 0): torch.arange(3.0)}, fixed=1.0)
+    return BudgetTarget(costs, 0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -390,16 +397,19 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
         ({"sparsity": 1.0}, "target sparsity must be at least 0 and below 1, but it is 1.0"),
         ({"sparsity": -0.5}, "target sparsity must be at least 0 and below 1, but it is -0.5"),
         ({"gate_lr": -1.0}, "gate_lr must be a number that is not negative, or None, but it is -1.0"),
-        ({"exact": True}, "need a target sparsity"),
+        ({"exact": True}, "exact says how the share of a target sparsity goes; give sparsity too"),
+        ({"ranking": "layer"}, "ranking says how the share of a target sparsity goes"),
+        ({"ramp_steps": 0}, "ramp_steps says how the share of a target sparsity goes"),
+        ({"l0": 0.5, "sparsity": 0.5}, "l0 is for training that finds how much goes, but sparsity says it"),
+        ({"warmup_steps": 2, "sparsity": 0.5}, "warmup_steps is for training that finds how much goes"),
+        ({"l0": 0.5, "budget": _budget()}, "l0 is for training that finds how much goes, but budget says it"),
+        ({"warmup_steps": -5}, "warmup_steps must be a number of steps from 0, or None, but it is -5"),
         ({"sparsity": 0.5, "ranking": "best"}, "takes ranking as .*'global', 'layer'.*, but 'best' came"),
         ({"sparsity": 0.5, "ramp_steps": 0.6}, "takes ramp_steps as int .*, but 0.6 came"),
-        ({"sparsity": 0.5, "ramp_steps": -1}, "ramp_steps must be a whole number of steps, or None, but it is -1"),
-        ({"budget": 0.5}, "budget must be a deadhead.gates.budget.BudgetTarget"),
-        ({"budget": "0.5"}, "budget must be a deadhead.gates.budget.BudgetTarget.*, but '0.5' came"),
-        ({"warmup_steps": -5}, "warmup_steps must be a whole number of steps, or None, but it is -5"),
-        ({"l0": 0.1, "sparsity": 0.5}, "l0 is what open heads cost where no share is asked for"),
-        ({"ramp_steps": 5}, "ramp_steps and ranking say how a sparsity is reached; give a sparsity"),
-        ({"ranking": "layer"}, "ramp_steps and ranking say how a sparsity is reached; give a sparsity"),
+        ({"sparsity": 0.5, "ramp_steps": -1}, "ramp_steps must be a number of steps from 0, or None, but it is -1"),
+        ({"budget": 0.5}, "takes budget as BudgetTarget . None, but 0.5 came"),
+        ({"budget": "0.5"}, "takes budget as BudgetTarget . None, but '0.5' came"),
+        ({"budget": Budget(kind="params", value=0.5)}, "takes budget as .*, but an object of type Budget came"),
         ({"gates": "heads"}, "takes gates as HeadGates .*, but 'heads' came"),
     ],
 )

@@ -18,6 +18,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HyperParamSearchBackendBase
+from transformers.trainer_utils import BestRun, HPSearchBackend
 
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
@@ -268,28 +270,83 @@ def _made() -> Any:
     return _gated()[0]
 
 
-def test_gates_are_those_of_the_model_that_the_trainer_makes(tmp_path: Path) -> None:
-    """Each training makes a model anew, in a folder of its own where hyperparameters are searched for."""
-    callback = deadhead.SparsityCallback(sparsity=0.5)
+class _Trial(dict[str, Any]):
+    """What a backend of a search gives a Trainer: a number, and the values to be tried."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(seed=1, learning_rate=2e-3)
+        self.params, self.number = self, number
+
+
+class _Sweep(HyperParamSearchBackendBase):
+    """Trains for one trial after the other, as optuna does, which is not installed for tests."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    def run(self, trainer: Trainer, n_trials: int, direction: str, **kwargs: Any) -> BestRun:
+        objectives = []
+        for number in range(n_trials):
+            trainer.train(trial=_Trial(number))
+            objectives.append(kwargs["tell"](trainer))
+        return BestRun("0", min(objectives), {})
+
+
+def _made_for(trial: Any) -> Any:
+    model = _model(False)
+    deadhead.attach(model, unit="head" if trial is not None and trial.number else None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("init", "space", "options", "alike"),
+    [
+        (_made, {}, {"sparsity": 0.5}, True),
+        pytest.param(_made, {}, {"sparsity": 0.5, "exact": True}, True, marks=pytest.mark.slow),
+        pytest.param(
+            _made, {"learning_rate": (2e-3, 5e-2)}, {"sparsity": 0.5, "gate_lr": 0}, False, marks=pytest.mark.slow
+        ),
+        pytest.param(_made, {"max_steps": (_STEPS, 4)}, {"sparsity": 0.5}, False, marks=pytest.mark.slow),
+        (_made_for, {}, {"sparsity": 0.5}, False),
+    ],
+    ids=["twice the same", "exact", "rates", "steps", "units"],
+)
+def test_a_search_of_hyperparameters_trains_the_gates_of_each_model_that_it_makes(
+    init: Any,
+    space: dict[str, Any],
+    options: dict[str, Any],
+    alike: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each trial in a folder of its own, to its own end; what one leaves in the callback is nothing to the next."""
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, _Sweep)
+    callback = deadhead.SparsityCallback(**options)
     arguments = _arguments(tmp_path, save_strategy="steps", save_steps=4)
-
-    class Searching(Trainer):
-        def _get_output_dir(self, trial: Any) -> str:
-            return str(tmp_path / f"run-{trial['seed']}")
-
-        def _hp_search_setup(self, trial: Any) -> None: ...
-
-    trainer: Any = Searching(args=arguments, model_init=_made, train_dataset=_ROWS, callbacks=[callback])
+    trainer: Any = Trainer(args=arguments, model_init=init, train_dataset=_ROWS, callbacks=[callback])
     found = []
-    for seed in (1, 2):
-        trainer.train(trial={"seed": seed})
+
+    def tell(trainer: Any) -> float:
         gates = deadhead.gates_of(trainer.model)
-        assert gates is callback.gates and gates.sparsity == 0.5
-        _, saved = deadhead.load_gated(tmp_path / f"run-{seed}" / "checkpoint-8")
-        assert_same_tensors(saved.state_dict(), gates.state_dict())
+        assert gates is not None and gates is callback.gates and gates.sparsity == 0.5
+        assert gates.plan() == gates.plan(sparsity=0.5)
         found.append(gates.state_dict())
-    # What the first training left in the callback is nothing to the second.
-    assert_same_tensors(found[0], found[1])
+        _, saved = deadhead.load_gated(tmp_path / f"run-{len(found) - 1}" / f"checkpoint-{trainer.state.max_steps}")
+        assert_same_tensors(saved.state_dict(), gates.state_dict())
+        return 0.0
+
+    def chosen(trial: _Trial) -> dict[str, Any]:
+        return {name: values[trial.number] for name, values in space.items()}
+
+    trainer.hyperparameter_search(chosen, n_trials=2, backend="optuna", tell=tell)
+    assert len(found) == 2
+    if alike:
+        assert_same_tensors(found[0], found[1])
+    else:
+        assert {name: value.tolist() for name, value in found[0].items()} != {
+            name: value.tolist() for name, value in found[1].items()
+        }
 
 
 def _of_another_model(folder: Path) -> Trainer:

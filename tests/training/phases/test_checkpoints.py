@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from deadhead import InputError
+from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, GATES_FILE
 from deadhead.errors import RunWarning
 from deadhead.training.phases.checkpoints import checkpoints, last_checkpoint, newest_finished
-from tests.small_phase import phase_recipe, run_phase
+from tests.small_phase import phase_recipe, prune_recipe, run_phase
 from tests.small_runs import assert_same_tensors, metrics, weights
 
 _RECIPE = phase_recipe(steps=6, save_every=2)
@@ -116,6 +117,26 @@ def test_without_a_good_one_the_phase_begins_anew(killed: Path, whole: Path, tmp
     last = "checkpoints/checkpoint-6"
     assert_same_tensors(weights(folder / last), weights(whole / last))
     assert metrics(folder) == metrics(whole)
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gated")
+    run_phase(folder, prune_recipe(steps=2, save_every=1))
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize("name", [GATES_FILE, GATES_CONFIG_FILE])
+@pytest.mark.parametrize("damage", [_unlink, _flip])
+def test_gates_are_among_what_is_known_to_be_whole(
+    name: str, damage: Callable[[str], Callable[[Path], None]], gated: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(gated, folder)
+    assert last_checkpoint(folder) == folder / "checkpoint-2"
+    damage(name)(folder / "checkpoint-2")
+    with pytest.warns(RunWarning, match=f"checkpoint-2 is damaged: {name} is not what was written"):
+        assert last_checkpoint(folder) == folder / "checkpoint-1"
 
 
 def test_checkpoints_of_an_earlier_training_are_not_written_over(killed: Path) -> None:

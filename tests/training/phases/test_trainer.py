@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import deadhead
 from deadhead import InputError
+from deadhead.data import TokenStream
 from deadhead.errors import DivergenceError
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.training import PhaseRecipe, PhaseRun, train
@@ -77,6 +80,39 @@ def test_memory_is_the_text_before(accumulation: int, tmp_path: Path) -> None:
     assert not model.training
     forgetful = _by_hand(tiny_model(), steps, accumulation=accumulation, first=3, memory=False)
     assert max(abs(a - b) for a, b in zip(expected, forgetful, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_each_token_of_an_answer_counts_alike(
+    batch_size: int, accumulation: int, distill: float, tmp_path: Path
+) -> None:
+    """However a step's rows are divided in batches, its loss is the mean over all tokens that count."""
+
+    def llama(seed: int) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        }
+        return LlamaForCausalLM(LlamaConfig(vocab_size=29, **sizes))
+
+    marks = np.random.default_rng(0).random(320) < np.repeat(np.linspace(0.05, 1, 40), 8)
+    text = TokenStream(tokens=stream(320).tokens, num_bytes=320, num_words=50, prefix=(1,), scored=marks)
+
+    def trained(name: str, **rows: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model, teacher = llama(0), llama(1) if distill else None
+        recipe = phase_recipe(steps=3, sequence_length=9, distill=distill, **rows)
+        train(model, text, recipe, PhaseRun(teacher=teacher, metrics=tmp_path / name / "metrics.jsonl"))
+        return _losses(tmp_path / name), model.state_dict()
+
+    whole, weights = trained("whole", batch_size=4)
+    parts, other = trained("parts", batch_size=batch_size, gradient_accumulation=accumulation)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_seeded_loss_does_not_change(tmp_path: Path) -> None:

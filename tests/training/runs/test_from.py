@@ -88,6 +88,28 @@ def test_another_model_by_now_is_refused(place: Path, tmp_path: Path) -> None:
         Run.start(recipe, tmp_path / "run", resume=True).execute()
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('tokenizer = "byte"', "leave .data. tokenizer out"),
+        ("vocab_size = 300", "leave .data. vocab_size out"),
+        ('tokenizer = "bpe"\nvocab_size = 300', "leave .data. tokenizer and vocab_size out"),
+    ],
+)
+def test_a_run_whose_recipe_says_too_much_goes_on_without_it(
+    lines: str, message: str, place: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(place)
+    Run.start(recipe, tmp_path / "run")
+    written = tmp_path / "run" / "recipe.toml"
+    begun = written.read_text()
+    written.write_text(begun.replace("[data]", f"[data]\n{lines}"))
+    with pytest.raises(InputError, match=rf"{written} .* {message}"):
+        Run.start(recipe, tmp_path / "run", resume=True)
+    written.write_text(begun)
+    Run.start(recipe, tmp_path / "run", resume=True)
+
+
 def test_trained_on_first_where_the_recipe_says_so(place: Path, tmp_path: Path) -> None:
     summary = Run.start(recipe_of(place, train=_PHASE, control=False), tmp_path / "run").execute()
     assert [summary[stage]["steps"] for stage in ("dense", "gated", "finetuned")] == [3, 6, 9]

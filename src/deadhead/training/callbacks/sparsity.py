@@ -21,15 +21,20 @@ from deadhead.gates.budget import BudgetTarget
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.optimizer import GateOptimizer, default_rate
-from deadhead.gates.penalty import SparsityTarget, Weighting, linear_warmup, penalty_gradient, steps_within
+from deadhead.gates.penalty import (
+    SparsityTarget,
+    Weighting,
+    linear_warmup,
+    penalty_gradient,
+    require_steps,
+    steps_within,
+)
 from deadhead.gates.sharding import share_out
 from deadhead.modes import require_gradients
 from deadhead.plans.kinds import Ranking
 from deadhead.training.callbacks.logs import add_to_log
 from deadhead.training.processes import require_supported
 
-# What stands for a budget in a Trainer's checkpoint.
-_NOT_MADE_ANEW = "BudgetTarget"
 # What a Trainer's state is marked with once a callback has begun.
 _CALLBACKS = "_deadhead_callbacks"
 
@@ -48,9 +53,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
     Args:
         gates: what `deadhead.attach` returned for the model being trained; None: those that the Trainer's model has
             when training begins, as a `model_init` has to attach them.
-        l0: λ, what an open head costs, in nats a token; None takes 0.01. Not with `sparsity` or `budget`.
+        l0: λ, what an open head costs, in nats a token; None is 0.01. It goes with neither `sparsity` nor `budget`.
         warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off, None takes two
-            thirds of the training's, and at most 1,000.
+            thirds of the training's, and at most 1,000. For `l0` alone, too.
         sparsity: close this share of the gates, along a ramp, instead of paying λ for the open ones.
         ramp_steps: steps until the ramp reaches `sparsity`; None takes two thirds of the training's. A ramp ends with
             the training at the latest.
@@ -92,36 +97,34 @@ class SparsityCallback(TrainerCallback, ExportableState):
         # What transformers makes this object anew from, with restore_callback_states_from_checkpoint.
         given = {name: value for name, value in locals().items() if name not in ("self", "gates", "budget")}
         self.given = {name: value.item() if hasattr(value, "item") else value for name, value in given.items()}
-        if not isinstance(budget, BudgetTarget | None):
-            if budget == _NOT_MADE_ANEW:
-                raise InputError(
-                    "budget is a BudgetTarget, which restore_callback_states_from_checkpoint cannot make anew; leave "
-                    "that out: SparsityCallback goes on from a checkpoint without it."
-                )
-            require_type(
-                budget, BudgetTarget | None, "budget must be a deadhead.gates.budget.BudgetTarget(costs, share):"
+        if isinstance(budget, str) and budget == BudgetTarget.__name__:
+            raise InputError(
+                "budget must be a BudgetTarget, which restore_callback_states_from_checkpoint cannot make anew; leave "
+                "that out: SparsityCallback goes on from a checkpoint without it."
             )
+        require_type(budget, BudgetTarget | None, "SparsityCallback takes budget as")
         if l0 is not None and not 0 <= l0 < math.inf:
             raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but it is {l0}.")
         if gate_lr is not None and not 0 <= gate_lr < math.inf:
             raise InputError(f"gate_lr must be a number that is not negative, or None, but it is {gate_lr}.")
-        if exact and sparsity is None:
-            raise InputError("exact draws leave out a share of the heads, so they need a target sparsity.")
-        if warmup_steps is not None and warmup_steps < 0:
-            raise InputError(f"warmup_steps must be a whole number of steps, or None, but it is {warmup_steps}.")
+        require_steps("warmup_steps", warmup_steps)
+        if sparsity is not None and budget is not None:
+            raise InputError("sparsity and budget both say how much is to go; give one of the two.")
+        given |= {"ranking": None if ranking == "global" else ranking, "exact": exact or None}
+        for name in ("l0", "warmup_steps"):
+            if given[name] is not None and (sparsity is not None or budget is not None):
+                what = "budget" if sparsity is None else "sparsity"
+                raise InputError(
+                    f"{name} is for training that finds how much goes, but {what} says it; give one of them."
+                )
+        for name in ("ramp_steps", "ranking", "exact"):
+            if given[name] is not None and sparsity is None:
+                raise InputError(
+                    f"{name} says how the share of a target sparsity goes; give sparsity too, or leave it out."
+                )
         self.l0 = 0.01 if l0 is None else l0
         self.warmup_steps = warmup_steps
         self.weighting: Weighting = weighting
-        if sparsity is not None and budget is not None:
-            raise InputError("sparsity and budget both say how much is to go; give one of the two.")
-        if l0 is not None and (sparsity is not None or budget is not None):
-            raise InputError(
-                "l0 is what open heads cost where no share is asked for; leave it out, or sparsity and budget."
-            )
-        if sparsity is None and (ramp_steps is not None or ranking != "global"):
-            raise InputError(
-                "ramp_steps and ranking say how a sparsity is reached; give a sparsity, or leave them out."
-            )
         self.target: SparsityTarget | BudgetTarget | None = budget
         if sparsity is not None:
             self.target = SparsityTarget(sparsity, ramp_steps=ramp_steps, ranking=ranking, exact=exact)
@@ -146,13 +149,15 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
         The gates are in it too: PEFT's checkpoints hold adapters only. JSON keeps every bit of a float32.
         """
+        # And in files beside it (see `on_save`): a Trainer that resumes, or loads its best model, tells callbacks no
+        # folder, only this state; `load_gated` needs constants, unit and blocks as well, and no Trainer.
         values = {
             str(layer): {"log_alpha_bias": gate.stored.tolist(), "difference": gate.difference.tolist()}
             for layer, gate in self.gates
         }
         parts = {"target": self.target, "optimizer": self.optimizer}
         states = {name: None if part is None else part.state() for name, part in parts.items()}
-        budget = {"budget": _NOT_MADE_ANEW} if isinstance(self.target, BudgetTarget) else {}
+        budget = {"budget": BudgetTarget.__name__} if isinstance(self.target, BudgetTarget) else {}
         return {"args": {**self.given, **budget}, "attributes": {"saved": {"gates": values, **states}}}
 
     def metrics(self) -> dict[str, float]:

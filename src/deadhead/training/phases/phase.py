@@ -48,8 +48,8 @@ from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 # How far apart gates begin that lean: so far that few of them are open to doubt.
 _LEAN = 3.0
 
-# Settings that the callback of gates has under the same names.
-_OF_GATES = {"sparsity", "gate_lr", "weighting", "track_difference"}
+# Settings that the callback of gates has under the same names, however is said how much goes.
+_OF_GATES = {"gate_lr", "weighting", "track_difference"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,19 +248,15 @@ def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> li
         prune = _recipe_of_gates(model, recipe, run.gates, run.seed)
         budgeted = on_main(lambda: budget_costs(model, prune, latency=run.latency))
         ramp_steps = prune.ramp_steps or None
-        found.append(
-            SparsityCallback(
-                run.gates,
-                **prune.model_dump(include=_OF_GATES),
-                # Of several ways to say how much is to go, one is given.
-                l0=prune.l0 if prune.sparsity is None and budgeted is None else None,
-                ramp_steps=None if prune.sparsity is None else ramp_steps,
-                ranking="global" if prune.sparsity is None else prune.ranking,
-                warmup_steps=prune.l0_warmup_steps,
-                exact=prune.criterion == "topk",
-                budget=budgeted and BudgetTarget(budgeted[1], budgeted[0].share, ramp_steps=ramp_steps),
-            )
-        )
+        settings = prune.model_dump(include=_OF_GATES)
+        if budgeted is not None:
+            settings["budget"] = BudgetTarget(budgeted[1], budgeted[0].share, ramp_steps=ramp_steps)
+        elif prune.sparsity is not None:
+            settings |= prune.model_dump(include={"sparsity", "ranking"})
+            settings |= {"exact": prune.criterion == "topk", "ramp_steps": ramp_steps}
+        else:
+            settings |= {"l0": prune.l0, "warmup_steps": prune.l0_warmup_steps}
+        found.append(SparsityCallback(run.gates, **settings))
     if recipe.eval_every and run.valid is not None:
         found.append(Validation(model, run.valid, every=recipe.eval_every, tokens=recipe.eval_tokens))
     if run.metrics is not None:

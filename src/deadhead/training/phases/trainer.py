@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -72,6 +72,21 @@ def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name
     return args
 
 
+class _Finishing(TrainerCallback):
+    """Notes that a checkpoint is whole, after the callbacks that write into it, as that of gates does."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if args.should_save:
+            finish_checkpoint(_folder(args, state), keep=self.keep)
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
 class LanguageModelTrainer(FrozenWeightsTrainer):
     """Trains a language model on contiguous segments, each after the true text before it.
 
@@ -89,10 +104,10 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.add_callback(_Finishing(keep))
         self.distillation = distillation
-        self.keep = keep
-        # All segments have the same length, so the mean over accumulated batches is the mean of their means; where
-        # answers alone count, each micro-batch counts alike, however many tokens of answers it has.
+        # All segments have the same length, so the mean over accumulated batches is the mean of their means; rows of
+        # which not every token counts are weighted by `compute_loss`.
         self.model_accepts_loss_kwargs = False
         self.segment_loss = SegmentLoss(model)
         self.clipped_steps = 0
@@ -107,14 +122,28 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         # The dataset is laid out so that reading it in order continues every row of the batch.
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Return how many tokens count in all batches of a step, of all processes; None where all do."""
+        if not batch_samples or "scored" not in batch_samples[0]:
+            return None
+        own = torch.stack([_counted(batch) for batch in batch_samples]).sum().to(device)
+        return cast(Tensor, self.accelerator.reduce(own, "sum"))
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states."""
+        """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states.
+
+        Where not every token counts it is weighted, so that a step's loss is the mean over all tokens that do.
+        """
         outputs = self.segment_loss(model, inputs)
         loss = outputs.loss
         if self.distillation is not None:
             loss = self.distillation.loss(loss, outputs.logits, inputs)
+        if num_items_in_batch is not None:
+            # Batches of a step, and processes, are averaged later.
+            batches = self.current_gradient_accumulation_steps * self.args.world_size
+            loss = loss * (_counted(inputs) * batches / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -171,8 +200,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        output_dir = Path(str(self.args.output_dir))
-        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = _folder(self.args, self.state)
         if self.args.should_save and folder.exists():
             # Cut short or damaged: from a whole one training would have gone on.
             shutil.rmtree(folder)
@@ -187,8 +215,6 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            finish_checkpoint(folder, keep=self.keep)
 
     def _require_finite_weights(self) -> None:
         """Let no checkpoint pass for good that would lose the run: its loss was that of the weights before the step."""
@@ -246,3 +272,8 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
                     callback.restore(state)
         else:
             self.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _counted(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return how many tokens of a batch are learned from; nothing tells of a row's first."""
+    return batch["scored"][:, 1:].sum()

@@ -378,5 +378,7 @@ class Recipe(_Section):
                 "a directory, hf:NAME[:CONFIG] or stdlib",
             )
         if others := sorted({"tokenizer", "vocab_size"} & self.data.model_fields_set):
-            raise PydanticCustomError("budgets", f"[model] from has its own tokenizer, so leave [data] {others[0]} out")
+            raise PydanticCustomError(
+                "budgets", f"[model] from has its own tokenizer, so leave [data] {' and '.join(others)} out"
+            )
         return self

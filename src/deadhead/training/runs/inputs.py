@@ -22,9 +22,10 @@ from deadhead.layouts import find_layout
 from deadhead.measure.cost import skeleton
 from deadhead.measure.criteria import READS_TEXT
 from deadhead.measure.losses import require_language_model
+from deadhead.measure.timing import require_timed
 from deadhead.models import OWN_TYPES, AllAttentionConfig, TransformerXLConfig
 from deadhead.modes import require_gradients
-from deadhead.training.phases.choosing import attach_gates, budget_costs
+from deadhead.training.phases.choosing import attach_gates, budget_costs, budget_length
 from deadhead.training.phases.defaults import segments
 from deadhead.training.phases.learning import learner
 from deadhead.training.processes import count, is_main, main_first
@@ -135,7 +136,7 @@ def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
     """Check that a phase can begin on a model: it has no gates yet, and a loss on text unless units are ranked without.
 
     Raises:
-        InputError: it has gates.
+        InputError: it has gates, or too few positions for the texts that a speedup is measured on.
         UnsupportedModel: its heads cannot be told, or it has no such loss.
     """
     if gates_of(unwrapped(model)) is not None:
@@ -145,10 +146,40 @@ def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
         )
     layout = find_layout(unwrapped(model))
     layout.sites(unwrapped(model), layout.units(unwrapped(model))[0])
-    if not (isinstance(recipe, PruneRecipe) and recipe.is_one_shot and recipe.criterion not in READS_TEXT):
+    if isinstance(recipe, PruneRecipe) and recipe.budget is not None and recipe.budget.kind == "speedup":
+        require_timed(unwrapped(model), recipe.budget_workload, budget_length(unwrapped(model), recipe))
+    if reads_text(recipe):
         require_language_model(model, "Training on a text")
     if not (isinstance(recipe, PruneRecipe) and recipe.is_one_shot):
         require_gradients(model, "A model")
+
+
+def reads_text(recipe: PhaseRecipe) -> bool:
+    """Tell whether a phase learns from a text, or ranks units by one; by some criteria weights alone do."""
+    return not (isinstance(recipe, PruneRecipe) and recipe.is_one_shot and recipe.criterion not in READS_TEXT)
+
+
+def is_without_text(model: PreTrainedModel, data: Data | None, recipe: PhaseRecipe) -> bool:
+    """Tell whether a phase goes on without a text: none was given and none is needed, or the model has no loss on one.
+
+    Raises:
+        InputError: none was given, though the phase needs one, and a model of its kind has no default.
+    """
+    if not model.can_generate():
+        return True
+    if is_named(data) or model.config.model_type in OWN_TYPES:
+        return False
+    if reads_text(recipe):
+        require_default_text(model.config.model_type)
+    return True
+
+
+def require_begun(path: str | Path, data: Data | None, recipe: PhaseRecipe) -> None:
+    """Check what can be known of a phase before the weights are loaded: the model's structure, and a text if needed."""
+    require_ungated(path)
+    model = skeleton(checkpoint.load_config(path))
+    require_trainable(model, recipe)
+    is_without_text(model, data, recipe)
 
 
 def read_data(

@@ -23,6 +23,7 @@ from deadhead.disk.files import remove_left_overs, write_json
 from deadhead.disk.reading import read_json
 from deadhead.errors import InputError, RunWarning, require_extra, require_type, typed
 from deadhead.layouts import find_layout
+from deadhead.layouts.refusals import require_model
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
@@ -43,9 +44,11 @@ from deadhead.training.runs.inputs import (
     Text,
     build_model,
     is_named,
+    is_without_text,
     known_tokenizer,
     load_ungated,
     read_data,
+    require_begun,
     require_trainable,
 )
 from deadhead.training.runs.results import Change, Pruned, Trained
@@ -119,9 +122,10 @@ def prune(
     `l0`.
 
     Args:
-        model: in memory, and changed in place; or a checkpoint folder, or a name on the Hugging Face hub.
+        model: in memory, and changed in place; or a checkpoint folder, a GGUF file, or a name on the Hugging Face hub.
         data: a `TokenizedCorpus` or `TokenStream`; or a text file, a directory, "stdlib" or "hf:NAME[:CONFIG]", read
-            by the model's tokenizer. None takes "stdlib" for a model of deadhead's own.
+            by the model's tokenizer. None takes "stdlib" for a model of deadhead's own; others are then ranked by
+            "magnitude" or "random" alone, and not measured.
         recipe: settings that are not given by themselves; None: the defaults.
         cut: False keeps the gates on the model.
         settings: fields of `PruneRecipe`, such as `params`, `sparsity`, `criterion`, `steps`, `batch_size`, and of
@@ -240,7 +244,7 @@ def _run(
 
     # Until the units are cut another try begins anew with a model in memory; what fails afterwards loses nothing.
     with restored_on_failure(network) if isinstance(model, PreTrainedModel) else nullcontext():
-        if network.can_generate():
+        if text.train is not NO_TEXT:
             # A text that is too short is told before anything is measured.
             segments(network, text.train, recipe, rows=recipe.batch_size * count())
         before = on_main(lambda: (model_cost(network), measured("evaluating before")))
@@ -301,19 +305,19 @@ def _run(
 def _begin(
     model: Model, data: Data | None, options: Options, work: Path, progress: Progress, recipe: PhaseRecipe
 ) -> tuple[PreTrainedModel, Text]:
-    """Return the model to begin with, and the text; none for a model without a loss on text, if units are ranked."""
+    """Return the model to begin with, and the text; none where units are ranked without."""
     network = None
-    if not isinstance(model, str | Path | PreTrainedModel | ModelRecipe):
-        raise InputError(
-            f"A model of transformers, its folder or its name was expected, but a {type(model).__name__} came; take "
-            "the model out of its wrapper, of PEFT by model.merge_and_unload()."
-        )
-    if not isinstance(model, ModelRecipe):
-        network = model if isinstance(model, PreTrainedModel) else load_ungated(model, dtype=options.dtype)
+    if isinstance(model, str | Path):
+        require_begun(model, data, recipe)
+        network = load_ungated(model, dtype=options.dtype)
+    elif not isinstance(model, ModelRecipe):
+        require_model(model)
+        network = model
+    if network is not None:
         require_weights(network, "A phase")
         require_trainable(network, recipe)
     tokenizer_of = options.tokenizer or _base(model) or (None if network is None else network.name_or_path or None)
-    if network is not None and not network.can_generate():
+    if network is not None and is_without_text(network, data, recipe):
         if is_named(data):
             warnings.warn(
                 RunWarning(f"{type(network).__name__} has no loss on a text, so data is not read."), stacklevel=2

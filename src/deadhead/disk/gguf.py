@@ -1,0 +1,62 @@
+"""GGUF files as models to begin with: where one lies, and reading it by transformers, weights as numbers again."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deadhead.errors import InputError, first_line
+
+_MAGIC = b"GGUF"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def gguf_file(path: str | Path) -> Path | None:
+    """Return the GGUF file that `path` is, or that lies alone in a folder without a config.json; None for others.
+
+    Raises:
+        InputError: the file is missing, is no GGUF file or a part of one, or the folder holds several.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".gguf" or path.is_dir():
+        files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
+        if not files:
+            return None
+        if len(files) > 1:
+            raise InputError(
+                f"One model was expected in {path}, but it holds {len(files)} GGUF files; name one, such as {files[0]}."
+            )
+        path = files[0]
+    if not path.is_file():
+        raise InputError(f"A GGUF file was expected at {path}, but there is none.")
+    with path.open("rb") as stream:
+        is_gguf = stream.read(len(_MAGIC)) == _MAGIC
+    if not is_gguf:
+        raise InputError(f"A GGUF file was expected at {path}, but it does not begin as one does; is it whole?")
+    if _SHARD.search(path.stem):
+        raise InputError(
+            f"{path} is one part of a model in several files, which is not read; join them first: "
+            f"llama-gguf-split --merge {path.name} whole.gguf."
+        )
+    return path
+
+
+@contextmanager
+def reading_gguf(file: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the folder and the argument by which `from_pretrained` reads `what` of a GGUF file.
+
+    Raises:
+        InputError: the package gguf is missing; or what the block raised, as transformers cannot read the file.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"Reading {file} needs the package gguf; install it: pip install 'deadhead[gguf]'.")
+    try:
+        yield str(file.parent), {"gguf_file": file.name}
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers' reader raises many kinds, down to those of gguf and tokenizers
+        raise InputError(f"transformers could not read the {what} in {file}: {first_line(error)}.") from error
