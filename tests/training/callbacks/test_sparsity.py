@@ -119,8 +119,8 @@ def _losses(trainer: Trainer) -> list[dict[str, float]]:
         pytest.param({"l0": 0.05, "warmup_steps": 20}, marks=pytest.mark.slow),
         pytest.param({"l0": 0.05, "warmup_steps": 0, "weighting": "output_difference"}, marks=pytest.mark.slow),
         pytest.param({"l0": 0.05, "warmup_steps": 20, "gate_lr": 0}, marks=pytest.mark.slow),
-        {"warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6},
-        {"warmup_steps": 0, "sparsity": 0.5, "ramp_steps": 6, "exact": True},
+        {"sparsity": 0.5, "ramp_steps": 6},
+        {"sparsity": 0.5, "ramp_steps": 6, "exact": True},
     ],
     ids=["lambda", "weighted", "adam", "target", "topk"],
 )
@@ -143,7 +143,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(options: dict[str, Any], tmp_
 
 
 def test_target_and_optimizer_are_part_of_the_checkpoint(tmp_path: Path) -> None:
-    trainer, _, _ = _run(tmp_path, sparsity=0.5, ramp_steps=6, warmup_steps=0)
+    trainer, _, _ = _run(tmp_path, sparsity=0.5, ramp_steps=6)
     saved = json.loads((tmp_path / f"checkpoint-{_STEPS}" / "trainer_state.json").read_text(encoding="utf-8"))
     attributes = saved["stateful_callbacks"]["SparsityCallback"]["attributes"]["saved"]
     assert 0 < attributes["target"]["start"] < 0.5
