@@ -136,7 +136,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(options: dict[str, Any], tmp_
     assert _losses(resumed) == _losses(whole)
     assert len(_losses(whole)) == _STEPS
     assert strengths == whole_strengths[_KILLED:]
-    if options["warmup_steps"]:
+    if options.get("warmup_steps"):
         # Else the test could not tell a state that was restored from a fresh one.
         assert len(set(whole_strengths)) == _STEPS
     assert not torch.equal(gates.log_alpha()[UnitKey("head", 0)], torch.full((4,), 1.0))
