@@ -23,7 +23,8 @@ FLOORS = (
     ("layouts",),
     ("plans", "data"),
     ("disk",),
-    ("models", "recipes", "errors", "modes"),
+    ("models", "recipes", "modes"),
+    ("errors",),
 )
 # The same for the rooms in training/.
 TRAINING_FLOORS = (("__init__", "runs"), ("phases",), ("callbacks",), ("recipes", "processes"))
