@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
@@ -19,6 +20,7 @@ from deadhead.cli import execute
 from deadhead.data import load_text
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json
+from deadhead.errors import UnsupportedModel
 from deadhead.training import PhaseRecipe, PruneRecipe
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe
@@ -126,6 +128,47 @@ def test_a_stock_model_needs_data(command: str, place: Path, tmp_path: Path, cap
     assert execute([command, "--model", str(place / "llama"), "--out", str(tmp_path / "out")]) == 2
     assert "name one with data (--data)" in capfd.readouterr().err.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_what_reads_no_text_asks_for_none(criterion: str, is_loaded: bool, place: Path) -> None:
+    given: Any = deadhead.load(place / "llama") if is_loaded else place / "llama"
+    found = deadhead.prune(given, criterion=criterion, sparsity=0.5)
+    assert found.measured is None and sum(found.plan.heads) * 2 == sum(found.costs.before.heads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "A text was expected for a model of type llama"),
+        ({"criterion": "taylor", "sparsity": 0.5}, "A text was expected for a model of type llama"),
+        ({"data": "prose", "device": "moon"}, "A device was expected"),
+        ({"data": "prose", "dtype": "int8"}, "A dtype was expected"),
+    ],
+)
+def test_what_can_be_known_is_told_before_weights_are_loaded(
+    arguments: dict[str, Any], message: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights are loaded"))
+    with pytest.raises(InputError, match=message):
+        deadhead.prune(place / "llama", **arguments)
+
+
+def test_a_wrapped_model_is_told_as_that() -> None:
+    inner = tiny_model("llama")
+    for wrapped in (torch.compile(inner, backend="eager"), torch.nn.DataParallel(inner)):
+        given: Any = wrapped
+        with pytest.raises(UnsupportedModel, match="which holds one; give deadhead the model inside"):
+            deadhead.prune(given, criterion="magnitude", sparsity=0.5)
+
+
+def test_a_speedup_is_not_measured_on_longer_texts_than_the_model_reads(place: Path, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    for given in (GPT2LMHeadModel(config), tmp_path / "gpt2"):
+        with pytest.raises(InputError, match="A text of the prefill would have 17 tokens, .* has 16 positions"):
+            deadhead.prune(given, criterion="magnitude", speedup=1.2, budget_length=17)
 
 
 def test_a_call_that_fails_leaves_no_gates() -> None:
