@@ -15,6 +15,7 @@ import deadhead
 from deadhead import HeadPlan
 from deadhead.cli import execute
 from deadhead.cli.run import _with_whole
+from deadhead.data import load_tokenizer
 from deadhead.plans.plan import UnitKey
 from deadhead.training.recipes.reading import changed, parse_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe
@@ -125,6 +126,24 @@ def test_other_criteria(criterion: str, given: Path, tmp_path: Path, command: _C
     same = all(torch.equal(value, cut[name]) for name, value in found.items())
     assert same == (criterion != "topk")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["by_layer", "overall"]
+
+
+def test_what_is_measured_has_its_gates_on(given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Closed as training left them, in a folder of ours and among weights; a line says so."""
+    model, tokenizer = deadhead.load(given / "model"), load_tokenizer(given / "model")
+    for _, gate in deadhead.attach(model):
+        gate.set_log_alpha(torch.tensor([-3.0] + [3.0] * (gate.num_heads - 1)))
+    deadhead.save(model, tmp_path / "gated", tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    found = []
+    for folder in (tmp_path / "gated", tmp_path / "theirs", given / "model"):
+        capfd.readouterr()
+        assert execute(["eval", str(folder), "--data", str(given / "prose.txt"), "--limit", "200", "--json"]) == 0
+        output, errors = capfd.readouterr()
+        assert ("has gates, which are on here: " in errors) == (folder != given / "model")
+        found.append(json.loads(output)["perplexity"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_gates_kept(given: Path, tmp_path: Path, command: _Command) -> None:
