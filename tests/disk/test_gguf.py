@@ -144,7 +144,7 @@ def test_other_paths_are_none(tmp_path: Path) -> None:
 
 def test_the_package_is_asked_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else known(name, *a))
+    monkeypatch.setattr("deadhead.errors.find_spec", lambda name: None if name == "gguf" else known(name))
     with pytest.raises(InputError, match=r"pip install 'deadhead\[gguf\]'"):
         deadhead.load(file)
 

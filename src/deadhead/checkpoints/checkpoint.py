@@ -30,10 +30,11 @@ from deadhead.checkpoints.gate_files import (
     load_gates_among_weights,
     save_gates,
 )
+from deadhead.checkpoints.gguf_model import read_gguf_config, read_gguf_model
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
-from deadhead.disk.gguf import gguf_file, reading_gguf
+from deadhead.disk.gguf import gguf_file
 from deadhead.disk.hub import is_name, quick, require_had
 from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
@@ -213,7 +214,8 @@ def _load(
     dtype = None if dtype is None else named_dtype(dtype)
     device = None if device is None else named_device(device)
     if (file := gguf_file(path)) is not None:
-        return _read_gguf(file, dtype, device), False
+        read: Any = read_gguf_model(file, dtype)
+        return read if device is None else read.to(device), False
     name = str(path)
     local = Path(path).is_dir()
     if not local and not is_name(path):
@@ -261,20 +263,6 @@ def _load(
     return model if device is None else model.to(device), bool(of_gates)  # type: ignore[arg-type]
 
 
-def _read_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | None) -> PreTrainedModel:
-    """Load the model in a GGUF file as if it had never been quantised."""
-    config = load_config(file)
-    with reading_gguf(file, "model") as (folder, of_gguf):
-        made = model_class(config)
-        model: Any = made.from_pretrained(folder, config=config, dtype=dtype or torch.float32, **of_gguf)
-    # Else `save_pretrained` would refuse it as quantised.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    vars(model.config).pop("quantization_config", None)
-    model.eval()
-    return model if device is None else model.to(device)
-
-
 def _of_other_heads(model: PreTrainedModel, wanted: bool) -> set[str]:
     """Return the tensors that the model's type had in pre-training, which files of BERT, say, hold beside its own."""
     config = model.config
@@ -302,9 +290,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         InputError: there is none, it cannot be used, or it is of a model that cannot be.
     """
     if (file := gguf_file(path)) is not None:
-        with reading_gguf(file, "configuration") as (folder, of_gguf):
-            found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **of_gguf)
-        return found
+        return read_gguf_config(file)
     if not is_name(path):
         if not Path(path).exists():
             raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deadhead.errors import InputError, first_line
+from deadhead.errors import InputError, first_line, require_extra
 
 _MAGIC = b"GGUF"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -52,8 +51,7 @@ def reading_gguf(file: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: the package gguf is missing; or what the block raised, as transformers cannot read the file.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"Reading {file} needs the package gguf; install it: pip install 'deadhead[gguf]'.")
+    require_extra("gguf", "gguf", what=f"Reading {file}")
     try:
         yield str(file.parent), {"gguf_file": file.name}
     except MemoryError:
