@@ -164,11 +164,11 @@ def bench(
     if dense is not None:
         models = {"dense": _load(dense, device, dtype), **models}
     # Without a past every token of a text that goes on sees half of it on average; others see all.
+    positions = {name: positions_read(network, length) for name, network in models.items()}
     costs = {}
     for name, network in models.items():
-        positions = positions_read(network, length)
-        goes_on = workload != "decode" and network.can_generate()
-        costs[name] = model_cost(network, length=positions // 2 if goes_on else positions)
+        sees_half = workload != "decode" and network.can_generate()
+        costs[name] = model_cost(network, length=positions[name] // 2 if sees_half else positions[name])
     timings = run_bench(models, workload=workload, batch_size=batch_size, length=length, repeats=repeats)
     result: dict[str, object] = {
         name: {**asdict(timing), "flops_per_token": costs[name].flops_per_token} for name, timing in timings.items()
@@ -184,7 +184,7 @@ def bench(
     if as_json:
         print_json(result)
         return
-    table = Table(title=f"{workload}, {batch_size} × {positions} tokens, median of {repeats}")
+    table = Table(title=f"{workload}, {batch_size} × {positions['model']} tokens, median of {repeats}")
     for column in ("", "ms", "tokens/s", "FLOPs/token"):
         table.add_column(column, justify="right")
     for name, timing in timings.items():

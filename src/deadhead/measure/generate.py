@@ -7,8 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.data.encoders import text_frame
 from deadhead.errors import InputError
-from deadhead.measure.evaluation import require_known, require_positions
+from deadhead.measure.evaluation import require_known
 from deadhead.measure.losses import require_language_model
+from deadhead.measure.positions import require_positions
 
 
 def generate_text(

@@ -15,7 +15,8 @@ from deadhead.checkpoints import checkpoint
 from deadhead.data import load_tokenizer
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
-from deadhead.measure.evaluation import max_positions, require_known
+from deadhead.measure.evaluation import require_known
+from deadhead.measure.positions import max_positions
 from deadhead.modes import evaluating
 from deadhead.report.run_facts import ATTENTION_OF, checkpoints_in, packed
 

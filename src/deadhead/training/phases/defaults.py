@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from deadhead.data import RowDataset, SegmentDataset, TokenStream
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
-from deadhead.measure.evaluation import max_positions
+from deadhead.measure.positions import max_positions
 from deadhead.models import OWN_TYPES, AllAttentionConfig
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
