@@ -23,8 +23,7 @@ FLOORS = (
     ("layouts",),
     ("plans", "data"),
     ("disk",),
-    ("models", "recipes", "modes"),
-    ("errors",),
+    ("models", "recipes", "errors", "modes"),
 )
 # The same for the rooms in training/.
 TRAINING_FLOORS = (("__init__", "runs"), ("phases",), ("callbacks",), ("recipes", "processes"))

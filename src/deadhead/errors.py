@@ -115,6 +115,12 @@ def typed_but(*names: str) -> Callable[[_F], _F]:
     return door
 
 
+def require_fields(value: Any, whose: str = "") -> None:
+    """Check a dataclass's fields by their types, or raise an InputError that begins with `whose` field is wrong."""
+    for name, hint in get_type_hints(type(value)).items():
+        require_type(getattr(value, name), hint, f"{whose}{name} must be")
+
+
 def require_type(value: Any, hint: Any, expected: str) -> None:
     """Check that a value is of a type, or raise an InputError that begins with what was expected."""
     if isinstance(hint, TypeVar):

@@ -13,8 +13,6 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from deadhead.errors import InputError
-
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _chosen: ContextVar[torch.device | None] = ContextVar("chosen_device", default=None)
 
@@ -88,16 +86,6 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield
-
-
-def require_gradients(model: nn.Module, what: str) -> None:
-    """Check that `what`, which a message begins with, can learn here through a model's weights."""
-    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        raise InputError(f"{what} cannot learn under torch.no_grad() or torch.inference_mode(); train outside of it.")
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise InputError(
-            f"{what} cannot learn in a model that was loaded under torch.inference_mode(); load it outside of that."
-        )
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from deadhead.data import load_text, load_tokenizer
 from deadhead.measure.evaluation import evaluate
 from deadhead.report.writing import report_run
 from deadhead.training.recipes.reading import load_recipe
-from deadhead.training.runs.single import Options, run_single
+from deadhead.training.runs.options import Options
+from deadhead.training.runs.single import run_single
 from deadhead.training.runs.summary import read_summary, write_summary
 from tests.small_runs import save_small_llama, small_recipe, write_prose
 

@@ -91,7 +91,8 @@ from pathlib import Path
 from deadhead.training.recipes.reading import load_recipe
 from deadhead.training.runs.run import Run
 from deadhead.training.recipes.recipe import DataRecipe
-from deadhead.training.runs.single import Options, run_single
+from deadhead.training.runs.options import Options
+from deadhead.training.runs.single import run_single
 
 recipe, ends = load_recipe("whole.toml"), {}
 finish = Run._finish

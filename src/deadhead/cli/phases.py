@@ -188,7 +188,8 @@ def _run(
     named = None if isinstance(model, ModelRecipe) else model
     load_torch(quiet or as_json, named, options.get("teacher"), of_hub(text.source))
     from deadhead.training.processes import is_main, leave
-    from deadhead.training.runs.single import Options, run_single
+    from deadhead.training.runs.options import Options
+    from deadhead.training.runs.single import run_single
 
     with progress(quiet or not is_main()) as report:
         given = Options(out=out, seed=seed, progress=report, report_to=report_to or (), **options)

@@ -57,17 +57,6 @@ _STDLIB_NAMES = """
 _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "_bundled"}
 
 
-def _found_below(path: Path, files: Sequence[Path], place: Callable[[], Unpacked], lost: list[Path]) -> Iterator[Found]:
-    """Yield what the files below a directory hold, in order; what is no text, unless it is a packed one, is lost."""
-    for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):
-        try:
-            yield found_in(file, place)
-        except InputError:
-            if is_packed(file):
-                raise
-            lost.append(file)
-
-
 def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dict[str, Documents | Rows]:
     """Find the documents at a path, by the split that the files' names tell, or else all as "train".
 
@@ -142,9 +131,19 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
 def _by_format(
     path: Path, files: Sequence[Path], data_format: Format | None, place: Callable[[], Unpacked]
 ) -> tuple[dict[Format, list[Sized]], list[Path]]:
-    """Return the files below a directory that hold something, by their format, and those that hold no text."""
+    """Return the files below a directory that hold something, by their format, and those that hold no text.
+
+    A packed file that cannot be read is refused, as no one can tell what is in it.
+    """
+    everything: list[Found] = []
     lost: list[Path] = []
-    everything = list(_found_below(path, files, place, lost))
+    for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):
+        try:
+            everything.append(found_in(file, place))
+        except InputError:
+            if is_packed(file):
+                raise
+            lost.append(file)
     if data_format is not None:
         asked = [found for found in everything if found.format == data_format != "text"]
         everything = [_as_asked(found, data_format) for found in asked or everything]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ from deadhead.data.tokenizer import EOS, build_tokenizer
 from deadhead.disk.checksums import changed_file, read_checksums, write_checksums
 from deadhead.disk.files import no_space_is_input_error, write_json
 from deadhead.disk.reading import read_json, read_text
-from deadhead.errors import InputError, require_type, typed
+from deadhead.errors import InputError, require_fields, typed
 
 _FORMAT = 2
 _META = "meta.json"
@@ -60,8 +60,7 @@ class TokenStream:
     scored: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(TokenStream).items():
-            require_type(getattr(self, name), hint, f"{name} must be")
+        require_fields(self)
         require_ids(self.tokens)
 
 

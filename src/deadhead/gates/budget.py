@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError, require_type, typed
+from deadhead.errors import InputError, require_fields, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.penalty import Target, Weighting, unit_weights
 from deadhead.plans.kinds import BudgetKind
@@ -38,8 +37,7 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Budget).items():
-            require_type(getattr(self, name), hint, f"A budget's {name} must be")
+        require_fields(self, "A budget's ")
         fits, rule = {
             "sparsity": (0 <= self.value < 1, "at least 0 and below 1"),
             "speedup": (1 <= self.value <= 1000, "at least 1"),

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-from deadhead.errors import InputError, require_type
+from deadhead.errors import InputError, require_fields
 
 # Of the constants of the stretch and of log_alpha: beyond it σ is 0 or 1 whatever is drawn.
 _MOST = 1e3
@@ -52,9 +51,8 @@ class GateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(GateConfig).items():
-            value = getattr(self, name)
-            require_type(value, hint, f"{name} must be")
+        require_fields(self)
+        for name, value in vars(self).items():
             if hasattr(value, "item"):
                 # A number of NumPy would not go into JSON.
                 object.__setattr__(self, name, value.item())

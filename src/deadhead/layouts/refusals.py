@@ -95,6 +95,16 @@ def require_recorded(model: PreTrainedModel) -> None:
             )
 
 
+def require_gradients(model: nn.Module, what: str) -> None:
+    """Check that `what`, which a message begins with, can learn here through a model's weights."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        raise InputError(f"{what} cannot learn under torch.no_grad() or torch.inference_mode(); train outside of it.")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise InputError(
+            f"{what} cannot learn in a model that was loaded under torch.inference_mode(); load it outside of that."
+        )
+
+
 def _quantised(model: PreTrainedModel) -> str | None:
     """Return by what, or in which tensor, a model is quantised; None if it is not."""
     declared: Any = getattr(model.config, "quantization_config", None)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from deadhead.training.recipes.recipe import PhaseRecipe as PhaseRecipe
     from deadhead.training.recipes.recipe import PruneRecipe as PruneRecipe
     from deadhead.training.recipes.recipe import Recipe as Recipe
+    from deadhead.training.runs.options import Options as Options
     from deadhead.training.runs.results import Pruned as Pruned
     from deadhead.training.runs.results import Trained as Trained
     from deadhead.training.runs.run import Run as Run
-    from deadhead.training.runs.single import Options as Options
     from deadhead.training.runs.single import finetune as finetune
     from deadhead.training.runs.single import prune as prune
 
@@ -35,9 +35,10 @@ _NAMES = {
     "phases.phase": ("PhaseRun", "train"),
     "recipes.reading": ("load_recipe",),
     "recipes.recipe": ("DataRecipe", "ModelRecipe", "PhaseRecipe", "PruneRecipe", "Recipe"),
+    "runs.options": ("Options",),
     "runs.results": ("Pruned", "Trained"),
     "runs.run": ("Run",),
-    "runs.single": ("Options", "finetune", "prune"),
+    "runs.single": ("finetune", "prune"),
 }
 """Modules, and the public names that they define."""
 

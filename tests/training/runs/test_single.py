@@ -25,7 +25,8 @@ from deadhead.training import PhaseRecipe, PruneRecipe
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe
 from deadhead.training.runs import single
-from deadhead.training.runs.single import Options, run_single
+from deadhead.training.runs.options import Options
+from deadhead.training.runs.single import run_single
 from tests.small_runs import (
     FRAMES,
     assert_same_tensors,

@@ -30,13 +30,13 @@ from deadhead.gates.penalty import (
     steps_within,
 )
 from deadhead.gates.sharding import share_out
-from deadhead.modes import require_gradients
+from deadhead.layouts.refusals import require_gradients
 from deadhead.plans.kinds import Ranking
 from deadhead.training.callbacks.logs import add_to_log
 from deadhead.training.processes import require_supported
 
 # What a Trainer's state is marked with once a callback has begun.
-_CALLBACKS = "_deadhead_callbacks"
+_HAS_BEGUN = "_deadhead_gates_begun"
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
@@ -176,9 +176,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         require_supported(args)
         require_gradients(kwargs["model"], "SparsityCallback's gates")
         # A training has one state for all callbacks, and the next has another.
-        if vars(state).setdefault(_CALLBACKS, 0):
+        if hasattr(state, _HAS_BEGUN):
             raise InputError("The Trainer has two SparsityCallbacks, which would both move its gates; give it one.")
-        vars(state)[_CALLBACKS] = 1
+        setattr(state, _HAS_BEGUN, True)
         self._take(self._gates_in(kwargs["model"]), state.max_steps)
         if self.target is not None:
             self.target.begin(self.gates, state.max_steps)

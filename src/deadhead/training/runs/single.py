@@ -6,22 +6,21 @@ import copy
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeVar, cast
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut as cut_heads
 from deadhead.disk.files import remove_left_overs, write_json
 from deadhead.disk.reading import read_json
-from deadhead.errors import InputError, RunWarning, require_extra, require_type, typed
+from deadhead.errors import InputError, RunWarning, require_extra, typed
 from deadhead.layouts import find_layout
 from deadhead.layouts.refusals import require_model
 from deadhead.measure.cost import model_cost
@@ -51,6 +50,7 @@ from deadhead.training.runs.inputs import (
     require_begun,
     require_trainable,
 )
+from deadhead.training.runs.options import Options
 from deadhead.training.runs.results import Change, Pruned, Trained
 from deadhead.training.runs.summary import METRICS_FILE
 
@@ -59,49 +59,6 @@ Model = PreTrainedModel | str | Path | ModelRecipe
 """In memory, a checkpoint's folder, its name on the hub, or the sizes of a fresh one."""
 
 _P = TypeVar("_P", bound=PhaseRecipe)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a phase may be given beside its recipe.
-
-    Args:
-        tokenizer: the model's, if it does not lie beside it.
-        teacher: the model to distil from with `distill`; None: in `deadhead.prune` the model itself as it is now.
-        seed: of dropout, gate noise, LoRA adapters and first weights.
-        out: folder of the checkpoint to write; None writes none.
-        resume: go on from the last checkpoint in `OUT.work`.
-        progress: told of the name of what goes on, how much is done, how much there is, and the last numbers.
-        report_to: trackers that transformers knows, such as "wandb".
-        device: where to run, such as "cpu"; None: the accelerator there is.
-        dtype: of the weights of a model that is loaded, such as "bfloat16"; None: as they were saved.
-        evaluation_tokens: tokens of the validation text to measure on; None: all.
-
-    Raises:
-        InputError: the seed or the number of tokens is out of range.
-    """
-
-    tokenizer: PreTrainedTokenizerBase | None = None
-    teacher: PreTrainedModel | str | Path | None = None
-    seed: int = 0
-    out: str | Path | None = None
-    resume: bool = False
-    progress: Progress | None = None
-    report_to: Sequence[str] = ()
-    device: str | torch.device | None = None
-    dtype: str | torch.dtype | None = None
-    evaluation_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.report_to, str):
-            object.__setattr__(self, "report_to", (self.report_to,))
-        for name, hint in get_type_hints(Options).items():
-            require_type(getattr(self, name), hint, f"{name} must be")
-        for name, least in (("seed", 0), ("evaluation_tokens", 2)):
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (is_whole and least <= value < 2**31) and not (value is None and name == "evaluation_tokens"):
-                raise InputError(f"{name} must be a whole number of at least {least} and below 2^31, but is {value!r}.")
 
 
 @typed

@@ -1,0 +1,55 @@
+"""What a phase on its own may be given beside its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead.errors import InputError, require_fields
+from deadhead.training.processes import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a phase may be given beside its recipe.
+
+    Args:
+        tokenizer: the model's, if it does not lie beside it.
+        teacher: the model to distil from with `distill`; None: in `deadhead.prune` the model itself as it is now.
+        seed: of dropout, gate noise, LoRA adapters and first weights.
+        out: folder of the checkpoint to write; None writes none.
+        resume: go on from the last checkpoint in `OUT.work`.
+        progress: told of the name of what goes on, how much is done, how much there is, and the last numbers.
+        report_to: trackers that transformers knows, such as "wandb".
+        device: where to run, such as "cpu"; None: the accelerator there is.
+        dtype: of the weights of a model that is loaded, such as "bfloat16"; None: as they were saved.
+        evaluation_tokens: tokens of the validation text to measure on; None: all.
+
+    Raises:
+        InputError: the seed or the number of tokens is out of range.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    teacher: PreTrainedModel | str | Path | None = None
+    seed: int = 0
+    out: str | Path | None = None
+    resume: bool = False
+    progress: Progress | None = None
+    report_to: Sequence[str] = ()
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    evaluation_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):
+            object.__setattr__(self, "report_to", (self.report_to,))
+        require_fields(self)
+        for name, least in (("seed", 0), ("evaluation_tokens", 2)):
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (is_whole and least <= value < 2**31) and not (value is None and name == "evaluation_tokens"):
+                raise InputError(f"{name} must be a whole number of at least {least} and below 2^31, but is {value!r}.")
