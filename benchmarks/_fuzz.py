@@ -26,7 +26,8 @@ from deadhead.errors import InputError
 from deadhead.measure.cost import config_cost
 from deadhead.measure.latency import Latency
 from deadhead.plans.picture import gate_courses
-from deadhead.plans.plan import BlockPlan, HeadPlan
+from deadhead.plans.plan import HeadPlan
+from deadhead.plans.unit_plan import UnitPlan
 from deadhead.report.run_facts import RunFacts, sibling_points
 from deadhead.report.tables import stages_table
 from deadhead.training.callbacks.metrics import read_metrics
@@ -78,8 +79,8 @@ def targets(place: Path) -> Iterator[Target]:
     recipe.write_text(to_toml(Recipe()))
     yield Target(name="recipe", path=recipe, read=lambda: to_toml(load_recipe(recipe)))
 
-    blocks = BlockPlan(size=4, kept={0: [1]}, total={0: 2, 1: 2})
-    plan = HeadPlan(kept={0: [0, 2], 1: []}, total={0: 4, 1: 4}, blocks=blocks)
+    units = UnitPlan.of_blocks(size=4, kept={0: [1]}, total={0: 2, 1: 2})
+    plan = HeadPlan(kept={0: [0, 2], 1: []}, total={0: 4, 1: 4}, hidden_units=units)
     plan.to_json(place / "head_plan.json")
     yield Target(name="head plan", path=place / "head_plan.json", read=lambda: _used(place / "head_plan.json"))
 
@@ -124,7 +125,7 @@ def targets(place: Path) -> Iterator[Target]:
     latency = place / "latency.json"
     curve = {"0.0": 0.2, "0.5": 0.6}
     kinds = {"device": "cpu", "threads": 2, "dtype": "float32", "model_type": "llama", "unit": "kv_group"}
-    sizes = {"block_size": None, "workload": "prefill", "batch_size": 2, "length": 9, "new_tokens": 16}
+    sizes = {"workload": "prefill", "batch_size": 2, "length": 9, "new_tokens": 16}
     tables = {"seconds": {"heads": curve}, "units": {"0": 4, "1": 4}, "weights": {"0": 0.5, "1": 0.5}}
     latency.write_text(json.dumps({**kinds, **sizes, **tables, "dense": 1.0}))
     counted = HeadPlan(kept={0: [0]}, total={0: 4, 1: 4})

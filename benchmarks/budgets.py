@@ -159,8 +159,8 @@ def measure(name: str, budget: str, steps: Steps, out: Path) -> None:
         "reached": _reached(kind, model, dense_cost, cost, name, steps, out),
         "heads": cost.heads,
         "total_heads": cost.total_heads,
-        "blocks": cost.blocks,
-        "total_blocks": cost.total_blocks,
+        "hidden_units": cost.hidden_units,
+        "total_hidden_units": cost.total_hidden_units,
         "parameters": cost.parameters / dense_cost.parameters,
         "flops": cost.flops_per_token / dense_cost.flops_per_token,
         "before": before,
@@ -235,19 +235,19 @@ def table(out: Path) -> str:
         lines += [
             f"### {name}: dense {dense:.3f}",
             "",
-            "| asked | reached | heads left | blocks left | parameters | FLOPs | perplexity | against dense |",
+            "| asked | reached | heads left | hidden units left | parameters | FLOPs | perplexity | against dense |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for budget in [b for b in (*BUDGETS, *LAYERS) if b in here]:
             point = here[budget]
             # Only heads have gates in the All-attention model unless blocks are asked for.
-            has_blocks = point["blocks"] and name != "all-attention"
-            blocks = f"{sum(point['blocks'])}/{sum(point['total_blocks'])}" if has_blocks else ""
+            has_hidden = point["hidden_units"] and name != "all-attention"
+            hidden = f"{sum(point['hidden_units'])}/{sum(point['total_hidden_units'])}" if has_hidden else ""
             cells = (
                 budget,
                 f"{point['reached']:.3f}",
                 f"{sum(point['heads'])}/{sum(point['total_heads'])}",
-                blocks,
+                hidden,
                 f"{point['parameters']:.0%}",
                 f"{point['flops']:.0%}",
                 f"{point['before']:.3f} → {point['after']:.3f}",

@@ -1,8 +1,8 @@
 """How well is a pruned model's speed predicted before it is made?
 
 The cost model of this machine is measured for a Llama-like model (see `deadhead.measure.latency`), then random plans
-of heads and blocks, with other numbers in each layer, are cut and timed beside the dense model, and compared with what
-was predicted.
+of heads and hidden units, with other numbers in each layer, are cut and timed beside the dense model, and compared
+with what was predicted.
 
     python benchmarks/latency.py [--quick] [--workload prefill|decode] [--plans N]
 """
@@ -41,10 +41,10 @@ def random_plan(gates: deadhead.HeadGates, draw: random.Random) -> deadhead.Head
     """Return a plan that keeps about a third, half or two thirds of the units, more here and less there."""
     share = draw.choice([1 / 3, 1 / 2, 2 / 3])
     kept = {}
-    for key, units in gates.heads.items():
+    for key, units in gates.choices.units.items():
         count = round(len(units) * (share + draw.uniform(-0.3, 0.3)))
         kept[key] = sorted(draw.sample(units, min(max(count, 0), len(units))))
-    return gates.plan_of(kept)
+    return gates.choices.plan_of(kept)
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     model = LlamaForCausalLM(config(**sizes)).eval()
     how: dict[str, Any] = {"workload": args.workload, "batch_size": 4, "length": 128, "new_tokens": 8}
     begun = time.perf_counter()
-    latency = measure_latency(model, blocks=True, **how)
+    latency = measure_latency(model, hidden=True, **how)
     took = time.perf_counter() - begun
     draw = random.Random(0)
     gates = deadhead.attach(model, blocks=True)
@@ -72,15 +72,15 @@ def main() -> None:
     console.print(machine())
     console.print(f"Llama {sizes}, float32, {how}; measured in {took:.0f} s, dense {latency.dense * 1e3:.1f} ms")
     table = Table(box=None)
-    for column in ("", "heads", "blocks", "predicted", "measured", "error"):
+    for column in ("", "heads", "hidden units", "predicted", "measured", "error"):
         table.add_column(column, justify="right")
     errors = []
     for name, plan in plans.items():
         predicted, measured = latency.speedup(plan), timings["dense"].seconds / timings[name].seconds
         errors.append(predicted / measured - 1)
-        blocks = 0 if plan.blocks is None else sum(plan.blocks.blocks)
+        hidden = 0 if plan.hidden_units is None else sum(plan.hidden_units.counts)
         table.add_row(
-            name, str(sum(plan.heads)), str(blocks), f"{predicted:.2f}", f"{measured:.2f}", f"{errors[-1]:+.1%}"
+            name, str(sum(plan.heads)), str(hidden), f"{predicted:.2f}", f"{measured:.2f}", f"{errors[-1]:+.1%}"
         )
     console.print(table)
     console.print(f"median error {statistics.median(map(abs, errors)):.1%}, largest {max(map(abs, errors)):.1%}")

@@ -50,9 +50,9 @@ def cut_to(model: PreTrainedModel, kind: str, kept: float) -> PreTrainedModel:
     gates = deadhead.attach(small, blocks=kind != "heads")
     units = {
         key: heads[: round(kept * len(heads))] if kind != "blocks" or key.kind == "block" else heads
-        for key, heads in gates.heads.items()
+        for key, heads in gates.choices.units.items()
     }
-    return deadhead.cut(small, gates.plan_of(units))
+    return deadhead.cut(small, gates.choices.plan_of(units))
 
 
 def measure(model: PreTrainedModel, workload: Workload, repeats: int) -> list[dict[str, Any]]:

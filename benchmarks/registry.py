@@ -94,7 +94,7 @@ def try_type(model_type: str, seed: int = 0) -> Outcome:
         )
     except deadhead.UnsupportedModel as error:
         return Outcome(model_type=model_type, state="refused", reason=str(error).partition(": ")[2] or str(error))
-    blocks = 0 if plan.blocks is None else len(plan.blocks.total)
+    blocks = 0 if plan.hidden_units is None else len(plan.hidden_units.total)
     outcome = Outcome(
         model_type=model_type, state="works", unit=gates.unit, layers=len(plan.total), block_layers=blocks
     )
@@ -134,10 +134,12 @@ def _stock_reloads(model_type: str, seed: int, ids: Tensor) -> bool:
 def _random_plan(gates: deadhead.HeadGates, seed: int) -> deadhead.HeadPlan:
     """Return a plan that empties the first layer, and keeps at least one head and cuts at least one in another."""
     draw = random.Random(seed)
-    kept = {key: sorted(draw.sample(range(n), draw.randint(1, max(1, n - 1)))) for key, n in gates.total.items()}
+    kept = {
+        key: sorted(draw.sample(range(n), draw.randint(1, max(1, n - 1)))) for key, n in gates.choices.total.items()
+    }
     for keys in ([key for key in kept if key.kind == kind] for kind in ("head", "block")):
         kept |= {key: [] for key in keys[:1]}
-    return gates.plan_of(kept)
+    return gates.choices.plan_of(kept)
 
 
 def _cached(model: Any, ids: Tensor) -> Tensor:

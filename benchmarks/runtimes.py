@@ -121,7 +121,7 @@ def main() -> None:
     console.print(machine())
     console.print(
         f"heads {costs['cut'].heads} of {costs['dense'].heads[0]}, hidden units "
-        f"{[count * costs['cut'].block_size for count in costs['cut'].blocks]}; parameters "
+        f"{costs['cut'].hidden_units}; parameters "
         f"{costs['dense'].parameters:,} → {costs['cut'].parameters:,}; batch 1, {args.threads} threads, prompt {length}"
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from deadhead.attaching import is_gate
 from deadhead.gates.gates import HeadGates
 from deadhead.models import AllAttentionConfig, TransformerXLConfig
-from deadhead.plans.plan import BlockPlan, HeadPlan, Unit
+from deadhead.plans.choices import Choices
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
+from deadhead.plans.unit_plan import UnitPlan
 
 
 def difference(values: Tensor, reference: Tensor) -> float:
@@ -106,7 +108,7 @@ def random_plan(
     *,
     output_scale: bool,
     unit: Unit = "head",
-    blocks: BlockPlan | None = None,
+    hidden_units: UnitPlan | None = None,
 ) -> HeadPlan:
     """Return a plan that keeps some of `kept` and cuts at least one; layers are emptied often, also all of them.
 
@@ -116,7 +118,7 @@ def random_plan(
         total: those there were.
         output_scale: what the plan says of it.
         unit: what an index names.
-        blocks: the blocks there are, of which some are kept too; also in layers that lose all heads.
+        hidden_units: those there are, of which some are kept too; also in layers that lose all heads.
     """
     left = {layer: list(heads) for layer, heads in kept.items()}
     if draw.random() < 0.05:
@@ -128,17 +130,35 @@ def random_plan(
         layer = draw.choice([layer for layer in left if kept[layer]])
         left[layer] = left[layer][1:]
     kept = {layer: tuple(heads) for layer, heads in left.items()}
-    if blocks is not None:
-        counts = {layer: 0 if draw.random() < 0.2 else draw.randint(0, len(b)) for layer, b in blocks.kept.items()}
-        blocks = replace(blocks, kept={layer: draw.sample(b, counts[layer]) for layer, b in blocks.kept.items()})
-    return HeadPlan(kept=kept, total=total, unit=unit, output_scale=output_scale, blocks=blocks)
+    if hidden_units is not None:
+        there = hidden_units.kept
+        counts = {layer: 0 if draw.random() < 0.2 else draw.randint(0, len(units)) for layer, units in there.items()}
+        chosen = {layer: draw.sample(units, counts[layer]) for layer, units in there.items()}
+        hidden_units = replace(hidden_units, kept=chosen)
+    return HeadPlan(kept=kept, total=total, unit=unit, output_scale=output_scale, hidden_units=hidden_units)
 
 
-def random_blocks(draw: random.Random, config: AllAttentionConfig) -> BlockPlan:
-    """Return all blocks, of a random size, of a model's feed-forward layers or persistent vectors."""
+def all_hidden_units(config: AllAttentionConfig) -> UnitPlan:
+    """Return the plan that keeps all hidden units of a model's feed-forward layers, or its persistent vectors."""
     width = config.feed_forward_size or config.num_persistent
-    size = draw.choice([size for size in range(1, width + 1) if width % size == 0])
-    return BlockPlan(size=size, kept={}, total=dict.fromkeys(range(config.num_hidden_layers), width // size))
+    return UnitPlan(kept={}, total=dict.fromkeys(range(config.num_hidden_layers), width))
+
+
+def random_blocks(
+    draw: random.Random, units: Mapping[Any, Sequence[int]], kept: Mapping[Any, Sequence[int]]
+) -> dict[Any, list[list[int]]]:
+    """Return hidden units in blocks of random sizes and orders, by layer, none of which is kept in part."""
+    blocks: dict[Any, list[list[int]]] = {}
+    for layer, there in units.items():
+        blocks[layer] = []
+        for group in (set(kept[layer]), set(there) - set(kept[layer])):
+            order = draw.sample(sorted(group), len(group))
+            while order:
+                size = draw.randint(1, len(order))
+                blocks[layer].append(order[:size])
+                order = order[size:]
+        draw.shuffle(blocks[layer])
+    return blocks
 
 
 def random_text(draw: random.Random, config: AllAttentionConfig, *, padded: bool) -> tuple[Tensor, Tensor]:
@@ -206,21 +226,21 @@ def kept_part(name: str, tensor: Tensor, plan: HeadPlan, head_dim: int) -> Tenso
     """Return the part of a parameter of a layer that a plan keeps, written down without the layout."""
     layer = int(name.split(".layers.")[1].split(".")[0])
 
-    def in_blocks(dim: int) -> Tensor:
+    def hidden(dim: int) -> Tensor:
         units = list(range(tensor.shape[dim]))
-        if plan.blocks is not None:
-            units = [unit for unit in units if unit // plan.blocks.size in plan.blocks.kept[layer]]
+        if plan.hidden_units is not None:
+            units = list(plan.hidden_units.kept[layer])
         return tensor.index_select(dim, torch.tensor(units, dtype=torch.long))
 
     if ".up_proj." in name:
-        return in_blocks(0)
+        return hidden(0)
     if name.endswith("down_proj.weight"):
-        return in_blocks(1)
+        return hidden(1)
     if ".attention." not in name:
         return tensor
     kept = plan.kept[layer]
     if ".persistent_" in name:
-        return in_blocks(1)[list(kept)]
+        return hidden(1)[list(kept)]
     rows = [head * head_dim + i for head in kept for i in range(head_dim)]
     if name.endswith("o_proj.weight"):
         return tensor[:, rows]
@@ -254,14 +274,19 @@ def assert_unchanged(model: PreTrainedModel, before: Mapping[str, Any]) -> None:
         assert now[part] == before[part], part
 
 
+def choices_among(counts: Mapping[UnitKey, int], *, unit: Unit = "head") -> Choices:
+    """Return the choice of each of so many units by itself."""
+    members = {key: [(index,) for index in range(count)] for key, count in counts.items()}
+    return Choices(unit=unit, members=members, total=counts)
+
+
 def random_units(draw: random.Random, gates: HeadGates, *, output_scale: bool) -> HeadPlan:
     """Return a plan that cuts at least one head, and where blocks have gates some of them; layers are often emptied."""
-    heads = {key.layer: units for key, units in gates.heads.items() if key.kind == "head"}
-    total = {key.layer: count for key, count in gates.total.items() if key.kind == "head"}
+    heads = {key.layer: units for key, units in gates.choices.units.items() if key.kind == "head"}
+    total = {key.layer: count for key, count in gates.choices.total.items() if key.kind == "head"}
     plan = random_plan(draw, heads, total, output_scale=False, unit=gates.unit)
-    kept = {
-        key: () if draw.random() < 0.2 else tuple(draw.sample(units, draw.randint(0, len(units))))
-        for key, units in gates.heads.items()
-        if key.kind == "block"
-    }
-    return replace(gates.plan_of({**plan.units, **kept}), output_scale=output_scale)
+    kept: dict[UnitKey, list[int]] = {}
+    for key, blocks in gates.choices.hidden.items():
+        stay = [] if draw.random() < 0.2 else draw.sample(list(blocks), draw.randint(0, len(blocks)))
+        kept[key] = [unit for block in stay for unit in block]
+    return gates.choices.plan_of({**plan.units, **kept}, output_scale=output_scale)

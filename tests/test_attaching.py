@@ -390,11 +390,11 @@ def test_gates_take_effect_on_a_model_that_was_compiled_before(make: Any, compil
             return tuple(m(input_ids=IDS, use_cache=False).logits for m in (run, plain))  # type: ignore[return-value]
 
     dense, _ = outputs()
-    heads = attach(plain).heads
+    heads = attach(plain).choices.units
     gates = attach(model)
     outputs()
     for keep in (lambda units: units[1:], lambda units: units[:1]):
-        plan = gates.plan_of({key: keep(units) for key, units in heads.items()})
+        plan = gates.choices.plan_of({key: keep(units) for key, units in heads.items()})
         for each in (gates, gates_of(plain)):
             each.set_plan(plan)
         found, expected = outputs()

@@ -23,7 +23,8 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.all_attention import AllAttentionLayout, HeadSite
 from deadhead.models import AllAttentionForCausalLM
-from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
+from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.unit_plan import UnitPlan
 from tests.fresh_process import WAYS, in_a_fresh_process
 from tests.random_models import assert_unchanged, difference, gradients, snapshot, tiny_config, tiny_model
 from tests.small_runs import assert_same_tensors
@@ -319,7 +320,7 @@ def test_the_base_model_can_be_cut() -> None:
 
 def blocks_too(kept: dict[int, list[int]], plan: HeadPlan) -> HeadPlan:
     """Return a plan that says of blocks of 3 which stay, too."""
-    return replace(plan, blocks=BlockPlan(size=3, kept=kept, total=TOTAL))
+    return replace(plan, hidden_units=UnitPlan.of_blocks(size=3, kept=kept, total=TOTAL))
 
 
 # --- what others share -----------------------------------------------------------------------------------------------
@@ -341,9 +342,9 @@ def test_models_of_one_configuration_are_cut_each_in_its_own_way(kind: str, tmp_
         model.tie_weights()
     before, kept = copy.deepcopy(config), [logits(model) for model in models]
     weights = {name: value.clone() for name, value in models[2].state_dict().items()}
-    heads = attach(models[2]).heads
+    heads = attach(models[2]).choices.units
     gates = gates_of(models[2])
-    plans = [gates.plan_of({key: units[where:][:1] for key, units in heads.items()}) for where in (0, 1)]
+    plans = [gates.choices.plan_of({key: units[where:][:1] for key, units in heads.items()}) for where in (0, 1)]
     detach(models[2])
     for model, plan in zip(models, plans, strict=False):
         cut(model, plan)

@@ -28,7 +28,9 @@ from deadhead.layouts import Selection
 from deadhead.layouts.all_attention import AllAttentionLayout, HeadSite
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.plans.plan import HeadPlan
+from deadhead.plans.unit_plan import UnitPlan
 from tests.random_models import (
+    all_hidden_units,
     assert_unchanged,
     cached_logits,
     chunks,
@@ -65,14 +67,14 @@ def invariant_case(seed: int) -> dict[str, float]:
     model = random_model(config, seed, dtype)
     total = dict.fromkeys(range(config.num_hidden_layers), config.num_attention_heads)
     everything = {layer: tuple(range(count)) for layer, count in total.items()}
-    blocks = random_blocks(draw, config) if draw.random() < 0.7 else None
-    plan = random_plan(draw, everything, total, output_scale=draw.random() < 0.5, blocks=blocks)
+    units = all_hidden_units(config) if draw.random() < 0.7 else None
+    plan = random_plan(draw, everything, total, output_scale=draw.random() < 0.5, hidden_units=units)
     ids, mask = random_text(draw, config, padded=draw.random() < 0.5)
     sizes = chunks(draw, ids.shape[1])
     precision = str(dtype).removeprefix("torch.")
 
     gated = copy.deepcopy(model)
-    gates = attach(gated, blocks=False if blocks is None else blocks.size)
+    gates = attach(gated, blocks=_random_blocks(draw, units, plan))
     gates.set_plan(plan)
     assert gates.plan() == plan
     # With gates attached and without, `cut` must come to the same.
@@ -92,11 +94,12 @@ def invariant_case(seed: int) -> dict[str, float]:
 
     left = sum(len(heads) for heads in plan.kept.values())
     if left and draw.random() < 0.5:
-        # Blocks that the first cut left may be cut, or left alone.
-        left_blocks = plan.blocks if draw.random() < 0.7 else None
-        second = random_plan(draw, plan.kept, total, output_scale=draw.random() < 0.5, blocks=left_blocks)
+        # Hidden units that the first cut left may be cut, or left alone; persistent vectors go with the last head.
+        there = UnitPlan.from_dict(small.config.head_plan["hidden_units"]) if plan.hidden_units else None
+        left_units = there if draw.random() < 0.7 else None
+        second = random_plan(draw, plan.kept, total, output_scale=draw.random() < 0.5, hidden_units=left_units)
         again = copy.deepcopy(small)
-        attach(again, blocks=False if left_blocks is None else left_blocks.size).set_plan(second)
+        attach(again, blocks=_random_blocks(draw, left_units, second)).set_plan(second)
         with torch.no_grad():
             expected = again(input_ids=ids, attention_mask=mask, use_cache=False).logits
             smaller: Any = cut(small, second)
@@ -105,9 +108,16 @@ def invariant_case(seed: int) -> dict[str, float]:
                 smaller(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected
             )
             if second.output_scale == plan.output_scale:
-                at_once = replace(second, blocks=second.blocks or plan.blocks)
+                at_once = replace(second, hidden_units=second.hidden_units or plan.hidden_units)
                 _assert_composes(model, at_once, plan, smaller, ids, mask)
     return found
+
+
+def _random_blocks(draw: random.Random, units: UnitPlan | None, plan: HeadPlan) -> Any:
+    """Return in which blocks hidden units have gates: none, single units, or any that can stand for the plan."""
+    if units is None or plan.hidden_units is None:
+        return False
+    return 1 if draw.random() < 0.2 else random_blocks(draw, units.kept, plan.hidden_units.kept)
 
 
 def _assert_composes(

@@ -58,13 +58,15 @@ def prepared(kind: str, *, gated: bool) -> tuple[Any, HeadPlan]:
     model: Any = own_model() if kind == "own" else tiny_model(kind)
     unit = "head"
     gates = attach(model, unit=unit, blocks=True)
-    kept = {key: units[: len(units) // 2 + 1] for key, units in gates.heads.items()}
+    kept = {key: units[: len(units) // 2 + 1] for key, units in gates.choices.units.items()}
     kept[next(iter(kept))] = ()
-    plan = HeadPlan.of_units(kept, gates.total, unit=unit, output_scale=True, block_size=gates.block_size)
+    plan = gates.choices.plan_of(kept, output_scale=True)
     if not gated:
         detach(model)
     else:
-        next(iter(gates.gates.values())).set_log_alpha(torch.full((len(next(iter(gates.heads.values()))),), 0.25))
+        next(iter(gates.gates.values())).set_log_alpha(
+            torch.full((len(next(iter(gates.choices.units.values()))),), 0.25)
+        )
     model.train()
     model.get_input_embeddings().eval()
     first, *_, last = [parameter for name, parameter in model.named_parameters() if "gate" not in name]

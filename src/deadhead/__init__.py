@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from deadhead.measure.cost import model_cost as model_cost
     from deadhead.measure.evaluation import evaluate as evaluate
     from deadhead.measure.timing import bench as bench
-    from deadhead.plans.plan import BlockPlan as BlockPlan
     from deadhead.plans.plan import HeadPlan as HeadPlan
+    from deadhead.plans.unit_plan import UnitPlan as UnitPlan
     from deadhead.report.writing import report_run as report_run
     from deadhead.streaming.cutting import cut_checkpoint as cut_checkpoint
     from deadhead.training.callbacks.sparsity import SparsityCallback as SparsityCallback
@@ -54,7 +54,8 @@ _NAMES = {
     "measure.cost": ("model_cost",),
     "measure.evaluation": ("evaluate",),
     "measure.timing": ("bench",),
-    "plans.plan": ("BlockPlan", "HeadPlan"),
+    "plans.plan": ("HeadPlan",),
+    "plans.unit_plan": ("UnitPlan",),
     "report.writing": ("report_run",),
     "streaming.cutting": ("cut_checkpoint",),
     "training.callbacks.sparsity": ("SparsityCallback",),

@@ -1,8 +1,8 @@
-"""Attach gates to a model's heads, and blocks, through its layout, and take them off again."""
+"""Attach gates to a model's heads, and to blocks of hidden units, through its layout, and take them off again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +19,9 @@ from deadhead.layouts.inputs import require_runnable
 from deadhead.layouts.refusals import require_model, require_plain
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import restored_on_failure
-from deadhead.plans.plan import Unit, UnitKey
+from deadhead.plans.blocks import Blocks, choose_block_size, owners, runs
+from deadhead.plans.choices import Choices
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
@@ -28,7 +30,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _GateInput:
-    """Multiplies the heads' outputs, side by side in the output projection's input, by their gates.
+    """Multiplies the units' outputs, side by side in the output projection's input, by their gates.
 
     An object, not a closure, so that a deep copy of the model points at the copy's gates.
     """
@@ -40,14 +42,26 @@ class _GateInput:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
         gate = self.gate
-        heads_BTHE = hidden.unflatten(-1, (-1, self.head_dim))
         z_H, scale = gate()
+        factor_H = (z_H * scale).to(hidden.dtype)
         if gate.is_due and gate.training:
             # Autocast would turn the products to half precision.
-            with torch.autocast(hidden.device.type, enabled=False):
-                gate.measure(*output_squares(module, heads_BTHE.detach().flatten(0, -3), z_H.detach()))
-        factor_H = (z_H * scale).to(hidden.dtype)
-        return ((heads_BTHE * factor_H[:, None]).flatten(-2), *rest)
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                gate.measure(*self._squares(module, hidden.detach().flatten(0, -2), z_H.detach()))
+        if gate.owner is not None:
+            return (hidden * factor_H.index_select(0, gate.owner), *rest)
+        return ((hidden.unflatten(-1, (-1, self.head_dim)) * factor_H[:, None]).flatten(-2), *rest)
+
+    def _squares(self, output: nn.Module, hidden_RF: Tensor, z_H: Tensor) -> tuple[Tensor, Tensor]:
+        if self.gate.owner is None:
+            return output_squares(output, hidden_RF.unflatten(-1, (-1, self.head_dim)), z_H)
+        weight_FD, open_RF = head_columns(output).detach().float().T, hidden_RF.float() * z_H[self.gate.owner]
+        alone = []
+        for gate in range(self.gate.num_heads):
+            units = (self.gate.owner == gate).nonzero().flatten()
+            part_RE, part_ED = hidden_RF[:, units].float(), weight_FD[units]
+            alone.append(((part_RE.T @ part_RE) * (part_ED @ part_ED.T)).sum())
+        return torch.stack(alone), (open_RF @ weight_FD).square().sum()
 
 
 @torch.no_grad()
@@ -83,12 +97,11 @@ def attach(
     *,
     config: GateConfig | None = None,
     unit: Unit | None = None,
-    blocks: bool | int = False,
+    blocks: bool | int | Blocks = False,
 ) -> HeadGates:
-    """Add a trainable gate to every prunable head of `model`, and to blocks if asked.
+    """Add a trainable gate to every prunable head of `model`, and to blocks of hidden units if asked.
 
-    Blocks are runs of a feed-forward layer's hidden units, or of the All-attention Transformer's persistent vectors, in
-    every head of a layer at once.
+    The All-attention Transformer's hidden units are its persistent vectors, in every head of a layer at once.
 
     Args:
         model: a model with a layout, or PEFT's wrapper of one; changed in place. With adapters, wrap first: PEFT
@@ -96,15 +109,16 @@ def attach(
         config: the gates' constants; the default has no output scaling, as pretrained models need it. Blocks are never
             scaled.
         unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
-        blocks: whether blocks have gates too, or how many hidden units or persistent vectors make a block.
+        blocks: whether hidden units have gates too, or how many neighbours share one, or by layer the units of each
+            gate, such as ``{0: [[0, 2], [1, 3]]}``.
 
     Returns:
         The gates, which learn with the model's other parameters.
 
     Raises:
         UnsupportedModel: there is no head that could be pruned, or no block; the message says why.
-        InputError: the model has gates already, the blocks do not fit its layers, or soft gates are asked for on blocks
-            of persistent vectors.
+        InputError: the model has gates already, the blocks do not fit its layers, or soft gates are asked for on
+            persistent vectors.
     """
     model = unwrapped(model)
     layout = require_cuttable(model, "Attaching gates", may_be_empty=True)
@@ -112,8 +126,8 @@ def attach(
         raise InputError("The model has gates already; use deadhead.gates_of(model), or deadhead.detach(model) first.")
     unit = layout.choose_unit(model, unit, what="gates open and close")
     config = config or GateConfig()
-    size = block_size(layout, model, blocks)
-    sites = layout.all_sites(model, unit, size)
+    sites = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
+    choices = choices_of(sites, unit, blocks)
     there = [site for site in sites if site.units]
     if not config.hard and any(site.output_path is None for site in there):
         raise InputError(
@@ -121,24 +135,19 @@ def attach(
             "folded into a weight at the cut; use GateConfig(hard=True), or leave blocks out."
         )
     require_runnable(model)
-    costs = _relative_costs(there)
+    costs = _relative_costs(there, choices)
     # What is made under torch.inference_mode() could never learn.
     with torch.inference_mode(False):
         gates = {
-            site.key: HeadGate(len(site.units), config.for_gate(of_blocks=site.has_blocks), costs[site.key]).to(
-                _weight(site).device
-            )
+            site.key: HeadGate(
+                choices.counts[site.key],
+                config.for_gate(of_blocks=site.is_hidden),
+                costs[site.key],
+                owners(site.units, choices.members[site.key]) if site.is_hidden else None,
+            ).to(_weight(site).device)
             for site in there
         }
-    head_gates = HeadGates(
-        gates,
-        heads={site.key: site.units for site in sites},
-        total={site.key: site.total for site in sites},
-        unit=unit,
-        config=config,
-        block_size=size,
-        headless=frozenset(site.key for site in sites if site.is_headless),
-    )
+    head_gates = HeadGates(gates, choices=choices, config=config)
     with restored_on_failure(model):
         for site in there:
             site.module.add_module(site.gate_name, gates[site.key].train(model.training))
@@ -171,26 +180,69 @@ def _weight(site: Site) -> Tensor:
     return site.module.get_parameter(site.selections(site.units)[0].path)
 
 
-def block_size(layout: Layout, model: PreTrainedModel, blocks: bool | int) -> int | None:
-    """Return the size of a model's blocks as `attach`, which raises as this does, is asked for them; None for none."""
+def has_blocks(layout: Layout, model: PreTrainedModel, blocks: bool | int | Blocks) -> bool:
+    """Tell whether a model's hidden units are to have gates as `attach` is asked; UnsupportedModel if it has none."""
     if blocks is False:
-        return None
-    sites = layout.block_sites(model, None if blocks is True else blocks)
-    if not sites:
+        return False
+    if not layout.hidden_sites(model):
         raise UnsupportedModel(
             f"The model, of type {model.config.model_type!r}, has no feed-forward layers, nor persistent vectors, "
-            "that could be cut in blocks; leave blocks out."
+            "that could be cut; leave blocks out."
         )
-    return sites[0].unit_dim
+    return True
 
 
-def _relative_costs(sites: Sequence[Site]) -> dict[UnitKey, float]:
+def choices_of(sites: Sequence[Site], unit: Unit, blocks: bool | int | Blocks) -> Choices:
+    """Return what gates on some sites open, their hidden units in blocks as `attach`, which raises alike, is asked."""
+    hidden = [site for site in sites if site.is_hidden]
+    members: dict[UnitKey, Sequence[Sequence[int]]]
+    members = {site.key: [(head,) for head in site.units] for site in sites if not site.is_hidden}
+    if isinstance(blocks, Mapping):
+        layers = [site.layer for site in hidden]
+        if unknown := [layer for layer in blocks if layer not in layers]:
+            raise InputError(f"Blocks were given for layer {unknown[0]!r}, but layers with hidden units are {layers}.")
+        # What is not named stays or goes as a whole.
+        members |= {site.key: [list(block) for block in blocks.get(site.layer, [site.units])] for site in hidden}
+        for site in hidden:
+            owners(site.units, members[site.key])
+    else:
+        asked = None if isinstance(blocks, bool) else blocks
+        size = choose_block_size([len(site.units) for site in hidden], asked) if hidden else 1
+        members |= {site.key: runs(site.units, size) for site in hidden}
+    return Choices(
+        unit=unit,
+        members={key: [block for block in found if len(block)] for key, found in members.items()},
+        total={site.key: site.total for site in sites},
+        headless=frozenset(site.key for site in sites if site.is_headless),
+    )
+
+
+def attach_for(model: PreTrainedModel, plan: HeadPlan) -> HeadGates:
+    """Attach gates that can stand for a plan: of each layer's hidden units that stay one, and of those that go one.
+
+    They are closed by the plan. It raises as `attach` does, and an InputError if the plan is not one for this model.
+    """
+    hidden = plan.hidden_units is not None
+    layout = find_layout(model)
+    sites = layout.all_sites(model, layout.choose_unit(model, plan.unit, what="heads are cut by"), hidden=hidden)
+    kept = choices_of(sites, plan.unit, hidden).kept_units(plan)
+    blocks: Blocks = {
+        site.layer: [kept[site.key], [unit for unit in site.units if unit not in set(kept[site.key])]]
+        for site in sites
+        if site.is_hidden
+    }
+    gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=hidden and blocks)
+    gates.set_plan(plan)
+    return gates
+
+
+def _relative_costs(sites: Sequence[Site], choices: Choices) -> dict[UnitKey, float]:
     """Return what an open gate costs: 1 for heads, for blocks their parameters over those of the mean head."""
     numbers = {s.key: sum(s.module.get_parameter(part.path).numel() for part in s.selections(s.units)) for s in sites}
-    sizes = {site.key: numbers[site.key] / len(site.units) for site in sites}
-    heads = [size for site in sites if not site.has_blocks for size in [sizes[site.key]] * len(site.units)]
+    sizes = {key: count / choices.counts[key] for key, count in numbers.items()}
+    heads = [size for site in sites if not site.is_hidden for size in [sizes[site.key]] * len(site.units)]
     mean = sum(heads) / len(heads) if heads else 1.0
-    return {site.key: sizes[site.key] / mean if site.has_blocks else 1.0 for site in sites}
+    return {site.key: sizes[site.key] / mean if site.is_hidden else 1.0 for site in sites}
 
 
 def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
@@ -207,7 +259,7 @@ def rehang(model: PreTrainedModel | nn.Module) -> None:
     gates = gates_of(model)
     if gates is None:
         return
-    sites = find_layout(model).all_sites(model, gates.unit, gates.block_size)
+    sites = find_layout(model).all_sites(model, gates.unit, hidden=gates.choices.has_blocks)
     with restored_on_failure(model):
         for module in model.modules():
             _remove_hooks(module, _GateInput)

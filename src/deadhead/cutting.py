@@ -7,17 +7,16 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.attaching import attach, detach, gates_of, is_gate, rehang, require_cuttable
+from deadhead.attaching import attach_for, detach, gates_of, is_gate, rehang, require_cuttable
 from deadhead.errors import CutError, InputError, first_line, typed_but
 from deadhead.gates.gates import HeadGates
-from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Layout, Site, find_layout, head_columns, own_config
 from deadhead.layouts.inputs import made_inputs, run, runner
@@ -37,7 +36,7 @@ CHECK_TEXTS, _CHECK_LENGTH = 3, 16
 
 @typed_but("model", "plan")
 def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
-    """Delete the heads, and blocks, that `plan` drops, in place.
+    """Delete the heads, and hidden units, that `plan` drops, in place.
 
     The model is first run with their gates closed; the cut model must compute the same function, or everything
     is put back. Gates that are attached are used for that and then taken off; values of soft gates and the output
@@ -47,7 +46,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         model: with or without gates, and the whole of it: of a cut of its inner model alone (`model.model`, say) its
             configuration knows nothing, so that its own `save_pretrained` would write what does not reload, and
             `deadhead.save` refuses. Cuts compose: indices always refer to the original dense model.
-        plan: the heads that stay; blocks of which it says nothing stay too.
+        plan: the heads that stay; hidden units of which it says nothing stay too.
 
     Returns:
         `model`, smaller; a plain `save_pretrained` writes a checkpoint that reloads.
@@ -72,9 +71,8 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         # Merging adapters replaces the output projections that the gates hang on.
         rehang(model)
         gates = gates_of(model)
-        if gates is None:
-            size = False if plan.blocks is None else plan.blocks.size
-            gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=size)
+        if gates is None or not gates.choices.fits(plan):
+            gates = attach_for(detach(model), plan)
         before = gates.state_dict(), gates.config
         try:
             growth = _cut(model, layout, gates, plan)
@@ -94,8 +92,8 @@ def _cut(model: PreTrainedModel, layout: Layout, gates: HeadGates, plan: HeadPla
     plan = normal_plan(gates, plan)
     if gates.plan() != plan:
         gates.set_plan(plan)
-    factors = {key: head_factors(gate) for key, gate in gates}
-    sites = layout.all_sites(model, plan.unit, gates.block_size)
+    factors = {key: unit_factors(gate) for key, gate in gates}
+    sites = layout.all_sites(model, plan.unit, hidden=gates.choices.has_blocks)
     expected = gated_outputs(model, sites)
     cache_before = cache_values(sites)
     detach(model)
@@ -125,7 +123,7 @@ def pruned_copy(model: PreTrainedModel, plan: HeadPlan | None = None) -> PreTrai
     if plan is None:
         return copied
     units = plan.units
-    sites = find_layout(copied).all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
+    sites = find_layout(copied).all_sites(copied, plan.unit, hidden=plan.hidden_units is not None)
     if any(site.units and not units[site.key] for site in sites):
         # What an emptied module must return.
         _watched_outputs(copied, sites, CHECK_TEXTS)
@@ -242,8 +240,8 @@ def _root_mean_square(values: Tensor, reference: Tensor) -> float:
 
 
 def normal_plan(gates: HeadGates, plan: HeadPlan) -> HeadPlan:
-    """Return a plan, which must be one for this model, with every unit of the gates: blocks it does not name stay."""
-    return replace(gates.plan_of(gates.require_plan(plan)), output_scale=plan.output_scale)
+    """Return a plan, which must be one for this model, with every unit of the gates: those it does not name stay."""
+    return gates.choices.plan_of(gates.choices.kept_units(plan), output_scale=plan.output_scale)
 
 
 def remove_units(
@@ -265,18 +263,18 @@ def cache_values(sites: Sequence[Site]) -> int:
     return sum(site.cache_values(1) for site in sites)
 
 
-def head_factors(gate: HeadGate) -> Tensor:
-    """Return what a cut folds into the output projection for each head of a gate, in evaluation, shape (H,)."""
+def unit_factors(gate: HeadGate) -> Tensor:
+    """Return what a cut folds into the output projection for each unit of a gate, in evaluation, shape (units,)."""
     with evaluating(gate), torch.no_grad():
         z_H, scale = gate()
-        return z_H * scale
+        return z_H * scale if gate.owner is None else (z_H * scale)[gate.owner]
 
 
 @torch.no_grad()
 def fold(site: Site, kept: tuple[int, ...], factor_H: Tensor) -> None:
     """Multiply the columns of W_O of the heads that stay by their factors, in a new tensor: the old may be put back."""
-    local = [site.units.index(head) for head in kept]
-    factors = torch.ones_like(factor_H)
+    stays, factors = set(kept), torch.ones_like(factor_H)
+    local = [place for place, head in enumerate(site.units) if head in stays]
     factors[local] = factor_H[local]
     if bool((factors == 1).all()):
         return

@@ -504,7 +504,7 @@ def test_what_was_saved_with_gates_on_by_other_means_opens(
         deadhead.load(tmp_path)
     loaded, found = deadhead.load_gated(tmp_path)
     assert deadhead.gates_of(loaded) is found
-    assert (found.config, found.unit, found.block_size) == (config, saved.unit, saved.block_size)
+    assert (found.config, found.choices) == (config, saved.choices)
     assert found.plan() == saved.plan()
     torch.testing.assert_close(found.state_dict(), saved.state_dict())
     plain = {name: value for name, value in model.state_dict().items() if "_gate." not in name}

@@ -18,7 +18,8 @@ from deadhead.cutting import cut
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import config_cost, model_cost
-from deadhead.plans.plan import BlockPlan, HeadPlan
+from deadhead.plans.plan import HeadPlan
+from deadhead.plans.unit_plan import UnitPlan
 from tests.random_models import random_config, random_model, random_plan
 
 _TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "gpt2")
@@ -29,14 +30,14 @@ def _cut(model: PreTrainedModel, draw: random.Random, *, all_heads: bool) -> Non
     unit = draw.choice(layout.units(model))
     sites = layout.sites(model, unit)
     total = {site.layer: site.total for site in sites}
-    blocks = layout.block_sites(model)
-    plan = None
-    if blocks and draw.random() < 0.6:
-        plan = BlockPlan(size=blocks[0].unit_dim, kept={}, total={site.layer: site.total for site in blocks})
+    hidden = layout.hidden_sites(model)
+    units = None
+    if hidden and draw.random() < 0.6:
+        units = UnitPlan(kept={}, total={site.layer: site.total for site in hidden})
     kept = {layer: tuple(range(count)) for layer, count in total.items()}
-    made = random_plan(draw, kept, total, output_scale=False, unit=unit, blocks=plan)
+    made = random_plan(draw, kept, total, output_scale=False, unit=unit, hidden_units=units)
     if all_heads:
-        made = HeadPlan(kept=dict.fromkeys(total, ()), total=total, unit=unit, blocks=made.blocks)
+        made = HeadPlan(kept=dict.fromkeys(total, ()), total=total, unit=unit, hidden_units=made.hidden_units)
     cut(model, made)
 
 

@@ -153,8 +153,14 @@ def _one_missing(folder: Path) -> None:
         (_values(seed=0.5), "must give seed a value like 0"),
         (_values(unit="layer"), "must have a unit, head or kv_group"),
         (_values(unit=["head"]), "must have a unit, head or kv_group"),
-        (_values(block_size="all"), "a number as block_size"),
-        (_values(block_size=5), "block"),
+        (_values(blocks="all"), "blocks by layer if any"),
+        (_values(blocks={"0": "0-3"}), "must be a list of ranges"),
+        (_values(blocks={"0": ["0-x"]}), "must be ranges, such as"),
+        (_values(blocks={"7": ["0-3"]}), "Blocks were given for layer 7"),
+        (_values(blocks={"0": ["0-3", "3-47"]}), "3 is in two blocks"),
+        (_values(blocks={"0": ["0-3"]}), "4 is in none"),
+        (_values(blocks={"0": ["0-900"]}), "is not one of this layer"),
+        (_values(block_size=5), "unknown key"),
     ],
 )
 def test_damage_is_said_in_one_sentence_and_nothing_stays_attached(

@@ -38,10 +38,10 @@ def test_what_is_asked_for_is_reached_and_counted(
     name = {"params": "parameters", "flops": "flops_per_token", "kv_cache": "kv_cache_bytes"}[kind]
     assert after[name] / before[name] == pytest.approx(budget["reached"])
     plan = HeadPlan.from_json(out / "head_plan.json")
-    assert (plan.blocks is not None) == (kind != "kv_cache") == ("blocks" in result)
-    if plan.blocks is not None:
-        assert result["blocks"] == after["blocks"] == plan.blocks.blocks
-        assert f"blocks of {plan.blocks.size} a layer" in (out / "README.md").read_text(encoding="utf-8")
+    assert (plan.hidden_units is not None) == (kind != "kv_cache") == ("hidden_units" in result)
+    if plan.hidden_units is not None:
+        assert result["hidden_units"] == after["hidden_units"] == plan.hidden_units.counts
+        assert f"hidden units a layer: {plan.hidden_units.counts}" in (out / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -59,8 +59,8 @@ def test_a_speedup_is_measured_and_its_latencies_are_kept(given: Path, tmp_path:
     assert inspected["predicted_speedup"] >= 1.0
     assert inspected["layouts"][0]["parameters"] == result["parameters"]
     text = command("inspect", given / "llama", "--plan", out / "head_plan.json")
-    assert "--plan" in text and "blocks of" in text
-    assert "blocks" in result
+    assert "--plan" in text and "hidden units" in text
+    assert "hidden_units" in result
 
 
 def test_gates_of_a_budget_are_saved_and_cut_later(given: Path, tmp_path: Path, command: _Command) -> None:
@@ -72,8 +72,8 @@ def test_gates_of_a_budget_are_saved_and_cut_later(given: Path, tmp_path: Path, 
 
     model, gates = deadhead.load_gated(tmp_path / "gated")
     assert gates.plan().heads == result["heads"]
-    blocks = gates.plan().blocks
-    assert blocks is not None and blocks.blocks == result["blocks"]
+    units = gates.plan().hidden_units
+    assert units is not None and units.counts == result["hidden_units"]
     deadhead.cut(model, gates.plan())
     gates.plan().to_json(tmp_path / "plan.json")
     cut = command.json("cut", given / "llama", "--plan", tmp_path / "plan.json", "--out", tmp_path / "cut")
@@ -115,8 +115,8 @@ def test_a_dry_run_says_what_would_be_left_and_writes_nothing(
         ("--flops 0.5 --criterion topk", "criterion topk holds a share of the heads"),
         ("--flops 0.5 --ranking layer", "ranking layer holds a share of the heads"),
         (
-            "--flops 0.5 --block-size 5",
-            "block size must divide the width of every layer, .48., but it is 5; 4 would do",
+            "--flops 0.5 --block-size 50",
+            "block size must lie between 1 and the width of the layers, 48, but it is 50; 4 would do",
         ),
         ("--block-size 4 --no-blocks", "switched off"),
         ("--speedup 0.5", "--speedup"),

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deadhead
 from deadhead.plans.plan import HeadPlan
-from tests.random_models import random_plan, randomise
+from tests.random_models import random_units, randomise
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -49,11 +49,8 @@ def cut_model(kind: str, seed: int = 0, *, unit: Any = None, blocks: bool = True
     """Return such a model with a random part of its heads, and of its blocks, cut off."""
     model = dense_model(kind, seed, **fields)
     gates = deadhead.attach(model, unit=unit, blocks=32 if blocks else False)
-    every = gates.plan()
+    plan = random_units(random.Random(seed), gates, output_scale=False)
     deadhead.detach(model)
-    plan = random_plan(
-        random.Random(seed), every.kept, every.total, output_scale=False, unit=every.unit, blocks=every.blocks
-    )
     return deadhead.cut(model, plan)
 
 

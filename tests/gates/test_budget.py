@@ -24,6 +24,7 @@ from deadhead.plans.plan import UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
 from deadhead.report.tables import budget_sentence
+from tests.random_models import choices_among
 
 _KEY = UnitKey("head", 0)
 
@@ -36,7 +37,7 @@ def gated() -> tuple[Any, HeadGates]:
 
 def costs_of(model: Any, gates: HeadGates, kind: Any = "params") -> UnitCosts:
     """Return what its units cost."""
-    return counted_costs(model, kind, unit=gates.unit, block_size=gates.block_size)
+    return counted_costs(model, kind, unit=gates.unit, hidden=gates.choices.has_blocks)
 
 
 def scatter(gates: HeadGates, seed: int) -> None:
@@ -108,7 +109,7 @@ def test_the_ramp_holds_the_expected_cost(kind: str, share: float) -> None:
 def test_of_two_units_with_one_opinion_the_dearer_goes_first() -> None:
     _, gates = gated()
     most = {"head": 40.0, "block": 1.0}
-    tables = {key: torch.linspace(0, most[key.kind], gate.num_heads + 1) for key, gate in gates}
+    tables = {key: torch.linspace(0, most[key.kind], len(units) + 1) for key, units in gates.choices.units.items()}
     costs = UnitCosts(fixed=0.0, tables=tables)
     BudgetTarget(costs, 0.5, ramp_steps=1).project(gates, 1)
     assert gates.sparsity == 1.0 and gates.block_sparsity == 0.0
@@ -178,8 +179,9 @@ def test_a_training_ends_within_its_budget(
     assert costs.of(counts) <= max(share * costs.total, costs.fixed)
     assert model_cost(_MODEL, plan).parameters <= share * costs.total * (1 + 1e-6) or kind != "params"
     for key, gate in gates:
-        if counts[key] < gate.num_heads:
-            assert costs.of({**counts, key: counts[key] + 1}) > share * costs.total
+        if not bool(gate.is_open.all()):
+            one_more = {**counts, key: counts[key] + len(gates.choices.members[key][0])}
+            assert costs.of(one_more) > share * costs.total
 
 
 def test_a_budget_out_of_reach_and_costs_of_others_are_refused() -> None:
@@ -188,7 +190,7 @@ def test_a_budget_out_of_reach_and_costs_of_others_are_refused() -> None:
     with pytest.raises(InputError, match=r"A share of 0.01 of the cost cannot be reached: without any of its units"):
         BudgetTarget(costs, 0.01)
     heads = deadhead.attach(tiny_model("llama"))
-    with pytest.raises(InputError, match="costs are of 36 units in 6 places, but the model's gates are 12 in 3"):
+    with pytest.raises(InputError, match="costs are of 204 units in 6 places, but the model's gates are on 12 in 3"):
         BudgetTarget(costs, 0.7).begin(heads, 10)
     said = BudgetTarget(costs, 0.7).shortfall(gates)
     assert said == "leave 1 of the cost, but 0.7 was asked for; callback.target.plan(gates) is within that"
@@ -206,10 +208,7 @@ def test_plans_use_a_budget_up_and_never_exceed_it(seed: int, share: float) -> N
     )
     scores = HeadScores(
         scores={key: torch.tensor([draw.gauss(0, 1) for _ in range(size)]) for key, size in sizes.items()},
-        heads={key: tuple(range(size)) for key, size in sizes.items()},
-        total=sizes,
-        unit="head",
-        block_size=4,
+        choices=choices_among(sizes),
     )
     limit = share * costs.total
     kept = scores.within(costs, limit).units
@@ -232,7 +231,7 @@ def test_plans_use_a_budget_up_and_never_exceed_it(seed: int, share: float) -> N
 def test_heads_that_must_go_go_whatever_the_budget() -> None:
     costs = UnitCosts(fixed=0.0, tables={_KEY: torch.tensor([0.0, 1.0, 2.0])})
     values = {_KEY: torch.tensor([-math.inf, 1.0])}
-    scores = HeadScores(scores=values, heads={_KEY: (0, 1)}, total={_KEY: 2}, unit="head")
+    scores = HeadScores(scores=values, choices=choices_among({_KEY: 2}))
     assert scores.within(costs, 10.0).kept == {0: (1,)}
 
 
@@ -250,7 +249,7 @@ def test_a_true_cost_above_the_sum_makes_the_plan_smaller() -> None:
     plan, found = plan_within(gates.scores(), costs, 0.6, true)
     assert found == true(plan) and 0.55 < found <= 0.6
     plain, _ = plan_within(gates.scores(), costs, 0.6, lambda plan: model_cost(model, plan).parameters / dense)
-    assert sum(plan.heads) + sum(plan.blocks.blocks) < sum(plain.heads) + sum(plain.blocks.blocks)  # type: ignore[union-attr]
+    assert sum(plan.heads) + sum(plan.hidden_units.counts) < sum(plain.heads) + sum(plain.hidden_units.counts)  # type: ignore[union-attr]
 
 
 def test_every_kind_has_a_sentence() -> None:

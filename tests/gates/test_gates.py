@@ -19,7 +19,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig, gate_values, l0_probability
 from deadhead.gates.head_gate import HeadGate
 from deadhead.plans.plan import HeadPlan, UnitKey
-from tests.random_models import difference, tiny_model
+from tests.random_models import choices_among, difference, tiny_model
 
 CONFIGS = [
     GateConfig(),
@@ -334,9 +334,7 @@ def _gates(config: GateConfig | None = None) -> HeadGates:
     keys = [UnitKey("head", layer) for layer in range(3)]
     return HeadGates(
         {key: HeadGate(4, config) for key in keys},
-        heads=dict.fromkeys(keys, (0, 1, 2, 3)),
-        total=dict.fromkeys(keys, 4),
-        unit="head",
+        choices=choices_among(dict.fromkeys(keys, 4)),
         config=config,
     )
 
@@ -392,7 +390,6 @@ def test_a_sparsity_that_is_no_share_is_refused(sparsity: float) -> None:
         ("plan", {"sparsity": True}, "takes sparsity as .*, but True came"),
         ("plan", {"ranking": "x"}, "takes ranking as .*, but 'x' came"),
         ("plan", {"ranking": "layer"}, "ranking says how a share .*; give sparsity too"),
-        ("plan_of", {"kept": "x"}, "takes kept as Mapping.*, but 'x' came"),
         ("settle", {"plan": None}, "takes plan as HeadPlan, but None came"),
         ("set_plan", {"plan": "plan.json"}, "HeadGates.set_plan takes plan as HeadPlan, but 'plan.json' came"),
         ("load_state_dict", {"state": None}, "takes state as Mapping"),
@@ -434,7 +431,7 @@ def test_after_a_cut_plans_count_in_heads_of_the_dense_model() -> None:
     total = dict.fromkeys(range(3), 4)
     cut(model, HeadPlan(kept={0: [1, 3], 1: []}, total=total))
     gates = attach(model)
-    assert len(gates) == 6 and gates.total == {UnitKey("head", layer): 4 for layer in total}
+    assert len(gates) == 6 and gates.choices.total == {UnitKey("head", layer): 4 for layer in total}
     assert gates.plan().kept == {0: (1, 3), 1: (), 2: (0, 1, 2, 3)}
     plan = HeadPlan(kept={0: [3], 1: [], 2: [0, 2]}, total=total)
     gates.set_plan(plan)

@@ -13,13 +13,14 @@ from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.optimizer import GateOptimizer, default_rate
 from deadhead.gates.penalty import penalty_gradient
 from deadhead.plans.plan import UnitKey
+from tests.random_models import choices_among
 
 
 def make(count: int = 4, **config: float) -> tuple[HeadGates, HeadGate]:
     settings = GateConfig(**config)
     gate = HeadGate(count, settings)
-    heads, key = tuple(range(count)), UnitKey("head", 0)
-    return HeadGates({key: gate}, heads={key: heads}, total={key: count}, unit="head", config=settings), gate
+    key = UnitKey("head", 0)
+    return HeadGates({key: gate}, choices=choices_among({key: count}), config=settings), gate
 
 
 def give(gate: HeadGate, by_log_alpha: torch.Tensor) -> None:

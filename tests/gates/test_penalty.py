@@ -20,7 +20,7 @@ from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.optimizer import GateOptimizer
 from deadhead.gates.penalty import SparsityTarget, difference_weights, l0_loss, linear_warmup, penalty_gradient
 from deadhead.plans.plan import UnitKey
-from tests.random_models import difference
+from tests.random_models import choices_among, difference
 
 _KEYS = [UnitKey("head", layer) for layer in range(2)]
 
@@ -31,9 +31,7 @@ def make_gates(config: GateConfig | None = None, seed: int = 0) -> HeadGates:
     generator = torch.Generator().manual_seed(seed)
     gates = HeadGates(
         {key: HeadGate(5, config) for key in _KEYS},
-        heads=dict.fromkeys(_KEYS, tuple(range(5))),
-        total=dict.fromkeys(_KEYS, 5),
-        unit="head",
+        choices=choices_among(dict.fromkeys(_KEYS, 5)),
         config=config,
     )
     for _, gate in gates:

@@ -1,4 +1,4 @@
-"""Blocks of persistent vectors, and of our own feed-forward layers: sites, plans, cuts, costs and scores."""
+"""Persistent vectors, and hidden units of our own feed-forward layers: sites, gates on blocks, cuts, costs, scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from deadhead.measure.cost import config_cost, model_cost
 from deadhead.measure.criteria import score_heads
 from deadhead.models import AllAttentionConfig
 from deadhead.models.pruned import feed_forward
-from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
+from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.unit_plan import UnitPlan
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
 from tests.random_models import assert_unchanged, cached_logits, difference, segment_logits, snapshot, tiny_model
 
@@ -41,8 +42,8 @@ models = pytest.mark.parametrize("kind", MODELS)
 
 def plan_of(blocks: dict[int, Any] | None, heads: dict[int, Any] | None = None, **values: Any) -> HeadPlan:
     """Return a plan for three layers of four heads and four blocks of three; layers not named keep all."""
-    part = None if blocks is None else BlockPlan(size=3, kept=blocks, total=BLOCKS)
-    return HeadPlan(kept=heads or {}, total=HEADS, blocks=part, **values)
+    part = None if blocks is None else UnitPlan.of_blocks(size=3, kept=blocks, total=BLOCKS)
+    return HeadPlan(kept=heads or {}, total=HEADS, hidden_units=part, **values)
 
 
 PLANS: dict[str, HeadPlan] = {
@@ -106,41 +107,73 @@ def test_what_is_left_of_the_tensors_and_where_attention_is_paid_to() -> None:
 
 
 @models
-def test_sites_name_the_blocks_there_are_and_those_there_were(kind: str) -> None:
+def test_sites_name_the_units_there_are_and_those_there_were(kind: str) -> None:
     model = MODELS[kind]()
     cut(model, plan_of({0: [0, 3], 1: []}, {0: [1, 2]}))
-    sites = AllAttentionLayout().block_sites(model)
-    assert [site.units for site in sites] == [(0, 3), (), (0, 1, 2, 3)]
+    sites = AllAttentionLayout().hidden_sites(model)
+    assert [site.units for site in sites] == [(0, 1, 2, 9, 10, 11), (), tuple(range(12))]
     assert [(site.layer, site.key, site.total, site.unit_dim) for site in sites] == [
-        (layer, UnitKey("block", layer), 4, 3) for layer in range(3)
+        (layer, UnitKey("block", layer), 12, 1) for layer in range(3)
     ]
-    assert not any(site.is_headless for site in sites), "a layer without blocks still has heads"
-    for part in sites[0].selections((3,)):
+    assert not any(site.is_headless for site in sites), "a layer without hidden units still has heads"
+    for part in sites[0].selections((9, 10, 11)):
         assert part.index.tolist() == [3, 4, 5]
         assert 2 * len(part.index) == sites[0].module.get_parameter(part.path).shape[part.dim]
 
 
 def test_models_without_anything_to_cut_in_blocks() -> None:
     model = tiny_model(num_persistent=0)
-    assert AllAttentionLayout().block_sites(model) == []
+    assert AllAttentionLayout().hidden_sites(model) == []
     with pytest.raises(UnsupportedModel, match="no feed-forward layers, nor persistent vectors"):
         attach(model, blocks=True)
     assert gates_of(model) is None
     # The code that came with an older checkpoint would not read the gate.
     older = tiny_model()
     del older.model.layers[0].attention.num_persistent
-    assert AllAttentionLayout().block_sites(older) == []
+    assert AllAttentionLayout().hidden_sites(older) == []
 
 
 def test_sizes_of_blocks() -> None:
-    assert attach(tiny_model(num_persistent=128), blocks=True).block_size == 16
-    assert attach(tiny_model(num_persistent=5), blocks=True).block_size == 1
-    with pytest.raises(InputError, match="must divide the width of every layer"):
-        attach(tiny_model(num_persistent=12), blocks=5)
+    def sizes(model: Any, blocks: Any) -> list[list[int]]:
+        return [[len(block) for block in found] for found in attach(model, blocks=blocks).choices.hidden.values()]
+
+    assert sizes(tiny_model(num_persistent=128), True) == [[16] * 8] * 3
+    assert sizes(tiny_model(num_persistent=5), True) == [[1] * 5] * 3
+    assert sizes(tiny_model(num_persistent=12), 5) == [[5, 5, 2]] * 3
+    for size in (0, -1, 13):
+        with pytest.raises(InputError, match="must lie between 1 and the width of the layers, 12, but it is"):
+            attach(tiny_model(num_persistent=12), blocks=size)
     model = cut(MODELS["persistent"](), PLANS["blocks alone"])
-    with pytest.raises(InputError, match="was cut in blocks of 3, but a block size of 4"):
-        attach(model, blocks=4)
-    assert attach(model, blocks=True).block_size == 3
+    assert sizes(model, 4) == [[4, 2], [3], [4, 4, 1]]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({9: [[0]]}, "Blocks were given for layer 9, but layers with hidden units are"),
+        ({0: [[0, 1]]}, "2 is in none"),
+        ({0: [range(12), [3]]}, "3 is in two blocks"),
+        ({0: [range(13)]}, "12 is not one of this layer's"),
+    ],
+)
+def test_blocks_that_are_not_those_of_a_layer_are_refused(blocks: Any, message: str) -> None:
+    model = MODELS["persistent"]()
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        attach(model, blocks=blocks)
+    assert_unchanged(model, before)
+
+
+@models
+def test_a_plan_that_keeps_a_part_of_a_block_has_no_gate(kind: str) -> None:
+    model = MODELS[kind]()
+    part = HeadPlan(kept={}, total=HEADS, hidden_units=UnitPlan(kept={0: [0, 4]}, total=dict.fromkeys(range(3), 12)))
+    gates = attach(model, blocks=3)
+    with pytest.raises(InputError, match="keeps some hidden units of a block of layer 0 and not the others"):
+        gates.set_plan(part)
+    # A cut by it is a cut all the same.
+    assert cut(model, part).config.head_plan == part.to_dict()
+    assert gates_of(model) is None
 
 
 def test_both_kinds_of_vectors_are_cut_where_a_model_has_both() -> None:
@@ -172,17 +205,21 @@ def test_cuts_compose_in_either_order(kind: str, output_scale: bool) -> None:
             cut(model, plan)
         assert difference(logits(model), logits(at_once)) <= 1e-5
         assert model.config.head_plan == at_once.config.head_plan
-    with pytest.raises(InputError, match="keeps block 1 of layer 0, but that block was cut before"):
+    with pytest.raises(InputError, match="keeps hidden unit 3 of layer 0, but that hidden unit was cut before"):
         cut(at_once, plan_of({0: [0, 1], 1: []}, heads))
 
 
 def test_persistent_vectors_are_gone_with_the_heads_of_their_layer_whatever_a_plan_says() -> None:
     keeps = plan_of({0: [1, 2], 1: [0, 3]}, {1: []})
     model = cut(MODELS["persistent"](), keeps)
-    assert model.config.head_plan["blocks"]["kept"] == {"0": [1, 2], "1": [], "2": [0, 1, 2, 3]}
-    assert [site.units for site in AllAttentionLayout().block_sites(model)] == [(1, 2), (), (0, 1, 2, 3)]
-    gates = attach(model, blocks=True)
-    assert gates.headless == {UnitKey("block", 1)} and UnitKey("block", 1) not in gates.gates
+    assert model.config.head_plan["hidden_units"]["kept"] == {"0": "3-8", "1": "", "2": "0-11"}
+    assert [site.units for site in AllAttentionLayout().hidden_sites(model)] == [
+        tuple(range(3, 9)),
+        (),
+        tuple(range(12)),
+    ]
+    gates = attach(model, blocks=3)
+    assert gates.choices.headless == {UnitKey("block", 1)} and UnitKey("block", 1) not in gates.gates
     # The same plan again, and one that says of that layer what is true, mean the same and are both accepted.
     for blocks in ({0: [1], 1: [0, 3]}, {0: [1], 1: []}):
         gates.set_plan(plan_of(blocks, {1: []}))
@@ -193,11 +230,11 @@ def test_persistent_vectors_are_gone_with_the_heads_of_their_layer_whatever_a_pl
     detach(model)
     # A model cut by heads alone, which says nothing of blocks.
     headless = cut(MODELS["persistent"](), plan_of(None, {1: []}))
-    assert attach(headless, blocks=3).heads[UnitKey("block", 1)] == ()
+    assert attach(headless, blocks=3).choices.units[UnitKey("block", 1)] == ()
     # A feed-forward layer outlives the heads.
     other = cut(MODELS["feed-forward"](), keeps)
     assert other.config.head_plan == keeps.to_dict()
-    assert attach(other, blocks=True).headless == frozenset()
+    assert attach(other, blocks=True).choices.headless == frozenset()
 
 
 def shift_blocks(patch: pytest.MonkeyPatch, path: str) -> None:
@@ -286,21 +323,19 @@ def test_a_plan_costs_what_the_cut_model_and_one_built_so_cost(kind: str, plan: 
     dense, config = model_cost(model), copy.deepcopy(model.config)
     gated = copy.deepcopy(model)
     attach(gated, blocks=3)
-    assert replace(model_cost(gated), blocks=[], total_blocks=[], block_size=None) == replace(
-        dense, blocks=[], total_blocks=[], block_size=None
-    )
+    assert model_cost(gated) == dense
     foretold = model_cost(model, plan)
     cut(model, plan)
     assert model_cost(model) == foretold == config_cost(model.config) == config_cost(config, plan)
     assert foretold.parameters == sum({id(p): p.numel() for p in model.parameters()}.values())
-    assert plan.blocks is not None
+    assert plan.hidden_units is not None
     there = (
-        plan.blocks.kept
+        plan.hidden_units.kept
         if kind == "feed-forward"
-        else {k: b if plan.kept[k] else () for k, b in plan.blocks.kept.items()}
+        else {layer: units if plan.kept[layer] else () for layer, units in plan.hidden_units.kept.items()}
     )
-    assert foretold.blocks == [len(blocks) for blocks in there.values()]
-    assert (foretold.total_blocks, foretold.block_size) == ([4, 4, 4], 3)
+    assert foretold.hidden_units == [len(units) for units in there.values()]
+    assert foretold.total_hidden_units == [12, 12, 12]
     with torch.no_grad():
         cache = model(input_ids=IDS[:, :9], use_cache=True).past_key_values
         with FlopCounterMode(display=False) as counter:
@@ -308,29 +343,47 @@ def test_a_plan_costs_what_the_cut_model_and_one_built_so_cost(kind: str, plan: 
     assert counter.get_total_flops() == 2 * model_cost(model, length=5).flops_per_token
 
 
-def test_parameters_of_blocks() -> None:
+def test_parameters_of_hidden_units() -> None:
     model = MODELS["persistent"]()
     attention = sum(getattr(layer.attention, f"persistent_{x}").numel() for layer in model.model.layers for x in "kv")
     dense = model_cost(model)
-    assert model_cost(cut(MODELS["persistent"](), plan_of({0: []}))).block_parameters * 3 == attention * 2
+    assert model_cost(cut(MODELS["persistent"](), plan_of({0: []}))).hidden_parameters * 3 == attention * 2
     without = model_cost(model, PLANS["no block left"])
-    assert without.block_parameters == 0 and dense.parameters - without.parameters == attention
+    assert without.hidden_parameters == 0 and dense.parameters - without.parameters == attention
     # A query meets each vector twice, in the score and in the sum.
     assert dense.flops_per_token - without.flops_per_token == 2 * attention
 
 
 @models
 def test_magnitude_is_the_norm_of_what_the_cut_takes_away(kind: str) -> None:
-    found = score_heads(MODELS[kind](), "magnitude", blocks=3)
+    found = score_heads(
+        MODELS[kind](), "magnitude", blocks={layer: [[unit] for unit in range(12)] for layer in range(3)}
+    )
 
     def square(module: Any) -> float:
         return sum(float(parameter.detach().double().square().sum()) for parameter in module.parameters())
 
-    for block in range(4):
-        smaller = cut(MODELS[kind](), plan_of({1: [other for other in range(4) if other != block]}))
+    total = dict.fromkeys(range(3), 12)
+    for unit in range(12):
+        units = UnitPlan(kept={1: [other for other in range(12) if other != unit]}, total=total)
+        smaller = cut(MODELS[kind](), HeadPlan(kept={}, total=HEADS, hidden_units=units))
         expected = (square(MODELS[kind]()) - square(smaller)) ** 0.5
-        assert float(found.scores[UnitKey("block", 1)][block]) == pytest.approx(expected, rel=1e-3)
-    assert score_heads(MODELS[kind](), "random", blocks=3).plan(0.5).blocks is not None
+        assert float(found.scores[UnitKey("block", 1)][unit]) == pytest.approx(expected, rel=1e-3)
+    assert score_heads(MODELS[kind](), "random", blocks=3).plan(0.5).hidden_units is not None
+
+
+@models
+def test_blocks_are_units_of_like_scores_and_worth_their_sum(kind: str) -> None:
+    key = UnitKey("block", 1)
+    single = score_heads(MODELS[kind](), "magnitude", blocks=1)
+    values = dict(zip((unit for (unit,) in single.choices.members[key]), single.scores[key].tolist(), strict=True))
+    order = sorted(values, key=lambda unit: values[unit])
+    found = score_heads(MODELS[kind](), "magnitude", blocks=5)
+    # What is left over goes first, so that five or ten stay.
+    assert [list(block) for block in found.choices.members[key]] == [order[:2], order[2:7], order[7:]]
+    sums = [sum(values[unit] for unit in block) for block in found.choices.members[key]]
+    assert found.scores[key].tolist() == pytest.approx(sums)
+    assert set(found.plan(0.3, ranking="layer").units[key]) == set(order[2:])
 
 
 class _Weighted(torch.nn.Module):
@@ -341,6 +394,7 @@ class _Weighted(torch.nn.Module):
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
         self.weights = weights
+        self.owner = torch.arange(len(weights))
 
     def forward(self) -> tuple[Tensor, None]:
         """Return the values for each of three texts."""
@@ -356,7 +410,7 @@ def test_taylor_is_the_derivative_by_the_blocks_weight(with_gates: bool) -> None
     if with_gates:
         attach(model, blocks=3)
     before = snapshot(model)
-    found = score_heads(model, "taylor", [batch], blocks=3)
+    found = score_heads(model, "taylor", [batch], blocks={layer: [[u] for u in range(12)] for layer in range(3)})
     assert_unchanged(model, before)
 
     def row_losses(layer: int, weights: list[float]) -> Tensor:
@@ -369,31 +423,31 @@ def test_taylor_is_the_derivative_by_the_blocks_weight(with_gates: bool) -> None
 
     step = 1e-4
     for layer in range(3):
-        for block in range(4):
+        for unit in range(12):
             more, less = (
-                row_losses(layer, [1.0 + sign * step * (other == block) for other in range(4)]) for sign in (1, -1)
+                row_losses(layer, [1.0 + sign * step * (other == unit) for other in range(12)]) for sign in (1, -1)
             )
             expected = float(((more - less) / (2 * step)).abs().mean())
-            assert float(found.scores[UnitKey("block", layer)][block]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
+            assert float(found.scores[UnitKey("block", layer)][unit]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
 
 
 def test_output_differences_are_not_for_persistent_vectors() -> None:
     batch = {"input_ids": IDS[:, :-1], "labels": IDS[:, 1:], "is_first": torch.tensor([True] * 2)}
     with pytest.raises(InputError, match="no output difference, as a layer's output is no sum over them"):
         score_heads(MODELS["persistent"](), "output-difference", [batch], blocks=3)
-    assert score_heads(MODELS["persistent"](), "output-difference", [batch]).plan(0.5).blocks is None
+    assert score_heads(MODELS["persistent"](), "output-difference", [batch]).plan(0.5).hidden_units is None
     assert UnitKey("block", 0) in score_heads(MODELS["feed-forward"](), "output-difference", [batch], blocks=3).scores
 
 
 @models
 def test_saved_gates_come_back_with_their_model(kind: str, tmp_path: Path) -> None:
     model = cut(MODELS[kind](), plan_of({0: [0, 2, 3]}, {1: []}))
-    gates = attach(model, blocks=True)
+    gates = attach(model, blocks={0: [[0, 6], [1, 11], [2, 7, 8, 9, 10]], 2: [range(12)]})
     for index, (_, gate) in enumerate(gates):
         gate.set_log_alpha(torch.linspace(-1.0, 2.0 - index / 4, gate.num_heads))
     deadhead.save(model, tmp_path / "gated")
     loaded, loaded_gates = deadhead.load_gated(tmp_path / "gated")
-    assert loaded_gates.block_size == 3
+    assert loaded_gates.choices == gates.choices
     assert loaded_gates.plan() == gates.plan()
     assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(logits(detach(loaded)), logits(deadhead.load(tmp_path / "gated")))
@@ -438,5 +492,5 @@ def test_layers_as_their_configuration_says() -> None:
         },
     )
     assert (config.layer_persistent(0), config.layer_feed_forward(0)) == (3, 0)
-    (site,) = find_layout(tiny_model()).block_sites(deadhead.models.AllAttentionForCausalLM(config))
-    assert site.units == (0,)
+    (site,) = find_layout(tiny_model()).hidden_sites(deadhead.models.AllAttentionForCausalLM(config))
+    assert site.units == (0, 1, 2)

@@ -37,6 +37,7 @@ from tests.random_models import (
     chunks,
     difference,
     gradients,
+    random_blocks,
     random_units,
     snapshot,
 )
@@ -67,7 +68,11 @@ def invariant_case(model_type: str, seed: int) -> dict[str, float]:
     model: Any = tiny_model(model_type, seed=seed, dtype=dtype)
     unit = draw.choice(HuggingFaceLayout().units(model))
     gated = copy.deepcopy(model)
-    blocks = draw.choice([False, True, 4]) if HuggingFaceLayout().block_sites(model) else False
+    hidden = {site.layer: site.units for site in HuggingFaceLayout().hidden_sites(model)}
+    blocks: Any = draw.choice([False, True, 4, "any"]) if hidden else False
+    if blocks == "any":
+        some = {layer: draw.sample(units, draw.randint(0, len(units))) for layer, units in hidden.items()}
+        blocks = random_blocks(draw, hidden, some)
     gates = attach(gated, unit=unit, blocks=blocks)
     plan = random_units(draw, gates, output_scale=draw.random() < 0.3)
     gates.set_plan(plan)
@@ -115,12 +120,12 @@ def _gradient_difference(gated: Any, small: Any, plan: HeadPlan, ids: Tensor) ->
     names = {id(module): name for name, module in gated.named_modules()}
     layout = find_layout(gated)
     rows: dict[str, tuple[int, Tensor]] = {}
-    for site in layout.all_sites(gated, plan.unit, None if plan.blocks is None else plan.blocks.size):
+    for site in layout.all_sites(gated, plan.unit, hidden=plan.hidden_units is not None):
         kept = plan.units[site.key]
         for part in site.selections(kept):
             name = f"{names[id(site.module)]}.{part.path}"
             rows[name] = (part.dim, part.index)
-            scaled = part.path == f"{site.output_path}.weight" and plan.output_scale and not site.has_blocks
+            scaled = part.path == f"{site.output_path}.weight" and plan.output_scale and not site.is_hidden
             if scaled and kept and name in found:
                 found[name] = found[name] * site.total / len(kept)
     largest = 0.0
@@ -170,8 +175,8 @@ def test_a_feed_forward_tensor_whose_blocks_are_shifted_is_found_out_and_nothing
     before = snapshot(model)
     gates = attach(model, blocks=8)
     detach(model)
-    kept = {key: units[::2] if key.kind == "block" else units for key, units in gates.heads.items()}
-    plan = gates.plan_of(kept)
+    every = {key: range(count) for key, count in gates.choices.counts.items()}
+    plan = gates.choices.plan({key: found[::2] if key.kind == "block" else found for key, found in every.items()})
     original = feed_forward.rows_of_units
 
     def shifted(layer: Any, path: str, units: Tensor) -> Tensor:
@@ -191,9 +196,9 @@ def _plan(model: Any, seed: int = 0, unit: Unit | None = None) -> HeadPlan:
     gates = attach(model, unit=unit)
     detach(model)
     draw = random.Random(seed)
-    kept = {key: tuple(draw.sample(heads, len(heads) // 2)) for key, heads in gates.heads.items()}
+    kept = {key: tuple(draw.sample(heads, len(heads) // 2)) for key, heads in gates.choices.units.items()}
     first, *_, last = kept
-    return gates.plan_of({**kept, first: (), last: gates.heads[last]})
+    return gates.choices.plan_of({**kept, first: (), last: gates.choices.units[last]})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gpt_oss", "deepseek_v3", "bert"])
@@ -300,10 +305,10 @@ def test_left_padded_generation_with_an_empty_first_layer(model_type: str) -> No
 
 def test_groups_by_default_and_query_heads_as_an_option() -> None:
     model: Any = tiny_model("llama")
-    assert attach(model).total == {UnitKey("head", layer): 4 for layer in range(3)}
+    assert attach(model).choices.total == {UnitKey("head", layer): 4 for layer in range(3)}
     detach(model)
     gates = attach(model, unit="head")
-    assert gates.total == {UnitKey("head", layer): 8 for layer in range(3)}
+    assert gates.choices.total == {UnitKey("head", layer): 8 for layer in range(3)}
     detach(model)
     with pytest.raises(InputError, match="open and close head, but the unit 'kv_group'"):
         attach(tiny_model("gpt2"), unit="kv_group")
@@ -332,8 +337,8 @@ def test_the_rest_of_a_hybrid_is_left_alone() -> None:
     model: Any = tiny_model("jamba")
     others = {name: value.clone() for name, value in model.state_dict().items() if "self_attn" not in name}
     gates = attach(model)
-    assert list(gates.total) == [UnitKey("head", 1)]
-    cut(model, gates.plan_of({UnitKey("head", 1): ()}))
+    assert list(gates.choices.total) == [UnitKey("head", 1)]
+    cut(model, gates.choices.plan_of({UnitKey("head", 1): ()}))
     state = model.state_dict()
     assert {name for name in state if "self_attn" not in name} == others.keys()
     assert all(torch.equal(state[name], value) for name, value in others.items())

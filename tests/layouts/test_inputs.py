@@ -73,9 +73,9 @@ def reader(name: str, dtype: torch.dtype = torch.float32) -> Any:
 @pytest.mark.parametrize("name", READERS)
 def test_what_reads_images_or_sound_is_cut_checked_and_reloaded(name: str, tmp_path: Path) -> None:
     model = reader(name)
-    gates = attach(model, blocks=True)
-    kept = {key: units[1:] if key.kind == "block" else units[::2] for key, units in gates.heads.items()}
-    plan = gates.plan_of({**kept, next(iter(kept)): ()})
+    gates = attach(model, blocks=1)
+    kept = {key: units[1:] if key.kind == "block" else units[::2] for key, units in gates.choices.units.items()}
+    plan = gates.choices.plan_of({**kept, next(iter(kept)): ()})
     inputs = made_inputs(runner(model), 2, 8)
 
     def outputs(of: Any) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_a_wrong_cut_of_such_a_model_is_found_out(monkeypatch: pytest.MonkeyPatc
     model = reader("ViTForImageClassification")
     gates = attach(model)
     before = copy.deepcopy(model.state_dict())
-    plan = gates.plan_of({key: units[:2] for key, units in gates.heads.items()})
+    plan = gates.choices.plan_of({key: units[:2] for key, units in gates.choices.units.items()})
     original = shrinking.rows_of
 
     def reversed_queries(attention: Any, order: str, rows: int, kept: Any) -> torch.Tensor:

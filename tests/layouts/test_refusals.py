@@ -241,7 +241,7 @@ def test_a_model_whose_own_outputs_are_not_finite_is_told_as_that(make: Callable
     detach(model)
     before = snapshot(model)
     with pytest.raises(InputError, match=reason) as caught:
-        cut(model, gates.plan_of({**gates.heads, next(iter(gates.heads)): ()}))
+        cut(model, gates.choices.plan_of({**gates.choices.units, next(iter(gates.choices.units)): ()}))
     sentence(caught)
     torch.testing.assert_close(model.state_dict(), before["tensors"], equal_nan=True, rtol=0, atol=0)
 
@@ -272,7 +272,7 @@ def test_a_cut_of_the_inner_model_alone_is_told_wherever_the_outer_one_is_used(
 ) -> None:
     model = tiny_model(kind)
     gates = attach(model.get_submodule(inner))
-    plan = gates.plan_of({**gates.heads, next(iter(gates.heads)): ()})
+    plan = gates.choices.plan_of({**gates.choices.units, next(iter(gates.choices.units)): ()})
     cut(model.get_submodule(inner), plan)  # type: ignore[arg-type]
     for use in (lambda: save(model, tmp_path / "outer"), lambda: attach(model), lambda: model_cost(model)):
         with pytest.raises(InputError, match=rf"A part of the model \({inner}\) was cut by itself") as caught:

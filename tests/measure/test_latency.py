@@ -22,8 +22,8 @@ from deadhead.models.pruned.structure import find_attentions
 from tests import random_models
 from tests.random_models import assert_unchanged, snapshot
 
-# Seconds that each head and each block takes, and all else.
-_HEAD, _BLOCK, _REST = 0.03, 0.005, 0.2
+# Seconds that each head and each hidden unit takes, and all else.
+_HEAD, _UNIT, _REST = 0.03, 0.000625, 0.2
 
 
 def _known(models: Mapping[str, Any], *, noise: float = 0.0, **how: Any) -> dict[str, Timing]:
@@ -32,8 +32,8 @@ def _known(models: Mapping[str, Any], *, noise: float = 0.0, **how: Any) -> dict
     for index, (name, model) in enumerate(models.items()):
         assert gates_of(model) is None
         heads = sum(attention.num_kv_heads for attention in find_attentions(model)[0])
-        blocks = sum(layer.width // 8 for layer in find_feed_forwards(model))
-        seconds = _REST + _HEAD * heads + _BLOCK * blocks + noise * (index % 2)
+        units = sum(layer.width for layer in find_feed_forwards(model))
+        seconds = _REST + _HEAD * heads + _UNIT * units + noise * (index % 2)
         found[name] = Timing(workload=how["workload"], seconds=seconds, tokens_per_second=1 / seconds)
     return found
 
@@ -46,24 +46,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("clock")
 def test_what_each_unit_takes_is_found_out_and_predicts_any_plan() -> None:
     model = tiny_model("llama")
-    latency = measure_latency(model, blocks=8, repeats=1)
+    latency = measure_latency(model, hidden=True, repeats=1)
     costs = latency.costs()
-    assert costs.total == pytest.approx(_REST + 12 * _HEAD + 24 * _BLOCK) == latency.dense
+    assert costs.total == pytest.approx(_REST + 12 * _HEAD + 24 * 8 * _UNIT) == latency.dense
     assert costs.fixed == pytest.approx(_REST)
     for key, table in costs.tables.items():
-        each = _BLOCK if key.kind == "block" else _HEAD
+        each = _UNIT if key.kind == "block" else _HEAD
         assert table.tolist() == pytest.approx([each * count for count in range(len(table))])
     gates = attach(model, blocks=8)
-    plan = gates.plan_of({key: units[: index % 4] for index, (key, units) in enumerate(gates.heads.items())})
-    kept = sum(len(units) for key, units in plan.units.items() if key.kind == "head"), sum(plan.blocks.blocks)  # type: ignore[union-attr]
-    assert latency.predict(plan) == pytest.approx(_REST + _HEAD * kept[0] + _BLOCK * kept[1])
+    every = enumerate(gates.choices.units.items())
+    plan = gates.choices.plan_of({key: units[: index % 4] for index, (key, units) in every})
+    kept = sum(len(units) for key, units in plan.units.items() if key.kind == "head"), sum(plan.hidden_units.counts)  # type: ignore[union-attr]
+    assert latency.predict(plan) == pytest.approx(_REST + _HEAD * kept[0] + _UNIT * kept[1])
     assert latency.speedup(plan) == pytest.approx(latency.dense / latency.predict(plan))
     assert latency.speedup(gates.plan()) == pytest.approx(1.0)
 
 
 def test_noise_never_makes_more_units_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadhead.measure.latency, "bench", lambda models, **how: _known(models, noise=0.1, **how))
-    costs = measure_latency(tiny_model("llama"), blocks=8, repeats=1).costs()
+    costs = measure_latency(tiny_model("llama"), hidden=True, repeats=1).costs()
     for table in costs.tables.values():
         assert float(table[0]) == 0.0 and bool((table.diff() >= 0).all())
     assert costs.fixed > 0
@@ -91,22 +92,22 @@ def test_a_real_clock_leaves_model_and_gates_alone(name: str) -> None:
     assert_unchanged(model, before)
     assert all(torch.equal(value, state[key]) for key, value in gates.state_dict().items())
     assert told[0][0] == 0 and told[-1][0] == told[-1][1]
-    assert latency.block_size is None and set(latency.seconds) == {"heads"}
+    assert set(latency.seconds) == {"heads"}
     assert latency.dense > 0 and latency.costs().total == pytest.approx(latency.dense)
-    assert set(latency.units) == set(gates.heads)
+    assert set(latency.units) == set(gates.choices.units)
 
 
 @pytest.mark.usefixtures("clock")
 def test_it_is_kept_and_refused_for_anything_else(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    latency = measure_latency(model, blocks=8, batch_size=2, length=16, repeats=1)
+    latency = measure_latency(model, hidden=True, batch_size=2, length=16, repeats=1)
     latency.to_json(tmp_path / "latency.json")
     again = Latency.from_json(tmp_path / "latency.json")
     assert again == latency
-    how: dict[str, Any] = {"unit": None, "blocks": 8, "workload": "prefill", "batch_size": 2, "length": 16}
+    how: dict[str, Any] = {"unit": None, "hidden": True, "workload": "prefill", "batch_size": 2, "length": 16}
     again.require(model, **how)
     for name, value, word in [
-        ("blocks", False, "block size 8"),
+        ("hidden", False, "units"),
         ("workload", "decode", "workload"),
         ("batch_size", 3, "batch size 2"),
         ("length", 17, "length 16"),

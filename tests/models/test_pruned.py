@@ -40,10 +40,10 @@ def small_plan(model: Any, unit: Unit | None = None, *, first_empty: bool = True
     detach(model)
     draw = random.Random(0)
     # An odd number, so that single query heads leave groups of different sizes.
-    kept = {key: tuple(draw.sample(heads, max(1, len(heads) // 2 + 1))) for key, heads in gates.heads.items()}
+    kept = {key: tuple(draw.sample(heads, max(1, len(heads) // 2 + 1))) for key, heads in gates.choices.units.items()}
     if first_empty:
         kept[next(iter(kept))] = ()
-    return gates.plan_of(kept)
+    return gates.choices.plan_of(kept)
 
 
 def small_model(model_type: str, *, first_empty: bool = True, **options: Any) -> Any:

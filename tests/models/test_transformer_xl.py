@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import deadhead
 from deadhead.measure.cost import config_cost
 from deadhead.models import AllAttentionConfig, TransformerXLConfig, TransformerXLForCausalLM
-from deadhead.plans.plan import BlockPlan, HeadPlan
+from deadhead.plans.plan import HeadPlan
+from deadhead.plans.unit_plan import UnitPlan
 from deadhead.training import PhaseRun, close_to_budget, gate_config, train
 from deadhead.training.phases.defaults import with_defaults
 from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, PruneRecipe
@@ -124,8 +125,8 @@ def test_checkpoints_reload_in_a_fresh_process_bit_for_bit(how: str, tmp_path: P
     folder.mkdir()
     torch.save(ids, folder / "ids.pt")
     plan = HeadPlan(kept={0: (1,), 1: (), 2: (0, 3)}, total=dict.fromkeys(range(3), 4))
-    blocks = BlockPlan(size=3, kept={0: (1, 3), 2: ()}, total=dict.fromkeys(range(3), 4))
-    for name, cut_by in (("dense", None), ("cut", plan), ("blocks", replace(plan, blocks=blocks))):
+    units = UnitPlan.of_blocks(size=3, kept={0: (1, 3), 2: ()}, total=dict.fromkeys(range(3), 4))
+    for name, cut_by in (("dense", None), ("cut", plan), ("hidden units", replace(plan, hidden_units=units))):
         model = tiny()
         if cut_by is not None:
             deadhead.cut(model, cut_by)

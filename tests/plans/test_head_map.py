@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deadhead import BlockPlan, HeadPlan, InputError
+from deadhead import HeadPlan, InputError, UnitPlan
 from deadhead.plans.head_map import head_map_text
 from deadhead.plans.picture import gate_courses, save_head_map
 
@@ -97,13 +97,13 @@ def test_the_picture_shows_what_stays_and_what_goes(tmp_path: Path) -> None:
     assert colours["none"]["cut"] > 0
 
 
-def test_blocks_are_counted_beside_the_heads(tmp_path: Path) -> None:
-    blocks = BlockPlan(size=4, kept={0: (1,), 2: ()}, total={0: 16, 1: 16, 2: 8})
-    plan = HeadPlan(kept={0: (0,)}, total={0: 2, 1: 2}, blocks=blocks)
+def test_hidden_units_are_counted_beside_the_heads(tmp_path: Path) -> None:
+    units = UnitPlan.of_blocks(size=4, kept={0: (1,), 2: ()}, total={0: 16, 1: 16, 2: 8})
+    plan = HeadPlan(kept={0: (0,)}, total={0: 2, 1: 2}, hidden_units=units)
     assert head_map_text(plan).splitlines() == [
-        "layer 0  ■ ·  1/2, blocks 1/16",
-        "layer 1  ■ ■  2/2, blocks 16/16",
-        "layer 2    blocks 0/8",
+        "layer 0  ■ ·  1/2, hidden units 4/64",
+        "layer 1  ■ ■  2/2, hidden units 64/64",
+        "layer 2    hidden units 0/32",
     ]
     save_head_map(plan, [], tmp_path / "map.png")
     assert _colours(tmp_path / "map.png")["kept"] > 100

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deadhead.errors import InputError
-from deadhead.plans.plan import HeadPlan
+from deadhead.plans.plan import HeadPlan, UnitKey
 
 
 @st.composite
@@ -87,13 +87,17 @@ def valid(**changes: Any) -> dict[str, Any]:
     return {"version": 1, "unit": "head", "total": {"0": 4, "1": 4}, "kept": {"0": [0, 2], "1": []}, **changes}
 
 
+def hidden(units: Any) -> dict[str, Any]:
+    return valid(version=3, hidden_units=units)
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "not an object": ([1, 2], "must be a JSON object"),
     "null": (None, "must be a JSON object"),
     "a number": (3, "must be a JSON object"),
     "no total": ({"version": 1, "kept": {}}, "must be a JSON object with"),
     "no kept": ({"version": 1, "total": {"0": 4}}, "must be a JSON object with"),
-    "version 3": (valid(version=3), "version 3, but this deadhead reads 1 and 2"),
+    "version 4": (valid(version=4), "version 4, but this deadhead reads 1, 2 and 3"),
     "version true": (valid(version=True), "version True"),
     "blocks": (valid(version=2, blocks={"0": [1]}), '"size", "total" and "kept"'),
     "block size": (valid(version=2, blocks={"size": 0, "total": {"0": 2}, "kept": {}}), "block size"),
@@ -108,6 +112,33 @@ BAD: dict[str, tuple[Any, str]] = {
     "blocks of nothing": (valid(version=2, blocks={}), '"size", "total" and "kept"'),
     "blocks as a list": (valid(version=2, blocks=[]), '"size", "total" and "kept"'),
     "blocks as a number": (valid(version=2, blocks=0), '"size", "total" and "kept"'),
+    "hidden units in version 1": (valid(hidden_units={"total": {"0": 2}, "kept": {}}), "which are of version 3"),
+    "blocks in version 3": (
+        valid(version=3, blocks={"size": 4, "total": {"0": 2}, "kept": {}}),
+        "which are of version 2",
+    ),
+    "hidden units of nothing": (hidden({}), '"hidden_units" must be a JSON object with "total" and "kept"'),
+    "hidden units as a list": (hidden([]), '"hidden_units" must be a JSON object'),
+    "hidden units kept as a list": (hidden({"total": {"0": 9}, "kept": [1]}), "must be JSON objects by layer"),
+    "ranges as numbers": (
+        hidden({"total": {"0": 9}, "kept": {"0": [1]}}),
+        r"must be ranges, such as '0-4,6', but are \[1\]",
+    ),
+    "ranges of words": (
+        hidden({"total": {"0": 9}, "kept": {"0": "0-x"}}),
+        "must be ranges, such as '0-4,6', but have '0-x'",
+    ),
+    "a range backwards": (hidden({"total": {"0": 9}, "kept": {"0": "4-2"}}), "but have '4-2'"),
+    "a range too far": (
+        hidden({"total": {"0": 9}, "kept": {"0": "2-999999999"}}),
+        "go up to 999999999, but there are 9",
+    ),
+    "ranges that overlap": (
+        hidden({"total": {"0": 9}, "kept": {"0": "0-4,4"}}),
+        "names a hidden unit of layer 0 twice",
+    ),
+    "ranges of an unknown layer": (hidden({"total": {"0": 9}, "kept": {"1": "0"}}), "go up to 0, but there are 0"),
+    "hidden units beyond measure": (hidden({"total": {"0": 10**9}, "kept": {}}), "no model has over"),
     "heads as an object": (valid(kept={"0": {}}), "must be a list of numbers, but are {}"),
     "a layer of thousands of digits": (valid(kept={"1" * 5000: []}), "names layer '111"),
     "version as text": (valid(version="1"), "version '1'"),
@@ -184,18 +215,28 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
         HeadPlan.from_json(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "blocks", ["x", {"size": 1, "kept": {}, "total": {"0": 2}}, HeadPlan.keep_all({0: 2})], ids=str
-)
-def test_blocks_of_another_type_are_refused(blocks: Any) -> None:
-    with pytest.raises(InputError, match=r"plan's blocks must be BlockPlan \| None, but .* came"):
-        HeadPlan(kept={}, total={0: 2}, blocks=blocks)
+@pytest.mark.parametrize("units", ["x", {"kept": {}, "total": {"0": 2}}, HeadPlan.keep_all({0: 2})], ids=str)
+def test_hidden_units_of_another_type_are_refused(units: Any) -> None:
+    with pytest.raises(InputError, match=r"plan's hidden_units must be UnitPlan \| None, but .* came"):
+        HeadPlan(kept={}, total={0: 2}, hidden_units=units)
 
 
 @pytest.mark.parametrize("layer", [9, "x", [1], None], ids=str)
 def test_what_goes_of_a_layer_that_is_not_there(layer: Any) -> None:
     with pytest.raises(InputError, match="head plan has the layers 0, 1, but not |takes layer as int . str"):
         HeadPlan.keep_all({0: 2, 1: 2}).cut(layer)
+
+
+def test_blocks_of_version_2_are_the_hidden_units_of_version_3() -> None:
+    old = valid(version=2, blocks={"size": 3, "total": {"0": 4, "1": 4}, "kept": {"0": [0, 3], "1": []}})
+    plan = HeadPlan.from_dict(old)
+    assert plan.units[UnitKey("block", 0)] == (0, 1, 2, 9, 10, 11) and plan.units[UnitKey("block", 1)] == ()
+    assert plan.to_dict()["version"] == 3
+    assert plan.to_dict()["hidden_units"] == {"total": {"0": 12, "1": 12}, "kept": {"0": "0-2,9-11", "1": ""}}
+    assert HeadPlan.from_dict(plan.to_dict()) == plan
+    # A layer that is not named keeps all of its units.
+    every = hidden({"total": {"0": 5, "1": 5}, "kept": {"1": "4,0-1"}})
+    assert HeadPlan.from_dict(every).hidden_units.kept == {0: (0, 1, 2, 3, 4), 1: (0, 1, 4)}  # type: ignore[union-attr]
 
 
 def test_version_2_without_blocks_is_read() -> None:

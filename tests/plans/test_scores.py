@@ -11,23 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deadhead.errors import InputError
+from deadhead.plans.choices import Choices
 from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
 
-_BY_KEY = ("scores", "heads", "total")
 
-
-def scores(values: dict[Any, list[float]], **changes: Any) -> HeadScores:
-    heads = {layer: tuple(range(len(numbers))) for layer, numbers in values.items()}
-    fields: dict[str, Any] = {
-        "scores": {layer: torch.tensor(numbers) for layer, numbers in values.items()},
-        "heads": heads,
-        "total": {layer: max(1, len(numbers)) for layer, numbers in heads.items()},
-        "unit": "head",
-        **changes,
-    }
-    keyed = {name: {UnitKey("head", layer): v for layer, v in fields[name].items()} for name in _BY_KEY}
-    return HeadScores(**{**fields, **keyed})
+def scores(
+    values: dict[Any, list[float]],
+    *,
+    heads: dict[Any, tuple[int, ...]] | None = None,
+    total: dict[Any, int] | None = None,
+    unit: Any = "head",
+    **changes: Any,
+) -> HeadScores:
+    heads = heads or {layer: tuple(range(len(numbers))) for layer, numbers in values.items()}
+    total = total or {layer: max(1, len(numbers)) for layer, numbers in heads.items()}
+    choices = Choices(
+        unit=unit,
+        members={UnitKey("head", layer): [(head,) for head in found] for layer, found in heads.items()},
+        total={UnitKey("head", layer): count for layer, count in total.items()},
+    )
+    keyed = {UnitKey("head", layer): torch.tensor(numbers) for layer, numbers in values.items()}
+    return HeadScores(scores=keyed, choices=choices, **changes)
 
 
 def test_the_lowest_of_all_layers_go() -> None:

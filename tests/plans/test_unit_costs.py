@@ -62,14 +62,16 @@ def test_the_sum_over_layers_is_what_is_counted_of_the_cut_model(
         model = tiny_model(model_type)
     gates = deadhead.attach(model, blocks=True)
     deadhead.detach(model)
-    costs = counted_costs(model, kind, unit=gates.unit, block_size=gates.block_size, length=40)
+    costs = counted_costs(model, kind, unit=gates.unit, hidden=gates.choices.has_blocks, length=40)
     whole = cost_of_kind(model_cost(model, length=40), kind)
     assert costs.total == pytest.approx(whole)
     assert costs.fixed >= 0
     draw = random.Random(1)
     for _ in range(3):
-        kept = {key: tuple(draw.sample(units, draw.randint(1, len(units)))) for key, units in gates.heads.items()}
-        counted = cost_of_kind(model_cost(model, gates.plan_of(kept), length=40), kind)
+        kept = {
+            key: tuple(draw.sample(units, draw.randint(1, len(units)))) for key, units in gates.choices.units.items()
+        }
+        counted = cost_of_kind(model_cost(model, gates.choices.plan_of(kept), length=40), kind)
         # Persistent vectors are of a head and of a block, so that no sum over the two is exact.
         error = 0.15 if model_type == "own" and kind != "kv_cache" else 1e-6
         assert costs.of({key: len(units) for key, units in kept.items()}) == pytest.approx(counted, rel=error)

@@ -203,11 +203,11 @@ def test_groups_and_blocks_have_maps_of_their_own(page: Page, tmp_path: Path) ->
     report_run(tmp_path / "cut", tmp_path / "page.html")
     _open(page, tmp_path / "page.html")
     plan = HeadPlan.from_json(tmp_path / "cut" / "head_plan.json")
-    assert plan.blocks is not None
+    assert plan.hidden_units is not None
     captions = page.locator(".map caption").all_text_contents()
     assert captions == ["key/value groups of each layer", "blocks of hidden units or persistent vectors"]
     expected = [f"{len(kept)}/2" for kept in plan.kept.values()] + [
-        f"{len(kept)}/6" for kept in plan.blocks.kept.values()
+        f"{len(kept) // 8}/6" for kept in plan.hidden_units.kept.values()
     ]
     assert _counts(page) == expected
     kept = next((layer, heads[0]) for layer, heads in plan.kept.items() if heads)

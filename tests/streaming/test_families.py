@@ -36,7 +36,7 @@ def _cut_in_memory(model_type: str, seed: int, folder: Path) -> HeadPlan:
     """Save a random model and cut it by a random plan, which is returned."""
     draw = random.Random(f"{model_type} {seed}")
     model: Any = tiny_model(model_type, seed=seed)
-    blocks = bool(HuggingFaceLayout().block_sites(model)) and draw.choice([False, True])
+    blocks = bool(HuggingFaceLayout().hidden_sites(model)) and draw.choice([False, True])
     gates = attach(model, unit=draw.choice(HuggingFaceLayout().units(model)), blocks=blocks)
     plan = random_units(draw, gates, output_scale=draw.random() < 0.3)
     detach(model)

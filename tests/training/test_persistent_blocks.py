@@ -18,7 +18,8 @@ from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
-from deadhead.plans.plan import BlockPlan, HeadPlan, UnitKey
+from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.unit_plan import UnitPlan
 from deadhead.training import PhaseRun, PruneRecipe, train
 from deadhead.training.phases.choosing import gate_config
 from tests.random_models import difference, tiny_model
@@ -147,8 +148,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(attention_dropout: floa
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_gates_that_have_settled_train_like_the_cut_model(implementation: str) -> None:
-    blocks = BlockPlan(size=3, kept={0: [0, 3], 1: [], 2: [1]}, total=TOTAL)
-    plan = HeadPlan(kept={0: [1, 2], 1: [0, 1, 3]}, total=TOTAL, blocks=blocks, output_scale=True)
+    units = UnitPlan.of_blocks(size=3, kept={0: [0, 3], 1: [], 2: [1]}, total=TOTAL)
+    plan = HeadPlan(kept={0: [1, 2], 1: [0, 1, 3]}, total=TOTAL, hidden_units=units, output_scale=True)
     model, gates = gated([0.0] * 4, attn_implementation=implementation)
     gates.set_plan(plan)
     small = cut(copy.deepcopy(model).eval(), plan).train()

@@ -363,7 +363,7 @@ def _model_card(
 ) -> str:
     cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
     if about is None:
-        what = "Attention heads" if plan is None or plan.blocks is None else "Heads and blocks"
+        what = "Attention heads" if plan is None or plan.hidden_units is None else "Heads and hidden units"
         cut = f"{what} of this model were found dead and cut off by deadhead."
         about = "A model that deadhead has not cut." if plan is None else cut
     is_stock = type(model).__module__.startswith("transformers.")
@@ -379,7 +379,7 @@ def _model_card(
         about,
         "",
         f"- heads a layer: {cost.heads}",
-        *([f"- blocks of {cost.block_size} a layer: {cost.blocks}"] if plan is not None and plan.blocks else []),
+        *([f"- hidden units a layer: {cost.hidden_units}"] if plan is not None and plan.hidden_units else []),
         f"- parameters: {cost.parameters:,}",
         f"- FLOPs a token: {cost.flops_per_token:,.0f}",
         *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),

@@ -20,7 +20,7 @@ from deadhead.checkpoints.declared import declared_config
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_stored
 from deadhead.errors import InputError
 from deadhead.measure.costs import Cost
-from deadhead.plans.plan import BlockPlan, HeadPlan, Unit, choose_block_size
+from deadhead.plans.plan import HeadPlan, Unit
 
 _DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 _CUT = "deadhead_"
@@ -32,7 +32,7 @@ class _Unfamiliar(Exception):
 
 class _Tensor(NamedTuple):
     shape: tuple[int, ...]
-    # What it goes with: "" nothing, "table" embeddings and output layer, "head", "block" or "head block".
+    # What it goes with: "" nothing, "table" embeddings and output layer, "head", "block" or "head hidden".
     owner: str = ""
     # Whether each of its numbers takes part in a multiply-add for every token.
     multiplies: bool = False
@@ -42,7 +42,7 @@ class _Tensor(NamedTuple):
 class _Model:
     """What is known of a model: the values of its configuration, and the plan by which it was cut, or None.
 
-    `units` are the numbers of heads and blocks, by their names in `Cost`.
+    `units` are the numbers of heads and hidden units, by their names in `Cost`.
     """
 
     values: Mapping[str, Any]
@@ -112,18 +112,17 @@ class _Model:
         groups = [Counter(head // repeat for head in heads) for heads in plan.kept.values()]
         return [(sum(found.values()), sum(found.values()) // (math.gcd(*found.values()) or 1)) for found in groups]
 
-    def take_blocks(self, layers: int, width: int) -> list[int]:
+    def take_hidden_units(self, layers: int, width: int) -> list[int]:
         """Return the hidden units, or persistent vectors, left in each layer of so many."""
         if not width:
             return [0] * layers
-        blocks = None if self.plan is None else self.plan.blocks
-        size = choose_block_size([width] * layers, None, blocks)
-        total = dict.fromkeys(range(layers), width // size)
-        blocks = blocks or BlockPlan(size=size, kept={}, total=total)
-        if blocks.total != total or width % size:
+        total = dict.fromkeys(range(layers), width)
+        plan = None if self.plan is None else self.plan.hidden_units
+        if plan is not None and plan.total != total:
             raise _Unfamiliar
-        self.units |= {"blocks": blocks.blocks, "total_blocks": list(total.values()), "block_size": size}
-        return [count * size for count in blocks.blocks]
+        left = [width] * layers if plan is None else plan.counts
+        self.units |= {"hidden_units": left, "total_hidden_units": list(total.values())}
+        return list(left)
 
     def cost(self, bytes_of_number: int) -> Cost:
         def numbers(owner: str, *, multiplied: bool = False) -> int:
@@ -138,7 +137,7 @@ class _Model:
             flops_per_token=2.0 * numbers("", multiplied=True) + self.context_flops,
             attention_flops_per_token=2.0 * numbers("head", multiplied=True) + self.context_flops,
             kv_cache_bytes=self.cache_values * bytes_of_number,
-            block_parameters=numbers("block"),
+            hidden_parameters=numbers("hidden"),
         )
 
 
@@ -157,7 +156,7 @@ def _llama(model: _Model, kind: str, length: int) -> None:
         raise _Unfamiliar
     bias = kind == "qwen2" or (kind != "mistral" and model.flag("attention_bias", False))
     mlp_bias = has_usual and model.flag("mlp_bias", False)
-    hidden = model.take_blocks(layers, model.number("intermediate_size"))
+    hidden = model.take_hidden_units(layers, model.number("intermediate_size"))
     tied = model.flag("tie_word_embeddings", kind == "gemma")
     model.output("model.embed_tokens.weight", model.number("vocab_size"), width, tied=tied)
     model.norms("model.norm", width=width, bias=False)
@@ -171,8 +170,8 @@ def _llama(model: _Model, kind: str, length: int) -> None:
         o_bias = bias and kind != "qwen2"
         model.back(f"{path}.self_attn.o_proj", width, queries * head_dim, owner="head", bias=o_bias)
         for name in ("gate_proj", "up_proj"):
-            model.linear(f"{path}.mlp.{name}", hidden[layer], width, owner="block", bias=mlp_bias)
-        model.back(f"{path}.mlp.down_proj", width, hidden[layer], owner="block", bias=mlp_bias)
+            model.linear(f"{path}.mlp.{name}", hidden[layer], width, owner="hidden", bias=mlp_bias)
+        model.back(f"{path}.mlp.down_proj", width, hidden[layer], owner="hidden", bias=mlp_bias)
         model.context_flops += 4.0 * (length + 1) * queries * head_dim
         model.cache_values += 2 * kv * head_dim * length
 
@@ -184,7 +183,7 @@ def _gpt2(model: _Model, kind: str, length: int) -> None:
     if width % num_heads or has_others or model.flag("add_cross_attention", False):
         raise _Unfamiliar
     head_dim = width // num_heads
-    hidden = model.take_blocks(layers, model.number("n_inner", 4 * width))
+    hidden = model.take_hidden_units(layers, model.number("n_inner", 4 * width))
     tied = model.flag("tie_word_embeddings", True)
     model.output("transformer.wte.weight", model.number("vocab_size"), width, tied=tied)
     model.add("transformer.wpe.weight", model.number("n_positions"), width)
@@ -194,8 +193,8 @@ def _gpt2(model: _Model, kind: str, length: int) -> None:
         model.norms(f"{path}.ln_1", f"{path}.ln_2", width=width, bias=True)
         model.linear(f"{path}.attn.c_attn", 3 * inner, width, owner="head", bias=True, conv1d=True)
         model.back(f"{path}.attn.c_proj", width, inner, owner="head", bias=True, conv1d=True)
-        model.linear(f"{path}.mlp.c_fc", hidden[layer], width, owner="block", bias=True, conv1d=True)
-        model.back(f"{path}.mlp.c_proj", width, hidden[layer], owner="block", bias=True, conv1d=True)
+        model.linear(f"{path}.mlp.c_fc", hidden[layer], width, owner="hidden", bias=True, conv1d=True)
+        model.back(f"{path}.mlp.c_proj", width, hidden[layer], owner="hidden", bias=True, conv1d=True)
         model.context_flops += 4.0 * (length + 1) * inner
         model.cache_values += 2 * inner * length
 
@@ -210,7 +209,7 @@ def _own(model: _Model, kind: str, length: int) -> None:
         raise _Unfamiliar
     head_dim, bias = width // num_heads, model.flag("projection_bias")
     shares, is_relative = model.flag("share_position_bias"), position != "rotary"
-    left = model.take_blocks(layers, dense_hidden or dense_persistent)
+    left = model.take_hidden_units(layers, dense_hidden or dense_persistent)
     tied, lm_bias = model.flag("tie_word_embeddings", True), model.flag("lm_head_bias")
     model.output("model.embed_tokens.weight", model.number("vocab_size"), width, tied=tied, bias=lm_bias)
     if position == "learned":
@@ -232,15 +231,15 @@ def _own(model: _Model, kind: str, length: int) -> None:
         for name in ("content_bias", "position_bias") if is_relative and not shares else ():
             model.add(f"{path}.{name}", heads, head_dim, owner="head")
         for name in ("persistent_k", "persistent_v"):
-            model.add(f"{path}.{name}", heads, persistent, head_dim, owner="head" if dense_hidden else "head block")
+            model.add(f"{path}.{name}", heads, persistent, head_dim, owner="head" if dense_hidden else "head hidden")
         if dense_hidden:
             path = f"model.layers.{layer}.feed_forward"
             model.norms(f"{path}.norm", width=width, bias=True)
-            model.linear(f"{path}.up_proj", left[layer], width, owner="block", bias=True)
-            model.back(f"{path}.down_proj", width, left[layer], owner="block", bias=True)
-        elif not heads and "blocks" in model.units:
+            model.linear(f"{path}.up_proj", left[layer], width, owner="hidden", bias=True)
+            model.back(f"{path}.down_proj", width, left[layer], owner="hidden", bias=True)
+        elif not heads and "hidden_units" in model.units:
             # Persistent vectors go with the last head of their layer.
-            model.units["blocks"][layer] = 0
+            model.units["hidden_units"][layer] = 0
         positions = 2.0 * (memory + 1) if is_relative else 0.0
         model.context_flops += (4.0 * min(length + 1, memory + 1) + positions + 4.0 * persistent) * inner
         model.cache_values += 2 * inner * min(length, memory)

@@ -20,6 +20,8 @@ from deadhead.disk.stored import read_header
 from deadhead.errors import InputError, typed, typed_but
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
+from deadhead.plans.blocks import Blocks
+from deadhead.plans.unit_plan import MOST_UNITS, Layer, indices_in, layer_key
 
 GATES_CONFIG_FILE = "head_gates.json"
 # Of any constant; the seed is the largest.
@@ -35,8 +37,9 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
     """
     folder = Path(path)
     write_bytes(folder / GATES_FILE, save(gates.state_dict()))
-    size = {} if gates.block_size is None else {"block_size": gates.block_size}
-    write_json(folder / GATES_CONFIG_FILE, {**asdict(gates.config), "unit": gates.unit, **size})
+    blocks = {"blocks": {str(layer): found for layer, found in gates.choices.blocks.items()}}
+    settings = {**asdict(gates.config), "unit": gates.unit, **(blocks if gates.choices.has_blocks else {})}
+    write_json(folder / GATES_CONFIG_FILE, settings)
 
 
 @typed_but("model")
@@ -81,11 +84,10 @@ def load_gates_among_weights(model: PreTrainedModel, path: str | Path) -> HeadGa
         values = _settings_of(found.get(f"{place}._extra_state"), path)
         key = values.pop("key", None)
         scale: Any = values.get("lr_scale")
-        # What makes up for closed heads is no matter of blocks.
-        settings |= {
-            **values,
-            "output_scale": bool(settings.get("output_scale")) | (values.get("output_scale") is True),
-        }
+        blocks = {**settings.get("blocks", {}), **values.pop("blocks", {})}
+        # What makes up for closed heads is no matter of hidden units.
+        has_scale = bool(settings.get("output_scale")) | (values.get("output_scale") is True)
+        settings |= {**values, "output_scale": has_scale, **({"blocks": blocks} if blocks else {})}
         if _is_number(scale, float):
             names = ("log_alpha", "log_alpha_bias", scale), ("difference", "difference", 1.0)
             state |= {f"{key}.{to}": found[f"{place}.{of}"] * by for to, of, by in names if f"{place}.{of}" in found}
@@ -107,20 +109,31 @@ def _settings_of(stored: Tensor | None, path: str | Path) -> dict[str, Any]:
 
 def _put_on(model: PreTrainedModel, values: dict[str, Any], state: dict[str, Tensor], path: Path) -> HeadGates:
     """Attach gates with settings and a state that were read from `path`."""
-    unit, block_size = values.pop("unit", None), values.pop("block_size", None)
-    if unit not in (None, "head", "kv_group") or not (block_size is None or _is_number(block_size, int)):
+    unit, blocks = values.pop("unit", None), values.pop("blocks", None)
+    if unit not in (None, "head", "kv_group") or not (blocks is None or isinstance(blocks, dict)):
         raise InputError(
-            f"The gate configuration {path} must have a unit, head or kv_group, and a number as block_size if any, but "
-            f"has {shown(unit)} and {shown(block_size)}."
+            f"The gate configuration {path} must have a unit, head or kv_group, and blocks by layer if any, but has "
+            f"{shown(unit)} and {shown(blocks)}."
         )
     config = _checked_config(values, path)
-    gates = attach(model, config=config, unit=unit, blocks=block_size or False)
+    gates = attach(model, config=config, unit=unit, blocks=False if blocks is None else _checked_blocks(blocks, path))
     try:
         gates.load_state_dict(state)
     except InputError:
         detach(model)
         raise
     return gates
+
+
+def _checked_blocks(blocks: dict[str, Any], path: Path) -> Blocks:
+    """Return the units of each block, which a file has as ranges."""
+    found: dict[Layer, list[list[int]]] = {}
+    for key, texts in blocks.items():
+        what = f"The blocks of layer {key} in the gate configuration {path}"
+        if not isinstance(texts, list):
+            raise InputError(f"{what} must be a list of ranges, such as ['0-4', '6'], but are {shown(texts)}.")
+        found[layer_key(key)] = [indices_in(text, MOST_UNITS, what) for text in texts]
+    return found
 
 
 def _checked_config(values: dict[str, Any], path: Path) -> GateConfig:

@@ -241,9 +241,9 @@ def _cost_table(cost: Cost) -> Table:
         "  of the heads": f"{cost.attention_flops_per_token:,.0f}",
         "key/value cache a text, bytes": f"{cost.kv_cache_bytes:,}",
     }
-    if cost.block_size is not None:
-        rows[f"blocks of {cost.block_size}"] = f"{sum(cost.blocks)} of {sum(cost.total_blocks)}"
-        rows["  of the blocks, which go with them"] = f"{cost.block_parameters:,}"
+    if cost.total_hidden_units:
+        rows["hidden units"] = f"{sum(cost.hidden_units):,} of {sum(cost.total_hidden_units):,}"
+        rows["  of the hidden units, which go with them"] = f"{cost.hidden_parameters:,}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

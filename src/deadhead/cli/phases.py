@@ -202,9 +202,10 @@ def _run(
     heads = " ".join(str(count) for count in result["heads"])
     is_measured = "perplexity" in result
     worth = "perplexity {perplexity:.3f}, {bits_per_byte:.3f} bits/byte" if is_measured else "not measured on a text"
-    blocks = "".join([", blocks ", " ".join(map(str, result["blocks"]))]) if "blocks" in result else ""
+    found = result.get("hidden_units")
+    hidden = "" if found is None else f", hidden units {' '.join(map(str, found))}"
     console.print(
-        f"{escape(str(out))}: heads a layer {heads}{blocks}, {result['parameters']:,} parameters, "
+        f"{escape(str(out))}: heads a layer {heads}{hidden}, {result['parameters']:,} parameters, "
         f"{worth.format_map(result)}"
     )
     if "budget" in result:

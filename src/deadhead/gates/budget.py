@@ -97,10 +97,11 @@ class BudgetTarget(Target):
     def begin(self, gates: HeadGates, steps: int) -> None:
         """Begin a ramp where the gates are; an InputError says if their units are not those of the costs."""
         sizes = {key: len(table) - 1 for key, table in self.costs.tables.items()}
-        if any(key not in gates.gates or gates.gates[key].num_heads != size for key, size in sizes.items()):
+        gated = {key: len(gates.choices.units[key]) for key in gates.gates}
+        if any(gated.get(key) != size for key, size in sizes.items()):
             raise InputError(
                 f"The budget's costs are of {sum(sizes.values())} units in {len(sizes)} places, but the model's gates "
-                f"are {len(gates)} in {len(gates.gates)}; count costs of the model, unit and blocks that have gates."
+                f"are on {sum(gated.values())} in {len(gated)}; count costs of the model and the units that have gates."
             )
         super().begin(gates, steps)
 
@@ -110,7 +111,10 @@ class BudgetTarget(Target):
 
     def shortfall(self, gates: HeadGates) -> str:
         """Return a clause that names the share that is left and the one asked for, if it is more, or ""."""
-        cost = self.costs.of({key: float(gates.gates[key].is_open.sum()) for key in self.costs.tables})
+        sizes = gates.choices.sizes
+        cost = self.costs.of(
+            {key: float((gates.gates[key].is_open.cpu() * sizes[key]).sum()) for key in self.costs.tables}
+        )
         if cost <= self._limit:
             return ""
         return (
@@ -133,8 +137,8 @@ class BudgetTarget(Target):
         if not sum(sizes):
             return
         values = torch.cat([gate.log_alpha.detach().cpu() for gate in held.values()])
-        slopes = self._slopes(gates)
-        weights = torch.cat([unit_weights(gate, weighting).cpu() * slopes[key] for key, gate in held.items()])
+        prices = self._prices(gates)
+        weights = torch.cat([unit_weights(gate, weighting).cpu() * prices[key] for key, gate in held.items()])
         moved = self._moved(values, weights, sizes, self.wanted(step, gates), gates)
         for gate, part in zip(held.values(), moved.split(sizes), strict=True):
             gate.set_log_alpha(part.to(gate.log_alpha_bias.device))
@@ -148,12 +152,13 @@ class BudgetTarget(Target):
         least, most = self.costs.fixed + _LEAST * variable, self.costs.total - _LEAST * variable
         wanted = min(max(share * self.costs.total, least), most)
         key_of_U = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        size_U = torch.cat([gates.choices.sizes[key] for key in self.costs.tables])
 
         def moved(shift: float) -> Tensor:
             return (values + shift * weights).clamp(-bound, bound)
 
         def cost(shift: float) -> float:
-            open_U = torch.sigmoid(moved(shift) - offset).double()
+            open_U = torch.sigmoid(moved(shift) - offset).double() * size_U
             return self.costs.of_counts(torch.zeros(len(sizes), dtype=torch.float64).index_add(0, key_of_U, open_U))
 
         positive = weights[weights > 0]
@@ -164,24 +169,24 @@ class BudgetTarget(Target):
             low, high = (low, middle) if cost(middle) > wanted else (middle, high)
         return moved((low + high) / 2)
 
-    def _slopes(self, gates: HeadGates) -> dict[UnitKey, float]:
-        """Return by key what a unit costs at the expected counts, 1 on average."""
-        slopes = self.costs.slopes(self._counts(gates))
-        units = {key: gates.gates[key].num_heads for key in slopes}
+    def _prices(self, gates: HeadGates) -> dict[UnitKey, Tensor]:
+        """Return by key what the units of each gate cost at the expected counts, (H,), 1 on average over all gates."""
+        slopes, sizes = self.costs.slopes(self._counts(gates)), gates.choices.sizes
         variable = self.costs.total - self.costs.fixed
-        mean = variable / max(sum(len(table) - 1 for table in self.costs.tables.values()), 1)
+        mean = variable / max(sum(len(sizes[key]) for key in slopes), 1)
         if not mean > 0:
-            return dict.fromkeys(slopes, 0.0)
+            return {key: torch.zeros(len(sizes[key])) for key in slopes}
         found = {
-            # What costs nothing at all, as blocks cost no cache, is not pushed.
-            key: max(slope / mean, _LEAST_SLOPE) if float(self.costs.tables[key][-1]) > 0 else 0.0
+            # What costs nothing at all, as hidden units cost no cache, is not pushed.
+            key: (sizes[key] * slope / mean).clamp(min=_LEAST_SLOPE) * (float(self.costs.tables[key][-1]) > 0)
             for key, slope in slopes.items()
         }
-        average = sum(found[key] * units[key] for key in found) / max(sum(units.values()), 1)
-        return {key: slope / average for key, slope in found.items()} if average else found
+        average = float(torch.cat([*found.values()]).mean())
+        return {key: (price_H / (average or 1.0)).float() for key, price_H in found.items()}
 
     def _counts(self, gates: HeadGates) -> dict[UnitKey, float]:
-        return {key: float(gates.gates[key].open_probability.cpu().sum()) for key in self.costs.tables}
+        sizes = gates.choices.sizes
+        return {key: float((gates.gates[key].open_probability.cpu() * sizes[key]).sum()) for key in self.costs.tables}
 
 
 def plan_within(

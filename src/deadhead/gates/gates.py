@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from itertools import compress
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 from deadhead.errors import InputError, typed
 from deadhead.gates.hard_concrete import GateConfig, l0_probability
 from deadhead.gates.head_gate import HeadGate
+from deadhead.plans.choices import Choices
 from deadhead.plans.kinds import Ranking
-from deadhead.plans.plan import BlockPlan, HeadPlan, Unit, UnitKey
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.scores import HeadScores
 
 # Forwards from one measurement of the output differences to the next.
@@ -31,20 +31,18 @@ class HeadGates:
 
     gates: Mapping[UnitKey, HeadGate]
     _: KW_ONLY
-    heads: Mapping[UnitKey, tuple[int, ...]]  # index in the original dense model of each unit there is now
-    total: Mapping[UnitKey, int]  # units of the dense model; layers that have lost all of them are in it too
-    unit: Unit  # what a gate opens and closes
+    choices: Choices  # what each gate opens and closes
     config: GateConfig  # the gates' constants
-    block_size: int | None = None  # of the blocks that have gates too, if any
-    # Blocks that went with the last head of their layer; what a plan says of them means nothing.
-    headless: frozenset[UnitKey] = frozenset()
     _step: int = field(default=0, init=False)
     _micro_batch: int = field(default=0, init=False)
     _exactly: Sequence[tuple[list[HeadGate], int]] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
+        blocks = self.choices.blocks
         for key, gate in self.gates.items():
-            gate.settings = {"key": str(key), "unit": self.unit, "block_size": self.block_size}
+            gate.settings = {"key": str(key), "unit": self.unit}
+            if key.kind == "block":
+                gate.settings["blocks"] = {str(key.layer): blocks[key.layer]}
 
     def __iter__(self) -> Iterator[tuple[UnitKey, HeadGate]]:
         return iter(self.gates.items())
@@ -52,6 +50,11 @@ class HeadGates:
     def __len__(self) -> int:
         """Return the number of gates."""
         return sum(gate.num_heads for gate in self.gates.values())
+
+    @property
+    def unit(self) -> Unit:
+        """What a gate of a head opens and closes: a query ``head`` or a ``kv_group``."""
+        return self.choices.unit
 
     def begin_step(self, step: int) -> None:
         """Tell which optimizer step comes next: noise is a function of seed, step and forward within the step.
@@ -178,26 +181,12 @@ class HeadGates:
         if ranking != "global":
             raise InputError("ranking says how a share of the gates is chosen; give sparsity too, or leave it out.")
         self._require_values()
-        kept = {key: tuple(compress(self.heads[key], gate.is_open.tolist())) for key, gate in self}
-        return self.plan_of({**dict.fromkeys(self.heads, ()), **kept})
-
-    @typed
-    def plan_of(self, kept: Mapping[UnitKey, Sequence[int]]) -> HeadPlan:
-        """Return the plan that keeps some units, given by key."""
-        return HeadPlan.of_units(
-            kept, self.total, unit=self.unit, output_scale=self.config.output_scale, block_size=self.block_size
-        )
+        kept = {key: gate.is_open.nonzero().flatten().tolist() for key, gate in self}
+        return self.choices.plan(kept, output_scale=self.config.output_scale)
 
     def scores(self) -> HeadScores:
         """Return log_alpha as scores."""
-        return HeadScores(
-            scores=self.log_alpha(),
-            heads=self.heads,
-            total=self.total,
-            unit=self.unit,
-            output_scale=self.config.output_scale,
-            block_size=self.block_size,
-        )
+        return HeadScores(scores=self.log_alpha(), choices=self.choices, output_scale=self.config.output_scale)
 
     @typed
     def lean(self, scores: HeadScores, *, spread: float) -> None:
@@ -225,8 +214,8 @@ class HeadGates:
         Those that go and those that stay move as two groups, each only if one of them is on the wrong side: all keep
         their order where the plan drops those with the smallest log_alpha.
         """
-        kept = {key: set(units) for key, units in self.require_plan(plan).items()}
-        stays = torch.tensor([head in kept[key] for key in self.gates for head in self.heads[key]], dtype=torch.bool)
+        kept = self.choices.kept(plan)
+        stays = torch.cat([torch.empty(0, dtype=torch.bool), *(kept[key] for key in self.gates)])
         values = torch.cat([torch.empty(0), *self.log_alpha().values()])
         threshold, before = self.config.open_threshold, values.clone()
         if bool(stays.any()):
@@ -241,61 +230,19 @@ class HeadGates:
     def set_plan(self, plan: HeadPlan) -> None:
         """Close the gates of the units that `plan` drops and open the others; take over its output scale.
 
-        Blocks of which the plan says nothing stay.
+        Hidden units of which the plan says nothing stay.
 
         Raises:
-            InputError: the plan is of another model or unit, or keeps a head that was cut before.
+            InputError: the plan is of another model or unit, keeps a head that was cut before, or a part of a block.
         """
-        units = self.require_plan(plan)
+        kept = self.choices.kept(plan)
         self.config = config = replace(self.config, output_scale=plan.output_scale)
         for key, gate in self:
-            kept = set(units[key])
             # Beyond saturation soft gates are exactly 0 or 1 too, so the plan holds exactly for both kinds.
             strength = max(abs(config.init), 3.0, config.saturation + 0.5)
-            values = [strength if head in kept else -strength for head in self.heads[key]]
+            values_H = torch.where(kept[key], strength, -strength)
             gate.config = config.for_gate(of_blocks=key.kind == "block")
-            gate.set_log_alpha(torch.tensor(values, device=gate.log_alpha_bias.device))
-
-    @typed
-    def require_plan(self, plan: HeadPlan) -> dict[UnitKey, tuple[int, ...]]:
-        """Return the units that `plan` keeps, by key; blocks too of which it says nothing, if their layer has heads.
-
-        Raises:
-            InputError: its unit, layers or numbers are not this model's, or it keeps a head that was cut before.
-        """
-        if plan.unit != self.unit:
-            raise InputError(
-                f"The head plan counts in {plan.unit}s, but this model's gates open and close {self.unit}s."
-            )
-        total = {key.layer: count for key, count in self.total.items() if key.kind == "head"}
-        if dict(plan.total) != total:
-            raise InputError(
-                f"The head plan is for {[*plan.total.values()]} heads a layer, but this model had {[*total.values()]}."
-            )
-        kept = plan.units
-        units = {key: () if key in self.headless else kept.get(key, heads) for key, heads in self.heads.items()}
-        if plan.blocks is not None:
-            self._require_blocks(plan.blocks)
-        for key, heads in self.heads.items():
-            if gone := sorted(set(units[key]) - set(heads)):
-                what = key.kind
-                raise InputError(
-                    f"The head plan keeps {what} {gone[0]} of layer {key.layer}, but that {what} was cut before."
-                )
-        return units
-
-    def _require_blocks(self, blocks: BlockPlan) -> None:
-        if self.block_size is None:
-            raise InputError(
-                "The head plan also names blocks, but this model's gates are on heads alone; attach them with "
-                f"deadhead.attach(model, blocks={blocks.size})."
-            )
-        total = {key.layer: count for key, count in self.total.items() if key.kind == "block"}
-        if blocks.size != self.block_size or dict(blocks.total) != total:
-            raise InputError(
-                f"The head plan is for {[*blocks.total.values()]} blocks of {blocks.size} a layer, but this model had "
-                f"{[*total.values()]} of {self.block_size}."
-            )
+            gate.set_log_alpha(values_H.to(gate.log_alpha_bias.device))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return log_alpha and the measured output differences of every layer, for saving."""
@@ -315,7 +262,7 @@ class HeadGates:
         """
         expected: dict[str, Any] = {name: value.shape for name, value in self.state_dict().items()}
         if {name: value.shape for name, value in state.items()} != expected:
-            counts = [*self.total.values()]
+            counts = [*self.choices.total.values()]
             raise InputError(f"The saved gates do not fit this model, which has {counts} heads a layer.")
         for name, value in state.items():
             if not value.is_floating_point() or not bool(value.isfinite().all()):

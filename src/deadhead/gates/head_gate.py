@@ -19,7 +19,9 @@ _RATE = 0.4
 
 
 class HeadGate(nn.Module):
-    """The gates of one layer's heads, or of its blocks, to which all that is said of heads applies.
+    """The gates of one layer's heads, or of blocks of its hidden units, to which all that is said of heads applies.
+
+    Of blocks the buffer `owner`, (F,), says which gate each hidden unit has; of heads it is None.
 
     The one parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate would
     move log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It
@@ -36,8 +38,9 @@ class HeadGate(nn.Module):
 
     noise: Tensor
     difference: Tensor
+    owner: Tensor | None
 
-    def __init__(self, num_heads: int, config: GateConfig, cost: float = 1.0) -> None:
+    def __init__(self, num_heads: int, config: GateConfig, cost: float = 1.0, owner_F: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
         self.cost = cost
@@ -45,6 +48,7 @@ class HeadGate(nn.Module):
         self.log_alpha_bias = nn.Parameter(torch.full((num_heads,), config.init / config.lr_scale))
         self.register_buffer("noise", torch.full((num_heads,), 0.5), persistent=False)
         self.register_buffer("difference", torch.zeros(num_heads))
+        self.register_buffer("owner", owner_F, persistent=False)
         self.tracks_difference = False
         # Whether the next forward measures.
         self.is_due = False

@@ -148,7 +148,7 @@ class SparsityTarget(Target):
         """Return a clause that names the share closed and the one asked for, if they differ, or ""."""
         if gates.plan() == self.plan(gates):
             return ""
-        blocks = "" if gates.block_size is None else f" and {gates.block_sparsity:.3g} of the blocks"
+        blocks = f" and {gates.block_sparsity:.3g} of the blocks" if gates.choices.has_blocks else ""
         ranking = "" if self.ranking == "global" else ', ranking="layer"'
         return (
             f"close {gates.sparsity:.3g} of the heads{blocks}, but {self.share:g} was asked for; "

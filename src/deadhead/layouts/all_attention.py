@@ -16,14 +16,14 @@ from deadhead.models.all_attention.layer import AllAttention
 from deadhead.models.all_attention.modeling import AllAttentionModel
 from deadhead.models.pruned.feed_forward import FeedForward
 from deadhead.models.pruned.structure import leave_bias
-from deadhead.plans.plan import HeadPlan, Unit, choose_block_size
+from deadhead.plans.plan import HeadPlan, Unit
 
 _PERSISTENT = ("persistent_k", "persistent_v")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSite(Site):
-    """The heads of a layer. Persistent vectors belong to their head and to their block: they go with either."""
+    """The heads of a layer. A persistent vector's row belongs to a head and to a vector: it goes with either."""
 
     module: AllAttention
 
@@ -70,9 +70,9 @@ class HeadSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class PersistentSite(Site):
-    """The persistent vectors of a layer: block j is the j-th run of `unit_dim` of them in every head that is left.
+    """The persistent vectors of a layer: unit j is the j-th of them in every head that is left.
 
-    A layer without heads has no persistent vectors and so no blocks, whatever a plan says of them.
+    A layer without heads has no persistent vectors, whatever a plan says of them.
     """
 
     module: AllAttention
@@ -86,7 +86,7 @@ class PersistentSite(Site):
         """Select the vectors that are left. A module that has lost its heads has none anyway."""
         super().shrink(units)
         if self.module.heads:
-            self.module.num_persistent = len(units) * self.unit_dim
+            self.module.num_persistent = len(units)
             for path in _PERSISTENT if not units else ():
                 delattr(self.module, path)
 
@@ -122,10 +122,10 @@ class AllAttentionLayout(Layout):
             for index, layer in enumerate(_layers(model))
         ]
 
-    def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
+    def hidden_sites(self, model: PreTrainedModel) -> list[Site]:
         """Return the feed-forward layers of a Transformer-XL, or the persistent vectors of every layer."""
         plan = self.recorded_plan(model)
-        recorded = None if plan is None else plan.blocks
+        recorded = None if plan is None else plan.hidden_units
         layers, dense = _layers(model), model.config.num_persistent
         if model.config.feed_forward_size:
             inner = [layer.feed_forward for layer in layers]
@@ -133,21 +133,20 @@ class AllAttentionLayout(Layout):
                 FeedForward(index, f"layers.{index}.feed_forward", module, ("up_proj",), "down_proj", module.width, 1)
                 for index, module in enumerate(inner)
             ]
-            return feed_forward_sites(found, size, recorded)
+            return feed_forward_sites(found, recorded)
         # A checkpoint's own code that is older than these gates would not read them.
         if not dense or not all(hasattr(layer.attention, "num_persistent") for layer in layers):
             return []
-        size = choose_block_size([dense] * len(layers), size, recorded)
-        every = dict.fromkeys(range(len(layers)), range(dense // size)) if recorded is None else recorded.kept
+        every = dict.fromkeys(range(len(layers)), range(dense)) if recorded is None else recorded.kept
         return [
             PersistentSite(
                 layer=index,
                 module=layer.attention,
                 output_path=None,
-                unit_dim=size,
+                unit_dim=1,
                 units=tuple(every[index]) if layer.attention.heads else (),
-                total=dense // size,
-                has_blocks=True,
+                total=dense,
+                is_hidden=True,
                 is_headless=not layer.attention.heads,
             )
             for index, layer in enumerate(layers)
@@ -156,12 +155,12 @@ class AllAttentionLayout(Layout):
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
         """Write the plan under `head_plan` of the configuration.
 
-        Persistent vectors are gone with the heads of their layer, so there no blocks are left, whatever the plan says.
+        Persistent vectors are gone with the heads of their layer, so there none are left, whatever the plan says.
         """
         super().record_plan(model, plan)
-        blocks = model.config.head_plan.get("blocks")
-        if blocks is not None and not model.config.feed_forward_size:
-            blocks["kept"] = {layer: kept if plan.kept[int(layer)] else [] for layer, kept in blocks["kept"].items()}
+        found = model.config.head_plan.get("hidden_units")
+        if found is not None and not model.config.feed_forward_size:
+            found["kept"] = {layer: kept if plan.kept[int(layer)] else "" for layer, kept in found["kept"].items()}
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:

@@ -1,6 +1,6 @@
 """What deadhead must know of an architecture: where its units are, and which slices of which tensors they own.
 
-Units are heads (or key/value groups), and blocks: runs of a feed-forward layer's hidden units or of persistent vectors.
+Units are heads (or key/value groups), and hidden units: a feed-forward layer's, or persistent vectors.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.layouts.refusals import require_recorded
-from deadhead.models.pruned.feed_forward import block_rows
-from deadhead.models.pruned.structure import keep_rows, output_dim, weight_of
-from deadhead.plans.plan import HeadPlan, Layer, Unit, UnitKey
+from deadhead.models.pruned.structure import keep_rows, output_dim, weight_of, wide_rows
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
+from deadhead.plans.unit_plan import Layer
 
 # Names of gates in a module.
 HEAD_GATE, BLOCK_GATE = "head_gate", "block_gate"
@@ -37,17 +37,17 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Site(ABC):
-    """One module with units, heads or blocks, that can be gated and cut."""
+    """One module with units, heads or hidden units, that can be gated and cut."""
 
     layer: Layer
     module: nn.Module
     # Name of the output projection in `module`; its input is the units' outputs side by side, which the gates multiply.
     # None where the module reads its gate itself.
     output_path: str | None
-    unit_dim: int  # E, width of one unit in that input; of a block, how many hidden units or persistent vectors it has
+    unit_dim: int  # E, width of one unit in that input: of a head; 1 of a hidden unit
     units: tuple[int, ...]  # indices, in the dense model, of the units there are now; () for an emptied one
     total: int  # units of the dense model
-    has_blocks: bool = False  # whether its units are blocks, not heads
+    is_hidden: bool = False  # whether its units are hidden units, which gates take in blocks, not heads
     # Whether its units went with the last head of its layer. A plan that keeps some is obeyed all the same.
     is_headless: bool = False
 
@@ -75,12 +75,13 @@ class Site(ABC):
 
     def rows(self, units: tuple[int, ...]) -> Tensor:
         """Return the places that some units' rows have among those there are now, (units · unit_dim,)."""
-        return block_rows([self.units.index(unit) for unit in units], self.unit_dim)
+        place = {unit: index for index, unit in enumerate(self.units)}
+        return wide_rows([place[unit] for unit in units], self.unit_dim)
 
     @property
     def key(self) -> UnitKey:
         """The key of its units."""
-        return UnitKey("block" if self.has_blocks else "head", self.layer)
+        return UnitKey("block" if self.is_hidden else "head", self.layer)
 
     @property
     def gate_name(self) -> str:
@@ -141,17 +142,13 @@ class Layout(ABC):
             UnsupportedModel: none can be pruned; the message says why.
         """
 
-    def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
-        """Return the modules of `model` with blocks that can be cut, emptied ones included; none by default.
-
-        The size of a block is as `choose_block_size` says, which raises an InputError if it cannot be had.
-        """
+    def hidden_sites(self, model: PreTrainedModel) -> list[Site]:
+        """Return the modules of `model` with hidden units that can be cut, emptied ones included; none by default."""
         return []
 
-    def all_sites(self, model: PreTrainedModel, unit: Unit, block_size: int | None) -> list[Site]:
-        """Return the sites of heads, and those of blocks if a size is given."""
-        blocks = [] if block_size is None else self.block_sites(model, block_size)
-        return [*self.sites(model, unit), *blocks]
+    def all_sites(self, model: PreTrainedModel, unit: Unit, *, hidden: bool) -> list[Site]:
+        """Return the sites of heads, and those of hidden units if asked."""
+        return [*self.sites(model, unit), *(self.hidden_sites(model) if hidden else ())]
 
     def require_reloadable(self, model: PreTrainedModel) -> None:
         """Check that a checkpoint of the cut model could be loaded; UnsupportedModel if not."""
@@ -160,11 +157,11 @@ class Layout(ABC):
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
         """Write the plan into the model's configuration, its own by then, so that the model reloads as it is.
 
-        Where it says nothing of blocks, those are recorded that earlier cuts left.
+        Where it says nothing of hidden units, those are recorded that earlier cuts left.
         """
         before = self.recorded_plan(model)
-        if plan.blocks is None and before is not None:
-            plan = replace(plan, blocks=before.blocks)
+        if plan.hidden_units is None and before is not None:
+            plan = replace(plan, hidden_units=before.hidden_units)
         model.config.head_plan = plan.to_dict()
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:

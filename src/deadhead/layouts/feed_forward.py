@@ -1,4 +1,4 @@
-"""Feed-forward layers as sites: their hidden units in blocks."""
+"""Feed-forward layers as sites of hidden units."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deadhead.layouts.base import Selection, Site
 from deadhead.models.pruned.feed_forward import FeedForward, rows_of_units, shrink_feed_forward
-from deadhead.plans.plan import BlockPlan, choose_block_size
+from deadhead.plans.unit_plan import UnitPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +33,19 @@ class FeedForwardSite(Site):
         shrink_feed_forward(self.feed_forward, hidden)
 
 
-def feed_forward_sites(found: Sequence[FeedForward], size: int | None, recorded: BlockPlan | None) -> list[Site]:
-    """Return the sites of some feed-forward layers, in blocks of a size that was asked for or recorded by a cut."""
-    found = [layer for layer in found if layer.dense_width]
-    size = choose_block_size([layer.dense_width for layer in found], size, recorded) if found else 1
+def feed_forward_sites(found: Sequence[FeedForward], recorded: UnitPlan | None) -> list[Site]:
+    """Return the sites of some feed-forward layers, whose units an earlier cut may have recorded."""
     return [
         FeedForwardSite(
             layer=layer.key,
             module=layer.module,
             output_path=layer.output_path,
-            unit_dim=size,
-            units=tuple(range(layer.dense_width // size) if recorded is None else recorded.kept[layer.key]),
-            total=layer.dense_width // size,
-            has_blocks=True,
+            unit_dim=1,
+            units=tuple(range(layer.dense_width) if recorded is None else recorded.kept[layer.key]),
+            total=layer.dense_width,
+            is_hidden=True,
             feed_forward=layer,
         )
         for layer in found
+        if layer.dense_width
     ]

@@ -145,10 +145,10 @@ class HuggingFaceLayout(Layout):
             )
         return sorted(sites, key=lambda site: (isinstance(site.layer, str), site.layer))
 
-    def block_sites(self, model: PreTrainedModel, size: int | None = None) -> list[Site]:
+    def hidden_sites(self, model: PreTrainedModel) -> list[Site]:
         """Return every feed-forward layer of the text stack that is not one of experts."""
         plan = self.recorded_plan(model)
-        return feed_forward_sites(find_feed_forwards(model), size, None if plan is None else plan.blocks)
+        return feed_forward_sites(find_feed_forwards(model), None if plan is None else plan.hidden_units)
 
     def require_reloadable(self, model: PreTrainedModel) -> None:
         """Check that the classes of model and configuration are transformers' own, or ours of those."""

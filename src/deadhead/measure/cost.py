@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ def model_cost(
     heads_flops += sum(sum(site.context_flops(length).values()) for site in sites if site.units)
     # A table of embeddings is looked up, not multiplied, unless it is the output layer too.
     other_flops = _other_flops(model, {id(parameter) for parameter, _ in heads} | (given.keys() - returned.keys()))
-    blocks = layout.block_sites(model)
+    hidden = layout.hidden_sites(model)
     return Cost(
         heads=[len(site.units) for site in sites],
         total_heads=[site.total for site in sites],
@@ -67,10 +67,9 @@ def model_cost(
         flops_per_token=other_flops + heads_flops,
         attention_flops_per_token=heads_flops,
         kv_cache_bytes=sum(site.cache_values(length) for site in sites) * model.dtype.itemsize,
-        blocks=[len(site.units) for site in blocks],
-        total_blocks=[site.total for site in blocks],
-        block_size=blocks[0].unit_dim if blocks else None,
-        block_parameters=sum(p.numel() for site in blocks for p, _ in _unit_parameters(site)),
+        hidden_units=[len(site.units) for site in hidden],
+        total_hidden_units=[site.total for site in hidden],
+        hidden_parameters=sum(p.numel() for site in hidden for p, _ in _unit_parameters(site)),
     )
 
 
@@ -88,7 +87,7 @@ def cut_skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreT
     """Return a copy of `model` without its weights, cut by `plan`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     copied = detach(copy.deepcopy(model, memo))
-    sites = layout.all_sites(copied, plan.unit, None if plan.blocks is None else plan.blocks.size)
+    sites = layout.all_sites(copied, plan.unit, hidden=plan.hidden_units is not None)
     remove_units(sites, plan.units)
     layout.record_plan(copied, plan)
     return copied
@@ -115,25 +114,21 @@ def counted_costs(
     kind: Literal["params", "flops", "kv_cache"],
     *,
     unit: Unit,
-    block_size: int | None = None,
+    hidden: bool = False,
     length: int | None = None,
-    begun: Mapping[UnitKey, int] | None = None,
 ) -> UnitCosts:
     """Return what the units of a model cost in parameters, FLOPs a token or cache values, as a sum over layers.
 
-    Of single query heads that share keys and values, and of heads that share persistent vectors' blocks, the mean:
-    `model_cost` with a plan counts exactly.
-
-    Blocks are units too if their size is given. `begun` says, by key, how many units there were before training cut
-    some of them.
+    Of single query heads that share keys and values, and of heads that share persistent vectors, the mean: `model_cost`
+    with a plan counts exactly. `hidden` says whether hidden units are units too.
     """
     layout = find_layout(model)
     length = _default_length(model) if length is None else length
     cost = model_cost(model, length=length, unit=unit)
-    sites = [site for site in layout.all_sites(model, unit, block_size) if site.units]
+    sites = [site for site in layout.all_sites(model, unit, hidden=hidden) if site.units]
     parameters = {site.key: _unit_parameters(site) for site in sites}
     owners = Counter(id(parameter) for found in parameters.values() for parameter, _ in found)
-    # Of numbers that heads and blocks both own, persistent vectors, half counts for either, and so do their FLOPs.
+    # Of numbers that heads and hidden units both own, persistent vectors, half counts for either, as of their FLOPs.
     shares = {"persistent": 0.5} if any(count > 1 for count in owners.values()) else {}
     tables: dict[UnitKey, Tensor] = {}
     present = 0.0
@@ -147,8 +142,7 @@ def counted_costs(
             whole = sum(2.0 * parameter.numel() for parameter, per_token in found if per_token)
             whole += sum(flops * shares.get(name, 1) for name, flops in site.context_flops(length).items())
         present += whole
-        count = len(site.units) if begun is None else begun[site.key]
-        tables[site.key] = torch.arange(count + 1, dtype=torch.float64) * (whole / len(site.units))
+        tables[site.key] = torch.arange(len(site.units) + 1, dtype=torch.float64) * (whole / len(site.units))
     return UnitCosts(fixed=cost_of_kind(cost, kind) - present, tables=tables)
 
 

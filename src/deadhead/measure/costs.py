@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Cost of a model with some of its heads, and blocks.
+    """Cost of a model with some of its heads, and hidden units.
 
     Args:
         heads: heads left, one number a layer; key/value groups where the model has them and was not cut by heads.
@@ -19,10 +19,9 @@ class Cost:
             softmax and the once-per-pass projection of relative positions are not counted.
         attention_flops_per_token: the heads' part of it.
         kv_cache_bytes: cache of one text at the given length, in the model's precision.
-        blocks: blocks left, one number a layer that has any; of the size that the model was cut by, or would be.
-        total_blocks: blocks of the original dense model, one number a layer that has any.
-        block_size: hidden units of a block; None where the model has none.
-        block_parameters: those that belong to blocks and go with them.
+        hidden_units: hidden units, or persistent vectors, left, one number a layer that has any.
+        total_hidden_units: those of the original dense model, one number a layer that has any.
+        hidden_parameters: those that belong to hidden units and go with them.
     """
 
     heads: list[int]
@@ -33,7 +32,6 @@ class Cost:
     flops_per_token: float
     attention_flops_per_token: float
     kv_cache_bytes: int
-    blocks: list[int] = field(default_factory=list)
-    total_blocks: list[int] = field(default_factory=list)
-    block_size: int | None = None
-    block_parameters: int = 0
+    hidden_units: list[int] = field(default_factory=list)
+    total_hidden_units: list[int] = field(default_factory=list)
+    hidden_parameters: int = 0

@@ -4,9 +4,9 @@ What people would use instead of learned gates; behind the same head plan, cut a
 
 - magnitude: L2 norm of all of the head's weights,
 - taylor: E_x |∂L(x) / ∂ξ_h|, where ξ_h = 1 multiplies the head's output (Michel, Levy, Neubig 2019, arXiv 1905.10650,
-  equation 2; without their normalisation by layer, which `ranking="layer"` makes irrelevant); of a block of persistent
-  vectors ξ multiplies e^score,
-- output-difference: ‖W_O^h a_h‖ / ‖Σ W_O a‖, by how much the layer's output changes without the head; not for blocks of
+  equation 2; without their normalisation by layer, which `ranking="layer"` makes irrelevant); of a persistent vector ξ
+  multiplies e^score,
+- output-difference: ‖W_O^h a_h‖ / ‖Σ W_O a‖, by how much the layer's output changes without the head; not for
   persistent vectors, of which no layer's output is a sum,
 - random: as a floor for all others.
 """
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.attaching import block_size, gates_of, output_squares, unwrapped
+from deadhead.attaching import choices_of, gates_of, has_blocks, output_squares, unwrapped
 from deadhead.errors import InputError
 from deadhead.gates.head_gate import relative_difference
 from deadhead.layouts import Site, find_layout
 from deadhead.measure.losses import SegmentLoss, require_language_model
 from deadhead.modes import evaluating
+from deadhead.plans.blocks import LARGEST_SORTED, Blocks, choose_block_size
 from deadhead.plans.kinds import ONE_SHOT, OneShot
 from deadhead.plans.plan import Unit
 from deadhead.plans.scores import HeadScores
@@ -44,10 +45,12 @@ def score_heads(
     batches: Batches = (),
     *,
     unit: Unit | None = None,
-    blocks: bool | int = False,
+    blocks: bool | int | Blocks = False,
     seed: int = 0,
 ) -> HeadScores:
-    """Score every head of a model by a one-shot criterion, and blocks if asked.
+    """Score every head of a model by a one-shot criterion, and blocks of hidden units if asked.
+
+    Hidden units are scored one by one and ordered by their scores; a block is so many neighbours in that order.
 
     Args:
         model: without gates, or with all of them open; not changed.
@@ -56,7 +59,7 @@ def score_heads(
             with segment memory `labels` (B, T) and `is_first` (B,), in the order of the text, for others `scored`
             (B, T), where not every token counts.
         unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
-        blocks: whether blocks are scored too, or their size.
+        blocks: whether hidden units are scored too, or how many make a block, or by layer the units of each block.
         seed: of "random".
 
     Returns:
@@ -73,14 +76,13 @@ def score_heads(
         raise InputError("One-shot criteria score a model with all heads open, but some of its gates are closed.")
     layout = find_layout(model)
     unit = layout.choose_unit(model, unit, what="heads are cut by")
-    size = block_size(layout, model, blocks)
-    sites = layout.all_sites(model, unit, size)
+    sites = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
     there = [site for site in sites if site.units]
     if criterion not in ONE_SHOT:
         raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
     if criterion == "output-difference" and any(site.output_path is None for site in there):
         raise InputError(
-            "Blocks of persistent vectors have no output difference, as a layer's output is no sum over them; use "
+            "Persistent vectors have no output difference, as a layer's output is no sum over them; use "
             "'taylor' or 'magnitude', or leave blocks out."
         )
     if criterion == "magnitude":
@@ -90,13 +92,16 @@ def score_heads(
         found = [torch.rand(len(site.units), generator=generator) for site in there]
     else:
         found = (_taylor if criterion == "taylor" else _differences)(model, there, batches) if there else []
-    return HeadScores(
+    scores = HeadScores(
         scores={site.key: scores for site, scores in zip(there, found, strict=True)},
-        heads={site.key: site.units for site in sites},
-        total={site.key: site.total for site in sites},
-        unit=unit,
-        block_size=size,
+        # Units one by one.
+        choices=choices_of(sites, unit, bool(blocks) and 1),
     )
+    if isinstance(blocks, Mapping):
+        return scores.bundled(choices_of(sites, unit, blocks).hidden)
+    widths = [len(site.units) for site in there if site.is_hidden]
+    asked = None if isinstance(blocks, bool) else blocks
+    return scores.in_blocks(choose_block_size(widths, asked, largest=LARGEST_SORTED)) if widths else scores
 
 
 def _magnitude(site: Site) -> Tensor:
@@ -116,7 +121,7 @@ class _Mask(nn.Module):
     It hooks on to the output projection. Where the module reads its gate itself, it stands in the gate's place.
     """
 
-    # What an attention module asks of a gate that learns.
+    # What an attention module asks of a gate that learns: here each unit has its own.
     idle = ()
 
     def __init__(self, site: Site) -> None:
@@ -124,6 +129,7 @@ class _Mask(nn.Module):
         self.site = site
         self.rows = 0
         self.mask_BH = torch.empty(0)
+        self.register_buffer("owner", torch.arange(len(site.units)), persistent=False)
 
     def forward(self) -> tuple[Tensor, None]:
         device = next(self.site.module.parameters()).device

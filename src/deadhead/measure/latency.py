@@ -1,8 +1,8 @@
 """A cost model of this machine: how long a model takes as a function of the units that each of its layers keeps.
 
-Every layer's units are thinned out together, heads and blocks apart, and the whole model is timed each time beside the
-dense one: so a layer's time includes all that goes with it, memory traffic too, and no layer has to be called by
-itself. What a unit saves is shared out among layers by the FLOPs that they lose.
+Every layer's units are thinned out together, heads and hidden units apart, and the whole model is timed each time
+beside the dense one: so a layer's time includes all that goes with it, memory traffic too, and no layer has to be
+called by itself. What a unit saves is shared out among layers by the FLOPs that they lose.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from pydantic import BeforeValidator, Field, TypeAdapter
 from transformers import PreTrainedModel
 
-from deadhead.attaching import block_size
+from deadhead.attaching import choices_of, has_blocks
 from deadhead.cutting import pruned_copy
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_object
@@ -27,7 +27,7 @@ from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import counted_costs
 from deadhead.measure.timing import NEW_TOKENS, Workload, bench, require_timed
-from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
 # Shares of its units that every layer keeps in the models that are timed, beside the dense one.
@@ -53,15 +53,14 @@ class Latency:
         dtype: precision of the weights.
         model_type: transformers' name of the architecture.
         unit: what a head's index names.
-        block_size: of the blocks, or None where only heads were thinned out.
         workload: see `deadhead.measure.timing`.
         batch_size: texts at once.
         length: tokens of a text.
         new_tokens: that "decode" adds to each.
         dense: median seconds of the model as it is.
-        seconds: by "heads" and "blocks", median seconds by the share of its units that every layer keeps.
-        units: by key, how many units there are.
-        weights: by key, what share of the time that goes with all heads, or all blocks, goes with this layer's.
+        seconds: by "heads" and "blocks" (of hidden units), median seconds by the share of units that every layer keeps.
+        units: by key, how many units there are; hidden units only where they were thinned out too.
+        weights: by key, what share of the time that goes with all heads, or all hidden units, goes with this layer's.
     """
 
     device: str
@@ -69,7 +68,6 @@ class Latency:
     dtype: str
     model_type: str
     unit: str
-    block_size: int | None
     workload: Workload
     batch_size: _Count
     length: _Count
@@ -111,7 +109,7 @@ class Latency:
         model: PreTrainedModel,
         *,
         unit: str | None,
-        blocks: bool | int,
+        hidden: bool,
         workload: Workload,
         batch_size: int,
         length: int,
@@ -122,7 +120,7 @@ class Latency:
             InputError: it was not; the message names the first difference.
         """
         asked = {"workload": workload, "batch_size": batch_size, "length": length}
-        for name, value in (_setting(model, unit, blocks) | asked).items():
+        for name, value in (_setting(model, unit, hidden=hidden) | asked).items():
             known = getattr(self, name)
             if known != value:
                 if name == "units":
@@ -166,7 +164,7 @@ def measure_latency(
     model: PreTrainedModel,
     *,
     unit: Any = None,
-    blocks: bool | int = False,
+    hidden: bool = False,
     workload: Workload = "prefill",
     batch_size: int = 8,
     length: int = 128,
@@ -180,15 +178,15 @@ def measure_latency(
     as often as fits into most of a minute, if `repeats` does not say. `progress` is told rounds done, and in all.
 
     Raises:
-        InputError: a number is below 1, the model has too few positions, or the unit or the blocks are not its own.
+        InputError: a number is below 1, the model has too few positions, or the unit is not its own.
         UnsupportedModel: there is nothing to thin out.
     """
     require_timed(model, workload, length, new_tokens)
     layout = find_layout(model)
-    setting = _setting(model, unit, blocks)
-    sites = layout.all_sites(model, setting["unit"], setting["block_size"])
-    total = {site.key: site.total for site in sites}
-    weights = _weights(model, setting, length)
+    setting = _setting(model, unit, hidden=hidden)
+    sites = layout.all_sites(model, setting["unit"], hidden=hidden)
+    choices = choices_of(sites, setting["unit"], hidden)
+    weights = _weights(model, setting["unit"], length, hidden=hidden)
     models = {"dense": pruned_copy(model)}
     for kind in ("head", "block"):
         for share in _SHARES:
@@ -197,8 +195,7 @@ def measure_latency(
             # Few units cannot be halved exactly.
             true = sum(weights[key] * count / setting["units"][key] for key, count in thinned.items() if key in weights)
             if thinned and true < 1:
-                plan = HeadPlan.of_units(kept, total, unit=setting["unit"], block_size=setting["block_size"])
-                models[f"{kind}s {true}"] = pruned_copy(model, plan)
+                models[f"{kind}s {true}"] = pruned_copy(model, choices.plan_of(kept))
     how: dict[str, Any] = {"workload": workload, "batch_size": batch_size, "length": length, "new_tokens": new_tokens}
     if repeats is None:
         once = bench({"dense": models["dense"]}, repeats=1, **how)["dense"].seconds * len(models)
@@ -221,21 +218,19 @@ def measure_latency(
     return Latency(**setting, **how, dense=dense, seconds=seconds, weights=weights)
 
 
-def _weights(model: PreTrainedModel, setting: Mapping[str, Any], length: int) -> dict[UnitKey, float]:
-    """Return each layer's share of what all layers' heads cost, or all their blocks, in FLOPs."""
-    costs = counted_costs(
-        model, "flops", unit=setting["unit"], block_size=setting["block_size"], length=max(1, length // 2)
-    )
+def _weights(model: PreTrainedModel, unit: Unit, length: int, *, hidden: bool) -> dict[UnitKey, float]:
+    """Return each layer's share of what all layers' heads cost, or all their hidden units, in FLOPs."""
+    costs = counted_costs(model, "flops", unit=unit, hidden=hidden, length=max(1, length // 2))
     whole = {key: float(table[-1]) for key, table in costs.tables.items()}
     sums = {kind: sum(value for key, value in whole.items() if key.kind == kind) for kind in ("head", "block")}
     return {key: value / sums[key.kind] for key, value in whole.items()}
 
 
-def _setting(model: PreTrainedModel, unit: Any, blocks: bool | int) -> dict[str, Any]:
+def _setting(model: PreTrainedModel, unit: Any, *, hidden: bool) -> dict[str, Any]:
     """Return what measured times depend on, of the model and the machine."""
     layout = find_layout(model)
     unit = layout.choose_unit(model, unit, what="heads are cut by")
-    size = block_size(layout, model, blocks)
+    has_blocks(layout, model, hidden)
     is_gpu = model.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(model.device) if is_gpu else platform.processor() or platform.machine(),
@@ -243,6 +238,5 @@ def _setting(model: PreTrainedModel, unit: Any, blocks: bool | int) -> dict[str,
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_type": model.config.model_type,
         "unit": unit,
-        "block_size": size,
-        "units": {site.key: len(site.units) for site in layout.all_sites(model, unit, size) if site.units},
+        "units": {site.key: len(site.units) for site in layout.all_sites(model, unit, hidden=hidden) if site.units},
     }

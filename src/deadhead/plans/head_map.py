@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from deadhead.plans.plan import HeadPlan, Layer
+from deadhead.plans.plan import HeadPlan
+from deadhead.plans.unit_plan import Layer
 
 
 def head_map_text(plan: HeadPlan) -> str:
-    """Return the head map as characters: one line a layer, ■ a head that stays, · one that goes, and blocks counted."""
-    blocks = {} if plan.blocks is None else plan.blocks.total
-    layers = [*plan.total, *(layer for layer in blocks if layer not in plan.total)]
+    """Return the head map as text: one line a layer, ■ a head that stays, · one that goes; hidden units are counted."""
+    hidden = {} if plan.hidden_units is None else plan.hidden_units.total
+    layers = [*plan.total, *(layer for layer in hidden if layer not in plan.total)]
     width = max(len(str(layer)) for layer in layers)
     lines = []
     for layer in layers:
@@ -20,8 +21,8 @@ def head_map_text(plan: HeadPlan) -> str:
 
 
 def count_text(plan: HeadPlan, layer: Layer) -> str:
-    """Return how many heads and blocks of a plan's layer stay, of how many."""
+    """Return how many heads and hidden units of a plan's layer stay, of how many."""
     parts = [f"{len(plan.kept[layer])}/{plan.total[layer]}"] if layer in plan.total else []
-    if plan.blocks is not None and layer in plan.blocks.total:
-        parts.append(f"blocks {len(plan.blocks.kept[layer])}/{plan.blocks.total[layer]}")
+    if plan.hidden_units is not None and layer in plan.hidden_units.total:
+        parts.append(f"hidden units {len(plan.hidden_units.kept[layer])}/{plan.hidden_units.total[layer]}")
     return ", ".join(parts)

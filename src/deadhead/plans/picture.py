@@ -84,7 +84,7 @@ def _draw_heads(figure: Figure, grid: GridSpec, plan: HeadPlan) -> None:
             heads.add_patch(square)
         heads.text(most + 0.1, row + 0.5, count_text(plan, layer), va="center")
     # So wide that the text beside the squares fits.
-    room = 0.9 if plan.blocks is None else 0.9 + 0.35 * most
+    room = 0.9 if plan.hidden_units is None else 1.2 + 0.45 * most
     heads.set(xlim=(0, most + room), ylim=(len(plan.total), 0), aspect="equal", xlabel="head", ylabel="layer")
     heads.set_xticks([head + 0.5 for head in range(most)], [str(head) for head in range(most)])
     heads.set_yticks([row + 0.5 for row in range(len(plan.total))], [str(layer) for layer in plan.total])

@@ -1,15 +1,13 @@
 """The head plan: which heads of each layer stay. The one noun that learned gates, heuristics and people share.
 
-A plan may also say which blocks stay: runs of hidden units of a layer's feed-forward part, or of persistent vectors.
-Heads and blocks together are units, which a `UnitKey` names by kind and layer.
+A plan may also say which hidden units of a layer's feed-forward part stay, or which persistent vectors. Heads and
+hidden units are units, which a `UnitKey` names by kind and layer.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -17,30 +15,19 @@ from typing import Any, Literal, NamedTuple, cast
 from deadhead.disk.files import write_json
 from deadhead.disk.reading import read_json, shown
 from deadhead.errors import InputError, require_type, typed
-
-Layer = int | str
-"""A layer's index, or its module path where a model has more than one stack of layers."""
+from deadhead.plans.unit_plan import Layer, UnitPlan, checked_kept, checked_total, is_count, layer_key
 
 Unit = Literal["head", "kv_group"]
 
-# Version 2 adds "blocks".
-_VERSIONS = (1, 2)
-_KEYS = {"version", "unit", "total", "kept", "output_scale", "blocks"}
+# Version 2 had "blocks", runs of hidden units of one size. Version 3 names hidden units one by one.
+_VERSIONS = (1, 2, 3)
+_KEYS = {"version", "unit", "total", "kept", "output_scale", "blocks", "hidden_units"}
 _BLOCK_KEYS = {"size", "total", "kept"}
-_MOST_HEADS = 100_000
-_LARGEST_BLOCK = 128
-# So that a layer's width can be chosen in steps of an eighth at most.
-_FEWEST_BLOCKS = 8
 _BLOCKS = "blocks."
 
 
-def layer_key(key: Layer) -> Layer:
-    """Return a layer's key as it is in memory: JSON writes indices as strings."""
-    return int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) else key
-
-
 class UnitKey(NamedTuple):
-    """The key of a layer's heads, or of its blocks, among all units of a model. `str` gives it as files have it."""
+    """The key of a layer's heads, or of its hidden units, which gates take in blocks. `str` gives it as files do."""
 
     kind: Literal["head", "block"]
     layer: Layer
@@ -54,118 +41,6 @@ class UnitKey(NamedTuple):
         return f"{_BLOCKS if self.kind == 'block' else ''}{self.layer}"
 
 
-def _by_layer(values: Mapping[Layer, Any], what: str) -> dict[Layer, Any]:
-    if not isinstance(values, Mapping):
-        raise InputError(f"A head plan's {what} must be a mapping by layer, but are {shown(values)}.")
-    found: dict[Layer, Any] = {}
-    for key, value in values.items():
-        layer = layer_key(key)
-        if layer in found:
-            raise InputError(f"A head plan's {what} name layer {layer} twice.")
-        found[layer] = value
-    return found
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _checked_total(values: Mapping[Layer, Any], unit: str) -> dict[Layer, int]:
-    total = _by_layer(values, "totals of blocks" if unit == "block" else "totals")
-    if not total:
-        raise InputError("A head plan's totals must name at least one layer, but they are empty.")
-    for layer, count in total.items():
-        if not _is_count(count) or count == 0:
-            raise InputError(
-                f"A head plan must give layer {layer} at least one {unit} in all, but gives {shown(count)}."
-            )
-        if count > _MOST_HEADS:
-            raise InputError(
-                f"A head plan gives layer {layer} {shown(count)} {unit}s, but no model has over {_MOST_HEADS}."
-            )
-    return total
-
-
-def _checked_kept(values: Mapping[Layer, Any], total: Mapping[Layer, int], unit: str) -> dict[Layer, tuple[int, ...]]:
-    kept = {layer: tuple(range(count)) for layer, count in total.items()}
-    for layer, indices in _by_layer(values, f"kept {unit}s").items():
-        if layer not in total:
-            names = shown(list(total))
-            raise InputError(f"The head plan names layer {shown(layer)}, but its totals have only: {names[1:-1]}.")
-        if isinstance(indices, (str, bytes, Mapping)) or not isinstance(indices, Iterable):
-            raise InputError(f"The {unit}s kept in layer {layer} must be a list of numbers, but are {shown(indices)}.")
-        indices = list(indices)
-        for index in indices:
-            if not _is_count(index) or index >= total[layer]:
-                raise InputError(
-                    f"The head plan keeps {unit} {shown(index)} of layer {layer}, but its {unit}s are numbered 0 to "
-                    f"{total[layer] - 1}."
-                )
-        if len(set(indices)) != len(indices):
-            raise InputError(f"The head plan names a {unit} of layer {layer} twice: {shown(indices)}.")
-        kept[layer] = tuple(sorted(indices))
-    return kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockPlan:
-    """Layer → indices of the blocks that stay, counted in the original dense model.
-
-    Args:
-        size: hidden units, or persistent vectors, of a block.
-        kept: the blocks that stay, by layer; a layer that is not named keeps all of its blocks.
-        total: how many blocks each layer has in the dense model.
-
-    Raises:
-        InputError: a layer or a block is named that the totals don't have, or a block is named twice.
-    """
-
-    size: int
-    kept: Mapping[Any, Sequence[int]]
-    total: Mapping[Any, int]
-
-    def __post_init__(self) -> None:
-        if not _is_count(self.size) or self.size == 0:
-            raise InputError(f"A head plan's block size must be a number above 0, but it is {shown(self.size)}.")
-        total = _checked_total(self.total, "block")
-        object.__setattr__(self, "kept", _checked_kept(self.kept, total, "block"))
-        object.__setattr__(self, "total", total)
-
-    def __hash__(self) -> int:
-        return hash((self.size, tuple(self.kept.items()), tuple(self.total.items())))
-
-    @property
-    def blocks(self) -> list[int]:
-        """How many blocks stay, one number a layer that has any."""
-        return [len(blocks) for blocks in self.kept.values()]
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the dense model's blocks that go, in [0, 1]."""
-        return 1.0 - sum(self.blocks) / sum(self.total.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain JSON values."""
-        return {
-            "size": self.size,
-            "total": {str(layer): count for layer, count in self.total.items()},
-            "kept": {str(layer): list(blocks) for layer, blocks in self.kept.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, values: Any) -> BlockPlan:
-        """Read a plan from JSON values.
-
-        Raises:
-            InputError: the values are not those of blocks.
-        """
-        if not isinstance(values, dict) or set(values) != _BLOCK_KEYS:
-            raise InputError('A head plan\'s "blocks" must be a JSON object with "size", "total" and "kept".')
-        if not isinstance(values["total"], dict) or not isinstance(values["kept"], dict):
-            raise InputError('"total" and "kept" of a head plan\'s "blocks" must be JSON objects, one entry a layer.')
-        return cls(**values)
-
-
 @dataclass(frozen=True, kw_only=True)
 class HeadPlan:
     """Layer → indices of the heads that stay, counted in the original dense model.
@@ -176,7 +51,7 @@ class HeadPlan:
         unit: what an index names: a query ``head`` or a ``kv_group`` (a key/value head with its query heads).
         output_scale: whether each layer's output is multiplied by heads before / heads kept, as the gates that
             learned the plan did (paper, section on attention output scaling). Plans made by hand leave it off.
-        blocks: the blocks that stay; None where a plan has no say in them.
+        hidden_units: the hidden units, or persistent vectors, that stay; None where a plan has no say in them.
 
     Raises:
         InputError: a layer or a head is named that the totals don't have, or a head is named twice.
@@ -187,7 +62,7 @@ class HeadPlan:
     total: Mapping[Any, int]
     unit: Unit = "head"
     output_scale: bool = False
-    blocks: BlockPlan | None = None
+    hidden_units: UnitPlan | None = None
 
     def __post_init__(self) -> None:
         unit: Any = self.unit
@@ -195,45 +70,26 @@ class HeadPlan:
             raise InputError(f"A head plan's unit must be 'head' or 'kv_group', but it is {shown(self.unit)}.")
         if not isinstance(self.output_scale, bool):
             raise InputError(f"A head plan's output_scale must be true or false, but it is {shown(self.output_scale)}.")
-        require_type(self.blocks, BlockPlan | None, "A head plan's blocks must be")
-        total = _checked_total(self.total, "head")
-        object.__setattr__(self, "kept", _checked_kept(self.kept, total, "head"))
+        require_type(self.hidden_units, UnitPlan | None, "A head plan's hidden_units must be")
+        total = checked_total(self.total, "head")
+        object.__setattr__(self, "kept", checked_kept(self.kept, total, "head"))
         object.__setattr__(self, "total", total)
 
     def __hash__(self) -> int:
-        return hash((tuple(self.kept.items()), tuple(self.total.items()), self.unit, self.output_scale, self.blocks))
+        kept, total = tuple(self.kept.items()), tuple(self.total.items())
+        return hash((kept, total, self.unit, self.output_scale, self.hidden_units))
 
     @classmethod
     def keep_all(cls, total: Mapping[Any, int], *, unit: Unit = "head") -> HeadPlan:
         """Return the plan that cuts nothing."""
         return cls(kept={}, total=total, unit=unit)
 
-    @classmethod
-    def of_units(
-        cls,
-        kept: Mapping[UnitKey, Sequence[int]],
-        total: Mapping[UnitKey, int],
-        *,
-        unit: Unit,
-        output_scale: bool = False,
-        block_size: int | None = None,
-    ) -> HeadPlan:
-        """Return the plan that keeps some units, heads and blocks alike; where there are blocks it needs their size."""
-
-        def of(kind: str, found: Mapping[UnitKey, Any]) -> dict[Layer, Any]:
-            return {key.layer: value for key, value in found.items() if key.kind == kind}
-
-        blocks = None
-        if block_size is not None:
-            blocks = BlockPlan(size=block_size, kept=of("block", kept), total=of("block", total))
-        return cls(kept=of("head", kept), total=of("head", total), unit=unit, output_scale=output_scale, blocks=blocks)
-
     @property
     def units(self) -> dict[UnitKey, tuple[int, ...]]:
-        """The units that stay, heads and blocks, by key."""
+        """The units that stay, heads and hidden units, by key."""
         kept = {UnitKey("head", layer): tuple(heads) for layer, heads in self.kept.items()}
-        if self.blocks is not None:
-            kept |= {UnitKey("block", layer): tuple(blocks) for layer, blocks in self.blocks.kept.items()}
+        if self.hidden_units is not None:
+            kept |= {UnitKey("block", layer): tuple(units) for layer, units in self.hidden_units.kept.items()}
         return kept
 
     @property
@@ -257,12 +113,12 @@ class HeadPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
         return {
-            "version": 1 if self.blocks is None else 2,
+            "version": 1 if self.hidden_units is None else 3,
             "unit": self.unit,
             "total": {str(layer): count for layer, count in self.total.items()},
             "kept": {str(layer): list(heads) for layer, heads in self.kept.items()},
             "output_scale": self.output_scale,
-            **({} if self.blocks is None else {"blocks": self.blocks.to_dict()}),
+            **({} if self.hidden_units is None else {"hidden_units": self.hidden_units.to_dict()}),
         }
 
     @classmethod
@@ -279,19 +135,21 @@ class HeadPlan:
                 f"The head plan has an unknown key {shown(unknown[0])}; known are {', '.join(sorted(_KEYS))}."
             )
         version = values.get("version", 1)
-        if not _is_count(version) or version not in _VERSIONS:
-            raise InputError(f"The head plan has version {shown(version)}, but this deadhead reads 1 and 2.")
+        if not is_count(version) or version not in _VERSIONS:
+            raise InputError(f"The head plan has version {shown(version)}, but this deadhead reads 1, 2 and 3.")
         if not isinstance(values["total"], dict) or not isinstance(values["kept"], dict):
             raise InputError('A head plan\'s "total" and "kept" must be JSON objects with one entry a layer.')
-        blocks = values.get("blocks")
-        if blocks is not None and version == 1:
-            raise InputError('The head plan has "blocks", which are of version 2, but its version is 1.')
+        for name, of in {"blocks": 2, "hidden_units": 3}.items():
+            if values.get(name) is not None and version != of:
+                raise InputError(
+                    f'The head plan has "{name}", which are of version {of}, but its version is {version}.'
+                )
         return cls(
             kept=values["kept"],
             total=values["total"],
             unit=cast(Unit, values.get("unit", "head")),
             output_scale=values.get("output_scale", False),
-            blocks=None if blocks is None else BlockPlan.from_dict(blocks),
+            hidden_units=_read_units(values),
         )
 
     @typed
@@ -313,31 +171,14 @@ class HeadPlan:
         return json.dumps(self.to_dict()["kept"])
 
 
-def choose_block_size(widths: Sequence[int], asked: int | None, recorded: BlockPlan | None) -> int:
-    """Return the size of the blocks of layers of these widths, in the dense model: as asked for, or as they were cut.
-
-    Else it is the largest power of two that divides all widths, up to 128 and an eighth of a layer; matrices whose
-    sides are multiples of 64 or 128 are the fastest.
-
-    Raises:
-        InputError: the size does not divide a width, or is not the one that the model was cut by.
-    """
-    if recorded is not None:
-        if asked not in (None, recorded.size):
-            raise InputError(
-                f"This model was cut in blocks of {recorded.size}, but a block size of {asked} was asked for; leave it "
-                "out."
-            )
-        return recorded.size
-    if asked is None:
-        common = math.gcd(*widths)
-        power = common & -common
-        while power > 1 and (power > _LARGEST_BLOCK or power * _FEWEST_BLOCKS > min(widths)):
-            power //= 2
-        return power
-    if asked < 1 or any(width % asked for width in widths):
-        raise InputError(
-            f"The block size must divide the width of every layer, {sorted(set(widths))}, but it is {asked}; "
-            f"{choose_block_size(widths, None, None)} would do."
-        )
-    return asked
+def _read_units(values: Mapping[str, Any]) -> UnitPlan | None:
+    """Return the hidden units that a plan's JSON keeps, as version 3 has them or in version 2's blocks."""
+    if values.get("hidden_units") is not None:
+        return UnitPlan.from_dict(values["hidden_units"])
+    if (blocks := values.get("blocks")) is None:
+        return None
+    if not isinstance(blocks, dict) or set(blocks) != _BLOCK_KEYS:
+        raise InputError('A head plan\'s "blocks" must be a JSON object with "size", "total" and "kept".')
+    if not isinstance(blocks["total"], dict) or not isinstance(blocks["kept"], dict):
+        raise InputError('"total" and "kept" of a head plan\'s "blocks" must be JSON objects, one entry a layer.')
+    return UnitPlan.of_blocks(**blocks)

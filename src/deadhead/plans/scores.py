@@ -1,31 +1,29 @@
-"""Scores of heads, and the head plan that drops those with the lowest."""
+"""Scores of heads and hidden units, and the head plan that drops those with the lowest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 
 import torch
 from torch import Tensor
 
 from deadhead.errors import InputError, typed
+from deadhead.plans.blocks import sorted_blocks
+from deadhead.plans.choices import Choices
 from deadhead.plans.kinds import Ranking
-from deadhead.plans.plan import HeadPlan, Unit, UnitKey
+from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScores:
-    """How much each head of a model is worth, by whatever criterion; the lowest go first."""
+    """How much each head of a model is worth, and each block of hidden units, by whatever criterion; the lowest go."""
 
-    scores: Mapping[UnitKey, Tensor]  # a number for each unit there is now, (H,), on the CPU. −∞: it must go
-    heads: Mapping[UnitKey, tuple[int, ...]]  # index in the dense model of each unit there is now; () where none is
-    total: Mapping[UnitKey, int]  # units of the dense model
-    unit: Unit  # what a head's index names
+    scores: Mapping[UnitKey, Tensor]  # a number for each choice, (H,), on the CPU. −∞: it must go
+    choices: Choices
     output_scale: bool = False  # what the plan is to say of it; False for scores that were taken without gates
-    block_size: int | None = None  # size of the blocks that have scores too, or None
 
     @typed
     def plan(self, sparsity: float, *, ranking: Ranking = "global") -> HeadPlan:
@@ -43,62 +41,78 @@ class HeadScores:
         if not 0 <= sparsity <= 1:
             raise InputError(f"The sparsity must lie between 0 and 1, but it is {sparsity}.")
         self._require_numbers()
-        keys = [key for key, heads in self.heads.items() if heads]
+        keys = [key for key, count in self.choices.counts.items() if count]
         kinds = [[key for key in keys if key.kind == kind] for kind in ("head", "block")]
         groups = kinds if ranking == "global" else [[key] for key in keys]
-        kept: dict[UnitKey, tuple[int, ...]] = dict.fromkeys(self.heads, ())
+        kept: dict[UnitKey, Sequence[int]] = {}
         for group in filter(None, groups):
             values = torch.cat([self.scores[key].flatten() for key in group])
             stays = values > -math.inf
             stays[values.argsort(stable=True)[: round(sparsity * len(values))]] = False
-            for key, part in zip(group, stays.split([len(self.heads[key]) for key in group]), strict=True):
-                kept[key] = tuple(compress(self.heads[key], part.tolist()))
-        return self._plan_of(kept)
+            for key, part in zip(group, stays.split([self.choices.counts[key] for key in group]), strict=True):
+                kept[key] = part.nonzero().flatten().tolist()
+        return self.choices.plan(kept, output_scale=self.output_scale)
+
+    def bundled(self, blocks: Mapping[UnitKey, Sequence[Sequence[int]]]) -> HeadScores:
+        """Return the scores of blocks of hidden units, of single ones' scores the sums; heads keep theirs."""
+        members, scores = dict(self.choices.members), dict(self.scores)
+        for key, found in blocks.items():
+            if found:
+                place = {unit: index for index, (unit,) in enumerate(self.choices.members[key])}
+                each = [self.scores[key][[place[unit] for unit in block]].sum() for block in found]
+                members[key], scores[key] = found, torch.stack(each)
+        return replace(self, scores=scores, choices=replace(self.choices, members=members))
+
+    def in_blocks(self, size: int) -> HeadScores:
+        """Return the scores of blocks of so many hidden units of like scores (see `sorted_blocks`)."""
+        keys = [key for key in self.scores if key.kind == "block"]
+        return self.bundled({key: sorted_blocks(self.choices.units[key], self.scores[key], size) for key in keys})
 
     def over(self, costs: UnitCosts) -> HeadScores:
-        """Return these scores, which are worth something as numbers, over what each unit costs."""
-        slopes = costs.slopes({key: len(heads) for key, heads in self.heads.items()})
-        mean = sum(slopes.values()) / max(len(slopes), 1)
+        """Return these scores, which are worth something as numbers, over what each choice costs."""
+        slopes = costs.slopes({key: len(units) for key, units in self.choices.units.items()})
+        prices = {key: self.choices.sizes[key] * slope for key, slope in slopes.items()}
+        mean = sum(float(price_H.mean()) for price_H in prices.values() if len(price_H)) / max(len(prices), 1)
         scores = {
             # What costs nothing is worth keeping whatever its score.
-            key: values / (slopes[key] / mean) if slopes.get(key, 0.0) > 0 else values
+            key: (values / (prices[key] / mean)).to(values.dtype) if slopes.get(key, 0.0) > 0 else values
             for key, values in self.scores.items()
         }
         return replace(self, scores=scores)
 
     def within(self, costs: UnitCosts, limit: float) -> HeadPlan:
-        """Return the plan that drops the units with the lowest scores until what stays costs no more than a limit.
+        """Return the plan that drops the choices with the lowest scores until what stays costs no more than a limit.
 
         What then still fits comes back, the highest scores first, so that the budget is used up. Where no plan comes so
-        low, all units go that cost anything. A score that is not a number is an InputError.
+        low, everything goes that costs anything. A score that is not a number is an InputError.
         """
         self._require_numbers()
-        kept = {key: set(heads) for key, heads in self.heads.items()}
-        spent = costs.of({key: len(heads) for key, heads in kept.items()})
+        left = {key: len(units) for key, units in self.choices.units.items()}
+        kept = {key: set(range(count)) for key, count in self.choices.counts.items()}
+        spent = costs.of(left)
         gone: list[tuple[float, UnitKey, int]] = []
-        keys = [key for key in costs.tables if self.heads[key]]
+        keys = [key for key in costs.tables if self.choices.counts[key]]
         scores = torch.cat([self.scores[key].flatten() for key in keys]) if keys else torch.empty(0)
-        units = [(key, head) for key in keys for head in self.heads[key]]
+        every = [(key, place) for key in keys for place in range(self.choices.counts[key])]
+        sizes = {key: [len(block) for block in self.choices.members[key]] for key in keys}
         for index in scores.argsort(stable=True).tolist():
-            score, (key, head) = float(scores[index]), units[index]
+            score, (key, place) = float(scores[index]), every[index]
             if spent <= limit and score > -math.inf:
                 break
-            if score > -math.inf and costs.saved(key, len(kept[key])) <= 0:
+            price = costs.saved(key, left[key], sizes[key][place])
+            if score > -math.inf and price <= 0:
                 continue
-            spent -= costs.saved(key, len(kept[key]))
-            kept[key].discard(head)
-            gone.append((score, key, head))
-        for score, key, head in reversed(gone):
-            price = costs.saved(key, len(kept[key]) + 1)
+            spent -= price
+            left[key] -= sizes[key][place]
+            kept[key].discard(place)
+            gone.append((score, key, place))
+        for score, key, place in reversed(gone):
+            price = costs.saved(key, left[key] + sizes[key][place], sizes[key][place])
             if score > -math.inf and spent + price <= limit:
                 spent += price
-                kept[key].add(head)
-        return self._plan_of({key: tuple(heads) for key, heads in kept.items()})
-
-    def _plan_of(self, kept: Mapping[UnitKey, tuple[int, ...]]) -> HeadPlan:
-        return HeadPlan.of_units(
-            kept, self.total, unit=self.unit, output_scale=self.output_scale, block_size=self.block_size
-        )
+                left[key] += sizes[key][place]
+                kept[key].add(place)
+        return self.choices.plan({key: sorted(places) for key, places in kept.items()}, output_scale=self.output_scale)
 
     def _require_numbers(self) -> None:
         if any(bool(values.isnan().any()) for values in self.scores.values()):

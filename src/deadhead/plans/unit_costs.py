@@ -2,7 +2,7 @@
 
 Which of a layer's units stay makes no difference to any of these, only how many.
 
-Dimensions: K keys (a layer's heads, or its blocks), N most units of a key.
+Dimensions: K keys (a layer's heads, or its hidden units), N most units of a key.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class UnitCosts:
             found[key] = float(table[high] - table[low]) / max(1, high - low)
         return found
 
-    def saved(self, key: UnitKey, count: int) -> float:
-        """Return what goes when the last of `count` units of a key does."""
+    def saved(self, key: UnitKey, count: int, units: int = 1) -> float:
+        """Return what goes when so many of `count` units of a key do."""
         table = self.tables[key]
-        return float(table[count] - table[count - 1])
+        return float(table[count] - table[count - units])
 
     @cached_property
     def _padded(self) -> Tensor:

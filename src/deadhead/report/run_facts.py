@@ -140,13 +140,18 @@ class RunFacts:
         found = self._metrics.phases.get("prune", PhaseMetrics())
         totals: dict[str, int] = {}
         kept: dict[str, Sequence[int]] = {}
-        if plan is not None:
-            blocks = {} if plan.blocks is None else plan.blocks.total
-            totals = {str(layer): count for layer, count in plan.total.items()}
-            totals |= {str(UnitKey("block", layer)): count for layer, count in blocks.items()}
-            kept = {str(key): units for key, units in plan.units.items()}
         steps = [step for step, _ in found.open_probability.kept]
         frames = [frame for _, frame in found.open_probability.kept]
+        if plan is not None:
+            totals = {str(layer): count for layer, count in plan.total.items()}
+            kept = {str(layer): units for layer, units in plan.kept.items()}
+            # Of hidden units the blocks are shown that gates learned with; a ranking alone has none.
+            hidden = {} if plan.hidden_units is None else plan.hidden_units.total
+            for layer, total in hidden.items():
+                units = UnitKey("block", layer)
+                if count := len(frames[-1].get(str(units), ())) if frames else 0:
+                    totals[str(units)] = count
+                    kept |= _kept_runs(str(units), plan.units[units], total, count)
         for key, row in (frames[-1] if frames else {}).items():
             totals.setdefault(key, len(row))
         layers = []
@@ -167,6 +172,14 @@ class RunFacts:
                 }
             )
         return {"steps": steps, "layers": layers}
+
+
+def _kept_runs(key: str, units: Sequence[int], total: int, count: int) -> dict[str, Sequence[int]]:
+    """Return, by `key`, which of `count` runs of a layer's units are kept whole, if none is kept in part."""
+    size, stays = -(-total // count), set(units)
+    runs = [set(range(start, min(start + size, total))) for start in range(0, total, size)]
+    is_in_runs = all(run <= stays or not run & stays for run in runs)
+    return {key: [place for place, run in enumerate(runs) if run <= stays]} if is_in_runs else {}
 
 
 def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[dict[str, Any]]:

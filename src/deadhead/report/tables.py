@@ -52,15 +52,16 @@ def stages_table(summary: Mapping[str, Any]) -> Table:
     captions = []
     if "control" in summary:
         captions.append("control: the dense model, trained for as many steps in all as the pruned one")
-    if any(summary.get(stage, {}).get("blocks") for stage in STAGES):
-        captions.append("heads | blocks of hidden units or persistent vectors, each one number a layer")
+    if any(summary.get(stage, {}).get("hidden_units") for stage in STAGES):
+        captions.append("heads | hidden units or persistent vectors, each one number a layer")
     table.caption = "; ".join(captions) or None
     return table
 
 
 def _units(values: Mapping[str, Any]) -> str:
     heads = " ".join(str(count) for count in values["heads"])
-    return heads if not values.get("blocks") else f"{heads} | {' '.join(str(count) for count in values['blocks'])}"
+    hidden = " ".join(str(count) for count in values.get("hidden_units", ()))
+    return f"{heads} | {hidden}" if hidden else heads
 
 
 def _number(value: float | None) -> str:
@@ -103,7 +104,7 @@ def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
     kept = columns.values()
     table.add_row(f"{found.unit.replace('kv_group', 'key/value group')}s", *(str(sum(cost.heads)) for cost in kept))
     if found.block_size is not None:
-        table.add_row(f"blocks of {found.block_size}", *(str(sum(cost.blocks)) for cost in kept))
+        table.add_row("hidden units", *(str(sum(cost.hidden_units)) for cost in kept))
     table.add_row("parameters", *(f"{cost.parameters:,}" for cost in kept))
     table.add_row(f"FLOPs a token after {found.length:,}", *(f"{cost.flops_per_token:,.0f}" for cost in kept))
     table.add_row("key/value cache, bytes", *(f"{cost.kv_cache_bytes:,}" for cost in kept))

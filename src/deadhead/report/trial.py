@@ -20,7 +20,8 @@ from deadhead.layouts import find_layout
 from deadhead.measure.evaluation import evaluate
 from deadhead.measure.generate import generate_text
 from deadhead.modes import best_device
-from deadhead.plans.plan import UnitKey
+from deadhead.plans.choices import Choices
+from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.report.attention import run_attention
 from deadhead.report.run_facts import checkpoints_in, plan_in
 from deadhead.training.recipes.recipe import DataRecipe
@@ -64,9 +65,7 @@ class Trial:
         with self._lock:
             gates = self._load(name).gates
             plan = plan_in(self.folder)
-            planned = {} if plan is None else plan.units
-            if plan is not None:
-                gates.require_plan(plan)
+            planned = {} if plan is None else _places(gates.choices, plan)
             return {
                 "folder": str(self.models[name]),
                 "unit": gates.unit,
@@ -75,11 +74,11 @@ class Trial:
                         "key": str(key),
                         "layer": str(key.layer),
                         "what": key.kind,
-                        "total": total,
-                        "present": list(gates.heads.get(key, ())),
-                        "planned": list(planned[key]) if key in planned else None,
+                        "total": gates.choices.total[key] if key.kind == "head" else len(members),
+                        "present": list(gates.choices.units[key] if key.kind == "head" else range(len(members))),
+                        "planned": planned.get(key),
                     }
-                    for key, total in gates.total.items()
+                    for key, members in gates.choices.members.items()
                 ],
             }
 
@@ -94,16 +93,14 @@ class Trial:
             loaded = self._load(name)
             gates = loaded.gates
             asked = {UnitKey.parse(key): units for key, units in kept.items()}
-            if unknown := set(asked) - set(gates.total):
-                raise InputError(f"The model has no layer {min(map(str, unknown))!r}.")
-            plan = gates.plan_of(asked)
+            plan = gates.choices.plan_of(_units(gates.choices, asked))
             gates.set_plan(plan)
             return {
                 "perplexity": evaluate(loaded.model, loaded.text, limit=self.tokens).perplexity,
                 "whole": loaded.whole,
                 "continuation": generate_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens=_NEW_TOKENS),
-                "on": sum(len(units) for units in plan.units.values()),
-                "total": sum(gates.total.values()),
+                "on": sum(int(gate.is_open.sum()) for _, gate in gates),
+                "total": sum(gates.choices.total[key] if key.kind == "head" else gate.num_heads for key, gate in gates),
                 "plan": plan.to_dict(),
             }
 
@@ -125,8 +122,8 @@ class Trial:
             # Fresh ones, on what the run's plan counts.
             model = checkpoint.load(folder)
             plan = plan_in(self.folder) or find_layout(model).recorded_plan(model)
-            blocks = False if plan is None or plan.blocks is None else plan.blocks.size
-            gates = attach(model, unit=None if plan is None else plan.unit, blocks=blocks)
+            hidden = plan is not None and plan.hidden_units is not None
+            gates = attach(model, unit=None if plan is None else plan.unit, blocks=hidden)
         model.to(best_device())  # type: ignore[arg-type]
         tokenizer = load_tokenizer(folder)
         text, _ = load_text(
@@ -135,8 +132,36 @@ class Trial:
             **self.data.reading,
             cache_dir=self.cache if self.cache is not None and self.cache.is_dir() else None,
         )
-        gates.set_plan(gates.plan_of(gates.heads))
+        gates.set_plan(gates.choices.plan({}))
         valid = text.splits["valid"]
         whole = evaluate(model, valid, limit=self.tokens).perplexity
         self._loaded = _Loaded(name, model, gates, tokenizer, valid, whole)
         return self._loaded
+
+
+def _places(choices: Choices, plan: HeadPlan) -> dict[UnitKey, list[int]]:
+    """Return what a plan of this model keeps, as the page counts: heads of the dense model, and blocks by place.
+
+    Where it keeps a part of a block, nothing is said of hidden units.
+    """
+    units = choices.kept_units(plan)
+    heads = {key: list(kept) for key, kept in units.items() if key.kind == "head"}
+    if not choices.fits(plan):
+        return heads
+    kept = choices.kept(plan)
+    return heads | {key: kept_H.nonzero().flatten().tolist() for key, kept_H in kept.items() if key.kind == "block"}
+
+
+def _units(choices: Choices, asked: Mapping[UnitKey, Sequence[int]]) -> dict[UnitKey, list[int]]:
+    """Return the units that stay, of heads and blocks as the page counts them."""
+    found: dict[UnitKey, list[int]] = {}
+    for key, places in asked.items():
+        if key not in choices.members:
+            raise InputError(f"The model has no layer {str(key)!r}.")
+        blocks = choices.members[key]
+        if key.kind == "block" and not all(place in range(len(blocks)) for place in places):
+            raise InputError(
+                f"Layer {key.layer} has {len(blocks)} blocks, counted from 0, but {list(places)} were asked."
+            )
+        found[key] = [*places] if key.kind == "head" else [unit for place in places for unit in blocks[place]]
+    return found

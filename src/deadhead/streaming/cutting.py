@@ -88,7 +88,7 @@ def cut_checkpoint(
 
     Args:
         source: a checkpoint folder; or a GGUF file, or a name on the Hugging Face hub, which is cut in memory.
-        plan: the heads, and blocks, that stay.
+        plan: the heads, and hidden units, that stay.
         out: the new folder; a checkpoint of ours that is there already is replaced as a whole.
         stream: whether to go shard by shard; None: if the checkpoint has several shards, or one of 2 GiB or more, and
             is one of which that can be done.

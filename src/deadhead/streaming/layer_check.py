@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from deadhead.attaching import take_off
-from deadhead.cutting import Outputs, gated_outputs, head_factors, remove_units, require_same_function
+from deadhead.cutting import Outputs, gated_outputs, remove_units, require_same_function, unit_factors
 from deadhead.disk.stored import StoredCheckpoint
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates.gates import HeadGates
@@ -67,7 +67,7 @@ class LayerCheck:
         modules = list(stack.named_modules(remove_duplicate=False))
         self.sites: dict[int, list[Site]] = {}
         containers: set[str] = set()
-        for site in find_layout(model).all_sites(model, gates.unit, gates.block_size):
+        for site in find_layout(model).all_sites(model, gates.unit, hidden=gates.choices.has_blocks):
             if not site.units or site.units == self.units[site.key]:
                 continue
             found = [path for path, module in modules if module is site.module]
@@ -95,7 +95,7 @@ class LayerCheck:
                 if index != place:
                     self._layers[index] = _HandOn(other, index, self)
             expected = self._gated(layer, sites)
-            factors = {site.key: head_factors(self.gates.gates[site.key]) for site in sites}
+            factors = {site.key: unit_factors(self.gates.gates[site.key]) for site in sites}
             for site in sites:
                 take_off(site)
             remove_units(sites, self.units, factors)

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from deadhead.attaching import attach, is_gate
+from deadhead.attaching import attach_for, is_gate
 from deadhead.checkpoints import checkpoint
-from deadhead.cutting import cache_values, head_factors, normal_plan
+from deadhead.cutting import cache_values, normal_plan, unit_factors
 from deadhead.disk.gguf import gguf_file
 from deadhead.disk.stored import StoredCheckpoint, read_stored
 from deadhead.gates.gates import HeadGates
-from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import model_class
 from deadhead.measure.cost import cut_skeleton, model_cost, skeleton
@@ -76,10 +75,8 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         raise NotStreamable(f"its configuration gives no model ({str(error).strip().partition(chr(10))[0]})") from error
     _require_stored(stored, dense, dtype)
     layout = find_layout(model)
-    size = False if plan.blocks is None else plan.blocks.size
-    gates = attach(model, config=GateConfig(output_scale=plan.output_scale), unit=plan.unit, blocks=size)
+    gates = attach_for(model, plan)
     plan = normal_plan(gates, plan)
-    gates.set_plan(plan)
     names = _stored_names(model)
     keeps = {names.get(name, name): keep for name, keep in _kept_parts(model, gates).items()}
     cut = cut_skeleton(layout, dense, plan)
@@ -187,12 +184,12 @@ def _kept_parts(model: PreTrainedModel, gates: HeadGates) -> dict[str, Keep]:
     units = gates.plan().units
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, Keep] = {}
-    for site in find_layout(model).all_sites(model, gates.unit, gates.block_size):
+    for site in find_layout(model).all_sites(model, gates.unit, hidden=gates.choices.has_blocks):
         if not site.units or not units[site.key]:
             continue
-        factor_H = head_factors(gates.gates[site.key])
-        kept = [site.units.index(unit) for unit in units[site.key]]
-        factor = factor_H[kept].repeat_interleave(site.unit_dim)
+        stays = set(units[site.key])
+        kept = [place for place, unit in enumerate(site.units) if unit in stays]
+        factor = unit_factors(gates.gates[site.key])[kept].repeat_interleave(site.unit_dim)
         scales = not bool((factor == 1).all())
         if site.units == units[site.key] and not scales:
             continue

@@ -139,7 +139,7 @@ def test_a_training_ends_with_the_share_that_was_asked_for(
 def test_a_training_ends_within_its_budget(kind: Any, tmp_path: Path) -> None:
     model, gates = _gated(blocks=8)
     dense = model_cost(model)
-    costs = counted_costs(model, kind, unit=gates.unit, block_size=gates.block_size)
+    costs = counted_costs(model, kind, unit=gates.unit, hidden=gates.choices.has_blocks)
     callback = deadhead.SparsityCallback(gates, budget=BudgetTarget(costs, 0.7))
     Trainer(model, _arguments(tmp_path), train_dataset=_ROWS, callbacks=[callback]).train()
     left = model_cost(model, gates.plan())

@@ -48,7 +48,7 @@ def test_trained_gates_meet_the_budget_and_the_cut_model_has_that_cost(
     recipe = recipe_of(**row(name), **budget)
     ((kind, value),) = budget.items()
     gates = attach_gates(model, recipe)
-    assert (gates.block_size is not None) == (kind in ("params", "flops") and name != "own")
+    assert gates.choices.has_blocks == (kind in ("params", "flops") and name != "own")
     before = model_cost(model, unit=gates.unit, length=12)
     train(model, stream(600), recipe, PhaseRun(gates=gates))
     found = close_to_budget(model, gates, recipe)
@@ -111,7 +111,7 @@ def test_rankings_meet_budgets_too(criterion: Any) -> None:
     plan = rank(model, stream(600), recipe)
     share = true_share(model, recipe, plan)
     assert 0.5 < share <= 0.6
-    assert plan.blocks is not None and (plan.blocks.sparsity > 0 or plan.sparsity > 0.5)
+    assert plan.hidden_units is not None and (plan.hidden_units.sparsity > 0 or plan.sparsity > 0.5)
 
 
 def test_what_is_asked_decides_whether_blocks_have_gates() -> None:

@@ -132,17 +132,23 @@ class AllAttentionConfig(PreTrainedConfig):
     def _validate_plan(self) -> None:
         heads = {str(layer): self.num_attention_heads for layer in range(self.num_hidden_layers)}
         self._validate_units(self.head_plan, "head", heads)
-        blocks = (self.head_plan or {}).get("blocks")
-        if blocks is None:
-            return
-        size = blocks.get("size") if isinstance(blocks, dict) else None
-        if not isinstance(size, int):
-            raise ValueError(f"head_plan must give blocks a size, a whole number, but it is {size!r}.")
-        total = self._validate_units(blocks, "block")
         units = self.feed_forward_size or self.num_persistent
         what = "hidden units" if self.feed_forward_size else "persistent vectors"
-        if any(count * size != units for count in total.values()):
-            raise ValueError(f"head_plan's blocks of {size} do not make up the {units} {what} of a layer.")
+        if (blocks := (self.head_plan or {}).get("blocks")) is not None:
+            size = blocks.get("size") if isinstance(blocks, dict) else None
+            if not isinstance(size, int):
+                raise ValueError(f"head_plan must give blocks a size, a whole number, but it is {size!r}.")
+            total = self._validate_units(blocks, "block")
+            if any(count * size != units for count in total.values()):
+                raise ValueError(f"head_plan's blocks of {size} do not make up the {units} {what} of a layer.")
+        elif (hidden := (self.head_plan or {}).get("hidden_units")) is not None:
+            kept = hidden.get("kept") if isinstance(hidden, dict) else None
+            if not isinstance(kept, dict) or not all(isinstance(text, str) for text in kept.values()):
+                raise ValueError("head_plan must keep hidden_units as ranges by layer, such as '0-4,6'.")
+            found = {layer: [index for pair in _ranges(text) for index in pair] for layer, text in kept.items()}
+            total = self._validate_units({"kept": found, "total": hidden.get("total")}, what.removesuffix("s"))
+            if any(count != units for count in total.values()):
+                raise ValueError(f"head_plan's hidden_units are not the {units} {what} of a layer.")
 
     def _validate_units(self, plan: Any, what: str, most: dict[str, int] | None = None) -> dict[str, int]:
         """Check what a plan keeps in each layer against `most`, or else against its own total; return that total."""
@@ -185,15 +191,26 @@ class AllAttentionConfig(PreTrainedConfig):
 
     def layer_feed_forward(self, layer: int) -> int:
         """Return how many hidden units the feed-forward part of `layer` still has."""
-        return self._left_in_blocks(layer, self.feed_forward_size) if self.feed_forward_size else 0
+        return self._left_of(layer, self.feed_forward_size) if self.feed_forward_size else 0
 
     def layer_persistent(self, layer: int) -> int:
         """Return how many persistent vectors each head of `layer` still has, if it still has heads."""
-        return self.num_persistent if self.feed_forward_size else self._left_in_blocks(layer, self.num_persistent)
+        return self.num_persistent if self.feed_forward_size else self._left_of(layer, self.num_persistent)
 
-    def _left_in_blocks(self, layer: int, dense: int) -> int:
-        blocks = None if self.head_plan is None else self.head_plan.get("blocks")
-        return dense if blocks is None else len(blocks["kept"][str(layer)]) * blocks["size"]
+    def _left_of(self, layer: int, dense: int) -> int:
+        """Return how many units a plan of any version leaves of a layer's `dense` ones."""
+        plan = self.head_plan or {}
+        if (blocks := plan.get("blocks")) is not None:
+            return len(blocks["kept"][str(layer)]) * int(blocks["size"])
+        if (hidden := plan.get("hidden_units")) is not None:
+            return sum(last - first + 1 for first, last in _ranges(hidden["kept"][str(layer)]))
+        return dense
+
+
+def _ranges(text: str) -> list[tuple[int, int]]:
+    """Return the first and the last index of each range in a text such as ``0-4,6``; a ValueError if it is none."""
+    parts = [part.partition("-") for part in text.split(",")] if text else []
+    return [(int(first), int(last or first)) for first, _, last in parts]
 
 
 class TransformerXLConfig(AllAttentionConfig):

@@ -1,7 +1,7 @@
 """One layer of the All-attention Transformer: its heads, norm and residual.
 
 Dimensions: B batch, T queries, P past, S context = P + T, W window, H heads left, D width, E head width, N persistent
-vectors left in each head, J blocks of them that are left.
+vectors left in each head, J blocks of them that have a gate each.
 """
 
 from __future__ import annotations
@@ -174,20 +174,18 @@ class AllAttention(nn.Module):
         if gate is None:
             return k_HNE, v_HNE, None
         z_J, _ = gate()
-        num_blocks = z_J.shape[-1]
-        size = self.num_persistent // num_blocks
+        # Which gate each vector has.
+        owner_N = gate.owner
         if not torch.compiler.is_compiling():
             shut = gate.idle if gate.training else (z_J == 0).nonzero().flatten().tolist()
             if shut:
                 # Shut, and in no need of a gradient.
-                left = [block for block in range(num_blocks) if block not in shut]
-                left_J = torch.tensor(left, dtype=torch.long, device=k_HNE.device)
-                rows_N = (left_J[:, None] * size + torch.arange(size, device=k_HNE.device)).flatten()
+                rows_N = (~torch.isin(owner_N, torch.tensor(shut, device=owner_N.device))).nonzero().flatten()
                 k_HNE, v_HNE = k_HNE.index_select(1, rows_N), v_HNE.index_select(1, rows_N)
-                z_J = z_J.index_select(-1, left_J)
+                owner_N = owner_N.index_select(0, rows_N)
             if not gate.training:
                 return k_HNE, v_HNE, None
-        return k_HNE, v_HNE, z_J.repeat_interleave(size, -1)
+        return k_HNE, v_HNE, z_J.index_select(-1, owner_N)
 
     def _position_keys(
         self, positions_WD: Tensor, active_H: Tensor | None, past_key_values: Cache | None, is_first: bool

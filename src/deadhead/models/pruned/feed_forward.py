@@ -5,7 +5,6 @@ Dimensions: D model width, F hidden units of a feed-forward layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +116,6 @@ def _describe(key: Key, path: str, module: nn.Module, inputs: tuple[str, ...], o
     if copies is None or getattr(module, "activation_sparsity", False):
         return None
     return FeedForward(key, path, module, inputs, output_path, width, copies)
-
-
-def block_rows(blocks: Sequence[int], size: int) -> Tensor:
-    """Return the hidden units of some blocks, by index, (blocks · size,)."""
-    return (torch.tensor(blocks, dtype=torch.long)[:, None] * size + torch.arange(size)).flatten()
 
 
 def rows_of_units(feed_forward: FeedForward, name: str, units: Tensor) -> Tensor:

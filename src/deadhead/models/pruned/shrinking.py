@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .feed_forward import block_rows, find_feed_forwards, shrink_feed_forward
+from .feed_forward import find_feed_forwards, shrink_feed_forward
 from .structure import (
     HEAD_COUNTS,
     KV_HEAD_COUNTS,
@@ -22,6 +22,7 @@ from .structure import (
     head_order,
     keep_rows,
     leave_bias,
+    wide_rows,
 )
 
 _REPEATS = ("num_key_value_groups", "num_kv_groups", "n_rep")
@@ -60,7 +61,7 @@ def rows_of(attention: Attention, order: str, size: int, heads: Heads) -> Tensor
     position = {head: place for place, head in enumerate(now)}
     later = head_order(order, len(heads.queries), len(heads.kv))
     places = [position[kind, heads.queries[index] if kind == "q" else heads.kv[index]] for kind, index in later]
-    return block_rows(places, size // len(now))
+    return wide_rows(places, size // len(now))
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
 
 
 def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
-    """Shrink a model as big as the dense one to what the JSON of a head plan keeps, blocks included.
+    """Shrink a model as big as the dense one to what the JSON of a head plan keeps, hidden units included.
 
     Raises:
         ValueError: the model's attention modules or feed-forward layers are not those of the plan.
@@ -112,18 +113,35 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:
         if len(kept) != total:
             heads = heads_of(plan["unit"], kept, attention.num_heads, attention.num_kv_heads)
             shrink(attention, heads, outputs)
-    if not (blocks := plan.get("blocks")):
-        return
     layers = {str(feed_forward.key): feed_forward for feed_forward in find_feed_forwards(model)}
-    for key, kept in blocks["kept"].items():
-        count, size, width = blocks["total"][key], blocks["size"], layers[key].width if key in layers else 0
-        if count * size != width:
+    for key, (kept, total) in hidden_units(plan).items():
+        width = layers[key].width if key in layers else 0
+        if total != width:
             raise ValueError(
-                f"the head plan in the configuration gives layer {key} {count} blocks of {size} hidden units, but it "
-                f"has {width} units"
+                f"the head plan in the configuration gives layer {key} {total} hidden units, but it has {width}"
             )
-        if len(kept) != count:
-            shrink_feed_forward(layers[key], block_rows(kept, size))
+        if len(kept) != total:
+            shrink_feed_forward(layers[key], torch.tensor(kept, dtype=torch.long))
+
+
+def hidden_units(plan: Mapping[str, Any]) -> dict[str, tuple[list[int], int]]:
+    """Return by layer the hidden units that the JSON of a head plan keeps, and how many the dense model has.
+
+    Version 3 has them as ranges, such as "0-4,6"; version 2 has blocks, runs of one size.
+    """
+    if blocks := plan.get("blocks"):
+        size = blocks["size"]
+        return {
+            key: (wide_rows(kept, size).tolist(), blocks["total"][key] * size) for key, kept in blocks["kept"].items()
+        }
+    found: dict[str, tuple[list[int], int]] = {}
+    for key, text in plan.get("hidden_units", {}).get("kept", {}).items():
+        kept: list[int] = []
+        for part in text.split(",") if text else ():
+            first, _, last = part.partition("-")
+            kept += range(int(first), int(last or first) + 1)
+        found[key] = kept, plan["hidden_units"]["total"][key]
+    return found
 
 
 class LayerConfig:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -308,6 +309,11 @@ def config_head_names(config: Any) -> Iterator[tuple[str, bool]]:
         for name in names:
             if isinstance(_value(config, name), int):
                 yield name, is_kv
+
+
+def wide_rows(units: Sequence[int], width: int) -> Tensor:
+    """Return the rows of some units, by index, where each has `width` rows side by side, (units · width,)."""
+    return (torch.tensor(units, dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
 
 
 def keep_rows(module: nn.Module, path: str, dim: int, rows: Tensor) -> None:

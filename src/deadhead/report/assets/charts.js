@@ -116,7 +116,7 @@ function costsChart(facts) {
   const { dense: denseCost, finetuned: cutCost } = facts.costs;
   if (dense && finetuned) {
     add('heads', sum(dense.heads), sum(finetuned.heads), '');
-    if (sum(dense.blocks)) add('blocks', sum(dense.blocks), sum(finetuned.blocks), '');
+    if (sum(dense.hidden_units)) add('hidden units', sum(dense.hidden_units), sum(finetuned.hidden_units), '');
     add('parameters', dense.parameters, finetuned.parameters, '');
     add('FLOPs a token', dense.flops_per_token, finetuned.flops_per_token, '');
   }

@@ -58,7 +58,7 @@ class MetricsFile(TrainerCallback):
         if self.gates is not None:
             gates = self.gates
             line["heads"] = [int(gate.is_open.sum()) for key, gate in gates if key.kind == "head"]
-            if gates.block_size is not None:
+            if gates.choices.has_blocks:
                 line["blocks"] = [int(gate.is_open.sum()) for key, gate in gates if key.kind == "block"]
             line["open_probability"] = {str(layer): p.tolist() for layer, p in gates.open_probability().items()}
             if gates.tracks_difference:

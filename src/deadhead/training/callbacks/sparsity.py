@@ -31,6 +31,7 @@ from deadhead.gates.penalty import (
 )
 from deadhead.gates.sharding import share_out
 from deadhead.layouts.refusals import require_gradients
+from deadhead.plans.choices import Choices
 from deadhead.plans.kinds import Ranking
 from deadhead.training.callbacks.logs import add_to_log
 from deadhead.training.processes import require_supported
@@ -133,7 +134,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.strength = 0.0
         self.last_l0 = float("nan")
         self.finds_gates = gates is None
-        self._take(HeadGates({}, heads={}, total={}, unit="head", config=GateConfig()) if gates is None else gates)
+        nothing = Choices(unit="head", members={}, total={})
+        self._take(HeadGates({}, choices=nothing, config=GateConfig()) if gates is None else gates)
 
     def _take(self, gates: HeadGates, steps: int = 1) -> None:
         """Begin to train these gates, for so many steps."""
@@ -163,7 +165,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def metrics(self) -> dict[str, float]:
         """Return the last step's numbers: λ, L0, shares of closed gates, share of the budget, units open a layer."""
         values = {"lambda": self.strength, "l0": self.last_l0, "sparsity": self.gates.sparsity}
-        if self.gates.block_size is not None:
+        if self.gates.choices.has_blocks:
             values["block_sparsity"] = self.gates.block_sparsity
         if isinstance(self.target, BudgetTarget):
             values["budget"] = self.target.expected(self.gates) / self.target.costs.total

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from deadhead.attaching import attach, block_size, gates_of, unwrapped
+from deadhead.attaching import attach, gates_of, unwrapped
 from deadhead.cutting import pruned_copy
 from deadhead.data import TokenStream
 from deadhead.errors import InputError
@@ -25,6 +25,7 @@ from deadhead.measure.criteria import READS_TEXT, score_heads
 from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import bench
 from deadhead.modes import best_device, flushing_denormals
+from deadhead.plans.blocks import Blocks
 from deadhead.plans.kinds import OneShot
 from deadhead.plans.plan import HeadPlan, Unit
 from deadhead.plans.scores import HeadScores
@@ -108,7 +109,7 @@ def latency_in(folder: Path, model: PreTrainedModel, recipe: PruneRecipe, progre
 def _measured(model: PreTrainedModel, recipe: PruneRecipe) -> dict[str, Any]:
     return {
         "unit": recipe.unit,
-        "blocks": asked_blocks(recipe, model),
+        "hidden": asked_blocks(recipe, model) is not False,
         "workload": recipe.budget_workload,
         "batch_size": recipe.budget_batch_size,
         "length": budget_length(model, recipe),
@@ -132,11 +133,8 @@ def budget_costs(
         latency = latency or measure_budget_latency(model, recipe)
         costs = latency.costs()
     else:
-        size = block_size(find_layout(model), model, blocks)
         length = budget_length(model, recipe)
-        gates = gates_of(model)
-        begun = None if gates is None else {key: len(units) for key, units in gates.heads.items()}
-        costs = counted_costs(model, budget.kind, unit=unit, block_size=size, length=length, begun=begun)
+        costs = counted_costs(model, budget.kind, unit=unit, hidden=blocks is not False, length=length)
     budget.require_reachable(costs, has_blocks=blocks is not False)
     return budget, costs
 
@@ -185,12 +183,8 @@ def true_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan, *, t
     model = unwrapped(model)
     length = budget_length(model, recipe)
     if budget.kind == "sparsity":
-        # Of the heads that there are, or were before training cut some.
-        gates = gates_of(model)
-        if gates is not None:
-            present = [len(units) for key, units in gates.heads.items() if key.kind == "head"]
-        else:
-            present = [len(site.units) for site in find_layout(model).sites(model, _unit(model, recipe))]
+        # Of the heads that there are.
+        present = [len(site.units) for site in find_layout(model).sites(model, _unit(model, recipe))]
         return sum(plan.heads) / max(sum(present), 1)
     if budget.kind == "speedup":
         timings = bench(
@@ -297,5 +291,7 @@ def score(
     gates = gates_of(model)
     with flushing_denormals():
         unit = recipe.unit if gates is None else gates.unit
-        blocks = asked_blocks(recipe, model) if gates is None else gates.block_size or False
+        blocks: bool | int | Blocks = asked_blocks(recipe, model)
+        if gates is not None:
+            blocks = gates.choices.has_blocks and {key.layer: found for key, found in gates.choices.hidden.items()}
         return score_heads(model, criterion, batches, unit=unit, blocks=blocks, seed=seed)

@@ -47,7 +47,7 @@ def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:
         return phase.blocks is not False
     asked = phase.budget is not None and phase.budget.kind in ("params", "flops", "speedup")
     has_own_blocks = model.config.model_type != AllAttentionConfig.model_type
-    return asked and has_own_blocks and bool(find_layout(model).block_sites(model))
+    return asked and has_own_blocks and bool(find_layout(model).hidden_sites(model))
 
 
 def row_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:

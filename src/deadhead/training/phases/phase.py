@@ -280,7 +280,7 @@ def _recipe_of_gates(model: PreTrainedModel, recipe: PhaseRecipe, gates: HeadGat
                 f"The prune recipe asks for gates with {name} = {getattr(asked, name)}, but those attached have "
                 f"{getattr(gates.config, name)}; attach them with deadhead.training.attach_gates(model, recipe)."
             )
-    if bool(recipe.blocks) != (gates.block_size is not None):
+    if bool(recipe.blocks) != gates.choices.has_blocks:
         raise InputError(
             f"The prune recipe {'asks for' if recipe.blocks else 'has no'} gates on blocks, but those attached have "
             f"{'none' if recipe.blocks else 'some'}; attach them with deadhead.training.attach_gates(model, recipe)."

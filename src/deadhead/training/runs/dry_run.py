@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deadhead.attaching import block_size, detach, is_gate
+from deadhead.attaching import choices_of, detach, has_blocks, is_gate
 from deadhead.layouts import find_layout
 from deadhead.layouts.feed_forward import FeedForwardSite
 from deadhead.measure.cost import model_cost
@@ -56,7 +56,7 @@ class DryRun:
     Args:
         length: positions before the token whose FLOPs and cache are counted.
         unit: what a gate of a head opens and closes.
-        block_size: hidden units that a gate of a block does; None where blocks have no gates.
+        block_size: the most hidden units that a gate opens and closes; None where they have no gates.
         costs: of the model as it is ("dense"), without any unit that has a gate ("least"), and cut by the example
             ("pruned").
         example: a plan that meets the budget by taking the same share of every layer; training chooses otherwise.
@@ -88,23 +88,22 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
     """
     layout = find_layout(model)
     unit = layout.choose_unit(model, recipe.unit, what="heads are cut by")
-    size = block_size(layout, model, asked_blocks(recipe, model))
-    sites = layout.all_sites(model, unit, size)
-    units, total = {site.key: site.units for site in sites}, {site.key: site.total for site in sites}
+    blocks = asked_blocks(recipe, model)
+    choices = choices_of(layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks)), unit, blocks)
     length = budget_length(model, recipe)
-    nothing = HeadPlan.of_units(dict.fromkeys(units, ()), total, unit=unit, block_size=size)
+    nothing = choices.plan(dict.fromkeys(choices.members, ()))
     plans: dict[str, HeadPlan | None] = {"dense": None, "least": nothing}
     found = None
     if recipe.budget is not None:
         # By these, layers lose their units in turn, the last first.
-        even = {key: -(torch.arange(len(there)) + 0.5) / max(len(there), 1) for key, there in units.items()}
-        scores = HeadScores(scores=even, heads=units, total=total, unit=unit, block_size=size)
+        even = {key: -(torch.arange(count) + 0.5) / max(count, 1) for key, count in choices.counts.items()}
+        scores = HeadScores(scores=even, choices=choices)
         plans["pruned"], share = plan_of_scores(model, scores, recipe, latency=latency, predicted=True)
         found = recipe.budget.reached(share)
     return DryRun(
         length=length,
         unit=unit,
-        block_size=size,
+        block_size=max((len(block) for found in choices.hidden.values() for block in found), default=None),
         costs={name: model_cost(model, plan, length=length, unit=unit) for name, plan in plans.items()},
         example=plans.get("pruned"),
         reached=found,
@@ -195,7 +194,7 @@ def _activations(model: PreTrainedModel, recipe: PruneRecipe) -> tuple[int, int]
 def _hidden_numbers(model: PreTrainedModel, *, frozen: bool) -> int:
     """Return how many numbers of hidden units a token leaves for the backward pass."""
     config: Any = model.config.get_text_config()
-    found = [site for site in find_layout(model).block_sites(model) if isinstance(site, FeedForwardSite)]
+    found = [site for site in find_layout(model).hidden_sites(model) if isinstance(site, FeedForwardSite)]
     layers = [(site.feed_forward.width, len(site.feed_forward.inputs) * site.feed_forward.copies) for site in found]
     if not layers and getattr(config, "num_experts_per_tok", None):
         used = config.num_experts_per_tok

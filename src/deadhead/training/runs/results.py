@@ -50,8 +50,8 @@ class Trained:
         after = None if self.measured is None else self.measured.after
         found = measured_values(self.costs.after, after, steps=self.steps)
         found.pop("tokens_per_second", None)
-        if self.plan is not None and self.plan.blocks is not None:
-            found["blocks"] = self.plan.blocks.blocks
+        if self.plan is not None and self.plan.hidden_units is not None:
+            found["hidden_units"] = self.plan.hidden_units.counts
         if self.rolled_back is not None:
             found["rolled_back"] = self.rolled_back
         return found

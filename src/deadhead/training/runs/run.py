@@ -338,12 +338,13 @@ class Run:
         result = evaluate(model, self._text.splits["valid"], limit=self.recipe.evaluation_tokens, progress=progress)
         cost = model_cost(model, unit=self.recipe.prune.unit)
         values = measured_values(cost, result, steps=sum(phase.training_steps for phase in self._behind(stage)))
-        blocks = cost.blocks
+        hidden_units = cost.hidden_units
         if stage == "gated":
             plan = HeadPlan.from_json(self.folder / checkpoint.PLAN_FILE)
-            values["heads"], blocks = plan.heads, [] if plan.blocks is None else plan.blocks.blocks
+            values["heads"] = plan.heads
+            hidden_units = [] if plan.hidden_units is None else plan.hidden_units.counts
         if asked_blocks(self.recipe.prune, model) is not False:
-            values["blocks"] = blocks
+            values["hidden_units"] = hidden_units
         self._note(stage, values)
         return values
 

@@ -34,7 +34,7 @@ _Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 
 class _Stage(_Part):
     heads: list[_Count] = Field(min_length=1)
-    blocks: list[_Count] = []
+    hidden_units: list[_Count] = []
     parameters: int = Field(ge=1, le=10**15)
     flops_per_token: float = Field(ge=1, le=1e18)
     perplexity: _Finite

@@ -1,0 +1,81 @@
+"""Blocks: the hidden units of a layer that one gate opens and closes, or that go and stay together in a ranking.
+
+Hidden units can be exchanged, so a block may be any of them: a run of neighbours, or units of like worth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deadhead.errors import InputError
+from deadhead.plans.unit_plan import Layer
+
+Blocks = Mapping[Layer, Sequence[Sequence[int]]]
+"""By layer, the hidden units of each block, in the dense model's numbering; each unit there is belongs to one block."""
+
+# Matrices whose sides are multiples of 64 or 128 are the fastest; of units in an order of their own 32 is enough.
+LARGEST_RUN, LARGEST_SORTED = 128, 32
+# So that a layer's width can be chosen in steps of an eighth at most.
+_FEWEST_BLOCKS = 8
+
+
+def choose_block_size(widths: Iterable[int], asked: int | None, *, largest: int = LARGEST_RUN) -> int:
+    """Return the size of the blocks of layers of these widths: as asked for.
+
+    Else it is the largest power of two that divides all widths, up to `largest` and an eighth of a layer.
+
+    Raises:
+        InputError: the size is larger than every layer, or not above 0.
+    """
+    widths = [width for width in widths if width]
+    if asked is None:
+        common = math.gcd(*widths)
+        power = common & -common
+        while power > 1 and (power > largest or power * _FEWEST_BLOCKS > min(widths)):
+            power //= 2
+        return max(1, power)
+    if asked < 1 or (widths and asked > max(widths)):
+        raise InputError(
+            f"The block size must lie between 1 and the width of the layers, {max(widths, default=1)}, but it is "
+            f"{asked}; {choose_block_size(widths, None, largest=largest)} would do."
+        )
+    return asked
+
+
+def runs(units: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    """Return the units of a layer in blocks of `size` neighbours; the last has what is left."""
+    return [tuple(units[start : start + size]) for start in range(0, len(units), size)]
+
+
+def sorted_blocks(units: Sequence[int], scores: Tensor, size: int) -> list[tuple[int, ...]]:
+    """Return the units of a layer in blocks of like scores, the lowest first.
+
+    The first block has what `size` leaves over, so that what stays when any blocks go is a multiple of it.
+    """
+    order = [units[place] for place in scores.argsort(stable=True).tolist()]
+    left = len(order) % size
+    return [*([tuple(order[:left])] if left else []), *runs(order[left:], size)]
+
+
+def owners(units: Sequence[int], blocks: Sequence[Sequence[int]]) -> Tensor:
+    """Return by place of each of a layer's units the index of its block, (F,), int64.
+
+    Raises:
+        InputError: a unit is in no block or in two, or a block has one that the layer does not have.
+    """
+    place = {unit: index for index, unit in enumerate(units)}
+    owner_F = torch.full((len(units),), -1)
+    for index, block in enumerate(blocks):
+        for unit in block:
+            if unit not in place or owner_F[place[unit]] >= 0:
+                why = "is in two blocks" if unit in place else "is not one of this layer's"
+                raise InputError(f"Every hidden unit of a layer must be in one block, but {unit} {why}.")
+            owner_F[place[unit]] = index
+    if len(units) and int(owner_F.min()) < 0:
+        missing = units[int((owner_F < 0).nonzero()[0])]
+        raise InputError(f"Every hidden unit of a layer must be in one block, but {missing} is in none.")
+    return owner_F
