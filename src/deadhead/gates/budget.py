@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from deadhead.errors import InputError, require_fields, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.penalty import Target, Weighting, unit_weights
-from deadhead.plans.kinds import BudgetKind
+from deadhead.plans.kinds import BudgetKind, Of
 from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
@@ -35,6 +36,9 @@ class Budget:
     # The share of the dense model's that may be left, in (0, 1]; of "sparsity" the share that goes, in [0, 1); of
     # "speedup" how many times as fast the model is to be, from 1.
     value: float
+    # Of which parameters "params" is a share: all, or those of the Transformer's blocks, without embeddings and output
+    # layer.
+    of: Of = "all"
 
     def __post_init__(self) -> None:
         require_fields(self, "A budget's ")
@@ -44,6 +48,15 @@ class Budget:
         }.get(self.kind, (0 < self.value <= 1, "above 0 and at most 1, as a share of the dense model's"))
         if not fits:
             raise InputError(f"A budget of {self.kind} must be {rule}, but it is {self.value}.")
+        if self.of == "blocks" and self.kind != "params":
+            raise InputError(
+                f"Only a budget of params can be of the blocks' parameters, but this one is of {self.kind}."
+            )
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The budget as reports have it: its kind, what was asked for, and of which parameters if not of all."""
+        return {"kind": self.kind, "asked": self.value, **({} if self.of == "all" else {"of": self.of})}
 
     @property
     def share(self) -> float:

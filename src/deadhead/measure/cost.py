@@ -19,6 +19,7 @@ from deadhead.errors import InputError, typed
 from deadhead.layouts import Layout, Site, find_layout
 from deadhead.layouts.classes import model_class
 from deadhead.measure.costs import Cost
+from deadhead.plans.kinds import Of
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
@@ -116,11 +117,13 @@ def counted_costs(
     unit: Unit,
     hidden: bool = False,
     length: int | None = None,
+    of: Of = "all",
 ) -> UnitCosts:
     """Return what the units of a model cost in parameters, FLOPs a token or cache values, as a sum over layers.
 
     Of single query heads that share keys and values, and of heads that share persistent vectors, the mean: `model_cost`
-    with a plan counts exactly. `hidden` says whether hidden units are units too.
+    with a plan counts exactly. `hidden` says whether hidden units are units too, `of` which parameters are counted (see
+    `cost_of_kind`).
     """
     layout = find_layout(model)
     length = _default_length(model) if length is None else length
@@ -143,12 +146,13 @@ def counted_costs(
             whole += sum(flops * shares.get(name, 1) for name, flops in site.context_flops(length).items())
         present += whole
         tables[site.key] = torch.arange(len(site.units) + 1, dtype=torch.float64) * (whole / len(site.units))
-    return UnitCosts(fixed=cost_of_kind(cost, kind) - present, tables=tables)
+    return UnitCosts(fixed=cost_of_kind(cost, kind, of) - present, tables=tables)
 
 
-def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"]) -> float:
-    """Return one of the numbers of a cost."""
-    return float({"params": cost.parameters, "flops": cost.flops_per_token, "kv_cache": cost.kv_cache_bytes}[kind])
+def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"], of: Of = "all") -> float:
+    """Return one of the numbers of a cost; of "blocks" the parameters without embeddings and output layer."""
+    parameters = cost.parameters - (cost.embedding_parameters if of == "blocks" else 0)
+    return float({"params": parameters, "flops": cost.flops_per_token, "kv_cache": cost.kv_cache_bytes}[kind])
 
 
 def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, length: int | None = None) -> Cost:

@@ -8,4 +8,5 @@ Ranking = Literal["global", "layer"]
 OneShot = Literal["magnitude", "taylor", "output-difference", "random"]
 ONE_SHOT: tuple[OneShot, ...] = get_args(OneShot)
 BudgetKind = Literal["sparsity", "params", "flops", "kv_cache", "speedup"]
+Of = Literal["all", "blocks"]
 BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)

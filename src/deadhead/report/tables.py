@@ -25,7 +25,8 @@ def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> st
     verb = "would be" if predicted else "are"
     if kind == "sparsity":
         return f"Asked to cut {asked:.1%} of the heads; {reached:.1%} {verb} gone."
-    return f"Asked to leave {asked:.1%} of the {_LEFT_OF[kind]}; {reached:.2%} {verb} left."
+    what = "parameters of the blocks" if budget.get("of") == "blocks" else _LEFT_OF[kind]
+    return f"Asked to leave {asked:.1%} of the {what}; {reached:.2%} {verb} left."
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
@@ -110,7 +111,7 @@ def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
     table.add_row("key/value cache, bytes", *(f"{cost.kv_cache_bytes:,}" for cost in kept))
     lines = []
     if recipe.budget is not None:
-        asked = {"kind": recipe.budget.kind, "asked": recipe.budget.value, "reached": found.reached}
+        asked = {**recipe.budget.words, "reached": found.reached}
         lines.append(budget_sentence(asked, predicted=True))
     memory = found.memory
     parts = ", ".join(f"{name} {_size(getattr(memory, name))}" for name in ("weights", "gradients", "optimizer"))

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead.errors import InputError
+from deadhead.gates.budget import Budget
 from deadhead.measure.cost import cost_of_kind, model_cost
 from deadhead.training import PhaseRun, PruneRecipe, train
 from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, rank, true_share
@@ -156,3 +158,18 @@ def test_a_phase_that_is_killed_goes_on_to_the_same_plan_and_weights(tmp_path: P
     assert again == plan
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_share_of_the_blocks_leaves_embeddings_and_output_layer_out() -> None:
+    model = tiny_model("llama")
+    recipe = recipe_of(params=0.7, of="blocks", criterion="magnitude", block_size=1)
+    plan = rank(model, None, recipe)  # type: ignore[arg-type]
+    before, after = model_cost(model), model_cost(model, plan)
+    left = (after.parameters - after.embedding_parameters) / (before.parameters - before.embedding_parameters)
+    # A head is 4 % of them.
+    assert 0.65 < left <= 0.7
+    assert recipe.budget is not None and recipe.budget.words == {"kind": "params", "asked": 0.7, "of": "blocks"}
+    with pytest.raises(ValidationError, match="of says what params is a share of"):
+        recipe_of(flops=0.7, of="blocks")
+    with pytest.raises(InputError, match="Only a budget of params can be of the blocks' parameters"):
+        Budget(kind="flops", value=0.7, of="blocks")

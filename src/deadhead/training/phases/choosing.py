@@ -134,7 +134,7 @@ def budget_costs(
         costs = latency.costs()
     else:
         length = budget_length(model, recipe)
-        costs = counted_costs(model, budget.kind, unit=unit, hidden=blocks is not False, length=length)
+        costs = counted_costs(model, budget.kind, unit=unit, hidden=blocks is not False, length=length, of=budget.of)
     budget.require_reachable(costs, has_blocks=blocks is not False)
     return budget, costs
 
@@ -199,7 +199,7 @@ def true_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan, *, t
         found = budget_costs(model, recipe)
         assert found is not None
         total = found[1].total
-    return cost_of_kind(model_cost(model, plan, length=length), budget.kind) / total
+    return cost_of_kind(model_cost(model, plan, length=length), budget.kind, budget.of) / total
 
 
 def close_to_budget(

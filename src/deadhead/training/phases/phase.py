@@ -157,7 +157,7 @@ def choose_units(
         gates = attach_gates(model, recipe, run.seed)
         train(model, text, recipe, replace(run, gates=gates))
         found = close_to_budget(model, gates, recipe, latency=run.latency)
-    return gates, None if budget is None else {"kind": budget.kind, "asked": budget.value, "reached": found}
+    return gates, None if budget is None else {**budget.words, "reached": found}
 
 
 def _require_what_is_asked_for(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deadhead.plans.kinds import BUDGET_KINDS, ONE_SHOT, OneShot, Ranking
+from deadhead.plans.kinds import BUDGET_KINDS, ONE_SHOT, Of, OneShot, Ranking
 from deadhead.plans.plan import Unit
 from deadhead.training.recipes.fields import sentence, setting
 
@@ -184,7 +184,10 @@ class PruneRecipe(PhaseRecipe):
     """The phase that chooses heads: gates learn which go, or a criterion ranks them."""
 
     sparsity: float | None = _share(None, "Budget: the share of the heads that goes.", first=True, lt=1)
-    params: float | None = _left("Budget: the share of all parameters that is left.")
+    params: float | None = _left("Budget: the share of the parameters that is left.")
+    of: Of = setting(
+        "all", "Whether `params` is a share of all parameters, or of the blocks', without embeddings and output layer."
+    )
     flops: float | None = _left("Budget: the share of a token's FLOPs that is left.")
     kv_cache: float | None = _left("Budget: the share of the key/value cache that is left.")
     speedup: float | None = _optional(
@@ -220,14 +223,14 @@ class PruneRecipe(PhaseRecipe):
     budget_batch_size: int = _count(8, "Texts at once for which time is measured.", unit="texts", le=_MOST_ROWS)
     budget_workload: Literal["prefill", "decode", "train"] = setting("prefill", "The work that `speedup` makes faster.")
     blocks: bool | None = _optional(
-        "Put gates on blocks of feed-forward units, or of persistent vectors, too.",
+        "Choose among hidden units of feed-forward layers, or persistent vectors, too.",
         unset="on with params, flops and speedup where there are such layers, off otherwise",
     )
     block_size: int | None = _count(
         None,
-        "Units or vectors of a block, which one gate closes.",
+        "Hidden units of a block, which go or stay together: neighbours for gates, units of like scores for a ranking.",
         unit="units",
-        unset="by the layer's width",
+        unset="by the layers' width, at most 128 for gates and 32 for a ranking",
         le=_LONGEST,
     )
     ramp_steps: int = _steps(
@@ -272,8 +275,8 @@ class PruneRecipe(PhaseRecipe):
         """What of the dense model may be left, if the recipe says so."""
         from deadhead.gates.budget import Budget  # needs torch
 
-        given = [Budget(kind=kind, value=value) for kind in BUDGET_KINDS if (value := getattr(self, kind)) is not None]
-        return given[0] if given else None
+        given = [(kind, value) for kind in BUDGET_KINDS if (value := getattr(self, kind)) is not None]
+        return Budget(kind=given[0][0], value=given[0][1], of=self.of) if given else None
 
     @property
     def training_steps(self) -> int:
@@ -299,6 +302,8 @@ class PruneRecipe(PhaseRecipe):
             raise PydanticCustomError(
                 "budgets", f"{what} holds a share of the heads, so it goes with sparsity, not with {given[0]}"
             )
+        if self.of != "all" and given != ["params"]:
+            raise PydanticCustomError("budgets", "of says what params is a share of; give params too, or leave it out")
         if given == ["kv_cache"] and self.blocks:
             raise PydanticCustomError("budgets", "blocks hold no key/value cache; leave blocks out")
         if self.block_size is not None and self.blocks is False:

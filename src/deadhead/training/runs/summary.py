@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from deadhead.disk.files import json_text, write_json
 from deadhead.disk.reading import read_object
 from deadhead.errors import InputError
-from deadhead.plans.kinds import BudgetKind
+from deadhead.plans.kinds import BudgetKind, Of
 from deadhead.training.recipes.reading import explained
 
 STAGES = ("dense", "gated", "cut", "finetuned")
@@ -51,6 +51,7 @@ class _Data(_Part):
 
 class _Budget(_Part):
     kind: BudgetKind
+    of: Of = "all"
     asked: float = Field(ge=0, le=1000)
     reached: float = Field(ge=0, le=1e6)
 
