@@ -202,7 +202,7 @@ def choices_of(sites: Sequence[Site], unit: Unit, blocks: bool | int | Blocks) -
         if unknown := [layer for layer in blocks if layer not in layers]:
             raise InputError(f"Blocks were given for layer {unknown[0]!r}, but layers with hidden units are {layers}.")
         # What is not named stays or goes as a whole.
-        members |= {site.key: [list(block) for block in blocks.get(site.layer, [site.units])] for site in hidden}
+        members |= {site.key: [tuple(block) for block in blocks.get(site.layer, [site.units])] for site in hidden}
         for site in hidden:
             owners(site.units, members[site.key])
     else:

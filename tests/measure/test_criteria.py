@@ -168,7 +168,7 @@ def test_the_model_is_as_before(criterion: Any, training: bool) -> None:
 def test_a_model_that_was_cut_is_scored_by_its_dense_indices(criterion: Any) -> None:
     model = deadhead.cut(tiny_model(), deadhead.HeadPlan(kept={0: [1, 3], 1: []}, total=dict.fromkeys(range(3), 4)))
     found = score_heads(model, criterion, batches())
-    assert [*found.heads.values()] == [(1, 3), (), (0, 1, 2, 3)]
+    assert [*found.choices.units.values()] == [(1, 3), (), (0, 1, 2, 3)]
     assert {key.layer: len(scores) for key, scores in found.scores.items()} == {0: 2, 2: 4}
     deadhead.cut(model, found.plan(0.5))
     assert sum(deadhead.model_cost(model).heads) == 3

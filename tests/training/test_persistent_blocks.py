@@ -84,6 +84,7 @@ def test_a_shut_gate_learns_what_its_block_would_do() -> None:
 
     class ByHand(torch.nn.Module):
         idle = ()
+        owner = torch.arange(4).repeat_interleave(3)
 
         def forward(self) -> tuple[Tensor, None]:
             return values_J, None

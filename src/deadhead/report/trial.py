@@ -93,7 +93,7 @@ class Trial:
             loaded = self._load(name)
             gates = loaded.gates
             asked = {UnitKey.parse(key): units for key, units in kept.items()}
-            plan = gates.choices.plan_of(_units(gates.choices, asked))
+            plan = gates.choices.plan_of(_units(gates.choices, asked), output_scale=gates.config.output_scale)
             gates.set_plan(plan)
             return {
                 "perplexity": evaluate(loaded.model, loaded.text, limit=self.tokens).perplexity,
@@ -132,7 +132,7 @@ class Trial:
             **self.data.reading,
             cache_dir=self.cache if self.cache is not None and self.cache.is_dir() else None,
         )
-        gates.set_plan(gates.choices.plan({}))
+        gates.set_plan(gates.choices.plan({}, output_scale=gates.config.output_scale))
         valid = text.splits["valid"]
         whole = evaluate(model, valid, limit=self.tokens).perplexity
         self._loaded = _Loaded(name, model, gates, tokenizer, valid, whole)
@@ -152,16 +152,18 @@ def _places(choices: Choices, plan: HeadPlan) -> dict[UnitKey, list[int]]:
     return heads | {key: kept_H.nonzero().flatten().tolist() for key, kept_H in kept.items() if key.kind == "block"}
 
 
-def _units(choices: Choices, asked: Mapping[UnitKey, Sequence[int]]) -> dict[UnitKey, list[int]]:
+def _units(choices: Choices, asked: Mapping[UnitKey, Sequence[int]]) -> dict[UnitKey, Sequence[int]]:
     """Return the units that stay, of heads and blocks as the page counts them."""
-    found: dict[UnitKey, list[int]] = {}
+    found: dict[UnitKey, Sequence[int]] = {}
     for key, places in asked.items():
         if key not in choices.members:
             raise InputError(f"The model has no layer {str(key)!r}.")
-        blocks = choices.members[key]
-        if key.kind == "block" and not all(place in range(len(blocks)) for place in places):
-            raise InputError(
-                f"Layer {key.layer} has {len(blocks)} blocks, counted from 0, but {list(places)} were asked."
-            )
-        found[key] = [*places] if key.kind == "head" else [unit for place in places for unit in blocks[place]]
+        found[key] = places
+        if key.kind == "block":
+            blocks = choices.members[key]
+            if not isinstance(places, list) or not all(place in range(len(blocks)) for place in places):
+                raise InputError(
+                    f"The blocks that stay of layer {key.layer} must be a list of numbers below {len(blocks)}."
+                )
+            found[key] = [unit for place in places for unit in blocks[place]]
     return found
