@@ -32,6 +32,7 @@ from deadhead.checkpoints.gate_files import (
 )
 from deadhead.checkpoints.gguf_model import read_gguf_config, read_gguf_model
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
+from deadhead.checkpoints.quantised import forget_dequantised, require_readable
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
 from deadhead.disk.gguf import gguf_file
@@ -42,7 +43,7 @@ from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name, model_class
 from deadhead.layouts.refusals import require_model
-from deadhead.measure.cost import model_cost
+from deadhead.measure.cost import model_cost, skeleton
 from deadhead.measure.losses import require_weights
 
 # In every model card of ours; a folder without it is not overwritten.
@@ -228,6 +229,7 @@ def _load(
             )
         _require_unchanged(Path(path))
     config = require_sound(Path(path)) if local else load_config(path)
+    require_readable(config, path)
     try:
         with quick(path):
             loaded: Any = model_class(config).from_pretrained(
@@ -304,6 +306,19 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_such_name(path, error) from error
     return config
+
+
+def load_skeleton(path: str | Path) -> PreTrainedModel:
+    """Load a model without its weights, by which much can be told before they are read.
+
+    Raises:
+        InputError: see `load_config`.
+        UnsupportedModel: the weights are quantised, and cannot be read here.
+    """
+    config = load_config(path)
+    require_readable(config, path)
+    forget_dequantised(config)
+    return skeleton(config)
 
 
 def _no_such_name(path: str | Path, error: Exception) -> InputError:

@@ -40,6 +40,11 @@ def declared_config(path: Path) -> dict[str, Any]:
         _require_own_files(path)
     file = path / "config.json" if path.is_dir() else path
     values = read_object(file, what="model configuration")
+    if not isinstance(values.get("quantization_config"), dict | None):
+        raise InputError(
+            f"The model configuration {file} must have an object as quantization_config, or none, but it is "
+            f"{shown(values['quantization_config'])}."
+        )
     for keys, value in _values(values):
         # A kernel may be named for each part of a model.
         kernel = next((key for key in keys if key in _KERNELS), None)

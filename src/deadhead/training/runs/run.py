@@ -147,7 +147,7 @@ class Run:
         tokenizer_of: str | Path | None = None
         if recipe.model.from_ is not None:
             # Before its tokenizer is looked for, and its text read.
-            checkpoint.load_config(recipe.model.from_)
+            checkpoint.load_skeleton(recipe.model.from_)
         if not self._done("dense"):
             # A model that exists already has one.
             tokenizer_of = recipe.model.from_ if recipe.dense is None else dense_folder(recipe.dense)
