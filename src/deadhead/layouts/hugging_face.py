@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from deadhead.layouts.feed_forward import feed_forward_sites
 from deadhead.models.pruned.feed_forward import find_feed_forwards
 from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
 from deadhead.models.pruned.shrinking import Heads, heads_of, rows_of, shrink
-from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
+from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys, text_stack
 from deadhead.plans.plan import HeadPlan, Unit
 
 
@@ -149,6 +150,12 @@ class HuggingFaceLayout(Layout):
         """Return every feed-forward layer of the text stack that is not one of experts."""
         plan = self.recorded_plan(model)
         return feed_forward_sites(find_feed_forwards(model), size, None if plan is None else plan.blocks)
+
+    def keeps_cache(self, model: PreTrainedModel) -> bool:
+        """Tell whether the text stack takes a cache. Encoders that can be decoders say which of the two they are."""
+        stack: Any = text_stack(model)
+        takes_cache = "past_key_values" in inspect.signature(stack.forward).parameters
+        return takes_cache and bool(getattr(stack.config, "is_decoder", True))
 
     def require_reloadable(self, model: PreTrainedModel) -> None:
         """Check that the classes of model and configuration are transformers' own, or ours of those."""

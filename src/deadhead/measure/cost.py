@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deadhead.attaching import detach, is_gate
-from deadhead.cutting import remove_units
+from deadhead.cutting import cache_values, remove_units
 from deadhead.errors import InputError, typed
 from deadhead.layouts import Layout, Site, find_layout
 from deadhead.layouts.classes import model_class
@@ -66,7 +66,7 @@ def model_cost(
         attention_parameters=sum(parameter.numel() for parameter, _ in heads),
         flops_per_token=other_flops + heads_flops,
         attention_flops_per_token=heads_flops,
-        kv_cache_bytes=sum(site.cache_values(length) for site in sites) * model.dtype.itemsize,
+        kv_cache_bytes=cache_values(layout, model, sites, length) * model.dtype.itemsize,
         blocks=[len(site.units) for site in blocks],
         total_blocks=[site.total for site in blocks],
         block_size=blocks[0].unit_dim if blocks else None,
@@ -126,8 +126,13 @@ def counted_costs(
 
     Blocks are units too if their size is given. `begun` says, by key, how many units there were before training cut
     some of them.
+
+    Raises:
+        InputError: the cache is asked for of a model that keeps none.
     """
     layout = find_layout(model)
+    if kind == "kv_cache":
+        require_cache(model)
     length = _default_length(model) if length is None else length
     cost = model_cost(model, length=length, unit=unit)
     sites = [site for site in layout.all_sites(model, unit, block_size) if site.units]
@@ -150,6 +155,15 @@ def counted_costs(
         count = len(site.units) if begun is None else begun[site.key]
         tables[site.key] = torch.arange(count + 1, dtype=torch.float64) * (whole / len(site.units))
     return UnitCosts(fixed=cost_of_kind(cost, kind) - present, tables=tables)
+
+
+def require_cache(model: PreTrainedModel) -> None:
+    """Check that a model keeps a key/value cache, of which a share may be left; InputError if it does not."""
+    if not find_layout(model).keeps_cache(model):
+        raise InputError(
+            f"A budget of kv_cache needs a model that keeps a key/value cache, but {type(model).__name__} keeps none; "
+            "ask for sparsity, params or flops."
+        )
 
 
 def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"]) -> float:

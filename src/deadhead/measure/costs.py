@@ -18,7 +18,7 @@ class Cost:
         flops_per_token: of one forward pass over a token at the given length; a multiply-add counts as 2. Norms,
             softmax and the once-per-pass projection of relative positions are not counted.
         attention_flops_per_token: the heads' part of it.
-        kv_cache_bytes: cache of one text at the given length, in the model's precision.
+        kv_cache_bytes: cache of one text at the given length, in the model's precision; 0 where the model keeps none.
         blocks: blocks left, one number a layer that has any; of the size that the model was cut by, or would be.
         total_blocks: blocks of the original dense model, one number a layer that has any.
         block_size: hidden units of a block; None where the model has none.

@@ -20,7 +20,7 @@ from deadhead.disk.reading import read_object
 from deadhead.errors import InputError, own_sentence
 from deadhead.layouts import find_layout
 from deadhead.layouts.refusals import require_gradients
-from deadhead.measure.cost import skeleton
+from deadhead.measure.cost import require_cache, skeleton
 from deadhead.measure.criteria import READS_TEXT
 from deadhead.measure.losses import require_language_model
 from deadhead.measure.timing import require_timed
@@ -146,7 +146,10 @@ def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
         )
     layout = find_layout(unwrapped(model))
     layout.sites(unwrapped(model), layout.units(unwrapped(model))[0])
-    if isinstance(recipe, PruneRecipe) and recipe.budget is not None and recipe.budget.kind == "speedup":
+    budget = recipe.budget if isinstance(recipe, PruneRecipe) else None
+    if budget is not None and budget.kind == "kv_cache":
+        require_cache(unwrapped(model))
+    if isinstance(recipe, PruneRecipe) and budget is not None and budget.kind == "speedup":
         require_timed(unwrapped(model), recipe.budget_workload, budget_length(unwrapped(model), recipe))
     if reads_text(recipe):
         require_language_model(model, "Training on a text")
