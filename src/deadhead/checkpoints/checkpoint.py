@@ -37,6 +37,7 @@ from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
 from deadhead.disk.gguf import gguf_file
 from deadhead.disk.hub import is_name, quick, require_had
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import require_whole
@@ -87,7 +88,7 @@ def save(
         InputError: `path` holds something else, cannot be written, or the device is full; or the weights are not whole
             in this process, or only a model inside of `model` was cut.
     """
-    path = Path(path)
+    path = checked_path(path)
     require_model(model)
     require_weights(model, "Saving")
     require_whole(
@@ -97,6 +98,8 @@ def save(
         "and save that",
     )
     require_ours_or_free(path)
+    if base is not None:
+        checked_path(base)
     # A cut that the configuration does not tell of is no model to be loaded again.
     find_layout(model).recorded_plan(model)
     gates = gates_of(model)
@@ -341,7 +344,7 @@ def load_gated(
     Raises:
         InputError: the folder has no gates, or it cannot be loaded.
     """
-    path = Path(path)
+    path = checked_path(path)
     if path.is_dir() and not has_gates(path):
         require_config(path)
         if has_gates_among_weights(path):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_object, shown
 from deadhead.errors import InputError
 
@@ -26,7 +27,7 @@ _KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementati
 
 def has_gates(path: str | Path) -> bool:
     """Tell whether there are saved gates in a folder."""
-    return (Path(path) / GATES_FILE).exists()
+    return (checked_path(path) / GATES_FILE).exists()
 
 
 def declared_config(path: Path) -> dict[str, Any]:

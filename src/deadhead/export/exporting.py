@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deadhead.attaching import gates_of
 from deadhead.checkpoints import checkpoint
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, write_json
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, UnsupportedModel, is_installed, require_extra, typed
 from deadhead.export import flat, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, first_output, make_reference
@@ -109,7 +110,7 @@ def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
         raise InputError(f"A type of weights is chosen for gguf only, not for {to}; leave {kind!r} out.")
     if to == "gguf" and out.suffix != ".gguf":
         raise InputError(f"A file name that ends in .gguf was expected, but {out} came.")
-    if out.exists() or out.is_symlink():
+    if checked_path(out).exists() or out.is_symlink():
         raise InputError(f"There is something at {out} already; remove it or choose another place.")
     if to == "gguf":
         require_extra("gguf", "gguf", what="Export to GGUF")

@@ -16,6 +16,7 @@ from deadhead.checkpoints import checkpoint
 from deadhead.checkpoints.declared import has_gates
 from deadhead.data import TokenizedCorpus, TokenStream, load_text, load_tokenizer, special_token_ids
 from deadhead.disk.files import replaced_folder
+from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_object
 from deadhead.errors import InputError, own_sentence
 from deadhead.layouts import find_layout
@@ -204,6 +205,7 @@ def read_data(
     tokenizer: PreTrainedTokenizerBase | None = None
     if isinstance(data, str | Path | DataRecipe):
         recipe = data if isinstance(data, DataRecipe) else DataRecipe(source=str(data))
+        checked_path(recipe.source)
         if tokenizer_of is None and model_type is not None:
             raise InputError(
                 f"A tokenizer is needed to read {recipe.source}, but this model does not say where its own lies; give "
@@ -255,7 +257,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def dense_folder(path: str) -> Path:
     """Return the folder of the dense model that a recipe begins from, which must be one of deadhead's own."""
-    folder = Path(path)
+    folder = checked_path(path)
     if not folder.is_dir():
         raise InputError(
             f"The recipe begins from the dense model in {path}, but there is no such folder; run the recipe that "
