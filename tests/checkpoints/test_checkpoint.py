@@ -490,7 +490,7 @@ def test_gates_that_are_not_there_or_damaged(tmp_path: Path) -> None:
     ids=["llama", "llama-blocks", "gpt2", "bert"],
 )
 def test_what_was_saved_with_gates_on_by_other_means_opens(
-    model_type: str, gates: dict[str, Any], shard: str, tmp_path: Path
+    model_type: str, gates: dict[str, Any], shard: str, tmp_path: Path, heard: pytest.LogCaptureFixture
 ) -> None:
     """A Trainer's `save_model` and `save_pretrained` write gates among the weights, with all that they need."""
     model: Any = model_of_type(model_type)
@@ -503,6 +503,8 @@ def test_what_was_saved_with_gates_on_by_other_means_opens(
     with pytest.raises(InputError, match="was saved with gates on, .* open it with deadhead.load_gated"):
         deadhead.load(tmp_path)
     loaded, found = deadhead.load_gated(tmp_path)
+    # No table of the gates as keys that nobody expected.
+    assert [record.message for record in heard.records if record.levelno >= logging.WARNING] == []
     assert deadhead.gates_of(loaded) is found
     assert (found.config, found.unit, found.block_size) == (config, saved.unit, saved.block_size)
     assert found.plan() == saved.plan()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,6 +18,7 @@ from transformers import (
 )
 
 from deadhead.attaching import gates_of, is_gate
+from deadhead.checkpoints.card import LICENCES, TAG, copy_licences, model_card
 from deadhead.checkpoints.declared import GATES_FILE, has_gates, require_config
 from deadhead.checkpoints.declared import PLAN_FILE as PLAN_FILE
 from deadhead.checkpoints.gate_files import (
@@ -32,6 +29,7 @@ from deadhead.checkpoints.gate_files import (
 )
 from deadhead.checkpoints.gguf_model import read_gguf_config, read_gguf_model
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
+from deadhead.checkpoints.load_report import without_load_report
 from deadhead.checkpoints.quantised import forget_dequantised, require_readable
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
@@ -42,16 +40,11 @@ from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
-from deadhead.layouts.classes import auto_name, model_class
+from deadhead.layouts.classes import model_class
 from deadhead.layouts.refusals import require_model
-from deadhead.measure.cost import model_cost, skeleton
+from deadhead.measure.cost import skeleton
 from deadhead.measure.losses import require_weights
 
-# In every model card of ours; a folder without it is not overwritten.
-_TAG = '"deadhead", "pruned-attention-heads"'
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-# What of the base model's card stays true of the cut model.
-_KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
 # What decides what a model computes; people may edit the rest.
 _VERIFIED = {".safetensors", ".json", ".model", ".txt"}
 _NOT_VERIFIED = {"generation_config.json"}
@@ -127,7 +120,7 @@ def save_beside(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(path))
     copy_licences(base, path)
-    write_text(path / "README.md", _model_card(model, _origin(base), **card))
+    write_text(path / "README.md", model_card(model, base, **card))
 
 
 def require_ours_or_free(path: Path) -> None:
@@ -138,10 +131,10 @@ def require_ours_or_free(path: Path) -> None:
     """
     require_replaceable(path, ("config.json",))
     card = path / "README.md"
-    if (path / "config.json").exists() and not (card.is_file() and _TAG in card.read_text("utf-8", errors="replace")):
+    if (path / "config.json").exists() and not (card.is_file() and TAG in card.read_text("utf-8", errors="replace")):
         raise InputError(f"{path} holds a model that deadhead did not write; choose another place.")
     for entry in path.iterdir() if path.is_dir() else ():
-        known = entry.name in ("tensorboard", CHECKSUMS_FILE) or entry.name.upper().startswith(_LICENCES)
+        known = entry.name in ("tensorboard", CHECKSUMS_FILE) or entry.name.upper().startswith(LICENCES)
         if not known and entry.suffix not in _ENDINGS:
             raise InputError(f"{path} holds {entry.name} beside a checkpoint of deadhead; choose another place.")
 
@@ -234,7 +227,7 @@ def _load(
     config = require_sound(Path(path)) if local else load_config(path)
     require_readable(config, path)
     try:
-        with quick(path):
+        with quick(path), without_load_report():
             loaded: Any = model_class(config).from_pretrained(
                 name,
                 config=config,
@@ -353,60 +346,3 @@ def load_gated(
         raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
     model, _ = _load(path, dtype, device)
     return model, load_gates(model, path)
-
-
-def copy_licences(base: str | Path | None, folder: Path) -> None:
-    """Copy the licence files of the checkpoint that a model was made of; none of one on the hub."""
-    for file in Path(base).iterdir() if base is not None and Path(base).is_dir() else ():
-        if file.name.upper().startswith(_LICENCES) and file.is_file():
-            shutil.copy2(file, folder / file.name)
-
-
-def _origin(base: str | Path | None) -> dict[str, Any]:
-    """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
-    if base is None:
-        return {}
-    name = str(base) if is_name(base) else None
-    metadata: dict[str, Any] = {}
-    # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
-    with suppress(Exception), quick(base):
-        card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
-        metadata = metadata_load(card) or {}
-    kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
-    return kept | ({} if name is None else {"base_model": name})
-
-
-def _model_card(
-    model: PreTrainedModel, origin: dict[str, Any], metrics: Mapping[str, float] | None = None, about: str | None = None
-) -> str:
-    cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
-    if about is None:
-        what = "Attention heads" if plan is None or plan.blocks is None else "Heads and blocks"
-        cut = f"{what} of this model were found dead and cut off by deadhead."
-        about = "A model that deadhead has not cut." if plan is None else cut
-    is_stock = type(model).__module__.startswith("transformers.")
-    how = ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
-    auto = auto_name(model)
-    front: dict[str, Any] = {**origin, "library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
-        "---",
-        f"# {model.config.model_type}",
-        "",
-        about,
-        "",
-        f"- heads a layer: {cost.heads}",
-        *([f"- blocks of {cost.block_size} a layer: {cost.blocks}"] if plan is not None and plan.blocks else []),
-        f"- parameters: {cost.parameters:,}",
-        f"- FLOPs a token: {cost.flops_per_token:,.0f}",
-        *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
-        "",
-        "```python",
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("PATH"{how}',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.attaching import gates_of
 from deadhead.checkpoints import checkpoint
+from deadhead.checkpoints.card import copy_licences
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, write_json
 from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, UnsupportedModel, is_installed, require_extra, typed
@@ -202,7 +203,7 @@ def _flat(
         model.generation_config.save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
-    checkpoint.copy_licences(base, place)
+    copy_licences(base, place)
     unchecked = None if agreements else f"{runtime} is not installed (pip install 'deadhead[{to}]')"
     return Exported(out, to, "f32", type(model).__name__, size, agreements, unchecked)
 
