@@ -91,6 +91,11 @@ class HuggingFaceSite(Site):
         return window if isinstance(window, int) and window > 0 else None
 
 
+def has_encoder_and_decoder(model: PreTrainedModel) -> bool:
+    """Tell whether a model has two stacks of layers; either of them may be had alone."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_decoder() is not model
+
+
 class HuggingFaceLayout(Layout):
     """Heads of any model of transformers, found by `models.pruned.structure`."""
 
@@ -113,8 +118,7 @@ class HuggingFaceLayout(Layout):
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return every module of the text stack whose structure is known."""
         kind = model.config.model_type
-        # The encoder of such a model may be had alone.
-        if model.config.is_encoder_decoder and model.get_decoder() is not model:
+        if has_encoder_and_decoder(model):
             raise UnsupportedModel(
                 f"deadhead prunes models with one stack of layers, but {kind!r} has an encoder and a decoder."
             )
