@@ -216,7 +216,7 @@ def _load(
     name = str(path)
     local = Path(path).is_dir()
     if not local and not is_name(path):
-        raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
+        raise _no_folder(path)
     if local:
         if has_gates(path) and not (Path(path) / "config.json").exists():
             raise InputError(
@@ -290,10 +290,8 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     if (file := gguf_file(path)) is not None:
         return read_gguf_config(file)
     if not is_name(path):
-        if not Path(path).exists():
-            raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
-        if Path(path).is_file() and Path(path).suffix != ".json":
-            raise InputError(f"A checkpoint folder was expected at {path}, but that is a file.")
+        if not Path(path).is_dir() and not (Path(path).is_file() and Path(path).suffix == ".json"):
+            raise _no_folder(path)
         return guarded_config(Path(path))[0]
     require_had(path)
     try:
@@ -315,6 +313,12 @@ def load_skeleton(path: str | Path) -> PreTrainedModel:
     require_readable(config, path)
     forget_dequantised(config)
     return skeleton(config)
+
+
+def _no_folder(path: str | Path) -> InputError:
+    place = Path(path)
+    what = f"that is a file; name the folder that it lies in, {place.parent}" if place.exists() else "there is none"
+    return InputError(f"A checkpoint folder was expected at {path}, but {what}.")
 
 
 def _no_such_name(path: str | Path, error: Exception) -> InputError:

@@ -46,6 +46,12 @@ def declared_config(path: Path) -> dict[str, Any]:
             f"The model configuration {file} must have an object as quantization_config, or none, but it is "
             f"{shown(values['quantization_config'])}."
         )
+    named = values.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise InputError(
+            f"The model configuration {file} must have a list of names as architectures, or none, but it is "
+            f"{shown(named)}."
+        )
     for keys, value in _values(values):
         # A kernel may be named for each part of a model.
         kernel = next((key for key in keys if key in _KERNELS), None)

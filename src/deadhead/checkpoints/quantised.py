@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
+from deadhead.disk.stored import StoredTensor
 from deadhead.errors import UnsupportedModel, first_line
 
 
@@ -34,6 +36,22 @@ def require_readable(config: PreTrainedConfig, path: str | Path) -> None:
         ) from error
     if hasattr(found, "dequantize"):
         owner.quantization_config = {**declared, "dequantize": True}
+
+
+def require_numbers(model: PreTrainedModel, stored: Iterable[StoredTensor], folder: Path) -> None:
+    """Check that no parameter of a model is stored as integers: those are codes, which would be taken for its values.
+
+    Raises:
+        UnsupportedModel: one is.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    for tensor in stored:
+        if tensor.name in names and tensor.dtype[0] in "IU":
+            raise UnsupportedModel(
+                f"The model in {folder} is quantised ({tensor.name} is {tensor.dtype}), and heads cannot be cut out of "
+                "quantised weights, nor does its configuration say how these became so; take the original that was "
+                "quantised."
+            )
 
 
 def forget_dequantised(config: PreTrainedConfig) -> None:
