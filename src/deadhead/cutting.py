@@ -95,13 +95,13 @@ def _cut(model: PreTrainedModel, layout: Layout, gates: HeadGates, plan: HeadPla
     factors = {key: unit_factors(gate) for key, gate in gates}
     sites = layout.all_sites(model, plan.unit, hidden=gates.choices.has_blocks)
     expected = gated_outputs(model, sites)
-    cache_before = cache_values(sites)
+    cache_before = cache_values(layout, model, sites)
     detach(model)
     remove_units(sites, plan.units, factors)
     require_same_function(model, expected)
     own_config(model)
     layout.record_plan(model, plan)
-    return cache_values(layout.sites(model, plan.unit)) / max(cache_before, 1) - 1
+    return cache_values(layout, model, layout.sites(model, plan.unit)) / max(cache_before, 1) - 1
 
 
 def warn_of_cache(growth: float, *, stacklevel: int) -> None:
@@ -258,9 +258,9 @@ def remove_units(
             site.shrink(kept)
 
 
-def cache_values(sites: Sequence[Site]) -> int:
-    """Return how many numbers all sites keep in the key/value cache for one position."""
-    return sum(site.cache_values(1) for site in sites)
+def cache_values(layout: Layout, model: PreTrainedModel, sites: Sequence[Site], length: int = 1) -> int:
+    """Return how many numbers all sites of a model keep in the key/value cache after `length` positions."""
+    return sum(site.cache_values(length) for site in sites) if layout.keeps_cache(model) else 0
 
 
 def unit_factors(gate: HeadGate) -> Tensor:

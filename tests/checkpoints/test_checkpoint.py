@@ -363,7 +363,7 @@ _DAMAGES = {
     _truncate: "The weights in .* are cut short",
     _truncate_header: "The weights in .* are damaged or cut short",
     _empty_weights: "The weights in .* are damaged or cut short",
-    _without_weights: "cannot be loaded: .*no file named",
+    _without_weights: "Weights were expected at .*model.safetensors, but there is no such file; fetch it",
     _without_a_tensor: "not those of its configuration: missing tensor model.layers.1.attention.k_proj.weight",
     _with_another_tensor: "not those of its configuration: unexpected tensor stray",
     _with_gate_keys: "was saved with gates on, .*; open it with deadhead.load_gated",
@@ -435,9 +435,9 @@ def test_what_people_may_edit_is_not_held_against_them(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    for path in (tmp_path / "missing", tmp_path / "file"):
-        with pytest.raises(InputError, match="A checkpoint folder was expected at .*, but there is none"):
-            deadhead.load(path)
+    for name, what in {"missing": "there is none", "file": "that is a file; name the folder"}.items():
+        with pytest.raises(InputError, match=f"A checkpoint folder was expected at .*, but {what}"):
+            deadhead.load(tmp_path / name)
     for name in ("gpt2", "no/such-model"):
         with pytest.raises(InputError, match=f"There is no folder {name}, and the Hugging Face hub gave no model"):
             deadhead.load(name)
@@ -490,7 +490,7 @@ def test_gates_that_are_not_there_or_damaged(tmp_path: Path) -> None:
     ids=["llama", "llama-blocks", "gpt2", "bert"],
 )
 def test_what_was_saved_with_gates_on_by_other_means_opens(
-    model_type: str, gates: dict[str, Any], shard: str, tmp_path: Path
+    model_type: str, gates: dict[str, Any], shard: str, tmp_path: Path, heard: pytest.LogCaptureFixture
 ) -> None:
     """A Trainer's `save_model` and `save_pretrained` write gates among the weights, with all that they need."""
     model: Any = model_of_type(model_type)
@@ -503,6 +503,8 @@ def test_what_was_saved_with_gates_on_by_other_means_opens(
     with pytest.raises(InputError, match="was saved with gates on, .* open it with deadhead.load_gated"):
         deadhead.load(tmp_path)
     loaded, found = deadhead.load_gated(tmp_path)
+    # No table of the gates as keys that nobody expected.
+    assert [record.message for record in heard.records if record.levelno >= logging.WARNING] == []
     assert deadhead.gates_of(loaded) is found
     assert (found.config, found.choices) == (config, saved.choices)
     assert found.plan() == saved.plan()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import deadhead
 from deadhead import HeadPlan, UnsupportedModel
-from deadhead.measure.cost import config_cost, model_cost
+from deadhead.errors import InputError
+from deadhead.measure.cost import config_cost, counted_costs, model_cost
 from deadhead.measure.costs import Cost
 from tests.random_models import random_config, random_model, random_plan, tiny_config, tiny_model
 
@@ -137,3 +149,36 @@ def test_an_unknown_architecture_is_refused() -> None:
 
     with pytest.raises(UnsupportedModel, match="cannot prune heads of models of type 'mamba'"):
         model_cost(MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)))
+
+
+_STACK = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+_TEXT = {**_STACK, "vocab_size": 29, "max_position_embeddings": 32}
+_CACHES: dict[str, tuple[Callable[[], Any], bool]] = {
+    "encoder": (lambda: BertModel(BertConfig(**_TEXT)), False),
+    "encoder with a head": (lambda: BertForSequenceClassification(BertConfig(**_TEXT)), False),
+    "encoder as a decoder": (lambda: BertModel(BertConfig(**_TEXT, is_decoder=True)), True),
+    "images": (lambda: ViTModel(ViTConfig(**_STACK, image_size=8, patch_size=4)), False),
+    "decoder without a head": (lambda: LlamaModel(LlamaConfig(**_TEXT)), True),
+    "classifying decoder": (lambda: LlamaForSequenceClassification(LlamaConfig(**_TEXT, pad_token_id=0)), True),
+}
+
+
+@pytest.mark.parametrize("name", _CACHES)
+def test_a_cache_is_counted_where_there_is_one(name: str) -> None:
+    make, keeps = _CACHES[name]
+    model = make().eval()
+    if model.main_input_name == "input_ids":
+        with torch.no_grad():
+            output = model.base_model(input_ids=torch.zeros((1, 5), dtype=torch.long), use_cache=True)
+        assert (output.past_key_values is not None) == keeps
+    plan = HeadPlan(kept={0: (1,), 1: (0, 2)}, total={0: 4, 1: 4})
+    cost, cut = model_cost(model, length=5), model_cost(model, plan, length=5)
+    assert (cost.kv_cache_bytes, cut.kv_cache_bytes) == ((2 * 2 * 16 * 5 * 4, 2 * 12 * 5 * 4) if keeps else (0, 0))
+    if keeps:
+        assert counted_costs(model, "kv_cache", unit="head", length=5).total == cost.kv_cache_bytes
+        return
+    message = "A budget of kv_cache needs a model that keeps a key/value cache, but .* keeps none"
+    with pytest.raises(InputError, match=message):
+        counted_costs(model, "kv_cache", unit="head", length=5)
+    with pytest.raises(InputError, match=message):
+        deadhead.prune(model, criterion="magnitude", kv_cache=0.5)

@@ -21,6 +21,7 @@ from deadhead.measure.positions import max_positions, require_positions
         ("OPTForCausalLM", {"hidden_size": 8, "ffn_dim": 8, "word_embed_proj_dim": 8}, 12),
         ("BertModel", {"hidden_size": 8}, 12),
         ("GPTJForCausalLM", {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 12, "rotary_dim": 4}, 12),
+        ("CTRLLMHeadModel", {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 12, "dff": 8}, 12),
         ("LlamaForCausalLM", {"hidden_size": 8}, None),
         ("ViTModel", {"hidden_size": 8}, None),
     ],

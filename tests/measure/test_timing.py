@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import deadhead
 from deadhead import HeadPlan, InputError
 from deadhead.errors import UnsupportedModel
+from deadhead.measure.evaluation import evaluate
 from deadhead.measure.timing import WORKLOADS, Workload, bench, efficiency
 from tests.layouts.test_inputs import reader
 from tests.random_models import assert_unchanged, snapshot, tiny_model
+from tests.small_phase import stream
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -94,9 +98,8 @@ def test_a_text_is_not_longer_than_the_models_positions(workload: Workload, leng
 
 
 def test_a_model_that_does_not_run_on_made_inputs_is_told() -> None:
-    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
     with pytest.raises(UnsupportedModel, match="does not run on the input_ids, use_cache that deadhead makes up"):
-        bench({"model": transformers.T5ForConditionalGeneration(config)}, batch_size=1, length=4, repeats=1)
+        bench({"model": _t5()}, batch_size=1, length=4, repeats=1)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +146,31 @@ def test_the_process_random_state_is_left_alone() -> None:
     torch.manual_seed(1)
     bench({"model": model}, batch_size=1, length=4, repeats=1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def _t5() -> PreTrainedModel:
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def _bart() -> PreTrainedModel:
+    layers = {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    heads = {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+    config = transformers.BartConfig(vocab_size=32, d_model=16, **layers, **heads)
+    return transformers.BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [_t5, _bart])
+def test_an_encoder_with_a_decoder_is_told_in_one_sentence(make: Callable[[], PreTrainedModel]) -> None:
+    """Of one text such a model predicts nothing."""
+    model = make()
+    text = stream(99, vocab_size=29)
+    calls: dict[str, Callable[[], object]] = {
+        "decode": lambda: bench({"model": model}, workload="decode", batch_size=2, length=8, repeats=1),
+        "train": lambda: bench({"model": model}, workload="train", batch_size=2, length=8, repeats=1),
+        "Perplexity": lambda: evaluate(model, text, batch_size=2, window=8),
+    }
+    for what, call in calls.items():
+        with pytest.raises(UnsupportedModel, match=rf"{what} needs .* has an encoder and a decoder") as caught:
+            call()
+        assert "\n" not in str(caught.value)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,6 +18,7 @@ from transformers import (
 )
 
 from deadhead.attaching import gates_of, is_gate
+from deadhead.checkpoints.card import LICENCES, TAG, copy_licences, model_card
 from deadhead.checkpoints.declared import GATES_FILE, has_gates, require_config
 from deadhead.checkpoints.declared import PLAN_FILE as PLAN_FILE
 from deadhead.checkpoints.gate_files import (
@@ -32,24 +29,22 @@ from deadhead.checkpoints.gate_files import (
 )
 from deadhead.checkpoints.gguf_model import read_gguf_config, read_gguf_model
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
+from deadhead.checkpoints.load_report import without_load_report
+from deadhead.checkpoints.quantised import forget_dequantised, require_readable
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
 from deadhead.disk.gguf import gguf_file
 from deadhead.disk.hub import is_name, quick, require_had
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
-from deadhead.layouts.classes import auto_name, model_class
+from deadhead.layouts.classes import model_class
 from deadhead.layouts.refusals import require_model
-from deadhead.measure.cost import model_cost
+from deadhead.measure.cost import skeleton
 from deadhead.measure.losses import require_weights
 
-# In every model card of ours; a folder without it is not overwritten.
-_TAG = '"deadhead", "pruned-attention-heads"'
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-# What of the base model's card stays true of the cut model.
-_KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
 # What decides what a model computes; people may edit the rest.
 _VERIFIED = {".safetensors", ".json", ".model", ".txt"}
 _NOT_VERIFIED = {"generation_config.json"}
@@ -86,7 +81,7 @@ def save(
         InputError: `path` holds something else, cannot be written, or the device is full; or the weights are not whole
             in this process, or only a model inside of `model` was cut.
     """
-    path = Path(path)
+    path = checked_path(path)
     require_model(model)
     require_weights(model, "Saving")
     require_whole(
@@ -96,6 +91,8 @@ def save(
         "and save that",
     )
     require_ours_or_free(path)
+    if base is not None:
+        checked_path(base)
     # A cut that the configuration does not tell of is no model to be loaded again.
     find_layout(model).recorded_plan(model)
     gates = gates_of(model)
@@ -123,7 +120,7 @@ def save_beside(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(path))
     copy_licences(base, path)
-    write_text(path / "README.md", _model_card(model, _origin(base), **card))
+    write_text(path / "README.md", model_card(model, base, **card))
 
 
 def require_ours_or_free(path: Path) -> None:
@@ -134,10 +131,10 @@ def require_ours_or_free(path: Path) -> None:
     """
     require_replaceable(path, ("config.json",))
     card = path / "README.md"
-    if (path / "config.json").exists() and not (card.is_file() and _TAG in card.read_text("utf-8", errors="replace")):
+    if (path / "config.json").exists() and not (card.is_file() and TAG in card.read_text("utf-8", errors="replace")):
         raise InputError(f"{path} holds a model that deadhead did not write; choose another place.")
     for entry in path.iterdir() if path.is_dir() else ():
-        known = entry.name in ("tensorboard", CHECKSUMS_FILE) or entry.name.upper().startswith(_LICENCES)
+        known = entry.name in ("tensorboard", CHECKSUMS_FILE) or entry.name.upper().startswith(LICENCES)
         if not known and entry.suffix not in _ENDINGS:
             raise InputError(f"{path} holds {entry.name} beside a checkpoint of deadhead; choose another place.")
 
@@ -219,7 +216,7 @@ def _load(
     name = str(path)
     local = Path(path).is_dir()
     if not local and not is_name(path):
-        raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
+        raise _no_folder(path)
     if local:
         if has_gates(path) and not (Path(path) / "config.json").exists():
             raise InputError(
@@ -228,8 +225,9 @@ def _load(
             )
         _require_unchanged(Path(path))
     config = require_sound(Path(path)) if local else load_config(path)
+    require_readable(config, path)
     try:
-        with quick(path):
+        with quick(path), without_load_report():
             loaded: Any = model_class(config).from_pretrained(
                 name,
                 config=config,
@@ -292,10 +290,8 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     if (file := gguf_file(path)) is not None:
         return read_gguf_config(file)
     if not is_name(path):
-        if not Path(path).exists():
-            raise InputError(f"A checkpoint folder was expected at {path}, but there is none.")
-        if Path(path).is_file() and Path(path).suffix != ".json":
-            raise InputError(f"A checkpoint folder was expected at {path}, but that is a file.")
+        if not Path(path).is_dir() and not (Path(path).is_file() and Path(path).suffix == ".json"):
+            raise _no_folder(path)
         return guarded_config(Path(path))[0]
     require_had(path)
     try:
@@ -304,6 +300,25 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_such_name(path, error) from error
     return config
+
+
+def load_skeleton(path: str | Path) -> PreTrainedModel:
+    """Load a model without its weights, by which much can be told before they are read.
+
+    Raises:
+        InputError: see `load_config`.
+        UnsupportedModel: the weights are quantised, and cannot be read here.
+    """
+    config = load_config(path)
+    require_readable(config, path)
+    forget_dequantised(config)
+    return skeleton(config)
+
+
+def _no_folder(path: str | Path) -> InputError:
+    place = Path(path)
+    what = f"that is a file; name the folder that it lies in, {place.parent}" if place.exists() else "there is none"
+    return InputError(f"A checkpoint folder was expected at {path}, but {what}.")
 
 
 def _no_such_name(path: str | Path, error: Exception) -> InputError:
@@ -326,7 +341,7 @@ def load_gated(
     Raises:
         InputError: the folder has no gates, or it cannot be loaded.
     """
-    path = Path(path)
+    path = checked_path(path)
     if path.is_dir() and not has_gates(path):
         require_config(path)
         if has_gates_among_weights(path):
@@ -335,60 +350,3 @@ def load_gated(
         raise InputError(f"The checkpoint {path} has no gates ({GATES_FILE} is missing); load it with deadhead.load.")
     model, _ = _load(path, dtype, device)
     return model, load_gates(model, path)
-
-
-def copy_licences(base: str | Path | None, folder: Path) -> None:
-    """Copy the licence files of the checkpoint that a model was made of; none of one on the hub."""
-    for file in Path(base).iterdir() if base is not None and Path(base).is_dir() else ():
-        if file.name.upper().startswith(_LICENCES) and file.is_file():
-            shutil.copy2(file, folder / file.name)
-
-
-def _origin(base: str | Path | None) -> dict[str, Any]:
-    """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
-    if base is None:
-        return {}
-    name = str(base) if is_name(base) else None
-    metadata: dict[str, Any] = {}
-    # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
-    with suppress(Exception), quick(base):
-        card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
-        metadata = metadata_load(card) or {}
-    kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
-    return kept | ({} if name is None else {"base_model": name})
-
-
-def _model_card(
-    model: PreTrainedModel, origin: dict[str, Any], metrics: Mapping[str, float] | None = None, about: str | None = None
-) -> str:
-    cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
-    if about is None:
-        what = "Attention heads" if plan is None or plan.hidden_units is None else "Heads and hidden units"
-        cut = f"{what} of this model were found dead and cut off by deadhead."
-        about = "A model that deadhead has not cut." if plan is None else cut
-    is_stock = type(model).__module__.startswith("transformers.")
-    how = ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
-    auto = auto_name(model)
-    front: dict[str, Any] = {**origin, "library_name": "transformers", "tags": json.loads(f"[{_TAG}]")}
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
-        "---",
-        f"# {model.config.model_type}",
-        "",
-        about,
-        "",
-        f"- heads a layer: {cost.heads}",
-        *([f"- hidden units a layer: {cost.hidden_units}"] if plan is not None and plan.hidden_units else []),
-        f"- parameters: {cost.parameters:,}",
-        f"- FLOPs a token: {cost.flops_per_token:,.0f}",
-        *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
-        "",
-        "```python",
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("PATH"{how}',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_object, shown
 from deadhead.errors import InputError
 
@@ -26,7 +27,7 @@ _KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementati
 
 def has_gates(path: str | Path) -> bool:
     """Tell whether there are saved gates in a folder."""
-    return (Path(path) / GATES_FILE).exists()
+    return (checked_path(path) / GATES_FILE).exists()
 
 
 def declared_config(path: Path) -> dict[str, Any]:
@@ -40,6 +41,17 @@ def declared_config(path: Path) -> dict[str, Any]:
         _require_own_files(path)
     file = path / "config.json" if path.is_dir() else path
     values = read_object(file, what="model configuration")
+    if not isinstance(values.get("quantization_config"), dict | None):
+        raise InputError(
+            f"The model configuration {file} must have an object as quantization_config, or none, but it is "
+            f"{shown(values['quantization_config'])}."
+        )
+    named = values.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise InputError(
+            f"The model configuration {file} must have a list of names as architectures, or none, but it is "
+            f"{shown(named)}."
+        )
     for keys, value in _values(values):
         # A kernel may be named for each part of a model.
         kernel = next((key for key in keys if key in _KERNELS), None)

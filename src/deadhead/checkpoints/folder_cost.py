@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deadhead.checkpoints.declared import declared_config
+from deadhead.disk.places import checked_path
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_stored
 from deadhead.errors import InputError
 from deadhead.measure.costs import Cost
@@ -260,7 +261,8 @@ def folder_cost(folder: Path, *, length: int | None = None) -> tuple[Cost, HeadP
     Raises:
         InputError: the folder's configuration declares what cannot be.
     """
-    if not (folder / "config.json").is_file() or (folder / WEIGHTS_FILE).is_file() == (folder / INDEX_FILE).is_file():
+    has_config = (checked_path(folder) / "config.json").is_file()
+    if not has_config or (folder / WEIGHTS_FILE).is_file() == (folder / INDEX_FILE).is_file():
         return None
     values = declared_config(folder)
     try:

@@ -13,8 +13,9 @@ from torch.nn.modules import module as torch_module
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from deadhead.checkpoints.declared import declared_config
-from deadhead.disk.reading import read_json, shown
-from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, read_header, weight_files
+from deadhead.checkpoints.quantised import require_numbers
+from deadhead.disk.reading import read_object, shown
+from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, no_weights, read_header, weight_files
 from deadhead.errors import InputError, first_line
 from deadhead.measure.cost import skeleton
 
@@ -79,12 +80,13 @@ def require_sound(folder: Path) -> PreTrainedConfig:
     """Return a checkpoint folder's configuration, checked against the files there are, without reading a weight.
 
     Raises:
-        InputError: the configuration is none, the weights are pickled, damaged, of another shape or far too few for
-            it, or an index names files outside the folder.
+        InputError: the configuration is none, the weights are missing, pickled, damaged, of another shape or far too
+            few for it, or an index names files outside the folder.
+        UnsupportedModel: weights are integers.
     """
     for name in _SMALL:
         if (folder / name).exists():
-            read_json(folder / name, what="file")
+            read_object(folder / name, what="file")
     if (folder / _ADAPTER).exists():
         raise InputError(
             f"{folder} holds an adapter ({_ADAPTER}), with which transformers would load a base model from wherever it "
@@ -93,11 +95,13 @@ def require_sound(folder: Path) -> PreTrainedConfig:
     config, model = guarded_config(folder)
     files = _weight_files(folder, config)
     if not files:
-        return config
+        raise no_weights(folder)
     if hasattr(config, "quantization_config"):
         held = sum(file.stat().st_size for file in files) * _MOST_PACKED
     else:
-        held = sum(tensor.numel for file in files for tensor in read_header(file))
+        stored = [tensor for file in files for tensor in read_header(file)]
+        held = sum(tensor.numel for tensor in stored)
+        require_numbers(model, stored, folder)
     if (parameters := model.num_parameters()) > held + _MOST_NEW:
         raise InputError(
             f"The configuration in {folder} describes {parameters:,} parameters, but its files hold {held:,}; it is "

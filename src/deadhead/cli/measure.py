@@ -49,14 +49,6 @@ def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
     return model
 
 
-def _declared(path: Path) -> PreTrainedModel:
-    """Return a model without its weights, of which much can be told before they are loaded."""
-    from deadhead.checkpoints import checkpoint
-    from deadhead.measure.cost import skeleton
-
-    return skeleton(checkpoint.load_config(path))
-
-
 def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Has the options that `evaluate` takes besides those of the text."""
 
@@ -78,12 +70,13 @@ def evaluate(
     quiet, as_json = shared["quiet"], shared["as_json"]
     text_of = changed(DataRecipe(), **settings)
     load_torch(quiet or as_json, model, of_hub(settings.get("source")))
+    from deadhead.checkpoints.checkpoint import load_skeleton
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
     from deadhead.measure.losses import require_language_model
     from deadhead.training.runs.inputs import require_default_text
 
-    declared = _declared(model)
+    declared = load_skeleton(model)
     require_language_model(declared, "Perplexity")
     if "source" not in settings:
         require_default_text(declared.config.model_type)
@@ -125,11 +118,12 @@ def generate(
 ) -> None:
     """Continue a text."""
     load_torch(as_json, model)
+    from deadhead.checkpoints.checkpoint import load_skeleton
     from deadhead.data import load_tokenizer
     from deadhead.measure.generate import generate_text
     from deadhead.measure.losses import require_language_model
 
-    require_language_model(_declared(model), "Continuing a text")
+    require_language_model(load_skeleton(model), "Continuing a text")
     network = _load(model, device, dtype)
     text = generate_text(
         network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -153,13 +147,14 @@ def bench(
 ) -> None:
     """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
     load_torch(as_json, model, dense)
+    from deadhead.checkpoints.checkpoint import load_skeleton
     from deadhead.layouts.inputs import positions_read
     from deadhead.measure.cost import model_cost
     from deadhead.measure.timing import bench as run_bench
     from deadhead.measure.timing import efficiency, require_timed
 
     for path in filter(None, (model, dense)):
-        require_timed(_declared(path), workload, length)
+        require_timed(load_skeleton(path), workload, length)
     models = {"model": _load(model, device, dtype)}
     if dense is not None:
         models = {"dense": _load(dense, device, dtype), **models}

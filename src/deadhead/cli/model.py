@@ -239,7 +239,7 @@ def _cost_table(cost: Cost) -> Table:
         "  of the heads, which go with them": f"{cost.attention_parameters:,}",
         "FLOPs a token": f"{cost.flops_per_token:,.0f}",
         "  of the heads": f"{cost.attention_flops_per_token:,.0f}",
-        "key/value cache a text, bytes": f"{cost.kv_cache_bytes:,}",
+        "key/value cache a text, bytes": f"{cost.kv_cache_bytes:,}" if cost.kv_cache_bytes else "–",
     }
     if cost.total_hidden_units:
         rows["hidden units"] = f"{sum(cost.hidden_units):,} of {sum(cost.total_hidden_units):,}"

@@ -134,7 +134,6 @@ def _dry_run(
 ) -> None:
     load_torch(quiet or as_json, model)
     from deadhead.checkpoints import checkpoint
-    from deadhead.measure.cost import skeleton
     from deadhead.modes import on_device
     from deadhead.report.tables import dry_run_table
     from deadhead.training.phases.choosing import measure_budget_latency
@@ -151,7 +150,7 @@ def _dry_run(
     else:
         # Without weights: what they are makes no difference.
         require_ungated(model)
-        network = skeleton(checkpoint.load_config(model))
+        network = checkpoint.load_skeleton(model)
         require_trainable(network, phase)
         if dtype is not None:
             network.to(checkpoint.named_dtype(dtype))  # type: ignore[arg-type]

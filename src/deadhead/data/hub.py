@@ -11,6 +11,7 @@ from deadhead.data.chat import Chat
 from deadhead.data.local import SPLIT_NAMES
 from deadhead.data.tables import Rows, require_text, rows_of
 from deadhead.disk.hub import quick, require_had
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, first_line, require_extra
 
 if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
@@ -27,7 +28,7 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
     if not name or ":" in config or source.endswith(":"):
         raise InputError(f"hf:NAME or hf:NAME:CONFIG was expected, but {source!r} came.")
     require_had(name, kind="dataset")
-    is_saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+    is_saved = any((checked_path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     loaded = _load(source, name, config or None, is_saved=is_saved)
     is_csv = not is_saved and any(part.info.builder_name == "csv" for part in loaded.values())
     names = ", ".join(sorted(loaded))

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 from deadhead.data.formats import PROBE_BYTES, Format, Found, Unpacked, found_in, is_packed, refuse_looks
 from deadhead.data.pieces import Document, Documents, readable
 from deadhead.data.tables import Rows
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, RunWarning
 
 ReadRows = Callable[[Mapping[str, Sequence[Found]], Format, Path], Mapping[str, Rows]]
@@ -74,6 +75,7 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
     Warns:
         RunWarning: files of another format, or of no text, are left out.
     """
+    checked_path(path)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError
 
 # What safetensors, NumPy and torch's own writer say of a disk that is full.
@@ -42,8 +43,13 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOENT and is_of_place:
             # A place such as /proc, where nothing can be made.
             raise InputError(f"{path} cannot be written: nothing can be made there; choose another place.") from error
+        if error.errno == errno.ENAMETOOLONG:
+            # That of the temporary file or folder beside it.
+            raise InputError(f"{path} cannot be written: its name is too long; choose a shorter one.") from error
         if error.errno in (errno.EBUSY, errno.EINVAL):
             raise InputError(f"{path} cannot be replaced by another folder; choose another place.") from error
+        if error.errno == errno.EISDIR:
+            raise InputError(f"{path} cannot be made a file: it is a folder; choose another place.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise InputError(f"{path} cannot be made a folder: a file of that name is in the way.") from error
         raise
@@ -60,6 +66,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old content or the new one, never a part."""
+    checked_path(path)
     with no_space_is_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -100,6 +107,7 @@ def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
     Raises:
         InputError: `path` is a file, or a folder that holds other things.
     """
+    checked_path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path} is a file, but a folder is to be written there; choose another place.")
     if not path.is_dir() or any((path / marker).exists() for marker in markers):
@@ -142,7 +150,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
     A replaced folder is moved aside before the new one is moved in, so that a reader never sees a mixture.
     """
-    path = path.resolve()  # "." has no name to write beside
+    path = checked_path(path).resolve()  # "." has no name to write beside
     with no_space_is_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, first_line, require_extra
 
 _MAGIC = b"GGUF"
@@ -20,7 +21,7 @@ def gguf_file(path: str | Path) -> Path | None:
     Raises:
         InputError: the file is missing, is no GGUF file or a part of one, or the folder holds several.
     """
-    path = Path(path)
+    path = checked_path(path)
     if path.suffix.lower() != ".gguf" or path.is_dir():
         files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
         if not files:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from huggingface_hub import constants, get_session
 
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError
 
 # Seconds.
@@ -31,7 +32,7 @@ _quick: dict[str, int] = {"inside": 0, "before": 0}
 
 def is_name(path: str | Path) -> bool:
     """Tell whether `path`, where nothing lies, may be a name on the hub: NAME or ORG/NAME."""
-    return not Path(path).exists() and bool(re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(path)))
+    return not checked_path(path).exists() and bool(re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(path)))
 
 
 def answers() -> bool:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError
 
 # The longest file of settings, plans or configurations that is read; those of real models have kilobytes. A tokenizer,
@@ -22,6 +23,7 @@ def read_text(path: Path, *, what: str) -> str:
     Raises:
         InputError: it is missing, is a named pipe, cannot be read, is longer than 64 MiB or is not UTF-8.
     """
+    checked_path(path)
     try:
         # Opening a named pipe would wait for whoever writes into it. One of a shell has no name in any folder.
         if stat.S_ISFIFO(path.stat().st_mode) and os.path.exists(os.path.realpath(path)):
@@ -37,8 +39,6 @@ def read_text(path: Path, *, what: str) -> str:
         raise InputError(f"The {what} {path} cannot be read as text: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"The {what} {path} cannot be read as text: byte {error.start} is not UTF-8.") from None
-    except ValueError as error:  # a name with a null character
-        raise InputError(f"The {what} {str(path)!r} cannot be read: {error}.") from None
 
 
 def read_json(path: Path, *, what: str) -> Any:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Of what else a folder may hold weights in, the ends of names.
+_OTHER_FORMATS = (".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 # Of each type of the format, the name in torch and the bytes of a number.
 _TYPES: Mapping[str, tuple[str, int]] = {
@@ -131,18 +132,31 @@ def weight_files(folder: Path, index: Path) -> list[Path]:
         InputError: a file is missing, or the weights are pickled.
     """
     if not index.is_file():
-        for name in PICKLES:
-            if (folder / name).exists():
-                raise InputError(
-                    f"The weights in {folder} are pickled ({name}), and reading a pickle can run any code; where you "
-                    "trust them, load them with transformers and save them anew with save_pretrained."
-                )
+        pickles = sorted(file.name for file in folder.glob("*model*.bin*"))
+        if pickles:
+            raise InputError(
+                f"The weights in {folder} are pickled ({pickles[0]}), and reading a pickle can run any code; where you "
+                "trust them, load them with transformers and save them anew with save_pretrained."
+            )
         return []
     files = [folder / name for name in sorted(set(_read_index(index).values()))]
     for file in files:
         if not file.is_file():
             raise InputError(f"The index {index} names a file {file.name}, but it is not there; fetch it again.")
     return files
+
+
+def no_weights(folder: Path) -> InputError:
+    """Return the error of a folder without weights, which says what it has in their place."""
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    ours = next((name for name in names if name.endswith((".safetensors", ".gguf"))), None)
+    other = next((name for name in names if name.endswith(_OTHER_FORMATS)), None)
+    how = "fetch it again"
+    if ours is not None:
+        how = f"the folder holds {ours}: name that, if it is a GGUF file, or give it this name, if it holds all of them"
+    elif other is not None:
+        how = f"the folder holds {other}, which is of another format: load that elsewhere, and save it as safetensors"
+    return InputError(f"Weights were expected at {folder / WEIGHTS_FILE}, but there is no such file; {how}.")
 
 
 def read_stored(folder: Path) -> StoredCheckpoint:
@@ -157,7 +171,7 @@ def read_stored(folder: Path) -> StoredCheckpoint:
     is_single = not is_sharded and (folder / WEIGHTS_FILE).is_file()
     paths = [folder / WEIGHTS_FILE] if is_single else weight_files(folder, index)
     if not paths:
-        raise InputError(f"Weights were expected at {folder / WEIGHTS_FILE}, but there is no such file.")
+        raise no_weights(folder)
     files = {path.name: read_header(path) for path in paths}
     if is_sharded:
         weight_map = _read_index(index)

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.attaching import gates_of
 from deadhead.checkpoints import checkpoint
+from deadhead.checkpoints.card import copy_licences
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, write_json
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, UnsupportedModel, is_installed, require_extra, typed
 from deadhead.export import flat, gguf, llama_cpp, onnx
 from deadhead.export.agreement import Agreement, Reference, compare, first_output, make_reference
@@ -109,7 +111,7 @@ def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
         raise InputError(f"A type of weights is chosen for gguf only, not for {to}; leave {kind!r} out.")
     if to == "gguf" and out.suffix != ".gguf":
         raise InputError(f"A file name that ends in .gguf was expected, but {out} came.")
-    if out.exists() or out.is_symlink():
+    if checked_path(out).exists() or out.is_symlink():
         raise InputError(f"There is something at {out} already; remove it or choose another place.")
     if to == "gguf":
         require_extra("gguf", "gguf", what="Export to GGUF")
@@ -201,7 +203,7 @@ def _flat(
         model.generation_config.save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
-    checkpoint.copy_licences(base, place)
+    copy_licences(base, place)
     unchecked = None if agreements else f"{runtime} is not installed (pip install 'deadhead[{to}]')"
     return Exported(out, to, "f32", type(model).__name__, size, agreements, unchecked)
 

@@ -70,7 +70,7 @@ class Site(ABC):
         return {}
 
     def cache_values(self, length: int) -> int:
-        """Return how many numbers the module keeps in the key/value cache after `length` positions."""
+        """Return how many numbers of keys and values `length` positions have, as a key/value cache keeps them."""
         return 0
 
     def rows(self, units: tuple[int, ...]) -> Tensor:
@@ -149,6 +149,10 @@ class Layout(ABC):
     def all_sites(self, model: PreTrainedModel, unit: Unit, *, hidden: bool) -> list[Site]:
         """Return the sites of heads, and those of hidden units if asked."""
         return [*self.sites(model, unit), *(self.hidden_sites(model) if hidden else ())]
+
+    def keeps_cache(self, model: PreTrainedModel) -> bool:
+        """Tell whether a model keeps keys and values of a text that goes on; encoders do not."""
+        return True
 
     def require_reloadable(self, model: PreTrainedModel) -> None:
         """Check that a checkpoint of the cut model could be loaded; UnsupportedModel if not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from deadhead.layouts.feed_forward import feed_forward_sites
 from deadhead.models.pruned.feed_forward import find_feed_forwards
 from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
 from deadhead.models.pruned.shrinking import Heads, heads_of, rows_of, shrink
-from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys
+from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys, text_stack
 from deadhead.plans.plan import HeadPlan, Unit
 
 
@@ -90,6 +91,11 @@ class HuggingFaceSite(Site):
         return window if isinstance(window, int) and window > 0 else None
 
 
+def has_encoder_and_decoder(model: PreTrainedModel) -> bool:
+    """Tell whether a model has two stacks of layers; either of them may be had alone."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_decoder() is not model
+
+
 class HuggingFaceLayout(Layout):
     """Heads of any model of transformers, found by `models.pruned.structure`."""
 
@@ -112,8 +118,7 @@ class HuggingFaceLayout(Layout):
     def sites(self, model: PreTrainedModel, unit: Unit) -> list[Site]:
         """Return every module of the text stack whose structure is known."""
         kind = model.config.model_type
-        # The encoder of such a model may be had alone.
-        if model.config.is_encoder_decoder and model.get_decoder() is not model:
+        if has_encoder_and_decoder(model):
             raise UnsupportedModel(
                 f"deadhead prunes models with one stack of layers, but {kind!r} has an encoder and a decoder."
             )
@@ -149,6 +154,12 @@ class HuggingFaceLayout(Layout):
         """Return every feed-forward layer of the text stack that is not one of experts."""
         plan = self.recorded_plan(model)
         return feed_forward_sites(find_feed_forwards(model), None if plan is None else plan.hidden_units)
+
+    def keeps_cache(self, model: PreTrainedModel) -> bool:
+        """Tell whether the text stack takes a cache. Encoders that can be decoders say which of the two they are."""
+        stack: Any = text_stack(model)
+        takes_cache = "past_key_values" in inspect.signature(stack.forward).parameters
+        return takes_cache and bool(getattr(stack.config, "is_decoder", True))
 
     def require_reloadable(self, model: PreTrainedModel) -> None:
         """Check that the classes of model and configuration are transformers' own, or ours of those."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deadhead.attaching import detach, is_gate
-from deadhead.cutting import remove_units
+from deadhead.cutting import cache_values, remove_units
 from deadhead.errors import InputError, typed
 from deadhead.layouts import Layout, Site, find_layout
 from deadhead.layouts.classes import model_class
@@ -67,7 +67,7 @@ def model_cost(
         attention_parameters=sum(parameter.numel() for parameter, _ in heads),
         flops_per_token=other_flops + heads_flops,
         attention_flops_per_token=heads_flops,
-        kv_cache_bytes=sum(site.cache_values(length) for site in sites) * model.dtype.itemsize,
+        kv_cache_bytes=cache_values(layout, model, sites, length) * model.dtype.itemsize,
         hidden_units=[len(site.units) for site in hidden],
         total_hidden_units=[site.total for site in hidden],
         hidden_parameters=sum(p.numel() for site in hidden for p, _ in _unit_parameters(site)),
@@ -124,8 +124,13 @@ def counted_costs(
     Of single query heads that share keys and values, and of heads that share persistent vectors, the mean: `model_cost`
     with a plan counts exactly. `hidden` says whether hidden units are units too, `of` which parameters are counted (see
     `cost_of_kind`).
+
+    Raises:
+        InputError: the cache is asked for of a model that keeps none.
     """
     layout = find_layout(model)
+    if kind == "kv_cache":
+        require_cache(model)
     length = _default_length(model) if length is None else length
     cost = model_cost(model, length=length, unit=unit)
     sites = [site for site in layout.all_sites(model, unit, hidden=hidden) if site.units]
@@ -147,6 +152,15 @@ def counted_costs(
         present += whole
         tables[site.key] = torch.arange(len(site.units) + 1, dtype=torch.float64) * (whole / len(site.units))
     return UnitCosts(fixed=cost_of_kind(cost, kind, of) - present, tables=tables)
+
+
+def require_cache(model: PreTrainedModel) -> None:
+    """Check that a model keeps a key/value cache, of which a share may be left; InputError if it does not."""
+    if not find_layout(model).keeps_cache(model):
+        raise InputError(
+            f"A budget of kv_cache needs a model that keeps a key/value cache, but {type(model).__name__} keeps none; "
+            "ask for sparsity, params or flops."
+        )
 
 
 def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"], of: Of = "all") -> float:

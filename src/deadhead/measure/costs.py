@@ -18,7 +18,7 @@ class Cost:
         flops_per_token: of one forward pass over a token at the given length; a multiply-add counts as 2. Norms,
             softmax and the once-per-pass projection of relative positions are not counted.
         attention_flops_per_token: the heads' part of it.
-        kv_cache_bytes: cache of one text at the given length, in the model's precision.
+        kv_cache_bytes: cache of one text at the given length, in the model's precision; 0 where the model keeps none.
         hidden_units: hidden units, or persistent vectors, left, one number a layer that has any.
         total_hidden_units: those of the original dense model, one number a layer that has any.
         hidden_parameters: those that belong to hidden units and go with them.

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
+from deadhead.layouts.hugging_face import has_encoder_and_decoder
 
 
 def require_language_model(model: PreTrainedModel, what: str) -> None:
-    """Check that a model predicts the next token, as `what` needs; encoders and classifiers do not.
+    """Check that a model predicts the next token, as `what` needs; encoders, alone or not, and classifiers do not.
 
     Raises:
         UnsupportedModel: it does not.
@@ -26,6 +27,11 @@ def require_language_model(model: PreTrainedModel, what: str) -> None:
             f"{what} needs a model that predicts the next token, but {type(model).__name__} has no such loss; it can "
             "be cut by a plan, pruned by criterion 'magnitude', or trained with deadhead.SparsityCallback in a Trainer "
             "of your own."
+        )
+    if has_encoder_and_decoder(model):
+        raise UnsupportedModel(
+            f"{what} needs a model that predicts the next token of a text, but {type(model).__name__} has an encoder "
+            "and a decoder, of which deadhead prunes neither."
         )
 
 

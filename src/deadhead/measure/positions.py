@@ -50,6 +50,6 @@ def _table_rows(model: PreTrainedModel) -> list[int]:
             # OPT and RoBERTa begin behind rows that stand for no position.
             unused = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
             rows.append(module.num_embeddings - int(unused))
-    # Rotations that are looked up, not computed (GPT-J, CodeGen).
+    # Rotations that are looked up, not computed (GPT-J, CodeGen), and a table that no embedding holds (CTRL).
     buffers = text_stack(model).named_buffers()
-    return rows + [len(values) for name, values in buffers if name.endswith("embed_positions")]
+    return rows + [len(values) for name, values in buffers if name.endswith(("embed_positions", "pos_encoding"))]

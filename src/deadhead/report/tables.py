@@ -108,7 +108,8 @@ def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
         table.add_row("hidden units", *(str(sum(cost.hidden_units)) for cost in kept))
     table.add_row("parameters", *(f"{cost.parameters:,}" for cost in kept))
     table.add_row(f"FLOPs a token after {found.length:,}", *(f"{cost.flops_per_token:,.0f}" for cost in kept))
-    table.add_row("key/value cache, bytes", *(f"{cost.kv_cache_bytes:,}" for cost in kept))
+    if any(cost.kv_cache_bytes for cost in kept):
+        table.add_row("key/value cache, bytes", *(f"{cost.kv_cache_bytes:,}" for cost in kept))
     lines = []
     if recipe.budget is not None:
         asked = {**recipe.budget.words, "reached": found.reached}

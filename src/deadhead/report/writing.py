@@ -10,6 +10,7 @@ from typing import Any
 
 from deadhead.disk.checksums import read_checksums
 from deadhead.disk.files import write_json, write_text
+from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_object
 from deadhead.errors import InputError, typed
 from deadhead.report.page import render_page
@@ -66,13 +67,13 @@ def report_run(
         InputError: `run` or one of `others` is not a run's folder, the sentence cannot be read, or the page cannot be
             written.
     """
-    folder = Path(run)
-    path = folder / REPORT_FILE if path is None else Path(path)
+    folder = checked_path(run)
+    path = folder / REPORT_FILE if path is None else checked_path(path)
     if path.is_dir():
         raise InputError(f"The page is one file, but {path} is a folder; name a file.")
     facts = RunFacts(folder)
     facts.update()
-    points = sibling_points(facts, None if others is None else [Path(other) for other in others])
+    points = sibling_points(facts, None if others is None else [checked_path(other) for other in others])
     text = default_sentence(text_of(folder)) if sentence is None else sentence
     patterns: dict[str, Any] | None = None
     lacks = "" if attention else "it was not asked for"
@@ -111,7 +112,7 @@ def _attention(folder: Path, sentence: str, progress: Callable[[int, int], None]
 
 def text_of(folder: Path) -> DataRecipe:
     """Return what text a run has learned from, or the one that commands take where none is named."""
-    recipe = folder / RECIPE_FILE
+    recipe = checked_path(folder) / RECIPE_FILE
     return load_recipe(recipe).data if recipe.is_file() else DataRecipe()
 
 

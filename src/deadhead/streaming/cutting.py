@@ -22,6 +22,7 @@ from deadhead.cutting import cut, warn_of_cache
 from deadhead.data import has_tokenizer, load_tokenizer
 from deadhead.disk.checksums import sha256_of, write_checksums
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, replaced_folder, write_json, write_text
+from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_json
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, weights_size
 from deadhead.errors import CutError, InputError, typed
@@ -106,7 +107,7 @@ def cut_checkpoint(
     Warns:
         UserWarning: as `cut` does.
     """
-    folder, out = Path(source), Path(out)
+    folder, out = checked_path(source), checked_path(out)
     if out.resolve() == folder.resolve():
         raise InputError(
             f"The cut model must not overwrite the model it is made of, {source}; choose another out (--out)."

@@ -91,8 +91,8 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
                 raise NotStreamable(f"tensor {piece.source.name} does not become what the cut model asks for")
         if found:
             pieces[file] = found
-    before = cache_values(layout.sites(dense, plan.unit))
-    after = cache_values(layout.sites(cut, plan.unit))
+    before = cache_values(layout, dense, layout.sites(dense, plan.unit))
+    after = cache_values(layout, cut, layout.sites(cut, plan.unit))
     return StreamedCut(
         stored=stored,
         pieces=pieces,

@@ -16,11 +16,12 @@ from deadhead.checkpoints import checkpoint
 from deadhead.checkpoints.declared import has_gates
 from deadhead.data import TokenizedCorpus, TokenStream, load_text, load_tokenizer, special_token_ids
 from deadhead.disk.files import replaced_folder
+from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_object
 from deadhead.errors import InputError, own_sentence
 from deadhead.layouts import find_layout
 from deadhead.layouts.refusals import require_gradients
-from deadhead.measure.cost import skeleton
+from deadhead.measure.cost import require_cache, skeleton
 from deadhead.measure.criteria import READS_TEXT
 from deadhead.measure.losses import require_language_model
 from deadhead.measure.timing import require_timed
@@ -146,7 +147,10 @@ def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
         )
     layout = find_layout(unwrapped(model))
     layout.sites(unwrapped(model), layout.units(unwrapped(model))[0])
-    if isinstance(recipe, PruneRecipe) and recipe.budget is not None and recipe.budget.kind == "speedup":
+    budget = recipe.budget if isinstance(recipe, PruneRecipe) else None
+    if budget is not None and budget.kind == "kv_cache":
+        require_cache(unwrapped(model))
+    if isinstance(recipe, PruneRecipe) and budget is not None and budget.kind == "speedup":
         require_timed(unwrapped(model), recipe.budget_workload, budget_length(unwrapped(model), recipe))
     if reads_text(recipe):
         require_language_model(model, "Training on a text")
@@ -177,7 +181,7 @@ def is_without_text(model: PreTrainedModel, data: Data | None, recipe: PhaseReci
 def require_begun(path: str | Path, data: Data | None, recipe: PhaseRecipe) -> None:
     """Check what can be known of a phase before the weights are loaded: the model's structure, and a text if needed."""
     require_ungated(path)
-    model = skeleton(checkpoint.load_config(path))
+    model = checkpoint.load_skeleton(path)
     require_trainable(model, recipe)
     is_without_text(model, data, recipe)
 
@@ -201,6 +205,7 @@ def read_data(
     tokenizer: PreTrainedTokenizerBase | None = None
     if isinstance(data, str | Path | DataRecipe):
         recipe = data if isinstance(data, DataRecipe) else DataRecipe(source=str(data))
+        checked_path(recipe.source)
         if tokenizer_of is None and model_type is not None:
             raise InputError(
                 f"A tokenizer is needed to read {recipe.source}, but this model does not say where its own lies; give "
@@ -252,7 +257,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def dense_folder(path: str) -> Path:
     """Return the folder of the dense model that a recipe begins from, which must be one of deadhead's own."""
-    folder = Path(path)
+    folder = checked_path(path)
     if not folder.is_dir():
         raise InputError(
             f"The recipe begins from the dense model in {path}, but there is no such folder; run the recipe that "

@@ -19,6 +19,7 @@ from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut
 from deadhead.data import TokenizedCorpus
 from deadhead.disk.files import remove_folder, remove_left_overs, require_replaceable, write_text
+from deadhead.disk.places import checked_path
 from deadhead.errors import InputError
 from deadhead.gates.gates import HeadGates
 from deadhead.measure.cost import model_cost
@@ -94,7 +95,7 @@ class Run:
                 another recipe, or a tracker is not there.
         """
         require_trackers(report_to)
-        folder = Path(folder)
+        folder = checked_path(folder)
         fresh = on_main(lambda: cls._open(recipe, folder, resume=resume))
         return cls(folder, recipe, told(progress), fresh, report_to)
 
@@ -147,7 +148,7 @@ class Run:
         tokenizer_of: str | Path | None = None
         if recipe.model.from_ is not None:
             # Before its tokenizer is looked for, and its text read.
-            checkpoint.load_config(recipe.model.from_)
+            checkpoint.load_skeleton(recipe.model.from_)
         if not self._done("dense"):
             # A model that exists already has one.
             tokenizer_of = recipe.model.from_ if recipe.dense is None else dense_folder(recipe.dense)

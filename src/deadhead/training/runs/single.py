@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from deadhead.checkpoints import checkpoint
 from deadhead.cutting import cut as cut_heads
 from deadhead.disk.files import remove_left_overs, write_json
+from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_json
 from deadhead.errors import InputError, RunWarning, require_extra, typed
 from deadhead.layouts import find_layout
@@ -164,9 +165,9 @@ def run_single(
         recipe = recipe.model_copy(update={"save_every": 0})
         place: Any = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     else:
-        out = Path(options.out).resolve()
+        out = checked_path(options.out).resolve()
         options = replace(options, out=out)
-        work = out.with_name(out.name + ".work")
+        work = checked_path(out.with_name(out.name + ".work"))
         on_main(lambda: _check_places(out, work, model, resume=options.resume))
         place = nullcontext(str(work))
     with place as folder, _gone_on_failure(Path(folder)), on_device(device):

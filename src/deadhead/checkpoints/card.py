@@ -1,0 +1,86 @@
+"""What lies beside a checkpoint's weights for people: its model card, and the licence files of the base model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.repocard import metadata_load
+from transformers import PreTrainedModel
+
+from deadhead.disk.hub import is_name, quick
+from deadhead.layouts import find_layout
+from deadhead.layouts.classes import auto_name
+from deadhead.measure.cost import model_cost
+
+# In every model card of ours; a folder without it is not overwritten.
+TAG = '"deadhead", "pruned-attention-heads"'
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+# What of the base model's card stays true of the cut model.
+_KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
+
+
+def copy_licences(base: str | Path | None, folder: Path) -> None:
+    """Copy the licence files of the checkpoint that a model was made of; none of one on the hub."""
+    for file in Path(base).iterdir() if base is not None and Path(base).is_dir() else ():
+        if file.name.upper().startswith(LICENCES) and file.is_file():
+            shutil.copy2(file, folder / file.name)
+
+
+def _origin(base: str | Path | None) -> dict[str, Any]:
+    """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
+    if base is None:
+        return {}
+    name = str(base) if is_name(base) else None
+    metadata: dict[str, Any] = {}
+    # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
+    with suppress(Exception), quick(base):
+        card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
+        metadata = metadata_load(card) or {}
+    kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
+    return kept | ({} if name is None else {"base_model": name})
+
+
+def model_card(
+    model: PreTrainedModel,
+    base: str | Path | None,
+    metrics: Mapping[str, float] | None = None,
+    about: str | None = None,
+) -> str:
+    """Return the text of a model's card; arguments as for `checkpoint.save`."""
+    cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
+    if about is None:
+        what = "Attention heads" if plan is None or plan.hidden_units is None else "Heads and hidden units"
+        cut = f"{what} of this model were found dead and cut off by deadhead."
+        about = "A model that deadhead has not cut." if plan is None else cut
+    is_stock = type(model).__module__.startswith("transformers.")
+    how = ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
+    auto = auto_name(model)
+    front: dict[str, Any] = {**_origin(base), "library_name": "transformers", "tags": json.loads(f"[{TAG}]")}
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        f"# {model.config.model_type}",
+        "",
+        about,
+        "",
+        f"- heads a layer: {cost.heads}",
+        *([f"- hidden units a layer: {cost.hidden_units}"] if plan is not None and plan.hidden_units else []),
+        f"- parameters: {cost.parameters:,}",
+        f"- FLOPs a token: {cost.flops_per_token:,.0f}",
+        *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
+        "",
+        "```python",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("PATH"{how}',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
