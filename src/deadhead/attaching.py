@@ -245,8 +245,9 @@ def is_gate(name: str) -> bool:
 
 @typed
 def gates_of(model: nn.Module) -> HeadGates | None:
-    """Return the gates of `model`, or None if it has none."""
-    return getattr(model, _GATES_ATTRIBUTE, None)
+    """Return the gates of `model`, or of the model in a wrapper such as DataParallel; None if there are none."""
+    found = (vars(module).get(_GATES_ATTRIBUTE) for module in model.modules())
+    return next((gates for gates in found if gates is not None), None)
 
 
 @typed

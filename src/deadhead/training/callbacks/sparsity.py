@@ -213,8 +213,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def _gates_in(self, model: nn.Module) -> HeadGates:
         """Return the gates to train of the Trainer's model, which may be wrapped."""
-        modules = list(model.modules())
-        found = next(filter(None, map(gates_of, modules)), None)
+        found, modules = gates_of(model), set(model.modules())
         if found is None and not any(gate in modules for _, gate in self.gates):
             if getattr(getattr(model, "config", None), "head_plan", None) is not None:
                 raise InputError(
