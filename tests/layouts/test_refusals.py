@@ -327,3 +327,23 @@ def test_weights_that_are_shared_out_are_told_before_anything_is_written(how: st
             use()
         sentence(caught)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.filterwarnings("ignore:FSDP")
+@pytest.mark.parametrize("names", [False, True])
+def test_gates_in_flat_parameters_are_not_read_but_when_they_are_whole(names: bool) -> None:
+    model = llama()
+    gates = attach(model)
+    expected = gates.plan(sparsity=0.5)
+    wrapper = _flattened(model, names=names)
+    if names:
+        # As where there are several processes.
+        next(iter(gates))[1].log_alpha_bias.data = torch.empty(0)
+    for read in (gates.plan, gates.l0, gates.state_dict, lambda: gates.sparsity, gates.scores):
+        with pytest.raises(InputError, match="The first FSDP has laid the gates") as caught:
+            read()
+        sentence(caught)
+    if not names:
+        with FullyShardedDataParallel.summon_full_params(wrapper):
+            assert gates.plan(sparsity=0.5) == expected
