@@ -67,14 +67,16 @@ def test_detach_leaves_the_model_as_it_was() -> None:
     [
         nn.Sequential,
         nn.DataParallel,
+        lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
         lambda model: peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")),
     ],
-    ids=["Sequential", "DataParallel", "PEFT"],
+    ids=["Sequential", "DataParallel", "compiled", "PEFT"],
 )
-def test_detach_finds_gates_in_a_wrapper(wrap: Any) -> None:
+def test_gates_are_found_and_taken_off_in_a_wrapper(wrap: Any) -> None:
     model = stock_model("llama")
-    attach(model)
+    gates = attach(model)
     wrapped = wrap(model)
+    assert gates_of(wrapped) is gates
     assert detach(wrapped) is wrapped
     assert gates_of(model) is None and gates_of(wrapped) is None
     attach(model)

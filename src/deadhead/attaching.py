@@ -16,7 +16,7 @@ from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.layouts.inputs import require_runnable
-from deadhead.layouts.refusals import require_model, require_plain
+from deadhead.layouts.refusals import require_model, require_no_prefix, require_plain
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import restored_on_failure
 from deadhead.plans.blocks import Blocks, choose_block_size, owners, runs
@@ -247,6 +247,7 @@ def _relative_costs(sites: Sequence[Site], choices: Choices) -> dict[UnitKey, fl
 
 def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
     """Return the model of transformers in PEFT's wrapper, or `model` itself; UnsupportedModel if it is none."""
+    require_no_prefix(model)
     wrapper: Any = model
     inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     require_model(inner)
@@ -297,8 +298,9 @@ def is_gate(name: str) -> bool:
 
 @typed
 def gates_of(model: nn.Module) -> HeadGates | None:
-    """Return the gates of `model`, or None if it has none."""
-    return getattr(model, _GATES_ATTRIBUTE, None)
+    """Return the gates of `model`, or of the model in a wrapper such as DataParallel; None if there are none."""
+    found = (vars(module).get(_GATES_ATTRIBUTE) for module in model.modules())
+    return next((gates for gates in found if gates is not None), None)
 
 
 @typed

@@ -43,6 +43,13 @@ SHAPES: dict[str, Any] = {
 }
 
 
+CALLS = (
+    "{% if tools %}{{ tools|tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"
+    "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments|tojson }}{% else %}{{ m.content }}"
+    "{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
 @pytest.fixture(autouse=True)
 def quiet_and_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
@@ -117,6 +124,69 @@ def test_fields_that_other_messages_have_are_not_there(tmp_path: Path) -> None:
     assert tokenizer.decode(text.splits["train"].tokens).startswith("False True ")
 
 
+def _calling(index: int, *, texts: bool = False) -> dict[str, Any]:
+    """Return a conversation that calls a tool, of which each has arguments of its own, as JSON text if asked for."""
+    arguments: dict[str, Any] = {"city": "Ulm"} if index % 2 else {"a": 1}
+    parameters = {"properties": {name: {"type": "any"} for name in arguments}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    call = {"function": {"name": "f", "arguments": json.dumps(arguments) if texts else arguments}}
+    messages = [
+        {"role": "user", "content": f"ask {index}"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "f", "content": "12"},
+        {"role": "assistant", "content": f"it is {index}"},
+    ]
+    return {"messages": messages, "tools": json.dumps([tool]) if texts else [tool]}
+
+
+def _called(index: int) -> tuple[str, str]:
+    """Return what `CALLS` writes of such a conversation, and the answers in it."""
+    row = _calling(index)
+    call, answer = f"f{json.dumps(row['messages'][1]['tool_calls'][0]['function']['arguments'])}<eos>", f"it is {index}"
+    said = f"[user]ask {index}<eos>[assistant]{call}[tool]12<eos>[assistant]{answer}<eos>"
+    return json.dumps(row["tools"]) + said, f"{call}{answer}<eos>"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "texts", "prompts"])
+def test_tools_and_their_calls_are_written_by_the_template(kind: str, tmp_path: Path) -> None:
+    """What a row has not is not there, though a table has it as null; arguments come as JSON text too."""
+    rows = [_calling(index, texts=kind == "texts") for index in range(9)]
+    if kind == "prompts":
+        split = [(row.pop("messages"), row) for row in rows]
+        rows = [{"prompt": said[:-1], "completion": said[-1:], **row} for said, row in split]
+    source, file = write(tmp_path, rows, CALLS)
+    if kind == "parquet":
+        source = str(tmp_path / "chat.parquet")
+        datasets.Dataset.from_list(rows).to_parquet(source)
+    text, tokenizer = load_text(source, chat_template=file, answers_only=True)
+    train = text.splits["train"]
+    said, answers = ("".join(parts) for parts in zip(_called(0), _called(1), strict=True))
+    assert tokenizer.decode(train.tokens).startswith(said)
+    assert tokenizer.decode(train.tokens[np.asarray(train.scored)]).startswith(answers)
+
+
+def test_a_null_argument_stays_and_a_row_may_have_no_tools(tmp_path: Path) -> None:
+    rows = [_calling(index) for index in range(4)]
+    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["a"] = None
+    rows[0]["tools"] = None
+    source, file = write(tmp_path, rows, CALLS)
+    text, tokenizer = load_text(source, chat_template=file)
+    assert tokenizer.decode(text.splits["train"].tokens).startswith('[user]ask 0<eos>[assistant]f{"a": null}<eos>')
+
+
+def test_a_template_that_joins_arguments_to_text_gets_them_as_they_came() -> None:
+    chat = Chat("{{ 'call ' + messages[0].tool_calls[0].function.arguments }}", {})
+    message = _calling(1, texts=True)["messages"][1]
+    assert chat.write([message], "it").text == 'call {"city": "Ulm"}'
+
+
+def test_the_template_for_tools_is_taken_where_there_are_some(tmp_path: Path) -> None:
+    tokenizer = framed_tokenizer("none")
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": "{{ tools[0].function.name }} it was"}
+    text, _ = load_text(write(tmp_path, [_calling(0)] * 4, None)[0], tokenizer=tokenizer)
+    assert tokenizer.decode(text.splits["train"].tokens).startswith("f it was")
+
+
 @pytest.mark.parametrize(
     ("rows", "template", "how", "message"),
     [
@@ -138,6 +208,12 @@ def test_fields_that_other_messages_have_are_not_there(tmp_path: Path) -> None:
         (SHAPES["messages"], "{{ raise_exception('no roles here') }}", {}, "but it says: no roles here"),
         (SHAPES["messages"], "{% for %}", {}, "but it says: "),
         (SHAPES["messages"], "{{ messages|length }}{{ messages }}", {"answers_only": True}, "cannot be told apart"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}], "tools": "[{"}],
+            PLAIN,
+            {},
+            r"A list of tools was expected in row 0 .*, but '\[\{' came",
+        ),
         ([{"text": "a"}], PLAIN, {}, "chat_template is for conversations"),
         ([{"text": "a"}], None, {"answers_only": True}, "answers_only is for conversations"),
         (SHAPES["messages"], PLAIN, {"text_column": "texts"}, "of messages named texts was expected"),

@@ -83,13 +83,14 @@ def offloaded(path: str) -> Any:
     return model
 
 
-def prompt_tuned() -> Any:
+def prompt_tuned(kind: str = "PromptTuning") -> Any:
     import peft
 
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with warnings.catch_warnings():
         # PEFT asks transformers for activation checkpointing by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        return peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        return peft.get_peft_model(llama(), config)
 
 
 def compiled(module: nn.Module) -> Any:
@@ -137,6 +138,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"wrapped by torch.compile came.*'_orig_mod'\), and compile",
     ),
     "DataParallel": (lambda: nn.DataParallel(llama()), r"a DataParallel came.* its get_submodule\('module'\)"),
+    "prefix tuning": (lambda: prompt_tuned("PrefixTuning"), r"\(PREFIX_TUNING\) has keys and values for every head"),
+    "a cartridge": (lambda: prompt_tuned("Cartridge"), r"\(CARTRIDGE\) has keys and values for every head"),
     "two wrappers": (lambda: Around(Around(llama())), r"get_submodule\('auto_model.auto_model'\)"),
     "a compiled wrapper": (
         lambda: compiled(nn.DataParallel(llama())),
@@ -193,12 +196,18 @@ def test_what_cannot_be_cut_is_refused_at_the_door(make: Callable[[], Any], reas
         assert not any(module._forward_pre_hooks for module in model.modules() if not hasattr(module, "_hf_hook"))
 
 
-def test_a_prompt_tuned_model_has_gates_but_is_not_cut_in_its_wrapper() -> None:
-    model = prompt_tuned()
-    plan = attach(model).plan()
-    with pytest.raises(UnsupportedModel, match=r"a PeftModelForCausalLM came, which holds one.*base_model"):
-        cut(model, plan)
-    assert gates_of(model.get_base_model()) is not None
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["PromptTuning", "PromptEncoder"])
+def test_a_prompt_tuned_model_has_gates_and_is_cut_as_the_refusal_of_its_wrapper_says(kind: str) -> None:
+    model, ids = prompt_tuned(kind).eval(), torch.arange(8)[None]
+    gates = attach(model)
+    gates.set_plan(gates.plan(sparsity=0.5))
+    expected = model(input_ids=ids).logits
+    with pytest.raises(UnsupportedModel, match=r"came, which holds one.*its get_submodule\('base_model'\)"):
+        cut(model, gates.plan())
+    cut(model.get_submodule("base_model"), gates.plan())
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert gates_of(model) is None
 
 
 @pytest.mark.parametrize("plan", [{0: [1]}, None, "plan.json"])
@@ -318,3 +327,23 @@ def test_weights_that_are_shared_out_are_told_before_anything_is_written(how: st
             use()
         sentence(caught)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.filterwarnings("ignore:FSDP")
+@pytest.mark.parametrize("names", [False, True])
+def test_gates_in_flat_parameters_are_not_read_but_when_they_are_whole(names: bool) -> None:
+    model = llama()
+    gates = attach(model)
+    expected = gates.plan(sparsity=0.5)
+    wrapper = _flattened(model, names=names)
+    if names:
+        # As where there are several processes.
+        next(iter(gates))[1].log_alpha_bias.data = torch.empty(0)
+    for read in (gates.plan, gates.l0, gates.state_dict, lambda: gates.sparsity, gates.scores):
+        with pytest.raises(InputError, match="The first FSDP has laid the gates") as caught:
+            read()
+        sentence(caught)
+    if not names:
+        with FullyShardedDataParallel.summon_full_params(wrapper):
+            assert gates.plan(sparsity=0.5) == expected

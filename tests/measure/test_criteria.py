@@ -94,6 +94,26 @@ def test_taylor_is_the_derivative_by_the_heads_scale(case: tuple[Any, Unit]) -> 
             assert float(found.scores[site.key][head]) == pytest.approx(expected, rel=3e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1), (3,)], ids=str)
+def test_taylor_weighs_rows_by_the_tokens_that_count(sizes: tuple[int, ...]) -> None:
+    """However rows lie in batches: a row of one answer token says as much as that token, one without says nothing."""
+    model = llama().double()
+    scored = torch.zeros(3, 8, dtype=torch.bool)
+    scored[0, 3:], scored[1, 7], scored[2, 0] = True, True, True
+    batches = [{"input_ids": IDS[part, :-1], "scored": scored[part]} for part in torch.arange(3).split(sizes)]
+    found = score_heads(model, "taylor", batches, unit="head")
+    site, step = find_layout(model).sites(model, "head")[0], 2e-3
+
+    def sums(factor: float) -> Tensor:
+        logits = scaled(model, site, 1, factor)(input_ids=IDS[:, :-1], use_cache=False).logits[:, :-1]
+        nats = cross_entropy(logits.transpose(1, 2), IDS[:, 1:-1], reduction="none")
+        return (nats * scored[:, 1:]).sum(1)
+
+    with torch.no_grad():
+        expected = float(((sums(1 + step) - sums(1 - step)) / (2 * step)).abs().sum() / 6)
+    assert float(found.scores[site.key][1]) == pytest.approx(expected, rel=3e-3)
+
+
 def test_output_difference_is_what_the_layers_output_loses(case: tuple[Any, Unit]) -> None:
     model, unit = case
     found = score_heads(model, "output-difference", batches(), unit=unit)

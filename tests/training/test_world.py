@@ -54,7 +54,7 @@ def _require_same(found: list[dict[str, Tensor]], alone: dict[str, Tensor]) -> N
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """Data parallel and under FSDP2, with gradient accumulation; a sharded training also stops and goes on."""
+    """Data parallel and under FSDP2, with gradient accumulation; trainings by a Trainer also stop and go on."""
     alone, found = load_file(run(tmp_path, few=True)), _of_several(2, tmp_path, few=True)
     _require_same(found, alone)
     # One draw for each forward. Twelve steps of two micro-batches, of which each third has one: the text ends there.
@@ -62,8 +62,10 @@ def test_two_processes(tmp_path: Path) -> None:
     assert len(found[0]["llama accumulated/noise"].unique(dim=0)) == 20
     for part in ("gates/0", "gates/1", "weights/model.embed_tokens.weight"):
         assert torch.equal(found[0][f"resumed/{part}"], found[0][f"sharded/{part}"])
-    plans = [deadhead.HeadPlan.from_json(tmp_path / f"sharded of {count}" / "plan.json") for count in (1, 2)]
-    assert plans[0] == plans[1]
+        assert torch.equal(found[0][f"whole resumed/{part}"], found[0][f"whole/{part}"])
+    for name in ("sharded", "whole"):
+        plans = [deadhead.HeadPlan.from_json(tmp_path / f"{name} of {count}" / "plan.json") for count in (1, 2)]
+        assert plans[0] == plans[1] and 2 * sum(plans[0].heads) == sum(plans[0].total.values())
 
 
 @pytest.mark.full

@@ -50,11 +50,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-# With FSDP2: what the callback is asked for.
+# With transformers' own Trainer: what the callback is asked for; whole models are DDP's, others FSDP2's.
+WHOLE: dict[str, Any] = {"sparsity": 0.5, "ramp_steps": 6, "weighting": "output_difference"}
 SHARDED: dict[str, dict[str, Any]] = {
     "sharded exact": {"sparsity": 0.5, "ramp_steps": 6, "exact": True},
     "sharded Trainer's optimizer": {"l0": 0.5, "warmup_steps": 2, "gate_lr": 0.0},
-    "sharded": {"sparsity": 0.5, "ramp_steps": 6, "weighting": "output_difference"},
+    "sharded": WHOLE,
 }
 FEW = ("all_attention difference", "llama accumulated")
 
@@ -153,12 +154,15 @@ class _FirstIsBest(Trainer):
         return metrics
 
 
-def sharded(name: str, folder: Path, *, resume: bool = False, best: bool = False, **settings: Any) -> dict[str, Tensor]:
-    """Train gates with the callback in a Trainer of transformers, under FSDP2 if there are several processes.
+def trained(
+    name: str, folder: Path, *, resume: bool = False, best: bool = False, shards: bool = True, **settings: Any
+) -> dict[str, Tensor]:
+    """Train gates with the callback in a Trainer of transformers, of several processes under FSDP2, or else DDP.
 
     accelerate takes FSDP only where there is an accelerator: here it is told of one, and everything from there on is
     its own and the Trainer's way, with gloo.
     """
+    shards = shards and COUNT > 1
     environment = dict(os.environ)
     often = {"eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True, "metric_for_best_model": "rank"}
     fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
@@ -174,11 +178,11 @@ def sharded(name: str, folder: Path, *, resume: bool = False, best: bool = False
         use_cpu=True,
         save_strategy="steps",
         save_steps=6,
-        **(fsdp if COUNT > 1 else {}),
+        **(fsdp if shards else {}),
         **(often if best else {}),
     )
     assert args.device.type == "cpu"
-    if COUNT > 1:
+    if shards:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = _model("llama")
     examples = [{"input_ids": ids, "labels": ids} for ids in torch.arange(24 * 8).mul(7).remainder(29).view(24, 8)]
@@ -188,8 +192,9 @@ def sharded(name: str, folder: Path, *, resume: bool = False, best: bool = False
     with _noted_noise(gates) as noise:
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6") if resume else None)
     if COUNT > 1:
-        assert trainer.accelerator.is_fsdp2
-        assert type(model).__name__ == "FSDPLlamaForCausalLM"
+        assert trainer.accelerator.is_fsdp2 == shards
+        expected = "FSDPLlamaForCausalLM" if shards else "DistributedDataParallel"
+        assert type(trainer.model_wrapped).__name__ == expected
     if RANK == 0:
         # Every process has all gates, so that one alone can read them.
         gates.plan().to_json(folder / "plan.json")
@@ -200,7 +205,7 @@ def sharded(name: str, folder: Path, *, resume: bool = False, best: bool = False
         assert saved.keys() == gates.state_dict().keys()
         assert all(torch.equal(value, gates.state_dict()[key]) for key, value in saved.items())
     found = _state(name, model, gates, noise)
-    if COUNT > 1:
+    if shards:
         # TrainingArguments tells accelerate by environment variables, which would tell the next case too.
         for variable in os.environ.keys() - environment.keys():
             del os.environ[variable]
@@ -216,12 +221,14 @@ def run(folder: Path, *, few: bool) -> Path:
     for name in FEW if few else CASES:
         found |= with_gates(name, CASES[name])
     for name in ["sharded"] if few else SHARDED:
-        found |= sharded(name, folder / f"{name} of {COUNT}", **SHARDED[name])
-    found |= sharded("resumed", folder / f"sharded of {COUNT}", resume=True, **SHARDED["sharded"])
+        found |= trained(name, folder / f"{name} of {COUNT}", **SHARDED[name])
+    found |= trained("resumed", folder / f"sharded of {COUNT}", resume=True, **SHARDED["sharded"])
+    for name, resume in {"whole": False, "whole resumed": True}.items():
+        found |= trained(name, folder / f"whole of {COUNT}", resume=resume, shards=False, **WHOLE)
     # The best is of a step on the ramp, which is warned of.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", deadhead.errors.RunWarning)
-        found |= sharded("best", folder / f"best of {COUNT}", best=True, sparsity=0.5)
+        found |= trained("best", folder / f"best of {COUNT}", best=True, sparsity=0.5)
     if not few:
         found |= without_gates("dense", 1)
         if COUNT <= 2:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from deadhead.data.tools import tools_of, with_mappings
 from deadhead.errors import InputError, first_line
 
 Spans = tuple[tuple[int, int], ...]
@@ -22,6 +23,13 @@ class Written(NamedTuple):
     answers: Spans | None
 
 
+class _Talk(NamedTuple):
+    """What goes with the messages of a conversation."""
+
+    label: str
+    tools: list[Any] | None
+
+
 class Chat:
     """Writes conversations as the template says.
 
@@ -33,20 +41,35 @@ class Chat:
         special: the special tokens by the names that templates have for them, such as `eos_token`.
         begin: what the tokenizer puts before a text.
         answers: whether it is told where the answers stand.
+        tool_template: of conversations with tools, where it is another.
     """
 
-    def __init__(self, template: str, special: Mapping[str, Any], *, begin: str = "", answers: bool = False) -> None:
+    def __init__(
+        self,
+        template: str,
+        special: Mapping[str, Any],
+        *,
+        begin: str = "",
+        answers: bool = False,
+        tool_template: str | None = None,
+    ) -> None:
         self.answers = answers
         self._template = template
+        self._tool_template = tool_template or template
         self._special = dict(special)
         self._begin = begin
 
-    def write(self, messages: Sequence[Any], label: str) -> Written:
+    def write(self, messages: Sequence[Any], label: str, tools: Any = None) -> Written:
         """Return a conversation as text; errors call it by the label.
+
+        Args:
+            messages: mappings with a role, a content, and tool calls if any. Their arguments may be JSON text.
+            label: what errors call the conversation.
+            tools: a list of descriptions of the tools that may be called, or such a list as JSON text.
 
         Raises:
             InputError: it is no list of messages, or not one that the template takes, or the template does not let
-                answers be told apart.
+                answers be told apart, or the tools are no list.
         """
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -55,43 +78,58 @@ class Chat:
                 )
         # Where messages have other fields than their neighbours, data sets say that these are null.
         plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
-        text = self._render(plain, label)
-        answers = self._answers(plain, text, label) if self.answers else None
+        talk = _Talk(label, tools_of(tools, label))
+        # Templates write arguments as JSON themselves, as transformers asks them to; those that do not, join texts.
+        mapped = [with_mappings(message) for message in plain]
+        try:
+            return self._written(mapped, talk)
+        except InputError:
+            if mapped == plain:
+                raise
+        return self._written(plain, talk)
+
+    def _written(self, messages: list[dict[str, Any]], talk: _Talk) -> Written:
+        text = self._render(messages, talk)
+        answers = self._answers(messages, text, talk) if self.answers else None
         if self._begin and text.startswith(self._begin):
             size = len(self._begin)
             text = text[size:]
             answers = answers and tuple((max(0, start - size), stop - size) for start, stop in answers)
         return Written(text, answers)
 
-    def _answers(self, messages: list[dict[str, Any]], text: str, label: str) -> Spans:
-        if _GENERATION.search(self._template) and (marked := self._marked(messages, label)):
+    def _answers(self, messages: list[dict[str, Any]], text: str, talk: _Talk) -> Spans:
+        if _GENERATION.search(self._template_for(talk)) and (marked := self._marked(messages, talk)):
             return marked
         found: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] == _ANSWERS:
-                before = self._render(messages[:index], label, add_generation_prompt=True) if index else ""
-                after = self._render(messages[: index + 1], label)
+                before = self._render(messages[:index], talk, add_generation_prompt=True) if index else ""
+                after = self._render(messages[: index + 1], talk)
                 if not (text.startswith(before) and text.startswith(after) and len(before) <= len(after)):
                     raise InputError(
-                        f"The chat template writes {label} otherwise than its beginning, so its answers cannot be told "
-                        "apart; mark them in the template with {% generation %}, or learn from all of the text."
+                        f"The chat template writes {talk.label} otherwise than its beginning, so its answers cannot be "
+                        "told apart; mark them in the template with {% generation %}, or learn from all of the text."
                     )
                 found.append((len(before), len(after)))
         return tuple(found)
 
-    def _marked(self, messages: list[dict[str, Any]], label: str) -> Spans:
+    def _marked(self, messages: list[dict[str, Any]], talk: _Talk) -> Spans:
         """Return what the template itself marks as generated."""
-        spans = self._called(messages, label, return_assistant_tokens_mask=True)[1][0]
+        spans = self._called(messages, talk, return_assistant_tokens_mask=True)[1][0]
         return tuple((start, stop) for start, stop in spans)
 
-    def _render(self, messages: list[dict[str, Any]], label: str, **how: bool) -> str:
-        return str(self._called(messages, label, **how)[0][0])
+    def _render(self, messages: list[dict[str, Any]], talk: _Talk, **how: bool) -> str:
+        return str(self._called(messages, talk, **how)[0][0])
 
-    def _called(self, messages: list[dict[str, Any]], label: str, **how: Any) -> Any:
+    def _template_for(self, talk: _Talk) -> str:
+        return self._template if talk.tools is None else self._tool_template
+
+    def _called(self, messages: list[dict[str, Any]], talk: _Talk, **how: Any) -> Any:
+        template = self._template_for(talk)
         try:
-            return render_jinja_template([messages], chat_template=self._template, **how, **self._special)
+            return render_jinja_template([messages], tools=talk.tools, chat_template=template, **how, **self._special)
         except Exception as error:  # what Jinja, and whatever a template calls, may raise
             raise InputError(
-                f"A conversation that the chat template takes was expected in {label}, but it says: "
+                f"A conversation that the chat template takes was expected in {talk.label}, but it says: "
                 f"{first_line(error)[:120]}."
             ) from error

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
 
 _ROWS_READ_AT_ONCE = 256
 _STRINGS = ("string", "large_string")
+# The column of the tools that a conversation may call.
+_TOOLS = "tools"
 
 
 class Rows:
@@ -32,15 +34,17 @@ class Rows:
         dataset: with the columns.
         columns: one of strings or of lists of messages, or two: what is asked and what is answered.
         label: what errors call the data set.
-        chat: writes conversations; None where the column is of strings.
+        chat: writes conversations, with the tools of a column that is named so; None where the column is of strings.
         holds: what the data set's files lie in, kept as long as the rows are.
     """
 
     def __init__(
         self, dataset: Dataset, columns: Sequence[str], label: str, chat: Chat | None = None, holds: object = None
     ) -> None:
-        self._dataset = dataset.select_columns(list(columns))
+        tools = [_TOOLS] if chat is not None and _TOOLS in dataset.column_names else []
+        self._dataset = dataset.select_columns([*columns, *tools])
         self._columns = list(columns)
+        self._read = [*columns, *tools]
         self._label = label
         self._holds = holds
         self.chat = chat
@@ -71,7 +75,7 @@ class Rows:
 
     def _open(self, row: int) -> BytesIO:
         with _decoding(self._label):
-            values = [self._dataset[row][name] for name in self._columns]
+            values = [self._dataset[row][name] for name in self._read]
         written = self._write(row, values)
         return BytesIO(written.text.encode() if written else b"")
 
@@ -83,21 +87,26 @@ class Rows:
                 batch = next(batches, None)
             if batch is None:
                 return
-            for values in zip(*(batch[name] for name in self._columns), strict=True):
+            for values in zip(*(batch[name] for name in self._read), strict=True):
                 if (written := self._write(row, values)) is not None:
                     yield written
                 row += 1
 
     def _write(self, row: int, values: Sequence[Any]) -> Written | None:
-        if not all(value or value == "" for value in values):
+        values = [
+            _without_fillers(value, self._dataset.features[name])
+            for name, value in zip(self._read, values, strict=True)
+        ]
+        said, tools = values[: len(self._columns)], values[len(self._columns) :]
+        if not all(value or value == "" for value in said):
             return None
         if self.chat is None:
-            return Written(values[0], None)
+            return Written(said[0], None)
         messages: list[Any] = []
-        for role, value in zip(("user", "assistant"), values, strict=False):
-            said = {"role": role, "content": value} if isinstance(value, str) and len(values) > 1 else value
-            messages += said if isinstance(said, list) else [said]
-        return self.chat.write(messages, f"row {row} of {self._label}")
+        for role, value in zip(("user", "assistant"), said, strict=False):
+            part = {"role": role, "content": value} if isinstance(value, str) and len(said) > 1 else value
+            messages += part if isinstance(part, list) else [part]
+        return self.chat.write(messages, f"row {row} of {self._label}", *tools)
 
 
 def rows_of(
@@ -172,6 +181,16 @@ def _kind(dataset: Dataset, name: str) -> str:
     is_list = isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence")
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     return "list" if is_list and type(inner).__name__ != "Value" else ""
+
+
+def _without_fillers(value: Any, feature: Any) -> Any:
+    """Return a value without the nulls of fields that a table has for other rows; those of JSON are its own."""
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_without_fillers(item, inner) for item in value]
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {name: _without_fillers(item, feature[name]) for name, item in value.items() if item is not None}
+    return value
 
 
 def _held(feature: Any) -> str:

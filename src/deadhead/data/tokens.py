@@ -151,14 +151,18 @@ def _chat_of(tokenizer: str | PreTrainedTokenizerBase, template: str | None, *, 
     A template that is given goes before the tokenizer's own.
     """
     if isinstance(tokenizer, str):
-        special, begin = dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS), ""
+        special, begin, tool_template = dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS), "", None
     else:
         own: Any = tokenizer.chat_template
         # Some have several, by name.
-        template = template or (own.get("default") if isinstance(own, Mapping) else own)
+        several = own if isinstance(own, Mapping) else {"default": own}
+        tool_template = None if template else several.get("tool_use")
+        template = template or several.get("default")
         special = dict(tokenizer.special_tokens_map)
         begin = "".join(tokenizer.convert_ids_to_tokens(list(text_frame(tokenizer)[0])))
-    return None if template is None else Chat(template, special, begin=begin, answers=answers)
+    if template is None:
+        return None
+    return Chat(template, special, begin=begin, answers=answers, tool_template=tool_template)
 
 
 @typed

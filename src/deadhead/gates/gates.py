@@ -145,6 +145,7 @@ class HeadGates:
 
         A block counts as much as its share of a head's parameters.
         """
+        self._require_whole()
         summands = [l0_probability(gate.log_alpha, self.config).sum() * gate.cost for _, gate in self]
         return torch.stack(summands).sum() if summands else torch.zeros(())
 
@@ -166,6 +167,15 @@ class HeadGates:
             raise InputError(
                 "The gates have no values, as their model is on the meta device, without weights; attach gates to a "
                 "model whose weights are loaded."
+            )
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        """Check that FSDP1 has not flattened the gates: outside of a forward they would be pieces, or of old values."""
+        if not all(gate.is_whole for _, gate in self):
+            raise InputError(
+                "The first FSDP has laid the gates among the numbers of one flat parameter, where they cannot learn "
+                "sparsity; shard the model by FSDP2 (fully_shard), or read them in FSDP.summon_full_params(model)."
             )
 
     @typed

@@ -89,6 +89,11 @@ class HeadGate(nn.Module):
         """H, the number of gates."""
         return self.log_alpha_bias.shape[0]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameter is there, of all gates or shared out by FSDP2, rather than flattened by FSDP1."""
+        return "log_alpha_bias" in self._parameters and self.num_heads == len(self.noise)
+
     def gather(self) -> None:
         """Copy all of a sharded parameter, until an optimizer changes it; all processes must call this together."""
         if is_sharded(self.log_alpha_bias):

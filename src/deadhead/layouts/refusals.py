@@ -13,12 +13,15 @@ from deadhead.errors import InputError, UnsupportedModel
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Tensors that quantised layers keep in the place of a weight.
 _PACKED = ("qweight", "W_q", "weight_packed")
+# PEFT's kinds that put what they learned into the cache.
+_CACHED = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def require_model(model: Any) -> None:
     """Check that `model` is one of transformers, not something around one; UnsupportedModel if it is not."""
     if isinstance(model, PreTrainedModel):
         return
+    require_no_prefix(model)
     kind = type(model).__name__
     if isinstance(model, str) or hasattr(model, "__fspath__"):
         raise UnsupportedModel(
@@ -46,6 +49,19 @@ def require_model(model: Any) -> None:
         f"A model of transformers was expected, but a {kind} came, which holds one; give deadhead the model inside, "
         f"which is its {place}."
     )
+
+
+def require_no_prefix(model: Any) -> None:
+    """Check that no wrapper of PEFT's keeps keys and values for a model's heads; UnsupportedModel if one does."""
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind in _CACHED:
+            raise UnsupportedModel(
+                f"What PEFT learns here ({kind}) has keys and values for every head, which a cut model could not take "
+                "in; use prompt tuning, or adapters such as LoRA, or prune the model inside, its "
+                "get_submodule('base_model'), without it."
+            )
 
 
 def require_plain(model: PreTrainedModel, *, may_be_empty: bool = False) -> None:

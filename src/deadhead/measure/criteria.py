@@ -161,19 +161,19 @@ class _Mask(nn.Module):
 
 
 def _taylor(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:
-    """Return the mean over rows of |∂L / ∂ξ_h|, L the mean loss of the row's tokens."""
+    """Return the mean over rows of |∂L / ∂ξ_h|, L the mean loss of the row's tokens; weighted by those that count."""
     found = [torch.zeros(len(site.units)) for site in sites]
     masks = [_Mask(site) for site in sites]
     total = 0
     with torch.enable_grad(), ExitStack() as exits:
         for mask in masks:
             exits.enter_context(mask.put_on())
-        for loss, rows in _losses(model, batches, masks):
+        for loss, weight in _losses(model, batches, masks):
             # The loss is a mean over the rows, so each row's own derivative is so many times as large.
-            derivatives = torch.autograd.grad(loss * rows, [mask.mask_BH for mask in masks])
+            derivatives = torch.autograd.grad(loss * weight, [mask.mask_BH for mask in masks])
             for scores, derivative_BH in zip(found, derivatives, strict=True):
                 scores += derivative_BH.abs().sum(0).float().cpu()
-            total += rows
+            total += weight
     return [scores / total for scores in found]
 
 
@@ -193,7 +193,7 @@ def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) ->
 
 
 def _losses(model: PreTrainedModel, batches: Batches, masks: Iterable[_Mask] = ()) -> Iterator[tuple[Tensor, int]]:
-    """Yield the loss of each batch, in evaluation mode, and its rows."""
+    """Yield the loss of each batch, in evaluation mode, and its weight: its rows, or the tokens of it that count."""
     require_language_model(model, "A criterion that looks at text")
     segment_loss = SegmentLoss(model)
     rows = 0
@@ -205,6 +205,8 @@ def _losses(model: PreTrainedModel, batches: Batches, masks: Iterable[_Mask] = (
                 mask.rows = rows
                 # In evaluation, in which the model is, gates count as decided.
                 mask.train()
-            yield segment_loss(model, inputs).loss, rows
+            # Nothing tells of a row's first token.
+            weight = int(inputs["scored"][:, 1:].sum()) if "scored" in inputs else rows
+            yield segment_loss(model, inputs).loss, weight
     if not rows:
         raise InputError("This criterion looks at text, but no batch was given.")

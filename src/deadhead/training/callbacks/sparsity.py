@@ -34,6 +34,7 @@ from deadhead.layouts.refusals import require_gradients
 from deadhead.plans.choices import Choices
 from deadhead.plans.kinds import Ranking
 from deadhead.training.callbacks.logs import add_to_log
+from deadhead.training.callbacks.resuming import SameGates
 from deadhead.training.processes import require_supported
 
 # What a Trainer's state is marked with once a callback has begun.
@@ -71,8 +72,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     Raises:
         InputError: an argument is out of range; at the start of training: the model has no gates, they are not among
-            the parameters that the optimizer trains, or DeepSpeed steps inside backward, where no gradient can be
-            added.
+            the parameters that the optimizer trains, DeepSpeed steps inside backward, where no gradient can be
+            added, or the checkpoint that is resumed has gates where the model has none, or none where it has some.
 
     Warns:
         RunWarning: training ended before its last step, or the best model is of an earlier one, with less closed than
@@ -134,6 +135,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.strength = 0.0
         self.last_l0 = float("nan")
         self.finds_gates = gates is None
+        self.same_gates: SameGates | None = None
         nothing = Choices(unit="head", members={}, total={})
         self._take(HeadGates({}, choices=nothing, config=GateConfig()) if gates is None else gates)
 
@@ -173,8 +175,16 @@ class SparsityCallback(TrainerCallback, ExportableState):
             values[f"{key.kind}s/layer_{key.layer}"] = float(gate.is_open.sum())
         return values
 
+    def on_init_end(self, *_: Any, **kwargs: Any) -> None:
+        """Check the weights that the Trainer may resume from, as it calls this object only after it has loaded them."""
+        if self.same_gates is not None:
+            self.same_gates.remove()
+        self.same_gates = SameGates(kwargs["model"])
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that the gates will learn, and go on where a checkpoint left off."""
+        if self.same_gates is not None:
+            self.same_gates.remove()
         require_supported(args)
         require_gradients(kwargs["model"], "SparsityCallback's gates")
         # A training has one state for all callbacks, and the next has another.
@@ -205,8 +215,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def _gates_in(self, model: nn.Module) -> HeadGates:
         """Return the gates to train of the Trainer's model, which may be wrapped."""
-        modules = list(model.modules())
-        found = next(filter(None, map(gates_of, modules)), None)
+        found, modules = gates_of(model), set(model.modules())
         if found is None and not any(gate in modules for _, gate in self.gates):
             if getattr(getattr(model, "config", None), "head_plan", None) is not None:
                 raise InputError(
