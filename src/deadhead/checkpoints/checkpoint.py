@@ -41,7 +41,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name, model_class
-from deadhead.layouts.refusals import require_model
+from deadhead.layouts.refusals import require_model, require_untied
 from deadhead.measure.cost import model_cost
 from deadhead.measure.losses import require_weights
 
@@ -85,6 +85,7 @@ def save(
     Raises:
         InputError: `path` holds something else, cannot be written, or the device is full; or the weights are not whole
             in this process, or only a model inside of `model` was cut.
+        UnsupportedModel: two places in the model share a weight, and its configuration does not say so.
     """
     path = Path(path)
     require_model(model)
@@ -95,6 +96,7 @@ def save(
         "gather them by get_model_state_dict of torch.distributed.checkpoint.state_dict, load them into a whole model, "
         "and save that",
     )
+    require_untied(model)
     require_ours_or_free(path)
     # A cut that the configuration does not tell of is no model to be loaded again.
     find_layout(model).recorded_plan(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -78,6 +79,37 @@ def require_plain(model: PreTrainedModel, *, may_be_empty: bool = False) -> None
             )
 
 
+def require_untied(model: PreTrainedModel, *, to_cut: bool = False) -> None:
+    """Check that every tensor with two places in a model has them in a checkpoint of it too.
+
+    To be cut, a model may have such tensors at its ends alone: its embeddings and its output layer.
+
+    Raises:
+        UnsupportedModel: one has not.
+    """
+    places: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter, []).append(name)
+    shared = {parameter: names for parameter, names in places.items() if len(names) > 1}
+    if not shared:
+        return
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    known, ends = {*declared, *declared.values()}, _ends(model)
+    for parameter, names in shared.items():
+        first, second, *_ = names
+        # Wrappers of PEFT have given the ends other names than those that are declared.
+        if parameter in ends and not declared:
+            raise UnsupportedModel(
+                f"{first} and {second} are one tensor, but a checkpoint would lose one of them, as the configuration "
+                "does not tell of that; set its tie_word_embeddings to True, or give each a tensor of its own."
+            )
+        if parameter not in ends and (to_cut or not known.issuperset(names)):
+            raise UnsupportedModel(
+                f"{first} and {second} are one tensor, but a cut, or a checkpoint, needs layers whose tensors are "
+                "their own; put a copy in the second place, by copy.deepcopy of the module there."
+            )
+
+
 def require_recorded(model: PreTrainedModel) -> None:
     """Check that no model inside of another was cut by itself: the outer configuration does not tell of such a cut.
 
@@ -103,6 +135,15 @@ def require_gradients(model: nn.Module, what: str) -> None:
         raise InputError(
             f"{what} cannot learn in a model that was loaded under torch.inference_mode(); load it outside of that."
         )
+
+
+def _ends(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Return the parameters of a model's embeddings and of its output layer."""
+    ends: list[nn.Module | None] = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # a model that reads no text
+            ends.append(get())
+    return {parameter for end in ends if end is not None for parameter in end.parameters()}
 
 
 def _quantised(model: PreTrainedModel) -> str | None:
