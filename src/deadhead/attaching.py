@@ -160,7 +160,7 @@ def require_cuttable(model: PreTrainedModel, what: str, *, may_be_empty: bool = 
     """
     layout = find_layout(model)
     require_whole(model, what)
-    require_plain(model, may_be_empty=may_be_empty)
+    require_plain(model, what, may_be_empty=may_be_empty)
     require_untied(model, to_cut=True)
     layout.require_reloadable(model)
     return layout

@@ -41,9 +41,8 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name, model_class
-from deadhead.layouts.refusals import require_model, require_untied
+from deadhead.layouts.refusals import require_model, require_untied, require_weights
 from deadhead.measure.cost import model_cost
-from deadhead.measure.losses import require_weights
 
 # In every model card of ours; a folder without it is not overwritten.
 _TAG = '"deadhead", "pruned-attention-heads"'

@@ -49,8 +49,21 @@ def require_model(model: Any) -> None:
     )
 
 
-def require_plain(model: PreTrainedModel, *, may_be_empty: bool = False) -> None:
-    """Check that a model's weights are in memory, and plain numbers that rows can be cut out of.
+def require_weights(model: PreTrainedModel, what: str, remedy: str = "load it whole, without offloading") -> None:
+    """Check that a model's weights are in memory, as `what` needs, which a message begins with.
+
+    Raises:
+        UnsupportedModel: some are offloaded, or were never loaded: they are on the meta device, without values.
+    """
+    if absent := _absent(model):
+        raise UnsupportedModel(
+            f"{what} needs a model with its weights, but they are not all in memory ({absent[0]} is offloaded, or was "
+            f"never loaded); {remedy}."
+        )
+
+
+def require_plain(model: PreTrainedModel, what: str, *, may_be_empty: bool = False) -> None:
+    """Check that a model's weights are in memory, and plain numbers that rows can be cut out of, as `what` needs.
 
     One that has none at all, as it was made on the meta device, may be let through.
 
@@ -62,15 +75,12 @@ def require_plain(model: PreTrainedModel, *, may_be_empty: bool = False) -> None
             f"The model is quantised ({found}), and heads cannot be cut out of quantised weights; load it in its full "
             "precision, prune it, and quantise it then."
         )
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    is_empty = len(absent) == sum(1 for _ in model.parameters()) and not any(
+    is_empty = len(_absent(model)) == sum(1 for _ in model.parameters()) and not any(
         hasattr(module, "_hf_hook") for module in model.modules()
     )
-    if absent and not (is_empty and may_be_empty):
-        raise UnsupportedModel(
-            f"The model's weights are not all in memory ({absent[0]} is offloaded, or was never loaded); load it "
-            "whole, without offloading, or cut its folder by the command deadhead cut, which takes little memory."
-        )
+    if not (is_empty and may_be_empty):
+        by_command = "or cut its folder by the command deadhead cut, which takes little memory"
+        require_weights(model, what, f"load it whole, without offloading, {by_command}")
     for path, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule":
             raise UnsupportedModel(
@@ -135,6 +145,10 @@ def require_gradients(model: nn.Module, what: str) -> None:
         raise InputError(
             f"{what} cannot learn in a model that was loaded under torch.inference_mode(); load it outside of that."
         )
+
+
+def _absent(model: PreTrainedModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
 
 
 def _ends(model: PreTrainedModel) -> set[nn.Parameter]:

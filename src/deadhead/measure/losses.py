@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError, UnsupportedModel
+from deadhead.errors import UnsupportedModel
 
 
 def require_language_model(model: PreTrainedModel, what: str) -> None:
@@ -26,19 +26,6 @@ def require_language_model(model: PreTrainedModel, what: str) -> None:
             f"{what} needs a model that predicts the next token, but {type(model).__name__} has no such loss; it can "
             "be cut by a plan, pruned by criterion 'magnitude', or trained with deadhead.SparsityCallback in a Trainer "
             "of your own."
-        )
-
-
-def require_weights(model: PreTrainedModel, what: str) -> None:
-    """Check that a model has its weights, as `what` needs, rather than their shapes on the meta device.
-
-    Raises:
-        InputError: it has not.
-    """
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise InputError(
-            f"{what} needs a model with its weights, but some of them are on the meta device, without values; load it "
-            "whole, without offloading."
         )
 
 
