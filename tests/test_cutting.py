@@ -445,7 +445,8 @@ def tiny_names(name: str) -> set[str]:
     return set((model if plan is None else cut(model, plan)).state_dict())
 
 
-@pytest.mark.parametrize("how", [WAYS[0], pytest.param(WAYS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", WAYS)
 def test_checkpoints_reload_in_a_fresh_process_bit_for_bit(how: str, checkpoints: Any, tmp_path: Path) -> None:
     folder, expected = checkpoints
     assert_same_tensors(in_a_fresh_process(folder, how, tmp_path), expected)

@@ -18,8 +18,6 @@ from tests.fork_server import fork_server
 
 ROOT = Path(__file__).parents[1]
 _DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-# The one whose commands are not slow.
-_SHORT = "docs/checkpoints.md"
 # The README's programs train for minutes; here they do everything they say, with fewer steps and a smaller text.
 _FEWER = [(r"steps=\d+", "steps=2"), (r'"stdlib"', '"json-source"'), (r"--scale-steps [\d.]+", "--scale-steps 0.01")]
 # Their commands start as a user's do; others skip the seconds that imports take.
@@ -39,9 +37,8 @@ def programs() -> Iterator[Path]:
         yield found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == _SHORT else pytest.mark.slow) for name in _DOCUMENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _DOCUMENTS)
 def test_commands_run(name: str, tmp_path: Path, programs: Path) -> None:
     """Run each block; one that fails shows what it printed."""
     json_source = Path(__import__("json").__path__[0])

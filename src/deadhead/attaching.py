@@ -16,7 +16,7 @@ from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.layouts.inputs import require_runnable
-from deadhead.layouts.refusals import require_model, require_no_prefix, require_plain
+from deadhead.layouts.refusals import require_model, require_no_prefix, require_plain, require_untied
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import restored_on_failure
 from deadhead.plans.blocks import Blocks, choose_block_size, owners, runs
@@ -163,12 +163,14 @@ def require_cuttable(model: PreTrainedModel, what: str, *, may_be_empty: bool = 
 
     Raises:
         UnsupportedModel: it is no model of transformers, or one that is quantised, offloaded, wrapped by torch.compile,
-            of a class that no checkpoint could name, or of one that cannot be run to be checked.
+            with layers that share weights, of a class that no checkpoint could name, or of one that cannot be run to be
+            checked.
         InputError: its tensors are shared out among processes.
     """
     layout = find_layout(model)
     require_whole(model, what)
-    require_plain(model, may_be_empty=may_be_empty)
+    require_plain(model, what, may_be_empty=may_be_empty)
+    require_untied(model, to_cut=True)
     layout.require_reloadable(model)
     return layout
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,17 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperModel
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperModel,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
 
 from benchmarks._tiny_models import tiny_model
 from deadhead.attaching import attach, detach, gates_of
@@ -103,6 +115,32 @@ def with_a_compiled_layer() -> Any:
     return model
 
 
+def shared(path: str) -> Any:
+    """Return a model whose second layer has at `path` what the first one has there."""
+    model = llama()
+    owner, _, name = f"model.layers.1{path}".rpartition(".")
+    setattr(model.get_submodule(owner), name, operator.attrgetter(f"model.layers.0{path}")(model))
+    return model
+
+
+def with_its_ends_shared() -> Any:
+    model = llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+_SHARED_WEIGHTS = (".self_attn.o_proj.weight", ".self_attn.k_proj.weight", ".mlp.up_proj.weight")
+_NARROW = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "vocab_size": 32}
+# Its class declares that two layers share their weights.
+_ZAMBA2: dict[str, Any] = {
+    **_NARROW,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    **dict.fromkeys(("num_hidden_layers", "n_mamba_heads"), 4),
+    **dict.fromkeys(("mamba_headdim", "mamba_d_state"), 16),
+    "num_mem_blocks": 1,
+}
+
+
 class Dynamic(nn.Module):
     """A layer that torch has quantised, whose weight is a method."""
 
@@ -173,6 +211,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: WhisperModel(WhisperConfig(**_SPEECH)).get_encoder(),
         "The class WhisperEncoder is not one of those that transformers offers by name",
     ),
+    **{
+        f"{path or 'layer'} twice": (
+            partial(shared, path),
+            r"layers.0\S* and model.layers.1\S* are one tensor.*deepcopy",
+        )
+        for path in ("", ".self_attn", ".mlp", ".input_layernorm", ".self_attn.o_proj", *_SHARED_WEIGHTS)
+    },
+    "layers that a class ties": (lambda: Zamba2ForCausalLM(Zamba2Config(**_ZAMBA2)), "are one tensor, but a cut"),
+    "layers that run often": (lambda: AlbertForMaskedLM(AlbertConfig(**_NARROW)), "'albert' has 1 for all its 12"),
+    "ends that share unsaid": (with_its_ends_shared, "lm_head.weight are one .*set its tie_word_embeddings"),
     "no attention": (lambda: tiny_model("mamba"), "no attention with query, key, value and output projections"),
 }
 
@@ -208,6 +256,43 @@ def test_a_prompt_tuned_model_has_gates_and_is_cut_as_the_refusal_of_its_wrapper
     cut(model.get_submodule("base_model"), gates.plan())
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert gates_of(model) is None
+
+
+@pytest.mark.parametrize("make", [lambda: shared(".mlp"), with_its_ends_shared])
+def test_what_a_checkpoint_would_lose_is_refused_before_one_is_written(make: Callable[[], Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="are one tensor, but") as caught:
+        save(make(), tmp_path / "model")
+    sentence(caught)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        {"target_modules": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [1, 2]},
+        None,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated", "ignore:Model has `tie_word_embeddings")
+def test_ends_that_share_by_the_configuration_are_no_reason(wrapped: dict[str, Any] | None) -> None:
+    import peft
+
+    model = with_its_ends_shared()
+    model.config.tie_word_embeddings = True
+    if wrapped is not None:
+        peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], **wrapped}))
+    assert len(dict(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
+    attach(model)
+
+
+def test_a_prompt_tuned_model_has_gates_but_is_not_cut_in_its_wrapper() -> None:
+    model = prompt_tuned()
+    plan = attach(model).plan()
+    with pytest.raises(UnsupportedModel, match=r"a PeftModelForCausalLM came, which holds one.*base_model"):
+        cut(model, plan)
+    assert gates_of(model.get_base_model()) is not None
 
 
 @pytest.mark.parametrize("plan", [{0: [1]}, None, "plan.json"])

@@ -41,9 +41,8 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import model_class
-from deadhead.layouts.refusals import require_model
+from deadhead.layouts.refusals import require_model, require_untied, require_weights
 from deadhead.measure.cost import skeleton
-from deadhead.measure.losses import require_weights
 
 # What decides what a model computes; people may edit the rest.
 _VERIFIED = {".safetensors", ".json", ".model", ".txt"}
@@ -80,6 +79,7 @@ def save(
     Raises:
         InputError: `path` holds something else, cannot be written, or the device is full; or the weights are not whole
             in this process, or only a model inside of `model` was cut.
+        UnsupportedModel: two places in the model share a weight, and its configuration does not say so.
     """
     path = checked_path(path)
     require_model(model)
@@ -90,6 +90,7 @@ def save(
         "gather them by get_model_state_dict of torch.distributed.checkpoint.state_dict, load them into a whole model, "
         "and save that",
     )
+    require_untied(model)
     require_ours_or_free(path)
     if base is not None:
         checked_path(base)

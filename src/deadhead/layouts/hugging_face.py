@@ -122,6 +122,11 @@ class HuggingFaceLayout(Layout):
             raise UnsupportedModel(
                 f"deadhead prunes models with one stack of layers, but {kind!r} has an encoder and a decoder."
             )
+        if groups := getattr(model.config, "num_hidden_groups", None):
+            raise UnsupportedModel(
+                f"deadhead prunes models whose layers have weights of their own, but {kind!r} has {groups} for all its "
+                f"{model.config.num_hidden_layers} layers."
+            )
         attentions, refused = find_attentions(model)
         without = emptied(model)
         if not attentions and not without:

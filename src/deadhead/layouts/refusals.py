@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -64,8 +65,21 @@ def require_no_prefix(model: Any) -> None:
             )
 
 
-def require_plain(model: PreTrainedModel, *, may_be_empty: bool = False) -> None:
-    """Check that a model's weights are in memory, and plain numbers that rows can be cut out of.
+def require_weights(model: PreTrainedModel, what: str, remedy: str = "load it whole, without offloading") -> None:
+    """Check that a model's weights are in memory, as `what` needs, which a message begins with.
+
+    Raises:
+        UnsupportedModel: some are offloaded, or were never loaded: they are on the meta device, without values.
+    """
+    if absent := _absent(model):
+        raise UnsupportedModel(
+            f"{what} needs a model with its weights, but they are not all in memory ({absent[0]} is offloaded, or was "
+            f"never loaded); {remedy}."
+        )
+
+
+def require_plain(model: PreTrainedModel, what: str, *, may_be_empty: bool = False) -> None:
+    """Check that a model's weights are in memory, and plain numbers that rows can be cut out of, as `what` needs.
 
     One that has none at all, as it was made on the meta device, may be let through.
 
@@ -77,20 +91,48 @@ def require_plain(model: PreTrainedModel, *, may_be_empty: bool = False) -> None
             f"The model is quantised ({found}), and heads cannot be cut out of quantised weights; load it in its full "
             "precision, prune it, and quantise it then."
         )
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    is_empty = len(absent) == sum(1 for _ in model.parameters()) and not any(
+    is_empty = len(_absent(model)) == sum(1 for _ in model.parameters()) and not any(
         hasattr(module, "_hf_hook") for module in model.modules()
     )
-    if absent and not (is_empty and may_be_empty):
-        raise UnsupportedModel(
-            f"The model's weights are not all in memory ({absent[0]} is offloaded, or was never loaded); load it "
-            "whole, without offloading, or cut its folder by the command deadhead cut, which takes little memory."
-        )
+    if not (is_empty and may_be_empty):
+        by_command = "or cut its folder by the command deadhead cut, which takes little memory"
+        require_weights(model, what, f"load it whole, without offloading, {by_command}")
     for path, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule":
             raise UnsupportedModel(
                 f"The model's {path} is wrapped by torch.compile, under which a checkpoint would have other names; "
                 "put its _orig_mod back, and compile after the cut, or in place: module.compile()."
+            )
+
+
+def require_untied(model: PreTrainedModel, *, to_cut: bool = False) -> None:
+    """Check that every tensor with two places in a model has them in a checkpoint of it too.
+
+    To be cut, a model may have such tensors at its ends alone: its embeddings and its output layer.
+
+    Raises:
+        UnsupportedModel: one has not.
+    """
+    places: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter, []).append(name)
+    shared = {parameter: names for parameter, names in places.items() if len(names) > 1}
+    if not shared:
+        return
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    known, ends = {*declared, *declared.values()}, _ends(model)
+    for parameter, names in shared.items():
+        first, second, *_ = names
+        # Wrappers of PEFT have given the ends other names than those that are declared.
+        if parameter in ends and not declared:
+            raise UnsupportedModel(
+                f"{first} and {second} are one tensor, but a checkpoint would lose one of them, as the configuration "
+                "does not tell of that; set its tie_word_embeddings to True, or give each a tensor of its own."
+            )
+        if parameter not in ends and (to_cut or not known.issuperset(names)):
+            raise UnsupportedModel(
+                f"{first} and {second} are one tensor, but a cut, or a checkpoint, needs layers whose tensors are "
+                "their own; put a copy in the second place, by copy.deepcopy of the module there."
             )
 
 
@@ -119,6 +161,19 @@ def require_gradients(model: nn.Module, what: str) -> None:
         raise InputError(
             f"{what} cannot learn in a model that was loaded under torch.inference_mode(); load it outside of that."
         )
+
+
+def _absent(model: PreTrainedModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+
+def _ends(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Return the parameters of a model's embeddings and of its output layer."""
+    ends: list[nn.Module | None] = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # a model that reads no text
+            ends.append(get())
+    return {parameter for end in ends if end is not None for parameter in end.parameters()}
 
 
 def _quantised(model: PreTrainedModel) -> str | None:

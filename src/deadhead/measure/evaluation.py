@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from deadhead.data import TokenStream
 from deadhead.errors import InputError, typed
-from deadhead.measure.losses import require_language_model, require_weights
+from deadhead.layouts.refusals import require_weights
+from deadhead.measure.losses import require_language_model
 from deadhead.measure.positions import max_positions
 from deadhead.modes import evaluating
 

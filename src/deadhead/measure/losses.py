@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import InputError, UnsupportedModel
+from deadhead.errors import UnsupportedModel
 from deadhead.layouts.hugging_face import has_encoder_and_decoder
 
 
@@ -32,19 +32,6 @@ def require_language_model(model: PreTrainedModel, what: str) -> None:
         raise UnsupportedModel(
             f"{what} needs a model that predicts the next token of a text, but {type(model).__name__} has an encoder "
             "and a decoder, of which deadhead prunes neither."
-        )
-
-
-def require_weights(model: PreTrainedModel, what: str) -> None:
-    """Check that a model has its weights, as `what` needs, rather than their shapes on the meta device.
-
-    Raises:
-        InputError: it has not.
-    """
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise InputError(
-            f"{what} needs a model with its weights, but some of them are on the meta device, without values; load it "
-            "whole, without offloading."
         )
 
 

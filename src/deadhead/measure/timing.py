@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts.inputs import made_inputs, made_tokens, positions_read, run, runner
-from deadhead.layouts.refusals import require_model
-from deadhead.measure.losses import require_language_model, require_weights
+from deadhead.layouts.refusals import require_model, require_weights
+from deadhead.measure.losses import require_language_model
 from deadhead.measure.positions import require_positions
 from deadhead.modes import evaluating
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +41,46 @@ def recipe_of(place: Path, **sections: Any) -> Recipe:
     return Recipe.model_validate({**values, **sections})
 
 
-def test_all_phases_resumed_and_shown(place: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a run of all phases, which tests only read, and its summary."""
     before = tree(place)
-    recipe = recipe_of(place)
-    whole = Run.start(recipe, tmp_path / "whole").execute()
-    assert [whole[stage]["steps"] for stage in ("dense", "gated", "cut", "finetuned", "control")] == [0, 3, 3, 6, 6]
-    assert whole["dense"]["heads"] == [2, 2, 2]
-    assert whole["cut"]["perplexity"] == pytest.approx(whole["gated"]["perplexity"], rel=1e-4)
-    assert whole["budget"]["reached"] <= 0.8
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    summary = Run.start(recipe_of(place), folder).execute()
     # The model stays where it is, untouched.
-    assert not (tmp_path / "whole" / "dense").exists()
     assert tree(place) == before
-    assert "[train]" not in (tmp_path / "whole" / "recipe.toml").read_text()
-    plan = HeadPlan.from_json(tmp_path / "whole" / "head_plan.json")
-    assert deadhead.model_cost(deadhead.load(tmp_path / "whole" / "pruned")).heads == plan.heads
-    assert report_run(tmp_path / "whole").path.exists()
+    return folder, summary
 
-    # Stopped while it fine-tunes, it goes on to the same weights.
+
+def test_all_phases_run_and_are_shown(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, summary = whole
+    assert [summary[stage]["steps"] for stage in ("dense", "gated", "cut", "finetuned", "control")] == [0, 3, 3, 6, 6]
+    assert summary["dense"]["heads"] == [2, 2, 2]
+    assert summary["cut"]["perplexity"] == pytest.approx(summary["gated"]["perplexity"], rel=1e-4)
+    assert summary["budget"]["reached"] <= 0.8
+    assert not (folder / "dense").exists()
+    assert "[train]" not in (folder / "recipe.toml").read_text()
+    plan = HeadPlan.from_json(folder / "head_plan.json")
+    assert deadhead.model_cost(deadhead.load(folder / "pruned")).heads == plan.heads
+    shown = shutil.copytree(folder, tmp_path / "shown")
+    assert report_run(shown).path.exists()
+
+
+@pytest.mark.slow
+def test_stopped_while_it_fine_tunes_it_goes_on_to_the_same_weights(
+    place: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     def stop(name: str, done: int, *_: Any) -> None:
         if (name, done) == ("finetune", 3):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Run.start(recipe, tmp_path / "stopped", progress=stop).execute()
+        Run.start(recipe_of(place), tmp_path / "stopped", progress=stop).execute()
     written = load_recipe(tmp_path / "stopped" / "recipe.toml")
     summary = Run.start(written, tmp_path / "stopped", resume=True).execute()
-    assert without_times(summary["finetuned"]) == without_times(whole["finetuned"])
+    assert without_times(summary["finetuned"]) == without_times(whole[1]["finetuned"])
     for name in ("pruned", "control"):
-        assert_same_tensors(weights(tmp_path / "stopped" / name), weights(tmp_path / "whole" / name))
+        assert_same_tensors(weights(tmp_path / "stopped" / name), weights(whole[0] / name))
 
 
 def test_another_model_by_now_is_refused(place: Path, tmp_path: Path) -> None:

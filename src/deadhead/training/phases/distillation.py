@@ -33,12 +33,17 @@ def require_same_vocabulary(teacher: PreTrainedModel, model: PreTrainedModel) ->
         )
 
 
+def require_weight(weight: float) -> None:
+    """Check that what a teacher says counts; InputError if its weight, α, is 0."""
+    if not weight:
+        raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
+
+
 class Distillation:
     """The teacher, of the same vocabulary, and what it says of each batch; α is `weight`, in (0, 1]."""
 
     def __init__(self, teacher: PreTrainedModel, *, weight: float, temperature: float) -> None:
-        if not weight:
-            raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
+        require_weight(weight)
         self.teacher = teacher.eval()
         self.weight = weight
         self.temperature = temperature

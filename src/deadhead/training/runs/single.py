@@ -23,16 +23,16 @@ from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_json
 from deadhead.errors import InputError, RunWarning, require_extra, typed
 from deadhead.layouts import find_layout
-from deadhead.layouts.refusals import require_model
+from deadhead.layouts.refusals import require_model, require_weights
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
-from deadhead.measure.losses import require_weights
 from deadhead.modes import best_device, on_device, restored_on_failure
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import LATENCY_FILE, latency_in
 from deadhead.training.phases.defaults import segments
+from deadhead.training.phases.distillation import require_weight
 from deadhead.training.phases.phase import PhaseRun, choose_units, train
 from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
@@ -154,8 +154,8 @@ def run_single(
     require_trackers(options.report_to)
     if recipe.lora_rank:
         require_extra("peft", "peft", what="LoRA")
-    if options.teacher is not None and not recipe.distill:
-        raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
+    if options.teacher is not None:
+        require_weight(recipe.distill)
     if options.dtype is not None and not isinstance(model, str | Path):
         raise InputError("dtype is for a model that is loaded from a folder or the hub; leave it out.")
     device = None if options.device is None else checkpoint.named_device(options.device)
