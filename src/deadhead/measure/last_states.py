@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from deadhead.gates.sharding import is_sharded
+from deadhead.layouts.inputs import made_tokens
 from deadhead.measure.chunks import Sums, fits_at_once, sum_in_chunks
 from deadhead.models.all_attention.adaptive import AdaptiveSoftmax
 from deadhead.models.pruned.structure import text_stack
@@ -29,9 +30,6 @@ from deadhead.modes import evaluating, seeded
 
 # The module that calls a model's layers, and what it calls them.
 _Place: TypeAlias = tuple[nn.Module, str]
-
-# Tokens of each row that a model is tried on.
-FEW = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +102,11 @@ def whole_logits(outputs: Any) -> LastStates:
     )
 
 
+def few_tokens(model: PreTrainedModel) -> Tensor:
+    """Return what a model is tried on, (B, T)."""
+    return made_tokens(model, 2, 4)
+
+
 class StateReader:
     """Runs a language model, in a wrapper or not, up to its output layer, where its logits would be large.
 
@@ -132,10 +135,19 @@ class StateReader:
         words = getattr(self.model.config.get_text_config(), "vocab_size", 0)
         if fits_at_once(ids_BT.numel(), words) or not self._is_plain:
             return False
+        self.try_out()
+        return self.fits
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model, having been tried, can be run without its output layer."""
+        return self._tried is not None and self._tried[0] is not None
+
+    def try_out(self) -> None:
+        """Try once whether the model fits. Hooks on it see a few tokens, so whoever counts hooks on afterwards."""
         if self._tried is None:
-            fitting = (place for place in self._places() if self._is_same(place, ids_BT[:, :FEW]))
+            fitting = (place for place in self._places() if self._is_same(place))
             self._tried = (next(fitting, None),)
-        return self._tried[0] is not None
 
     @property
     def _is_plain(self) -> bool:
@@ -188,9 +200,9 @@ class StateReader:
         )
 
     @torch.no_grad()
-    def _is_same(self, place: _Place, ids_BT: Tensor) -> bool:
+    def _is_same(self, place: _Place) -> bool:
         """Try on a few tokens whether logits from states, one by one and in another order, are those of the model."""
-        inputs = {"input_ids": ids_BT, "use_cache": False}
+        inputs = {"input_ids": few_tokens(self.model), "use_cache": False}
         try:
             with evaluating(self.model), seeded():
                 logits_NV = self.model(**inputs).logits.flatten(0, 1)

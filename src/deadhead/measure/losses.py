@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
-from deadhead.measure.last_states import FEW, LastStates, StateReader, nll, whole_logits
+from deadhead.measure.last_states import LastStates, StateReader, few_tokens, nll, whole_logits
 from deadhead.modes import evaluating, seeded
 
 
@@ -100,7 +100,7 @@ class SegmentLoss:
             labels = {"labels": ids.masked_fill(~inputs["scored"], -100) if "scored" in inputs else ids}
             wanted = functional.pad(labels["labels"][:, 1:], (0, 1), value=-100)
         loss = None
-        if self.reader.is_apart(model, ids) and self._is_mean_nll(ids):
+        if self.reader.is_apart(model, ids) and self._is_mean_nll():
             read = self.reader(model, **given)
         else:
             outputs = model(**given, **labels)
@@ -109,11 +109,17 @@ class SegmentLoss:
             self.memory = read.outputs.memory
         return SegmentOutputs(read=read, wanted_BT=wanted, own_loss=loss)
 
+    def try_out(self) -> None:
+        """Try once, before anything hooks on to the model and counts, what its losses can be computed from."""
+        self.reader.try_out()
+        if self.reader.fits:
+            self._is_mean_nll()
+
     @torch.no_grad()
-    def _is_mean_nll(self, ids_BT: Tensor) -> bool:
+    def _is_mean_nll(self) -> bool:
         """Try on a few tokens whether the model's loss is the mean over tokens; some add that of their experts."""
         if self._is_mean is None:
-            model, few = self.reader.model, ids_BT[:, :FEW]
+            model, few = self.reader.model, few_tokens(self.reader.model)
             labels = few.clone()
             labels[:, 1] = -100
             with evaluating(model), seeded():
