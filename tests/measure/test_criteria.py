@@ -16,6 +16,7 @@ import deadhead
 from benchmarks._tiny_models import scramble
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout, head_columns
+from deadhead.measure import chunks
 from deadhead.measure.criteria import READS_TEXT, score_heads
 from deadhead.plans.kinds import ONE_SHOT
 from deadhead.plans.plan import Unit, UnitKey
@@ -230,3 +231,16 @@ def test_gates_lean_as_scores_rank_heads() -> None:
     assert float(leaning.mean()) == pytest.approx(2.0, abs=1e-5)
     assert float(leaning.std(correction=0)) == pytest.approx(3.0, abs=1e-5)
     assert gates.plan(sparsity=0.5) == scores.plan(0.5)
+
+
+@pytest.mark.parametrize("criterion", READS_TEXT)
+def test_few_logits_at_once_give_the_same_scores(
+    criterion: Any, case: tuple[Any, Unit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is tried beforehand is counted nowhere."""
+    model, unit = case
+    whole = score_heads(model, criterion, batches(2), unit=unit)
+    monkeypatch.setattr(chunks, "AT_ONCE", 29 * 5)
+    found = score_heads(model, criterion, batches(2), unit=unit)
+    for key, scores in whole.scores.items():
+        assert torch.allclose(found.scores[key], scores, rtol=1e-5, atol=1e-9)

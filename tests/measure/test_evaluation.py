@@ -11,9 +11,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import deadhead
+from benchmarks._tiny_models import tiny_model as plain_model
 from deadhead import HeadPlan, InputError
 from deadhead.data import TokenStream
+from deadhead.measure import chunks
 from deadhead.measure.evaluation import Evaluation, evaluate
+from deadhead.measure.last_states import StateReader
 from tests.random_models import tiny_model
 from tests.small_runs import stream
 
@@ -34,13 +37,29 @@ def test_equals_one_token_at_a_time(num_tokens: int) -> None:
     text = stream(num_tokens)
     losses = _one_by_one(model, text.tokens)
     result = evaluate(model, text)
-    # Logits are summed up as float32.
     assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert result.tokens == num_tokens - 1 == len(losses)
     assert result.perplexity == math.exp(result.loss)
     assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / text.num_bytes, rel=1e-6)
     assert result.word_perplexity == pytest.approx(math.exp(sum(losses) / max(text.num_words, 1)), rel=1e-6)
     assert result.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("kind", ["memory", "adaptive", "llama", "gemma2"])
+def test_in_chunks_it_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk has logits of a few of the tokens that are scored; of those that are only read there are none."""
+    if kind in ("llama", "gemma2"):
+        model = plain_model(kind, dtype=torch.float64)
+    else:
+        cutoffs = {"adaptive_cutoffs": [5, 9], "adaptive_factor": 2} if kind == "adaptive" else {}
+        model = tiny_model(dtype=torch.float64, **cutoffs)
+    text = stream(150)
+    whole = evaluate(model, text)
+    monkeypatch.setattr(chunks, "AT_ONCE", 7 * model.config.vocab_size)
+    calls = []
+    monkeypatch.setattr(StateReader, "_run", lambda *args, run=StateReader._run: calls.append(1) or run(*args))
+    assert evaluate(model, text).loss == pytest.approx(whole.loss, rel=1e-7 if kind == "adaptive" else 1e-12)
+    assert len(calls) >= 2, "one to try, and one that counts"
 
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])

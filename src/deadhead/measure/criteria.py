@@ -26,7 +26,7 @@ from deadhead.attaching import choices_of, gates_of, has_blocks, output_squares,
 from deadhead.errors import InputError
 from deadhead.gates.head_gate import relative_difference
 from deadhead.layouts import Site, find_layout
-from deadhead.measure.losses import SegmentLoss, require_language_model
+from deadhead.measure.losses import SegmentLoss, SegmentOutputs, require_language_model
 from deadhead.modes import evaluating
 from deadhead.plans.blocks import LARGEST_SORTED, Blocks, choose_block_size
 from deadhead.plans.kinds import ONE_SHOT, OneShot
@@ -164,13 +164,13 @@ def _taylor(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list
     """Return the mean over rows of |∂L / ∂ξ_h|, L the mean loss of the row's tokens; weighted by those that count."""
     found = [torch.zeros(len(site.units)) for site in sites]
     masks = [_Mask(site) for site in sites]
-    total = 0
+    losses, total = _tried(model), 0
     with torch.enable_grad(), ExitStack() as exits:
         for mask in masks:
             exits.enter_context(mask.put_on())
-        for loss, weight in _losses(model, batches, masks):
+        for batch, weight in _read(model, losses, batches, masks):
             # The loss is a mean over the rows, so each row's own derivative is so many times as large.
-            derivatives = torch.autograd.grad(loss * weight, [mask.mask_BH for mask in masks])
+            derivatives = torch.autograd.grad(batch.loss * weight, [mask.mask_BH for mask in masks])
             for scores, derivative_BH in zip(found, derivatives, strict=True):
                 scores += derivative_BH.abs().sum(0).float().cpu()
             total += weight
@@ -180,6 +180,7 @@ def _taylor(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list
 def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) -> list[Tensor]:
     """Return the root of the mean over batches of d_h²."""
     found = [torch.zeros(len(site.units)) for site in sites]
+    losses = _tried(model)
 
     def measure(scores: Tensor, site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
         heads_RHE = args[0].reshape(-1, len(site.units), site.unit_dim)
@@ -188,14 +189,22 @@ def _differences(model: PreTrainedModel, sites: list[Site], batches: Batches) ->
     with torch.no_grad(), ExitStack() as exits:
         for scores, site in zip(found, sites, strict=True):
             exits.enter_context(site.output.register_forward_pre_hook(partial(measure, scores, site)))
-        count = sum(1 for _ in _losses(model, batches))
+        count = sum(1 for _ in _read(model, losses, batches))
     return [(scores / count).sqrt() for scores in found]
 
 
-def _losses(model: PreTrainedModel, batches: Batches, masks: Iterable[_Mask] = ()) -> Iterator[tuple[Tensor, int]]:
-    """Yield the loss of each batch, in evaluation mode, and its weight: its rows, or the tokens of it that count."""
+def _tried(model: PreTrainedModel) -> SegmentLoss:
+    """Return what reads batches, tried on a model that nothing hooks on to yet."""
     require_language_model(model, "A criterion that looks at text")
-    segment_loss = SegmentLoss(model)
+    losses = SegmentLoss(model)
+    losses.try_out()
+    return losses
+
+
+def _read(
+    model: PreTrainedModel, losses: SegmentLoss, batches: Batches, masks: Iterable[_Mask] = ()
+) -> Iterator[tuple[SegmentOutputs, int]]:
+    """Yield what the model makes of each batch, in evaluation mode, and its weight: its rows, or tokens that count."""
     rows = 0
     with evaluating(model):
         for batch in batches:
@@ -207,6 +216,6 @@ def _losses(model: PreTrainedModel, batches: Batches, masks: Iterable[_Mask] = (
                 mask.train()
             # Nothing tells of a row's first token.
             weight = int(inputs["scored"][:, 1:].sum()) if "scored" in inputs else rows
-            yield segment_loss(model, inputs).loss, weight
+            yield losses(model, inputs), weight
     if not rows:
         raise InputError("This criterion looks at text, but no batch was given.")

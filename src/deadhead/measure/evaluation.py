@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from deadhead.data import TokenStream
 from deadhead.errors import InputError, typed
 from deadhead.layouts.refusals import require_weights
+from deadhead.measure.last_states import StateReader
 from deadhead.measure.losses import require_language_model
 from deadhead.measure.positions import max_positions
 from deadhead.modes import evaluating
@@ -184,7 +184,7 @@ def _slide_window(
     while windows[-1][1] < last:
         stop = min(windows[-1][1] + stride, last)
         windows.append((max(0, stop - width), stop, windows[-1][1]))
-    begin = np.array(prefix, dtype=np.int64)
+    begin, reader = np.array(prefix, dtype=np.int64), StateReader(model)
     total = 0.0
     # Windows of one length can be stacked; all but the first and the last have the same.
     for done in range(0, len(windows), batch_size):
@@ -194,13 +194,13 @@ def _slide_window(
         for group in groups.values():
             rows = [np.concatenate([begin, tokens[start : stop + 1].astype(np.int64)]) for start, stop, _ in group]
             ids = torch.from_numpy(np.stack(rows))
-            logits = model(input_ids=ids[:, :-1].to(model.device)).logits
+            read = reader(model, input_ids=ids[:, :-1].to(model.device))
             wanted = ids.clone()
             for row, (start, stop, scored) in enumerate(group):
                 if scored_N is not None:
                     wanted[row, len(prefix) :][~torch.from_numpy(scored_N[start : stop + 1].copy())] = -100
                 wanted[row, : scored - start + len(prefix) + 1] = -100
-            total += _nats(logits, wanted[:, 1:])
+            total += read.nll(wanted[:, 1:]).item()
         progress(min(done + batch_size, len(windows)), len(windows))
     longest = len(prefix) + windows[0][1]
     return total, {"rows": len(windows), "length": longest, "context": width - stride + 1}
@@ -221,7 +221,7 @@ def _slide_memory(
     width, warm_up = -(-targets // rows), memory if rows > 1 else 0
     first_R1 = (np.arange(rows) * width - warm_up)[:, None]
     starts = range(0, warm_up + width, segment)
-    total, cache = 0.0, None
+    total, cache, reader = 0.0, None, StateReader(model)
     for done, start in enumerate(starts):
         columns = np.arange(max(0, start - memory), min(start + segment, warm_up + width))
         # The cache reaches back one memory length; so must the mask.
@@ -232,22 +232,17 @@ def _slide_memory(
         ids = torch.from_numpy(np.where(seen[:, new], tokens[found].astype(np.int64), 0))
         is_scored = seen & (columns >= warm_up)
         wanted = torch.from_numpy(np.where(is_scored[:, new], tokens[found + 1].astype(np.int64), -100))
-        outputs = model(
+        read = reader(
+            model,
             input_ids=ids.to(model.device),
             attention_mask=None if seen.all() else torch.from_numpy(seen).to(model.device),
             past_key_values=cache,
             use_cache=True,
         )
-        cache = outputs.past_key_values
-        total += _nats(outputs.logits, wanted)
+        cache = read.outputs.past_key_values
+        total += read.nll(wanted).item()
         progress(done + 1, len(starts))
     return total, {"rows": rows, "length": warm_up + width, "context": memory}
-
-
-def _nats(logits_BTV: torch.Tensor, wanted_BT: torch.Tensor) -> float:
-    """Return the sum of the negative log-likelihoods of tokens, but for those that are -100."""
-    wanted = wanted_BT.to(logits_BTV.device).flatten()
-    return cross_entropy(logits_BTV.float().flatten(0, 1), wanted, ignore_index=-100, reduction="sum").item()
 
 
 def _counted(number: int, what: str) -> str:

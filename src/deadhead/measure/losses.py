@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts.hugging_face import has_encoder_and_decoder
+from deadhead.measure.last_states import LastStates, StateReader, few_tokens, nll, whole_logits
+from deadhead.modes import evaluating, seeded
 
 
 def require_language_model(model: PreTrainedModel, what: str) -> None:
@@ -35,26 +40,84 @@ def require_language_model(model: PreTrainedModel, what: str) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SegmentOutputs:
+    """What a model made of a batch.
+
+    Args:
+        read: its outputs and states; with the logits of all tokens, if `loss` was computed by the model.
+        wanted_BT: each position's next token; -100 where it does not count.
+        own_loss: as the model computes it; None where logits of all tokens at once would take too much memory.
+    """
+
+    read: LastStates
+    wanted_BT: Tensor
+    own_loss: Tensor | None
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean negative log-likelihood of a token, 0-dimensional; backward can be called once."""
+        if self.own_loss is not None:
+            return self.own_loss
+        return self.read.nll(self.wanted_BT) / self.count
+
+    @property
+    def count(self) -> Tensor:
+        """How many tokens count."""
+        return (self.wanted_BT != -100).sum()
+
+
 class SegmentLoss:
     """Computes losses of successive batches; a model with segment memory sees the segments before."""
 
     def __init__(self, model: PreTrainedModel | nn.Module) -> None:
         self.has_memory = hasattr(model.config, "memory_length")
         self.memory: tuple[Tensor, ...] | None = None
+        self.reader = StateReader(model)
+        self._is_mean: bool | None = None
 
-    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-        """Return the outputs of the model, or of a wrapper: `loss` is the mean negative log-likelihood of a token.
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> SegmentOutputs:
+        """Return what the model, or a wrapper, makes of a batch: `loss` is the mean negative log-likelihood of a token.
 
         The inputs are `input_ids` (B, T); with memory also `labels` (B, T), the next tokens, and `is_first` (B,).
         Without memory there may be `scored` (B, T): whether a token counts, as all do otherwise.
         """
         ids = inputs["input_ids"]
-        if not self.has_memory:
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if self.has_memory:
+            given["memory"] = None if bool(inputs["is_first"].any()) else self.memory
+            wanted = inputs["labels"]
+            labels = {"labels": wanted, "shift_labels": wanted}
+        else:
             # Every language model shifts the labels itself; not all take labels that are shifted.
-            labels = ids.masked_fill(~inputs["scored"], -100) if "scored" in inputs else ids
-            return model(input_ids=ids, labels=labels, use_cache=False)
-        memory = None if bool(inputs["is_first"].any()) else self.memory
-        labels = inputs["labels"]
-        outputs = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False, memory=memory)
-        self.memory = outputs.memory
-        return outputs
+            labels = {"labels": ids.masked_fill(~inputs["scored"], -100) if "scored" in inputs else ids}
+            wanted = functional.pad(labels["labels"][:, 1:], (0, 1), value=-100)
+        loss = None
+        if self.reader.is_apart(model, ids) and self._is_mean_nll():
+            read = self.reader(model, **given)
+        else:
+            outputs = model(**given, **labels)
+            loss, read = outputs.loss, whole_logits(outputs)
+        if self.has_memory:
+            self.memory = read.outputs.memory
+        return SegmentOutputs(read=read, wanted_BT=wanted, own_loss=loss)
+
+    def try_out(self) -> None:
+        """Try once, before anything hooks on to the model and counts, what its losses can be computed from."""
+        self.reader.try_out()
+        if self.reader.fits:
+            self._is_mean_nll()
+
+    @torch.no_grad()
+    def _is_mean_nll(self) -> bool:
+        """Try on a few tokens whether the model's loss is the mean over tokens; some add that of their experts."""
+        if self._is_mean is None:
+            model, few = self.reader.model, few_tokens(self.reader.model)
+            labels = few.clone()
+            labels[:, 1] = -100
+            with evaluating(model), seeded():
+                loss = model(input_ids=few, labels=labels, use_cache=False).loss
+                logits_NV = model(input_ids=few, use_cache=False).logits[:, :-1].flatten(0, 1)
+            expected = nll(logits_NV, labels[:, 1:].flatten()) / (labels[:, 1:] != -100).sum()
+            self._is_mean = bool((loss - expected).abs() <= 1e-5 * expected)
+        return self._is_mean

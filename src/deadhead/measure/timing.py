@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts.inputs import made_inputs, made_tokens, positions_read, run, runner
 from deadhead.layouts.refusals import require_model, require_weights
-from deadhead.measure.losses import require_language_model
+from deadhead.measure.losses import SegmentLoss, require_language_model
 from deadhead.measure.positions import require_positions
 from deadhead.modes import evaluating
 
@@ -137,12 +137,15 @@ def _run(
             for _ in range(new_tokens):
                 model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
 
+    losses = SegmentLoss(model)
+
     def train(_: Any) -> None:
         # Modes are put back as `evaluating` found them.
         with evaluating(model):
             model.train()
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            loss = model(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
+            begins = torch.ones(batch_size, dtype=torch.bool)
+            loss = losses(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "is_first": begins}).loss
             # Gradients are returned, not stored, so that the caller's stay as they are.
             torch.autograd.grad(loss, parameters, allow_unused=True)
 

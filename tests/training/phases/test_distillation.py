@@ -14,6 +14,9 @@ from transformers import LlamaForCausalLM, TrainerCallback
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
 from deadhead import InputError
+from deadhead.measure import chunks
+from deadhead.measure.last_states import whole_logits
+from deadhead.measure.losses import SegmentLoss, SegmentOutputs
 from deadhead.training import PhaseRecipe, PhaseRun, train
 from deadhead.training.phases.distillation import Distillation
 from tests.random_models import tiny_config as all_attention_config
@@ -28,17 +31,23 @@ def _recipe(**changes: Any) -> PhaseRecipe:
     return PhaseRecipe(**{**values, "distill": 0.7, **changes})
 
 
+def _made_of(outputs: Any, loss: float) -> SegmentOutputs:
+    """What a model made of a batch, whose own loss is as it may be."""
+    wanted = torch.zeros(outputs.logits.shape[:2], dtype=torch.long)
+    return SegmentOutputs(read=whole_logits(outputs), wanted_BT=wanted, own_loss=torch.tensor(loss))
+
+
 @pytest.mark.parametrize(("weight", "temperature"), [(0.3, 2.0), (1.0, 1.0), (0.5, 4.0)])
 def test_the_loss_is_the_formula(weight: float, temperature: float) -> None:
     """Written down anew, with probabilities and a plain sum over the vocabulary."""
     teacher, student = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
     ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        said, logits = teacher(input_ids=ids).logits.double(), student(input_ids=ids).logits
-        p, q = (torch.softmax(values / temperature, dim=-1) for values in (said, logits.double()))
+        said, outputs = teacher(input_ids=ids).logits.double(), student(input_ids=ids)
+        p, q = (torch.softmax(values / temperature, dim=-1) for values in (said, outputs.logits.double()))
         divergence = float((p * (p / q).log()).sum(-1).mean())
     distillation = Distillation(teacher, weight=weight, temperature=temperature)
-    loss = float(distillation.loss(torch.tensor(3.0), logits, {"input_ids": ids}))
+    loss = float(distillation.loss(_made_of(outputs, 3.0), {"input_ids": ids}))
     assert loss == pytest.approx((1 - weight) * 3.0 + weight * temperature**2 * divergence, rel=1e-5)
     assert distillation.mean_divergence() == pytest.approx(divergence, rel=1e-5)
     assert distillation.mean_divergence() == 0.0
@@ -51,21 +60,52 @@ def test_what_does_not_count_is_not_compared() -> None:
         [[False, False, True, True, False, False, False], [True, True, False, False, False, True, True]]
     )
     with torch.no_grad():
-        logits = student(input_ids=ids).logits
+        outputs = student(input_ids=ids)
         p, q = (torch.softmax(model(input_ids=ids).logits.double() / 2, dim=-1) for model in (teacher, student))
     # A token is told at the position before it.
     each = (p * (p / q).log()).sum(-1)[:, :-1][scored[:, 1:]]
-    loss = Distillation(teacher, weight=1.0, temperature=2.0).loss(
-        torch.tensor(3.0), logits, {"input_ids": ids, "scored": scored}
-    )
+    inputs = {"input_ids": ids, "scored": scored}
+    loss = Distillation(teacher, weight=1.0, temperature=2.0).loss(_made_of(outputs, 3.0), inputs)
     assert float(loss) == pytest.approx(4 * float(each.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "memory"])
+@pytest.mark.parametrize("answers", [False, True])
+def test_in_chunks_it_is_the_same(kind: str, answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all gradients; the teacher's logits come in chunks too, and the divergence is noted."""
+    if kind == "memory":
+        teacher, student = (all_attention(seed=seed).double() for seed in (1, 2))
+    else:
+        teacher, student = (tiny_model(kind, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    words, generator = student.config.vocab_size, torch.Generator().manual_seed(0)
+    inputs = {"input_ids": torch.randint(3, words, (3, 11), generator=generator)}
+    if kind == "memory":
+        inputs |= {"labels": inputs["input_ids"].roll(-1, 1), "is_first": torch.tensor([True] * 3)}
+    elif answers:
+        inputs["scored"] = torch.rand((3, 11), generator=generator) < 0.7
+    found = []
+    for at_once in (words * 7, 2**24):
+        monkeypatch.setattr(chunks, "AT_ONCE", at_once)
+        distillation = Distillation(teacher, weight=0.3, temperature=2.0)
+        batch = SegmentLoss(student)(student, inputs)
+        assert (batch.own_loss is None) == (at_once < 2**24)
+        loss = distillation.loss(batch, inputs)
+        learns = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        found.append((loss, distillation.mean_divergence(), torch.autograd.grad(loss, learns)))
+    (loss, divergence, gradients), (whole, expected, whole_gradients) = found
+    # Models compute their own losses in float32.
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert divergence == pytest.approx(expected, rel=1e-10)
+    largest = max(float(gradient.abs().max()) for gradient in whole_gradients)
+    for gradient, other in zip(gradients, whole_gradients, strict=True):
+        assert float((gradient - other).abs().max()) <= 1e-6 * largest
 
 
 def test_nothing_is_to_be_learnt_from_oneself() -> None:
     teacher = tiny_model("gpt2")
     ids = torch.arange(3, 10)[None]
-    logits = teacher(input_ids=ids).logits
-    loss = Distillation(teacher, weight=1.0, temperature=2.0).loss(torch.tensor(5.0), logits, {"input_ids": ids})
+    outputs = teacher(input_ids=ids)
+    loss = Distillation(teacher, weight=1.0, temperature=2.0).loss(_made_of(outputs, 5.0), {"input_ids": ids})
     assert abs(loss.item()) < 1e-6
     loss.backward()
     assert max(float(p.grad.abs().max()) for p in teacher.parameters() if p.grad is not None) < 1e-5

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
-from deadhead.measure.losses import require_language_model
+from deadhead.measure.last_states import LastStates, StateReader, nll, widened
+from deadhead.measure.losses import SegmentOutputs, require_language_model
 
 
 def require_same_vocabulary(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -45,6 +46,7 @@ class Distillation:
     def __init__(self, teacher: PreTrainedModel, *, weight: float, temperature: float) -> None:
         require_weight(weight)
         self.teacher = teacher.eval()
+        self.reader = StateReader(teacher)
         self.weight = weight
         self.temperature = temperature
         # Hidden states of the segment before, for teachers with segment memory.
@@ -52,25 +54,43 @@ class Distillation:
         self.divergence: Tensor | float = 0.0
         self.batches = 0
 
-    def loss(self, nll: Tensor, logits: Tensor | None, inputs: dict[str, Any]) -> Tensor:
-        """Return the mixed loss of a batch, 0-dimensional, of the model's own on the text and its logits, (B, T, V).
+    def loss(self, student: SegmentOutputs, inputs: dict[str, Any]) -> Tensor:
+        """Return the mixed loss of a batch, 0-dimensional, of what the model made of it.
 
         The batch has `input_ids`, and `is_first` where rows begin anew; there may be `scored`, whether a token counts.
         """
-        expected = self._teacher_logits(inputs)
-        if logits is None or expected is None:
+        teacher = self._read(inputs)
+        if student.read.is_adaptive or teacher.is_adaptive:
             raise InputError("Distillation compares whole distributions, which an adaptive softmax does not compute.")
+        counts_BT, count = None, student.wanted_BT.numel()
         if "scored" in inputs and not bool(inputs["scored"].all()):
             # A position tells of the token after it.
             counts_BT = F.pad(inputs["scored"][:, 1:], (0, 1))
-            logits, expected = logits[counts_BT], expected[counts_BT]
-        found_NV, wanted_NV = (
-            F.log_softmax(values.flatten(0, -2).float() / self.temperature, dim=-1) for values in (logits, expected)
-        )
-        divergence = F.kl_div(found_NV, wanted_NV, reduction="batchmean", log_target=True)
-        self.divergence = self.divergence + divergence.detach()
+            count = int(counts_BT.sum())
+
+        # What the model's own loss is not there for is summed along with the divergence.
+        share = (1 - self.weight) / (self.weight * self.temperature**2) * count / student.count
+
+        def sums(states_ND: Tensor, wanted_N: Tensor, theirs_ND: Tensor) -> Tensor:
+            logits_NV = student.read.logits(states_ND)
+            with torch.no_grad():
+                expected_NV = teacher.logits(theirs_ND)
+            divergence = self._divergence(logits_NV, expected_NV)
+            both = divergence if student.own_loss is not None else divergence + share * nll(logits_NV, wanted_N)
+            return torch.stack([both, divergence])
+
+        both, divergence = student.read.sums(sums, counts_BT, student.wanted_BT, teacher.states_BTD)
+        self.divergence = self.divergence + divergence[0] / count
         self.batches += 1
-        return (1 - self.weight) * nll + self.weight * self.temperature**2 * divergence
+        loss = self.weight * self.temperature**2 * (both / count)
+        return loss if student.own_loss is None else (1 - self.weight) * student.own_loss + loss
+
+    def _divergence(self, logits_NV: Tensor, expected_NV: Tensor) -> Tensor:
+        """Return the sum of KL(teacher ‖ model), 0-dimensional, at their temperature."""
+        found_NV, wanted_NV = (
+            F.log_softmax(widened(values) / self.temperature, dim=-1) for values in (logits_NV, expected_NV)
+        )
+        return F.kl_div(found_NV, wanted_NV, reduction="sum", log_target=True)
 
     def mean_divergence(self) -> float:
         """Return the mean of KL(teacher ‖ model) over the batches since the last call, in nats a token."""
@@ -79,13 +99,13 @@ class Distillation:
         return mean
 
     @torch.no_grad()
-    def _teacher_logits(self, inputs: dict[str, Any]) -> Tensor | None:
+    def _read(self, inputs: dict[str, Any]) -> LastStates:
         ids = inputs["input_ids"]
         if self.teacher.device != ids.device:
             self.teacher.to(ids.device)
         if not hasattr(self.teacher.config, "memory_length"):
-            return self.teacher(input_ids=ids, use_cache=False).logits
+            return self.reader(self.teacher, input_ids=ids, use_cache=False)
         memory = None if bool(inputs["is_first"].any()) else self.memory
-        outputs = self.teacher(input_ids=ids, use_cache=False, memory=memory)
-        self.memory = outputs.memory
-        return outputs.logits
+        found = self.reader(self.teacher, input_ids=ids, use_cache=False, memory=memory)
+        self.memory = found.outputs.memory
+        return found

@@ -136,15 +136,13 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
 
         Where not every token counts it is weighted, so that a step's loss is the mean over all tokens that do.
         """
-        outputs = self.segment_loss(model, inputs)
-        loss = outputs.loss
-        if self.distillation is not None:
-            loss = self.distillation.loss(loss, outputs.logits, inputs)
+        found = self.segment_loss(model, inputs)
+        loss = found.loss if self.distillation is None else self.distillation.loss(found, inputs)
         if num_items_in_batch is not None:
             # Batches of a step, and processes, are averaged later.
             batches = self.current_gradient_accumulation_steps * self.args.world_size
             loss = loss * (_counted(inputs) * batches / num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, found.read.outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of one batch, unless its loss is not finite.

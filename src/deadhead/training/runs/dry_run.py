@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from deadhead.attaching import choices_of, detach, has_blocks, is_gate
 from deadhead.layouts import find_layout
 from deadhead.layouts.feed_forward import FeedForwardSite
+from deadhead.measure.chunks import AT_ONCE, fits_at_once
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.latency import Latency
@@ -179,8 +180,12 @@ def _activations(model: PreTrainedModel, recipe: PruneRecipe) -> tuple[int, int]
     norms = layers * width * ((seen * narrow * (not frozen)) if memory else wide + 2 * normed)
     norms += 2 * layers * width * wide * any(getattr(config, name, 0) for name in _DROPOUT)
     within = attention + norms + narrow * _hidden_numbers(model, frozen=frozen)
-    # Logits' log-softmax, and the gradients of both, in float32.
+    # Logits' log-softmax, and the gradients of both, in float32. Where there are many, a chunk has them, and the output
+    # layer's gradient is there before the backward pass, beside a chunk's.
     words = (getattr(config, "adaptive_cutoffs", None) or [config.vocab_size])[0]
+    logits = 12 * min(tokens * words, AT_ONCE)
+    if learns and not fits_at_once(tokens, words):
+        logits += 8 * words * width
     # A layer's backward pass works with about a quarter of what the layer had kept.
     layer = tokens * within / layers
     working = (1.25 if recipe.gradient_checkpointing else 0.25) * layer + scores
@@ -188,7 +193,7 @@ def _activations(model: PreTrainedModel, recipe: PruneRecipe) -> tuple[int, int]
     # Autocast keeps a copy of each matrix until the backward pass has used it.
     linear = [module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     copies = 2 * sum(linear) if recipe.bf16 and wide == 4 else 0
-    return int(tokens * held + max(tokens * 12 * words, working) + copies), int(1.25 * layer + scores)
+    return int(tokens * held + max(logits, working) + copies), int(1.25 * layer + scores)
 
 
 def _hidden_numbers(model: PreTrainedModel, *, frozen: bool) -> int:

@@ -1,0 +1,108 @@
+"""Sums over the rows of a tensor, a chunk of rows at a time, and their gradients without a second forward pass.
+
+PyTorch's own `linear_cross_entropy` (from 2.13 on) does this for one linear layer and one loss. Here any function
+will do: output layers cap and scale their logits, and distillation compares two models.
+
+Dimensions: N rows, D width, K sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Numbers of a row's function that are held at once: 64 MiB in float32.
+AT_ONCE = 2**24
+
+# Takes (n, D) and n rows of every other tensor, and returns K sums over them.
+Sums = Callable[..., Tensor]
+
+
+def fits_at_once(rows: int, width: int) -> bool:
+    """Return whether `width` numbers of each row are few enough to be held at once."""
+    return rows * width <= AT_ONCE
+
+
+def sum_in_chunks(
+    sums: Sums, rows_ND: Tensor, others: Sequence[Tensor] = (), *, width: int, weights: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return the first of K sums over all rows, with its gradients, and the others, (K − 1,), without.
+
+    Rows that fit at once are one chunk, of which autograd keeps what it needs. For more, gradients are computed along
+    with the sums, chunk by chunk, so that nothing of a chunk is kept. Backward only scales them; it can be called once.
+
+    Args:
+        sums: of some rows.
+        rows_ND: gets a gradient, as far as it needs one.
+        others: with N rows each; without gradient.
+        width: how many numbers `sums` makes of a row; a chunk has `AT_ONCE` of them at most.
+        weights: leaves that `sums` uses, of which those that learn get a gradient.
+    """
+    most = max(1, AT_ONCE // width)
+    if fits_at_once(len(rows_ND), width):
+        found_K = sums(rows_ND, *others)
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows_ND, *weights)):
+        return cast(tuple[Tensor, Tensor], _SumInChunks.apply(sums, most, others, rows_ND, *weights))
+    else:
+        chunks = _chunks(len(rows_ND), most)
+        found_K = torch.stack([sums(*(tensor[chunk] for tensor in (rows_ND, *others))) for chunk in chunks]).sum(0)
+    return found_K[0], found_K[1:].detach()
+
+
+def _chunks(count: int, most: int) -> list[slice]:
+    """Return slices of equal size, as far as they can be, of `most` rows at most."""
+    size = -(-count // -(-count // most))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+class _SumInChunks(torch.autograd.Function):
+    """The first sum and the others; gradients are there before backward is called."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sums: Sums, most: int, others: Sequence[Tensor], rows_ND: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.needed = ctx.needs_input_grad[3:]
+        ctx.dtypes = [tensor.dtype for tensor in (rows_ND, *weights)]
+        learning = list(itertools.compress((rows_ND, *weights), ctx.needed))
+        # In half precision a long sum would stop growing.
+        gradients = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in learning]
+        found = []
+        for chunk in _chunks(len(rows_ND), most):
+            rows = rows_ND[chunk].detach().requires_grad_(ctx.needed[0])
+            inputs = list(itertools.compress((rows, *weights), ctx.needed))
+            with torch.enable_grad():
+                found_K = sums(rows, *(other[chunk] for other in others))
+                parts = torch.autograd.grad(found_K[0], inputs, allow_unused=True)
+            # Of the rows' gradient this chunk's part, of others all.
+            targets = [
+                gradient[chunk] if tensor is rows_ND else gradient
+                for tensor, gradient in zip(learning, gradients, strict=True)
+            ]
+            for target, part in zip(targets, parts, strict=True):
+                if part is not None:
+                    target += part
+            found.append(found_K.detach())
+        total_K = torch.stack(found).sum(0)
+        ctx.gradients = gradients
+        first, rest = total_K[0].clone(), total_K[1:].clone()
+        ctx.mark_non_differentiable(rest)
+        return first, rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("The gradients of a sum in chunks are there once; compute the sum anew.")
+        gradients, ctx.gradients = iter(ctx.gradients), None
+        # In place, as they may be as large as the weights.
+        scaled = [
+            next(gradients).mul_(upstream).to(dtype) if needs else None
+            for needs, dtype in zip(ctx.needed, ctx.dtypes, strict=True)
+        ]
+        return (None, None, None, *scaled)
