@@ -1,0 +1,52 @@
+"""What criteria that look at text share: a model runs over batches, and which positions of a batch count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from deadhead.errors import InputError
+from deadhead.measure.losses import SegmentLoss, require_language_model
+from deadhead.modes import evaluating
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+def read(
+    model: PreTrainedModel, batches: Batches, begin: Callable[[Mapping[str, Tensor]], None] = lambda inputs: None
+) -> Iterator[tuple[Any, Mapping[str, Tensor]]]:
+    """Run a model over batches, in evaluation mode, and yield each one's outputs and inputs.
+
+    Args:
+        model: a language model.
+        batches: as `score_heads` takes them.
+        begin: is told each batch, on the model's device, before the model runs.
+
+    Raises:
+        UnsupportedModel: the model does not predict the next token.
+        InputError: there is no batch.
+    """
+    require_language_model(model, "A criterion that looks at text")
+    segment_loss = SegmentLoss(model)
+    has_text = False
+    with evaluating(model):
+        for batch in batches:
+            has_text = True
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            begin(inputs)
+            yield segment_loss(model, inputs), inputs
+    if not has_text:
+        raise InputError("This criterion looks at text, but no batch was given.")
+
+
+def predicting(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return which positions of a batch predict a token that counts, (B, T), bool."""
+    everywhere = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    if hasattr(model.config, "memory_length"):
+        return everywhere
+    return pad(inputs.get("scored", everywhere)[:, 1:], (0, 1))
