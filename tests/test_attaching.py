@@ -13,13 +13,13 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from benchmarks._tiny_models import tiny_model as stock_model
 from deadhead.attaching import attach, detach, gates_of
+from deadhead.criteria.scoring import score_heads
 from deadhead.cutting import cut
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.penalty import SparsityTarget, l0_loss, penalty_gradient
 from deadhead.layouts import find_layout
-from deadhead.measure.criteria import score_heads
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention

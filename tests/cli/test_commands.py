@@ -109,7 +109,16 @@ def test_learned_ratio(given: Path, tmp_path: Path, command: _Command) -> None:
     assert opened["heads"] == [4, 4]
 
 
-@pytest.mark.parametrize("criterion", ["topk", "taylor", "output-difference", "magnitude", "random"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        *("topk", "taylor", "output-difference", "flap", "magnitude", "random"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("wanda", "second-order", "reconstruction", "influence")
+        ),
+    ],
+)
 def test_other_criteria(criterion: str, given: Path, tmp_path: Path, command: _Command) -> None:
     """Each cuts exactly the share asked for; a one-shot criterion leaves the weights that stay as they were."""
     common = ("prune", "--model", given / "model", "--data", given / "prose.txt", "--criterion", criterion)

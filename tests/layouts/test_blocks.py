@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import deadhead
 from benchmarks._tiny_models import tiny_model as hugging_face_model
 from deadhead.attaching import attach, detach, gates_of
+from deadhead.criteria.scoring import score_heads
 from deadhead.cutting import cut
 from deadhead.errors import CutError, InputError, UnsupportedModel
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import Selection, find_layout
 from deadhead.layouts.all_attention import AllAttentionLayout, PersistentSite
 from deadhead.measure.cost import config_cost, model_cost
-from deadhead.measure.criteria import score_heads
 from deadhead.models import AllAttentionConfig
 from deadhead.models.pruned import feed_forward
 from deadhead.plans.plan import HeadPlan, UnitKey
@@ -433,7 +433,7 @@ def test_taylor_is_the_derivative_by_the_blocks_weight(with_gates: bool) -> None
 
 def test_output_differences_are_not_for_persistent_vectors() -> None:
     batch = {"input_ids": IDS[:, :-1], "labels": IDS[:, 1:], "is_first": torch.tensor([True] * 2)}
-    with pytest.raises(InputError, match="no output difference, as a layer's output is no sum over them"):
+    with pytest.raises(InputError, match="no score by .output-difference., as a layer's output is no sum over them"):
         score_heads(MODELS["persistent"](), "output-difference", [batch], blocks=3)
     assert score_heads(MODELS["persistent"](), "output-difference", [batch]).plan(0.5).hidden_units is None
     assert UnitKey("block", 0) in score_heads(MODELS["feed-forward"](), "output-difference", [batch], blocks=3).scores

@@ -1,1 +1,1 @@
-"""What a model is worth: costs on paper, times, perplexity, scores of its heads."""
+"""What a model is worth: costs on paper, times, perplexity."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Ranking = Literal["global", "layer"]
-OneShot = Literal["magnitude", "taylor", "output-difference", "random"]
+OneShot = Literal[
+    "magnitude", "taylor", "output-difference", "wanda", "flap", "second-order", "reconstruction", "influence", "random"
+]
 ONE_SHOT: tuple[OneShot, ...] = get_args(OneShot)
+# Those that look at text.
+READS_TEXT: tuple[OneShot, ...] = tuple(name for name in ONE_SHOT if name not in ("magnitude", "random"))
+# Those whose scores compare with their own layer's: an order of all units, but no loss to be divided by a cost.
+STANDARDISED: tuple[OneShot, ...] = ("wanda", "flap")
 BudgetKind = Literal["sparsity", "params", "flops", "kv_cache", "speedup"]
 Of = Literal["all", "blocks"]
 BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)

@@ -14,6 +14,7 @@ from benchmarks._tiny_models import tiny_model
 from deadhead.errors import InputError
 from deadhead.gates.budget import Budget
 from deadhead.measure.cost import cost_of_kind, model_cost
+from deadhead.plans.kinds import ONE_SHOT
 from deadhead.training import PhaseRun, PruneRecipe, train
 from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, rank, true_share
 from tests import random_models
@@ -106,7 +107,7 @@ def _nothing() -> Any:
     return nullcontext()
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "output-difference", "random"])
+@pytest.mark.parametrize("criterion", ONE_SHOT)
 def test_rankings_meet_budgets_too(criterion: Any) -> None:
     model = tiny_model("llama")
     recipe = recipe_of(sequence_length=12, criterion=criterion, flops=0.6, steps=2)

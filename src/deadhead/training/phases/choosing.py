@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from deadhead.attaching import attach, gates_of, unwrapped
+from deadhead.criteria.scoring import score_heads
 from deadhead.cutting import pruned_copy
 from deadhead.data import TokenStream
 from deadhead.errors import InputError
@@ -21,12 +22,11 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
-from deadhead.measure.criteria import READS_TEXT, score_heads
 from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import bench
 from deadhead.modes import best_device, flushing_denormals
 from deadhead.plans.blocks import Blocks
-from deadhead.plans.kinds import OneShot
+from deadhead.plans.kinds import READS_TEXT, STANDARDISED, OneShot
 from deadhead.plans.plan import HeadPlan, Unit
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
@@ -246,7 +246,8 @@ def rank(
 ) -> HeadPlan:
     """Choose the units that stay by a one-shot criterion; the model is not changed.
 
-    Where the budget is not a share of heads, those go that score least for what they cost.
+    Where the budget is not a share of heads, those go that score least for what they cost; by scores that compare with
+    their own layer's, those that score least until the budget is met.
 
     Args:
         model: without gates.
@@ -265,7 +266,7 @@ def rank(
         )
     scores = score(model, text, recipe, seed=seed, first_segment=first_segment)
     found = budget_costs(model, recipe, latency=latency)
-    if found is not None:
+    if found is not None and recipe.criterion not in STANDARDISED:
         scores = scores.over(found[1])
     return plan_of_scores(model, scores, recipe, latency=latency)[0]
 

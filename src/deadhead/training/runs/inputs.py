@@ -22,10 +22,10 @@ from deadhead.errors import InputError, own_sentence
 from deadhead.layouts import find_layout
 from deadhead.layouts.refusals import require_gradients
 from deadhead.measure.cost import require_cache, skeleton
-from deadhead.measure.criteria import READS_TEXT
 from deadhead.measure.losses import require_language_model
 from deadhead.measure.timing import require_timed
 from deadhead.models import OWN_TYPES, AllAttentionConfig, TransformerXLConfig
+from deadhead.plans.kinds import READS_TEXT
 from deadhead.training.phases.choosing import attach_gates, budget_costs, budget_length
 from deadhead.training.phases.defaults import segments
 from deadhead.training.phases.learning import learner

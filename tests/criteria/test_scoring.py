@@ -3,63 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import deadhead
-from benchmarks._tiny_models import scramble
+from deadhead.criteria.scoring import score_heads
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout, head_columns
 from deadhead.measure import chunks
-from deadhead.measure.criteria import READS_TEXT, score_heads
-from deadhead.plans.kinds import ONE_SHOT
+from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
 from deadhead.plans.plan import Unit, UnitKey
+from tests.criteria.models import IDS, MODELS, batches, llama
 from tests.random_models import assert_unchanged, snapshot, tiny_model
-
-IDS = torch.randint(29, (3, 9), generator=torch.Generator().manual_seed(0))
-
-
-def gpt2() -> Any:
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=29, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
-    )
-    scramble(model, 0)
-    return model.eval()
-
-
-def llama() -> Any:
-    config: Any = LlamaConfig
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(config(vocab_size=29, num_key_value_heads=2, **sizes, bos_token_id=0, eos_token_id=0))
-    scramble(model, 0)
-    return model.eval()
-
-
-MODELS: dict[str, tuple[Callable[[], Any], Unit]] = {
-    "all-attention": (tiny_model, "head"),
-    "gpt2": (gpt2, "head"),
-    "llama, groups": (llama, "kv_group"),
-    "llama, heads": (llama, "head"),
-}
 
 
 @pytest.fixture(params=MODELS)
 def case(request: Any) -> tuple[Any, Unit]:
     make, unit = MODELS[request.param]
     return make().double(), unit
-
-
-def batches(count: int = 1) -> list[dict[str, Tensor]]:
-    return [
-        {"input_ids": IDS[:, :-1], "labels": IDS[:, 1:], "is_first": torch.tensor([True, True, True])}
-        for _ in range(count)
-    ]
 
 
 def row_losses(model: Any) -> Tensor:

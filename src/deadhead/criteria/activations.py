@@ -1,0 +1,122 @@
+"""Criteria that look at what output projections get: how large a unit's activations are, and how much they vary.
+
+Dimensions: R positions that count, H units of a site, E width of a unit in the output projection's input, n = H·E,
+D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deadhead.attaching import output_squares
+from deadhead.criteria.reading import Batches, Reading, predicting
+from deadhead.gates.head_gate import relative_difference
+from deadhead.layouts import Site, head_columns
+
+
+@torch.no_grad()
+def output_differences(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
+    """Return for each site the root of the mean over batches of d_h², (H,)."""
+    reading = Reading(model)
+    found = [torch.zeros(len(site.units)) for site in sites]
+
+    def measure(scores: Tensor, site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
+        heads_RHE = args[0].reshape(-1, len(site.units), site.unit_dim)
+        scores.add_(relative_difference(*output_squares(module, heads_RHE)).square().cpu())
+
+    with ExitStack() as exits:
+        for scores, site in zip(found, sites, strict=True):
+            exits.enter_context(site.output.register_forward_pre_hook(partial(measure, scores, site)))
+        count = sum(1 for _ in reading.over(batches))
+    return [(scores / count).sqrt() for scores in found]
+
+
+def wanda(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
+    """Return for each site Σ_j ‖W_O,j‖₁ ‖x_j‖₂ over a unit's columns j, over the site's mean, (H,).
+
+    Wanda (Sun, Liu, Bair, Kolter 2023, arXiv 2306.11695, equation 1) for whole columns. It compares weights of one
+    output alone; over the mean, sites compare.
+    """
+    found = []
+    for site, moments in zip(sites, _moments(model, sites, batches), strict=True):
+        lengths_n = moments.squares.sqrt() * head_columns(site.output).detach().abs().sum(0).double().cpu()
+        scores_H = _by_unit(site, lengths_n)
+        found.append(scores_H / scores_H.mean().clamp(min=torch.finfo(torch.float64).tiny))
+    return found
+
+
+def flap(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
+    """Return for each site the mean of Var(x_j) ‖W_O,j‖² over a unit's columns j, standardised in the site, (H,).
+
+    FLAP (An, Zhao, Yu, Tang, Wang 2024, arXiv 2312.11983, equations 5 and 6). What stays constant could be put into a
+    bias; its authors do that. Here it is left out: most models have no bias, and least squares after the cut do more.
+    """
+    found = []
+    for site, moments in zip(sites, _moments(model, sites, batches), strict=True):
+        columns_n = head_columns(site.output).detach().double().square().sum(0).cpu()
+        scores_H = _by_unit(site, moments.variance * columns_n) / site.unit_dim
+        # A lone unit, or equals, are as good as the mean.
+        deviation = scores_H.std(correction=0)
+        found.append((scores_H - scores_H.mean()) / deviation if deviation > 0 else torch.zeros_like(scores_H))
+    return found
+
+
+def _by_unit(site: Site, values_n: Tensor) -> Tensor:
+    return values_n.unflatten(0, (len(site.units), site.unit_dim)).sum(1)
+
+
+class _Moments:
+    """Mean and spread of each input feature over the positions that count; all (n,), float64 on the CPU."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.spread = torch.zeros(width, dtype=torch.float64)  # Σ (x − mean)²
+
+    def add(self, rows_Rn: Tensor) -> None:
+        """Add rows; batch by batch, so that no difference of large sums is taken."""
+        count = len(rows_Rn)
+        if not count:
+            return
+        variance, mean = (part.double().cpu() for part in torch.var_mean(rows_Rn.float(), 0, correction=0))
+        away, total = mean - self.mean, self.count + count
+        self.spread += variance * count + away.square() * self.count * count / total
+        self.mean += away * count / total
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        return self.spread / max(self.count, 1)
+
+    @property
+    def squares(self) -> Tensor:
+        """Σ x²."""
+        return self.spread + self.count * self.mean.square()
+
+
+@torch.no_grad()
+def _moments(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[_Moments]:
+    reading = Reading(model)
+    found = [_Moments(len(site.units) * site.unit_dim) for site in sites]
+    counts = torch.empty(0)
+
+    def begin(inputs: Mapping[str, Tensor]) -> None:
+        nonlocal counts
+        counts = predicting(model, inputs).flatten()
+
+    def measure(moments: _Moments, module: nn.Module, args: tuple[Any, ...]) -> None:
+        moments.add(args[0].flatten(0, -2)[counts.to(args[0].device)])
+
+    with ExitStack() as exits:
+        for site, moments in zip(sites, found, strict=True):
+            exits.enter_context(site.output.register_forward_pre_hook(partial(measure, moments)))
+        for _ in reading.over(batches, begin):
+            pass
+    return found

@@ -1,0 +1,235 @@
+"""Second-order removal: what a sublayer's output loses with its units, if those that stay make up for it as they can.
+
+For a sublayer y = W x, a token's loss changes by about ½ (gᵀ δy)², g = ∂L/∂y. With C, the second moments of x, and G,
+those of g, as independent of each other, units R cost
+
+    ½ tr(W_Rᵀ G W_R (C⁻¹_RR)⁻¹),    and then    W ← W − W_R (C⁻¹_RR)⁻¹ C⁻¹_R:,
+                                              C⁻¹ ← C⁻¹ − C⁻¹_:R (C⁻¹_RR)⁻¹ C⁻¹_R:
+
+(Optimal Brain Surgeon, Hassibi and Stork 1993; for units, as in ZipLM, Kurtic et al. 2023, arXiv 2302.04089, equations
+3 and 4). The W that is left solves least squares. Where we differ: a token weighs 1/‖h‖² in C and ‖h‖² in G, h the
+residual stream behind the sublayer. A norm follows it, so only relative errors count, and a few tokens with massive
+activations do not decide all.
+
+The cheapest units go first, one after the other, until none is left. A unit's score is the slope, there, of the lower
+convex hull of what has been lost: scores ascend in the order of removal, and those of all sublayers compare.
+
+Dimensions: B batch, T tokens, R units or columns that go, S those that stay, H units of a site, E width of a unit in
+the output projection's input, n = H·E, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deadhead.criteria.reading import Batches, Reading, predicting
+from deadhead.criteria.streams import Passage, watched
+from deadhead.layouts import Site, head_columns
+from deadhead.modes import free_memory
+from deadhead.plans.plan import UnitKey
+
+# Of the mean square of an activation, so that few tokens do not determine many weights.
+RIDGE = 0.01
+# Single units go so many at a time, of all there are.
+_STEPS = 96
+# Of the memory that is free, what the moments of a pass over the text may take.
+_SHARE = 0.25
+
+
+@dataclass
+class Moments:
+    """Sums over the positions that count, of one site."""
+
+    inputs_nn: Tensor  # Σ x xᵀ / ‖h‖²
+    gradients_DD: Tensor | None  # Σ g gᵀ ‖h‖², g of the sum of all tokens' losses; None stands for the identity
+    count: int = 0
+
+
+def second_order(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    batches: Batches,
+    *,
+    with_gradients: bool,
+    most_bytes: int | None = None,
+) -> list[Tensor]:
+    """Return for each site the slopes of what its units cost, in the order in which they are best removed, (H,).
+
+    Args:
+        model: a language model.
+        sites: with output projections.
+        batches: as `score_heads` takes them; read once for as many sites as fit into memory.
+        with_gradients: whether outputs are weighed by the loss's gradients, in nats a token; else they all count alike,
+            relative to the stream.
+        most_bytes: what the moments of one pass may take; None takes a quarter of the memory that is free.
+    """
+    batches = list(batches)
+    found: list[Tensor] = []
+    for group in _groups(model, sites, with_gradients, most_bytes):
+        for site, moments in zip(group, measured(model, group, batches, with_gradients=with_gradients), strict=True):
+            found.append(slopes(site, moments))
+    return found
+
+
+def _groups(
+    model: PreTrainedModel, sites: Sequence[Site], with_gradients: bool, most_bytes: int | None
+) -> Iterator[list[Site]]:
+    most = _SHARE * free_memory(model.device) if most_bytes is None else most_bytes
+    group: list[Site] = []
+    taken = 0
+    for site in sites:
+        width, inner = head_columns(site.output).shape
+        size = 4 * (inner**2 + width**2 * with_gradients)
+        if group and taken + size > most:
+            yield group
+            group, taken = [], 0
+        group.append(site)
+        taken += size
+    if group:
+        yield group
+
+
+def measured(model: PreTrainedModel, sites: Sequence[Site], batches: Batches, *, with_gradients: bool) -> list[Moments]:
+    """Return the moments of some sites, from one pass over a text, forward and, with gradients, backward."""
+    reading = Reading(model)
+    found: dict[UnitKey, Moments] = {}
+    for site in sites:
+        width, inner = head_columns(site.output).shape
+        device = head_columns(site.output).device
+        curvature = torch.zeros(width, width, device=device) if with_gradients else None
+        found[site.key] = Moments(torch.zeros(inner, inner, device=device), curvature)
+    counts_BT = torch.empty(0)
+    lengths: dict[UnitKey, Tensor] = {}  # ‖h‖ of the positions that count, 0 elsewhere, (B, T)
+    outputs: dict[UnitKey, Tensor] = {}
+
+    def begin(inputs: Mapping[str, Tensor]) -> None:
+        nonlocal counts_BT
+        counts_BT = predicting(model, inputs)
+
+    @torch.no_grad()
+    def visit(passage: Passage) -> None:
+        moments, inputs = found[passage.site.key], passage.inputs
+        length_BT = passage.after.float().norm(dim=-1)
+        counts = counts_BT.to(length_BT.device) & (length_BT > 0)
+        rows = inputs[counts].float() / length_BT[counts][:, None]
+        moments.inputs_nn.addmm_(rows.T, rows)
+        moments.count += len(rows)
+        lengths[passage.site.key] = length_BT * counts
+
+    def keep(site: Site, output: Tensor) -> None:
+        # A frozen model computes no gradients from its own parameters.
+        outputs[site.key] = output if output.requires_grad else output.requires_grad_()
+
+    hooks = [
+        site.output.register_forward_hook(lambda module, args, output, site=site: keep(site, output))
+        for site in (sites if with_gradients else ())
+    ]
+    try:
+        with torch.set_grad_enabled(with_gradients), watched(model, sites, visit):
+            for result, _ in reading.over(batches, begin):
+                if not with_gradients:
+                    continue
+                # The loss is a mean over tokens; a position's gradient should not depend on how many there are.
+                total = result.loss * int(counts_BT.sum())
+                gradients = torch.autograd.grad(total, [outputs[site.key] for site in sites])
+                for site, gradient in zip(sites, gradients, strict=True):
+                    length_BT = lengths[site.key]
+                    rows = (gradient.reshape(*length_BT.shape, -1).float() * length_BT[..., None]).flatten(0, 1)
+                    curvature = found[site.key].gradients_DD
+                    assert curvature is not None
+                    curvature.addmm_(rows.T, rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[site.key] for site in sites]
+
+
+def slopes(site: Site, moments: Moments, *, ridge: float = RIDGE) -> Tensor:
+    """Return the score of each unit of a site, (H,), float64 on the CPU: ascending in the order of removal."""
+    weight = head_columns(site.output).detach().double()
+    count = max(moments.count, 1)
+    if moments.gradients_DD is not None:
+        # ½ tr(Wᵀ G W …) is a sum of squares of G^½ W / √2, which is updated as W is.
+        values, vectors = torch.linalg.eigh(moments.gradients_DD.double() / count)
+        weight = (values.clamp(min=0) / 2).sqrt()[:, None] * (vectors.T @ weight)
+    order, costs = removal(weight, moments.inputs_nn.double() / count, site.unit_dim, ridge=ridge)
+    hull = _convex(costs)
+    # Within a straight piece of the hull too, units go in their order.
+    hull *= 1 + 1e-9 * torch.arange(len(hull), dtype=hull.dtype)
+    return torch.empty_like(hull).scatter(0, order, hull)
+
+
+def removal(
+    weight_Dn: Tensor, inputs_nn: Tensor, width: int, *, ridge: float, steps: int = _STEPS
+) -> tuple[Tensor, Tensor]:
+    """Remove units of `width` columns, the cheapest first, until none is left; those that stay make up for them.
+
+    Args:
+        weight_Dn: W, of which squared errors are counted.
+        inputs_nn: C, second moments of what it multiplies.
+        width: columns of a unit.
+        ridge: what is added to C's diagonal, as a share of each feature's own square.
+        steps: in how many rounds all units go; within a round, none makes up for the others' updates.
+
+    Returns:
+        The units in the order in which they went, (H,), and what each added to the error, (H,), both on the CPU.
+    """
+    # In units of each feature's own size, a feature that is always 0 weighs nothing.
+    sizes_n = inputs_nn.diagonal().clamp(min=0).sqrt()
+    weight_Dn = weight_Dn * sizes_n
+    scale_n = torch.where(sizes_n > 0, 1 / sizes_n, 0)
+    damped_nn = scale_n[:, None] * inputs_nn * scale_n
+    damped_nn.diagonal()[:] = 1 + ridge
+    inverse_nn = torch.cholesky_inverse(torch.linalg.cholesky(damped_nn))
+    left = torch.arange(len(sizes_n) // width, device=weight_Dn.device)
+    at_once = max(1, -(-len(left) // steps))
+    order, costs = [], []
+    while len(left):
+        alone_H = _alone(weight_Dn, inverse_nn, width)
+        units = alone_H.argsort(stable=True)
+        going, staying = units[:at_once], units[at_once:].sort().values
+        gone_R, stay_S = _columns(going, width), _columns(staying, width)
+        block_RR = inverse_nn[gone_R[:, None], gone_R]
+        across_SR = inverse_nn[stay_S[:, None], gone_R]
+        lost_DR = weight_Dn[:, gone_R]
+        # (C⁻¹_RR)⁻¹ W_Rᵀ
+        solved_RD = torch.linalg.solve(block_RR, lost_DR.T)
+        together = (lost_DR.T * solved_RD).sum()
+        shares = alone_H[going] / alone_H[going].sum() if alone_H[going].sum() > 0 else 0 * alone_H[going]
+        order.append(left[going])
+        costs.append(together * shares)
+        weight_Dn = weight_Dn[:, stay_S] - (across_SR @ solved_RD).T
+        inverse_nn = inverse_nn[stay_S[:, None], stay_S] - across_SR @ torch.linalg.solve(block_RR, across_SR.T)
+        left = left[staying]
+    return torch.cat(order).cpu(), torch.cat(costs).cpu()
+
+
+def _alone(weight_Dn: Tensor, inverse_nn: Tensor, width: int) -> Tensor:
+    """Return what each unit would cost if it went next, tr(W_R (C⁻¹_RR)⁻¹ W_Rᵀ), (H,)."""
+    if width == 1:
+        return weight_Dn.square().sum(0) / inverse_nn.diagonal()
+    units_HED = weight_Dn.T.unflatten(0, (-1, width))
+    blocks_HEE = inverse_nn.unflatten(0, (-1, width)).unflatten(-1, (-1, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    return (units_HED * torch.linalg.solve(blocks_HEE, units_HED)).sum((1, 2))
+
+
+def _columns(units: Tensor, width: int) -> Tensor:
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _convex(increments: Tensor) -> Tensor:
+    """Return the slopes of the greatest convex function below the sums of some increments: none is below the last."""
+    pieces: list[tuple[float, int]] = []
+    for value in increments.tolist():
+        total, count = value, 1
+        while pieces and pieces[-1][0] * count >= total * pieces[-1][1]:
+            before, length = pieces.pop()
+            total, count = total + before, count + length
+        pieces.append((total, count))
+    values = torch.tensor([total / count for total, count in pieces], dtype=torch.float64)
+    return values.repeat_interleave(torch.tensor([count for _, count in pieces]))
