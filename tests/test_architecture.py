@@ -16,6 +16,7 @@ FLOORS = (
     ("report",),
     ("export", "streaming", "training"),
     ("checkpoints",),
+    ("compensation",),
     ("measure",),
     ("cutting",),
     ("attaching",),

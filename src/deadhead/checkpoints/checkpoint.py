@@ -32,6 +32,7 @@ from deadhead.checkpoints.gate_files import (
 )
 from deadhead.checkpoints.gguf_model import read_gguf_config, read_gguf_model
 from deadhead.checkpoints.guard import guarded_config, misshapen, require_sound
+from deadhead.compensation.record import card_line
 from deadhead.disk.checksums import CHECKSUMS_FILE, changed_file, read_checksums, write_checksums
 from deadhead.disk.files import replaced_folder, require_replaceable, write_text
 from deadhead.disk.gguf import gguf_file
@@ -383,6 +384,7 @@ def _model_card(
         f"- parameters: {cost.parameters:,}",
         f"- FLOPs a token: {cost.flops_per_token:,.0f}",
         *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
+        *([f"- {card_line(noted)}"] if (noted := getattr(model.config, "compensation", None)) else []),
         "",
         "```python",
         f"from transformers import {auto}",
