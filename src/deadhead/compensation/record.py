@@ -68,7 +68,9 @@ class Compensation:
 
 
 def card_line(noted: Mapping[str, Any]) -> str:
-    """Return what a model's card says of what its configuration notes under `compensation`."""
+    """Return what a model's card says of what its configuration notes under `compensation`, or of what was in vain."""
+    if not noted["fitted"]:
+        return f"compensated: nothing, as no fit lowers the held-out {noted['measure']} of {noted['before']:.4g}"
     text = f"tokens of {noted['text']}" if "text" in noted else "tokens"
     return (
         f"compensated: {noted['fitted']} of {noted['projections']} output projections fitted to the dense model on "

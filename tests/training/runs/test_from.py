@@ -47,6 +47,8 @@ def test_all_phases_resumed_and_shown(place: Path, tmp_path: Path) -> None:
     assert [whole[stage]["steps"] for stage in ("dense", "gated", "cut", "finetuned", "control")] == [0, 3, 3, 6, 6]
     assert whole["dense"]["heads"] == [2, 2, 2]
     assert whole["cut"]["perplexity"] == pytest.approx(whole["gated"]["perplexity"], rel=1e-4)
+    # What follows is fitted to the model it began from, before it is trained on.
+    assert whole["compensation"]["after"] < whole["compensation"]["before"]
     assert whole["budget"]["reached"] <= 0.8
     # The model stays where it is, untouched.
     assert not (tmp_path / "whole" / "dense").exists()
