@@ -16,7 +16,7 @@ FLOORS = (
     ("report",),
     ("export", "streaming", "training"),
     ("checkpoints",),
-    ("criteria",),
+    ("compensation", "criteria"),
     ("measure",),
     ("cutting",),
     ("attaching",),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deadhead.checkpoints.checkpoint import load as load
     from deadhead.checkpoints.checkpoint import load_gated as load_gated
     from deadhead.checkpoints.checkpoint import save as save
+    from deadhead.compensation.compensating import compensate as compensate
     from deadhead.cutting import cut as cut
     from deadhead.errors import InputError as InputError
     from deadhead.errors import UnsupportedModel as UnsupportedModel
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "attaching": ("attach", "detach", "gates_of"),
     "checkpoints.checkpoint": ("load", "load_gated", "save"),
+    "compensation.compensating": ("compensate",),
     "cutting": ("cut",),
     "errors": ("InputError", "UnsupportedModel"),
     "export.exporting": ("export_model",),

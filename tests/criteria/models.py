@@ -70,7 +70,7 @@ def counted(batch: dict[str, Tensor]) -> Tensor:
 
 
 def sites_of(model: Any, unit: Unit) -> list[Site]:
-    return find_layout(model).all_sites(model, unit, 1)
+    return find_layout(model).all_sites(model, unit, hidden=True)
 
 
 def seen(model: Any, site: Site, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

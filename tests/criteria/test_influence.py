@@ -37,7 +37,7 @@ def test_whole_sublayers_go() -> None:
         # Sublayers that hardly matter: the feed-forward part of the first layer and the attention of the second.
         model.model.layers[0].mlp.down_proj.weight.mul_(1e-3)
         model.model.layers[1].self_attn.o_proj.weight.mul_(1e-2)
-    costs = counted_costs(model, "params", unit="kv_group", block_size=1)
+    costs = counted_costs(model, "params", unit="kv_group", hidden=True)
     scores = score_heads(model, "influence", scored_batches(), blocks=1).over(costs)
     gone = sum(
         parameter.numel()
@@ -45,7 +45,7 @@ def test_whole_sublayers_go() -> None:
         for parameter in module.parameters()
     )
     plan = scores.within(costs, costs.total - gone)
-    assert plan.blocks is not None
-    assert [plan.heads, plan.blocks.blocks] == [[2, 0], [0, 48]]
+    assert plan.hidden_units is not None
+    assert [plan.heads, plan.hidden_units.counts] == [[2, 0], [0, 48]]
     before = model_cost(model).parameters
     assert model_cost(deadhead.cut(model, plan)).parameters == before - gone

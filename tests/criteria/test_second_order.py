@@ -163,7 +163,7 @@ def test_without_a_position_that_counts_all_cost_nothing() -> None:
 @pytest.mark.parametrize("criterion", ["second-order", "reconstruction"])
 def test_budgets_are_met(kind: Any, criterion: Any) -> None:
     model = llama()
-    costs = counted_costs(model, kind, unit="kv_group", block_size=1, length=8)
+    costs = counted_costs(model, kind, unit="kv_group", hidden=True, length=8)
     limit = costs.fixed + 0.6 * (costs.total - costs.fixed)
     scores = score_heads(model, criterion, scored_batches(), blocks=1).over(costs)
     plan = scores.within(costs, limit)

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 
+from deadhead.compensation.record import card_line
 from deadhead.disk.hub import is_name, quick
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name
@@ -75,6 +76,7 @@ def model_card(
         f"- parameters: {cost.parameters:,}",
         f"- FLOPs a token: {cost.flops_per_token:,.0f}",
         *(f"- {name}: {value:.4g}" for name, value in (metrics or {}).items()),
+        *([f"- {card_line(noted)}"] if (noted := getattr(model.config, "compensation", None)) else []),
         "",
         "```python",
         f"from transformers import {auto}",

@@ -207,6 +207,10 @@ def _run(
         f"{escape(str(out))}: heads a layer {heads}{hidden}, {result['parameters']:,} parameters, "
         f"{worth.format_map(result)}"
     )
+    if "compensation" in result:
+        from deadhead.compensation.record import card_line
+
+        console.print(card_line(result["compensation"]))
     if "budget" in result:
         from deadhead.report.tables import budget_sentence
 

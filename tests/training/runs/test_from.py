@@ -58,6 +58,8 @@ def test_all_phases_run_and_are_shown(whole: tuple[Path, dict[str, Any]], tmp_pa
     assert summary["dense"]["heads"] == [2, 2, 2]
     assert summary["cut"]["perplexity"] == pytest.approx(summary["gated"]["perplexity"], rel=1e-4)
     assert summary["budget"]["reached"] <= 0.8
+    # What follows is fitted to the model it began from, before it is trained on.
+    assert summary["compensation"]["after"] < summary["compensation"]["before"]
     assert not (folder / "dense").exists()
     assert "[train]" not in (folder / "recipe.toml").read_text()
     plan = HeadPlan.from_json(folder / "head_plan.json")

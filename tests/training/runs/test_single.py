@@ -62,6 +62,10 @@ def test_pruned_and_recovered(place: Path, tmp_path: Path) -> None:
     assert (pruned.gates, pruned.steps) == (None, 3)
     assert pruned.plan == deadhead.HeadPlan.from_json(tmp_path / "out" / "head_plan.json")
     assert_same_tensors(pruned.model.state_dict(), deadhead.load(tmp_path / "out").state_dict())
+    # What is left was fitted to the dense model, unless that was in vain.
+    assert pruned.compensation is not None
+    noted = getattr(pruned.model.config, "compensation", None)
+    assert (noted is not None) == pruned.compensation.kept == (pruned.compensation.after < pruned.compensation.before)
     # Its text is read by the tokenizer of the folder that it was loaded from.
     tuned = deadhead.finetune(
         pruned.model, text, tokenizer=pruned.tokenizer, teacher=place / "llama", distill=0.5, **_STEPS

@@ -7,9 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from deadhead.attaching import attach, gates_of, unwrapped
@@ -30,7 +28,7 @@ from deadhead.plans.kinds import READS_TEXT, STANDARDISED, OneShot
 from deadhead.plans.plan import HeadPlan, Unit
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
-from deadhead.training.phases.defaults import row_length, segments, with_defaults
+from deadhead.training.phases.defaults import batches_of, row_length, with_defaults
 from deadhead.training.processes import Progress, counted, on_main
 from deadhead.training.recipes.recipe import PruneRecipe
 
@@ -281,13 +279,7 @@ def score(
         criterion, count = cast(OneShot, recipe.start_from), recipe.start_batches
     batches: Iterable[dict[str, Tensor]] = ()
     if criterion in READS_TEXT:
-        dataset = segments(model, text, recipe, rows=recipe.batch_size, first_segment=first_segment)
-        in_order = hasattr(model.config, "memory_length")
-        generator = torch.Generator().manual_seed(seed)
-        loader = DataLoader(
-            dataset, batch_size=recipe.batch_size, shuffle=not in_order, generator=generator, drop_last=in_order
-        )
-        batches = islice(loader, count)
+        batches = islice(batches_of(model, text, recipe, seed=seed, first_segment=first_segment), count)
     model.to(best_device())  # type: ignore[arg-type]
     gates = gates_of(model)
     with flushing_denormals():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from torch.utils.data import Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from deadhead.data import RowDataset, SegmentDataset, TokenStream
@@ -38,6 +41,7 @@ def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
         filled["gate_lr_scale"] = phase.gate_lr_scale or scale
         filled["output_scale"] = ours if phase.output_scale is None else phase.output_scale
         filled["blocks"] = _has_blocks(phase, model)
+        filled["compensate"] = not ours if phase.compensate is None else phase.compensate
     return phase.model_copy(update=filled)
 
 
@@ -87,3 +91,15 @@ def segments(
         return SegmentDataset(text.tokens, rows=rows, segment_length=length, first_segment=first_segment)
     # Without memory the rows of a batch need not go on where those of the last one ended.
     return RowDataset(text.tokens, length=length, prefix=text.prefix, scored=text.scored)
+
+
+def batches_of(
+    model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, *, seed: int, first_segment: int = 0
+) -> Iterable[dict[str, Tensor]]:
+    """Return batches of a text as a phase reads it: in the order of the text for a model with memory, else shuffled."""
+    dataset = segments(model, text, recipe, rows=recipe.batch_size, first_segment=first_segment)
+    in_order = hasattr(model.config, "memory_length")
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        dataset, batch_size=recipe.batch_size, shuffle=not in_order, generator=generator, drop_last=in_order
+    )

@@ -260,6 +260,11 @@ class PruneRecipe(PhaseRecipe):
     track_difference: bool = setting(
         False, "Measure output differences for the run's page where they do not weight the loss."
     )
+    compensate: bool | None = _optional(
+        "Fit what a cut leaves of each layer to the dense model's outputs, on rows of the same text.",
+        unset="on for models that are not deadhead's own, off for others",
+    )
+    compensate_rows: int = _count(128, "Rows of text that it is fitted and judged on.", unit="rows", le=_MOST_ROWS)
     unit: Unit | None = _optional(
         "What a gate closes: a query head, or a key/value head with its query heads.",
         unset="kv_group where key/value heads are shared, else head",

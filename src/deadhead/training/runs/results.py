@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deadhead.compensation.record import Compensation
 from deadhead.gates.gates import HeadGates
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation
@@ -65,17 +66,21 @@ class Pruned(Trained):
         plan: which units stay.
         budget: its `kind`, what was `asked` for and what was `reached`; None where λ decided.
         gates: on the model, where it was not cut; its costs are then those of the whole model.
+        compensation: what was fitted after the cut; None where nothing was tried.
     """
 
     plan: HeadPlan
     budget: dict[str, Any] | None = None
     gates: HeadGates | None = None
+    compensation: Compensation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as plain JSON values."""
         found = super().to_dict()
         if self.gates is not None:
             found["heads"] = self.plan.heads
+        if self.compensation is not None:
+            found["compensation"] = self.compensation.to_dict()
         return found if self.budget is None else {**found, "budget": self.budget}
 
 

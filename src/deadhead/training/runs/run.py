@@ -31,6 +31,7 @@ from deadhead.plans.plan import HeadPlan
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import asked_blocks, budget_length, latency_in
+from deadhead.training.phases.compensating import Compensating, calibration_of
 from deadhead.training.phases.phase import PhaseRun, choose_units, train
 from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
@@ -171,6 +172,7 @@ class Run:
             self._require_plan_of(gates, plan)
             cut(model, plan).to(best_device())  # type: ignore[arg-type]
             on_main(lambda: self._measure(model, "cut"))
+            self._compensate(model)
             self._train(model, "finetune")
             self._finish(model, "pruned", stage="finetuned")
         if recipe.control and not self._done("control"):
@@ -182,6 +184,14 @@ class Run:
             self._finish(model, "control")
         on_main(self._compare)
         return self.summary()
+
+    def _compensate(self, model: PreTrainedModel) -> None:
+        """Fit what a cut left to the dense model's outputs, if the recipe, or its default, asks for it."""
+        text = self._text.splits["train"]
+        if batches := calibration_of(model, text, self.recipe.prune, seed=self.recipe.seed):
+            compensating = Compensating(self._load_dense(), batches, f"text {self._text.sha256[:12]}")
+            found = compensating.of(model, self.progress)
+            on_main(lambda: self._note("compensation", found.to_dict()))
 
     def _config(self) -> PreTrainedConfig:
         """Return the configuration of the dense model."""

@@ -31,6 +31,7 @@ from deadhead.modes import best_device, on_device, restored_on_failure
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import LATENCY_FILE, latency_in
+from deadhead.training.phases.compensating import Compensating, calibration_of, dense_copy
 from deadhead.training.phases.defaults import segments
 from deadhead.training.phases.distillation import require_weight
 from deadhead.training.phases.phase import PhaseRun, choose_units, train
@@ -222,12 +223,15 @@ def _run(
         found: dict[str, Any] = {}
         if isinstance(recipe, PruneRecipe):
             latency = on_main(lambda: latency_in(work, network, recipe, progress))
+            compensating = _compensating(network, text, recipe, run, options) if cut else None
             gates, budget = choose_units(network, text.train, recipe, replace(run, latency=latency))
             plan = gates.plan()
             found = {"plan": plan, "gates": gates, "budget": budget}
             if cut:
                 cut_heads(network, plan)
                 found |= {"plan": find_layout(network).recorded_plan(network) or plan, "gates": None}
+                if compensating is not None:
+                    found["compensation"] = compensating.of(network, progress)
         else:
             train(network, text.train, recipe, run)
             found["plan"] = find_layout(network).recorded_plan(network)
@@ -302,6 +306,17 @@ def _base(model: Model) -> str | Path | None:
         return model
     name = model.name_or_path if isinstance(model, PreTrainedModel) else ""
     return name if name and Path(name).is_dir() else None
+
+
+def _compensating(
+    network: PreTrainedModel, text: Text, recipe: PruneRecipe, run: PhaseRun, options: Options
+) -> Compensating | None:
+    """Return what compensation will need, if it is asked for; the dense model is the teacher, if that is its own."""
+    batches = calibration_of(network, text.train, recipe, seed=options.seed)
+    if not batches:
+        return None
+    teacher = run.teacher if options.teacher is None else None
+    return Compensating(teacher or dense_copy(network, recipe), batches, f"text {text.sha256[:12]}")
 
 
 def _teacher(teacher: Model | None, network: PreTrainedModel, recipe: PhaseRecipe) -> PreTrainedModel | None:

@@ -1,0 +1,114 @@
+"""Calibration text: the batches that projections are fitted to, those that are held out, and how far off a model is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deadhead.errors import InputError
+from deadhead.layouts.inputs import run, runner
+from deadhead.measure.losses import SegmentLoss
+from deadhead.models.pruned.structure import text_stack
+
+# One row, or one batch of a model with segment memory, of so many is held out.
+_HELD_OUT_OF = 4
+# Tokens whose logits are held at a time.
+_MOST_LOGITS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Batches in the order of the text, and for each whether it is held out."""
+
+    batches: list[dict[str, Tensor]]
+    is_held: list[bool]
+    has_memory: bool
+
+    @property
+    def held(self) -> list[dict[str, Tensor]]:
+        """The batches that are held out."""
+        return [batch for batch, is_held in zip(self.batches, self.is_held, strict=True) if is_held]
+
+
+def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Calibration:
+    """Hold out every fourth row of some batches, or, of a model with segment memory, every fourth batch.
+
+    Raises:
+        InputError: there are fewer than two of them.
+    """
+    has_memory = hasattr(model.config, "memory_length")
+    found: list[dict[str, Tensor]] = []
+    is_held: list[bool] = []
+    row = 0
+    for given in batches:
+        batch = {name: value.to(model.device) for name, value in given.items()}
+        if has_memory:
+            found.append(batch)
+            is_held.append(len(found) % _HELD_OUT_OF == 2)
+            continue
+        rows = torch.arange(row, row + len(next(iter(batch.values()))))
+        row += len(rows)
+        for part in (False, True):
+            of_part = ((rows % _HELD_OUT_OF == 1) == part).nonzero().flatten().to(model.device)
+            if len(of_part):
+                found.append({name: value[of_part] for name, value in batch.items()})
+                is_held.append(part)
+    if len(set(is_held)) < 2:
+        what = "batches" if has_memory else "rows of text"
+        raise InputError(
+            f"Compensation fits to some {what} and is judged on others, so at least 2 are needed, but "
+            f"{len(found) if has_memory else row} came."
+        )
+    return Calibration(batches=found, is_held=is_held, has_memory=has_memory)
+
+
+def run_stack(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Run the part of a model that has its layers; return its last hidden states."""
+    if not model.can_generate():
+        return run(runner(model), batch)[0]
+    return run(text_stack(model), {"input_ids": batch["input_ids"], "use_cache": False})[0]
+
+
+def held_out_loss(model: PreTrainedModel, calibration: Calibration) -> float:
+    """Return the mean negative log-likelihood of a held-out token."""
+    loss = SegmentLoss(model)
+    total = tokens = 0.0
+    # The memory of a held-out batch is what comes before it.
+    pairs = zip(calibration.batches, calibration.is_held, strict=True)
+    for batch, is_held in pairs if calibration.has_memory else ((batch, True) for batch in calibration.held):
+        for part in [batch] if calibration.has_memory else _parts(batch):
+            mean = loss(model, part).loss
+            if is_held and (count := _scored(part, calibration.has_memory)):
+                total, tokens = total + float(mean) * count, tokens + count
+    return total / max(tokens, 1)
+
+
+def held_out_states(model: PreTrainedModel, calibration: Calibration) -> list[Tensor]:
+    """Return the last hidden states of held-out batches, for models that predict no next token."""
+    return [run_stack(model, batch).float() for batch in calibration.held]
+
+
+def distance(states: list[Tensor], goal: list[Tensor]) -> float:
+    """Return Σ ‖h − g‖² over Σ ‖g‖²."""
+    lost = sum(float((h - g.to(h)).square().sum()) for h, g in zip(states, goal, strict=True))
+    return lost / max(sum(float(g.square().sum()) for g in goal), 1e-30)
+
+
+def _parts(batch: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
+    rows, length = batch["input_ids"].shape
+    step = max(1, _MOST_LOGITS // length)
+    for start in range(0, rows, step):
+        yield {name: value[start : start + step] for name, value in batch.items()}
+
+
+def _scored(batch: Mapping[str, Tensor], has_memory: bool) -> int:
+    """Return how many tokens of a batch the loss is a mean of."""
+    if has_memory:
+        return int((batch["labels"] != -100).sum())
+    ids = batch["input_ids"]
+    counts = batch["scored"] if "scored" in batch else torch.ones_like(ids, dtype=torch.bool)
+    return int(counts[:, 1:].sum())

@@ -1,0 +1,202 @@
+"""Compensation: the output projections of a cut model are fitted to what the dense model computes, layer by layer.
+
+For each projection W, with inputs x and targets y, tokens weighted by w: W ← (Σ w y xᵀ + λ W)(Σ w x xᵀ + λ)⁻¹.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deadhead.attaching import gates_of, require_cuttable
+from deadhead.compensation.calibration import Calibration, distance, divided, held_out_loss, held_out_states
+from deadhead.compensation.gathering import gather, pass_dense
+from deadhead.compensation.moments import Moments
+from deadhead.compensation.record import Compensation, FittedLayer
+from deadhead.compensation.solving import best_fit
+from deadhead.compensation.streams import Stream, stream_of, whole_stream
+from deadhead.compensation.sublayers import Sublayer, find_sublayers, install, layers_path, projection
+from deadhead.errors import InputError, typed_but
+from deadhead.layouts import own_config
+from deadhead.measure.criteria import Batches
+from deadhead.modes import evaluating, restored_on_failure, seeded, uncompiled
+
+# A fit must take away this share of the target's power at least; less is rounding.
+_LEAST_GAIN = 1e-5
+
+
+@typed_but("model", "dense", "batches")
+def compensate(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Batches,
+    *,
+    text: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Compensation:
+    """Fit the output projections of a cut model, and their biases, to what the dense model computes, in place.
+
+    Layer by layer, each on what those before it now give. Ridge and target of each fit are chosen on every fourth row
+    of the text, which no fit sees; projections that do not gain there are left alone, bit for bit, and so is the whole
+    model if its held-out loss does not fall.
+
+        dense = deadhead.load(folder)
+        model = deadhead.cut(deadhead.load(folder), plan)
+        deadhead.compensate(model, dense, batches)
+
+    Args:
+        model: cut from `dense`, by whatever plan.
+        dense: the model before the cut, of the same dtype and on the same device; not changed.
+        batches: of calibration text: dictionaries with `input_ids` (B, T), and what `score_heads` takes beside them;
+            for a model that predicts no next token, whatever it reads.
+        text: what the calibration text is called in the model's configuration.
+        progress: called with the number of projections done and to do.
+
+    Returns:
+        What was done, and what it brought. If the fits stayed, `model.config.compensation` says so too.
+
+    Raises:
+        UnsupportedModel: one of the models is quantised, offloaded, wrapped, or none of transformers.
+        InputError: one has gates or adapters, they do not fit each other, or there are fewer than two rows of text.
+    """
+    return compensate_from(model, dense, batches, text=text, progress=progress, consume=False)
+
+
+def compensate_from(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Batches,
+    *,
+    text: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    consume: bool,
+) -> Compensation:
+    """Do as `compensate` does; with `consume` layers of the dense model are freed once they have been passed."""
+    _require_pair(model, dense)
+    sublayers = find_sublayers(model, dense)
+    # What is made under torch.inference_mode() could never learn.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        restored_on_failure(model),
+        evaluating(model, dense),
+        uncompiled(),
+        seeded(),
+        torch.autocast(model.device.type, enabled=False),
+    ):
+        calibration = divided(model, batches)
+        error, measure = _judge(model, dense, calibration)
+        before = error()
+        old = [(model.get_submodule(each.path), dict(model.get_submodule(each.path)._parameters)) for each in sublayers]
+        layers, tokens = _fit_all(model, dense, sublayers, calibration, progress, consume=consume)
+        after = error() if any(layer.fitted for layer in layers) else before
+        kept = after < before
+        if not kept:
+            for output, parameters in old:
+                output._parameters.update(parameters)
+            why = "all fits together are not better on held-out text"
+            layers = [replace(layer, fitted=False, reason=why) if layer.fitted else layer for layer in layers]
+        found = Compensation(
+            layers=tuple(layers),
+            measure=measure,
+            before=before,
+            after=after,
+            kept=kept,
+            tokens=tokens[0],
+            held_out=tokens[1],
+        )
+        if kept:
+            own_config(model)
+            about = {} if text is None else {"text": text}
+            model.config.compensation = found.to_dict() | about
+    return found
+
+
+def _require_pair(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    for each, name in ((model, "model"), (dense, "dense model")):
+        require_cuttable(each, "Compensation")
+        if gates_of(each) is not None:
+            remedy = "cut it first: deadhead.cut(model, gates.plan())" if each is model else "deadhead.detach(dense)"
+            raise InputError(f"Compensation is for models without gates, but the {name} has some; {remedy}.")
+        if any(hasattr(module, "base_layer") for module in each.modules()):
+            raise InputError(
+                f"The {name} still has PEFT adapters, which would be added to a fitted weight; merge them first: "
+                "model = model.merge_and_unload()."
+            )
+    if model is dense:
+        raise InputError("Compensation needs the model before the cut beside the cut one, but one model came for both.")
+    if model.dtype != dense.dtype or model.device != dense.device:
+        raise InputError(
+            f"The dense model must be of the cut one's dtype and on its device ({model.dtype}, {model.device}), but it "
+            f"is {dense.dtype} on {dense.device}; convert it: dense.to(model.device, model.dtype)."
+        )
+
+
+def _judge(model: PreTrainedModel, dense: PreTrainedModel, calibration: Calibration) -> tuple[Callable[[], float], str]:
+    """Return what measures how far off the model is on held-out text now, and what it is called."""
+    if model.can_generate():
+        return partial(held_out_loss, model, calibration), "loss"
+    goal = held_out_states(dense, calibration)
+    return (lambda: distance(held_out_states(model, calibration), goal)), "distance"
+
+
+def _fit_all(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    sublayers: list[Sublayer],
+    calibration: Calibration,
+    progress: Callable[[int, int], None],
+    *,
+    consume: bool,
+) -> tuple[list[FittedLayer], tuple[int, int]]:
+    """Fit every projection; return what became of each, and the tokens that were fitted to and held out."""
+    stream, other = _streams(model, dense, sublayers, calibration)
+    found: dict[str, FittedLayer] = {}
+    tokens = (0, 0)
+    for index, path in enumerate(stream.paths):
+        within = [sublayer for sublayer in sublayers if sublayer.is_within(path)]
+        passed = pass_dense(other, index, within)
+        for place, sublayer in enumerate(passed.order):
+            output = model.get_submodule(sublayer.path)
+            moments = None
+            if projection(output).numel():
+                moments = gather(stream, index, passed, place, dense, calibration)
+            found[sublayer.path] = _fitted(output, sublayer.path, moments)
+            if moments is not None:
+                tokens = moments[0].tokens, moments[1].tokens
+            progress(len(found), len(sublayers))
+        if index + 1 < len(stream.paths):
+            stream.advance(index)
+        if consume and not stream.is_whole:
+            other.release(index)
+    never = [FittedLayer(path=s.path, fitted=False, reason="it did not run") for s in sublayers if s.path not in found]
+    return [*found.values(), *never], tokens
+
+
+def _streams(
+    model: PreTrainedModel, dense: PreTrainedModel, sublayers: list[Sublayer], calibration: Calibration
+) -> tuple[Stream, Stream]:
+    layers = layers_path(dense, sublayers)
+    pair = stream_of(model, calibration, layers), stream_of(dense, calibration, layers)
+    if any(stream.is_whole for stream in pair):
+        pair = whole_stream(model, calibration), whole_stream(dense, calibration)
+    return pair
+
+
+def _fitted(output: nn.Module, path: str, moments: tuple[Moments, Moments] | None) -> FittedLayer:
+    """Fit one projection, unless that would gain nothing."""
+    if moments is None:
+        return FittedLayer(path=path, fitted=False, reason="nothing is left of it that could be fitted")
+    fit = best_fit(*moments, projection(output))
+    if fit is None:
+        return FittedLayer(path=path, fitted=False, reason="no fit is better on held-out text")
+    if fit.before - fit.after < _LEAST_GAIN:
+        return FittedLayer(path=path, fitted=False, reason="there is nothing to gain", before=fit.before)
+    if not install(output, fit.weight_DN):
+        return FittedLayer(path=path, fitted=False, reason="its dtype cannot hold the fit", before=fit.before)
+    return FittedLayer(path=path, fitted=True, ridge=fit.ridge, share=fit.share, before=fit.before, after=fit.after)

@@ -1,0 +1,89 @@
+"""The ridge fit of one projection, and the choice of its ridge and target on held-out tokens.
+
+Dimensions: N inputs of the projection (and a constant 1 where it has a bias), D outputs, K targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deadhead.compensation.moments import Moments
+
+# Shares of the mean of diag C. The first is for what the inputs that are left can give exactly.
+RIDGES = (1e-5, 0.01, 0.03, 0.1, 0.3, 1.0)
+# Shares of the last target in the mix.
+SHARES = (0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A projection that was fitted.
+
+    Args:
+        weight_DN: float64, the bias its last column where there is one.
+        ridge: λ, as a share of the mean of diag C.
+        share: how much of the target was the second one.
+        before: held-out error of the projection as it was; see `Moments.error`.
+        after: that of this one.
+    """
+
+    weight_DN: Tensor
+    ridge: float
+    share: float
+    before: float
+    after: float
+
+
+def ridge_fits(moments: Moments, weight_DN: Tensor, ridge: float) -> Tensor | None:
+    """Return (R_k + W Λ)(C + Λ)⁻¹ for each target k, (K, D, N); None where C + Λ cannot be inverted.
+
+    Λ = ridge · mean diag C for the inputs, 0 for the constant: a bias is free, as if all were centred. The fit is drawn
+    to the weight that there is, not to 0.
+    """
+    xx_NN = moments.xx_NN
+    scale_N = torch.zeros(len(xx_NN), dtype=xx_NN.dtype, device=xx_NN.device)
+    scale_N[: moments.inputs] = ridge * xx_NN.diagonal()[: moments.inputs].mean() if moments.inputs else 0.0
+    factor_NN, info = torch.linalg.cholesky_ex(xx_NN + scale_N.diag())
+    if bool(info):
+        return None
+    wanted_KDN = moments.yx_KDN + weight_DN * scale_N
+    solved = torch.cholesky_solve(wanted_KDN.flatten(0, 1).T.contiguous(), factor_NN)
+    return solved.T.reshape(wanted_KDN.shape)
+
+
+def best_fit(fitted: Moments, held: Moments, weight_DN: Tensor) -> Fit | None:
+    """Fit a projection to some tokens; choose ridge and target by its error on others.
+
+    Args:
+        fitted: moments of the tokens that are fitted to. With two targets the second is what all should come to, and
+            the error is measured against that one, whatever mix of the two is fitted.
+        held: of held-out tokens.
+        weight_DN: the projection as it is, with its bias as the last column.
+
+    Returns:
+        The best fit; None where none is better than the projection as it is.
+    """
+    if not (fitted.is_finite and held.is_finite):
+        return None
+    weight_DN = weight_DN.to(fitted.xx_NN)
+    count = len(fitted.yy_KK)
+    goal_K = _mix(count, 1.0, weight_DN)
+    before = held.error(weight_DN, goal_K)
+    best: Fit | None = None
+    for ridge in RIDGES:
+        fits_KDN = ridge_fits(fitted, weight_DN, ridge)
+        for share in SHARES if count == 2 else (0.0,):
+            if fits_KDN is None:
+                break
+            found_DN = torch.einsum("k,kdn->dn", _mix(count, share, weight_DN), fits_KDN)
+            after = held.error(found_DN, goal_K)
+            if after < (before if best is None else best.after):
+                best = Fit(weight_DN=found_DN, ridge=ridge, share=share, before=before, after=after)
+    return best
+
+
+def _mix(count: int, share: float, like: Tensor) -> Tensor:
+    return torch.tensor([1.0] if count == 1 else [1.0 - share, share], dtype=like.dtype, device=like.device)

@@ -1,0 +1,62 @@
+"""Compensation as a recipe asks for it: the dense model that is kept for it, and the rows of text."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import islice
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deadhead.compensation.compensating import compensate_from
+from deadhead.compensation.record import Compensation
+from deadhead.data import TokenStream
+from deadhead.errors import InputError
+from deadhead.training.phases.defaults import batches_of, with_defaults
+from deadhead.training.processes import Progress, counted
+from deadhead.training.recipes.recipe import PruneRecipe
+
+
+@dataclass(frozen=True)
+class Compensating:
+    """What compensation needs beside the cut model: the dense one, of which nothing is left then, and text."""
+
+    dense: PreTrainedModel
+    batches: list[dict[str, Tensor]]
+    text: str
+
+    def of(self, model: PreTrainedModel, progress: Progress) -> Compensation:
+        """Compensate a model that was cut; every process does the same."""
+        self.dense.to(model.device)  # type: ignore[arg-type]
+        report = counted(progress, "compensating")
+        return compensate_from(model, self.dense, self.batches, text=self.text, progress=report, consume=True)
+
+
+def calibration_of(
+    model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, *, seed: int
+) -> list[dict[str, Tensor]]:
+    """Return the batches that a model is compensated on, none where the recipe, or its default, asks for nothing.
+
+    Raises:
+        InputError: the recipe asks for compensation, but there is no text, or too little.
+    """
+    if not with_defaults(recipe, model).compensate:
+        return []
+    batches: list[dict[str, Tensor]] = []
+    if len(text.tokens):
+        count = -(-recipe.compensate_rows // recipe.batch_size)
+        batches = [*islice(batches_of(model, text, recipe, seed=seed), count)]
+    rows = len(batches) if hasattr(model.config, "memory_length") else sum(len(b["input_ids"]) for b in batches)
+    if rows < 2 and recipe.compensate:
+        raise InputError(
+            "compensate fits to one part of a text and is judged on another, but the text has fewer than two rows of "
+            "them; give it more text, or leave compensate out."
+        )
+    return batches if rows >= 2 else []
+
+
+def dense_copy(model: PreTrainedModel, recipe: PruneRecipe) -> PreTrainedModel:
+    """Return a copy of a model that is about to be pruned; weights that the phase does not train are shared with it."""
+    is_trained = not (recipe.is_one_shot or recipe.freeze_weights)
+    return copy.deepcopy(model, {} if is_trained else {id(parameter): parameter for parameter in model.parameters()})

@@ -1,0 +1,92 @@
+"""What a projection reads and should give, layer by layer, against the models themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from deadhead.compensation.calibration import divided
+from deadhead.compensation.gathering import gather, pass_dense
+from deadhead.compensation.streams import stream_of
+from deadhead.compensation.sublayers import find_sublayers, layers_path, projection
+from tests.compensation.small_pairs import KINDS, cut_by_hand, dense_model, text_of
+
+RESIDUAL = {"llama", "gpt2", "neox", "opt", "all-attention", "transformer-xl"}
+
+
+def passed(kind: str) -> Any:
+    """Return the streams of a pair in their first layer, and what the dense model did in it."""
+    dense = dense_model(kind, torch.float64)
+    model = cut_by_hand(dense)
+    calibration = divided(model, text_of(dense, rows=16))
+    sublayers = find_sublayers(model, dense)
+    stream, other = (stream_of(each, calibration, layers_path(dense, sublayers)) for each in (model, dense))
+    within = [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[0])]
+    return stream, dense, calibration, pass_dense(other, 0, within)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_residual_streams_are_told_by_their_numbers(kind: str) -> None:
+    _, _, _, found = passed(kind)
+    assert (found.residuals is not None) == (kind in RESIDUAL)
+    assert len(found.order) == (1 if kind == "all-attention" else 2)
+    # Attention comes first.
+    assert ("att" in found.order[0].path) == (kind != "gpt2") or "attn" in found.order[0].path
+
+
+@pytest.mark.parametrize("kind", sorted(RESIDUAL))
+@torch.no_grad()
+def test_in_the_first_sublayer_both_targets_are_the_same(kind: str) -> None:
+    stream, dense, calibration, found = passed(kind)
+    moments = gather(stream, 0, found, 0, dense, calibration)
+    assert moments is not None
+    for part in moments:
+        # Both models read the same embeddings, so what the dense layer gives is what its stream gains.
+        assert torch.allclose(part.yx_KDN[0], part.yx_KDN[1], atol=1e-6)
+    # What the cut projection gives differs from it.
+    output = stream.model.get_submodule(found.order[0].path)
+    assert moments[0].error(projection(output), torch.tensor([0.0, 1.0], dtype=torch.float64)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_uncut_model_has_no_error(kind: str) -> None:
+    dense = dense_model(kind, torch.float64)
+    calibration = divided(dense, text_of(dense, rows=16))
+    sublayers = find_sublayers(dense, dense)
+    layers = layers_path(dense, sublayers)
+    stream, other = stream_of(dense, calibration, layers), stream_of(dense, calibration, layers)
+    for index, path in enumerate(stream.paths):
+        within = [sublayer for sublayer in sublayers if sublayer.is_within(path)]
+        found = pass_dense(other, index, within)
+        for place, sublayer in enumerate(found.order):
+            moments = gather(stream, index, found, place, dense, calibration)
+            assert moments is not None
+            mix = torch.ones(len(moments[0].yy_KK), dtype=torch.float64) / len(moments[0].yy_KK)
+            assert moments[1].error(projection(dense.get_submodule(sublayer.path)), mix) < 1e-8
+        stream.advance(index)
+
+
+@torch.no_grad()
+def test_padding_does_not_count() -> None:
+    dense = dense_model("bert")
+    model = cut_by_hand(dense)
+    batches = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in text_of(dense, rows=16)]
+    for batch in batches:
+        batch["attention_mask"][:, 15:] = 0
+    other = [{**batch, "input_ids": batch["input_ids"].clone()} for batch in batches]
+    for batch in other:
+        batch["input_ids"][:, 15:] = 3
+    sums = []
+    for each in (batches, other):
+        calibration = divided(model, each)
+        sublayers = find_sublayers(model, dense)
+        stream, second = (stream_of(m, calibration, layers_path(dense, sublayers)) for m in (model, dense))
+        found = pass_dense(second, 0, [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[0])])
+        moments = gather(stream, 0, found, 0, dense, calibration)
+        assert moments is not None
+        sums.append(moments[0].xx_NN / moments[0].xx_NN.diagonal().sum())
+    assert torch.allclose(*sums, rtol=1e-3)
