@@ -23,7 +23,7 @@ from deadhead.compensation.streams import Stream, stream_of, whole_stream
 from deadhead.compensation.sublayers import Sublayer, find_sublayers, install, layers_path, projection
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts import own_config
-from deadhead.measure.criteria import Batches
+from deadhead.measure.losses import Batches
 from deadhead.modes import evaluating, restored_on_failure, seeded, uncompiled
 
 # A fit must take away this share of the target's power at least; less is rounding.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,10 +10,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
-from deadhead.measure.losses import SegmentLoss, SegmentOutputs, require_language_model
+from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs, require_language_model
 from deadhead.modes import evaluating
-
-Batches = Iterable[Mapping[str, Tensor]]
 
 
 class Reading:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from deadhead.errors import UnsupportedModel
 from deadhead.layouts.hugging_face import has_encoder_and_decoder
 from deadhead.measure.last_states import LastStates, StateReader, few_tokens, nll, whole_logits
 from deadhead.modes import evaluating, seeded
+
+Batches = Iterable[Mapping[str, Tensor]]
+"""Batches of text, each with `input_ids` (B, T); for a model with segment memory, in the order of the text, `labels`
+(B, T) and `is_first` (B,) too, for others perhaps `scored` (B, T): which tokens count."""
 
 
 def require_language_model(model: PreTrainedModel, what: str) -> None:
