@@ -120,7 +120,7 @@ def _losses(trainer: Trainer) -> list[dict[str, float]]:
         pytest.param({"l0": 0.05, "warmup_steps": 0, "weighting": "output_difference"}, marks=pytest.mark.slow),
         pytest.param({"l0": 0.05, "warmup_steps": 20, "gate_lr": 0}, marks=pytest.mark.slow),
         {"sparsity": 0.5, "ramp_steps": 6},
-        {"sparsity": 0.5, "ramp_steps": 6, "exact": True},
+        pytest.param({"sparsity": 0.5, "ramp_steps": 6, "exact": True}, marks=pytest.mark.slow),
     ],
     ids=["lambda", "weighted", "adam", "target", "topk"],
 )

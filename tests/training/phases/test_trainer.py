@@ -82,7 +82,7 @@ def test_memory_is_the_text_before(accumulation: int, tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(expected, forgetful, strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [pytest.param(1, 4, marks=pytest.mark.slow), (2, 2)])
 @pytest.mark.parametrize("distill", [0.0, 0.5])
 def test_each_token_of_an_answer_counts_alike(
     batch_size: int, accumulation: int, distill: float, tmp_path: Path
