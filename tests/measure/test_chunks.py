@@ -44,6 +44,19 @@ def test_sums_and_gradients(learns: tuple[bool, bool]) -> None:
         assert torch.allclose(found, wanted, rtol=1e-12)
 
 
+def test_weights_with_one_gradient_between_them_and_without_any() -> None:
+    rows, weight, _ = tensors()
+    other, idle = (weight.detach().clone().requires_grad_() for _ in range(2))
+    total, _ = sum_in_chunks(
+        lambda rows: (rows @ (weight + other).T).exp().sum()[None], rows, width=4, weights=[weight, idle, other]
+    )
+    found = torch.autograd.grad(total, [weight, other, idle], allow_unused=True)
+    (expected,) = torch.autograd.grad((rows @ (weight + other).T).exp().sum(), [weight])
+    assert torch.allclose(found[0], expected, rtol=1e-12)
+    assert torch.allclose(found[1], expected, rtol=1e-12)
+    assert found[2] is None
+
+
 def test_few_rows_are_one_chunk() -> None:
     rows, weight, _ = tensors()
     rows = rows[:3]

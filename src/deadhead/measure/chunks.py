@@ -69,25 +69,21 @@ class _SumInChunks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.needed = ctx.needs_input_grad[3:]
         ctx.dtypes = [tensor.dtype for tensor in (rows_ND, *weights)]
-        learning = list(itertools.compress((rows_ND, *weights), ctx.needed))
-        # In half precision a long sum would stop growing.
-        gradients = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in learning]
-        found = []
+        found, of_rows = [], []
+        gradients: list[Tensor | None] = [None] * sum(ctx.needed[1:])
         for chunk in _chunks(len(rows_ND), most):
             rows = rows_ND[chunk].detach().requires_grad_(ctx.needed[0])
             inputs = list(itertools.compress((rows, *weights), ctx.needed))
             with torch.enable_grad():
                 found_K = sums(rows, *(other[chunk] for other in others))
-                parts = torch.autograd.grad(found_K[0], inputs, allow_unused=True)
-            # Of the rows' gradient this chunk's part, of others all.
-            targets = [
-                gradient[chunk] if tensor is rows_ND else gradient
-                for tensor, gradient in zip(learning, gradients, strict=True)
-            ]
-            for target, part in zip(targets, parts, strict=True):
-                if part is not None:
-                    target += part
+                parts: list[Tensor | None] = [*torch.autograd.grad(found_K[0], inputs, allow_unused=True)]
             found.append(found_K.detach())
+            if ctx.needed[0]:
+                part = parts.pop(0)
+                of_rows.append(torch.zeros_like(rows) if part is None else part)
+            gradients = [_added(total, part, parts) for total, part in zip(gradients, parts, strict=True)]
+            del parts
+        gradients = [torch.cat(of_rows), *gradients] if ctx.needed[0] else gradients
         total_K = torch.stack(found).sum(0)
         ctx.gradients = gradients
         first, rest = total_K[0].clone(), total_K[1:].clone()
@@ -101,8 +97,19 @@ class _SumInChunks(torch.autograd.Function):
             raise RuntimeError("The gradients of a sum in chunks are there once; compute the sum anew.")
         gradients, ctx.gradients = iter(ctx.gradients), None
         # In place, as they may be as large as the weights.
-        scaled = [
-            next(gradients).mul_(upstream).to(dtype) if needs else None
-            for needs, dtype in zip(ctx.needed, ctx.dtypes, strict=True)
-        ]
+        scaled: list[Tensor | None] = []
+        for needs, dtype in zip(ctx.needed, ctx.dtypes, strict=True):
+            gradient = next(gradients) if needs else None
+            scaled.append(None if gradient is None else gradient.mul_(upstream).to(dtype))
         return (None, None, None, *scaled)
+
+
+def _added(total: Tensor | None, part: Tensor | None, parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the sum of a gradient's parts so far, which is written into, and another; None if there is none yet."""
+    if total is None and part is not None:
+        # In half precision a long sum would stop growing.
+        total = part.to(torch.promote_types(part.dtype, torch.float32))
+        # Weights that are added to each other get one tensor between them.
+        sharing = sum(other is not None and other.data_ptr() == total.data_ptr() for other in parts)
+        return total.clone() if sharing > 1 or not total.is_contiguous() else total
+    return total if total is None or part is None else total.add_(part)
