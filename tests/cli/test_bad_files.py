@@ -142,10 +142,10 @@ _CHECKPOINTS = {
     "weights of another shape": Case(_EVAL, "do not fit|are not those", _weights(_reshaped)),
     "a tensor missing": Case(_EVAL, "missing tensor", _weights(_without_one)),
     "a tensor too many": Case(_EVAL, "unexpected tensor stranger", _weights(_one_more)),
-    "no weights": Case(_EVAL, "no file named", _moved_to("model.safetensors")),
+    "no weights": Case(_EVAL, "Weights were expected at", _moved_to("model.safetensors")),
     "weights as a folder": Case(
         _EVAL,
-        "cannot be loaded|cannot be read|damaged|no file named",
+        "cannot be loaded|cannot be read|damaged|Weights were expected at",
         damaged(lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir())),
     ),
     "pickled weights alone": Case(_EVAL, "pickle|safetensors", damaged(_pickled)),

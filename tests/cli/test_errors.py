@@ -115,7 +115,7 @@ _CASES = {
     "model cut short": Case("eval damaged --data {text}", "cut short", damaged(cut_short)),
     "model cut short to prune": Case(_PRUNE.replace("{model}", "damaged"), "cut short", damaged(cut_short)),
     "weights missing": Case(
-        "generate damaged", "no file named", damaged(lambda folder: (folder / "model.safetensors").unlink())
+        "generate damaged", "Weights were expected at", damaged(lambda folder: (folder / "model.safetensors").unlink())
     ),
     "configuration not JSON": Case("inspect damaged", "JSON", damaged(lambda d: (d / "config.json").write_text("{"))),
     "configuration a list": Case(
