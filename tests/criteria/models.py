@@ -111,7 +111,7 @@ def streams(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
 def sublayer(site: Site) -> int:
     """The place of a site's sublayer among those of `streams`."""
     assert isinstance(site.layer, int)
-    return 2 * site.layer + site.has_blocks
+    return 2 * site.layer + site.is_hidden
 
 
 def columns(site: Site, unit: int) -> list[int]:

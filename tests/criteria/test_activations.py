@@ -75,7 +75,7 @@ def test_what_never_changes_has_no_fluctuation_but_a_length() -> None:
     with torch.no_grad():
         for projection in (layer.gate_proj, layer.up_proj):
             projection.weight[5] = 0
-    site = next(site for site in sites_of(model, "kv_group") if site.has_blocks)
+    site = next(site for site in sites_of(model, "kv_group") if site.is_hidden)
     (scores,) = flap(model, [site], scored_batches())
     assert int(scores.argmin()) == 5
     (scores,) = wanda(model, [site], scored_batches())

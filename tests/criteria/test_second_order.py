@@ -137,9 +137,10 @@ def test_a_dead_unit_scores_0(how: str, criterion: Any) -> None:
         else:
             layer.down_proj.weight[:, 7] = 0
     found = score_heads(model, criterion, scored_batches(), blocks=1)
-    scores = found.scores[next(key for key in found.scores if key.kind == "block" and key.layer == 1)]
-    assert int(scores.argmin()) == 7
-    assert float(scores[7]) == pytest.approx(0, abs=1e-12)
+    key = UnitKey("block", 1)
+    # Blocks of one, the lowest score first.
+    assert found.choices.members[key][0] == (7,)
+    assert float(found.scores[key][0]) == pytest.approx(0, abs=1e-12)
 
 
 def test_passes_for_some_sites_each_find_the_same(case: tuple[Any, Unit]) -> None:
