@@ -28,16 +28,23 @@ def run_all(
     what: str,
     console: Console,
     threads: int = 1,
+    calls_each: int | None = None,
 ) -> None:
     """Call `function` with each of `calls` in `jobs` processes, in order, and say how far it is.
 
-    A process a core is best where the models gain little from two; with one job `threads` may be more.
+    A process a core is best where the models gain little from two; with one job `threads` may be more. `calls_each` is
+    how many calls a process serves before another takes its place; 1 lets each see its own peak of memory.
     """
     if not calls:
         return
     begun = time.perf_counter()
     # Not forked: torch's threads would not be there in the child.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=partial(_prepare, threads)) as pool:
+    with ProcessPoolExecutor(
+        jobs,
+        mp_context=get_context("spawn"),
+        initializer=partial(_prepare, threads),
+        max_tasks_per_child=calls_each,
+    ) as pool:
         running = {pool.submit(function, *call) for call in calls}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)

@@ -13,7 +13,7 @@ import deadhead
 from deadhead.criteria.scoring import score_heads
 from deadhead.criteria.second_order import Moments, measured, removal, second_order, slopes
 from deadhead.measure.cost import counted_costs, model_cost
-from deadhead.plans.plan import Unit
+from deadhead.plans.plan import Unit, UnitKey
 from tests.criteria.models import STOCK, counted, llama, scored_batches, seen, sites_of, streams, sublayer, weight_of
 
 

