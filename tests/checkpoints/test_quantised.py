@@ -81,8 +81,8 @@ def test_what_transformers_makes_numbers_of_is_read(method: str, tmp_path: Path)
     model.save_pretrained(tmp_path)
     _declare(tmp_path, {"quant_method": method})
     read = deadhead.load(tmp_path)
-    require_plain(read)
-    require_plain(checkpoint.load_skeleton(tmp_path), may_be_empty=True)
+    require_plain(read, "A cut")
+    require_plain(checkpoint.load_skeleton(tmp_path), "A cut", may_be_empty=True)
     assert torch.equal(read.lm_head.weight, model.lm_head.weight)
 
 

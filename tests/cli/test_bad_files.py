@@ -43,14 +43,14 @@ _PLANS = {
     "a layer under two names": (f'{{{_TOTAL}, "kept": {{"0": [1], "00": [2]}}}}', "name layer 0 twice"),
     "no heads in all": ('{"total": {"0": 0, "1": 4}, "kept": {}}', "at least one head"),
     "10^9 heads": ('{"total": {"0": 1000000000, "1": 4}, "kept": {}}', "no model has over"),
-    "version 3": (f'{{"version": 3, {_TOTAL}, "kept": {{}}}}', "reads 1 and 2"),
+    "version 4": (f'{{"version": 4, {_TOTAL}, "kept": {{}}}}', "reads 1, 2 and 3"),
     "version as a string": (f'{{"version": "1", {_TOTAL}, "kept": {{}}}}', "version '1'"),
     "an unknown key": (f'{{"keep": 1, {_TOTAL}, "kept": {{}}}}', "unknown key 'keep'"),
     "an unknown unit": (f'{{"unit": "neuron", {_TOTAL}, "kept": {{}}}}', "'head' or 'kv_group'"),
     "scale as a number": (f'{{"output_scale": 1, {_TOTAL}, "kept": {{}}}}', "true or false"),
     "blocks of another size": (
         f'{{"version": 2, {_TOTAL}, "kept": {{}}, "blocks": {{"size": 5, "total": {{"0": 2}}, "kept": {{}}}}}}',
-        "block",
+        "hidden units",
     ),
     "a command for the terminal": (f'{{{_TOTAL}, "kept": {{"\\u001b[2J": [1]}}}}', r"layer '\\x1b\[2J'"),
 }

@@ -145,7 +145,7 @@ _PRUNES: dict[str, tuple[dict[str, object], str]] = {
     "FLOPs that cannot be": ({"flops": 0.001}, "cannot be reached"),
     "more rows than the text has": ({"batch_size": 2**20}, "tokens were expected"),
     "soft gates on persistent vectors": ({"hard": False, "blocks": True}, "need hard gates"),
-    "blocks that do not fit": ({"blocks": True, "block_size": 3}, "block"),
+    "blocks that do not fit": ({"blocks": True, "block_size": 3000}, "block size must lie between"),
     "parameters that cannot be": ({"params": 0.001}, "cannot be reached"),
     "groups of a model without": ({"unit": "kv_group"}, "kv_group"),
     "adapters of a model of ours": ({"lora_rank": 4}, "leave the LoRA rank out"),

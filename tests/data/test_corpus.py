@@ -194,7 +194,7 @@ def test_what_is_neither_file_nor_directory_is_refused(tmp_path: Path) -> None:
         open_corpus(str(tmp_path / "pipe"))
     with pytest.raises(InputError, match="nothing came"):
         open_corpus("")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be used: it holds a null character"):
         open_corpus("a\0b")
 
 

@@ -17,6 +17,8 @@ from typer.core import TyperCommand
 from deadhead.training.recipes.fields import about, kind, known_bounds, option_name, own_fields, sentence
 
 _FURTHER = "Further settings"
+# Characters of a list of choices that stands beside an option.
+_LONGEST_CHOICES = 50
 
 Command = Callable[..., None]
 
@@ -97,13 +99,17 @@ def _parameter(name: str, field: FieldInfo, fields: Mapping[str, FieldInfo]) -> 
     is_number = values in (int, float)
     limits = known_bounds(field) if is_number else {}
     unit = about(field, "unit") or ("number" if is_number else "text")
+    text, metavar = _with_options(sentence(field), fields), unit.upper() if is_number or values is str else None
+    if len("|".join(map(str, choices := get_args(values)))) > _LONGEST_CHOICES:
+        # A terminal does not break such a list.
+        text, metavar = f"{text}  One of {', '.join(map(str, choices))}.", "NAME"
     info = typer.Option(
         f"{option}/--no-{option[2:]}" if values is bool else option,
-        help=_with_options(sentence(field), fields),
+        help=text,
         # Typer's ranges include their ends; a recipe refuses those that do not belong to it, and what slips reach.
         min=limits.get("ge"),
         max=limits.get("le"),
-        metavar=unit.upper() if is_number or values is str else None,
+        metavar=metavar,
         rich_help_panel=None if about(field, "first") else _FURTHER,
     )
     annotation = Annotated[Optional[values], info]  # type: ignore[valid-type]  # noqa: UP045

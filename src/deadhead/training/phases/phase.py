@@ -14,6 +14,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from deadhead.attaching import attach_for
 from deadhead.data import TokenStream
 from deadhead.disk.files import no_space_is_input_error
 from deadhead.errors import DivergenceError, InputError
@@ -150,8 +151,8 @@ def choose_units(
         assert budget is not None
         begin = run.first_segment
         plan = on_main(lambda: rank(model, text, recipe, seed=run.seed, first_segment=begin, latency=run.latency))
-        gates = attach_gates(model, recipe, run.seed)
-        gates.set_plan(plan)
+        # Not those that would learn: a ranking's blocks are of units of like scores.
+        gates = attach_for(model, plan)
         found: float | None = on_main(lambda: budget.reached(true_share(model, recipe, plan)))
     else:
         gates = attach_gates(model, recipe, run.seed)
