@@ -13,7 +13,7 @@ from torch import Tensor
 from deadhead.compensation.moments import Moments
 
 # Shares of the mean of diag C. The first is for what the inputs that are left can give exactly.
-RIDGES = (1e-5, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (1e-5, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Shares of the last target in the mix.
 SHARES = (0.0, 0.5, 1.0)
 
