@@ -41,7 +41,7 @@ def compensate(
 ) -> Compensation:
     """Fit the output projections of a cut model, and their biases, to what the dense model computes, in place.
 
-    Layer by layer, each on what those before it now give. Ridge and target of each fit are chosen on every fourth row
+    Layer by layer, each on what those before it now give. Ridge and target of each fit are chosen on every eighth row
     of the text, which no fit sees; projections that do not gain there are left alone, bit for bit, and so is the whole
     model if its held-out loss does not fall.
 
