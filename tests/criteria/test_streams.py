@@ -36,7 +36,7 @@ def test_the_stream_is_what_norms_get(name: str) -> None:
         assert passage.inputs.shape == (*IDS.shape, len(site.units) * site.unit_dim)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_neox", "opt", "gptj", "phi"])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_neox", "opt", "gptj", "phi", "falcon"])
 def test_norms_behind_a_sublayer_and_parallel_ones_are_followed(kind: str) -> None:
     model = stock_model(kind)
     scramble(model, 0)

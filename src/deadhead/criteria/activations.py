@@ -53,18 +53,21 @@ def wanda(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> li
 
 
 def flap(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
-    """Return for each site the mean of Var(x_j) ‖W_O,j‖² over a unit's columns j, standardised in the site, (H,).
+    """Return for each site Var(x_j) ‖W_O,j‖², standardised over its columns j, and its mean over a unit's, (H,).
 
-    FLAP (An, Zhao, Yu, Tang, Wang 2024, arXiv 2312.11983, equations 5 and 6). What stays constant could be put into a
-    bias; its authors do that. Here it is left out: most models have no bias, and least squares after the cut do more.
+    FLAP (An, Zhao, Yu, Tang, Wang 2024, arXiv 2312.11983, equations 5 and 6). Its authors take the mean over a head's
+    columns first. Of a few units one is always far below the mean; of a few groups too many would go.
+
+    What stays constant could be put into a bias; its authors do that. Here it is left out: most models have no bias,
+    and least squares after the cut do more.
     """
     found = []
     for site, moments in zip(sites, _moments(model, sites, batches), strict=True):
-        columns_n = head_columns(site.output).detach().double().square().sum(0).cpu()
-        scores_H = _by_unit(site, moments.variance * columns_n) / site.unit_dim
-        # A lone unit, or equals, are as good as the mean.
-        deviation = scores_H.std(correction=0)
-        found.append((scores_H - scores_H.mean()) / deviation if deviation > 0 else torch.zeros_like(scores_H))
+        scores_n = moments.variance * head_columns(site.output).detach().double().square().sum(0).cpu()
+        deviation = scores_n.std(correction=0)
+        # Equals are as good as the mean.
+        scores_n = (scores_n - scores_n.mean()) / deviation if deviation > 0 else torch.zeros_like(scores_n)
+        found.append(_by_unit(site, scores_n) / site.unit_dim)
     return found
 
 

@@ -34,14 +34,33 @@ class Passage:
     after: Tensor  # (B, T, D) and behind it
 
 
+class _Part:
+    """What a site's output projection got, and what of its output reaches the stream, as far as that is seen."""
+
+    def __init__(self, site: Site, inputs: Tensor, output: Tensor) -> None:
+        self.site, self.inputs = site, inputs.detach()
+        self.follow(output)
+
+    def follow(self, output: Tensor) -> None:
+        # Its memory is held, so that no other tensor gets it. Some models add to it in place.
+        self.held, self.added = output.detach(), output.detach().clone()
+
+    def is_given(self, value: Any) -> bool:
+        """Tell whether a value is the output, in whatever shape."""
+        return isinstance(value, Tensor) and value.data_ptr() == self.held.data_ptr() and self.has_size_of(value)
+
+    def has_size_of(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.numel() == self.held.numel()
+
+
 @dataclass
 class _Layer:
-    """A layer that runs: what came in, and of each site what its output projection got and what reaches the stream."""
+    """A layer that runs: what came in, and what its sites made of it."""
 
     module: nn.Module
     sites: list[Site]
     stream: Tensor = field(default_factory=lambda: torch.empty(0))
-    seen: dict[str, tuple[Site, Tensor, Tensor]] = field(default_factory=dict)  # by kind, in the order of running
+    parts: dict[str, _Part] = field(default_factory=dict)  # by kind
 
 
 @contextmanager
@@ -86,30 +105,24 @@ def _first(value: Any) -> Any:
 def _beginning(layer: _Layer) -> Callable[..., None]:
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer.stream = (args[0] if args else kwargs["hidden_states"]).detach()
-        layer.seen = {}
+        layer.parts = {}
 
     return begin
 
 
 def _noting(layer: _Layer, site: Site) -> Callable[..., None]:
     def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        layer.seen[site.key.kind] = (site, args[0].detach(), output.detach())
+        layer.parts[site.key.kind] = _Part(site, args[0], output)
 
     return note
 
 
 def _following(layer: _Layer) -> Callable[..., None]:
     def follow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        given, made = _first(args), _first(output)
-        for kind, (site, inputs, added) in layer.seen.items():
-            # The same memory, whatever its shape: a module, such as a norm, stands between projection and stream.
-            if (
-                isinstance(given, Tensor)
-                and isinstance(made, Tensor)
-                and given.data_ptr() == added.data_ptr()
-                and given.numel() == added.numel() == made.numel()
-            ):
-                layer.seen[kind] = (site, inputs, made.detach())
+        for part in layer.parts.values():
+            # A module, such as a norm, stands between projection and stream.
+            if part.is_given(_first(args)) and part.has_size_of(_first(output)):
+                part.follow(_first(output))
 
     return follow
 
@@ -117,7 +130,7 @@ def _following(layer: _Layer) -> Callable[..., None]:
 def _ending(layer: _Layer, visit: Callable[[Passage], None]) -> Callable[..., None]:
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         first, last = layer.stream, _first(output).detach()
-        added = {kind: values.reshape(first.shape) for kind, (_, _, values) in layer.seen.items()}
+        added = {kind: part.added.reshape(first.shape) for kind, part in layer.parts.items()}
         if len(added) > 1:
             missing = (last - first - sum(added.values())).float().norm()
             if not missing <= _TOLERANCE * (last - first).float().norm():
@@ -125,9 +138,10 @@ def _ending(layer: _Layer, visit: Callable[[Passage], None]) -> Callable[..., No
                     "This criterion needs layers that add what attention and feed-forward give to one residual stream, "
                     f"but those of {type(module).__name__} do something else; use 'taylor' or 'flap'."
                 )
-        for kind, (site, inputs, _) in layer.seen.items():
+        for kind, part in layer.parts.items():
             before, after = (first, first + added[kind]) if kind == "head" else (last - added[kind], last)
-            visit(Passage(site=site, inputs=inputs.reshape(*first.shape[:-1], -1), before=before, after=after))
-        layer.seen = {}
+            inputs = part.inputs.reshape(*first.shape[:-1], -1)
+            visit(Passage(site=part.site, inputs=inputs, before=before, after=after))
+        layer.parts = {}
 
     return end
