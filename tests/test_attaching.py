@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from benchmarks._tiny_models import tiny_model as stock_model
-from deadhead.attaching import attach, detach, gates_of
+from deadhead.attaching import attach, attach_for, detach, gates_of
 from deadhead.criteria.scoring import score_heads
 from deadhead.cutting import cut
 from deadhead.errors import InputError, UnsupportedModel
@@ -24,6 +25,8 @@ from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.all_attention import layer as layer_module
 from deadhead.models.all_attention.blocked import blocked_attention
 from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.unit_plan import UnitPlan
+from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
 from tests.random_models import assert_unchanged, difference, snapshot, tiny_model
 
 IDS = torch.randint(29, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -420,3 +423,22 @@ def test_gates_come_off_through_a_wrapper(kind: str) -> None:
     assert detach(wrapped) is wrapped
     assert gates_of(model) is None
     assert not any(isinstance(module, HeadGate) for module in model.modules())
+
+
+def test_a_plan_of_wide_layers_is_attached_in_no_time() -> None:
+    """In seconds, where the square of the width would take minutes."""
+    width = 40_000
+    model = tiny_transformer_xl(feed_forward_size=width, num_hidden_layers=1)
+    heads = model.config.num_attention_heads
+    units = UnitPlan(kept={0: range(0, width, 2)}, total={0: width})
+    plan = HeadPlan(kept={}, total={0: heads}, hidden_units=units)
+    began = time.process_time()
+    gates = attach_for(model, plan)
+    assert time.process_time() - began < 5
+    assert gates.plan() == plan and gates.choices.counts[UnitKey("block", 0)] == 2
+
+
+def test_a_plan_of_hidden_units_for_a_model_that_has_none() -> None:
+    plan = HeadPlan(kept={}, total=TOTAL, hidden_units=UnitPlan(kept={}, total={0: 5}))
+    with pytest.raises(UnsupportedModel, match="no feed-forward layers, nor persistent vectors"):
+        cut(tiny_model(num_persistent=0), plan)

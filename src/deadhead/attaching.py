@@ -224,12 +224,12 @@ def attach_for(model: PreTrainedModel, plan: HeadPlan) -> HeadGates:
 
     They are closed by the plan. It raises as `attach` does, and an InputError if the plan is not one for this model.
     """
-    hidden = plan.hidden_units is not None
     layout = find_layout(model)
+    hidden = has_blocks(layout, model, plan.hidden_units is not None)
     sites = layout.all_sites(model, layout.choose_unit(model, plan.unit, what="heads are cut by"), hidden=hidden)
     kept = choices_of(sites, plan.unit, hidden).kept_units(plan)
     blocks: Blocks = {
-        site.layer: [kept[site.key], [unit for unit in site.units if unit not in set(kept[site.key])]]
+        site.layer: [kept[site.key], sorted(set(site.units).difference(kept[site.key]))]
         for site in sites
         if site.is_hidden
     }

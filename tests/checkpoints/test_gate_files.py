@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead import GateConfig, InputError
-from deadhead.checkpoints.gate_files import GATES_CONFIG_FILE, GATES_FILE, has_gates, load_gates, save_gates
+from deadhead.checkpoints.gate_files import (
+    GATES_CONFIG_FILE,
+    GATES_FILE,
+    has_gates,
+    load_gates,
+    load_gates_among_weights,
+    save_gates,
+)
 from tests.small_runs import assert_same_tensors
 
 _CONFIG = GateConfig(init=0.5, seed=3, output_scale=True, lr_scale=7.0)
@@ -94,6 +101,35 @@ def test_gates_of_older_checkpoints_name_no_unit(tmp_path: Path) -> None:
     assert deadhead.checkpoints.gate_files.load_gates(tiny_model("gpt2"), tmp_path).plan() == gates.plan()
 
 
+def test_gates_of_older_checkpoints_have_blocks_of_one_size(tmp_path: Path) -> None:
+    gates = _saved(tmp_path, blocks=6)
+    values = json.loads((tmp_path / GATES_CONFIG_FILE).read_text())
+    del values["blocks"]
+    (tmp_path / GATES_CONFIG_FILE).write_text(json.dumps(values | {"block_size": 6}))
+    assert load_gates(tiny_model("llama"), tmp_path).plan() == gates.plan()
+
+
+@pytest.mark.parametrize("size", [None, 6])
+def test_older_gates_among_weights_have_blocks_of_one_size(size: int | None, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    gates = deadhead.attach(model, blocks=size or False)
+    gates.set_plan(gates.plan(sparsity=0.5))
+    for _, gate in gates:
+        gate.settings.pop("blocks", None)
+        gate.settings["block_size"] = size
+    model.save_pretrained(tmp_path)
+    assert load_gates_among_weights(tiny_model("llama"), tmp_path).plan() == gates.plan()
+
+
+def test_blocks_among_weights_that_are_no_mapping(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    for _, gate in deadhead.attach(model, blocks=True):
+        gate.settings["blocks"] = ["0-3"]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="must have blocks by layer if any"):
+        load_gates_among_weights(tiny_model("llama"), tmp_path)
+
+
 def _unknown_key(folder: Path) -> None:
     values = json.loads((folder / GATES_CONFIG_FILE).read_text())
     (folder / GATES_CONFIG_FILE).write_text(json.dumps(values | {"colour": 3}))
@@ -160,7 +196,8 @@ def _one_missing(folder: Path) -> None:
         (_values(blocks={"0": ["0-3", "3-47"]}), "3 is in two blocks"),
         (_values(blocks={"0": ["0-3"]}), "4 is in none"),
         (_values(blocks={"0": ["0-900"]}), "is not one of this layer"),
-        (_values(block_size=5), "unknown key"),
+        (_values(block_size="all"), "must have a number as block_size"),
+        (_values(block_size=6), "The saved gates do not fit this model"),
     ],
 )
 def test_damage_is_said_in_one_sentence_and_nothing_stays_attached(

@@ -178,6 +178,27 @@ def test_bad_arguments() -> None:
         score_heads(gated, "random")
 
 
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (None, "takes blocks as"),
+        ({0: [0, 1]}, "takes blocks as"),
+        (17, "The block size must lie between 1 and the width of the layers, 16"),
+        ({0: [range(15)]}, "15 is in none"),
+    ],
+)
+def test_bad_blocks_are_told_of_before_text_is_read(blocks: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        score_heads(tiny_model(num_persistent=16), "taylor", iter(()), blocks=blocks)
+
+
+def test_layers_of_which_no_blocks_are_named_go_or_stay_as_a_whole() -> None:
+    model = tiny_model(num_persistent=16)
+    for blocks in ({}, {1: [range(16)]}):
+        found = score_heads(model, "magnitude", blocks=blocks).choices.hidden
+        assert [[*map(len, members)] for members in found.values()] == [[16]] * 3
+
+
 def test_open_gates_change_no_score() -> None:
     gated = tiny_model()
     deadhead.attach(gated, config=deadhead.GateConfig(output_scale=True))

@@ -25,6 +25,7 @@ from deadhead import HeadPlan, UnsupportedModel
 from deadhead.errors import InputError
 from deadhead.measure.cost import config_cost, counted_costs, model_cost
 from deadhead.measure.costs import Cost
+from deadhead.plans.unit_plan import UnitPlan
 from tests.random_models import random_config, random_model, random_plan, tiny_config, tiny_model
 
 
@@ -135,6 +136,22 @@ def test_of_a_cut_models_configuration() -> None:
     model = deadhead.cut(tiny_model(), HeadPlan(kept={1: (0, 2)}, total=dict.fromkeys(range(3), 4)))
     assert config_cost(model.config) == model_cost(model)
     assert isinstance(model_cost(model), Cost)
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (dict.fromkeys(range(3), 6), r"is for \[6, 6, 6\] hidden units a layer, but this model had \[5, 5, 5\]"),
+        ({0: 5}, r"is for \[5\] hidden units a layer"),
+        (dict.fromkeys(range(3), 5), "keeps hidden unit 2 of layer 0, but that hidden unit was cut before"),
+    ],
+)
+def test_a_plan_of_another_model_is_refused(width: dict[int, int], message: str) -> None:
+    total = dict.fromkeys(range(3), 4)
+    first = UnitPlan(kept={0: [0, 1]}, total=dict.fromkeys(range(3), 5))
+    model = deadhead.cut(tiny_model(), HeadPlan(kept={}, total=total, hidden_units=first))
+    with pytest.raises(InputError, match=message):
+        model_cost(model, HeadPlan(kept={}, total=total, hidden_units=UnitPlan(kept={}, total=width)))
 
 
 def test_embeddings_tied_and_not() -> None:

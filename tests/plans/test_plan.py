@@ -137,7 +137,18 @@ BAD: dict[str, tuple[Any, str]] = {
         hidden({"total": {"0": 9}, "kept": {"0": "0-4,4"}}),
         "names a hidden unit of layer 0 twice",
     ),
-    "ranges of an unknown layer": (hidden({"total": {"0": 9}, "kept": {"1": "0"}}), "go up to 0, but there are 0"),
+    "ranges of an unknown layer": (
+        hidden({"total": {"0": 9}, "kept": {"1": "0"}}),
+        "names layer 1, but its totals have only: 0",
+    ),
+    "ranges again and again": (
+        hidden({"total": {"0": 10**6}, "kept": {"0": ",".join(["0-999999"] * 100_000)}}),
+        "are 1000000 at most, but some are named twice",
+    ),
+    "blocks beyond measure": (
+        valid(version=2, blocks={"size": 10**11, "total": {"0": 2}, "kept": {}}),
+        "no model has over",
+    ),
     "hidden units beyond measure": (hidden({"total": {"0": 10**9}, "kept": {}}), "no model has over"),
     "heads as an object": (valid(kept={"0": {}}), "must be a list of numbers, but are {}"),
     "a layer of thousands of digits": (valid(kept={"1" * 5000: []}), "names layer '111"),

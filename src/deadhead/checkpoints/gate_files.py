@@ -84,7 +84,7 @@ def load_gates_among_weights(model: PreTrainedModel, path: str | Path) -> HeadGa
         values = _settings_of(found.get(f"{place}._extra_state"), path)
         key = values.pop("key", None)
         scale: Any = values.get("lr_scale")
-        blocks = {**settings.get("blocks", {}), **values.pop("blocks", {})}
+        blocks = {**settings.get("blocks", {}), **_by_layer(values.pop("blocks", {}), Path(path))}
         # What makes up for closed heads is no matter of hidden units.
         has_scale = bool(settings.get("output_scale")) | (values.get("output_scale") is True)
         settings |= {**values, "output_scale": has_scale, **({"blocks": blocks} if blocks else {})}
@@ -110,19 +110,29 @@ def _settings_of(stored: Tensor | None, path: str | Path) -> dict[str, Any]:
 def _put_on(model: PreTrainedModel, values: dict[str, Any], state: dict[str, Tensor], path: Path) -> HeadGates:
     """Attach gates with settings and a state that were read from `path`."""
     unit, blocks = values.pop("unit", None), values.pop("blocks", None)
-    if unit not in (None, "head", "kv_group") or not (blocks is None or isinstance(blocks, dict)):
+    if unit not in (None, "head", "kv_group"):
         raise InputError(
-            f"The gate configuration {path} must have a unit, head or kv_group, and blocks by layer if any, but has "
-            f"{shown(unit)} and {shown(blocks)}."
+            f"The gate configuration {path} must have a unit, head or kv_group, if any, but has {shown(unit)}."
         )
+    # Before blocks were of any units, they were runs of one size.
+    size = values.pop("block_size", None)
+    if not (size is None or _is_number(size, int)):
+        raise InputError(f"The gate configuration {path} must have a number as block_size, but has {shown(size)}.")
     config = _checked_config(values, path)
-    gates = attach(model, config=config, unit=unit, blocks=False if blocks is None else _checked_blocks(blocks, path))
+    asked = (size or False) if blocks is None else _checked_blocks(_by_layer(blocks, path), path)
+    gates = attach(model, config=config, unit=unit, blocks=asked)
     try:
         gates.load_state_dict(state)
     except InputError:
         detach(model)
         raise
     return gates
+
+
+def _by_layer(blocks: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(blocks, dict):
+        raise InputError(f"The gate configuration {path} must have blocks by layer if any, but has {shown(blocks)}.")
+    return blocks
 
 
 def _checked_blocks(blocks: dict[str, Any], path: Path) -> Blocks:

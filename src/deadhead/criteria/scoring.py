@@ -27,7 +27,7 @@ from deadhead.criteria.influence import influence
 from deadhead.criteria.reading import Batches
 from deadhead.criteria.second_order import second_order
 from deadhead.criteria.taylor import taylor
-from deadhead.errors import InputError
+from deadhead.errors import InputError, typed_but
 from deadhead.layouts import Site, find_layout
 from deadhead.plans.blocks import LARGEST_SORTED, Blocks, choose_block_size
 from deadhead.plans.kinds import ONE_SHOT, OneShot
@@ -38,6 +38,7 @@ from deadhead.plans.scores import HeadScores
 _OF_ANY_UNIT = ("magnitude", "taylor", "random")
 
 
+@typed_but("model", "criterion", "batches", "unit")
 def score_heads(
     model: PreTrainedModel,
     criterion: OneShot,
@@ -77,6 +78,8 @@ def score_heads(
     unit = layout.choose_unit(model, unit, what="heads are cut by")
     sites = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
     there = [site for site in sites if site.units]
+    # Units one by one; blocks that do not fit are told of before any text is read.
+    choices, asked = choices_of(sites, unit, 1), choices_of(sites, unit, blocks)
     if criterion not in ONE_SHOT:
         raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
     if criterion not in _OF_ANY_UNIT and any(site.output_path is None for site in there):
@@ -87,14 +90,13 @@ def score_heads(
     found = _scores(model, criterion, there, batches, seed) if there else []
     scores = HeadScores(
         scores={site.key: scores for site, scores in zip(there, found, strict=True)},
-        # Units one by one.
-        choices=choices_of(sites, unit, bool(blocks) and 1),
+        choices=choices,
     )
     if isinstance(blocks, Mapping):
-        return scores.bundled(choices_of(sites, unit, blocks).hidden)
+        return scores.bundled(asked.hidden)
     widths = [len(site.units) for site in there if site.is_hidden]
-    asked = None if isinstance(blocks, bool) else blocks
-    return scores.in_blocks(choose_block_size(widths, asked, largest=LARGEST_SORTED)) if widths else scores
+    size = None if isinstance(blocks, bool) else blocks
+    return scores.in_blocks(choose_block_size(widths, size, largest=LARGEST_SORTED)) if widths else scores
 
 
 def _scores(model: PreTrainedModel, criterion: OneShot, sites: list[Site], batches: Batches, seed: int) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deadhead.attaching import detach, is_gate
+from deadhead.attaching import choices_of, detach, has_blocks, is_gate
 from deadhead.cutting import cache_values, remove_units
 from deadhead.errors import InputError, typed
 from deadhead.layouts import Layout, Site, find_layout
@@ -38,6 +38,7 @@ def model_cost(
 
     Raises:
         UnsupportedModel: the model has no layout.
+        InputError: the plan is not one for this model.
     """
     if length is not None and length < 0:
         raise InputError(f"length must be at least 0, but is {length}.")
@@ -88,8 +89,9 @@ def cut_skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreT
     """Return a copy of `model` without its weights, cut by `plan`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
     copied = detach(copy.deepcopy(model, memo))
-    sites = layout.all_sites(copied, plan.unit, hidden=plan.hidden_units is not None)
-    remove_units(sites, plan.units)
+    hidden = has_blocks(layout, copied, plan.hidden_units is not None)
+    sites = layout.all_sites(copied, plan.unit, hidden=hidden)
+    remove_units(sites, choices_of(sites, plan.unit, hidden).kept_units(plan))
     layout.record_plan(copied, plan)
     return copied
 

@@ -67,15 +67,14 @@ def owners(units: Sequence[int], blocks: Sequence[Sequence[int]]) -> Tensor:
     Raises:
         InputError: a unit is in no block or in two, or a block has one that the layer does not have.
     """
-    place = {unit: index for index, unit in enumerate(units)}
-    owner_F = torch.full((len(units),), -1)
+    there = set(units)
+    owner: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for unit in block:
-            if unit not in place or owner_F[place[unit]] >= 0:
-                why = "is in two blocks" if unit in place else "is not one of this layer's"
+            if unit not in there or unit in owner:
+                why = "is in two blocks" if unit in there else "is not one of this layer's"
                 raise InputError(f"Every hidden unit of a layer must be in one block, but {unit} {why}.")
-            owner_F[place[unit]] = index
-    if len(units) and int(owner_F.min()) < 0:
-        missing = units[int((owner_F < 0).nonzero()[0])]
-        raise InputError(f"Every hidden unit of a layer must be in one block, but {missing} is in none.")
-    return owner_F
+            owner[unit] = index
+    if missing := [unit for unit in units if unit not in owner]:
+        raise InputError(f"Every hidden unit of a layer must be in one block, but {missing[0]} is in none.")
+    return torch.tensor([owner[unit] for unit in units], dtype=torch.long)

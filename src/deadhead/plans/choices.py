@@ -59,16 +59,12 @@ class Choices:
 
     def plan(self, kept: Mapping[UnitKey, Iterable[int]], *, output_scale: bool = False) -> HeadPlan:
         """Return the plan that keeps some choices, by their places; of a key that is not named all stay."""
-        return self.plan_of(
-            {
-                key: _united(members[place] for place in kept[key]) if key in kept else self.units[key]
-                for key, members in self.members.items()
-            },
-            output_scale=output_scale,
-        )
+        units = {key: _united(self.members[key][place] for place in places) for key, places in kept.items()}
+        return self.plan_of(units, output_scale=output_scale)
 
     def plan_of(self, units: Mapping[UnitKey, Sequence[int]], *, output_scale: bool = False) -> HeadPlan:
-        """Return the plan that keeps some units, by key; of a key that is not named all stay."""
+        """Return the plan that keeps some units, by key; of a key that is not named all there are stay."""
+        units = {**self.units, **units}
 
         def of(kind: str, found: Mapping[UnitKey, int] | Mapping[UnitKey, Sequence[int]]) -> dict[Layer, object]:
             return {key.layer: value for key, value in found.items() if key.kind == kind}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deadhead.errors import InputError, typed
-from deadhead.plans.blocks import sorted_blocks
+from deadhead.plans.blocks import owners, sorted_blocks
 from deadhead.plans.choices import Choices
 from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import HeadPlan, UnitKey
@@ -58,9 +58,9 @@ class HeadScores:
         members, scores = dict(self.choices.members), dict(self.scores)
         for key, found in blocks.items():
             if found:
-                place = {unit: index for index, (unit,) in enumerate(self.choices.members[key])}
-                each = [self.scores[key][[place[unit] for unit in block]].sum() for block in found]
-                members[key], scores[key] = found, torch.stack(each)
+                owner = owners([unit for (unit,) in self.choices.members[key]], found)
+                values = self.scores[key]
+                members[key], scores[key] = found, values.new_zeros(len(found)).index_add(0, owner, values)
         return replace(self, scores=scores, choices=replace(self.choices, members=members))
 
     def in_blocks(self, size: int) -> HeadScores:

@@ -100,6 +100,8 @@ def indices_in(text: Any, total: int, what: str) -> list[int]:
         if last >= total:
             raise InputError(f"{what} go up to {last}, but there are {total}, counted from 0.")
         found += range(first, last + 1)
+        if len(found) > total:
+            raise InputError(f"{what} are {total} at most, but some are named twice.")
     if not isinstance(text, str):
         raise InputError(f"{what} must be ranges, such as '0-4,6', but are {shown(text)}.")
     return found
@@ -137,11 +139,13 @@ class UnitPlan:
         if not is_count(size) or size == 0:
             raise InputError(f"A head plan's block size must be a number above 0, but it is {shown(size)}.")
         blocks = checked_total(total, "block")
+        # Before any list of so many is made.
+        totals = checked_total({layer: count * size for layer, count in blocks.items()}, "hidden unit")
         units = {
             layer: [block * size + unit for block in indices for unit in range(size)]
             for layer, indices in checked_kept(kept, blocks, "block").items()
         }
-        return cls(kept=units, total={layer: count * size for layer, count in blocks.items()})
+        return cls(kept=units, total=totals)
 
     @property
     def counts(self) -> list[int]:
@@ -174,7 +178,7 @@ class UnitPlan:
         total = checked_total(values["total"], "hidden unit")
         kept = {
             key: indices_in(
-                text, total.get(layer_key(key), 0), f"The hidden units that the head plan keeps in layer {key}"
+                text, total.get(layer_key(key), MOST_UNITS), f"The hidden units that the head plan keeps in layer {key}"
             )
             for key, text in values["kept"].items()
         }

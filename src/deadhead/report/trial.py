@@ -22,6 +22,7 @@ from deadhead.measure.generate import generate_text
 from deadhead.modes import best_device
 from deadhead.plans.choices import Choices
 from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.unit_plan import is_count
 from deadhead.report.attention import run_attention
 from deadhead.report.run_facts import checkpoints_in, plan_in
 from deadhead.training.recipes.recipe import DataRecipe
@@ -161,7 +162,7 @@ def _units(choices: Choices, asked: Mapping[UnitKey, Sequence[int]]) -> dict[Uni
         found[key] = places
         if key.kind == "block":
             blocks = choices.members[key]
-            if not isinstance(places, list) or not all(place in range(len(blocks)) for place in places):
+            if not isinstance(places, list) or not all(is_count(place) and place < len(blocks) for place in places):
                 raise InputError(
                     f"The blocks that stay of layer {key.layer} must be a list of numbers below {len(blocks)}."
                 )
