@@ -480,6 +480,27 @@ def test_a_configuration_whose_blocks_do_not_fit_is_refused(blocks: Any, message
             AllAttentionConfig(num_hidden_layers=1, num_persistent=0, feed_forward_size=15, head_plan=plan)
 
 
+@pytest.mark.parametrize(
+    ("kept", "total", "message"),
+    [
+        ([0], 12, "must keep hidden_units as ranges by layer"),
+        ("0-x", 12, "invalid literal"),
+        ("5-2", 12, "ranges of units must ascend, but are '5-2'"),
+        ("0-4,4", 12, "ranges of units must ascend"),
+        ("0-12", 12, "names a persistent vector of layer 0 that is not one of 12"),
+        ("0-4", 16, "hidden_units are not the 12 persistent vectors of a layer"),
+    ],
+)
+def test_a_configuration_whose_hidden_units_do_not_fit_is_refused(kept: Any, total: int, message: str) -> None:
+    units = {"kept": {"0": kept}, "total": {"0": total}}
+    plan = {"version": 3, "kept": {"0": [0]}, "total": {"0": 8}, "hidden_units": units}
+    with pytest.raises(ValueError, match=message):
+        AllAttentionConfig(num_hidden_layers=1, num_persistent=12, head_plan=plan)
+    units = {"kept": {"0": "0-4,7,9-11"}, "total": {"0": 12}}
+    config = AllAttentionConfig(num_hidden_layers=1, num_persistent=12, head_plan={**plan, "hidden_units": units})
+    assert config.layer_persistent(0) == 9
+
+
 def test_layers_as_their_configuration_says() -> None:
     config = AllAttentionConfig(
         num_hidden_layers=1,

@@ -15,6 +15,9 @@ def test_sizes_that_are_chosen() -> None:
     assert choose_block_size([14_336, 14_336], None) == 128
     assert choose_block_size([14_336, 96], None, largest=32) == 8
     assert choose_block_size([5, 0], None) == 1
+    # What an earlier cut by single units left has no size in common.
+    assert choose_block_size([999, 1003], None) == 16
+    assert choose_block_size([1536, 1504], None) == 32
     assert choose_block_size([12, 7], 12) == 12
     with pytest.raises(InputError, match="between 1 and the width of the layers, 12, but it is 13; 1 would do"):
         choose_block_size([12, 7], 13)

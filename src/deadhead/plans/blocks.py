@@ -21,23 +21,24 @@ Blocks = Mapping[Layer, Sequence[Sequence[int]]]
 LARGEST_RUN, LARGEST_SORTED = 128, 32
 # So that a layer's width can be chosen in steps of an eighth at most.
 _FEWEST_BLOCKS = 8
+_LEAST_COMMON = 16
 
 
 def choose_block_size(widths: Iterable[int], asked: int | None, *, largest: int = LARGEST_RUN) -> int:
     """Return the size of the blocks of layers of these widths: as asked for.
 
-    Else it is the largest power of two that divides all widths, up to `largest` and an eighth of a layer.
+    Else it is the largest power of two that divides all widths, up to `largest` and an eighth of a layer. Widths that
+    have none such above `_LEAST_COMMON`, as an earlier cut may leave them, get one that divides not all.
 
     Raises:
         InputError: the size is larger than every layer, or not above 0.
     """
     widths = [width for width in widths if width]
     if asked is None:
-        common = math.gcd(*widths)
-        power = common & -common
-        while power > 1 and (power > largest or power * _FEWEST_BLOCKS > min(widths)):
-            power //= 2
-        return max(1, power)
+        common, most = math.gcd(*widths), 1
+        while 2 * most <= largest and 2 * most * _FEWEST_BLOCKS <= min(widths, default=0):
+            most *= 2
+        return max(min(most, common & -common), min(most, _LEAST_COMMON))
     if asked < 1 or (widths and asked > max(widths)):
         raise InputError(
             f"The block size must lie between 1 and the width of the layers, {max(widths, default=1)}, but it is "

@@ -151,7 +151,7 @@ class RunFacts:
                 units = UnitKey("block", layer)
                 if count := len(frames[-1].get(str(units), ())) if frames else 0:
                     totals[str(units)] = count
-                    kept |= _kept_runs(str(units), plan.units[units], total, count)
+                    kept |= _kept_runs(str(units), plan.units[units], total, frames[-1][str(units)])
         for key, row in (frames[-1] if frames else {}).items():
             totals.setdefault(key, len(row))
         layers = []
@@ -174,12 +174,15 @@ class RunFacts:
         return {"steps": steps, "layers": layers}
 
 
-def _kept_runs(key: str, units: Sequence[int], total: int, count: int) -> dict[str, Sequence[int]]:
-    """Return, by `key`, which of `count` runs of a layer's units are kept whole, if none is kept in part."""
-    size, stays = -(-total // count), set(units)
-    runs = [set(range(start, min(start + size, total))) for start in range(0, total, size)]
-    is_in_runs = all(run <= stays or not run & stays for run in runs)
-    return {key: [place for place, run in enumerate(runs) if run <= stays]} if is_in_runs else {}
+def _kept_runs(key: str, units: Sequence[int], total: int, last: Sequence[float]) -> dict[str, Sequence[int]]:
+    """Return, by `key`, which blocks a plan keeps, if they are runs of equal size as the last draw had them.
+
+    Gates of a model that was cut before, or in blocks of other units, are not; then the last draw itself is shown.
+    """
+    size, stays = max(1, total // len(last)), set(units)
+    kept = [place for place in range(len(last)) if set(range(place * size, (place + 1) * size)) <= stays]
+    is_so = len(kept) * size == len(stays) and kept == [place for place, chance in enumerate(last) if chance >= 0.5]
+    return {key: kept} if is_so else {}
 
 
 def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[dict[str, Any]]:

@@ -208,9 +208,13 @@ class AllAttentionConfig(PreTrainedConfig):
 
 
 def _ranges(text: str) -> list[tuple[int, int]]:
-    """Return the first and the last index of each range in a text such as ``0-4,6``; a ValueError if it is none."""
+    """Return the first and the last index of each range in a text such as ``0-4,6``; a ValueError if it is no such."""
     parts = [part.partition("-") for part in text.split(",")] if text else []
-    return [(int(first), int(last or first)) for first, _, last in parts]
+    found = [(int(first), int(last or first)) for first, _, last in parts]
+    ends = [index for pair in found for index in pair]
+    if any(first > last for first, last in found) or any(a >= b for a, b in zip(ends[1::2], ends[2::2], strict=False)):
+        raise ValueError(f"head_plan's ranges of units must ascend, but are {text!r}.")
+    return found
 
 
 class TransformerXLConfig(AllAttentionConfig):
