@@ -12,6 +12,7 @@ from torch import Tensor
 import deadhead
 from deadhead.criteria.scoring import score_heads
 from deadhead.criteria.second_order import Moments, measured, removal, second_order, slopes
+from deadhead.errors import InputError
 from deadhead.measure.cost import counted_costs, model_cost
 from deadhead.plans.plan import Unit, UnitKey
 from tests.criteria.models import STOCK, counted, llama, scored_batches, seen, sites_of, streams, sublayer, weight_of
@@ -158,6 +159,15 @@ def test_without_a_position_that_counts_all_cost_nothing() -> None:
     (site, *_) = sites_of(model, "kv_group")
     nothing = Moments(torch.zeros(32, 32), torch.zeros(32, 32))
     assert slopes(site, nothing).tolist() == [0.0, 0.0]
+
+
+def test_what_is_not_a_number_is_refused() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = torch.nan
+    scores = score_heads(model, "reconstruction", scored_batches(), blocks=1)
+    with pytest.raises(InputError, match="not a number"):
+        scores.plan(0.5)
 
 
 @pytest.mark.parametrize("kind", ["params", "flops"])

@@ -46,7 +46,7 @@ def wanda(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> li
     """
     found = []
     for site, moments in zip(sites, _moments(model, sites, batches), strict=True):
-        lengths_n = moments.squares.sqrt() * head_columns(site.output).detach().abs().sum(0).double().cpu()
+        lengths_n = moments.squares.sqrt() * _columns(site).abs().sum(0)
         scores_H = _by_unit(site, lengths_n)
         found.append(scores_H / scores_H.mean().clamp(min=torch.finfo(torch.float64).tiny))
     return found
@@ -63,12 +63,16 @@ def flap(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> lis
     """
     found = []
     for site, moments in zip(sites, _moments(model, sites, batches), strict=True):
-        scores_n = moments.variance * head_columns(site.output).detach().double().square().sum(0).cpu()
+        scores_n = moments.variance * _columns(site).square().sum(0)
         deviation = scores_n.std(correction=0)
         # Equals are as good as the mean.
         scores_n = (scores_n - scores_n.mean()) / deviation if deviation > 0 else torch.zeros_like(scores_n)
         found.append(_by_unit(site, scores_n) / site.unit_dim)
     return found
+
+
+def _columns(site: Site) -> Tensor:
+    return head_columns(site.output).detach().cpu().double()
 
 
 def _by_unit(site: Site, values_n: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class _Moments:
         count = len(rows_Rn)
         if not count:
             return
-        variance, mean = (part.double().cpu() for part in torch.var_mean(rows_Rn.float(), 0, correction=0))
+        variance, mean = (part.cpu().double() for part in torch.var_mean(rows_Rn.float(), 0, correction=0))
         away, total = mean - self.mean, self.count + count
         self.spread += variance * count + away.square() * self.count * count / total
         self.mean += away * count / total

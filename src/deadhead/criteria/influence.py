@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from deadhead.criteria.reading import Batches, Reading, predicting
@@ -35,7 +35,9 @@ def influence(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -
         tokens += int(counts_BT.sum())
 
     def visit(passage: Passage) -> None:
-        turned_BT = 1 - cosine_similarity(passage.before.double(), passage.after.double(), dim=-1)
+        # 1 − cos as ½ ‖â − b̂‖², which is exact for small angles too.
+        before, after = (normalize(stream.float(), dim=-1) for stream in (passage.before, passage.after))
+        turned_BT = (after - before).square().sum(-1) / 2
         totals[passage.site.key] += float(turned_BT[counts_BT.to(turned_BT.device)].sum())
 
     with watched(model, sites, visit):

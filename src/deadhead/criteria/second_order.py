@@ -115,7 +115,7 @@ def measured(model: PreTrainedModel, sites: Sequence[Site], batches: Batches, *,
     def visit(passage: Passage) -> None:
         moments, inputs = found[passage.site.key], passage.inputs
         length_BT = passage.after.float().norm(dim=-1)
-        counts = counts_BT.to(length_BT.device) & (length_BT > 0)
+        counts = counts_BT.to(length_BT.device) & (length_BT != 0)
         rows = inputs[counts].float() / length_BT[counts][:, None]
         moments.inputs_nn.addmm_(rows.T, rows)
         moments.count += len(rows)
@@ -151,17 +151,26 @@ def measured(model: PreTrainedModel, sites: Sequence[Site], batches: Batches, *,
 
 def slopes(site: Site, moments: Moments, *, ridge: float = RIDGE) -> Tensor:
     """Return the score of each unit of a site, (H,), float64 on the CPU: ascending in the order of removal."""
-    weight = head_columns(site.output).detach().double()
+    weight, inputs_nn = _exact(head_columns(site.output).detach()), _exact(moments.inputs_nn)
+    gradients_DD = None if moments.gradients_DD is None else _exact(moments.gradients_DD)
+    if not all(bool(part.isfinite().all()) for part in (weight, inputs_nn, gradients_DD) if part is not None):
+        # Whoever ranks by these says so.
+        return torch.full((len(site.units),), torch.nan, dtype=torch.float64)
     count = max(moments.count, 1)
-    if moments.gradients_DD is not None:
+    if gradients_DD is not None:
         # ½ tr(Wᵀ G W …) is a sum of squares of G^½ W / √2, which is updated as W is.
-        values, vectors = torch.linalg.eigh(moments.gradients_DD.double() / count)
+        values, vectors = torch.linalg.eigh(gradients_DD / count)
         weight = (values.clamp(min=0) / 2).sqrt()[:, None] * (vectors.T @ weight)
-    order, costs = removal(weight, moments.inputs_nn.double() / count, site.unit_dim, ridge=ridge)
+    order, costs = removal(weight, inputs_nn / count, site.unit_dim, ridge=ridge)
     hull = _convex(costs)
     # Within a straight piece of the hull too, units go in their order.
     hull *= 1 + 1e-9 * torch.arange(len(hull), dtype=hull.dtype)
     return torch.empty_like(hull).scatter(0, order, hull)
+
+
+def _exact(values: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def removal(

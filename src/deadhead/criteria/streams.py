@@ -133,7 +133,7 @@ def _ending(layer: _Layer, visit: Callable[[Passage], None]) -> Callable[..., No
         added = {kind: part.added.reshape(first.shape) for kind, part in layer.parts.items()}
         if len(added) > 1:
             missing = (last - first - sum(added.values())).float().norm()
-            if not missing <= _TOLERANCE * (last - first).float().norm():
+            if missing > _TOLERANCE * (last - first).float().norm():
                 raise UnsupportedModel(
                     "This criterion needs layers that add what attention and feed-forward give to one residual stream, "
                     f"but those of {type(module).__name__} do something else; use 'taylor' or 'flap'."
