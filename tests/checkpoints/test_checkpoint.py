@@ -29,6 +29,7 @@ import deadhead
 from benchmarks._tiny_models import tiny_model as model_of_type
 from deadhead import HeadPlan, InputError
 from deadhead.data import load_text, load_tokenizer
+from deadhead.disk.checksums import CHECKSUMS_FILE
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.models import AllAttentionForCausalLM
 from tests.random_models import assert_unchanged, snapshot, tiny_model
@@ -599,3 +600,24 @@ def test_a_wrapped_model_is_told_as_that_when_it_is_saved(wrap: Any, tmp_path: P
     with pytest.raises(InputError, match=f"a {type(wrapped).__name__} came, which holds one; give deadhead the model"):
         deadhead.save(wrapped, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "own"])
+def test_a_checkpoint_whose_plan_names_blocks_is_loaded(kind: str, tmp_path: Path) -> None:
+    """Version 2 of the plan, as earlier cuts wrote it into the configuration."""
+    model: Any = tiny_model(num_persistent=12) if kind == "own" else model_of_type(kind)
+    gates = deadhead.attach(model, blocks=4)
+    plan = gates.choices.plan({key: range(0, count, 2) for key, count in gates.choices.counts.items()})
+    deadhead.save(deadhead.cut(model, plan), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    units = config["head_plan"].pop("hidden_units")
+    total = {layer: count // 4 for layer, count in units["total"].items()}
+    kept = {layer: list(range(0, count, 2)) for layer, count in total.items()}
+    config["head_plan"] |= {"version": 2, "blocks": {"size": 4, "total": total, "kept": kept}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / CHECKSUMS_FILE).unlink()
+    loaded = deadhead.load(tmp_path)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert deadhead.model_cost(loaded).hidden_units == [len(found) for found in plan.hidden_units.kept.values()]  # type: ignore[union-attr]

@@ -132,7 +132,8 @@ def hidden_units(plan: Mapping[str, Any]) -> dict[str, tuple[list[int], int]]:
     if blocks := plan.get("blocks"):
         size = blocks["size"]
         return {
-            key: (wide_rows(kept, size).tolist(), blocks["total"][key] * size) for key, kept in blocks["kept"].items()
+            key: ([block * size + unit for block in kept for unit in range(size)], blocks["total"][key] * size)
+            for key, kept in blocks["kept"].items()
         }
     found: dict[str, tuple[list[int], int]] = {}
     for key, text in plan.get("hidden_units", {}).get("kept", {}).items():
