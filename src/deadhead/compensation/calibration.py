@@ -17,7 +17,7 @@ from deadhead.models.pruned.structure import text_stack
 # One row, or one batch of a model with segment memory, of so many is held out, the second first: two are enough.
 _HELD_OUT_OF = 8
 # Tokens whose logits are held at a time.
-_MOST_LOGITS = 1024
+_MOST_LOGITS = 256
 
 
 @dataclass(frozen=True, kw_only=True)

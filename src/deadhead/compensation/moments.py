@@ -14,7 +14,7 @@ _TINY = 1e-300
 
 
 class Moments:
-    """Σ w x xᵀ, Σ w y xᵀ and Σ w ‖y‖² over tokens: all that a least-squares fit, and its error on a text, depend on.
+    """Σ w x xᵀ, Σ w y xᵀ and Σ w yᵀy over tokens: all that a least-squares fit, and its error on a text, depend on.
 
     Products of a batch are float32 at least, their sums float64, so that the memory taken does not grow with the text.
 
@@ -32,7 +32,7 @@ class Moments:
         width = inputs + has_bias
         self.xx_NN = torch.zeros(width, width, dtype=torch.float64, device=place)
         self.yx_KDN = torch.zeros(targets, outputs, width, dtype=torch.float64, device=place)
-        self.yy_K = torch.zeros(targets, dtype=torch.float64, device=place)
+        self.yy_KK = torch.zeros(targets, targets, dtype=torch.float64, device=place)
         self.tokens = 0
 
     def add(self, x_RN: Tensor, targets: Sequence[Tensor], weight_R: Tensor) -> None:
@@ -45,17 +45,17 @@ class Moments:
         y_KRD = torch.stack([target.to(wide) * root_R1 for target in targets])
         self.xx_NN += (x_RN.T @ x_RN).to(self.xx_NN)
         self.yx_KDN += (y_KRD.transpose(1, 2) @ x_RN).to(self.yx_KDN)
-        self.yy_K += y_KRD.square().sum((1, 2)).to(self.yy_K)
+        self.yy_KK += torch.einsum("krd,lrd->kl", y_KRD, y_KRD).to(self.yy_KK)
         self.tokens += len(x_RN)
 
-    def error(self, weight_DN: Tensor) -> float:
-        """Return Σ w ‖y − W x‖² over Σ w ‖y‖², the mean of all targets y."""
-        given = (weight_DN @ self.xx_NN * weight_DN).sum()
-        common_K = (self.yx_KDN * weight_DN).sum((1, 2))
-        lost_K = self.yy_K - 2 * common_K + given
-        return float((lost_K / self.yy_K.clamp(min=_TINY)).mean())
+    def error(self, weight_DN: Tensor, mix_K: Tensor) -> float:
+        """Return Σ w ‖y − W x‖² over Σ w ‖y‖², y the targets mixed by shares that sum to 1."""
+        total = mix_K @ self.yy_KK @ mix_K
+        yx_DN = torch.einsum("k,kdn->dn", mix_K, self.yx_KDN)
+        lost = total - 2 * (weight_DN * yx_DN).sum() + (weight_DN @ self.xx_NN * weight_DN).sum()
+        return float(lost / total.clamp(min=_TINY))
 
     @property
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""
-        return all(bool(values.isfinite().all()) for values in (self.xx_NN, self.yx_KDN, self.yy_K))
+        return all(bool(values.isfinite().all()) for values in (self.xx_NN, self.yx_KDN, self.yy_KK))

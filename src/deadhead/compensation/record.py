@@ -18,8 +18,8 @@ class FittedLayer:
         ridge: λ, as a share of the mean square of the projection's inputs; None if it was not fitted.
         share: how much of the target was what the dense model's residual stream has, the rest being what the dense
             sublayer makes of the same input; None if it was not fitted.
-        before: error on held-out text, as a share of the target's power, the mean of both targets; None where it could
-            not be measured.
+        before: error on held-out text against half of each target, as a share of its power; None where it could not be
+            measured.
         after: the same of the fit; None if it was not fitted.
     """
 

@@ -58,8 +58,8 @@ def best_fit(fitted: Moments, held: Moments, weight_DN: Tensor) -> Fit | None:
     """Fit a projection to some tokens; choose ridge and target by its error on others.
 
     Args:
-        fitted: moments of the tokens that are fitted to. Of two targets mixes are tried. Fits are judged by the mean of
-            their errors against either: by that against the second alone a model came out worse.
+        fitted: moments of the tokens that are fitted to. Of two targets mixes are tried, and all are judged by their
+            error against half of each: judged by either one, or by both errors' mean, a real model came out worse.
         held: of held-out tokens.
         weight_DN: the projection as it is, with its bias as the last column.
 
@@ -69,15 +69,21 @@ def best_fit(fitted: Moments, held: Moments, weight_DN: Tensor) -> Fit | None:
     if not (fitted.is_finite and held.is_finite):
         return None
     weight_DN = weight_DN.to(fitted.xx_NN)
-    before = held.error(weight_DN)
+    count = len(fitted.yy_KK)
+    goal_K = _mix(count, 0.5, weight_DN)
+    before = held.error(weight_DN, goal_K)
     best: Fit | None = None
     for ridge in RIDGES:
         fits_KDN = ridge_fits(fitted, weight_DN, ridge)
-        if fits_KDN is None:
-            continue
-        for share in SHARES if len(fits_KDN) == 2 else (0.0,):
-            found_DN = torch.lerp(fits_KDN[0], fits_KDN[-1], share)
-            after = held.error(found_DN)
+        for share in SHARES if count == 2 else (0.0,):
+            if fits_KDN is None:
+                break
+            found_DN = torch.einsum("k,kdn->dn", _mix(count, share, weight_DN), fits_KDN)
+            after = held.error(found_DN, goal_K)
             if after < (before if best is None else best.after):
                 best = Fit(weight_DN=found_DN, ridge=ridge, share=share, before=before, after=after)
     return best
+
+
+def _mix(count: int, share: float, like: Tensor) -> Tensor:
+    return torch.tensor([1.0] if count == 1 else [1.0 - share, share], dtype=like.dtype, device=like.device)
