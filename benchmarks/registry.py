@@ -135,11 +135,11 @@ def _random_plan(gates: deadhead.HeadGates, seed: int) -> deadhead.HeadPlan:
     """Return a plan that empties the first layer, and keeps at least one head and cuts at least one in another."""
     draw = random.Random(seed)
     kept = {
-        key: sorted(draw.sample(range(n), draw.randint(1, max(1, n - 1)))) for key, n in gates.choices.total.items()
+        key: sorted(draw.sample(range(n), draw.randint(1, max(1, n - 1)))) for key, n in gates.choices.counts.items()
     }
     for keys in ([key for key in kept if key.kind == kind] for kind in ("head", "block")):
         kept |= {key: [] for key in keys[:1]}
-    return gates.choices.plan_of(kept)
+    return gates.choices.plan(kept)
 
 
 def _cached(model: Any, ids: Tensor) -> Tensor:

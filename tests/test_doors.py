@@ -139,7 +139,9 @@ _DOORS: dict[str, Callable[[Any, Path, Any], object]] = {
     "callback gates": lambda m, f, v: deadhead.SparsityCallback(v),
     "plan sparsity": lambda m, f, v: deadhead.attach(llama()).plan(sparsity=v),
     "plan ranking": lambda m, f, v: deadhead.attach(llama()).plan(sparsity=0.5, ranking=v),
-    "HeadPlan blocks": lambda m, f, v: deadhead.HeadPlan(kept={0: (1,)}, total={0: 2}, blocks=v),
+    "HeadPlan hidden_units": lambda m, f, v: deadhead.HeadPlan(kept={0: (1,)}, total={0: 2}, hidden_units=v),
+    "UnitPlan kept": lambda m, f, v: deadhead.UnitPlan(kept=v, total={0: 2}),
+    "UnitPlan total": lambda m, f, v: deadhead.UnitPlan(kept={}, total=v),
     "HeadPlan.cut": lambda m, f, v: plan_for(m).cut(v),
     "load_gates path": lambda m, f, v: load_gates(m, v),
     "load_gates model": lambda m, f, v: load_gates(v, f),
@@ -199,7 +201,6 @@ _DOORS |= {
     for name, call in {
         "plan sparsity": lambda g, v: g.plan(sparsity=v),
         "plan ranking": lambda g, v: g.plan(ranking=v),
-        "plan_of": lambda g, v: g.plan_of(v),
         "set_plan": lambda g, v: g.set_plan(v),
         "settle": lambda g, v: g.settle(v),
         "load_state_dict": lambda g, v: g.load_state_dict(v),
