@@ -37,6 +37,8 @@ from deadhead.plans.plan import UnitKey
 RIDGE = 0.01
 # Single units go so many at a time, of all there are.
 _STEPS = 96
+# Of a matrix's diagonal, what sums in float64 may be off by.
+_ROUNDING = 1e-10
 # Of the memory that is free, what the moments of a pass over the text may take.
 _SHARE = 0.25
 
@@ -207,13 +209,13 @@ def removal(
         across_SR = inverse_nn[stay_S[:, None], gone_R]
         lost_DR = weight_Dn[:, gone_R]
         # (C⁻¹_RR)⁻¹ W_Rᵀ
-        solved_RD = torch.linalg.solve(block_RR, lost_DR.T)
+        solved_RD = _solve(block_RR, lost_DR.T)
         together = (lost_DR.T * solved_RD).sum()
         shares = alone_H[going] / alone_H[going].sum() if alone_H[going].sum() > 0 else 0 * alone_H[going]
         order.append(left[going])
         costs.append(together * shares)
         weight_Dn = weight_Dn[:, stay_S] - (across_SR @ solved_RD).T
-        inverse_nn = inverse_nn[stay_S[:, None], stay_S] - across_SR @ torch.linalg.solve(block_RR, across_SR.T)
+        inverse_nn = inverse_nn[stay_S[:, None], stay_S] - across_SR @ _solve(block_RR, across_SR.T)
         left = left[staying]
     return torch.cat(order).cpu(), torch.cat(costs).cpu()
 
@@ -224,7 +226,21 @@ def _alone(weight_Dn: Tensor, inverse_nn: Tensor, width: int) -> Tensor:
         return weight_Dn.square().sum(0) / inverse_nn.diagonal()
     units_HED = weight_Dn.T.unflatten(0, (-1, width))
     blocks_HEE = inverse_nn.unflatten(0, (-1, width)).unflatten(-1, (-1, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    return (units_HED * torch.linalg.solve(blocks_HEE, units_HED)).sum((1, 2))
+    return (units_HED * _solve(blocks_HEE, units_HED)).sum((1, 2))
+
+
+def _solve(positive: Tensor, right: Tensor) -> Tensor:
+    """Return the solution of positive definite systems, (..., n, n) and (..., n, m).
+
+    By Cholesky's factors: those of LU, in float64 and by several threads, have failed in MKL.
+    """
+    factor, failed = torch.linalg.cholesky_ex(positive)
+    if bool(failed.any()):
+        # Rounding took away what is smaller than it.
+        size = positive.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
+        eye = torch.eye(positive.shape[-1], dtype=positive.dtype, device=positive.device)
+        factor = torch.linalg.cholesky(positive + _ROUNDING * size * eye)
+    return torch.cholesky_solve(right, factor)
 
 
 def _columns(units: Tensor, width: int) -> Tensor:
