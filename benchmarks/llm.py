@@ -42,11 +42,12 @@ from benchmarks._all_attention import machine
 from benchmarks._sweep import run_all
 from deadhead.criteria.scoring import score_heads
 from deadhead.disk.files import write_json
-from deadhead.gates.budget import plan_within
-from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
+from deadhead.measure.cost import model_cost
 from deadhead.measure.losses import SegmentLoss
 from deadhead.plans.kinds import ONE_SHOT, READS_TEXT, STANDARDISED
 from deadhead.plans.plan import HeadPlan
+from deadhead.training import PruneRecipe
+from deadhead.training.phases.choosing import budget_costs, plan_of_scores
 
 SHARES = (0.8, 0.7, 0.5)
 LENGTH = 256
@@ -113,14 +114,11 @@ def choose(model: PreTrainedModel, point: Point, rows: Tensor, block_size: int) 
     """Return the plan that a criterion makes of a budget, as `deadhead prune --criterion` does."""
     text = batches(rows) if point.criterion in READS_TEXT else ()
     scores = score_heads(model, point.criterion, text, blocks=block_size)  # type: ignore[arg-type]
-    costs = counted_costs(model, "params", unit=scores.choices.unit, hidden=True, of="blocks")
-    if point.criterion not in STANDARDISED:
-        scores = scores.over(costs)
-    whole = cost_of_kind(model_cost(model), "params", "blocks")
-    plan, _ = plan_within(
-        scores, costs, point.share, lambda plan: cost_of_kind(model_cost(model, plan), "params", "blocks") / whole
-    )
-    return plan
+    recipe = PruneRecipe.model_validate({"criterion": point.criterion, "params": point.share, "of": "blocks"})
+    found = budget_costs(model, recipe)
+    if found is not None and point.criterion not in STANDARDISED:
+        scores = scores.over(found[1])
+    return plan_of_scores(model, scores, recipe)[0]
 
 
 def measure(point: Point, setting: Setting, out: Path) -> None:

@@ -33,7 +33,7 @@ class _Unfamiliar(Exception):
 
 class _Tensor(NamedTuple):
     shape: tuple[int, ...]
-    # What it goes with: "" nothing, "table" embeddings and output layer, "head", "block" or "head hidden".
+    # What it goes with: "" nothing, "table" embeddings and output layer, "head", "hidden" or "head hidden".
     owner: str = ""
     # Whether each of its numbers takes part in a multiply-add for every token.
     multiplies: bool = False

@@ -99,15 +99,11 @@ class Stream:
 def stream_of(model: PreTrainedModel, calibration: Calibration, layers: str | None) -> Stream:
     """Return the stream of a model before its first layer, given the path of the list of its layers, if it has one."""
     found = None if layers is None else _layered(model, calibration, layers)
-    return found or _whole(model, calibration)
+    return found or whole_stream(model, calibration)
 
 
 def whole_stream(model: PreTrainedModel, calibration: Calibration) -> Stream:
     """Return a stream of which the stack as a whole is the only layer."""
-    return _whole(model, calibration)
-
-
-def _whole(model: PreTrainedModel, calibration: Calibration) -> Stream:
     calls = [Call((model, batch), {}, None) for batch in calibration.batches]
     return Stream(model, [_Stack()], [""], [calls], [None] * len(calls), None, is_whole=True)
 
