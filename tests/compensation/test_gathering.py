@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deadhead.compensation.calibration import divided
-from deadhead.compensation.gathering import gather, pass_dense
+from deadhead.compensation.gathering import CutLayer, pass_dense
 from deadhead.compensation.streams import stream_of
 from deadhead.compensation.sublayers import find_sublayers, layers_path, projection
 from tests.compensation.small_pairs import KINDS, cut_by_hand, dense_model, text_of
@@ -41,7 +41,7 @@ def test_residual_streams_are_told_by_their_numbers(kind: str) -> None:
 @torch.no_grad()
 def test_in_the_first_sublayer_both_targets_are_the_same(kind: str) -> None:
     stream, dense, calibration, found = passed(kind)
-    moments = gather(stream, 0, found, 0, dense, calibration)
+    moments = CutLayer(stream, 0, found, dense, calibration).moments(0)
     assert moments is not None
     for part in moments:
         # Both models read the same embeddings, so what the dense layer gives is what its stream gains.
@@ -62,12 +62,13 @@ def test_an_uncut_model_has_no_error(kind: str) -> None:
     for index, path in enumerate(stream.paths):
         within = [sublayer for sublayer in sublayers if sublayer.is_within(path)]
         found = pass_dense(other, index, within)
+        layer = CutLayer(stream, index, found, dense, calibration)
         for place, sublayer in enumerate(found.order):
-            moments = gather(stream, index, found, place, dense, calibration)
+            moments = layer.moments(place)
             assert moments is not None
             mix = torch.ones(len(moments[0].yy_KK), dtype=torch.float64) / len(moments[0].yy_KK)
             assert moments[1].error(projection(dense.get_submodule(sublayer.path)), mix) < 1e-8
-        stream.advance(index)
+        layer.advance()
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def test_padding_does_not_count() -> None:
         sublayers = find_sublayers(model, dense)
         stream, second = (stream_of(m, calibration, layers_path(dense, sublayers)) for m in (model, dense))
         found = pass_dense(second, 0, [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[0])])
-        moments = gather(stream, 0, found, 0, dense, calibration)
+        moments = CutLayer(stream, 0, found, dense, calibration).moments(0)
         assert moments is not None
         sums.append(moments[0].xx_NN / moments[0].xx_NN.diagonal().sum())
     assert torch.allclose(*sums, rtol=1e-3)

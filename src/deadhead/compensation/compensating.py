@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from deadhead.attaching import gates_of, require_cuttable
 from deadhead.compensation.calibration import Calibration, distance, divided, held_out_loss, held_out_states
-from deadhead.compensation.gathering import gather, pass_dense
+from deadhead.compensation.gathering import CutLayer, pass_dense
 from deadhead.compensation.moments import Moments
 from deadhead.compensation.record import Compensation, FittedLayer
 from deadhead.compensation.solving import best_fit
@@ -161,17 +161,16 @@ def _fit_all(
     for index, path in enumerate(stream.paths):
         within = [sublayer for sublayer in sublayers if sublayer.is_within(path)]
         passed = pass_dense(other, index, within)
+        layer = CutLayer(stream, index, passed, dense, calibration)
         for place, sublayer in enumerate(passed.order):
             output = model.get_submodule(sublayer.path)
-            moments = None
-            if projection(output).numel():
-                moments = gather(stream, index, passed, place, dense, calibration)
+            moments = layer.moments(place) if projection(output).numel() else None
             found[sublayer.path] = _fitted(output, sublayer.path, moments)
             if moments is not None:
                 tokens = moments[0].tokens, moments[1].tokens
             progress(len(found), len(sublayers))
         if index + 1 < len(stream.paths):
-            stream.advance(index)
+            layer.advance()
         if consume and not stream.is_whole:
             other.release(index)
     never = [FittedLayer(path=s.path, fitted=False, reason="it did not run") for s in sublayers if s.path not in found]

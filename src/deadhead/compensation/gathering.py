@@ -83,110 +83,136 @@ def _sums(hidden: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
     return [*accumulate(parts, initial=hidden.to(wide))]
 
 
-def gather(
-    stream: Stream,
-    index: int,
-    passed: Passed,
-    place: int,
-    dense: nn.Module,
-    calibration: Calibration,
-) -> tuple[Moments, Moments] | None:
-    """Return the moments of one projection of a layer of the cut model, of the text to fit to and of what is held out.
+class CutLayer:
+    """A layer of the cut model, whose projections are fitted one after the other, each on what those before it now give.
 
-    The first target is what the dense sublayer makes of the same input. Where the layer adds up what its sublayers
-    give, the second is what the dense model's residual stream has behind it, but for what the cut model's has before.
-    A token counts 1 / ‖h‖², h that dense residual: a norm follows, so only a relative error matters. Elsewhere it
-    counts by what the sublayer gives. None is returned where the projection was not run.
+    Args:
+        stream: of the cut model, before the layer.
+        index: of the layer.
+        passed: what the dense model did in it.
+        dense: the dense model.
+        calibration: the text.
     """
-    sublayer = passed.order[place]
-    earlier = [stream.model.get_submodule(each.path) for each in passed.order[:place]]
-    output = stream.model.get_submodule(sublayer.path)
-    found: list[Moments] = []
-    wanted = passed.residuals
-    dense_outputs = _captured(stream, index, dense, sublayer)
-    for batch, (args, kwargs) in enumerate(stream.inputs(index)):
-        x_RN, before = _features(stream, index, args, kwargs, output, earlier)
-        y = next(dense_outputs)
-        if x_RN is None or y is None or len(x_RN) != len(y):
-            return None
-        targets = [y]
-        if wanted is None:
-            square_R = y.to(torch.promote_types(y.dtype, torch.float32)).square().sum(-1)
-            square_R = square_R + square_R.mean()
-        else:
-            hidden, after = stream.states[batch], wanted[place][batch]
-            assert hidden is not None
-            after = after.to(torch.promote_types(after.dtype, torch.float32))
-            targets.append((after - _sums(hidden, before)[-1]).flatten(0, -2))
-            square_R = after.square().sum(-1).flatten()
-        if not found:
-            for _ in range(2):
-                found.append(
-                    Moments(
-                        0 if isinstance(output, OutputBias) else x_RN.shape[1],
-                        y.shape[1],
-                        len(targets),
-                        has_bias=getattr(output, "bias", None) is not None,
-                        device=y.device,
-                    )
-                )
-        x_RN = x_RN[:, : found[0].inputs]
-        weight_R = _is_text(calibration.batches[batch], square_R) / square_R.clamp(min=_TINY)
-        found[calibration.is_held[batch]].add(x_RN, targets, weight_R)
-    return found[0], found[1]
 
+    def __init__(
+        self, stream: Stream, index: int, passed: Passed, dense: nn.Module, calibration: Calibration
+    ) -> None:
+        self._stream, self._index, self._passed = stream, index, passed
+        self._dense, self._calibration = dense, calibration
+        # What each projection so far reads, (R, N) a batch, where the layer adds up what they make of it.
+        self._read: list[tuple[nn.Module, list[Tensor]]] = []
 
-def _is_text(batch: Mapping[str, Tensor], like_R: Tensor) -> Tensor:
-    """Return 0 for tokens that are padding, 1 for others."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(like_R) if mask is None or mask.numel() != len(like_R) else mask.flatten().to(like_R)
+    def moments(self, place: int) -> tuple[Moments, Moments] | None:
+        """Return the moments of one projection, of the text to fit to and of what is held out.
+
+        The first target is what the dense sublayer makes of the same input. Where the layer adds up what its sublayers
+        give, the second is what the dense model's residual stream has behind it, but for what the cut model's has
+        before. A token counts 1 / ‖h‖², h that dense residual: a norm follows, so only a relative error matters.
+        Elsewhere it counts by what the sublayer gives. None is returned where the projection was not run.
+
+        Args:
+            place: of its sublayer in the order in which they run; those before it are done.
+        """
+        sublayer = self._passed.order[place]
+        output = self._stream.model.get_submodule(sublayer.path)
+        has_bias = getattr(output, "bias", None) is not None
+        residuals = self._passed.residuals
+        found: list[Moments] = []
+        read: list[Tensor] = []
+        for batch, seen in enumerate(self._seen(sublayer, output)):
+            if seen is None:
+                return None
+            x_RN, y_RD = seen
+            targets = [y_RD]
+            if residuals is None:
+                square_R = y_RD.to(torch.promote_types(y_RD.dtype, torch.float32)).square().sum(-1)
+                square_R = square_R + square_R.mean()
+            else:
+                after = residuals[place][batch]
+                after = after.to(torch.promote_types(after.dtype, torch.float32))
+                targets.append((after - self._behind(batch)).flatten(0, -2))
+                square_R = after.square().sum(-1).flatten()
+                read.append(x_RN)
+            if not found:
+                sizes = x_RN.shape[1], y_RD.shape[1], len(targets)
+                found = [Moments(*sizes, has_bias=has_bias, device=y_RD.device) for _ in range(2)]
+            weight_R = _is_text(self._calibration.batches[batch], square_R) / square_R.clamp(min=_TINY)
+            found[self._calibration.is_held[batch]].add(x_RN, targets, weight_R)
+        if read:
+            self._read.append((output, read))
+        return found[0], found[1]
+
+    def advance(self) -> None:
+        """Let the cut model's stream go on to the next layer, by what the projections now make of what they read."""
+        stream = self._stream
+        if self._passed.residuals is None or not self._is_sum():
+            stream.advance(self._index)
+            return
+        stream.states = [
+            None if hidden is None else self._behind(batch).to(hidden.dtype)
+            for batch, hidden in enumerate(stream.states)
+        ]
+
+    def _behind(self, batch: int) -> Tensor:
+        """Return the residual stream of a batch behind the sublayers that are done, (B, T, D), at least in float32."""
+        hidden = self._stream.states[batch]
+        assert hidden is not None
+        return _sums(hidden, [output(read[batch]) for output, read in self._read])[-1]
+
+    def _is_sum(self) -> bool:
+        """Tell whether the layer, on the first batch, adds up what is known of its projections, and nothing else."""
+        args, kwargs = next(self._stream.inputs(self._index))
+        state = first(self._stream.layers[self._index](*args, **kwargs))
+        return is_near(self._behind(0).to(state.dtype), state)
+
+    def _seen(self, sublayer: Sublayer, output: nn.Module) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Yield for each batch what a projection reads, (R, N), and what the dense sublayer gives there, (R, D).
+
+        A sublayer with fewer units computes the same numbers for those that it has. So one run of the dense one tells
+        both, if the first batch shows that it is so: the model may have learned since it was cut.
+        """
+        columns = None if sublayer.columns is None else torch.tensor(sublayer.columns, dtype=torch.long)
+        for batch, (args, kwargs) in enumerate(self._stream.inputs(self._index)):
+            with dense_in_place(self._stream.model, self._dense, sublayer) as dense_output:
+                dense_x, y_RD = self._run(args, kwargs, dense_output)
+            if dense_x is None or y_RD is None:
+                yield None
+                return
+            x_RN = None if columns is None else dense_x[:, columns.to(dense_x.device)]
+            if x_RN is None or not batch:
+                own, _ = self._run(args, kwargs, output)
+                if own is None or len(own) != len(y_RD):
+                    yield None
+                    return
+                own = own[:, :0] if isinstance(output, OutputBias) else own
+                if x_RN is None or x_RN.shape != own.shape or not is_near(x_RN, own):
+                    x_RN, columns = own, None
+            yield x_RN, y_RD
+
+    def _run(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], output: nn.Module
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Run the layer up to a projection; return what that reads, (R, N), and gives, (R, D)."""
+        read: list[Tensor] = []
+        given: list[Tensor] = []
+
+        def note(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> None:
+            read.append(inputs[0].flatten(0, -2))
+            given.append(result.flatten(0, -2))
+            # A whole stack may not bear to be left in the middle.
+            if not self._stream.is_whole:
+                raise _Enough
+
+        with output.register_forward_hook(note), suppress(_Enough):
+            self._stream.layers[self._index](*args, **kwargs)
+        return (torch.cat(read), torch.cat(given)) if read else (None, None)
 
 
 class _Enough(Exception):
     """Ends the run of a layer of which no more is needed."""
 
 
-def _run(stream: Stream, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    with suppress(_Enough):
-        stream.layers[index](*args, **kwargs)
-
-
-def _features(
-    stream: Stream,
-    index: int,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    output: nn.Module,
-    earlier: Sequence[nn.Module],
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Run a layer up to a projection; return what that reads (R, N), and what those before it gave."""
-    read: list[Tensor] = []
-    given: list[Tensor] = []
-
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        read.append(inputs[0].flatten(0, -2))
-        # A whole stack may not bear to be left in the middle.
-        if not stream.is_whole:
-            raise _Enough
-
-    with ExitStack() as hooks:
-        hooks.enter_context(output.register_forward_pre_hook(note))
-        for module in earlier:
-            hooks.enter_context(module.register_forward_hook(lambda _, inputs, result: given.append(result)))
-        _run(stream, index, args, kwargs)
-    return (torch.cat(read) if read else None), given
-
-
-def _captured(stream: Stream, index: int, dense: nn.Module, sublayer: Sublayer) -> Iterator[Tensor | None]:
-    """Yield what the dense sublayer gives for each batch of the cut model's stream, (R, D)."""
-    for args, kwargs in stream.inputs(index):
-        made: list[Tensor] = []
-
-        def note(module: nn.Module, inputs: tuple[Any, ...], result: Tensor, made: list[Tensor] = made) -> None:
-            made.append(result.flatten(0, -2))
-            if not stream.is_whole:
-                raise _Enough
-
-        with dense_in_place(stream.model, dense, sublayer) as output, output.register_forward_hook(note):
-            _run(stream, index, args, kwargs)
-        yield torch.cat(made) if made else None
+def _is_text(batch: Mapping[str, Tensor], like_R: Tensor) -> Tensor:
+    """Return 0 for tokens that are padding, 1 for others."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(like_R) if mask is None or mask.numel() != len(like_R) else mask.flatten().to(like_R)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
-from deadhead.layouts import find_layout, head_columns
+from deadhead.layouts import Site, find_layout, head_columns
 from deadhead.models.pruned.structure import OutputBias, weight_of
 
 
@@ -22,10 +22,12 @@ class Sublayer:
     Args:
         path: of its output projection, in either model.
         parts: paths of the modules that make it dense when the dense model's stand in their place.
+        columns: which of the dense projection's inputs the cut one reads; None if that is not known.
     """
 
     path: str
     parts: tuple[str, ...]
+    columns: tuple[int, ...] | None = None
 
     def is_within(self, layer: str) -> bool:
         """Tell whether it lies in a module, by its path."""
@@ -39,8 +41,10 @@ def find_sublayers(model: PreTrainedModel, dense: PreTrainedModel) -> list[Subla
         InputError: a projection of one has no like in the other.
     """
     layout = find_layout(dense)
-    sites = [*layout.sites(dense, layout.units(dense)[0]), *layout.hidden_sites(dense)]
-    sites = [site for site in sites if site.output_path is not None and site.units]
+    # Of what the model was cut by, where the dense one could have been.
+    unit = next(unit for unit in [*find_layout(model).units(model), *layout.units(dense)] if unit in layout.units(dense))
+    sites = [site for site in layout.all_sites(dense, unit, hidden=True) if site.output_path is not None and site.units]
+    left = {site.key: site.units for site in find_layout(model).all_sites(model, unit, hidden=True)}
     names = {id(module): name for name, module in dense.named_modules()}
     owners = [names[id(site.module)] for site in sites]
     found = []
@@ -51,8 +55,14 @@ def find_sublayers(model: PreTrainedModel, dense: PreTrainedModel) -> list[Subla
         shared = any(other.startswith(f"{owner}.") for other in owners) or owners.count(owner) > 1
         inner = dict.fromkeys(part.path.rpartition(".")[0] for part in site.selections(site.units))
         parts = [f"{owner}.{name}" for name in inner] if shared else [owner]
-        found.append(Sublayer(path=path, parts=tuple(parts)))
+        found.append(Sublayer(path=path, parts=tuple(parts), columns=_columns(site, left.get(site.key))))
     return found
+
+
+def _columns(site: Site, units: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if units is None or not set(units) <= set(site.units):
+        return None
+    return tuple(site.rows(units).tolist())
 
 
 def _require_alike(model: PreTrainedModel, dense: PreTrainedModel, path: str) -> None:
