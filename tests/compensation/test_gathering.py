@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from deadhead.compensation.calibration import divided
 from deadhead.compensation.gathering import CutLayer, pass_dense
+from deadhead.compensation.moments import Moments
 from deadhead.compensation.streams import stream_of
 from deadhead.compensation.sublayers import find_sublayers, layers_path, projection
 from tests.compensation.small_pairs import KINDS, cut_by_hand, dense_model, text_of
+from tests.random_models import randomise
 
 RESIDUAL = {"llama", "gpt2", "neox", "opt", "all-attention", "transformer-xl"}
 
@@ -25,6 +29,11 @@ def passed(kind: str) -> Any:
     stream, other = (stream_of(each, calibration, layers_path(dense, sublayers)) for each in (model, dense))
     within = [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[0])]
     return stream, dense, calibration, pass_dense(other, 0, within)
+
+
+def error(moments: Moments, weight: Tensor, goal: Tensor) -> float:
+    """Return the error of one projection."""
+    return float(moments.errors(weight[None], torch.ones(1, 1, dtype=weight.dtype), goal))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +57,7 @@ def test_in_the_first_sublayer_both_targets_are_the_same(kind: str) -> None:
         assert torch.allclose(part.yx_KDN[0], part.yx_KDN[1], atol=1e-6)
     # What the cut projection gives differs from it.
     output = stream.model.get_submodule(found.order[0].path)
-    assert moments[0].error(projection(output), torch.tensor([0.0, 1.0], dtype=torch.float64)) > 1e-3
+    assert error(moments[0], projection(output), torch.tensor([0.0, 1.0], dtype=torch.float64)) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,8 +76,44 @@ def test_an_uncut_model_has_no_error(kind: str) -> None:
             moments = layer.moments(place)
             assert moments is not None
             mix = torch.ones(len(moments[0].yy_KK), dtype=torch.float64) / len(moments[0].yy_KK)
-            assert moments[1].error(projection(dense.get_submodule(sublayer.path)), mix) < 1e-8
+            assert error(moments[1], projection(dense.get_submodule(sublayer.path)), mix) < 1e-8
         layer.advance()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_fitted_layer_goes_on_as_if_it_were_run(kind: str) -> None:
+    stream, dense, calibration, found = passed(kind)
+    layer = CutLayer(stream, 0, found, dense, calibration)
+    for place, sublayer in enumerate(found.order):
+        assert layer.moments(place) is not None
+        randomise(stream.model.get_submodule(sublayer.path), place)
+    before = list(stream.states)
+    layer.advance()
+    after, stream.states = stream.states, before
+    stream.advance(0)
+    for state, expected in zip(after, stream.states, strict=True):
+        assert state is not None and expected is not None
+        assert torch.allclose(state, expected, rtol=1e-9, atol=1e-9)
+        assert state.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_a_projection_reads_is_its_own_also_if_the_model_learned_since_the_cut(kind: str, learned: bool) -> None:
+    stream, dense, calibration, found = passed(kind)
+    if learned:
+        randomise(stream.model, 3)
+    run = replace(found, order=[replace(sublayer, columns=None) for sublayer in found.order])
+    for place, sublayer in enumerate(found.order):
+        assert sublayer.columns is not None
+        selected, itself = CutLayer(stream, 0, found, dense, calibration), CutLayer(stream, 0, run, dense, calibration)
+        for earlier in range(place):
+            selected.moments(earlier), itself.moments(earlier)
+        for mine, its in zip(selected.moments(place) or (), itself.moments(place) or (), strict=True):
+            assert torch.allclose(mine.xx_NN, its.xx_NN, rtol=1e-9)
+            assert torch.allclose(mine.yx_KDN, its.yx_KDN, rtol=1e-9)
 
 
 @torch.no_grad()

@@ -49,11 +49,25 @@ def test_an_error_is_that_of_the_tokens_themselves() -> None:
     x, y, w = tokens(0)
     other = y.flip(0)
     weight = torch.randn(D, N + 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = moments((x, [y, other], w), has_bias=True).error(weight, torch.tensor([0.25, 0.75], dtype=torch.float64))
+    second = torch.randn_like(weight)
+    mixes = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 2.0]], dtype=torch.float64)
+    shares = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    found = moments((x, [y, other], w), has_bias=True).errors(torch.stack([weight, second]), mixes, shares)
     goal = 0.25 * y + 0.75 * other
-    given = x @ weight[:, :N].T + weight[:, N]
-    expected = (w * (goal - given).square().sum(1)).sum() / (w * goal.square().sum(1)).sum()
-    assert found == pytest.approx(float(expected))
+    for error, (first, last) in zip(found, mixes, strict=True):
+        mixed = first * weight + last * second
+        given = x @ mixed[:, :N].T + mixed[:, N]
+        expected = (w * (goal - given).square().sum(1)).sum() / (w * goal.square().sum(1)).sum()
+        assert float(error) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 3, 5, 8, 13])
+def test_second_moments_are_computed_once_for_each_pair(width: int) -> None:
+    x, y, w = tokens(0)
+    wide = x.repeat(1, 5)[:, :width] + torch.randn(R, width, generator=torch.Generator().manual_seed(1)).to(x)
+    found = Moments(width, D, 1, has_bias=False, device=x.device)
+    found.add(wide, [y], w)
+    assert torch.allclose(found.xx_NN, (wide * w[:, None]).T @ wide)
 
 
 def test_the_fit_is_the_better_one_on_held_out_tokens() -> None:

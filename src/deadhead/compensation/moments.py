@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-300
+# Blocks on the diagonal of a matrix of moments: four save three eighths of its FLOPs.
+_BLOCKS = 4
 
 
 class Moments:
@@ -43,19 +45,38 @@ class Moments:
         if self.has_bias:
             x_RN = torch.cat([x_RN, root_R1], dim=1)
         y_KRD = torch.stack([target.to(wide) * root_R1 for target in targets])
-        self.xx_NN += (x_RN.T @ x_RN).to(self.xx_NN)
+        _add_gram(self.xx_NN, x_RN)
         self.yx_KDN += (y_KRD.transpose(1, 2) @ x_RN).to(self.yx_KDN)
         self.yy_KK += torch.einsum("krd,lrd->kl", y_KRD, y_KRD).to(self.yy_KK)
         self.tokens += len(x_RN)
 
-    def error(self, weight_DN: Tensor, mix_K: Tensor) -> float:
-        """Return Σ w ‖y − W x‖² over Σ w ‖y‖², y the targets mixed by shares that sum to 1."""
-        total = mix_K @ self.yy_KK @ mix_K
-        yx_DN = torch.einsum("k,kdn->dn", mix_K, self.yx_KDN)
-        lost = total - 2 * (weight_DN * yx_DN).sum() + (weight_DN @ self.xx_NN * weight_DN).sum()
-        return float(lost / total.clamp(min=_TINY))
+    def errors(self, weights_LDN: Tensor, mixes_ML: Tensor, goal_K: Tensor) -> Tensor:
+        """Return Σ w ‖y − W x‖² over Σ w ‖y‖² for mixes W of some weights, (M,).
+
+        Args:
+            weights_LDN: float64.
+            mixes_ML: how much of each weight is in each W.
+            goal_K: how much of each target is in y; shares that sum to 1.
+        """
+        total = goal_K @ self.yy_KK @ goal_K
+        goal_DN = torch.einsum("k,kdn->dn", goal_K, self.yx_KDN)
+        across_L = torch.einsum("ldn,dn->l", weights_LDN, goal_DN)
+        squares_LL = (weights_LDN @ self.xx_NN).flatten(1) @ weights_LDN.flatten(1).T
+        lost_M = total - 2 * mixes_ML @ across_L + ((mixes_ML @ squares_LL) * mixes_ML).sum(-1)
+        return lost_M / total.clamp(min=_TINY)
 
     @property
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""
         return all(bool(values.isfinite().all()) for values in (self.xx_NN, self.yx_KDN, self.yy_KK))
+
+
+def _add_gram(total_NN: Tensor, x_RN: Tensor) -> None:
+    """Add xᵀx, of which what lies below a few diagonal blocks is not computed, but mirrored."""
+    width = x_RN.shape[1]
+    step = max(1, -(-width // _BLOCKS))
+    for start in range(0, width, step):
+        rows, right = slice(start, start + step), slice(start + step, width)
+        product = (x_RN[:, rows].T @ x_RN[:, start:]).to(total_NN)
+        total_NN[rows, start:] += product
+        total_NN[right, rows] += product[:, step:].T

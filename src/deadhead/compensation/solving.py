@@ -5,6 +5,7 @@ Dimensions: N inputs of the projection (and a constant 1 where it has a bias), D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,20 +71,24 @@ def best_fit(fitted: Moments, held: Moments, weight_DN: Tensor) -> Fit | None:
         return None
     weight_DN = weight_DN.to(fitted.xx_NN)
     count = len(fitted.yy_KK)
-    goal_K = _mix(count, 0.5, weight_DN)
-    before = held.error(weight_DN, goal_K)
+    goal_K, mixes_MK = _mixes(count, (0.5,), weight_DN)[0], _mixes(count, SHARES, weight_DN)
+    before = float(held.errors(weight_DN[None], torch.ones_like(goal_K[:1, None]), goal_K))
     best: Fit | None = None
     for ridge in RIDGES:
         fits_KDN = ridge_fits(fitted, weight_DN, ridge)
-        for share in SHARES if count == 2 else (0.0,):
-            if fits_KDN is None:
-                break
-            found_DN = torch.einsum("k,kdn->dn", _mix(count, share, weight_DN), fits_KDN)
-            after = held.error(found_DN, goal_K)
-            if after < (before if best is None else best.after):
-                best = Fit(weight_DN=found_DN, ridge=ridge, share=share, before=before, after=after)
+        if fits_KDN is None:
+            continue
+        errors_M = held.errors(fits_KDN, mixes_MK, goal_K)
+        index = int(errors_M.argmin())
+        after = float(errors_M[index])
+        if after < (before if best is None else best.after):
+            found_DN = torch.einsum("k,kdn->dn", mixes_MK[index], fits_KDN)
+            share = SHARES[index] if count == 2 else 0.0
+            best = Fit(weight_DN=found_DN, ridge=ridge, share=share, before=before, after=after)
     return best
 
 
-def _mix(count: int, share: float, like: Tensor) -> Tensor:
-    return torch.tensor([1.0] if count == 1 else [1.0 - share, share], dtype=like.dtype, device=like.device)
+def _mixes(count: int, shares: Sequence[float], like: Tensor) -> Tensor:
+    """Return for shares of the last of one or two targets how much of each target is in the mix, (M, K)."""
+    values = [[1.0]] if count == 1 else [[1.0 - share, share] for share in shares]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
