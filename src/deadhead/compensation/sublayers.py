@@ -42,7 +42,8 @@ def find_sublayers(model: PreTrainedModel, dense: PreTrainedModel) -> list[Subla
     """
     layout = find_layout(dense)
     # Of what the model was cut by, where the dense one could have been.
-    unit = next(unit for unit in [*find_layout(model).units(model), *layout.units(dense)] if unit in layout.units(dense))
+    units = layout.units(dense)
+    unit = next(unit for unit in [*find_layout(model).units(model), *units] if unit in units)
     sites = [site for site in layout.all_sites(dense, unit, hidden=True) if site.output_path is not None and site.units]
     left = {site.key: site.units for site in find_layout(model).all_sites(model, unit, hidden=True)}
     names = {id(module): name for name, module in dense.named_modules()}

@@ -185,6 +185,15 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         load_recipe(tmp_path)
 
 
+def test_a_ranking_reads_few_batches_unless_told_otherwise() -> None:
+    ranking = PruneRecipe(criterion="taylor", sparsity=0.5)
+    assert (ranking.steps, PruneRecipe(criterion="taylor", sparsity=0.5, steps=300).steps) == (8, 300)
+    # It is no choice of the user's, so gates that are put in its place learn as long as they do by default.
+    assert changed(ranking, criterion="gates").steps == PruneRecipe().steps == 300
+    assert changed(PruneRecipe(sparsity=0.5), criterion="flap").steps == 8
+    assert PruneRecipe.model_validate(ranking.model_dump()) == ranking
+
+
 def test_changed_leaves_what_is_none_and_checks_the_rest() -> None:
     recipe = changed(PruneRecipe(), steps=7, l0=None)
     assert (recipe.steps, recipe.l0) == (7, PruneRecipe().l0)

@@ -22,6 +22,8 @@ _MOST_ROWS = 2**20
 _LONGEST = 2**24
 _FASTEST = 1e3
 _LEAST_SHARE = 1e-4
+# Batches that a one-shot criterion reads.
+_LOOK = 8
 
 _optional = partial(setting, None)
 _count = partial(setting, ge=1)
@@ -203,7 +205,8 @@ class PruneRecipe(PhaseRecipe):
     )
     criterion: Literal["gates", "topk", OneShot] = setting(
         "gates",
-        "How heads are chosen: gates and topk learn it; others rank heads from `steps` batches without training.",
+        "How heads are chosen: gates and topk learn it; others rank heads without training, from `steps` batches (8 "
+        "unless stated).",
         first=True,
     )
     freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)
@@ -287,6 +290,13 @@ class PruneRecipe(PhaseRecipe):
     def training_steps(self) -> int:
         """Steps of the optimizer that the phase makes: none where heads are only ranked."""
         return 0 if self.is_one_shot else self.steps
+
+    @model_validator(mode="after")
+    def _looks_at_few_batches(self) -> PruneRecipe:
+        # As many steps as training takes would be hours of a real model, and no better. It stays unsaid all the same.
+        if self.is_one_shot and "steps" not in self.model_fields_set:
+            object.__setattr__(self, "steps", _LOOK)
+        return self
 
     @model_validator(mode="after")
     def _asks_for_one_thing(self) -> PruneRecipe:
