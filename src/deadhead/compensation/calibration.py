@@ -16,8 +16,8 @@ from deadhead.models.pruned.structure import text_stack
 
 # One row, or one batch of a model with segment memory, of so many is held out, the second first: two are enough.
 _HELD_OUT_OF = 8
-# Tokens whose logits are held at a time.
-_MOST_LOGITS = 256
+# Tokens that are run at once, if a row is no longer, and tokens whose logits are held at a time.
+_MOST_TOKENS, _MOST_LOGITS = 1024, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,9 @@ def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
         for part in (False, True):
             of_part = ((rows % _HELD_OUT_OF == 1) == part).nonzero().flatten().to(model.device)
             if len(of_part):
-                found.append({name: value[of_part] for name, value in batch.items()})
-                is_held.append(part)
+                parts = [*_parts({name: value[of_part] for name, value in batch.items()}, _MOST_TOKENS)]
+                found += parts
+                is_held += [part] * len(parts)
     if len(set(is_held)) < 2:
         what = "batches" if has_memory else "rows of text"
         raise InputError(
@@ -80,7 +81,7 @@ def held_out_loss(model: PreTrainedModel, calibration: Calibration) -> float:
     # The memory of a held-out batch is what comes before it.
     pairs = zip(calibration.batches, calibration.is_held, strict=True)
     for batch, is_held in pairs if calibration.has_memory else ((batch, True) for batch in calibration.held):
-        for part in [batch] if calibration.has_memory else _parts(batch):
+        for part in [batch] if calibration.has_memory else _parts(batch, _MOST_LOGITS):
             mean = loss(model, part).loss
             if is_held and (count := _scored(part, calibration.has_memory)):
                 total, tokens = total + float(mean) * count, tokens + count
@@ -98,9 +99,13 @@ def distance(states: list[Tensor], goal: list[Tensor]) -> float:
     return lost / max(sum(float(g.square().sum()) for g in goal), 1e-30)
 
 
-def _parts(batch: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
+def _parts(batch: dict[str, Tensor], most: int) -> Iterable[dict[str, Tensor]]:
+    """Yield a batch in parts of at most so many tokens, but of a whole row at least; whole if it has no tokens."""
+    if "input_ids" not in batch:
+        yield batch
+        return
     rows, length = batch["input_ids"].shape
-    step = max(1, _MOST_LOGITS // length)
+    step = max(1, most // max(length, 1))
     for start in range(0, rows, step):
         yield {name: value[start : start + step] for name, value in batch.items()}
 
