@@ -87,7 +87,7 @@ def export_model(
     """
     out = Path(out)
     require_exportable(out, to=to, kind=kind)
-    _require_plain(model, to)
+    _require_exportable(model, to)
     with evaluating(model), no_space_is_input_error(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_left_overs(out.parent, out.name)
@@ -123,7 +123,7 @@ def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
         require_extra("openvino", "openvino", what="Export to openvino")
 
 
-def _require_plain(model: PreTrainedModel, to: str) -> None:
+def _require_exportable(model: PreTrainedModel, to: str) -> None:
     if gates_of(model) is not None:
         raise InputError(
             "The model has gates, which no runtime knows; cut it first: deadhead.cut(model, gates.plan())."

@@ -119,25 +119,30 @@ class Choices:
         Raises:
             InputError: as `kept_units` says, or the plan keeps a part of a block.
         """
-        units = self.kept_units(plan)
-        found = {key: self._shares(key, set(units[key])) for key in self.members}
-        for key, share_H in found.items():
-            if bool(((share_H > 0) & (share_H < 1)).any()):
-                raise InputError(
-                    f"The head plan keeps some hidden units of a block of layer {key.layer} and not the others, so "
-                    "that no gate can stand for it; attach gates in the blocks that the plan was made of."
-                )
+        found = self._shares(plan)
+        if (parted := _parted(found)) is not None:
+            raise InputError(
+                f"The head plan keeps some hidden units of a block of layer {parted.layer} and not the others, so "
+                "that no gate can stand for it; attach gates in the blocks that the plan was made of."
+            )
         return {key: share_H == 1 for key, share_H in found.items()}
 
     def fits(self, plan: HeadPlan) -> bool:
         """Tell whether no block is kept in part by a plan of this model."""
-        units = self.kept_units(plan)
-        shares = [self._shares(key, set(units[key])) for key in self.members]
-        return not any(bool(((share_H > 0) & (share_H < 1)).any()) for share_H in shares)
+        return _parted(self._shares(plan)) is None
 
-    def _shares(self, key: UnitKey, kept: set[int]) -> Tensor:
-        """Return what share of its units each choice of a key keeps, (H,)."""
-        return torch.tensor([sum(unit in kept for unit in block) / len(block) for block in self.members[key]])
+    def _shares(self, plan: HeadPlan) -> dict[UnitKey, Tensor]:
+        """Return by key what share of its units each choice keeps, (H,)."""
+        kept = {key: set(units) for key, units in self.kept_units(plan).items()}
+        return {
+            key: torch.tensor([sum(unit in kept[key] for unit in block) / len(block) for block in blocks])
+            for key, blocks in self.members.items()
+        }
+
+
+def _parted(shares: Mapping[UnitKey, Tensor]) -> UnitKey | None:
+    """Return the first key that has a choice of which only a part is kept, if any does."""
+    return next((key for key, share_H in shares.items() if bool(((share_H > 0) & (share_H < 1)).any())), None)
 
 
 def _united(members: Iterable[Sequence[int]]) -> tuple[int, ...]:

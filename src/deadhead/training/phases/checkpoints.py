@@ -64,7 +64,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def require_plain(checkpoint: Path) -> None:
+def require_tensors(checkpoint: Path) -> None:
     """Check that what transformers keeps in torch's own format is tensors and plain values: others could run any code.
 
     Its hashes may have been written anew by whoever changed it. Nothing of a pickle but its list of types is run.

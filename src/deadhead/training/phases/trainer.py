@@ -22,7 +22,12 @@ from deadhead.errors import DivergenceError, InputError
 from deadhead.measure.losses import SegmentLoss
 from deadhead.modes import best_device
 from deadhead.training.callbacks.sparsity import SparsityCallback
-from deadhead.training.phases.checkpoints import checkpoint_step, finish_checkpoint, newest_finished, require_plain
+from deadhead.training.phases.checkpoints import (
+    checkpoint_step,
+    finish_checkpoint,
+    newest_finished,
+    require_tensors,
+)
 from deadhead.training.phases.distillation import Distillation
 from deadhead.training.phases.frozen import FrozenWeightsTrainer
 from deadhead.training.recipes.recipe import PhaseRecipe
@@ -250,7 +255,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped."""
-        require_plain(checkpoint)
+        require_tensors(checkpoint)
         path = checkpoint / _RANK_FILE.format(rank=self.args.process_index)
         try:
             # Not loaded there at once: of several processes on a CPU it is called cpu:0, which safetensors refuses.
