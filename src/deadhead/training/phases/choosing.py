@@ -56,19 +56,23 @@ def asked_blocks(recipe: PruneRecipe, model: PreTrainedModel) -> bool | int:
     return (recipe.block_size or True) if with_defaults(recipe, model).blocks else False
 
 
-def attach_gates(model: PreTrainedModel, recipe: PruneRecipe, seed: int = 0) -> HeadGates:
+def attach_gates(model: PreTrainedModel, recipe: PruneRecipe, seed: int = 0, blocks: Blocks | None = None) -> HeadGates:
     """Attach the gates that a recipe asks for; what it leaves open depends on the model.
 
     Args:
         model: without gates.
         recipe: unit, blocks and the gates' constants.
         seed: of the gates' noise.
+        blocks: the hidden units of each gate, where the recipe asks for gates on them; None takes neighbours.
 
     Raises:
         UnsupportedModel: there is no head that could be pruned, or no block.
         InputError: the model has gates already, or the blocks do not fit its layers.
     """
-    return attach(model, config=gate_config(recipe, model, seed), unit=recipe.unit, blocks=asked_blocks(recipe, model))
+    asked: bool | int | Blocks = asked_blocks(recipe, model)
+    if blocks is not None and asked is not False:
+        asked = blocks
+    return attach(model, config=gate_config(recipe, model, seed), unit=recipe.unit, blocks=asked)
 
 
 def budget_length(model: PreTrainedModel, recipe: PruneRecipe) -> int:

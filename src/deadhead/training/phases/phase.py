@@ -35,19 +35,16 @@ from deadhead.training.phases.choosing import (
     close_to_budget,
     gate_config,
     rank,
-    score,
     true_share,
 )
 from deadhead.training.phases.defaults import segments, with_defaults
 from deadhead.training.phases.distillation import Distillation, require_same_vocabulary
 from deadhead.training.phases.learning import checkpoint_activations, learner
 from deadhead.training.phases.rolling_back import roll_back, smaller_step
+from deadhead.training.phases.starting import Start, start_of
 from deadhead.training.phases.trainer import LanguageModelTrainer, training_arguments
 from deadhead.training.processes import on_main, require_data_parallel
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
-
-# How far apart gates begin that lean: so far that few of them are open to doubt.
-_LEAN = 3.0
 
 # Settings that the callback of gates has under the same names, however is said how much goes.
 _OF_GATES = {"gate_lr", "weighting", "track_difference"}
@@ -63,6 +60,7 @@ class PhaseRun:
         seed: of dropout and of LoRA adapters (data order is the text's own).
         first_segment: where in the text to begin, in segments read of each row before.
         gates: trained under the sparsity loss that the recipe describes.
+        start: where gates begin, for a recipe with `start_from`; None scores the units that they stand for.
         latency: of this model on this machine, for a recipe with a speedup; None measures it.
         teacher: the model to distil from, with the weight that the recipe's `distill` gives it.
         callbacks: further callbacks, called after ours.
@@ -80,6 +78,7 @@ class PhaseRun:
     seed: int = 0
     first_segment: int = 0
     gates: HeadGates | None = None
+    start: Start | None = None
     latency: Latency | None = None
     teacher: PreTrainedModel | None = None
     callbacks: Sequence[TrainerCallback] = ()
@@ -155,8 +154,9 @@ def choose_units(
         gates = attach_for(model, plan)
         found: float | None = on_main(lambda: budget.reached(true_share(model, recipe, plan)))
     else:
-        gates = attach_gates(model, recipe, run.seed)
-        train(model, text, recipe, replace(run, gates=gates))
+        start = None if recipe.start_from is None else _start(model, text, recipe, run)
+        gates = attach_gates(model, recipe, run.seed, None if start is None else start.blocks)
+        train(model, text, recipe, replace(run, gates=gates, start=start))
         found = close_to_budget(model, gates, recipe, latency=run.latency)
     return gates, None if budget is None else {**budget.words, "reached": found}
 
@@ -289,8 +289,23 @@ def _recipe_of_gates(model: PreTrainedModel, recipe: PhaseRecipe, gates: HeadGat
     return recipe
 
 
+def _start(model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, run: PhaseRun) -> Start:
+    return on_main(
+        lambda: start_of(
+            model,
+            text,
+            recipe,
+            seed=run.seed,
+            first_segment=run.first_segment,
+            latency=run.latency,
+            folder=None if run.folder is None else Path(run.folder),
+            resume=run.resume,
+        )
+    )
+
+
 def _lean_gates(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: PhaseRun) -> None:
     """Let gates begin in the order of a criterion's scores, where the recipe asks for it."""
     if run.gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
-        look = partial(score, model, text, recipe, seed=run.seed, first_segment=run.first_segment)
-        run.gates.lean(on_main(look), spread=_LEAN)
+        start = _start(model, text, recipe, run) if run.start is None else run.start
+        start.lean(run.gates)

@@ -22,7 +22,7 @@ _MOST_ROWS = 2**20
 _LONGEST = 2**24
 _FASTEST = 1e3
 _LEAST_SHARE = 1e-4
-# Batches that a one-shot criterion reads.
+# Batches from which scores are taken.
 _LOOK = 8
 
 _optional = partial(setting, None)
@@ -211,10 +211,11 @@ class PruneRecipe(PhaseRecipe):
     )
     freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)
     start_from: OneShot | None = _optional(
-        "Criterion by whose scores gates begin to lean, with a budget.", unset="all gates begin alike"
+        "Criterion by whose scores gates begin to lean, with a budget; blocks are then of units of like scores.",
+        unset="all gates begin alike",
     )
     start_batches: int = _count(
-        64, "Batches from which the scores of `start_from` are taken.", unit="batches", le=_MOST_STEPS
+        _LOOK, "Batches from which the scores of `start_from` are taken.", unit="batches", le=_MOST_STEPS
     )
     ranking: Ranking = setting("global", "Whether the share goes of all heads together or of each layer's.")
     budget_length: int | None = _tokens(
@@ -231,9 +232,9 @@ class PruneRecipe(PhaseRecipe):
     )
     block_size: int | None = _count(
         None,
-        "Hidden units of a block, which go or stay together: neighbours for gates, units of like scores for a ranking.",
+        "Hidden units of a block, which go or stay together: of like scores, or neighbours for gates that begin alike.",
         unit="units",
-        unset="by the layers' width, at most 128 for gates and 32 for a ranking",
+        unset="by the layers' width, at most 128 for neighbours and 32 for others",
         le=_LONGEST,
     )
     ramp_steps: int = _steps(

@@ -1,0 +1,100 @@
+"""What gates begin with: a criterion's scores, by which they lean, and blocks of hidden units of like scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deadhead.data import TokenStream
+from deadhead.disk.files import write_json
+from deadhead.disk.reading import read_json
+from deadhead.gates.gates import HeadGates
+from deadhead.measure.latency import Latency
+from deadhead.plans.blocks import Blocks
+from deadhead.plans.kinds import STANDARDISED
+from deadhead.plans.plan import UnitKey
+from deadhead.plans.scores import HeadScores
+from deadhead.plans.unit_plan import layer_key
+from deadhead.training.phases.choosing import budget_costs, score
+from deadhead.training.recipes.recipe import PruneRecipe
+
+_START_FILE = "start.json"
+
+# How far apart gates begin that lean: so far that few of them are open to doubt.
+_LEAN = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where gates begin.
+
+    Args:
+        scores: of each gate, (H,), by key; over what its units cost, where a budget says that and they compare so.
+        blocks: the hidden units of each gate, by layer; empty without gates of them.
+    """
+
+    scores: dict[UnitKey, Tensor]
+    blocks: Blocks
+
+    def lean(self, gates: HeadGates) -> None:
+        """Let gates begin in the order of the scores."""
+        gates.lean(HeadScores(scores=self.scores, choices=gates.choices), spread=_LEAN)
+
+
+def start_of(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int,
+    first_segment: int = 0,
+    latency: Latency | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> Start:
+    """Score a model's units by the criterion that the gates of a recipe begin to lean by.
+
+    Without gates there, hidden units of like scores are put into blocks; gates that are there keep theirs.
+
+    Args:
+        model: not changed.
+        text: `recipe.start_batches` batches of it are read.
+        recipe: with `start_from`.
+        seed: of the choice of batches.
+        first_segment: where in the text to begin, for a model with segment memory.
+        latency: of this model on this machine, for a recipe with a speedup; None measures it.
+        folder: where the scores are kept; None keeps none.
+        resume: take those that are kept, so that a phase that goes on has the same gates wherever it runs.
+    """
+    path = None if folder is None else folder / _START_FILE
+    if resume and path is not None and path.exists():
+        return _read(path)
+    scores = score(model, text, recipe, seed=seed, first_segment=first_segment)
+    found = budget_costs(model, recipe, latency=latency)
+    if found is not None and recipe.start_from not in STANDARDISED:
+        scores = scores.over(found[1])
+    blocks = {key.layer: members for key, members in scores.choices.hidden.items()}
+    start = Start(scores={key: values.double() for key, values in scores.scores.items()}, blocks=blocks)
+    # What is not finite is told when gates lean by it.
+    if path is not None and all(bool(values.isfinite().all()) for values in start.scores.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, start)
+    return start
+
+
+def _write(path: Path, start: Start) -> None:
+    values = {str(key): scores.tolist() for key, scores in start.scores.items()}
+    write_json(path, {"scores": values, "blocks": {str(layer): blocks for layer, blocks in start.blocks.items()}})
+
+
+def _read(path: Path) -> Start:
+    found = read_json(path, what="scores that gates began by")
+    scores = {UnitKey.parse(key): torch.tensor(values, dtype=torch.float64) for key, values in found["scores"].items()}
+    return Start(
+        scores=scores,
+        blocks={layer_key(layer): blocks for layer, blocks in found["blocks"].items()},
+    )
