@@ -77,6 +77,21 @@ def test_pruned_and_recovered(place: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.work"))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_teacher_shares_the_weights_that_stay(place: Path, frozen: bool) -> None:
+    network = deadhead.load(place / "llama")
+    recipe = PruneRecipe(params=0.8, distill=1.0, freeze_weights=frozen)
+    for dense in (place / "llama", network):
+        teacher = single._teacher(None, dense, network, recipe)
+        assert teacher is not None and teacher is not network
+        assert_same_tensors(teacher.state_dict(), network.state_dict())
+        theirs, ours = ({p.data_ptr() for p in model.parameters()} for model in (teacher, network))
+        assert theirs == ours if frozen else theirs.isdisjoint(ours)
+    # Another teacher is what was asked for.
+    asked = single._teacher(network, place / "llama", deadhead.load(place / "llama"), recipe)
+    assert asked is network
+
+
 def test_a_command_and_a_call_end_in_the_same_weights(place: Path, tmp_path: Path) -> None:
     text, common = place / "prose.txt", {"sparsity": 0.5, "steps": 3, "batch_size": 2}
     deadhead.prune(deadhead.load(place / "ours"), str(text), out=tmp_path / "call", seed=3, **common)

@@ -211,7 +211,7 @@ def _run(
             folder=work / "checkpoints",
             phase=phase,
             seed=options.seed,
-            teacher=_teacher(options.teacher or (model if phase == "prune" else None), network, recipe),
+            teacher=_teacher(options.teacher, model if phase == "prune" else None, network, recipe),
             metrics=work / METRICS_FILE,
             tensorboard=work / "tensorboard",
             report_to=options.report_to,
@@ -319,10 +319,18 @@ def _compensating(
     return Compensating(teacher or dense_copy(network, recipe), batches, f"text {text.sha256[:12]}")
 
 
-def _teacher(teacher: Model | None, network: PreTrainedModel, recipe: PhaseRecipe) -> PreTrainedModel | None:
-    """Return what is distilled from; a model that is to be changed is copied."""
+def _teacher(
+    teacher: Model | None, dense: Model | None, network: PreTrainedModel, recipe: PhaseRecipe
+) -> PreTrainedModel | None:
+    """Return what is distilled from: the teacher asked for, or the dense model, where a phase has one of its own.
+
+    A model that is to be changed is copied; where its weights stay, they are the copy's too.
+    """
     if not recipe.distill or not recipe.training_steps:
         return None
+    if teacher is None and dense is not None and isinstance(recipe, PruneRecipe) and recipe.freeze_weights:
+        return dense_copy(network, recipe)
+    teacher = dense if teacher is None else teacher
     if teacher is network:
         return copy.deepcopy(network)
     if isinstance(teacher, str | Path):
