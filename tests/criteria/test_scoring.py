@@ -93,12 +93,12 @@ def test_output_difference_is_what_the_layers_output_loses(case: tuple[Any, Unit
         for head in range(site.total):
             place = slice(head * site.unit_dim, (head + 1) * site.unit_dim)
             alone = inputs[0][..., place] @ weight[:, place].T
-            expected = float(alone.norm() / whole.norm())
+            expected = float(alone.square().sum() / whole.square().sum())
             assert float(found.scores[site.key][head]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["all-attention", "gpt2", "llama, groups"])
-def test_magnitude_is_the_norm_of_what_the_cut_takes_away(name: str) -> None:
+def test_magnitude_is_the_square_of_what_the_cut_takes_away(name: str) -> None:
     make, unit = MODELS[name]
     model = make()
     found = score_heads(model, "magnitude", unit=unit)
@@ -110,7 +110,7 @@ def test_magnitude_is_the_norm_of_what_the_cut_takes_away(name: str) -> None:
     for layer in total:
         kept = {layer: range(1, total[layer])}
         smaller = deadhead.cut(make(), deadhead.HeadPlan(kept=kept, total=total, unit=unit))
-        expected = (square(model) - square(smaller)) ** 0.5
+        expected = square(model) - square(smaller)
         assert float(found.scores[UnitKey("head", layer)][0]) == pytest.approx(expected, rel=1e-3)
 
 
@@ -130,6 +130,45 @@ def test_dead_heads_go_first(criterion: Any) -> None:
                     site.module.get_parameter(part.path).index_fill_(part.dim, part.index, 0.0)
     plan = score_heads(model, criterion, batches(2)).plan(3 / 12)
     assert {layer: list(plan.cut(layer)) for layer in plan.kept} == {0: [1], 1: [], 2: [0, 3]}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, groups"])
+@pytest.mark.parametrize("criterion", ONE_SHOT)
+def test_a_block_scores_what_its_units_score_together(name: str, criterion: Any) -> None:
+    make, unit = MODELS[name]
+    model = make().double()
+    single = score_heads(model, criterion, batches(2), unit=unit, blocks=1)
+    sites = find_layout(model).hidden_sites(model)
+    blocks = {site.layer: [site.units[::2], site.units[1:7:2], site.units[7::2]] for site in sites}
+    found = score_heads(model, criterion, batches(2), unit=unit, blocks=blocks)
+    for site in sites:
+        place = {next(iter(block)): index for index, block in enumerate(single.choices.members[site.key])}
+        for score, block in zip(found.scores[site.key], blocks[site.layer], strict=True):
+            alone = single.scores[site.key][[place[member] for member in block]]
+            if criterion == "taylor":
+                # One factor on all of them: what one gains another may lose.
+                assert 0 < float(score) < float(alone.sum())
+            else:
+                together = alone.mean() if criterion in ("wanda", "flap", "random") else alone.sum()
+                assert float(score) == pytest.approx(float(together), rel=1e-4)
+
+
+def test_taylor_of_a_block_is_the_derivative_by_one_factor_on_all_its_units() -> None:
+    model = llama().double()
+    site = find_layout(model).hidden_sites(model)[0]
+    block = site.units[3:20:3]
+    rest = [member for member in site.units if member not in block]
+    found = score_heads(model, "taylor", batches(), blocks={site.layer: [block, rest]}).scores[site.key]
+    step, weight = 2e-3, head_columns(site.output)
+    losses = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            before = weight.clone()
+            weight[:, list(block)] *= 1 + sign * step
+            losses.append(row_losses(model))
+            weight.copy_(before)
+    expected = float(((losses[0] - losses[1]) / (2 * step)).abs().mean())
+    assert float(found[0]) == pytest.approx(expected, rel=3e-3, abs=1e-5)
 
 
 def test_the_memory_of_the_segment_before_is_seen() -> None:

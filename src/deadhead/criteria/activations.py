@@ -23,7 +23,7 @@ from deadhead.layouts import Site, head_columns
 
 @torch.no_grad()
 def output_differences(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
-    """Return for each site the root of the mean over batches of d_h², (H,)."""
+    """Return for each site the mean over batches of d_h², (H,)."""
     reading = Reading(model)
     found = [torch.zeros(len(site.units)) for site in sites]
 
@@ -35,7 +35,7 @@ def output_differences(model: PreTrainedModel, sites: Sequence[Site], batches: B
         for scores, site in zip(found, sites, strict=True):
             exits.enter_context(site.output.register_forward_pre_hook(partial(measure, scores, site)))
         count = sum(1 for _ in reading.over(batches))
-    return [(scores / count).sqrt() for scores in found]
+    return [scores / count for scores in found]
 
 
 def wanda(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:

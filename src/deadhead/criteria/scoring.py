@@ -2,16 +2,19 @@
 
 What people would use instead of learned gates; behind the same head plan, cut and fine-tuning:
 
-- magnitude: L2 norm of all of the unit's weights,
+- magnitude: the sum of squares of all of the unit's weights,
 - taylor: E_x |∂L(x) / ∂ξ_h|, where ξ_h = 1 multiplies the unit's output (Michel, Levy, Neubig 2019, arXiv 1905.10650,
   equation 2; without their normalisation by layer, which `ranking="layer"` makes irrelevant); of a persistent vector ξ
   multiplies e^score,
-- output-difference: ‖W_O^h a_h‖ / ‖Σ W_O a‖, by how much the layer's output changes without the unit,
+- output-difference: ‖W_O^h a_h‖² / ‖Σ W_O a‖², by how much the layer's output changes without the unit,
 - wanda, flap: how large its activations are, how much they vary (`activations.py`),
 - second-order, reconstruction: what the loss, or the layer's output, loses if other units make up for it
   (`second_order.py`),
 - influence: how far its whole sublayer turns the residual stream (`influence.py`),
 - random: as a floor for all others.
+
+A block of hidden units scores what its units score together, by `taylor` with one ξ for all of them, so that heads and
+blocks compare by what is lost for what they cost. Where scores are an order alone (`STANDARDISED`), it is their mean.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from deadhead.criteria.taylor import taylor
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts import Site, find_layout
 from deadhead.plans.blocks import LARGEST_SORTED, Blocks, choose_block_size
-from deadhead.plans.kinds import ONE_SHOT, OneShot
-from deadhead.plans.plan import Unit
+from deadhead.plans.kinds import ONE_SHOT, STANDARDISED, OneShot
+from deadhead.plans.plan import Unit, UnitKey
 from deadhead.plans.scores import HeadScores
 
 # Those that need no output projection to look at.
@@ -88,19 +91,29 @@ def score_heads(
             "use 'taylor' or 'magnitude', or leave blocks out."
         )
     found = _scores(model, criterion, there, batches, seed) if there else []
-    scores = HeadScores(
-        scores={site.key: scores for site, scores in zip(there, found, strict=True)},
-        choices=choices,
-    )
+    by_row = {site.key: values for site, values in zip(there, found, strict=True) if values.dim() == 2}
+    values = {site.key: _total(values) for site, values in zip(there, found, strict=True)}
+    scores = HeadScores(scores=values, choices=choices)
+
+    def together(key: UnitKey, owner_F: Tensor) -> Tensor:
+        single = by_row.get(key, values[key])
+        sums = single.new_zeros(*single.shape[:-1], int(owner_F.max()) + 1).index_add(-1, owner_F, single)
+        return sums / owner_F.bincount() if criterion in STANDARDISED else _total(sums)
+
     if isinstance(blocks, Mapping):
-        return scores.bundled(asked.hidden)
+        return scores.bundled(asked.hidden, together)
     widths = [len(site.units) for site in there if site.is_hidden]
     size = None if isinstance(blocks, bool) else blocks
-    return scores.in_blocks(choose_block_size(widths, size, largest=LARGEST_SORTED)) if widths else scores
+    return scores.in_blocks(choose_block_size(widths, size, largest=LARGEST_SORTED), together) if widths else scores
+
+
+def _total(scores: Tensor) -> Tensor:
+    """Return scores, (H,), or what they are of rows with a sign, (R, H)."""
+    return scores.abs().sum(0) if scores.dim() == 2 else scores
 
 
 def _scores(model: PreTrainedModel, criterion: OneShot, sites: list[Site], batches: Batches, seed: int) -> list[Tensor]:
-    """Return for each site a score of each of its units, (H,), on the CPU."""
+    """Return for each site a score of each of its units, (H,), or of each row too, (R, H), on the CPU."""
     if criterion == "magnitude":
         return weights.magnitudes(sites)
     if criterion == "random":

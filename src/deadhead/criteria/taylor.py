@@ -1,6 +1,7 @@
 """The first-order criterion: how fast the loss changes as a unit is scaled.
 
-Dimensions: B batch, T tokens, H units of a site, E width of a unit in the output projection's input.
+Dimensions: B batch, R rows of all batches, T tokens, H units of a site, E width of a unit in the output projection's
+input.
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ class _Mask(nn.Module):
 
 
 def taylor(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
-    """Return for each site the mean over rows of |∂L / ∂ξ_h|, (H,), L the mean loss of the row's tokens.
+    """Return for each site ∂L / ∂ξ_h of every row, (R, H), L the mean loss of the row's tokens, as shares of a mean.
 
-    Rows weigh by the tokens of theirs that count.
+    Rows weigh by the tokens of theirs that count. A unit's score is the sum over rows of what there is, without its
+    sign, and that of several units together the same of their sum: they may make up for each other.
     """
     reading = Reading(model)
-    found = [torch.zeros(len(site.units)) for site in sites]
+    found: list[list[Tensor]] = [[] for _ in sites]
     masks = [_Mask(site) for site in sites]
     total = 0
 
@@ -86,7 +88,7 @@ def taylor(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> l
             weight = int(inputs["scored"][:, 1:].sum()) if "scored" in inputs else len(inputs["input_ids"])
             # The loss is a mean over the rows, so each row's own derivative is so many times as large.
             derivatives = torch.autograd.grad(outputs.loss * weight, [mask.mask_BH for mask in masks])
-            for scores, derivative_BH in zip(found, derivatives, strict=True):
-                scores += derivative_BH.abs().sum(0).float().cpu()
+            for rows, derivative_BH in zip(found, derivatives, strict=True):
+                rows.append(derivative_BH.float().cpu())
             total += weight
-    return [scores / total for scores in found]
+    return [torch.cat(rows) / total for rows in found]

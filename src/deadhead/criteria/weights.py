@@ -1,4 +1,4 @@
-"""Criteria that look at no text: the norm of a unit's weights, and chance.
+"""Criteria that look at no text: the size of a unit's weights, and chance.
 
 Dimensions: H units of a site.
 """
@@ -14,7 +14,7 @@ from deadhead.layouts import Site
 
 
 def magnitudes(sites: Sequence[Site]) -> list[Tensor]:
-    """Return for each site the L2 norm of all numbers that would go with each of its units, (H,)."""
+    """Return for each site the sum of squares of all numbers that would go with each of its units, (H,)."""
     return [_magnitude(site) for site in sites]
 
 
@@ -31,7 +31,7 @@ def _magnitude(site: Site) -> Tensor:
                 squares[place] = weight.square().movedim(part.dim, 0).reshape(weight.shape[part.dim], -1).sum(1)
             total += float(squares[place][part.index.cpu()].sum())
         found.append(total)
-    return torch.tensor(found).sqrt()
+    return torch.tensor(found)
 
 
 def random(sites: Sequence[Site], seed: int) -> list[Tensor]:

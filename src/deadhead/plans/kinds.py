@@ -11,8 +11,8 @@ OneShot = Literal[
 ONE_SHOT: tuple[OneShot, ...] = get_args(OneShot)
 # Those that look at text.
 READS_TEXT: tuple[OneShot, ...] = tuple(name for name in ONE_SHOT if name not in ("magnitude", "random"))
-# Those whose scores compare with their own layer's: an order of all units, but no loss to be divided by a cost.
-STANDARDISED: tuple[OneShot, ...] = ("wanda", "flap")
+# Those whose scores are an order of all units, but no loss: none that is shared out among units, or divided by a cost.
+STANDARDISED: tuple[OneShot, ...] = ("wanda", "flap", "random")
 BudgetKind = Literal["sparsity", "params", "flops", "kv_cache", "speedup"]
 Of = Literal["all", "blocks"]
 BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)

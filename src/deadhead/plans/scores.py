@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,20 +53,28 @@ class HeadScores:
                 kept[key] = part.nonzero().flatten().tolist()
         return self.choices.plan(kept, output_scale=self.output_scale)
 
-    def bundled(self, blocks: Mapping[UnitKey, Sequence[Sequence[int]]]) -> HeadScores:
-        """Return the scores of blocks of hidden units, of single ones' scores the sums; heads keep theirs."""
+    def bundled(
+        self, blocks: Mapping[UnitKey, Sequence[Sequence[int]]], together: Callable[[UnitKey, Tensor], Tensor]
+    ) -> HeadScores:
+        """Return the scores of blocks of hidden units; heads keep theirs.
+
+        Args:
+            blocks: by key.
+            together: returns for a key, and the index of the block that each of its units is in, (F,), the blocks'
+                scores, (H,).
+        """
         members, scores = dict(self.choices.members), dict(self.scores)
         for key, found in blocks.items():
             if found:
                 owner = owners([unit for (unit,) in self.choices.members[key]], found)
-                values = self.scores[key]
-                members[key], scores[key] = found, values.new_zeros(len(found)).index_add(0, owner, values)
+                members[key], scores[key] = found, together(key, owner)
         return replace(self, scores=scores, choices=replace(self.choices, members=members))
 
-    def in_blocks(self, size: int) -> HeadScores:
-        """Return the scores of blocks of so many hidden units of like scores (see `sorted_blocks`)."""
+    def in_blocks(self, size: int, together: Callable[[UnitKey, Tensor], Tensor]) -> HeadScores:
+        """Return the scores of blocks of so many hidden units of like scores (see `sorted_blocks` and `bundled`)."""
         keys = [key for key in self.scores if key.kind == "block"]
-        return self.bundled({key: sorted_blocks(self.choices.units[key], self.scores[key], size) for key in keys})
+        blocks = {key: sorted_blocks(self.choices.units[key], self.scores[key], size) for key in keys}
+        return self.bundled(blocks, together)
 
     def over(self, costs: UnitCosts) -> HeadScores:
         """Return these scores, which are worth something as numbers, over what each choice costs."""
