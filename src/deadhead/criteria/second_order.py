@@ -70,9 +70,11 @@ def second_order(
             relative to the stream.
         most_bytes: what the moments of one pass may take; None takes a quarter of the memory that is free.
     """
-    batches = list(batches)
     found: list[Tensor] = []
-    for group in _groups(model, sites, with_gradients, most_bytes):
+    groups = [*_groups(model, sites, with_gradients, most_bytes)]
+    if len(groups) > 1:
+        batches = list(batches)
+    for group in groups:
         for site, moments in zip(group, measured(model, group, batches, with_gradients=with_gradients), strict=True):
             found.append(slopes(site, moments))
     return found

@@ -47,6 +47,15 @@ def _kept_units(plan: HeadPlan) -> dict[Any, tuple[int, ...]]:
     return {key: tuple(units) for key, units in plan.units.items()}
 
 
+@pytest.mark.parametrize("how", [{"criterion": "reconstruction", "steps": 2}, {"start_from": "flap", "steps": 2}])
+def test_progress_is_told_while_units_are_scored(how: dict[str, Any]) -> None:
+    told: list[tuple[str, int, int]] = []
+    recipe = recipe_of("llama", start_batches=2, freeze_weights=True, **how)
+    choose_units(MODELS["llama"](), TEXT, recipe, PhaseRun(progress=lambda *found: told.append(found[:3])))
+    assert told[:3] == [("scoring units", done, 2) for done in range(3)]
+    assert told[3:] == ([("train", 1, 2), ("train", 2, 2)] if "start_from" in how else [])
+
+
 def test_a_phase_that_goes_on_has_the_blocks_that_it_began_with(tmp_path: Path, monkeypatch: Any) -> None:
     recipe = leaning("llama", steps=6, save_every=2, gate_lr=None)
     whole, _ = choose_units(MODELS["llama"](), TEXT, recipe, PhaseRun(folder=tmp_path / "whole"))

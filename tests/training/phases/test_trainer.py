@@ -315,14 +315,14 @@ def test_output_differences_are_measured_where_asked_for_and_change_no_bit_of_th
 
 @pytest.mark.slow
 def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[str, int, int]] = []
     train(
         tiny_model(),
         TEXT,
         phase_recipe(steps=3, log_every=2),
-        PhaseRun(report=lambda done, total, _: told.append((done, total))),
+        PhaseRun(progress=lambda name, done, total, _: told.append((name, done, total))),
     )
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [("train", 1, 3), ("train", 2, 3), ("train", 3, 3)]
 
 
 def test_gates_need_aprune_recipe() -> None:

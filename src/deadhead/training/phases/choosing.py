@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -245,6 +245,7 @@ def rank(
     seed: int = 0,
     first_segment: int = 0,
     latency: Latency | None = None,
+    progress: Progress = lambda *_: None,
 ) -> HeadPlan:
     """Choose the units that stay by a one-shot criterion; the model is not changed.
 
@@ -258,6 +259,7 @@ def rank(
         seed: of the choice of batches (of a model without segment memory), and of "random".
         first_segment: where in the text to begin, for a model with segment memory.
         latency: of this model on this machine, for a recipe with a speedup; None measures it.
+        progress: told how much of the text is read.
 
     Raises:
         InputError: the criterion is not a one-shot one, the budget cannot be reached, or the text is too short.
@@ -266,15 +268,31 @@ def rank(
         raise InputError(
             f"The criterion {recipe.criterion} trains gates; use deadhead.training.train with gates attached."
         )
-    scores = score(model, text, recipe, seed=seed, first_segment=first_segment)
+    scores = score(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
     found = budget_costs(model, recipe, latency=latency)
     if found is not None and recipe.criterion not in STANDARDISED:
         scores = scores.over(found[1])
     return plan_of_scores(model, scores, recipe, latency=latency)[0]
 
 
+def _told(
+    batches: Iterable[dict[str, Tensor]], count: int, report: Callable[[int, int], None]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches, and report how many of so many are done as the next is asked for."""
+    for done, batch in enumerate(batches):
+        report(done, count)
+        yield batch
+    report(count, count)
+
+
 def score(
-    model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, *, seed: int, first_segment: int
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int,
+    first_segment: int,
+    progress: Progress,
 ) -> HeadScores:
     """Score heads by the recipe's one-shot criterion, or the one that gates begin to lean by."""
     if recipe.is_one_shot:
@@ -284,6 +302,7 @@ def score(
     batches: Iterable[dict[str, Tensor]] = ()
     if criterion in READS_TEXT:
         batches = islice(batches_of(model, text, recipe, seed=seed, first_segment=first_segment), count)
+        batches = _told(batches, count, counted(progress, "scoring units"))
     model.to(best_device())  # type: ignore[arg-type]
     gates = gates_of(model)
     with flushing_denormals():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +43,7 @@ from deadhead.training.phases.learning import checkpoint_activations, learner
 from deadhead.training.phases.rolling_back import roll_back, smaller_step
 from deadhead.training.phases.starting import Start, start_of
 from deadhead.training.phases.trainer import LanguageModelTrainer, training_arguments
-from deadhead.training.processes import on_main, require_data_parallel
+from deadhead.training.processes import Progress, on_main, require_data_parallel
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 # Settings that the callback of gates has under the same names, however is said how much goes.
@@ -69,7 +69,7 @@ class PhaseRun:
         report_to: trackers that the numbers go to through transformers' integrations, such as "wandb".
         run_name: what the trackers call the run.
         valid: the validation text, for a recipe with `eval_every`.
-        report: told of every step, for a progress bar.
+        progress: told of every step, by the phase's name, and of units being scored.
         resume: go on from the newest whole checkpoint in `folder`, if there is one.
     """
 
@@ -87,7 +87,7 @@ class PhaseRun:
     report_to: Sequence[str] = ()
     run_name: str | None = None
     valid: TokenStream | None = None
-    report: Callable[[int, int, dict[str, Any]], None] | None = None
+    progress: Progress = lambda *_: None
     resume: bool = False
 
 
@@ -148,8 +148,8 @@ def choose_units(
     budget = recipe.budget
     if recipe.is_one_shot:
         assert budget is not None
-        begin = run.first_segment
-        plan = on_main(lambda: rank(model, text, recipe, seed=run.seed, first_segment=begin, latency=run.latency))
+        where: dict[str, Any] = {"seed": run.seed, "first_segment": run.first_segment, "latency": run.latency}
+        plan = on_main(lambda: rank(model, text, recipe, **where, progress=run.progress))
         # Not those that would learn: a ranking's blocks are of units of like scores.
         gates = attach_for(model, plan)
         found: float | None = on_main(lambda: budget.reached(true_share(model, recipe, plan)))
@@ -195,8 +195,7 @@ def _attempt(
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is None:
         _lean_gates(model, text, recipe, run)
-    if run.report is not None:
-        ours.append(StepReporter(run.report))
+    ours.append(StepReporter(partial(run.progress, run.phase)))
     distillation = None
     if run.teacher is not None:
         distillation = Distillation(run.teacher, weight=recipe.distill, temperature=recipe.distill_temperature)
@@ -300,6 +299,7 @@ def _start(model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, run: 
             latency=run.latency,
             folder=None if run.folder is None else Path(run.folder),
             resume=run.resume,
+            progress=run.progress,
         )
     )
 

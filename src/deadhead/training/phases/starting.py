@@ -20,6 +20,7 @@ from deadhead.plans.plan import UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_plan import layer_key
 from deadhead.training.phases.choosing import budget_costs, score
+from deadhead.training.processes import Progress
 from deadhead.training.recipes.recipe import PruneRecipe
 
 _START_FILE = "start.json"
@@ -55,6 +56,7 @@ def start_of(
     latency: Latency | None = None,
     folder: Path | None = None,
     resume: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> Start:
     """Score a model's units by the criterion that the gates of a recipe begin to lean by.
 
@@ -69,11 +71,12 @@ def start_of(
         latency: of this model on this machine, for a recipe with a speedup; None measures it.
         folder: where the scores are kept; None keeps none.
         resume: take those that are kept, so that a phase that goes on has the same gates wherever it runs.
+        progress: told how much of the text is read.
     """
     path = None if folder is None else folder / _START_FILE
     if resume and path is not None and path.exists():
         return _read(path)
-    scores = score(model, text, recipe, seed=seed, first_segment=first_segment)
+    scores = score(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
     found = budget_costs(model, recipe, latency=latency)
     if found is not None and recipe.start_from not in STANDARDISED:
         scores = scores.over(found[1])

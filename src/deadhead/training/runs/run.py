@@ -6,7 +6,6 @@ import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +311,7 @@ class Run:
             report_to=self.report_to,
             run_name=f"{self.recipe.name} {phase}",
             valid=self._text.splits["valid"],
-            report=partial(self.progress, phase),
+            progress=self.progress,
             resume=True,
         )
 

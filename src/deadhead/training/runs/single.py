@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -217,7 +216,7 @@ def _run(
             report_to=options.report_to,
             run_name=f"{work.name.removesuffix('.work')} {phase}",
             valid=text.valid,
-            report=partial(progress, phase),
+            progress=progress,
             resume=options.resume,
         )
         found: dict[str, Any] = {}
