@@ -306,7 +306,8 @@ def test_where_there_is_no_memory_for_float32_outputs_are_held_against_the_model
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cutting, "_SHARE_OF_MEMORY", 0)
-    cut(tiny_model(dtype=torch.bfloat16), PLAN)
+    model = cut(tiny_model(dtype=torch.bfloat16), PLAN)
+    assert find_layout(model).recorded_plan(model) == PLAN
 
 
 def test_the_base_model_can_be_cut() -> None:

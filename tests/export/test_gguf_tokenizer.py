@@ -63,7 +63,9 @@ def test_llama_cpp_gives_the_same_tokens(name: str, tmp_path: Path) -> None:
 def test_our_own_tokenizers(kind: str, tmp_path: Path) -> None:
     _, tokenizer = load_text(str(write_prose(tmp_path)), tokenizer=kind, vocab_size=300 if kind == "bpe" else None)
     model = dense_model("llama", vocab_size=len(tokenizer))
+    # Of a tokenizer that llama.cpp reads otherwise no file stays.
     deadhead.export_model(model, tmp_path / "model.gguf", to="gguf", kind="f32", tokenizer=tokenizer)
+    assert (tmp_path / "model.gguf").is_file()
 
 
 @needs_llama_cpp
