@@ -14,6 +14,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import require_whole
+from deadhead.gates.skipping import SKIPPING_HOOKS, Skipping
 from deadhead.layouts import BLOCK_GATE, HEAD_GATE, Layout, Site, find_layout, head_columns
 from deadhead.layouts.inputs import require_runnable
 from deadhead.layouts.refusals import require_model, require_no_prefix, require_plain, require_untied
@@ -35,9 +36,10 @@ class _GateInput:
     An object, not a closure, so that a deep copy of the model points at the copy's gates.
     """
 
-    def __init__(self, gate: HeadGate, head_dim: int) -> None:
+    def __init__(self, gate: HeadGate, head_dim: int, skipping: Skipping | None = None) -> None:
         self.gate = gate
         self.head_dim = head_dim
+        self.skipping = skipping
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
@@ -49,7 +51,11 @@ class _GateInput:
             with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                 gate.measure(*self._squares(module, hidden.detach().flatten(0, -2), z_H.detach()))
         if gate.owner is not None:
-            return (hidden * factor_H.index_select(0, gate.owner), *rest)
+            factor_H = factor_H.index_select(0, gate.owner)
+        if self.skipping is not None and self.skipping.computed is not None:
+            factor_H = factor_H.index_select(0, self.skipping.computed.to(factor_H.device))
+        if gate.owner is not None:
+            return (hidden * factor_H, *rest)
         return ((hidden.unflatten(-1, (-1, self.head_dim)) * factor_H[:, None]).flatten(-2), *rest)
 
     def _squares(self, output: nn.Module, hidden_RF: Tensor, z_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +271,7 @@ def rehang(model: PreTrainedModel | nn.Module) -> None:
     sites = find_layout(model).all_sites(model, gates.unit, hidden=gates.choices.has_blocks)
     with restored_on_failure(model):
         for module in model.modules():
-            _remove_hooks(module, _GateInput)
+            _remove_hooks(module, _GateInput, *SKIPPING_HOOKS)
         _hang(sites)
         for _, gate in gates:
             gate.log_alpha_bias.requires_grad_()
@@ -275,21 +281,30 @@ def _hang(sites: Sequence[Site]) -> None:
     for site in sites:
         gate = site.module._modules.get(site.gate_name)
         if isinstance(gate, HeadGate) and site.output_path is not None:
-            site.output.register_forward_pre_hook(_GateInput(gate, site.unit_dim))
+            skipping = None if site.leaves_out_shut else Skipping(site, gate)
+            site.output.register_forward_pre_hook(_GateInput(gate, site.unit_dim, skipping))
+            if skipping is not None:
+                skipping.hang()
     # Code that was compiled without these hooks, or with others, would go on without them.
     torch.compiler.reset()
 
 
-def _remove_hooks(module: nn.Module, *kinds: type) -> None:
+def _remove_hooks(module: nn.Module, *kinds: type, gate: nn.Module | None = None) -> None:
+    """Take hooks of some kinds off a module, of all gates or one."""
     # By type, not by handle: handles of a deep copy would point at the original.
-    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)]:
-        del module._forward_pre_hooks[key]
+    tables: tuple[dict[int, Any], ...] = module._forward_pre_hooks, module._forward_hooks
+    for hooks in tables:
+        found = {key: cast(Any, hook) for key, hook in hooks.items() if isinstance(hook, kinds)}
+        for key in [key for key, hook in found.items() if gate is None or hook.gate is gate]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def take_off(site: Site) -> None:
     """Take the gate off one site; the model's other gates stay."""
     if site.output_path is not None:
         _remove_hooks(site.output, _GateInput)
+        _remove_hooks(site.module, *SKIPPING_HOOKS, gate=site.module._modules.get(site.gate_name))
     site.module._modules.pop(site.gate_name, None)
 
 
@@ -310,7 +325,7 @@ def detach(model: _Module) -> _Module:
     """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
     with restored_on_failure(model):
         for module in model.modules():
-            _remove_hooks(module, _GateInput, _DrawNoise)
+            _remove_hooks(module, _GateInput, _DrawNoise, *SKIPPING_HOOKS)
             for name in _GATE_NAMES:
                 if isinstance(module._modules.get(name), HeadGate):
                     del module._modules[name]

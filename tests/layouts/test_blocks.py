@@ -355,7 +355,7 @@ def test_parameters_of_hidden_units() -> None:
 
 
 @models
-def test_magnitude_is_the_norm_of_what_the_cut_takes_away(kind: str) -> None:
+def test_magnitude_is_the_square_of_what_the_cut_takes_away(kind: str) -> None:
     found = score_heads(
         MODELS[kind](), "magnitude", blocks={layer: [[unit] for unit in range(12)] for layer in range(3)}
     )
@@ -367,7 +367,7 @@ def test_magnitude_is_the_norm_of_what_the_cut_takes_away(kind: str) -> None:
     for unit in range(12):
         units = UnitPlan(kept={1: [other for other in range(12) if other != unit]}, total=total)
         smaller = cut(MODELS[kind](), HeadPlan(kept={}, total=HEADS, hidden_units=units))
-        expected = (square(MODELS[kind]()) - square(smaller)) ** 0.5
+        expected = square(MODELS[kind]()) - square(smaller)
         assert float(found.scores[UnitKey("block", 1)][unit]) == pytest.approx(expected, rel=1e-3)
     assert score_heads(MODELS[kind](), "random", blocks=3).plan(0.5).hidden_units is not None
 

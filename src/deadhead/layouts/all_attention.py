@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ class HeadSite(Site):
     """The heads of a layer. A persistent vector's row belongs to a head and to a vector: it goes with either."""
 
     module: AllAttention
+    leaves_out_shut: ClassVar[bool] = True
 
     def selections(self, units: tuple[int, ...]) -> list[Selection]:
         """Return rows of q, k, v, r and their biases, u, v and persistent vectors, and columns of W_O."""

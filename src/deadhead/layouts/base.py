@@ -9,7 +9,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class Site(ABC):
     unit_dim: int  # E, width of one unit in that input: of a head; 1 of a hidden unit
     units: tuple[int, ...]  # indices, in the dense model, of the units there are now; () for an emptied one
     total: int  # units of the dense model
+    # Whether the module itself leaves out what a gate shuts in a draw.
+    leaves_out_shut: ClassVar[bool] = False
     is_hidden: bool = False  # whether its units are hidden units, which gates take in blocks, not heads
     # Whether its units went with the last head of its layer. A plan that keeps some is obeyed all the same.
     is_headless: bool = False

@@ -1,0 +1,111 @@
+"""Units that are shut in a draw are not computed while gates alone learn.
+
+Where no weight of a module learns, what shut units would give is of no use: their z is 0, and so is its gradient. For
+one forward the module is then shrunk to the others, as a cut would, and put back. It computes what it does with all of
+them, but for rounding. Deadhead's own attention leaves shut heads out by itself, also while weights learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deadhead.gates.head_gate import HeadGate
+from deadhead.gates.sharding import is_sharded
+from deadhead.layouts import Site
+
+# Of a module's units so many must be shut: to gather what is left of weights takes time too.
+_LEAST = 1 / 8
+_NOTHING = object()
+
+
+class Skipping:
+    """Shrinks one site's module before it runs and puts it back afterwards.
+
+    An object, not a closure, so that a deep copy of the model points at the copy's modules.
+    """
+
+    def __init__(self, site: Site, gate: HeadGate) -> None:
+        self.site, self.gate = site, gate
+        # Which of the site's units are computed now, (U,), by their place; None: all of them.
+        self.computed: Tensor | None = None
+        # What shrinking has changed: tables, names in them, and what was there.
+        self._changed: list[tuple[dict[str, Any], str, Any]] = []
+
+    def hang(self) -> None:
+        """Hook on to the module."""
+        self.site.module.register_forward_pre_hook(_Shrink(self))
+        # Also where gradient checkpointing leaves a module in the middle.
+        self.site.module.register_forward_hook(_PutBack(self), always_call=True)
+
+    def shrink(self, module: nn.Module) -> None:
+        """Leave out the units that are shut in this draw, if there are enough of them and no weight learns."""
+        if torch.compiler.is_compiling() or module is not self.site.module or not (idle := self.gate.idle):
+            return
+        owners = range(len(self.site.units)) if self.gate.owner is None else self.gate.owner.tolist()
+        shut = set(idle)
+        # A module without units would have to be told what it returns; one gate's, times 0, cost little.
+        open_gates = {gate for gate in range(self.gate.num_heads) if gate not in shut} or {0}
+        places = [place for place, gate in enumerate(owners) if gate in open_gates]
+        if len(places) > (1 - _LEAST) * len(self.site.units) or not self._is_frozen(module):
+            return
+        before = [(table, dict(table)) for table in _tables(module)]
+        with torch.no_grad():
+            self.site.shrink(tuple(self.site.units[place] for place in places))
+        self._changed = [
+            (table, name, values.get(name, _NOTHING))
+            for table, values in before
+            for name, value in table.items()
+            if value is not values.get(name, _NOTHING)
+        ]
+        self.computed = torch.tensor(places, dtype=torch.long)
+
+    def put_back(self) -> None:
+        """Give the module all its units again."""
+        for table, name, value in self._changed:
+            if value is _NOTHING:
+                del table[name]
+            else:
+                table[name] = value
+        self._changed, self.computed = [], None
+
+    def _is_frozen(self, module: nn.Module) -> bool:
+        """Tell whether the weights lie there whole and plain, and none of them learns."""
+        gates = {id(each.log_alpha_bias) for each in module.modules() if isinstance(each, HeadGate)}
+        named = {name: p for name, p in module.named_parameters() if id(p) not in gates}
+        learns = any(parameter.requires_grad or is_sharded(parameter) for parameter in named.values())
+        return not learns and all(part.path in named for part in self.site.selections(self.site.units[:1]))
+
+
+class _Hook:
+    def __init__(self, skipping: Skipping) -> None:
+        self.skipping = skipping
+
+    @property
+    def gate(self) -> HeadGate:
+        return self.skipping.gate
+
+
+class _Shrink(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.skipping.shrink(module)
+
+
+class _PutBack(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is self.skipping.site.module:
+            self.skipping.put_back()
+
+
+SKIPPING_HOOKS = (_Shrink, _PutBack)
+
+
+def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield what a module's attributes and parameters lie in."""
+    for each in module.modules():
+        if not isinstance(each, HeadGate):
+            yield vars(each)
+            yield each._parameters
