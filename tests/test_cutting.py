@@ -247,13 +247,40 @@ def test_a_cut_that_computes_something_else_is_refused(monkeypatch: pytest.Monke
     def spoil(self: Any, heads: tuple[int, ...]) -> None:
         original(self, heads)
         if heads:
-            self.module.q_proj.weight.data.mul_(1.001)
+            self.module.q_proj.weight.data.mul_(1.1)
 
     before = snapshot(model)
     with monkeypatch.context() as patch:
         patch.setattr(HeadSite, "shrink", spoil)
         with pytest.raises(CutError, match=r"differs .* by .*, but at most 1e-05 is allowed; nothing was cut"):
             cut(model, PLAN)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("factor", [1.0, 1.0001])
+def test_what_may_be_rounding_is_judged_in_float64(
+    factor: float, memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that makes much of rounding is cut all the same; a fault is as large in float64."""
+    model = tiny_model()
+    before, expected, original = snapshot(model), logits(model), HeadSite.shrink
+
+    def spoil(self: Any, heads: tuple[int, ...]) -> None:
+        original(self, heads)
+        if heads:
+            self.module.q_proj.weight.data.mul_(factor)
+
+    monkeypatch.setattr(HeadSite, "shrink", spoil)
+    monkeypatch.setitem(cutting._TOLERANCE, torch.float32, 1e-12)
+    if not memory:
+        monkeypatch.setattr(cutting, "_SHARE_OF_MEMORY", 0)
+    if factor == 1.0 and memory:
+        assert {parameter.dtype for parameter in cut(model, PLAN).parameters()} == {torch.float32}
+        return
+    with pytest.raises(CutError, match=f"at most {'1e-06' if memory else '1e-12'} is allowed; nothing was cut"):
+        cut(model, PLAN)
     assert_unchanged(model, before)
     assert torch.equal(logits(model), expected)
 
