@@ -47,10 +47,10 @@ from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
 from deadhead.measure.losses import SegmentLoss
 from deadhead.plans.blocks import Blocks, runs
-from deadhead.plans.kinds import ONE_SHOT, READS_TEXT, STANDARDISED
+from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
 from deadhead.plans.plan import HeadPlan
 from deadhead.training import PruneRecipe
-from deadhead.training.phases.choosing import budget_costs, plan_of_scores
+from deadhead.training.phases.choosing import for_cost, plan_of_scores
 from deadhead.training.phases.compensating import dense_copy
 
 SHARES = (0.8, 0.7, 0.5)
@@ -134,10 +134,7 @@ def choose(model: PreTrainedModel, point: Point, rows: Tensor, setting: Setting)
         blocks = {site.layer: runs(site.units, setting.block_size) for site in sites}
     scores = score_heads(model, point.criterion, text, blocks=blocks)  # type: ignore[arg-type]
     recipe = recipe_of(point)
-    found = budget_costs(model, recipe)
-    if found is not None and point.criterion not in STANDARDISED:
-        scores = scores.over(found[1])
-    return plan_of_scores(model, scores, recipe)[0]
+    return plan_of_scores(model, for_cost(model, scores, recipe), recipe)[0]
 
 
 def measure(point: Point, setting: Setting, out: Path) -> None:

@@ -269,10 +269,26 @@ def rank(
             f"The criterion {recipe.criterion} trains gates; use deadhead.training.train with gates attached."
         )
     scores = score(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
-    found = budget_costs(model, recipe, latency=latency)
-    if found is not None and recipe.criterion not in STANDARDISED:
-        scores = scores.over(found[1])
+    scores = for_cost(model, scores, recipe, latency=latency)
     return plan_of_scores(model, scores, recipe, latency=latency)[0]
+
+
+def for_cost(
+    model: PreTrainedModel, scores: HeadScores, recipe: PruneRecipe, *, latency: Latency | None = None
+) -> HeadScores:
+    """Return a criterion's scores by what units are worth for their cost, where a recipe's budget says what they cost.
+
+    Scores that are an order alone stay as they are, and so do all for a share of heads.
+    """
+    found = budget_costs(model, recipe, latency=latency)
+    return scores if found is None or _look(recipe)[0] in STANDARDISED else scores.over(found[1])
+
+
+def _look(recipe: PruneRecipe) -> tuple[OneShot, int]:
+    """Return the criterion by which a recipe ranks units, or lets gates lean, and how many batches it reads."""
+    if recipe.is_one_shot:
+        return cast(OneShot, recipe.criterion), recipe.steps
+    return cast(OneShot, recipe.start_from), recipe.start_batches
 
 
 def _told(
@@ -295,10 +311,7 @@ def score(
     progress: Progress,
 ) -> HeadScores:
     """Score heads by the recipe's one-shot criterion, or the one that gates begin to lean by."""
-    if recipe.is_one_shot:
-        criterion, count = cast(OneShot, recipe.criterion), recipe.steps
-    else:
-        criterion, count = cast(OneShot, recipe.start_from), recipe.start_batches
+    criterion, count = _look(recipe)
     batches: Iterable[dict[str, Tensor]] = ()
     if criterion in READS_TEXT:
         batches = islice(batches_of(model, text, recipe, seed=seed, first_segment=first_segment), count)

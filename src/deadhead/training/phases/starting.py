@@ -15,11 +15,10 @@ from deadhead.disk.reading import read_json
 from deadhead.gates.gates import HeadGates
 from deadhead.measure.latency import Latency
 from deadhead.plans.blocks import Blocks
-from deadhead.plans.kinds import STANDARDISED
 from deadhead.plans.plan import UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_plan import layer_key
-from deadhead.training.phases.choosing import budget_costs, score
+from deadhead.training.phases.choosing import for_cost, score
 from deadhead.training.processes import Progress
 from deadhead.training.recipes.recipe import PruneRecipe
 
@@ -77,9 +76,7 @@ def start_of(
     if resume and path is not None and path.exists():
         return _read(path)
     scores = score(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
-    found = budget_costs(model, recipe, latency=latency)
-    if found is not None and recipe.start_from not in STANDARDISED:
-        scores = scores.over(found[1])
+    scores = for_cost(model, scores, recipe, latency=latency)
     blocks = {key.layer: members for key, members in scores.choices.hidden.items()}
     start = Start(scores={key: values.double() for key, values in scores.scores.items()}, blocks=blocks)
     # What is not finite is told when gates lean by it.
