@@ -1,7 +1,8 @@
-"""A real language model, SmolLM2-135M, pruned without training: criteria, and what compensation adds, at equal size.
+"""A real language model, SmolLM2-135M, pruned on frozen weights: rankings, gates and learned sizes, at equal size.
 
 A share of the parameters of its Transformer blocks goes (`--params … --of blocks`), chosen by each criterion; the cut
-model is measured, its output projections are fitted to the dense model, and it is measured again. Nothing is trained.
+model is measured, its output projections are fitted to the dense model, and it is measured again. No weight is trained:
+what learns is gates, or sizes of sublayers.
 Perplexity is that of rows of 256 tokens, each read alone. Calibration and choice use the validation text alone: its
 first rows calibrate, others choose (`valid`); `--test` adds rows of the test text, for methods that were chosen.
 
@@ -42,6 +43,7 @@ from benchmarks._all_attention import machine
 from benchmarks._sweep import run_all
 from deadhead.compensation.compensating import compensate_from
 from deadhead.criteria.scoring import score_heads
+from deadhead.data import TokenStream
 from deadhead.disk.files import write_json
 from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
@@ -50,11 +52,13 @@ from deadhead.plans.blocks import Blocks, runs
 from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
 from deadhead.plans.plan import HeadPlan
 from deadhead.training import PruneRecipe
-from deadhead.training.phases.choosing import for_cost, plan_of_scores
+from deadhead.training.phases.choosing import for_cost, plan_of_scores, rank
 from deadhead.training.phases.compensating import dense_copy
 
 SHARES = (0.8, 0.7, 0.5)
-LENGTH = 256
+LENGTH, BATCH = 256, 4
+LEARNED = ("gates", "sizes")
+METHODS = (*LEARNED, *ONE_SHOT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +68,11 @@ class Setting:
     Args:
         model: folder of the dense model, with its tokenizer.
         valid, test: texts; without `test` none is reported.
-        scored: rows that criteria read.
-        fitted: rows that compensation reads; a quarter of them is held out.
+        scored: rows that rankings read.
+        fitted: rows that compensation reads, of which an eighth is held out, and that gates and sizes learn from.
         chosen: rows of the validation text that methods are compared on, behind the first `fitted`.
         tested: rows of the test text.
+        steps: of gates, half as many of sizes; four rows each.
         block_size: hidden units that go or stay together.
         neighbours: whether they are neighbours in the model as it came, not units of like scores.
     """
@@ -79,6 +84,7 @@ class Setting:
     fitted: int = 120
     chosen: int = 24
     tested: int = 24
+    steps: int = 80
     block_size: int = 32
     neighbours: bool = False
 
@@ -107,7 +113,7 @@ def rows_of(path: Path, folder: Path, first: int, count: int) -> Tensor:
     return torch.tensor(ids[:tokens]).unflatten(0, (-1, LENGTH))[first:]
 
 
-def batches(rows: Tensor, size: int = 4) -> list[dict[str, Tensor]]:
+def batches(rows: Tensor, size: int = BATCH) -> list[dict[str, Tensor]]:
     """Return rows in batches."""
     return [{"input_ids": part} for part in rows.split(size)]
 
@@ -120,20 +126,33 @@ def perplexity(model: PreTrainedModel, rows: Tensor) -> float:
     return math.exp(sum(found) / len(rows))
 
 
-def recipe_of(point: Point) -> PruneRecipe:
+def recipe_of(point: Point, setting: Setting) -> PruneRecipe:
     """Return the recipe of a point."""
-    return PruneRecipe.model_validate({"criterion": point.criterion, "params": point.share, "of": "blocks"})
+    asked: dict[str, Any] = {"criterion": point.criterion, "params": point.share, "of": "blocks", "compensate": False}
+    if point.criterion in LEARNED:
+        asked |= {"batch_size": BATCH, "sequence_length": LENGTH, "block_size": setting.block_size}
+        asked["steps"] = setting.steps if point.criterion == "gates" else setting.steps // 2
+    if point.criterion == "gates":
+        asked |= {"freeze_weights": True, "start_from": "reconstruction", "distill": 1.0}
+    return PruneRecipe.model_validate(asked)
 
 
 def choose(model: PreTrainedModel, point: Point, rows: Tensor, setting: Setting) -> HeadPlan:
-    """Return the plan that a criterion makes of a budget, as `deadhead prune --criterion` does."""
-    text = batches(rows) if point.criterion in READS_TEXT else ()
+    """Return the plan that a criterion makes of a budget, as `deadhead prune` does."""
+    recipe = recipe_of(point, setting)
+    if point.criterion in LEARNED:
+        text = TokenStream(tokens=rows[: setting.fitted].flatten().numpy(), num_bytes=1, num_words=1)
+        if point.criterion == "sizes":
+            return rank(model, text, recipe)
+        plan = deadhead.prune(model, text, recipe=recipe, cut=False).plan
+        deadhead.detach(model)
+        return plan
+    looked_at = batches(rows[: setting.scored]) if point.criterion in READS_TEXT else ()
     blocks: int | Blocks = setting.block_size
     if setting.neighbours:
         sites = find_layout(model).hidden_sites(model)
         blocks = {site.layer: runs(site.units, setting.block_size) for site in sites}
-    scores = score_heads(model, point.criterion, text, blocks=blocks)  # type: ignore[arg-type]
-    recipe = recipe_of(point)
+    scores = score_heads(model, point.criterion, looked_at, blocks=blocks)  # type: ignore[arg-type]
     return plan_of_scores(model, for_cost(model, scores, recipe), recipe)[0]
 
 
@@ -141,15 +160,14 @@ def measure(point: Point, setting: Setting, out: Path) -> None:
     """Measure one point and write it down."""
     base = _peak()
     model = deadhead.load(setting.model)
-    recipe = recipe_of(point)
-    dense, model_bytes = dense_copy(model, recipe), 4 * model_cost(model).parameters
+    dense, model_bytes = dense_copy(model, recipe_of(point, setting)), 4 * model_cost(model).parameters
     calibration = rows_of(setting.valid, setting.model, 0, max(setting.scored, setting.fitted))
     texts = {"valid": rows_of(setting.valid, setting.model, len(calibration), setting.chosen)}
     if setting.test is not None:
         texts["test"] = rows_of(setting.test, setting.model, 0, setting.tested)
     found: dict[str, Any] = {"dense": {name: perplexity(model, rows) for name, rows in texts.items()}}
     begun = time.perf_counter()
-    plan = choose(model, point, calibration[: setting.scored], setting)
+    plan = choose(model, point, calibration, setting)
     seconds = {"choose": time.perf_counter() - begun}
     begun = time.perf_counter()
     deadhead.cut(model, plan)
@@ -209,7 +227,7 @@ def table(out: Path) -> str:
             "| criterion | " + " | ".join(f"{share:.0%} of the blocks" for share in shares) + " | pruning, s | peak |",
             "|---|" + "---|" * (len(shares) + 2),
         ]
-        for criterion in ONE_SHOT:
+        for criterion in METHODS:
             mine = {point["share"]: point for point in here if point["criterion"] == criterion}
             if mine:
                 cells = [_cell(mine[share]["perplexity"], split) if share in mine else "–" for share in shares]
@@ -249,7 +267,7 @@ def _quick(out: Path) -> Setting:
     deadhead.save(model.eval(), out / "dense", tokenizer=byte_tokenizer())
     text = out / "text.txt"
     text.write_text("".join(chr(97 + value % 26) for value in torch.randint(999, (16 * LENGTH,)).tolist()))
-    return Setting(model=out / "dense", valid=text, test=None, scored=2, fitted=4, chosen=2)
+    return Setting(model=out / "dense", valid=text, test=None, scored=2, fitted=8, chosen=2, steps=4)
 
 
 def main() -> None:
@@ -259,10 +277,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of another dense model, with its tokenizer")
     parser.add_argument("--valid", type=Path, help="text to calibrate and choose on")
     parser.add_argument("--test", type=Path, help="text to report on")
-    parser.add_argument("--criteria", nargs="+", choices=ONE_SHOT, default=ONE_SHOT)
+    parser.add_argument("--criteria", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES[:1], help="of the blocks' parameters left")
     parser.add_argument("--fitted", type=int, default=Setting.fitted, help="rows for compensation")
     parser.add_argument("--scored", type=int, default=Setting.scored, help="rows for criteria")
+    parser.add_argument("--steps", type=int, default=Setting.steps, help="of gates; sizes make half as many")
     parser.add_argument("--block-size", type=int, default=Setting.block_size)
     parser.add_argument("--neighbours", action="store_true", help="blocks of neighbours, not of like scores")
     parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where model and points are kept")
@@ -273,7 +292,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) if options.quick else options.out
         if options.quick:
-            sweep([Point(share=0.8, criterion="flap")], _quick(out), out, console)
+            sweep([Point(share=0.8, criterion=name) for name in ("flap", *LEARNED)], _quick(out), out, console)
         elif not options.table:
             if options.valid is None:
                 parser.error("a text to calibrate and choose on is missing; give it with --valid")
@@ -283,6 +302,7 @@ def main() -> None:
                 test=options.test,
                 fitted=options.fitted,
                 scored=options.scored,
+                steps=options.steps,
                 block_size=options.block_size,
                 neighbours=options.neighbours,
             )

@@ -20,7 +20,7 @@ the output projection's input, n = H·E, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from deadhead.criteria.reading import Batches, Reading, predicting
 from deadhead.criteria.streams import Passage, watched
 from deadhead.layouts import Site, head_columns
+from deadhead.measure.losses import SegmentOutputs
 from deadhead.modes import free_memory
 from deadhead.plans.plan import UnitKey
 
@@ -98,8 +99,18 @@ def _groups(
         yield group
 
 
-def measured(model: PreTrainedModel, sites: Sequence[Site], batches: Batches, *, with_gradients: bool) -> list[Moments]:
-    """Return the moments of some sites, from one pass over a text, forward and, with gradients, backward."""
+def measured(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    batches: Batches,
+    *,
+    with_gradients: bool,
+    note: Callable[[SegmentOutputs], None] = lambda outputs: None,
+) -> list[Moments]:
+    """Return the moments of some sites, from one pass over a text, forward and, with gradients, backward.
+
+    `note` is told what the model made of each batch.
+    """
     reading = Reading(model)
     found: dict[UnitKey, Moments] = {}
     for site in sites:
@@ -136,6 +147,7 @@ def measured(model: PreTrainedModel, sites: Sequence[Site], batches: Batches, *,
     try:
         with torch.set_grad_enabled(with_gradients), watched(model, sites, visit):
             for result, _ in reading.over(batches, begin):
+                note(result)
                 if not with_gradients:
                     continue
                 # The loss is a mean over tokens; a position's gradient should not depend on how many there are.

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -84,6 +84,12 @@ class LastStates:
 def nll(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
     """Return the sum of the negative log-likelihoods of tokens, 0-dimensional, but for those that are -100."""
     return cross_entropy(widened(logits_NV), wanted_N, ignore_index=-100, reduction="sum")
+
+
+def divergence(logits_NV: Tensor, expected_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the sum over tokens of KL(expected ‖ found), 0-dimensional, of distributions at a temperature."""
+    found_NV, wanted_NV = (log_softmax(widened(values) / temperature, dim=-1) for values in (logits_NV, expected_NV))
+    return kl_div(found_NV, wanted_NV, reduction="sum", log_target=True)
 
 
 def widened(logits: Tensor) -> Tensor:

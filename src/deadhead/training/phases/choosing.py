@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deadhead.attaching import attach, gates_of, unwrapped
 from deadhead.criteria.scoring import score_heads
+from deadhead.criteria.sizes import learn_sizes
 from deadhead.cutting import pruned_copy
 from deadhead.data import TokenStream
 from deadhead.errors import InputError
@@ -45,7 +46,7 @@ def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> G
     return GateConfig(
         init=filled.init,
         hard=filled.hard,
-        output_scale=filled.output_scale and not filled.is_one_shot,
+        output_scale=filled.output_scale and not filled.is_ranked,
         lr_scale=filled.gate_lr_scale,
         seed=seed,
     )
@@ -247,30 +248,63 @@ def rank(
     latency: Latency | None = None,
     progress: Progress = lambda *_: None,
 ) -> HeadPlan:
-    """Choose the units that stay by a one-shot criterion; the model is not changed.
+    """Choose the units that stay by a one-shot criterion, or by learned sizes; the model is not changed.
 
     Where the budget is not a share of heads, those go that score least for what they cost; by scores that compare with
     their own layer's, those that score least until the budget is met.
 
     Args:
         model: without gates.
-        text: `recipe.steps` batches of it are looked at by the criteria that look at text.
-        recipe: with a one-shot criterion and a budget.
+        text: `recipe.steps` batches of it are looked at by the criteria that look at text; sizes learn from each.
+        recipe: with such a criterion and a budget.
         seed: of the choice of batches (of a model without segment memory), and of "random".
         first_segment: where in the text to begin, for a model with segment memory.
         latency: of this model on this machine, for a recipe with a speedup; None measures it.
         progress: told how much of the text is read.
 
     Raises:
-        InputError: the criterion is not a one-shot one, the budget cannot be reached, or the text is too short.
+        InputError: the criterion trains gates, the budget cannot be reached, or the text is too short.
     """
-    if not recipe.is_one_shot:
+    if not recipe.is_ranked:
         raise InputError(
             f"The criterion {recipe.criterion} trains gates; use deadhead.training.train with gates attached."
         )
-    scores = score(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
-    scores = for_cost(model, scores, recipe, latency=latency)
+    where: dict[str, Any] = {"seed": seed, "first_segment": first_segment, "progress": progress}
+    if recipe.criterion == "sizes":
+        scores = _by_sizes(model, text, recipe, latency=latency, **where)
+    else:
+        scores = for_cost(model, score(model, text, recipe, **where), recipe, latency=latency)
     return plan_of_scores(model, scores, recipe, latency=latency)[0]
+
+
+def _by_sizes(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int,
+    first_segment: int,
+    latency: Latency | None,
+    progress: Progress,
+) -> HeadScores:
+    """Learn how much of each sublayer stays, for a recipe whose budget is not a share of heads."""
+    found = budget_costs(model, recipe, latency=latency)
+    assert found is not None
+    budget, costs = found
+    batches = islice(batches_of(model, text, recipe, seed=seed, first_segment=first_segment), recipe.steps)
+    model.to(best_device())  # type: ignore[arg-type]
+    with flushing_denormals():
+        learned = learn_sizes(
+            model,
+            batches,
+            costs,
+            budget.share,
+            steps=recipe.steps,
+            unit=recipe.unit,
+            blocks=asked_blocks(recipe, model),
+            progress=counted(progress, "learning sizes"),
+        )
+    return learned.scores
 
 
 def for_cost(
@@ -286,7 +320,7 @@ def for_cost(
 
 def _look(recipe: PruneRecipe) -> tuple[OneShot, int]:
     """Return the criterion by which a recipe ranks units, or lets gates lean, and how many batches it reads."""
-    if recipe.is_one_shot:
+    if recipe.is_ranked:
         return cast(OneShot, recipe.criterion), recipe.steps
     return cast(OneShot, recipe.start_from), recipe.start_batches
 

@@ -58,5 +58,5 @@ def calibration_of(
 
 def dense_copy(model: PreTrainedModel, recipe: PruneRecipe) -> PreTrainedModel:
     """Return a copy of a model that is about to be pruned; weights that the phase does not train are shared with it."""
-    is_trained = not (recipe.is_one_shot or recipe.freeze_weights)
+    is_trained = not (recipe.is_ranked or recipe.freeze_weights)
     return copy.deepcopy(model, {} if is_trained else {id(parameter): parameter for parameter in model.parameters()})

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
-from deadhead.measure.last_states import LastStates, StateReader, nll, widened
+from deadhead.measure.last_states import LastStates, StateReader, divergence, nll
 from deadhead.measure.losses import SegmentOutputs, require_language_model
 
 
@@ -75,22 +75,15 @@ class Distillation:
             logits_NV = student.read.logits(states_ND)
             with torch.no_grad():
                 expected_NV = teacher.logits(theirs_ND)
-            divergence = self._divergence(logits_NV, expected_NV)
-            both = divergence if student.own_loss is not None else divergence + share * nll(logits_NV, wanted_N)
-            return torch.stack([both, divergence])
+            apart = divergence(logits_NV, expected_NV, self.temperature)
+            both = apart if student.own_loss is not None else apart + share * nll(logits_NV, wanted_N)
+            return torch.stack([both, apart])
 
-        both, divergence = student.read.sums(sums, counts_BT, student.wanted_BT, teacher.states_BTD)
-        self.divergence = self.divergence + divergence[0] / count
+        both, apart = student.read.sums(sums, counts_BT, student.wanted_BT, teacher.states_BTD)
+        self.divergence = self.divergence + apart[0] / count
         self.batches += 1
         loss = self.weight * self.temperature**2 * (both / count)
         return loss if student.own_loss is None else (1 - self.weight) * student.own_loss + loss
-
-    def _divergence(self, logits_NV: Tensor, expected_NV: Tensor) -> Tensor:
-        """Return the sum of KL(teacher ‖ model), 0-dimensional, at their temperature."""
-        found_NV, wanted_NV = (
-            F.log_softmax(widened(values) / self.temperature, dim=-1) for values in (logits_NV, expected_NV)
-        )
-        return F.kl_div(found_NV, wanted_NV, reduction="sum", log_target=True)
 
     def mean_divergence(self) -> float:
         """Return the mean of KL(teacher ‖ model) over the batches since the last call, in nats a token."""

@@ -146,7 +146,7 @@ def choose_units(
         The gates, and the recipe's budget with what was asked for and reached; None without a budget.
     """
     budget = recipe.budget
-    if recipe.is_one_shot:
+    if recipe.is_ranked:
         assert budget is not None
         where: dict[str, Any] = {"seed": run.seed, "first_segment": run.first_segment, "latency": run.latency}
         plan = on_main(lambda: rank(model, text, recipe, **where, progress=run.progress))
@@ -268,7 +268,7 @@ def _recipe_of_gates(model: PreTrainedModel, recipe: PhaseRecipe, gates: HeadGat
     """Return the recipe if it is of a phase with gates, and with gates as those that are attached."""
     if not isinstance(recipe, PruneRecipe):
         raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
-    if recipe.is_one_shot:
+    if recipe.is_ranked:
         raise InputError(
             f"The criterion {recipe.criterion} ranks heads and trains no gates; use deadhead.training.rank."
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deadhead.plans.kinds import BUDGET_KINDS, ONE_SHOT, Of, OneShot, Ranking
+from deadhead.plans.kinds import BUDGET_KINDS, ONE_SHOT, Criterion, Of, OneShot, Ranking
 from deadhead.plans.plan import Unit
 from deadhead.training.recipes.fields import sentence, setting
 
@@ -22,8 +22,8 @@ _MOST_ROWS = 2**20
 _LONGEST = 2**24
 _FASTEST = 1e3
 _LEAST_SHARE = 1e-4
-# Batches from which scores are taken.
-_LOOK = 8
+# Batches from which scores are taken, and steps in which sizes are learned.
+_LOOK, _SIZE_STEPS = 8, 40
 
 _optional = partial(setting, None)
 _count = partial(setting, ge=1)
@@ -203,10 +203,10 @@ class PruneRecipe(PhaseRecipe):
         ge=0,
         le=_FASTEST,
     )
-    criterion: Literal["gates", "topk", OneShot] = setting(
+    criterion: Criterion = setting(
         "gates",
-        "How heads are chosen: gates and topk learn it; others rank heads without training, from `steps` batches (8 "
-        "unless stated).",
+        "How heads are chosen: gates and topk learn it; sizes learns, in `steps` steps (40 unless stated), how much of "
+        "each sublayer stays; others rank heads without training, from `steps` batches (8 unless stated).",
         first=True,
     )
     freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)
@@ -275,9 +275,9 @@ class PruneRecipe(PhaseRecipe):
     )
 
     @property
-    def is_one_shot(self) -> bool:
-        """Whether heads are ranked without training anything."""
-        return self.criterion in ONE_SHOT
+    def is_ranked(self) -> bool:
+        """Whether units are ranked, without gates and without training the model."""
+        return self.criterion == "sizes" or self.criterion in ONE_SHOT
 
     @property
     def budget(self) -> Budget | None:
@@ -289,14 +289,14 @@ class PruneRecipe(PhaseRecipe):
 
     @property
     def training_steps(self) -> int:
-        """Steps of the optimizer that the phase makes: none where heads are only ranked."""
-        return 0 if self.is_one_shot else self.steps
+        """Steps of the optimizer that the phase makes: none where units are only ranked."""
+        return 0 if self.is_ranked else self.steps
 
     @model_validator(mode="after")
     def _looks_at_few_batches(self) -> PruneRecipe:
         # As many steps as training takes would be hours of a real model, and no better. It stays unsaid all the same.
-        if self.is_one_shot and "steps" not in self.model_fields_set:
-            object.__setattr__(self, "steps", _LOOK)
+        if self.is_ranked and "steps" not in self.model_fields_set:
+            object.__setattr__(self, "steps", _SIZE_STEPS if self.criterion == "sizes" else _LOOK)
         return self
 
     @model_validator(mode="after")
@@ -309,7 +309,7 @@ class PruneRecipe(PhaseRecipe):
                 "no_sparsity",
                 "Only the criterion gates learns how many heads go; with another set sparsity, or another budget",
             )
-        if self.start_from is not None and (not given or self.is_one_shot):
+        if self.start_from is not None and (not given or self.is_ranked):
             raise PydanticCustomError(
                 "no_sparsity", "start_from is for gates with a target; set sparsity or another budget, or leave it out"
             )
@@ -317,6 +317,12 @@ class PruneRecipe(PhaseRecipe):
             what = "The criterion topk" if self.criterion == "topk" else "ranking layer"
             raise PydanticCustomError(
                 "budgets", f"{what} holds a share of the heads, so it goes with sparsity, not with {given[0]}"
+            )
+        if given == ["sparsity"] and self.criterion == "sizes":
+            raise PydanticCustomError(
+                "budgets",
+                "The criterion sizes learns by what units cost, so it goes with params, flops, kv_cache or "
+                "speedup, not with sparsity",
             )
         if self.of != "all" and given != ["params"]:
             raise PydanticCustomError("budgets", "of says what params is a share of; give params too, or leave it out")

@@ -25,7 +25,7 @@ from deadhead.measure.cost import require_cache, skeleton
 from deadhead.measure.losses import require_language_model
 from deadhead.measure.timing import require_timed
 from deadhead.models import OWN_TYPES, AllAttentionConfig, TransformerXLConfig
-from deadhead.plans.kinds import READS_TEXT
+from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
 from deadhead.training.phases.choosing import attach_gates, budget_costs, budget_length
 from deadhead.training.phases.defaults import segments
 from deadhead.training.phases.learning import learner
@@ -154,13 +154,13 @@ def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
         require_timed(unwrapped(model), recipe.budget_workload, budget_length(unwrapped(model), recipe))
     if reads_text(recipe):
         require_language_model(model, "Training on a text")
-    if not (isinstance(recipe, PruneRecipe) and recipe.is_one_shot):
+    if not (isinstance(recipe, PruneRecipe) and recipe.criterion in ONE_SHOT):
         require_gradients(model, "A model")
 
 
 def reads_text(recipe: PhaseRecipe) -> bool:
     """Tell whether a phase learns from a text, or ranks units by one; by some criteria weights alone do."""
-    return not (isinstance(recipe, PruneRecipe) and recipe.is_one_shot and recipe.criterion not in READS_TEXT)
+    return not isinstance(recipe, PruneRecipe) or recipe.criterion not in ONE_SHOT or recipe.criterion in READS_TEXT
 
 
 def is_without_text(model: PreTrainedModel, data: Data | None, recipe: PhaseRecipe) -> bool:

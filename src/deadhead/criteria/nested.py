@@ -1,0 +1,127 @@
+"""A sublayer of any size: its units go in a given order, and its output projection makes up for those that are gone.
+
+With W the projection's weight and C the second moments of what it reads, the units S that are left come nearest to the
+whole sublayer's output, in squares weighed as C is, with
+
+    W_S = (W C_:S + λ W_:S) (C_SS + λ)⁻¹,    λ = ridge · mean diag C_SS,
+
+drawn to the weight that there is. Between two sizes the weight lies on the straight line from one fit to the other: a
+function of the size that is continuous and has a gradient.
+
+Dimensions: D model width, n width of what the output projection reads, S columns of the units that are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from deadhead.layouts import Site, head_columns
+from deadhead.models.pruned.structure import weight_of
+
+RIDGE = 0.1
+# What is added to a diagonal where rounding has left a matrix that is not positive definite.
+_ROUNDING = 1e-6
+
+
+class NestedSublayer:
+    """One site whose units go in an order.
+
+    Args:
+        site: with an output projection.
+        inputs_nn: C, (n, n), on the projection's device.
+        choices: the units that go or stay together, (units of each), the first to go first.
+        ridge: λ, as a share of the mean of C's diagonal.
+    """
+
+    def __init__(
+        self, site: Site, inputs_nn: Tensor, choices: Sequence[Sequence[int]], *, ridge: float = RIDGE
+    ) -> None:
+        self.site, self.inputs_nn, self.choices, self.ridge = site, inputs_nn, choices, ridge
+        self.weight_Dn = head_columns(site.output).detach()
+        # Units that are left with 0, 1, … choices.
+        self.counts = [0]
+        for choice in reversed(choices):
+            self.counts.append(self.counts[-1] + len(choice))
+        self._fits: dict[int, Tensor] = {}
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.counts[-1]
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """Return the units of the last so many choices, ascending."""
+        return tuple(sorted(unit for choice in self.choices[len(self.choices) - count :] for unit in choice))
+
+    def fit(self, count: int) -> Tensor:
+        """Return the weight with so many choices left, (D, n), 0 in the columns of those that are gone."""
+        if count == len(self.choices):
+            return self.weight_Dn
+        if count not in self._fits:
+            # Those of the two sizes that the last one lay between may be wanted again.
+            for old in [*self._fits][:-2]:
+                del self._fits[old]
+            self._fits[count] = self._solved(count)
+        return self._fits[count]
+
+    def _solved(self, count: int) -> Tensor:
+        found_Dn = torch.zeros_like(self.weight_Dn)
+        if not count:
+            return found_Dn
+        columns_S = self.site.rows(self.kept(count)).to(found_Dn.device)
+        across_nS = self.inputs_nn[:, columns_S]
+        inner_SS = _exact(across_nS[columns_S])
+        ridge = self.ridge * inner_SS.diagonal().mean()
+        if not bool(ridge > 0):
+            # Nothing that is left ever does anything.
+            return found_Dn
+        right_DS = _exact(self.weight_Dn.to(across_nS) @ across_nS) + ridge * _exact(self.weight_Dn[:, columns_S])
+        eye_SS = torch.eye(len(inner_SS), dtype=inner_SS.dtype, device=inner_SS.device)
+        factor_SS, failed = torch.linalg.cholesky_ex(inner_SS + ridge * eye_SS)
+        if bool(failed):
+            factor_SS = torch.linalg.cholesky(inner_SS + (1 + _ROUNDING) * ridge * eye_SS)
+        solved_SD = torch.cholesky_solve(right_DS.T, factor_SS)
+        found_Dn[:, columns_S] = solved_SD.T.to(found_Dn)
+        return found_Dn
+
+    def weight(self, size: Tensor) -> Tensor:
+        """Return the weight at a size, (D, n), with a gradient.
+
+        Args:
+            size: units that are left, 0-dimensional, a fraction too; from 0 to all.
+        """
+        wanted = float(size.detach())
+        below = max(place for place, units in enumerate(self.counts[:-1]) if not place or units <= wanted)
+        share = (size - self.counts[below]) / (self.counts[below + 1] - self.counts[below])
+        return torch.lerp(self.fit(below), self.fit(below + 1), share.to(self.weight_Dn))
+
+
+@contextmanager
+def resized(sublayers: Sequence[NestedSublayer], sizes: Sequence[Tensor]) -> Iterator[None]:
+    """Let sublayers have the weights of some sizes while the block runs."""
+    with ExitStack() as stack:
+        for sublayer, size in zip(sublayers, sizes, strict=True):
+            stack.enter_context(_weight_in_place(sublayer.site.output, sublayer.weight(size)))
+        yield
+
+
+@contextmanager
+def _weight_in_place(output: nn.Module, weight_Dn: Tensor) -> Iterator[None]:
+    """Let a projection multiply by a weight that is a function of others, which no parameter can be."""
+    is_view = head_columns(output) is not weight_of(output)
+    parameter = output._parameters.pop("weight")
+    try:
+        output.weight = weight_Dn.T if is_view else weight_Dn
+        yield
+    finally:
+        vars(output).pop("weight", None)
+        output._parameters["weight"] = parameter
+
+
+def _exact(values: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return values.float() if values.device.type == "mps" else values.double()

@@ -1,0 +1,272 @@
+"""Learned sizes: how much of each sublayer stays is learned by gradients, with those that are gone made up for.
+
+Every sublayer's units stand in the order in which they are best removed (`second_order.py`, "reconstruction"), and its
+output projection is a function of how many are left (`nested.py`). So the whole model is a function of one size s for
+each sublayer, and with c(s) what it costs,
+
+    min KL(dense ‖ model(s))   such that   Σ c(s) = budget
+
+is descended: a sublayer grows that gives more for what it costs than the others do, and one that gives less shrinks. A
+ranking instead adds up errors of single sublayers, and does not see what the others make of them.
+
+The function is a stand-in: afterwards the model is cut as it is, and compensated as a step of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deadhead.attaching import choices_of, has_blocks
+from deadhead.criteria.nested import NestedSublayer, resized
+from deadhead.criteria.reading import predicting
+from deadhead.criteria.second_order import measured, slopes
+from deadhead.errors import InputError
+from deadhead.layouts import find_layout
+from deadhead.layouts.refusals import require_gradients
+from deadhead.measure.last_states import divergence
+from deadhead.measure.losses import Batches, SegmentLoss
+from deadhead.modes import evaluating, uncompiled
+from deadhead.plans.blocks import LARGEST_SORTED, choose_block_size
+from deadhead.plans.plan import Unit, UnitKey
+from deadhead.plans.scores import HeadScores
+from deadhead.plans.unit_costs import UnitCosts
+
+# How far a sublayer's share moves in the first step if it gives twice what others do for its cost; and in the last.
+_RATE, _LAST_RATE = 0.08, 0.008
+# Of the running mean of what sublayers give.
+_SMOOTHING = 0.8
+# Steps, of all, before those whose sizes are averaged.
+_BEFORE_AVERAGE = 0.6
+_HALVINGS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedSizes:
+    """What was learned.
+
+    Args:
+        scores: how far inside of its sublayer's size each choice lies, in choices: from 1 it is wholly inside.
+        divergences: KL(dense ‖ model) of each step, in nats a token.
+    """
+
+    scores: HeadScores
+    divergences: tuple[float, ...]
+
+
+def learn_sizes(
+    model: PreTrainedModel,
+    batches: Batches,
+    costs: UnitCosts,
+    share: float,
+    *,
+    steps: int,
+    unit: Unit | None = None,
+    blocks: bool | int = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LearnedSizes:
+    """Learn how much of each sublayer should stay for a model to cost a share of what it does.
+
+    Args:
+        model: a language model without gates; not changed.
+        batches: of text, as `score_heads` takes them: all tell what projections read, and each step learns from one.
+        costs: what units cost; the keys without a cost are left as they are.
+        share: of the dense cost, in (0, 1].
+        steps: of the descent; batches come again if they are fewer.
+        unit: "head" or "kv_group"; None takes the groups where there are any.
+        blocks: whether hidden units go too, or how many at a time.
+        progress: called with the number of steps done and to do.
+
+    Raises:
+        UnsupportedModel: the criterion cannot follow the model's stream.
+        InputError: there is no text, or some of what would go are persistent vectors.
+    """
+    require_gradients(model, "A model")
+    layout = find_layout(model)
+    unit = layout.choose_unit(model, unit, what="heads are cut by")
+    found = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
+    sites = [site for site in found if site.units]
+    if any(site.output_path is None for site in sites):
+        raise InputError(
+            "Persistent vectors have no sizes that could be learned, as a layer's output is no sum over them; use "
+            "criterion 'gates' or 'taylor', or leave blocks out."
+        )
+    batches = list(batches)
+    dense: list[Tensor] = []
+    moments = measured(
+        model,
+        sites,
+        batches,
+        with_gradients=False,
+        # In half precision, as there are as many as the text has tokens.
+        note=lambda outputs: dense.append(outputs.read.states_BTD.detach().to(torch.bfloat16)),
+    )
+    values = {site.key: slopes(site, each) for site, each in zip(sites, moments, strict=True)}
+    scores = _in_blocks(HeadScores(scores=values, choices=choices_of(found, unit, 1)), blocks)
+    nested = {
+        site.key: NestedSublayer(site, each.inputs_nn / max(each.count, 1), _ascending(scores, site.key))
+        for site, each in zip(sites, moments, strict=True)
+        if site.key in costs.tables
+    }
+    kept = scores.over(costs).within(costs, share * costs.total).units
+    start = {key: float(len(kept[key])) for key in nested}
+    descent = _Descent(costs, share * costs.total, start, {key: each.units for key, each in nested.items()}, steps)
+    losses = SegmentLoss(model)
+    losses.try_out()
+    divergences = []
+    for step, (index, batch) in enumerate(islice(cycle(enumerate(batches)), steps)):
+        progress(step, steps)
+        if not index:
+            # The text begins anew.
+            losses.memory = None
+        lost, gradients = _gradients(losses, model, nested, descent.sizes, batch, dense[index])
+        descent.step(gradients)
+        divergences.append(lost)
+    progress(steps, steps)
+    # What costs nothing stays.
+    margins = {key: torch.full((len(of_key),), math.inf) for key, of_key in scores.scores.items()}
+    margins |= {key: _margins(scores.scores[key], each, descent.found[key]) for key, each in nested.items()}
+    return LearnedSizes(scores=replace(scores, scores=margins), divergences=tuple(divergences))
+
+
+def _in_blocks(scores: HeadScores, blocks: bool | int) -> HeadScores:
+    """Return the scores of hidden units that go together, if there are any: of each block the sum."""
+    widths = [len(units) for key, units in scores.choices.units.items() if key.kind == "block" and units]
+    if not widths:
+        return scores
+    size = choose_block_size(widths, None if isinstance(blocks, bool) else blocks, largest=LARGEST_SORTED)
+    return scores.in_blocks(size, lambda key, owner_F: _summed(scores.scores[key], owner_F))
+
+
+def _ascending(scores: HeadScores, key: UnitKey) -> list[Sequence[int]]:
+    """Return the units of each choice, the one with the lowest score first."""
+    return [scores.choices.members[key][place] for place in scores.scores[key].argsort(stable=True).tolist()]
+
+
+def _summed(scores: Tensor, owner_F: Tensor) -> Tensor:
+    return scores.new_zeros(int(owner_F.max()) + 1).index_add(0, owner_F, scores)
+
+
+def _margins(scores_H: Tensor, sublayer: NestedSublayer, size: float) -> Tensor:
+    """Return by how much of itself, and of those that go before, each choice lies inside of a size, (H,)."""
+    counts = torch.tensor(sublayer.counts, dtype=torch.float64)
+    # The last to go is the first inside.
+    inside = (size - counts[:-1]) / counts.diff()
+    return torch.empty_like(inside).scatter(0, scores_H.argsort(stable=True), inside.flip(0))
+
+
+def _gradients(
+    losses: SegmentLoss,
+    model: PreTrainedModel,
+    nested: Mapping[UnitKey, NestedSublayer],
+    sizes: Mapping[UnitKey, float],
+    batch: Mapping[str, Tensor],
+    dense_BTD: Tensor,
+) -> tuple[float, dict[UnitKey, float]]:
+    """Return KL(dense ‖ model), in nats a token, at some sizes, and its gradient by each of them."""
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    counts_BT = predicting(model, inputs)
+    leaves = [torch.tensor(sizes[key], dtype=torch.float64, requires_grad=True) for key in nested]
+    with _frozen(model), evaluating(model), uncompiled(), torch.enable_grad(), resized([*nested.values()], leaves):
+        outputs = losses(model, inputs)
+
+        def lost(states_ND: Tensor, dense_ND: Tensor) -> Tensor:
+            with torch.no_grad():
+                expected_NV = outputs.read.logits(dense_ND)
+            return divergence(outputs.read.logits(states_ND), expected_NV)[None]
+
+        dense_BTD = dense_BTD.to(outputs.read.states_BTD)
+        total = outputs.read.sums(lost, counts_BT, dense_BTD)[0] / counts_BT.sum()
+        found = torch.autograd.grad(total, leaves)
+    return float(total.detach()), dict(zip(nested, map(float, found), strict=True))
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Let no parameter learn while the block runs."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+class _Descent:
+    """Moves sizes along what each sublayer gives for its cost, at a cost that stays.
+
+    Args:
+        costs: of units.
+        limit: what all may cost.
+        sizes: where to begin, in units.
+        units: that each sublayer has.
+        steps: that will be made.
+    """
+
+    def __init__(
+        self, costs: UnitCosts, limit: float, sizes: Mapping[UnitKey, float], units: Mapping[UnitKey, int], steps: int
+    ) -> None:
+        self._costs, self._limit, self._steps = costs, limit, steps
+        self._keys, self._units_K = [*units], torch.tensor([float(n) for n in units.values()], dtype=torch.float64)
+        self._sizes_K = self._within(torch.tensor([sizes[key] for key in self._keys], dtype=torch.float64))
+        self._gains_K = torch.zeros_like(self._sizes_K)
+        self._sums_K, self._summed, self._step = torch.zeros_like(self._sizes_K), 0, 0
+
+    @property
+    def sizes(self) -> dict[UnitKey, float]:
+        """Where it is now, in units."""
+        return dict(zip(self._keys, self._sizes_K.tolist(), strict=True))
+
+    @property
+    def found(self) -> dict[UnitKey, float]:
+        """The mean of the last sizes."""
+        mean_K = self._sums_K / self._summed if self._summed else self._sizes_K
+        return dict(zip(self._keys, mean_K.tolist(), strict=True))
+
+    def step(self, gradients: Mapping[UnitKey, float]) -> None:
+        """Make a step, given the loss's gradient by each size; one that is not finite moves nothing."""
+        prices = self._costs.slopes(self.sizes)
+        gains_K = torch.tensor(
+            [-gradients[key] / prices[key] if prices[key] > 0 else 0.0 for key in self._keys], dtype=torch.float64
+        )
+        self._step += 1
+        if bool(gains_K.isfinite().all()):
+            self._gains_K = _SMOOTHING * self._gains_K + (1 - _SMOOTHING) * gains_K
+        # Those at an end would be the only ones that count if they gave much more than they could.
+        share_K = self._sizes_K / self._units_K
+        inner_K = (share_K > 1e-3) & (share_K < 1 - 1e-3)
+        typical = self._gains_K[inner_K if bool(inner_K.any()) else slice(None)]
+        mean = float(typical.mean()) if float(typical.mean()) > 0 else float(typical.abs().mean())
+        if mean > 0:
+            falling = (1 + math.cos(math.pi * (self._step - 1) / self._steps)) / 2
+            rate = _LAST_RATE + (_RATE - _LAST_RATE) * falling
+            moves_K = rate * (self._gains_K / mean - 1).clamp(-2, 2)
+            self._sizes_K = self._within(self._sizes_K + moves_K * self._units_K)
+        if self._step > _BEFORE_AVERAGE * self._steps:
+            self._sums_K, self._summed = self._sums_K + self._sizes_K, self._summed + 1
+
+    def _within(self, sizes_K: Tensor) -> Tensor:
+        """Return sizes moved by one share of all sublayers, so that they cost as much as they may."""
+
+        def moved(shift: float) -> Tensor:
+            return torch.minimum((sizes_K + shift * self._units_K).clamp(min=0), self._units_K)
+
+        def cost(found_K: Tensor) -> float:
+            return self._costs.of(
+                {**dict.fromkeys(self._costs.tables, 0.0), **dict(zip(self._keys, found_K.tolist(), strict=True))}
+            )
+
+        low, high = -2.0, 2.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if cost(moved(middle)) > self._limit else (middle, high)
+        return moved(low)

@@ -1,0 +1,121 @@
+"""Sublayers of any size: fits against least squares, whole sizes against the cut model, and nothing left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import deadhead
+from deadhead.attaching import choices_of
+from deadhead.criteria.nested import NestedSublayer, resized
+from deadhead.criteria.second_order import measured
+from deadhead.layouts import find_layout, head_columns
+from deadhead.plans.plan import Unit
+from deadhead.plans.unit_plan import UnitPlan
+from tests.criteria.models import IDS, STOCK, scored_batches, sites_of
+from tests.random_models import difference
+
+RIDGE = 0.1
+
+
+def nested(model: Any, unit: Unit, seed: int = 0) -> list[NestedSublayer]:
+    """The sublayers of a model, each with its units in a random order, those of a feed-forward part by fives."""
+    sites = sites_of(model, unit)
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for site, moments in zip(sites, measured(model, sites, scored_batches(), with_gradients=False), strict=True):
+        order = [site.units[place] for place in torch.randperm(len(site.units), generator=draw).tolist()]
+        step = 5 if site.is_hidden else 1
+        choices = [order[start : start + step] for start in range(0, len(order), step)]
+        found.append(NestedSublayer(site, moments.inputs_nn / moments.count, choices, ridge=RIDGE))
+    return found
+
+
+@pytest.fixture(params=STOCK)
+def case(request: Any) -> tuple[Any, Unit]:
+    make, unit = STOCK[request.param]
+    return make().double(), unit
+
+
+def test_a_fit_solves_least_squares_with_a_ridge(case: tuple[Any, Unit]) -> None:
+    for sublayer in nested(*case):
+        for count in range(1, len(sublayer.choices)):
+            columns = sublayer.site.rows(sublayer.kept(count))
+            weight = sublayer.weight_Dn
+            # Features whose second moments are C, and the ridge as as many rows more, which draw to the weight.
+            values, vectors = torch.linalg.eigh(sublayer.inputs_nn.double())
+            rows = (values.clamp(min=0).sqrt() * vectors).T
+            root = (RIDGE * sublayer.inputs_nn.double().diagonal()[columns].mean()).sqrt()
+            left = torch.cat([rows[:, columns], root * torch.eye(len(columns), dtype=torch.float64)])
+            right = torch.cat([rows @ weight.T, root * weight[:, columns].T])
+            expected = torch.zeros_like(weight)
+            expected[:, columns] = torch.linalg.lstsq(left, right).solution.T
+            assert difference(sublayer.fit(count), expected) < 1e-3  # products with moments are in float32
+
+
+def test_the_ends_are_the_weight_and_nothing(case: tuple[Any, Unit]) -> None:
+    for sublayer in nested(*case):
+        assert torch.equal(sublayer.weight(torch.tensor(float(sublayer.units))), sublayer.weight_Dn)
+        assert not bool(sublayer.weight(torch.tensor(0.0)).any())
+
+
+def test_the_weight_is_continuous_and_its_gradient_is_that_of_finite_differences(case: tuple[Any, Unit]) -> None:
+    sublayer = nested(*case)[-1]
+    for knot in sublayer.counts[1:-1]:
+        below, above = (sublayer.weight(torch.tensor(knot + side, dtype=torch.float64)) for side in (-1e-9, 1e-9))
+        assert difference(below, above) < 1e-6
+    size = torch.tensor(sublayer.counts[1] + 0.7, dtype=torch.float64, requires_grad=True)
+    mask = torch.randn_like(sublayer.weight_Dn)
+    (found,) = torch.autograd.grad((sublayer.weight(size) * mask).sum(), size)
+    ahead, behind = (float((sublayer.weight(size.detach() + side) * mask).sum()) for side in (1e-5, -1e-5))
+    assert float(found) == pytest.approx((ahead - behind) / 2e-5, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The key/value cache grows")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_resized_model_is_the_cut_one_with_its_projections_fitted(case: tuple[Any, Unit], seed: int) -> None:
+    model, unit = case
+    sublayers = nested(model, unit, seed)
+    draw = torch.Generator().manual_seed(seed)
+    counts = [int(torch.randint(len(each.choices) + 1, (), generator=draw)) for each in sublayers]
+    sizes = [torch.tensor(float(each.counts[count])) for each, count in zip(sublayers, counts, strict=True)]
+    with torch.no_grad(), resized(sublayers, sizes):
+        found = model(input_ids=IDS).logits
+    kept = {each.site.key: each.kept(count) for each, count in zip(sublayers, counts, strict=True)}
+    plan = choices_of([each.site for each in sublayers], unit, 1).plan_of(kept)
+    assert isinstance(plan.hidden_units, UnitPlan)
+    fits = {each.site.key: each.fit(count) for each, count in zip(sublayers, counts, strict=True)}
+    deadhead.cut(model, plan)
+    for site in find_layout(model).all_sites(model, unit, hidden=True):
+        if site.units:
+            full = next(each.site for each in sublayers if each.site.key == site.key)
+            place = {old: index for index, old in enumerate(range(full.total))}
+            columns = torch.tensor([place[old] for old in site.units])
+            wide = (columns[:, None] * site.unit_dim + torch.arange(site.unit_dim)).flatten()
+            with torch.no_grad():
+                head_columns(site.output).copy_(fits[site.key][:, wide])
+    with torch.no_grad():
+        assert difference(model(input_ids=IDS).logits, found) < 1e-10
+
+
+def test_weights_are_back_as_they_were_even_after_a_failure(case: tuple[Any, Unit]) -> None:
+    model, unit = case
+    sublayers = nested(model, unit)
+    before = {name: (id(parameter), parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    sizes = [torch.tensor(each.units / 2) for each in sublayers]
+    with pytest.raises(KeyboardInterrupt), resized(sublayers, sizes):
+        raise KeyboardInterrupt
+    after: dict[str, Tensor] = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    for name, (identity, values) in before.items():
+        assert id(after[name]) == identity and torch.equal(after[name], values)
+    assert not any("weight" in vars(each.site.output) for each in sublayers)
+
+
+def test_units_that_never_do_anything_are_no_matter(case: tuple[Any, Unit]) -> None:
+    sublayer = nested(*case)[0]
+    dead = NestedSublayer(sublayer.site, torch.zeros_like(sublayer.inputs_nn), sublayer.choices)
+    assert not bool(dead.fit(1).any())
