@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import deadhead
@@ -126,6 +127,19 @@ def perplexity(model: PreTrainedModel, rows: Tensor) -> float:
     return math.exp(sum(found) / len(rows))
 
 
+def copied(length: int, vocabulary: int, rows: int = 8) -> Tensor:
+    """Return rows of random tokens that each come twice, (rows, 2 · length)."""
+    return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+
+
+@torch.no_grad()
+def copying(model: PreTrainedModel, length: int = 64) -> float:
+    """Return the loss of a random token that was read before, behind the same one: what induction heads are for."""
+    ids = copied(length, model.config.vocab_size)
+    logits = model.eval()(input_ids=ids, use_cache=False).logits[:, length:-1]
+    return float(cross_entropy(logits.flatten(0, 1).float(), ids[:, length + 1 :].flatten()))
+
+
 def recipe_of(point: Point, setting: Setting) -> PruneRecipe:
     """Return the recipe of a point."""
     asked: dict[str, Any] = {"criterion": point.criterion, "params": point.share, "of": "blocks", "compensate": False}
@@ -166,17 +180,19 @@ def measure(point: Point, setting: Setting, out: Path) -> None:
     if setting.test is not None:
         texts["test"] = rows_of(setting.test, setting.model, 0, setting.tested)
     found: dict[str, Any] = {"dense": {name: perplexity(model, rows) for name, rows in texts.items()}}
+    copies = {"dense": copying(model)}
     begun = time.perf_counter()
     plan = choose(model, point, calibration, setting)
     seconds = {"choose": time.perf_counter() - begun}
     begun = time.perf_counter()
     deadhead.cut(model, plan)
     seconds["cut"] = time.perf_counter() - begun
-    found["cut"] = {name: perplexity(model, rows) for name, rows in texts.items()}
+    found["cut"], copies["cut"] = {name: perplexity(model, rows) for name, rows in texts.items()}, copying(model)
     begun = time.perf_counter()
     record = compensate_from(model, dense, batches(calibration[: setting.fitted]), consume=True)
     seconds["compensate"] = time.perf_counter() - begun
     found["compensated"] = {name: perplexity(model, rows) for name, rows in texts.items()}
+    copies["compensated"] = copying(model)
     cost = model_cost(model)
     write_json(
         out / "points" / point.file,
@@ -184,12 +200,14 @@ def measure(point: Point, setting: Setting, out: Path) -> None:
             **asdict(point),
             **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(setting).items()},
             "perplexity": found,
+            "copying": copies,
             "seconds": seconds,
             "peak_bytes": _peak() - base,
             "model_bytes": model_bytes,
             "parameters": cost.parameters,
             "heads": cost.heads,
             "hidden_units": cost.hidden_units,
+            "plan": plan.to_dict(),
             "declined": {layer.path: layer.reason for layer in record.layers if not layer.fitted},
         },
     )

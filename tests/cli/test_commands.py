@@ -137,6 +137,23 @@ def test_other_criteria(criterion: str, given: Path, tmp_path: Path, command: _C
     assert sorted(path.name for path in tmp_path.iterdir()) == ["by_layer", "overall"]
 
 
+def test_sizes_are_learned_and_the_weights_that_stay_are_not(
+    given: Path, tmp_path: Path, command: _Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = ("prune", "--model", given / "llama", "--data", given / "prose.txt", "--criterion", "sizes", *_STEPS)
+    found = command.json(*common, "--params", 0.7, "--of", "blocks", "--no-compensate", "--out", tmp_path / "small")
+    assert found["steps"] == 0
+    plan = HeadPlan.from_json(tmp_path / "small" / "head_plan.json")
+    assert plan.hidden_units is not None
+    cut = deadhead.cut(deadhead.load(given / "llama"), plan).state_dict()
+    left = deadhead.load(tmp_path / "small").state_dict()
+    assert cut.keys() == left.keys() and all(torch.equal(value, left[name]) for name, value in cut.items())
+    refused = [str(each) for each in (*common, "--sparsity", 0.25, "--out", tmp_path / "none")]
+    assert execute(refused) == 2
+    assert "The criterion sizes learns by what units cost" in capfd.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_what_is_measured_has_its_gates_on(given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Closed as training left them, in a folder of ours and among weights; a line says so."""
     model, tokenizer = deadhead.load(given / "model"), load_tokenizer(given / "model")

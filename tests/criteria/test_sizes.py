@@ -115,5 +115,8 @@ def test_sizes_are_not_learned_of_persistent_vectors_or_without_text() -> None:
     model = tiny_model()
     with pytest.raises(InputError, match="Persistent vectors have no sizes"):
         learn_sizes(model, batches(), costs_of(model, "head"), 0.8, steps=1, blocks=True)
+    adaptive = tiny_model(adaptive_cutoffs=[7, 15], adaptive_factor=2)
+    with pytest.raises(InputError, match="an adaptive softmax does not compute"):
+        learn_sizes(adaptive, batches(), costs_of(adaptive, "head", hidden=False), 0.8, steps=1)
     with pytest.raises(InputError, match="no batch was given"):
         learn_sizes(llama(), [], costs_of(llama(), "kv_group"), 0.8, steps=1, blocks=True)

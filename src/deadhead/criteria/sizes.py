@@ -31,7 +31,7 @@ from deadhead.criteria.second_order import measured, slopes
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.layouts.refusals import require_gradients
-from deadhead.measure.last_states import divergence
+from deadhead.measure.last_states import LastStates, divergence
 from deadhead.measure.losses import Batches, SegmentLoss
 from deadhead.modes import evaluating, uncompiled
 from deadhead.plans.blocks import LARGEST_SORTED, choose_block_size
@@ -86,7 +86,7 @@ def learn_sizes(
 
     Raises:
         UnsupportedModel: the criterion cannot follow the model's stream.
-        InputError: there is no text, or some of what would go are persistent vectors.
+        InputError: there is no text, the softmax is adaptive, or some of what would go are persistent vectors.
     """
     require_gradients(model, "A model")
     layout = find_layout(model)
@@ -105,8 +105,7 @@ def learn_sizes(
         sites,
         batches,
         with_gradients=False,
-        # In half precision, as there are as many as the text has tokens.
-        note=lambda outputs: dense.append(outputs.read.states_BTD.detach().to(torch.bfloat16)),
+        note=lambda outputs: dense.append(_kept(outputs.read)),
     )
     values = {site.key: slopes(site, each) for site, each in zip(sites, moments, strict=True)}
     scores = _in_blocks(HeadScores(scores=values, choices=choices_of(found, unit, 1)), blocks)
@@ -134,6 +133,16 @@ def learn_sizes(
     margins = {key: torch.full((len(of_key),), math.inf) for key, of_key in scores.scores.items()}
     margins |= {key: _margins(scores.scores[key], each, descent.found[key]) for key, each in nested.items()}
     return LearnedSizes(scores=replace(scores, scores=margins), divergences=tuple(divergences))
+
+
+def _kept(read: LastStates) -> Tensor:
+    """Return what is kept of the dense model's states, or of its logits, in half precision: the text may be long."""
+    if read.is_adaptive:
+        raise InputError(
+            "Sizes are learned from whole distributions, which an adaptive softmax does not compute; use criterion "
+            "'gates' or 'reconstruction'."
+        )
+    return read.states_BTD.detach().to(torch.float16 if read.output_layer is None else torch.bfloat16)
 
 
 def _in_blocks(scores: HeadScores, blocks: bool | int) -> HeadScores:
@@ -234,7 +243,7 @@ class _Descent:
 
     def step(self, gradients: Mapping[UnitKey, float]) -> None:
         """Make a step, given the loss's gradient by each size; one that is not finite moves nothing."""
-        prices = self._costs.slopes(self.sizes)
+        prices = self._costs.slopes(self._counts(self._sizes_K))
         gains_K = torch.tensor(
             [-gradients[key] / prices[key] if prices[key] > 0 else 0.0 for key in self._keys], dtype=torch.float64
         )
@@ -260,13 +269,12 @@ class _Descent:
         def moved(shift: float) -> Tensor:
             return torch.minimum((sizes_K + shift * self._units_K).clamp(min=0), self._units_K)
 
-        def cost(found_K: Tensor) -> float:
-            return self._costs.of(
-                {**dict.fromkeys(self._costs.tables, 0.0), **dict(zip(self._keys, found_K.tolist(), strict=True))}
-            )
-
         low, high = -2.0, 2.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if cost(moved(middle)) > self._limit else (middle, high)
+            low, high = (low, middle) if self._costs.of(self._counts(moved(middle))) > self._limit else (middle, high)
         return moved(low)
+
+    def _counts(self, sizes_K: Tensor) -> dict[UnitKey, float]:
+        """Return sizes by key, of those that have lost all of their units before too."""
+        return {**dict.fromkeys(self._costs.tables, 0.0), **dict(zip(self._keys, sizes_K.tolist(), strict=True))}

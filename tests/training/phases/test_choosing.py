@@ -107,7 +107,7 @@ def _nothing() -> Any:
     return nullcontext()
 
 
-@pytest.mark.parametrize("criterion", ONE_SHOT)
+@pytest.mark.parametrize("criterion", [*ONE_SHOT, "sizes"])
 def test_rankings_meet_budgets_too(criterion: Any) -> None:
     model = tiny_model("llama")
     recipe = recipe_of(sequence_length=12, criterion=criterion, flops=0.6, steps=2)

@@ -1,0 +1,179 @@
+"""Which heads and hidden units go of a real language model, by the points that `benchmarks/llm.py` has measured.
+
+    python benchmarks/which_units.py --valid wikitext2-valid.txt [--share 0.8] [--picture docs/llm_units.png]
+
+It prints Markdown: for each pair of a method and a criterion, the chance that a unit that stayed scores above one that
+went (0.5 if they have nothing to do with each other, 1 if they choose alike); and of the key/value groups with the
+strongest induction heads (a head's mean attention from a random token that was read before to the one behind its first
+place), how many stayed. The picture shows what each method leaves of each layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import deadhead
+from benchmarks.llm import LEARNED, METHODS, batches, copied, rows_of
+from deadhead.criteria.scoring import score_heads
+from deadhead.layouts import find_layout
+from deadhead.plans.kinds import OneShot
+from deadhead.plans.plan import HeadPlan, UnitKey
+from deadhead.plans.scores import HeadScores
+
+CRITERIA: tuple[OneShot, ...] = ("taylor", "flap", "output-difference", "reconstruction")
+# Rows that criteria read.
+ROWS = 40
+# Groups that count as those with induction heads, and tokens of a row of random ones.
+STRONGEST, LENGTH = 10, 64
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = {"gates": "#0072b2", "sizes": "#e69f00", "reconstruction": "#009e73", "flap": "#cc79a7"}
+
+
+def plans_of(folder: Path, share: float) -> dict[str, HeadPlan]:
+    """Return the plans of a share of the blocks that were measured, by method."""
+    found: dict[str, HeadPlan] = {}
+    for method in METHODS:
+        path = folder / "points" / f"{method}-{round(100 * share)}.json"
+        if path.exists() and "plan" in (point := json.loads(path.read_text(encoding="utf-8"))):
+            found[method] = HeadPlan.from_dict(point["plan"])
+    return found
+
+
+def chance_above(stayed: Tensor, gone: Tensor) -> float:
+    """Return the chance that one of some numbers is above one of others, ties counting half."""
+    ordered = gone.sort().values
+    below = torch.searchsorted(ordered, stayed, right=False).double()
+    alike = torch.searchsorted(ordered, stayed, right=True).double() - below
+    return float((below + alike / 2).mean() / max(len(gone), 1))
+
+
+def agreement(plan: HeadPlan, scores: Mapping[UnitKey, Tensor], kind: str) -> float | None:
+    """Return the chance that a unit of a kind that stayed scores above one that went; None if all or none did."""
+    stayed, gone = [], []
+    for key, values in scores.items():
+        if key.kind == kind:
+            stays = torch.zeros(len(values), dtype=torch.bool)
+            stays[[*plan.units[key]]] = True
+            stayed.append(values[stays])
+            gone.append(values[~stays])
+    parts = torch.cat(stayed), torch.cat(gone)
+    return chance_above(*parts) if all(map(len, parts)) else None
+
+
+def by_unit(scores: HeadScores) -> dict[UnitKey, Tensor]:
+    """Return scores of single units in the units' order, (units,) by key."""
+    found: dict[UnitKey, Tensor] = {}
+    for key, values in scores.scores.items():
+        places = torch.tensor([unit for (unit,) in scores.choices.members[key]])
+        found[key] = torch.empty_like(values).index_copy(0, places, values)
+    return found
+
+
+@torch.no_grad()
+def induction(folder: Path) -> dict[UnitKey, Tensor]:
+    """Return for each key/value group the largest of its heads' mean attention to where induction looks, (groups,)."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    ids = copied(LENGTH, model.config.vocab_size)
+    attentions = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    found: dict[UnitKey, Tensor] = {}
+    for layer, weights_BHTT in enumerate(attentions):
+        # From the token at t of the second time to the one behind its first, at t − length + 1.
+        looked_at_BHT = weights_BHTT.diagonal(offset=1 - LENGTH, dim1=-2, dim2=-1)
+        heads_H = looked_at_BHT.mean((0, 2))
+        found[UnitKey("head", layer)] = heads_H.unflatten(0, (model.config.num_key_value_heads, -1)).amax(1)
+    return found
+
+
+def table(plans: Mapping[str, HeadPlan], scores: Mapping[str, Mapping[UnitKey, Tensor]]) -> str:
+    """Return Markdown: what stayed against what criteria say of it, and what became of induction."""
+    lines = [
+        "| stayed by | left: groups, hidden units | " + " | ".join(f"`{name}`" for name in scores) + " |",
+        "|---|---|" + "---|" * len(scores),
+    ]
+    for method, plan in plans.items():
+        left = [_left(plan, kind) for kind in ("head", "block")]
+        cells = []
+        for of_criterion in scores.values():
+            found = [agreement(plan, of_criterion, kind) for kind in ("head", "block")]
+            cells.append(", ".join("–" if value is None else f"{value:.2f}" for value in found))
+        lines.append(f"| `{method}` | {left[0]:.0%}, {left[1]:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _left(plan: HeadPlan, kind: str) -> float:
+    units = [units for key, units in plan.units.items() if key.kind == kind]
+    total = sum(plan.total.values()) if kind == "head" else sum(plan.hidden_units.total.values())  # type: ignore[union-attr]
+    return sum(map(len, units)) / total
+
+
+def induction_table(plans: Mapping[str, HeadPlan], attention: Mapping[UnitKey, Tensor]) -> str:
+    """Return Markdown: how many of the groups with the strongest induction heads stayed."""
+    ranked = sorted(
+        ((float(value), key, group) for key, values in attention.items() for group, value in enumerate(values)),
+        reverse=True,
+    )[:STRONGEST]
+    weights = ", ".join(f"{key.layer}.{group} ({value:.2f})" for value, key, group in ranked)
+    lines = [f"Strongest, layer.group (attention): {weights}", ""]
+    for method, plan in plans.items():
+        stayed = sum(group in plan.units[key] for _, key, group in ranked)
+        lines.append(f"- `{method}`: {stayed} of {len(ranked)} stayed")
+    return "\n".join(lines)
+
+
+def draw(plans: Mapping[str, HeadPlan], path: Path, share: float) -> None:
+    """Draw what each method leaves of each layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.4), sharey=True)
+    for axis, kind, name in zip(axes, ("head", "block"), ("key/value groups", "hidden units"), strict=True):
+        for method, plan in plans.items():
+            totals: Mapping[Any, int] = plan.total if kind == "head" else plan.hidden_units.total  # type: ignore[union-attr]
+            left: Sequence[float] = [
+                len(plan.units[UnitKey(kind, layer)]) / total  # type: ignore[arg-type]
+                for layer, total in totals.items()
+            ]
+            axis.plot(range(len(left)), left, marker="o", markersize=3, label=method, color=COLOURS.get(method))
+        axis.set(title=f"{name} left, {share:.0%} of the blocks' parameters", xlabel="layer", ylim=(0, 1.05))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Print the tables, and draw the picture if asked."""
+    parser = argparse.ArgumentParser(description="Which units of a real language model go.")
+    parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where benchmarks/llm.py kept its points")
+    parser.add_argument("--valid", type=Path, required=True, help="text that criteria read")
+    parser.add_argument("--share", type=float, default=0.8, help="of the blocks' parameters that is left")
+    parser.add_argument("--picture", type=Path, help="where to draw what is left of each layer")
+    options = parser.parse_args()
+    plans = plans_of(options.out, options.share)
+    if not plans:
+        parser.error(f"no point of {options.share} in {options.out}; measure some with benchmarks/llm.py")
+    folder = options.out / "dense"
+    model = deadhead.load(folder)
+    text = batches(rows_of(options.valid, folder, 0, ROWS))
+    unit = find_layout(model).choose_unit(model, None, what="heads are cut by")
+    # Units one by one: blocks of one criterion are not those of another.
+    scores = {name: by_unit(score_heads(model, name, text, unit=unit, blocks=1)) for name in CRITERIA}
+    print(table(plans, scores), "\n")
+    print(induction_table(plans, induction(folder)))
+    if options.picture is not None:
+        shown = {name: plan for name, plan in plans.items() if name in (*LEARNED, "reconstruction", "flap")}
+        draw(shown, options.picture, options.share)
+
+
+if __name__ == "__main__":
+    main()

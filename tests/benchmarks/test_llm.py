@@ -1,0 +1,74 @@
+"""The benchmark on a real language model, tried on a tiny one, and what it says of which units go."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.llm import copied, copying
+from benchmarks.which_units import agreement, by_unit, chance_above, induction
+from deadhead.criteria.scoring import score_heads
+from deadhead.plans.plan import HeadPlan, UnitKey
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_every_way_of_choosing_is_measured(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/llm.py", "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|") and "→" in line]
+    assert [row.split()[1] for row in rows] == ["gates", "sizes", "flap"]
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config: Any = LlamaConfig
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(config(vocab_size=50, num_key_value_heads=2, **sizes)).eval()
+
+
+def test_a_model_that_cannot_copy_loses_what_chance_does() -> None:
+    ids = copied(8, 50, rows=3)
+    assert ids.shape == (3, 16) and torch.equal(ids[:, :8], ids[:, 8:])
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert copying(model, 8) == pytest.approx(torch.tensor(50.0).log().item())
+
+
+def test_agreement_is_the_chance_to_score_above() -> None:
+    assert chance_above(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
+    assert chance_above(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 0.0])) == pytest.approx((0.25 + 1) / 2)
+    plan = HeadPlan(kept={0: (1,), 1: (0, 1)}, total={0: 2, 1: 2})
+    scores = {UnitKey("head", 0): torch.tensor([1.0, 2.0]), UnitKey("head", 1): torch.tensor([3.0, 0.0])}
+    assert agreement(plan, scores, "head") == pytest.approx(2 / 3)
+    assert agreement(HeadPlan(kept={}, total={0: 2, 1: 2}), scores, "head") is None
+
+
+def test_scores_of_single_units_are_in_their_order() -> None:
+    model = llama()
+    found = by_unit(score_heads(model, "magnitude", blocks=1))
+    weight = model.model.layers[0].mlp
+    expected = sum(
+        each.detach().square().sum(dim)
+        for each, dim in ((weight.up_proj.weight, 1), (weight.gate_proj.weight, 1), (weight.down_proj.weight, 0))
+    )
+    torch.testing.assert_close(found[UnitKey("block", 0)].float(), expected)
+
+
+def test_induction_is_attention_to_the_token_behind_the_first(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    found = induction(tmp_path)
+    assert {key: len(values) for key, values in found.items()} == {UnitKey("head", 0): 2, UnitKey("head", 1): 2}
+    # A model of random weights looks at all it may see about alike: at 65 to 128 tokens.
+    assert all(1 / 200 < float(value) < 1 / 40 for values in found.values() for value in values)
