@@ -1,4 +1,4 @@
-"""Which heads and hidden units go of a real language model, by the points that `benchmarks/llm.py` has measured.
+"""Which units go of a real language model: by rankings, and by gates and sizes that `benchmarks/llm.py` has learned.
 
     python benchmarks/which_units.py --valid wikitext2-valid.txt [--share 0.8] [--picture docs/llm_units.png]
 
@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import deadhead
-from benchmarks.llm import LEARNED, METHODS, batches, copied, rows_of
+from benchmarks.llm import LEARNED, Point, Setting, batches, choose, copied, prepared, rows_of
 from deadhead.criteria.scoring import score_heads
 from deadhead.layouts import find_layout
 from deadhead.plans.kinds import OneShot
@@ -29,6 +32,7 @@ from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
 
 CRITERIA: tuple[OneShot, ...] = ("taylor", "flap", "output-difference", "reconstruction")
+RANKINGS = ("reconstruction", "flap")
 # Rows that criteria read.
 ROWS = 40
 # Groups that count as those with induction heads, and tokens of a row of random ones.
@@ -37,10 +41,10 @@ STRONGEST, LENGTH = 10, 64
 COLOURS = {"gates": "#0072b2", "sizes": "#e69f00", "reconstruction": "#009e73", "flap": "#cc79a7"}
 
 
-def plans_of(folder: Path, share: float) -> dict[str, HeadPlan]:
-    """Return the plans of a share of the blocks that were measured, by method."""
+def learned_plans(folder: Path, share: float) -> dict[str, HeadPlan]:
+    """Return the plans of a share of the blocks that were learned, by method."""
     found: dict[str, HeadPlan] = {}
-    for method in METHODS:
+    for method in LEARNED:
         path = folder / "points" / f"{method}-{round(100 * share)}.json"
         if path.exists() and "plan" in (point := json.loads(path.read_text(encoding="utf-8"))):
             found[method] = HeadPlan.from_dict(point["plan"])
@@ -159,20 +163,20 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.8, help="of the blocks' parameters that is left")
     parser.add_argument("--picture", type=Path, help="where to draw what is left of each layer")
     options = parser.parse_args()
-    plans = plans_of(options.out, options.share)
-    if not plans:
-        parser.error(f"no point of {options.share} in {options.out}; measure some with benchmarks/llm.py")
-    folder = options.out / "dense"
-    model = deadhead.load(folder)
-    text = batches(rows_of(options.valid, folder, 0, ROWS))
+    folder = prepared(None, options.out)
+    model, rows = deadhead.load(folder), rows_of(options.valid, folder, 0, ROWS)
+    setting = Setting(model=folder, valid=options.valid, test=None, scored=ROWS)
+    plans = learned_plans(options.out, options.share)
+    for name in RANKINGS:
+        plans[name] = choose(model, Point(share=options.share, criterion=name), rows, setting)
+    text = batches(rows)
     unit = find_layout(model).choose_unit(model, None, what="heads are cut by")
     # Units one by one: blocks of one criterion are not those of another.
     scores = {name: by_unit(score_heads(model, name, text, unit=unit, blocks=1)) for name in CRITERIA}
     print(table(plans, scores), "\n")
     print(induction_table(plans, induction(folder)))
     if options.picture is not None:
-        shown = {name: plan for name, plan in plans.items() if name in (*LEARNED, "reconstruction", "flap")}
-        draw(shown, options.picture, options.share)
+        draw(plans, options.picture, options.share)
 
 
 if __name__ == "__main__":
