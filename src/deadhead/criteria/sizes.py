@@ -32,7 +32,7 @@ from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.layouts.refusals import require_gradients
 from deadhead.measure.last_states import LastStates, divergence
-from deadhead.measure.losses import Batches, SegmentLoss
+from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs
 from deadhead.modes import evaluating, uncompiled
 from deadhead.plans.blocks import LARGEST_SORTED, choose_block_size
 from deadhead.plans.plan import Unit, UnitKey
@@ -82,7 +82,7 @@ def learn_sizes(
         steps: of the descent; batches come again if they are fewer.
         unit: "head" or "kv_group"; None takes the groups where there are any.
         blocks: whether hidden units go too, or how many at a time.
-        progress: called with the number of steps done and to do.
+        progress: called with the number of batches read and steps done, and of all there are to do.
 
     Raises:
         UnsupportedModel: the criterion cannot follow the model's stream.
@@ -100,17 +100,17 @@ def learn_sizes(
         )
     batches = list(batches)
     dense: list[Tensor] = []
-    moments = measured(
-        model,
-        sites,
-        batches,
-        with_gradients=False,
-        note=lambda outputs: dense.append(_kept(outputs.read)),
-    )
+
+    def note(outputs: SegmentOutputs) -> None:
+        dense.append(_kept(outputs.read))
+        progress(len(dense), len(batches) + steps)
+
+    moments = measured(model, sites, batches, with_gradients=False, note=note)
     values = {site.key: slopes(site, each) for site, each in zip(sites, moments, strict=True)}
     scores = _in_blocks(HeadScores(scores=values, choices=choices_of(found, unit, 1)), blocks)
     nested = {
-        site.key: NestedSublayer(site, each.inputs_nn / max(each.count, 1), _ascending(scores, site.key))
+        # In place: together they are as large as most of the model.
+        site.key: NestedSublayer(site, each.inputs_nn.div_(max(each.count, 1)), _ascending(scores, site.key))
         for site, each in zip(sites, moments, strict=True)
         if site.key in costs.tables
     }
@@ -121,14 +121,13 @@ def learn_sizes(
     losses.try_out()
     divergences = []
     for step, (index, batch) in enumerate(islice(cycle(enumerate(batches)), steps)):
-        progress(step, steps)
         if not index:
             # The text begins anew.
             losses.memory = None
         lost, gradients = _gradients(losses, model, nested, descent.sizes, batch, dense[index])
         descent.step(gradients)
         divergences.append(lost)
-    progress(steps, steps)
+        progress(len(batches) + step + 1, len(batches) + steps)
     # What costs nothing stays.
     margins = {key: torch.full((len(of_key),), math.inf) for key, of_key in scores.scores.items()}
     margins |= {key: _margins(scores.scores[key], each, descent.found[key]) for key, each in nested.items()}
