@@ -150,7 +150,7 @@ def test_sizes_are_learned_and_the_weights_that_stay_are_not(
     assert cut.keys() == left.keys() and all(torch.equal(value, left[name]) for name, value in cut.items())
     refused = [str(each) for each in (*common, "--sparsity", 0.25, "--out", tmp_path / "none")]
     assert execute(refused) == 2
-    assert "The criterion sizes learns by what units cost" in capfd.readouterr().err
+    assert "the criterion sizes learns by what units cost" in capfd.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

@@ -109,7 +109,7 @@ def test_weights_are_back_as_they_were_even_after_a_failure(case: tuple[Any, Uni
     with pytest.raises(KeyboardInterrupt), resized(sublayers, sizes):
         raise KeyboardInterrupt
     after: dict[str, Tensor] = dict(model.named_parameters())
-    assert before.keys() == after.keys()
+    assert [*before] == [*after]
     for name, (identity, values) in before.items():
         assert id(after[name]) == identity and torch.equal(after[name], values)
     assert not any("weight" in vars(each.site.output) for each in sublayers)

@@ -113,13 +113,12 @@ def resized(sublayers: Sequence[NestedSublayer], sizes: Sequence[Tensor]) -> Ite
 def _weight_in_place(output: nn.Module, weight_Dn: Tensor) -> Iterator[None]:
     """Let a projection multiply by a weight that is a function of others, which no parameter can be."""
     is_view = head_columns(output) is not weight_of(output)
-    parameter = output._parameters.pop("weight")
+    # An attribute of the object itself is found before its parameters, which stay as they are.
+    vars(output)["weight"] = weight_Dn.T if is_view else weight_Dn
     try:
-        output.weight = weight_Dn.T if is_view else weight_Dn
         yield
     finally:
-        vars(output).pop("weight", None)
-        output._parameters["weight"] = parameter
+        del vars(output)["weight"]
 
 
 def _exact(values: Tensor) -> Tensor:
