@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM
 import deadhead
 from benchmarks.llm import LEARNED, Point, Setting, batches, choose, copied, prepared, rows_of
 from deadhead.criteria.scoring import score_heads
-from deadhead.layouts import find_layout
 from deadhead.plans.kinds import OneShot
 from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
@@ -45,7 +44,7 @@ def learned_plans(folder: Path, share: float) -> dict[str, HeadPlan]:
     """Return the plans of a share of the blocks that were learned, by method."""
     found: dict[str, HeadPlan] = {}
     for method in LEARNED:
-        path = folder / "points" / f"{method}-{round(100 * share)}.json"
+        path = folder / "points" / Point(share=share, criterion=method).file
         if path.exists() and "plan" in (point := json.loads(path.read_text(encoding="utf-8"))):
             found[method] = HeadPlan.from_dict(point["plan"])
     return found
@@ -97,7 +96,7 @@ def induction(folder: Path) -> dict[UnitKey, Tensor]:
 
 
 def table(plans: Mapping[str, HeadPlan], scores: Mapping[str, Mapping[UnitKey, Tensor]]) -> str:
-    """Return Markdown: what stayed against what criteria say of it, and what became of induction."""
+    """Return Markdown: how much stayed, and how far that is what criteria say."""
     lines = [
         "| stayed by | left: groups, hidden units | " + " | ".join(f"`{name}`" for name in scores) + " |",
         "|---|---|" + "---|" * len(scores),
@@ -113,9 +112,15 @@ def table(plans: Mapping[str, HeadPlan], scores: Mapping[str, Mapping[UnitKey, T
 
 
 def _left(plan: HeadPlan, kind: str) -> float:
-    units = [units for key, units in plan.units.items() if key.kind == kind]
-    total = sum(plan.total.values()) if kind == "head" else sum(plan.hidden_units.total.values())  # type: ignore[union-attr]
-    return sum(map(len, units)) / total
+    return sum(len(units) for key, units in plan.units.items() if key.kind == kind) / sum(_total(plan, kind).values())
+
+
+def _total(plan: HeadPlan, kind: str) -> Mapping[Any, int]:
+    """Return the units of a kind that the dense model has, by layer."""
+    if kind == "head":
+        return plan.total
+    assert plan.hidden_units is not None
+    return plan.hidden_units.total
 
 
 def induction_table(plans: Mapping[str, HeadPlan], attention: Mapping[UnitKey, Tensor]) -> str:
@@ -142,10 +147,9 @@ def draw(plans: Mapping[str, HeadPlan], path: Path, share: float) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.4), sharey=True)
     for axis, kind, name in zip(axes, ("head", "block"), ("key/value groups", "hidden units"), strict=True):
         for method, plan in plans.items():
-            totals: Mapping[Any, int] = plan.total if kind == "head" else plan.hidden_units.total  # type: ignore[union-attr]
-            left: Sequence[float] = [
+            left = [
                 len(plan.units[UnitKey(kind, layer)]) / total  # type: ignore[arg-type]
-                for layer, total in totals.items()
+                for layer, total in _total(plan, kind).items()
             ]
             axis.plot(range(len(left)), left, marker="o", markersize=3, label=method, color=COLOURS.get(method))
         axis.set(title=f"{name} left, {share:.0%} of the blocks' parameters", xlabel="layer", ylim=(0, 1.05))
@@ -170,9 +174,8 @@ def main() -> None:
     for name in RANKINGS:
         plans[name] = choose(model, Point(share=options.share, criterion=name), rows, setting)
     text = batches(rows)
-    unit = find_layout(model).choose_unit(model, None, what="heads are cut by")
     # Units one by one: blocks of one criterion are not those of another.
-    scores = {name: by_unit(score_heads(model, name, text, unit=unit, blocks=1)) for name in CRITERIA}
+    scores = {name: by_unit(score_heads(model, name, text, blocks=1)) for name in CRITERIA}
     print(table(plans, scores), "\n")
     print(induction_table(plans, induction(folder)))
     if options.picture is not None:

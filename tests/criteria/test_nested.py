@@ -87,16 +87,13 @@ def test_a_resized_model_is_the_cut_one_with_its_projections_fitted(case: tuple[
     kept = {each.site.key: each.kept(count) for each, count in zip(sublayers, counts, strict=True)}
     plan = choices_of([each.site for each in sublayers], unit, 1).plan_of(kept)
     assert isinstance(plan.hidden_units, UnitPlan)
-    fits = {each.site.key: each.fit(count) for each, count in zip(sublayers, counts, strict=True)}
+    fits = {each.site.key: (each.site, each.fit(count)) for each, count in zip(sublayers, counts, strict=True)}
     deadhead.cut(model, plan)
     for site in find_layout(model).all_sites(model, unit, hidden=True):
         if site.units:
-            full = next(each.site for each in sublayers if each.site.key == site.key)
-            place = {old: index for index, old in enumerate(range(full.total))}
-            columns = torch.tensor([place[old] for old in site.units])
-            wide = (columns[:, None] * site.unit_dim + torch.arange(site.unit_dim)).flatten()
+            whole, weight = fits[site.key]
             with torch.no_grad():
-                head_columns(site.output).copy_(fits[site.key][:, wide])
+                head_columns(site.output).copy_(weight[:, whole.rows(site.units)])
     with torch.no_grad():
         assert difference(model(input_ids=IDS).logits, found) < 1e-10
 

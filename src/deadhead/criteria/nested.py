@@ -19,12 +19,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from deadhead.criteria.second_order import exact, solve
 from deadhead.layouts import Site, head_columns
 from deadhead.models.pruned.structure import weight_of
 
 RIDGE = 0.1
-# What is added to a diagonal where rounding has left a matrix that is not positive definite.
-_ROUNDING = 1e-6
 
 
 class NestedSublayer:
@@ -74,18 +73,14 @@ class NestedSublayer:
             return found_Dn
         columns_S = self.site.rows(self.kept(count)).to(found_Dn.device)
         across_nS = self.inputs_nn[:, columns_S]
-        inner_SS = _exact(across_nS[columns_S])
+        inner_SS = exact(across_nS[columns_S])
         ridge = self.ridge * inner_SS.diagonal().mean()
         if not bool(ridge > 0):
             # Nothing that is left ever does anything.
             return found_Dn
-        right_DS = _exact(self.weight_Dn.to(across_nS) @ across_nS) + ridge * _exact(self.weight_Dn[:, columns_S])
-        eye_SS = torch.eye(len(inner_SS), dtype=inner_SS.dtype, device=inner_SS.device)
-        factor_SS, failed = torch.linalg.cholesky_ex(inner_SS + ridge * eye_SS)
-        if bool(failed):
-            factor_SS = torch.linalg.cholesky(inner_SS + (1 + _ROUNDING) * ridge * eye_SS)
-        solved_SD = torch.cholesky_solve(right_DS.T, factor_SS)
-        found_Dn[:, columns_S] = solved_SD.T.to(found_Dn)
+        right_DS = exact(self.weight_Dn.to(across_nS) @ across_nS) + ridge * exact(self.weight_Dn[:, columns_S])
+        inner_SS.diagonal().add_(ridge)
+        found_Dn[:, columns_S] = solve(inner_SS, right_DS.T).T.to(found_Dn)
         return found_Dn
 
     def weight(self, size: Tensor) -> Tensor:
@@ -119,8 +114,3 @@ def _weight_in_place(output: nn.Module, weight_Dn: Tensor) -> Iterator[None]:
         yield
     finally:
         del vars(output)["weight"]
-
-
-def _exact(values: Tensor) -> Tensor:
-    # Apple's GPUs have no float64.
-    return values.float() if values.device.type == "mps" else values.double()

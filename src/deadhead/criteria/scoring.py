@@ -32,7 +32,7 @@ from deadhead.criteria.second_order import second_order
 from deadhead.criteria.taylor import taylor
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts import Site, find_layout
-from deadhead.plans.blocks import LARGEST_SORTED, Blocks, choose_block_size
+from deadhead.plans.blocks import Blocks
 from deadhead.plans.kinds import ONE_SHOT, STANDARDISED, OneShot
 from deadhead.plans.plan import Unit, UnitKey
 from deadhead.plans.scores import HeadScores
@@ -102,9 +102,7 @@ def score_heads(
 
     if isinstance(blocks, Mapping):
         return scores.bundled(asked.hidden, together)
-    widths = [len(site.units) for site in there if site.is_hidden]
-    size = None if isinstance(blocks, bool) else blocks
-    return scores.in_blocks(choose_block_size(widths, size, largest=LARGEST_SORTED), together) if widths else scores
+    return scores.in_blocks(blocks, together)
 
 
 def _total(scores: Tensor) -> Tensor:

@@ -167,8 +167,8 @@ def measured(
 
 def slopes(site: Site, moments: Moments, *, ridge: float = RIDGE) -> Tensor:
     """Return the score of each unit of a site, (H,), float64 on the CPU: ascending in the order of removal."""
-    weight, inputs_nn = _exact(head_columns(site.output).detach()), _exact(moments.inputs_nn)
-    gradients_DD = None if moments.gradients_DD is None else _exact(moments.gradients_DD)
+    weight, inputs_nn = exact(head_columns(site.output).detach()), exact(moments.inputs_nn)
+    gradients_DD = None if moments.gradients_DD is None else exact(moments.gradients_DD)
     if not all(bool(part.isfinite().all()) for part in (weight, inputs_nn, gradients_DD) if part is not None):
         # Whoever ranks by these says so.
         return torch.full((len(site.units),), torch.nan, dtype=torch.float64)
@@ -184,8 +184,8 @@ def slopes(site: Site, moments: Moments, *, ridge: float = RIDGE) -> Tensor:
     return torch.empty_like(hull).scatter(0, order, hull)
 
 
-def _exact(values: Tensor) -> Tensor:
-    # Apple's GPUs have no float64.
+def exact(values: Tensor) -> Tensor:
+    """Return numbers in float64, on the CPU if they lie where there is none, as on Apple's GPUs."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
@@ -223,13 +223,13 @@ def removal(
         across_SR = inverse_nn[stay_S[:, None], gone_R]
         lost_DR = weight_Dn[:, gone_R]
         # (C⁻¹_RR)⁻¹ W_Rᵀ
-        solved_RD = _solve(block_RR, lost_DR.T)
+        solved_RD = solve(block_RR, lost_DR.T)
         together = (lost_DR.T * solved_RD).sum()
         shares = alone_H[going] / alone_H[going].sum() if alone_H[going].sum() > 0 else 0 * alone_H[going]
         order.append(left[going])
         costs.append(together * shares)
         weight_Dn = weight_Dn[:, stay_S] - (across_SR @ solved_RD).T
-        inverse_nn = inverse_nn[stay_S[:, None], stay_S] - across_SR @ _solve(block_RR, across_SR.T)
+        inverse_nn = inverse_nn[stay_S[:, None], stay_S] - across_SR @ solve(block_RR, across_SR.T)
         left = left[staying]
     return torch.cat(order).cpu(), torch.cat(costs).cpu()
 
@@ -240,10 +240,10 @@ def _alone(weight_Dn: Tensor, inverse_nn: Tensor, width: int) -> Tensor:
         return weight_Dn.square().sum(0) / inverse_nn.diagonal()
     units_HED = weight_Dn.T.unflatten(0, (-1, width))
     blocks_HEE = inverse_nn.unflatten(0, (-1, width)).unflatten(-1, (-1, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    return (units_HED * _solve(blocks_HEE, units_HED)).sum((1, 2))
+    return (units_HED * solve(blocks_HEE, units_HED)).sum((1, 2))
 
 
-def _solve(positive: Tensor, right: Tensor) -> Tensor:
+def solve(positive: Tensor, right: Tensor) -> Tensor:
     """Return the solution of positive definite systems, (..., n, n) and (..., n, m).
 
     By Cholesky's factors: those of LU, in float64 and by several threads, have failed in MKL.

@@ -34,7 +34,6 @@ from deadhead.layouts.refusals import require_gradients
 from deadhead.measure.last_states import LastStates, divergence
 from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs
 from deadhead.modes import evaluating, uncompiled
-from deadhead.plans.blocks import LARGEST_SORTED, choose_block_size
 from deadhead.plans.plan import Unit, UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
@@ -107,7 +106,11 @@ def learn_sizes(
 
     moments = measured(model, sites, batches, with_gradients=False, note=note)
     values = {site.key: slopes(site, each) for site, each in zip(sites, moments, strict=True)}
-    scores = _in_blocks(HeadScores(scores=values, choices=choices_of(found, unit, 1)), blocks)
+
+    def together(key: UnitKey, owner_F: Tensor) -> Tensor:
+        return values[key].new_zeros(int(owner_F.max()) + 1).index_add(0, owner_F, values[key])
+
+    scores = HeadScores(scores=values, choices=choices_of(found, unit, 1)).in_blocks(blocks, together)
     nested = {
         # In place: together they are as large as most of the model.
         site.key: NestedSublayer(site, each.inputs_nn.div_(max(each.count, 1)), _ascending(scores, site.key))
@@ -144,22 +147,9 @@ def _kept(read: LastStates) -> Tensor:
     return read.states_BTD.detach().to(torch.float16 if read.output_layer is None else torch.bfloat16)
 
 
-def _in_blocks(scores: HeadScores, blocks: bool | int) -> HeadScores:
-    """Return the scores of hidden units that go together, if there are any: of each block the sum."""
-    widths = [len(units) for key, units in scores.choices.units.items() if key.kind == "block" and units]
-    if not widths:
-        return scores
-    size = choose_block_size(widths, None if isinstance(blocks, bool) else blocks, largest=LARGEST_SORTED)
-    return scores.in_blocks(size, lambda key, owner_F: _summed(scores.scores[key], owner_F))
-
-
 def _ascending(scores: HeadScores, key: UnitKey) -> list[Sequence[int]]:
     """Return the units of each choice, the one with the lowest score first."""
     return [scores.choices.members[key][place] for place in scores.scores[key].argsort(stable=True).tolist()]
-
-
-def _summed(scores: Tensor, owner_F: Tensor) -> Tensor:
-    return scores.new_zeros(int(owner_F.max()) + 1).index_add(0, owner_F, scores)
 
 
 def _margins(scores_H: Tensor, sublayer: NestedSublayer, size: float) -> Tensor:

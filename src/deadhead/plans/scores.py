@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deadhead.errors import InputError, typed
-from deadhead.plans.blocks import owners, sorted_blocks
+from deadhead.plans.blocks import LARGEST_SORTED, choose_block_size, owners, sorted_blocks
 from deadhead.plans.choices import Choices
 from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import HeadPlan, UnitKey
@@ -70,11 +70,17 @@ class HeadScores:
                 members[key], scores[key] = found, together(key, owner)
         return replace(self, scores=scores, choices=replace(self.choices, members=members))
 
-    def in_blocks(self, size: int, together: Callable[[UnitKey, Tensor], Tensor]) -> HeadScores:
-        """Return the scores of blocks of so many hidden units of like scores (see `sorted_blocks` and `bundled`)."""
-        keys = [key for key in self.scores if key.kind == "block"]
-        blocks = {key: sorted_blocks(self.choices.units[key], self.scores[key], size) for key in keys}
-        return self.bundled(blocks, together)
+    def in_blocks(self, asked: bool | int, together: Callable[[UnitKey, Tensor], Tensor]) -> HeadScores:
+        """Return the scores of blocks of hidden units of like scores, if there are any units.
+
+        See `sorted_blocks` and `bundled`; a bool leaves the size to `choose_block_size`, which raises.
+        """
+        units = {key: self.choices.units[key] for key in self.scores if key.kind == "block"}
+        if not units:
+            return self
+        size = None if isinstance(asked, bool) else asked
+        size = choose_block_size(map(len, units.values()), size, largest=LARGEST_SORTED)
+        return self.bundled({key: sorted_blocks(units[key], self.scores[key], size) for key in units}, together)
 
     def over(self, costs: UnitCosts) -> HeadScores:
         """Return these scores, which are worth something as numbers, over what each choice costs."""
