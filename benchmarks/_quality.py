@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from deadhead.data import TokenizedCorpus, TokenStream
 from deadhead.layouts import find_layout
 from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, close_to_budget, gate_config
 from deadhead.training.phases.choosing import rank
+from deadhead.training.phases.defaults import batches_of
 
 # To be raised with whatever else changes the figures: points of another version are measured anew.
 _VERSION = 1
@@ -51,6 +53,7 @@ class Method:
         criterion: of deadhead, or "l2" and "taylor" of Torch-Pruning.
         ranking: "global" or "layer".
         distill: weight of the dense model's distribution in the loss, while gates learn and in the fine-tuning.
+        compensate: whether output projections are fitted to the dense model right after the cut.
         options: further fields of `PruneRecipe`.
         rank: a sweep that is cut short has the methods of the lowest rank first.
     """
@@ -60,6 +63,7 @@ class Method:
     criterion: str = ""
     ranking: Literal["global", "layer"] = "global"
     distill: float = 0.0
+    compensate: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,6 +75,8 @@ METHODS: dict[str, Method] = {
     "dense": Method(kind="dense"),
     "gates": Method(kind="learned", criterion="gates", options=_LEANING),
     "gates + distillation": Method(kind="learned", criterion="gates", distill=0.5, options=_LEANING),
+    "gates + compensation": Method(kind="learned", criterion="gates", compensate=True, options=_LEANING),
+    "gates + both": Method(kind="learned", criterion="gates", distill=0.5, compensate=True, options=_LEANING),
     "gates, by layer": Method(kind="learned", criterion="gates", ranking="layer", options=_LEANING, rank=1),
     "gates, starting alike": Method(kind="learned", criterion="gates", rank=3),
     "gates, weighted": Method(kind="learned", criterion="gates", options=_WEIGHTED, rank=3),
@@ -79,6 +85,8 @@ METHODS: dict[str, Method] = {
     "topk": Method(kind="learned", criterion="topk", options=_LEANING, rank=1),
     "taylor": Method(kind="one-shot", criterion="taylor"),
     "taylor + distillation": Method(kind="one-shot", criterion="taylor", distill=0.5),
+    "taylor + compensation": Method(kind="one-shot", criterion="taylor", compensate=True),
+    "taylor + both": Method(kind="one-shot", criterion="taylor", distill=0.5, compensate=True),
     "taylor, by layer": Method(kind="one-shot", criterion="taylor", ranking="layer", rank=3),
     "output-difference": Method(kind="one-shot", criterion="output-difference", rank=1),
     "magnitude": Method(kind="one-shot", criterion="magnitude", rank=2),
@@ -184,7 +192,8 @@ def measure_point(
         deadhead.training.train(model, train, PhaseRecipe(**recipe), PhaseRun(seed=seed))
         return _result(model, begun, None, perplexities(model, text, budget.tokens), budget.dense + budget.after)
     model = deadhead.load(dense)
-    teacher = deadhead.load(dense) if method.distill else None
+    teacher = deadhead.load(dense) if method.distill or method.compensate else None
+    learned_from = teacher if method.distill else None
     if method.kind == "torch-pruning":
         if (reason := _prune_as_peers_do(model, method, sparsity, train, budget, seed)) is not None:
             return {"cannot": reason}
@@ -202,20 +211,24 @@ def measure_point(
                 model,
                 train,
                 recipe,
-                PhaseRun(gates=gates, seed=seed + 1000, first_segment=first, teacher=teacher),
+                PhaseRun(gates=gates, seed=seed + 1000, first_segment=first, teacher=learned_from),
             )
             close_to_budget(model, gates, recipe)
             deadhead.cut(model, gates.plan())
             steps, first = steps - recipe.steps, first + recipe.steps
         else:
             deadhead.cut(model, rank(model, train, recipe, seed=seed + 3000, first_segment=first))
+    if method.compensate:
+        assert teacher is not None
+        rows = batches_of(model, train, PruneRecipe(**again(name, budget.looked_at, 0.0, sparsity=sparsity)), seed=seed)
+        deadhead.compensate(model, teacher, [*islice(rows, budget.looked_at)])
     before = perplexities(model, text, budget.tokens)
     # Another order than that of the dense training, which would read the same rows again.
     deadhead.training.train(
         model,
         train,
         PhaseRecipe(**again(name, steps, method.distill)),
-        PhaseRun(seed=seed + 2000, first_segment=first, teacher=teacher),
+        PhaseRun(seed=seed + 2000, first_segment=first, teacher=learned_from),
     )
     return _result(model, begun, before, perplexities(model, text, budget.tokens), budget.after)
 

@@ -20,7 +20,7 @@ from tests.small_runs import write_prose
 
 pytestmark = pytest.mark.slow
 
-_BUDGET = Budget(dense=2, after=3, gates=2, looked_at=1, tokens=300)
+_BUDGET = Budget(dense=2, after=3, gates=2, looked_at=2, tokens=300)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, int, Path]:
 
 
 _FEW = {
-    ("all-attention", "gates + distillation"),
+    ("all-attention", "gates + both"),
     ("gpt2", "topk"),
-    ("llama-gqa", "taylor"),
+    ("llama-gqa", "taylor + compensation"),
     ("llama-gqa", "Torch-Pruning Taylor, global"),
     ("llama-gqa", "small from scratch"),
     ("llama-gqa", "dense"),

@@ -62,11 +62,12 @@ def test_a_plan_of_learned_sizes_keeps_to_the_budget(name: str, share: float) ->
     make, unit = STOCK[name]
     model = make()
     costs = costs_of(model, unit)
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, dict[str, float]]] = []
     learned = learn_sizes(
         model, scored_batches(), costs, share, steps=6, unit=unit, blocks=4, progress=lambda *at: told.append(at)
     )
-    assert told == [(done, 8) for done in range(1, 9)] and len(learned.divergences) == 6
+    assert [at[:2] for at in told] == [(done, 8) for done in range(1, 9)] and len(learned.divergences) == 6
+    assert [at[2].get("divergence") for at in told] == [None, None, *learned.divergences]
     plan = learned.scores.within(costs, share * costs.total)
     left = costs.of({key: len(plan.units[key]) for key in costs.tables}) / costs.total
     assert share - 0.1 < left <= share + 1e-9

@@ -66,7 +66,7 @@ def progress(quiet: bool) -> Iterator[Report]:
         def report(name: str, done: int, total: int, logs: dict[str, Any]) -> None:
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=total, more="")
-            shown = {"loss": "loss {:.3f}", "sparsity": "closed {:.0%}"}
+            shown = {"loss": "loss {:.3f}", "divergence": "{:.3f} nats off", "sparsity": "closed {:.0%}"}
             numbers = "  ".join(text.format(logs[key]) for key, text in shown.items() if key in logs)
             bars.update(tasks[name], completed=done, total=total, more=numbers)
 

@@ -6,7 +6,7 @@ whole sublayer's output, in squares weighed as C is, with
     W_S = (W C_:S + λ W_:S) (C_SS + λ)⁻¹,    λ = ridge · mean diag C_SS,
 
 drawn to the weight that there is. Between two sizes the weight lies on the straight line from one fit to the other: a
-function of the size that is continuous and has a gradient.
+function of the size that is continuous and has a gradient. Units that neither of the two has are not computed.
 
 Dimensions: D model width, n width of what the output projection reads, S columns of the units that are left.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from deadhead.criteria.second_order import exact, solve
 from deadhead.layouts import Site, head_columns
+from deadhead.layouts.temporary import shrink_for_now
 from deadhead.models.pruned.structure import weight_of
 
 RIDGE = 0.1
@@ -57,7 +58,7 @@ class NestedSublayer:
         return tuple(sorted(unit for choice in self.choices[len(self.choices) - count :] for unit in choice))
 
     def fit(self, count: int) -> Tensor:
-        """Return the weight with so many choices left, (D, n), 0 in the columns of those that are gone."""
+        """Return the weight with so many choices left, (D, S): the columns of their units."""
         if count == len(self.choices):
             return self.weight_Dn
         if count not in self._fits:
@@ -68,23 +69,23 @@ class NestedSublayer:
         return self._fits[count]
 
     def _solved(self, count: int) -> Tensor:
-        found_Dn = torch.zeros_like(self.weight_Dn)
-        if not count:
-            return found_Dn
-        columns_S = self.site.rows(self.kept(count)).to(found_Dn.device)
+        columns_S = self._columns(count)
+        weight_DS = self.weight_Dn[:, columns_S]
         across_nS = self.inputs_nn[:, columns_S]
         inner_SS = exact(across_nS[columns_S])
         ridge = self.ridge * inner_SS.diagonal().mean()
         if not bool(ridge > 0):
-            # Nothing that is left ever does anything.
-            return found_Dn
-        right_DS = exact(self.weight_Dn.to(across_nS) @ across_nS) + ridge * exact(self.weight_Dn[:, columns_S])
+            # Nothing is left, or nothing that ever does anything.
+            return torch.zeros_like(weight_DS)
+        right_DS = exact(self.weight_Dn.to(across_nS) @ across_nS) + ridge * exact(weight_DS)
         inner_SS.diagonal().add_(ridge)
-        found_Dn[:, columns_S] = solve(inner_SS, right_DS.T).T.to(found_Dn)
-        return found_Dn
+        return solve(inner_SS, right_DS.T).T.to(weight_DS)
 
-    def weight(self, size: Tensor) -> Tensor:
-        """Return the weight at a size, (D, n), with a gradient.
+    def _columns(self, count: int) -> Tensor:
+        return self.site.rows(self.kept(count)).to(self.weight_Dn.device)
+
+    def at(self, size: Tensor) -> tuple[tuple[int, ...], Tensor]:
+        """Return the units that are computed at a size, ascending, and the weight of their columns, with a gradient.
 
         Args:
             size: units that are left, 0-dimensional, a fraction too; from 0 to all.
@@ -92,15 +93,21 @@ class NestedSublayer:
         wanted = float(size.detach())
         below = max(place for place, units in enumerate(self.counts[:-1]) if not place or units <= wanted)
         share = (size - self.counts[below]) / (self.counts[below + 1] - self.counts[below])
-        return torch.lerp(self.fit(below), self.fit(below + 1), share.to(self.weight_Dn))
+        more_DS = self.fit(below + 1)
+        less_DS = torch.zeros_like(more_DS)
+        less_DS[:, torch.isin(self._columns(below + 1), self._columns(below))] = self.fit(below)
+        return self.kept(below + 1), torch.lerp(less_DS, more_DS, share.to(more_DS))
 
 
 @contextmanager
 def resized(sublayers: Sequence[NestedSublayer], sizes: Sequence[Tensor]) -> Iterator[None]:
-    """Let sublayers have the weights of some sizes while the block runs."""
+    """Let sublayers, whose own weights do not learn, have some sizes while the block runs."""
     with ExitStack() as stack:
         for sublayer, size in zip(sublayers, sizes, strict=True):
-            stack.enter_context(_weight_in_place(sublayer.site.output, sublayer.weight(size)))
+            units, weight_DS = sublayer.at(size)
+            if len(units) < sublayer.units:
+                stack.callback(shrink_for_now(sublayer.site, units))
+            stack.enter_context(_weight_in_place(sublayer.site.output, weight_DS))
         yield
 
 

@@ -69,7 +69,7 @@ def learn_sizes(
     steps: int,
     unit: Unit | None = None,
     blocks: bool | int = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, dict[str, float]], None] = lambda done, total, found: None,
 ) -> LearnedSizes:
     """Learn how much of each sublayer should stay for a model to cost a share of what it does.
 
@@ -81,7 +81,8 @@ def learn_sizes(
         steps: of the descent; batches come again if they are fewer.
         unit: "head" or "kv_group"; None takes the groups where there are any.
         blocks: whether hidden units go too, or how many at a time.
-        progress: called with the number of batches read and steps done, and of all there are to do.
+        progress: called with the number of batches read and steps done, and of all there are to do; from the first step
+            on with its "divergence", KL(dense ‖ model) in nats a token.
 
     Raises:
         UnsupportedModel: the criterion cannot follow the model's stream.
@@ -102,7 +103,7 @@ def learn_sizes(
 
     def note(outputs: SegmentOutputs) -> None:
         dense.append(_kept(outputs.read))
-        progress(len(dense), len(batches) + steps)
+        progress(len(dense), len(batches) + steps, {})
 
     moments = measured(model, sites, batches, with_gradients=False, note=note)
     values = {site.key: slopes(site, each) for site, each in zip(sites, moments, strict=True)}
@@ -130,7 +131,7 @@ def learn_sizes(
         lost, gradients = _gradients(losses, model, nested, descent.sizes, batch, dense[index])
         descent.step(gradients)
         divergences.append(lost)
-        progress(len(batches) + step + 1, len(batches) + steps)
+        progress(len(batches) + step + 1, len(batches) + steps, {"divergence": lost})
     # What costs nothing stays.
     margins = {key: torch.full((len(of_key),), math.inf) for key, of_key in scores.scores.items()}
     margins |= {key: _margins(scores.scores[key], each, descent.found[key]) for key, each in nested.items()}

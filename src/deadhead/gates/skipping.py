@@ -7,7 +7,7 @@ them, but for rounding. Deadhead's own attention leaves shut heads out by itself
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import is_sharded
 from deadhead.layouts import Site
+from deadhead.layouts.temporary import shrink_for_now
 
 # Of a module's units so many must be shut: to gather what is left of weights takes time too.
 _LEAST = 1 / 8
-_NOTHING = object()
 
 
 class Skipping:
@@ -32,8 +32,7 @@ class Skipping:
         self.site, self.gate = site, gate
         # Which of the site's units are computed now, (U,), by their place; None: all of them.
         self.computed: Tensor | None = None
-        # What shrinking has changed: tables, names in them, and what was there.
-        self._changed: list[tuple[dict[str, Any], str, Any]] = []
+        self._put_back: Callable[[], None] | None = None
 
     def hang(self) -> None:
         """Hook on to the module."""
@@ -52,25 +51,14 @@ class Skipping:
         places = [place for place, gate in enumerate(owners) if gate in open_gates]
         if len(places) > (1 - _LEAST) * len(self.site.units) or not self._is_frozen(module):
             return
-        before = [(table, dict(table)) for table in _tables(module)]
-        with torch.no_grad():
-            self.site.shrink(tuple(self.site.units[place] for place in places))
-        self._changed = [
-            (table, name, values.get(name, _NOTHING))
-            for table, values in before
-            for name, value in table.items()
-            if value is not values.get(name, _NOTHING)
-        ]
+        self._put_back = shrink_for_now(self.site, tuple(self.site.units[place] for place in places))
         self.computed = torch.tensor(places, dtype=torch.long)
 
     def put_back(self) -> None:
         """Give the module all its units again."""
-        for table, name, value in self._changed:
-            if value is _NOTHING:
-                del table[name]
-            else:
-                table[name] = value
-        self._changed, self.computed = [], None
+        if self._put_back is not None:
+            self._put_back()
+        self._put_back = self.computed = None
 
     def _is_frozen(self, module: nn.Module) -> bool:
         """Tell whether the weights lie there whole and plain, and none of them learns."""
@@ -101,11 +89,3 @@ class _PutBack(_Hook):
 
 
 SKIPPING_HOOKS = (_Shrink, _PutBack)
-
-
-def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield what a module's attributes and parameters lie in."""
-    for each in module.modules():
-        if not isinstance(each, HeadGate):
-            yield vars(each)
-            yield each._parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -302,7 +303,7 @@ def _by_sizes(
             steps=recipe.steps,
             unit=recipe.unit,
             blocks=asked_blocks(recipe, model),
-            progress=counted(progress, "learning sizes"),
+            progress=partial(progress, "learning sizes"),
         )
     return learned.scores
 
