@@ -3,10 +3,13 @@
 With W the projection's weight and C the second moments of what it reads, the units S that are left come nearest to the
 whole sublayer's output, in squares weighed as C is, with
 
-    W_S = (W C_:S + λ W_:S) (C_SS + λ)⁻¹,    λ = ridge · mean diag C_SS,
+    W_S = (W C_:S + λ W_:S) (C_SS + λ)⁻¹,    λ = ridge · mean diag C,
 
-drawn to the weight that there is. Between two sizes the weight lies on the straight line from one fit to the other: a
-function of the size that is continuous and has a gradient. Units that neither of the two has are not computed.
+drawn to the weight that there is. Units that stay longest come first here, so that S is always what comes first: with
+L Lᵀ = C + λ and L z = (W C + λ W)ᵀ, once for all sizes, L_SSᵀ W_Sᵀ = z_S.
+
+Between two sizes the weight lies on the straight line from one fit to the other: a function of the size that is
+continuous and has a gradient. Units that neither of the two has are not computed.
 
 Dimensions: D model width, n width of what the output projection reads, S columns of the units that are left.
 """
@@ -19,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from deadhead.criteria.second_order import exact, solve
+from deadhead.criteria.second_order import cholesky, exact
 from deadhead.layouts import Site, head_columns
 from deadhead.layouts.temporary import shrink_for_now
 from deadhead.models.pruned.structure import weight_of
@@ -40,13 +43,33 @@ class NestedSublayer:
     def __init__(
         self, site: Site, inputs_nn: Tensor, choices: Sequence[Sequence[int]], *, ridge: float = RIDGE
     ) -> None:
-        self.site, self.inputs_nn, self.choices, self.ridge = site, inputs_nn, choices, ridge
+        self.site, self.choices = site, choices
         self.weight_Dn = head_columns(site.output).detach()
         # Units that are left with 0, 1, … choices.
         self.counts = [0]
         for choice in reversed(choices):
             self.counts.append(self.counts[-1] + len(choice))
+        # Those that stay longest first.
+        self._columns_n = site.rows(tuple(unit for choice in reversed(choices) for unit in choice))
+        self._factor_nn, self._half_nD = self._solved(inputs_nn, ridge)
         self._fits: dict[int, Tensor] = {}
+
+    def _solved(self, inputs_nn: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        """Return L and z of all units."""
+        columns_n = self._columns_n.to(inputs_nn.device)
+        moments_nn = exact(inputs_nn[columns_n[:, None], columns_n])
+        weight_Dn = exact(self.weight_Dn[:, columns_n.to(self.weight_Dn.device)])
+        added = ridge * moments_nn.diagonal().mean()
+        if not bool(added > 0):
+            # Nothing ever does anything: every fit is 0.
+            added = torch.ones_like(added)
+            weight_Dn = torch.zeros_like(weight_Dn)
+        right_Dn = weight_Dn @ moments_nn + added * weight_Dn
+        moments_nn.diagonal().add_(added)
+        factor_nn = cholesky(moments_nn)
+        half_nD = torch.linalg.solve_triangular(factor_nn, right_Dn.T, upper=False)
+        place = {"device": self.weight_Dn.device, "dtype": torch.promote_types(self.weight_Dn.dtype, torch.float32)}
+        return factor_nn.to(**place), half_nD.to(**place)
 
     @property
     def units(self) -> int:
@@ -65,24 +88,13 @@ class NestedSublayer:
             # Those of the two sizes that the last one lay between may be wanted again.
             for old in [*self._fits][:-2]:
                 del self._fits[old]
-            self._fits[count] = self._solved(count)
+            width = self.counts[count] * self.site.unit_dim
+            found_SD = torch.linalg.solve_triangular(
+                self._factor_nn[:width, :width].T, self._half_nD[:width], upper=True
+            )
+            order_S = self._columns_n[:width].argsort().to(found_SD.device)
+            self._fits[count] = found_SD[order_S].T.to(self.weight_Dn)
         return self._fits[count]
-
-    def _solved(self, count: int) -> Tensor:
-        columns_S = self._columns(count)
-        weight_DS = self.weight_Dn[:, columns_S]
-        across_nS = self.inputs_nn[:, columns_S]
-        inner_SS = exact(across_nS[columns_S])
-        ridge = self.ridge * inner_SS.diagonal().mean()
-        if not bool(ridge > 0):
-            # Nothing is left, or nothing that ever does anything.
-            return torch.zeros_like(weight_DS)
-        right_DS = exact(self.weight_Dn.to(across_nS) @ across_nS) + ridge * exact(weight_DS)
-        inner_SS.diagonal().add_(ridge)
-        return solve(inner_SS, right_DS.T).T.to(weight_DS)
-
-    def _columns(self, count: int) -> Tensor:
-        return self.site.rows(self.kept(count)).to(self.weight_Dn.device)
 
     def at(self, size: Tensor) -> tuple[tuple[int, ...], Tensor]:
         """Return the units that are computed at a size, ascending, and the weight of their columns, with a gradient.
@@ -95,8 +107,11 @@ class NestedSublayer:
         share = (size - self.counts[below]) / (self.counts[below + 1] - self.counts[below])
         more_DS = self.fit(below + 1)
         less_DS = torch.zeros_like(more_DS)
-        less_DS[:, torch.isin(self._columns(below + 1), self._columns(below))] = self.fit(below)
+        less_DS[:, torch.isin(self._columns(below + 1), self._columns(below)).to(less_DS.device)] = self.fit(below)
         return self.kept(below + 1), torch.lerp(less_DS, more_DS, share.to(more_DS))
+
+    def _columns(self, count: int) -> Tensor:
+        return self._columns_n[: self.counts[count] * self.site.unit_dim].sort().values
 
 
 @contextmanager

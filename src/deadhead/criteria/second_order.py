@@ -248,13 +248,18 @@ def solve(positive: Tensor, right: Tensor) -> Tensor:
 
     By Cholesky's factors: those of LU, in float64 and by several threads, have failed in MKL.
     """
+    return torch.cholesky_solve(right, cholesky(positive))
+
+
+def cholesky(positive: Tensor) -> Tensor:
+    """Return the lower factors of positive definite matrices, (..., n, n), float64."""
     factor, failed = torch.linalg.cholesky_ex(positive)
     if bool(failed.any()):
         # Rounding took away what is smaller than it.
         size = positive.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
         eye = torch.eye(positive.shape[-1], dtype=positive.dtype, device=positive.device)
         factor = torch.linalg.cholesky(positive + _ROUNDING * size * eye)
-    return torch.cholesky_solve(right, factor)
+    return factor
 
 
 def _columns(units: Tensor, width: int) -> Tensor:

@@ -112,12 +112,13 @@ def learn_sizes(
         return values[key].new_zeros(int(owner_F.max()) + 1).index_add(0, owner_F, values[key])
 
     scores = HeadScores(scores=values, choices=choices_of(found, unit, 1)).in_blocks(blocks, together)
-    nested = {
-        # In place: together they are as large as most of the model.
-        site.key: NestedSublayer(site, each.inputs_nn.div_(max(each.count, 1)), _ascending(scores, site.key))
-        for site, each in zip(sites, moments, strict=True)
-        if site.key in costs.tables
-    }
+    nested: dict[UnitKey, NestedSublayer] = {}
+    for site, each in zip(sites, moments, strict=True):
+        if site.key in costs.tables:
+            mean_nn = each.inputs_nn.div_(max(each.count, 1))
+            nested[site.key] = NestedSublayer(site, mean_nn, _ascending(scores, site.key))
+        # Together they are as large as most of the model.
+        each.inputs_nn = each.inputs_nn.new_empty(0)
     kept = scores.over(costs).within(costs, share * costs.total).units
     start = {key: float(len(kept[key])) for key in nested}
     descent = _Descent(costs, share * costs.total, start, {key: each.units for key, each in nested.items()}, steps)
