@@ -87,7 +87,8 @@ def test_a_dry_run_says_what_would_be_left_and_writes_nothing(
     options: tuple[Any, ...], given: Path, tmp_path: Path, command: _Command
 ) -> None:
     out = tmp_path / "out"
-    found = command.json("prune", "--model", given / "llama", "--out", out, "--dry-run", *options)
+    call = ("prune", "--model", given / "llama", "--out", out, "--dry-run", *options)
+    found = command.json(*call, "--criterion", "gates")
     assert not out.exists() and not list(tmp_path.iterdir())
     inspected = command.json("inspect", given / "llama", "--length", found["length"])
     assert found["dense"] == {name: inspected[name] for name in found["dense"]}
@@ -100,8 +101,34 @@ def test_a_dry_run_says_what_would_be_left_and_writes_nothing(
         assert found["reached"] <= options[1] + 1e-9 or options[0] == "--sparsity"
     else:
         assert found["example"] is None
-    output = command("prune", "--model", given / "llama", "--out", out, "--dry-run", *options)
+    output = command(*call, "--criterion", "gates")
     assert "Memory to train gates" in output and "parameters" in output
+    assert [part["what"].split(" in ")[0] for part in found["parts"]] == ["train gates and weights", _FIT]
+
+
+_FIT = "fit what is left to the dense model on 128 rows"
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ((), "learn the sizes of layers' parts in 40 steps of 4 × 128 tokens"),
+        (("--fast",), "rank units by reconstruction from 8 batches of 16 × 128 tokens"),
+        (("--criterion", "magnitude"), "rank units by magnitude"),
+        (("--freeze-weights", "--steps", 7), "train gates alone in 7 steps of 16 × 128 tokens"),
+    ],
+)
+def test_what_will_be_done_and_how_long_it_takes(
+    options: tuple[Any, ...], first: str, given: Path, command: _Command
+) -> None:
+    call = ("prune", "--model", given / "llama", "--params", 0.6, "--dry-run", "--recover", 5, *options)
+    found = command.json(*call)
+    rows = 4 if not options else 16
+    assert [part["what"] for part in found["parts"]] == [first, _FIT, f"recover in 5 steps of {rows} × 128 tokens"]
+    assert all(part["seconds"] >= 0 for part in found["parts"]) and (found["memory"] is None) == ("gates" not in first)
+    output = command(*call)
+    assert output.rstrip().endswith("in all on this machine, besides reading the text and measuring on it.")
+    assert f"To do: {first} (less than a minute), {_FIT} (less than a minute), then recover" in output
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,34 @@ def test_sizes_are_learned_and_the_weights_that_stay_are_not(
     assert not (tmp_path / "none").exists()
 
 
+def test_fast_ranks_and_recover_goes_on(
+    given: Path, tmp_path: Path, command: _Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = ("prune", "--model", given / "llama", "--data", given / "prose.txt", "--params", 0.7, *_STEPS)
+    fast = command.json(*common, "--fast", "--no-compensate", "--out", tmp_path / "fast")
+    ranked = command.json(*common, "--criterion", "reconstruction", "--no-compensate", "--out", tmp_path / "ranked")
+    assert fast == ranked
+    assert (tmp_path / "fast" / "head_plan.json").read_text() == (tmp_path / "ranked" / "head_plan.json").read_text()
+    both = [str(each) for each in (*common, "--fast", "--criterion", "taylor", "--out", tmp_path / "none")]
+    assert execute(both) == 2
+    assert "--fast stands for --criterion reconstruction, but --criterion taylor is given" in capfd.readouterr().err
+    found = command.json(*common, "--fast", "--recover", 3, "--out", tmp_path / "recovered")
+    assert found["steps"] == 3 and found["unrecovered_perplexity"] != found["perplexity"]
+    lines = (tmp_path / "recovered" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["phase"] for line in lines} == {"recover"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fast", "ranked", "recovered"]
+
+
+def test_a_command_says_what_it_will_do(given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("prune", "--model", given / "llama", "--data", given / "prose.txt", "--params", 0.7, *_STEPS)
+    assert execute([str(word) for word in (*words, "--recover", 1, "--out", tmp_path / "out")]) == 0
+    shown = capfd.readouterr()
+    assert "To do: learn the sizes of layers' parts in" in shown.err and "then recover in 1 steps of" in shown.err
+    assert "Before it recovered: perplexity" in shown.out
+    assert execute([str(word) for word in (*words, "--quiet", "--out", tmp_path / "quiet")]) == 0
+    assert "To do:" not in capfd.readouterr().err
+
+
 def test_what_is_measured_has_its_gates_on(given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Closed as training left them, in a folder of ours and among weights; a line says so."""
     model, tokenizer = deadhead.load(given / "model"), load_tokenizer(given / "model")

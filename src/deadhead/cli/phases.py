@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -16,6 +17,7 @@ from deadhead.cli.console import (
     Quiet,
     ReportTo,
     console,
+    errors,
     load_torch,
     of_hub,
     print_json,
@@ -23,6 +25,7 @@ from deadhead.cli.console import (
 )
 from deadhead.cli.settings import takes_settings
 from deadhead.errors import InputError
+from deadhead.plans.kinds import FAST
 from deadhead.training.recipes.fields import option_name
 from deadhead.training.recipes.reading import changed, load_recipe
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
@@ -91,26 +94,41 @@ def prune(
         bool, typer.Option("--dry-run", help="Only say what would be left and what memory training would take.")
     ] = False,
     resume: Resume = False,
+    recover: Annotated[
+        int, typer.Option(min=0, help="Steps in which the cut model learns from the dense one.  [default: 0]")
+    ] = 0,
+    fast: Annotated[
+        bool, typer.Option("--fast", help=f"Rank by --criterion {FAST}: nothing is learned before the cut.")
+    ] = False,
     settings: dict[str, Any],
     cut: Annotated[bool, typer.Option(help="Cut the dead heads, or keep the gates.  [default: cut]")] = True,
     teacher: Teacher = None,
     **shared: Any,
 ) -> None:
-    """Train gates on a model's heads and cut the heads whose gates close, or rank heads and cut the lowest.
+    """Choose the heads and hidden units of a model that matter least, and cut them off.
 
-    How much goes is learned under --l0, or asked for by one budget, in shares of the model as it is.
+    How much goes is asked for by one budget, in shares of the model as it is, or learned under --l0.
 
-    The teacher of --distill is the model itself, unless --teacher names another.
+    By default a pretrained language model's layers learn how much of each stays, without training a weight; what is
+    left is fitted to the dense model after the cut. Gates are trained for a share of heads, or where an option of
+    theirs is given.
+
+    The teacher of --distill and --recover is the model itself, unless --teacher names another.
     """
+    if fast and settings.get("criterion") not in (None, FAST):
+        raise InputError(f"--fast stands for --criterion {FAST}, but --criterion {settings['criterion']} is given too.")
+    if fast:
+        settings["criterion"] = FAST
     base = _begun(shared.pop("recipe"), settings)
     phase = _with(base.prune, settings)
     if dry_run:
-        _dry_run(model, phase, shared["device"], shared["dtype"], shared["quiet"], shared["as_json"])
+        _dry_run(model, phase, recover, shared["device"], shared["dtype"], shared["quiet"], shared["as_json"])
         return
     if out is None:
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
     text = _with(base.data, settings)
-    _run("prune", phase, out, model, text, base.seed, resume=resume, cut=cut, teacher=teacher, **shared)
+    options = {"resume": resume, "cut": cut, "teacher": teacher, "recover": recover}
+    _run("prune", phase, out, model, text, base.seed, **options, **shared)
 
 
 @takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"), also=_shared)
@@ -130,20 +148,23 @@ def finetune(
 
 
 def _dry_run(
-    model: Path, phase: PruneRecipe, device: str | None, dtype: str | None, quiet: bool, as_json: bool
+    model: Path, phase: PruneRecipe, recover: int, device: str | None, dtype: str | None, quiet: bool, as_json: bool
 ) -> None:
     load_torch(quiet or as_json, model)
     from deadhead.checkpoints import checkpoint
     from deadhead.modes import on_device
-    from deadhead.report.tables import dry_run_table
+    from deadhead.report.tables import dry_run_table, forecast_sentence
     from deadhead.training.phases.choosing import measure_budget_latency
+    from deadhead.training.phases.defaults import with_criterion
     from deadhead.training.runs.dry_run import dry_run
+    from deadhead.training.runs.forecast import forecast
     from deadhead.training.runs.inputs import load_ungated, require_trainable, require_ungated
 
     place = None if device is None else checkpoint.named_device(device)
     latency = None
     if phase.budget is not None and phase.budget.kind == "speedup":
         network = load_ungated(model, dtype=dtype)
+        phase = with_criterion(phase, network, recovers=recover > 0)
         require_trainable(network, phase)
         with progress(quiet) as report, on_device(place):
             latency = measure_budget_latency(network, phase, report)
@@ -151,14 +172,36 @@ def _dry_run(
         # Without weights: what they are makes no difference.
         require_ungated(model)
         network = checkpoint.load_skeleton(model)
+        phase = with_criterion(phase, network, recovers=recover > 0)
         require_trainable(network, phase)
         if dtype is not None:
             network.to(checkpoint.named_dtype(dtype))  # type: ignore[arg-type]
     result = dry_run(network, phase, latency=latency)
+    parts = []
+    if network.can_generate():
+        with on_device(place):
+            parts = forecast(network, phase, recover=recover)
     if as_json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | {"parts": [asdict(part) for part in parts]})
         return
     console.print(dry_run_table(result, phase))
+    if parts:
+        console.print(forecast_sentence(parts), markup=False)
+
+
+def _say_what_follows(model: Path, phase: PruneRecipe, *, recover: int, cut: bool) -> None:
+    from deadhead.checkpoints import checkpoint
+    from deadhead.report.tables import forecast_sentence
+    from deadhead.training.phases.defaults import with_criterion
+    from deadhead.training.runs.forecast import forecast
+    from deadhead.training.runs.inputs import require_trainable, require_ungated
+
+    require_ungated(model)
+    network = checkpoint.load_skeleton(model)
+    phase = with_criterion(phase, network, recovers=recover > 0)
+    require_trainable(network, phase)
+    if network.can_generate():
+        errors.print(forecast_sentence(forecast(network, phase, recover=recover, cut=cut)), markup=False)
 
 
 def _begun(recipe: Path | None, settings: dict[str, Any]) -> Recipe:
@@ -190,6 +233,8 @@ def _run(
     from deadhead.training.runs.options import Options
     from deadhead.training.runs.single import run_single
 
+    if isinstance(phase, PruneRecipe) and named is not None and not (quiet or as_json) and is_main():
+        _say_what_follows(named, phase, recover=options["recover"], cut=cut)
     with progress(quiet or not is_main()) as report:
         given = Options(out=out, seed=seed, progress=report, report_to=report_to or (), **options)
         result = run_single(name, phase, model, text, given, cut=cut).to_dict()
@@ -207,6 +252,8 @@ def _run(
         f"{escape(str(out))}: heads a layer {heads}{hidden}, {result['parameters']:,} parameters, "
         f"{worth.format_map(result)}"
     )
+    if "unrecovered_perplexity" in result:
+        console.print(f"Before it recovered: perplexity {result['unrecovered_perplexity']:.3f}.")
     if "compensation" in result:
         from deadhead.compensation.record import card_line
 

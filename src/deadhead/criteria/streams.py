@@ -91,7 +91,7 @@ def _layers(model: PreTrainedModel, sites: Sequence[Site]) -> list[_Layer]:
         if not numbers:
             raise UnsupportedModel(
                 f"This criterion follows the residual stream from layer to layer, but the module {'.'.join(parts)} is "
-                "in no list of layers; use 'taylor' or 'flap'."
+                "in no list of layers; use criterion 'gates', 'taylor' or 'flap'."
             )
         path = ".".join(parts[: numbers[-1] + 1])
         found.setdefault(path, _Layer(model.get_submodule(path), [])).sites.append(site)
@@ -136,7 +136,8 @@ def _ending(layer: _Layer, visit: Callable[[Passage], None]) -> Callable[..., No
             if missing > _TOLERANCE * (last - first).float().norm():
                 raise UnsupportedModel(
                     "This criterion needs layers that add what attention and feed-forward give to one residual stream, "
-                    f"but those of {type(module).__name__} do something else; use 'taylor' or 'flap'."
+                    f"but those of {type(module).__name__} do something else; use criterion 'gates', 'taylor' or "
+                    "'flap'."
                 )
         for kind, part in layer.parts.items():
             before, after = (first, first + added[kind]) if kind == "head" else (last - added[kind], last)

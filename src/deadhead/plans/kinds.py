@@ -11,6 +11,8 @@ OneShot = Literal[
 ONE_SHOT: tuple[OneShot, ...] = get_args(OneShot)
 # Those that look at text.
 READS_TEXT: tuple[OneShot, ...] = tuple(name for name in ONE_SHOT if name not in ("magnitude", "random"))
+# The one that leaves most, over all sizes of a real model (docs/llm.md).
+FAST: OneShot = "reconstruction"
 # How units are chosen: gates, or subsets of a given size, learn it; sizes of sublayers are learned, and units ranked.
 Criterion = Literal["gates", "topk", "sizes", OneShot]
 # Those whose scores are an order of all units, but no loss: none that is shared out among units, or divided by a cost.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -13,6 +13,7 @@ from deadhead.training.runs.summary import STAGES
 if TYPE_CHECKING:
     from deadhead.training.recipes.recipe import PruneRecipe
     from deadhead.training.runs.dry_run import DryRun
+    from deadhead.training.runs.forecast import Part
 
 _LEFT_OF = {"params": "parameters", "flops": "FLOPs a token", "kv_cache": "key/value cache"}
 
@@ -27,6 +28,20 @@ def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> st
         return f"Asked to cut {asked:.1%} of the heads; {reached:.1%} {verb} gone."
     what = "parameters of the blocks" if budget.get("of") == "blocks" else _LEFT_OF[kind]
     return f"Asked to leave {asked:.1%} of the {what}; {reached:.2%} {verb} left."
+
+
+def forecast_sentence(parts: Sequence[Part]) -> str:
+    """Return what pruning will do, one thing after the other, and how long it may take."""
+    *first, last = [f"{part.what} ({_duration(part.seconds)})" for part in parts]
+    doing = f"{', '.join(first)}, then {last}" if first else last
+    total = _duration(sum(part.seconds for part in parts))
+    return f"To do: {doing}; {total} in all on this machine, besides reading the text and measuring on it."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return "less than a minute"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
@@ -114,12 +129,12 @@ def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
     if recipe.budget is not None:
         asked = {**recipe.budget.words, "reached": found.reached}
         lines.append(budget_sentence(asked, predicted=True))
-    memory = found.memory
-    parts = ", ".join(f"{name} {_size(getattr(memory, name))}" for name in ("weights", "gradients", "optimizer"))
-    lines.append(
-        f"Memory to train gates on {recipe.batch_size} rows at once: {_size(memory.total)} ({parts}, activations "
-        f"{_size(memory.activations)})."
-    )
+    if (memory := found.memory) is not None:
+        parts = ", ".join(f"{name} {_size(getattr(memory, name))}" for name in ("weights", "gradients", "optimizer"))
+        lines.append(
+            f"Memory to train gates on {recipe.batch_size} rows at once: {_size(memory.total)} ({parts}, activations "
+            f"{_size(memory.activations)})."
+        )
     table.caption = "\n".join(lines)
     table.caption_justify = "left"
     return table

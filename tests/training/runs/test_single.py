@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 import deadhead
 from benchmarks._tiny_models import VOCABULARY, tiny_model
 from deadhead import InputError
+from deadhead.checkpoints import checkpoint
 from deadhead.cli import execute
 from deadhead.data import load_text
 from deadhead.disk.files import write_json
@@ -25,7 +26,8 @@ from deadhead.measure.last_states import few_tokens
 from deadhead.training import PhaseRecipe, PruneRecipe
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe
-from deadhead.training.runs import single
+from deadhead.training.runs import pruning
+from deadhead.training.runs.inputs import teacher_of
 from deadhead.training.runs.options import Options
 from deadhead.training.runs.single import run_single
 from tests.small_runs import (
@@ -82,13 +84,13 @@ def test_a_teacher_shares_the_weights_that_stay(place: Path, frozen: bool) -> No
     network = deadhead.load(place / "llama")
     recipe = PruneRecipe(params=0.8, distill=1.0, freeze_weights=frozen)
     for dense in (place / "llama", network):
-        teacher = single._teacher(None, dense, network, recipe)
+        teacher = teacher_of(None, dense, network, recipe)
         assert teacher is not None and teacher is not network
         assert_same_tensors(teacher.state_dict(), network.state_dict())
         theirs, ours = ({p.data_ptr() for p in model.parameters()} for model in (teacher, network))
         assert theirs == ours if frozen else theirs.isdisjoint(ours)
     # Another teacher is what was asked for.
-    asked = single._teacher(network, place / "llama", deadhead.load(place / "llama"), recipe)
+    asked = teacher_of(network, place / "llama", deadhead.load(place / "llama"), recipe)
     assert asked is network
 
 
@@ -211,14 +213,14 @@ def test_a_call_that_fails_leaves_the_model_as_it_was(step: str, monkeypatch: py
     names = [(name, id(parameter)) for name, parameter in model.named_parameters()]
     text = stream(300, vocab_size=VOCABULARY)
     settings: dict[str, Any] = {"sparsity": 0.5, "steps": 1, "batch_size": 2, "sequence_length": 12}
-    original = getattr(single, step)
+    original = getattr(pruning, step)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         original(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(single, step, fail)
+        patch.setattr(pruning, step, fail)
         with pytest.raises(KeyboardInterrupt):
             deadhead.prune(model, text, **settings)
     assert deadhead.gates_of(model) is None and type(model).__name__ == "LlamaForCausalLM"
@@ -232,7 +234,7 @@ def test_a_call_that_fails_leaves_the_model_as_it_was(step: str, monkeypatch: py
 
 def test_what_fails_after_the_cut_leaves_the_cut_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_model("llama")
-    monkeypatch.setattr(single.checkpoint, "save", lambda *args, **kwargs: (_ for _ in ()).throw(InputError("full")))
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: (_ for _ in ()).throw(InputError("full")))
     with pytest.raises(InputError, match="full"):
         deadhead.prune(
             *(model, stream(300, vocab_size=VOCABULARY)),

@@ -20,17 +20,17 @@ from deadhead.training.recipes.recipe import PruneRecipe
 
 @dataclass(frozen=True)
 class Compensating:
-    """What compensation needs beside the cut model: the dense one, of which nothing is left then, and text."""
+    """What compensation needs beside the cut model: the dense one, and text."""
 
     dense: PreTrainedModel
     batches: list[dict[str, Tensor]]
     text: str
 
-    def of(self, model: PreTrainedModel, progress: Progress) -> Compensation:
-        """Compensate a model that was cut; every process does the same."""
+    def of(self, model: PreTrainedModel, progress: Progress, *, consume: bool = True) -> Compensation:
+        """Compensate a model that was cut; every process does the same. With `consume` nothing is left of the dense."""
         self.dense.to(model.device)  # type: ignore[arg-type]
         report = counted(progress, "compensating")
-        return compensate_from(model, self.dense, self.batches, text=self.text, progress=report, consume=True)
+        return compensate_from(model, self.dense, self.batches, text=self.text, progress=report, consume=consume)
 
 
 def calibration_of(

@@ -15,6 +15,7 @@ from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.measure.positions import max_positions
 from deadhead.models import OWN_TYPES, AllAttentionConfig
+from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 # log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
@@ -43,6 +44,34 @@ def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
         filled["blocks"] = _has_blocks(phase, model)
         filled["compensate"] = not ours if phase.compensate is None else phase.compensate
     return phase.model_copy(update=filled)
+
+
+# What only gates need, or weights that learn with them; whoever sets it wants them.
+_OF_GATES = {
+    *("l0", "freeze_weights", "start_from", "start_batches", "ramp_steps", "l0_warmup_steps", "gate_lr"),
+    *("gate_lr_scale", "init", "output_scale", "hard", "weighting", "track_difference", "ranking"),
+}
+_OF_TRAINING = {
+    *("learning_rate", "schedule", "warmup_steps", "weight_decay", "lora_rank", "distill", "distill_temperature"),
+    *("gradient_accumulation", "gradient_checkpointing", "bf16"),
+}
+
+
+def with_criterion(recipe: PruneRecipe, model: PreTrainedModel, *, recovers: bool = False) -> PruneRecipe:
+    """Return a recipe with a criterion, if it leaves that to the model: sizes or gates.
+
+    Args:
+        recipe: of a phase on its own.
+        model: that it is for; its weights are no matter.
+        recovers: whether the phase goes on with training after the cut, so that what only training needs is for that.
+    """
+    if recipe.criterion is not None:
+        return recipe
+    of_gates = _OF_GATES if recovers else _OF_GATES | _OF_TRAINING
+    is_pretrained = model.config.model_type not in OWN_TYPES and model.can_generate()
+    has_costs = recipe.budget is not None and recipe.budget.kind != "sparsity"
+    learns_sizes = is_pretrained and has_costs and not of_gates & recipe.model_fields_set
+    return changed(recipe, criterion="sizes" if learns_sizes else "gates")
 
 
 def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:

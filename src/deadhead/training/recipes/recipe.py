@@ -22,8 +22,8 @@ _MOST_ROWS = 2**20
 _LONGEST = 2**24
 _FASTEST = 1e3
 _LEAST_SHARE = 1e-4
-# Batches from which scores are taken, and steps in which sizes are learned.
-_LOOK, _SIZE_STEPS = 8, 40
+# Batches from which scores are taken, steps in which sizes are learned, and rows of each.
+_LOOK, _SIZE_STEPS, _SIZE_ROWS = 8, 40, 4
 
 _optional = partial(setting, None)
 _count = partial(setting, ge=1)
@@ -203,10 +203,12 @@ class PruneRecipe(PhaseRecipe):
         ge=0,
         le=_FASTEST,
     )
-    criterion: Criterion = setting(
-        "gates",
+    criterion: Criterion | None = _optional(
         "How heads are chosen: gates and topk learn it; sizes learns, in `steps` steps (40 unless stated), how much of "
-        "each sublayer stays; others rank heads without training, from `steps` batches (8 unless stated).",
+        "each sublayer stays, by batches of 4 rows unless stated; others rank heads without training, from `steps` "
+        "batches (8 unless stated).",
+        unset="sizes for a language model that is not deadhead's own, with a budget of params, flops, kv_cache or "
+        "speedup, where nothing is set that only gates or training need; else gates",
         first=True,
     )
     freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)
@@ -297,6 +299,8 @@ class PruneRecipe(PhaseRecipe):
         # As many steps as training takes would be hours of a real model, and no better. It stays unsaid all the same.
         if self.is_ranked and "steps" not in self.model_fields_set:
             object.__setattr__(self, "steps", _SIZE_STEPS if self.criterion == "sizes" else _LOOK)
+        if self.criterion == "sizes" and "batch_size" not in self.model_fields_set:
+            object.__setattr__(self, "batch_size", _SIZE_ROWS)
         return self
 
     @model_validator(mode="after")
@@ -304,7 +308,7 @@ class PruneRecipe(PhaseRecipe):
         given = [kind for kind in BUDGET_KINDS if getattr(self, kind) is not None]
         if len(given) > 1:
             raise PydanticCustomError("budgets", f"it asks for {given[0]} and {given[1]}; leave one of the two out")
-        if self.criterion != "gates" and not given:
+        if self.criterion not in (None, "gates") and not given:
             raise PydanticCustomError(
                 "no_sparsity",
                 "Only the criterion gates learns how many heads go; with another set sparsity, or another budget",

@@ -63,7 +63,7 @@ class DryRun:
         example: a plan that meets the budget by taking the same share of every layer; training chooses otherwise.
             None where λ decides how much goes.
         reached: what that plan reaches of the budget, counted, or for a speedup predicted.
-        memory: of training, as the recipe has it.
+        memory: of training, as the recipe has it; None where units are ranked and nothing is trained.
     """
 
     length: int
@@ -72,14 +72,14 @@ class DryRun:
     costs: dict[str, Cost]
     example: HeadPlan | None
     reached: float | None
-    memory: TrainingMemory
+    memory: TrainingMemory | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         values = {name: getattr(self, name) for name in ("length", "unit", "block_size", "reached")}
         costs = {name: asdict(cost) for name, cost in self.costs.items()}
         plan = None if self.example is None else self.example.to_dict()
-        return {**values, **costs, "example": plan, "memory": asdict(self.memory)}
+        return {**values, **costs, "example": plan, "memory": self.memory and asdict(self.memory)}
 
 
 def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | None = None) -> DryRun:
@@ -108,7 +108,7 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
         costs={name: model_cost(model, plan, length=length, unit=unit) for name, plan in plans.items()},
         example=plans.get("pruned"),
         reached=found,
-        memory=training_memory(model, recipe),
+        memory=None if recipe.is_ranked else training_memory(model, recipe),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from deadhead.measure.timing import require_timed
 from deadhead.models import OWN_TYPES, AllAttentionConfig, TransformerXLConfig
 from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
 from deadhead.training.phases.choosing import attach_gates, budget_costs, budget_length
+from deadhead.training.phases.compensating import dense_copy
 from deadhead.training.phases.defaults import segments
 from deadhead.training.phases.learning import learner
 from deadhead.training.processes import count, is_main, main_first
@@ -331,3 +333,27 @@ def require_fitting(recipe: Recipe, config: PreTrainedConfig, text: TokenStream)
     attach_gates(model, recipe.prune)
     if recipe.prune.budget is not None and recipe.prune.budget.kind != "speedup":
         budget_costs(model, recipe.prune)
+
+
+def teacher_of(
+    teacher: PreTrainedModel | str | Path | None,
+    dense: PreTrainedModel | str | Path | None,
+    network: PreTrainedModel,
+    recipe: PhaseRecipe,
+) -> PreTrainedModel | None:
+    """Return what is distilled from: the teacher asked for, or the dense model, where a phase has one of its own.
+
+    A model that is to be changed is copied; where its weights stay, they are the copy's too.
+    """
+    if not recipe.distill or not recipe.training_steps:
+        return None
+    if teacher is None and dense is not None and isinstance(recipe, PruneRecipe) and recipe.freeze_weights:
+        return dense_copy(network, recipe)
+    teacher = dense if teacher is None else teacher
+    if teacher is network:
+        return copy.deepcopy(network)
+    if isinstance(teacher, str | Path):
+        return load_ungated(teacher)
+    if isinstance(teacher, PreTrainedModel):
+        return teacher
+    raise InputError("distill asks for a teacher to learn from; name one as teacher, say the dense model.")

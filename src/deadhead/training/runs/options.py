@@ -20,6 +20,7 @@ class Options:
     Args:
         tokenizer: the model's, if it does not lie beside it.
         teacher: the model to distil from with `distill`; None: in `deadhead.prune` the model itself as it is now.
+        recover: steps of training after a cut by `deadhead.prune`, in which the model learns from the dense one.
         seed: of dropout, gate noise, LoRA adapters and first weights.
         out: folder of the checkpoint to write; None writes none.
         resume: go on from the last checkpoint in `OUT.work`.
@@ -30,11 +31,12 @@ class Options:
         evaluation_tokens: tokens of the validation text to measure on; None: all.
 
     Raises:
-        InputError: the seed or the number of tokens is out of range.
+        InputError: the seed, or a number of steps or tokens, is out of range.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     teacher: PreTrainedModel | str | Path | None = None
+    recover: int = 0
     seed: int = 0
     out: str | Path | None = None
     resume: bool = False
@@ -48,7 +50,7 @@ class Options:
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", (self.report_to,))
         require_fields(self)
-        for name, least in (("seed", 0), ("evaluation_tokens", 2)):
+        for name, least in (("recover", 0), ("seed", 0), ("evaluation_tokens", 2)):
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             if not (is_whole and least <= value < 2**31) and not (value is None and name == "evaluation_tokens"):

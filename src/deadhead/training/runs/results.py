@@ -67,12 +67,14 @@ class Pruned(Trained):
         budget: its `kind`, what was `asked` for and what was `reached`; None where λ decided.
         gates: on the model, where it was not cut; its costs are then those of the whole model.
         compensation: what was fitted after the cut; None where nothing was tried.
+        unrecovered: on the validation text, after the cut and before it recovered; None where it did not.
     """
 
     plan: HeadPlan
     budget: dict[str, Any] | None = None
     gates: HeadGates | None = None
     compensation: Compensation | None = None
+    unrecovered: Evaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as plain JSON values."""
@@ -81,6 +83,8 @@ class Pruned(Trained):
             found["heads"] = self.plan.heads
         if self.compensation is not None:
             found["compensation"] = self.compensation.to_dict()
+        if self.unrecovered is not None:
+            found["unrecovered_perplexity"] = self.unrecovered.perplexity
         return found if self.budget is None else {**found, "budget": self.budget}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 import warnings
@@ -16,7 +15,6 @@ from typing import Any, Literal, TypeVar, cast
 from transformers import PreTrainedModel
 
 from deadhead.checkpoints import checkpoint
-from deadhead.cutting import cut as cut_heads
 from deadhead.disk.files import remove_left_overs, write_json
 from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_json
@@ -29,11 +27,10 @@ from deadhead.measure.evaluation import Evaluation, evaluate
 from deadhead.modes import best_device, on_device, restored_on_failure
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
-from deadhead.training.phases.choosing import LATENCY_FILE, latency_in
-from deadhead.training.phases.compensating import Compensating, calibration_of, dense_copy
-from deadhead.training.phases.defaults import segments
+from deadhead.training.phases.choosing import LATENCY_FILE
+from deadhead.training.phases.defaults import segments, with_criterion
 from deadhead.training.phases.distillation import require_weight
-from deadhead.training.phases.phase import PhaseRun, choose_units, train
+from deadhead.training.phases.phase import PhaseRun, train
 from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
 from deadhead.training.recipes.reading import changed
@@ -50,8 +47,11 @@ from deadhead.training.runs.inputs import (
     read_data,
     require_begun,
     require_trainable,
+    require_ungated,
+    teacher_of,
 )
 from deadhead.training.runs.options import Options
+from deadhead.training.runs.pruning import CUT, RECOVERY, prune_in_place
 from deadhead.training.runs.results import Change, Pruned, Trained
 from deadhead.training.runs.summary import METRICS_FILE
 
@@ -154,7 +154,9 @@ def run_single(
     require_trackers(options.report_to)
     if recipe.lora_rank:
         require_extra("peft", "peft", what="LoRA")
-    if options.teacher is not None:
+    if options.recover and (not isinstance(recipe, PruneRecipe) or not cut):
+        raise InputError("recover is for a model that is cut by deadhead.prune; leave it out.")
+    if options.teacher is not None and not options.recover:
         require_weight(recipe.distill)
     if options.dtype is not None and not isinstance(model, str | Path):
         raise InputError("dtype is for a model that is loaded from a folder or the hub; leave it out.")
@@ -181,7 +183,8 @@ def _gone_on_failure(work: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if fresh and is_main() and newest_finished(work / "checkpoints") is None:
+        begun = [name for name in ("checkpoints", RECOVERY) if newest_finished(work / name) is not None]
+        if fresh and is_main() and not begun and not (work / CUT).is_dir():
             shutil.rmtree(work, ignore_errors=True)
         raise
 
@@ -190,7 +193,7 @@ def _run(
     phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | None, options: Options, work: Path, *, cut: bool
 ) -> Trained:
     progress = told(options.progress)
-    network, text = _begin(model, data, options, work, progress, recipe)
+    network, text, recipe = _begin(model, data, options, work, progress, recipe)
     if options.out is not None:
         on_main(lambda: _keep_settings(work, _settings(phase, recipe, model, data, options, text) | {"cut": cut}))
 
@@ -210,7 +213,7 @@ def _run(
             folder=work / "checkpoints",
             phase=phase,
             seed=options.seed,
-            teacher=_teacher(options.teacher, model if phase == "prune" else None, network, recipe),
+            teacher=teacher_of(options.teacher, model if phase == "prune" else None, network, recipe),
             metrics=work / METRICS_FILE,
             tensorboard=work / "tensorboard",
             report_to=options.report_to,
@@ -221,16 +224,7 @@ def _run(
         )
         found: dict[str, Any] = {}
         if isinstance(recipe, PruneRecipe):
-            latency = on_main(lambda: latency_in(work, network, recipe, progress))
-            compensating = _compensating(network, text, recipe, run, options) if cut else None
-            gates, budget = choose_units(network, text.train, recipe, replace(run, latency=latency))
-            plan = gates.plan()
-            found = {"plan": plan, "gates": gates, "budget": budget}
-            if cut:
-                cut_heads(network, plan)
-                found |= {"plan": find_layout(network).recorded_plan(network) or plan, "gates": None}
-                if compensating is not None:
-                    found["compensation"] = compensating.of(network, progress)
+            found = prune_in_place(network, text, recipe, run, options, work=work, cut=cut, measured=measured)
         else:
             train(network, text.train, recipe, run)
             found["plan"] = find_layout(network).recorded_plan(network)
@@ -246,7 +240,7 @@ def _run(
                 base=_base(model),
                 files=(work / METRICS_FILE, work / "tensorboard", work / LATENCY_FILE),
             )
-        setback = rolled_back(work / "checkpoints")
+        setback = rolled_back(work / "checkpoints") or rolled_back(work / RECOVERY)
         shutil.rmtree(work, ignore_errors=True)
         return model_cost(network), result, setback
 
@@ -257,7 +251,7 @@ def _run(
         tokenizer=text.tokenizer,
         costs=Change(before[0], cost),
         measured=None if result is None or before[1] is None else Change(before[1], result),
-        steps=recipe.training_steps,
+        steps=recipe.training_steps + options.recover,
         rolled_back=setback,
         **found,
     )
@@ -265,15 +259,18 @@ def _run(
 
 def _begin(
     model: Model, data: Data | None, options: Options, work: Path, progress: Progress, recipe: PhaseRecipe
-) -> tuple[PreTrainedModel, Text]:
-    """Return the model to begin with, and the text; none where units are ranked without."""
+) -> tuple[PreTrainedModel, Text, PhaseRecipe]:
+    """Return the model to begin with, the text, none where units are ranked without, and a recipe with a criterion."""
     network = None
     if isinstance(model, str | Path):
+        require_ungated(model)
+        recipe = _for_model(recipe, checkpoint.load_skeleton(model), options)
         require_begun(model, data, recipe)
         network = load_ungated(model, dtype=options.dtype)
     elif not isinstance(model, ModelRecipe):
         require_model(model)
         network = model
+        recipe = _for_model(recipe, network, options)
     if network is not None:
         require_weights(network, "A phase")
         require_trainable(network, recipe)
@@ -283,7 +280,9 @@ def _begin(
             warnings.warn(
                 RunWarning(f"{type(network).__name__} has no loss on a text, so data is not read."), stacklevel=2
             )
-        return network, Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of))
+        if options.recover:
+            raise InputError("recover learns from a text, but there is none; leave it out.")
+        return network, Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of)), recipe
     text = read_data(
         data,
         work,
@@ -296,7 +295,12 @@ def _begin(
             raise InputError("A fresh model is made for a tokenizer's tokens, but none was given; give it a text.")
         network = build_model(model, text.tokenizer, seed=options.seed)
     assert network is not None
-    return network, text
+    return network, text, recipe
+
+
+def _for_model(recipe: PhaseRecipe, model: PreTrainedModel, options: Options) -> PhaseRecipe:
+    """Return a recipe with a criterion, if it is one for pruning."""
+    return with_criterion(recipe, model, recovers=options.recover > 0) if isinstance(recipe, PruneRecipe) else recipe
 
 
 def _base(model: Model) -> str | Path | None:
@@ -305,38 +309,6 @@ def _base(model: Model) -> str | Path | None:
         return model
     name = model.name_or_path if isinstance(model, PreTrainedModel) else ""
     return name if name and Path(name).is_dir() else None
-
-
-def _compensating(
-    network: PreTrainedModel, text: Text, recipe: PruneRecipe, run: PhaseRun, options: Options
-) -> Compensating | None:
-    """Return what compensation will need, if it is asked for; the dense model is the teacher, if that is its own."""
-    batches = calibration_of(network, text.train, recipe, seed=options.seed)
-    if not batches:
-        return None
-    teacher = run.teacher if options.teacher is None else None
-    return Compensating(teacher or dense_copy(network, recipe), batches, f"text {text.sha256[:12]}")
-
-
-def _teacher(
-    teacher: Model | None, dense: Model | None, network: PreTrainedModel, recipe: PhaseRecipe
-) -> PreTrainedModel | None:
-    """Return what is distilled from: the teacher asked for, or the dense model, where a phase has one of its own.
-
-    A model that is to be changed is copied; where its weights stay, they are the copy's too.
-    """
-    if not recipe.distill or not recipe.training_steps:
-        return None
-    if teacher is None and dense is not None and isinstance(recipe, PruneRecipe) and recipe.freeze_weights:
-        return dense_copy(network, recipe)
-    teacher = dense if teacher is None else teacher
-    if teacher is network:
-        return copy.deepcopy(network)
-    if isinstance(teacher, str | Path):
-        return load_ungated(teacher)
-    if isinstance(teacher, PreTrainedModel):
-        return teacher
-    raise InputError("distill asks for a teacher to learn from; name one as teacher, say the dense model.")
 
 
 def _check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
@@ -366,6 +338,7 @@ def _settings(
         "model": None if isinstance(model, ModelRecipe) else _named(model),
         "shape": model.model_dump() if isinstance(model, ModelRecipe) else None,
         "seed": options.seed,
+        "recover": options.recover,
         "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
         "teacher": None if options.teacher is None else _named(options.teacher),
         "processes": count(),

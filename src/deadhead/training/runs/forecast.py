@@ -1,0 +1,87 @@
+"""What pruning will do, and how long that takes, roughly: what it computes over what this machine does.
+
+Each part of it is worth so many forward passes of the dense model over the tokens that it reads. A forward pass does
+not reach the speed of one large product; by how much it falls short, and what parts are worth, was measured on
+SmolLM2-135M (docs/llm.md), so expect other models and machines to be off by half.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from deadhead.measure.cost import model_cost
+from deadhead.modes import best_device
+from deadhead.plans.kinds import READS_TEXT
+from deadhead.training.phases.defaults import row_length, with_defaults
+from deadhead.training.recipes.recipe import PruneRecipe
+from deadhead.training.runs.pruning import recovery
+
+# Of a large product's speed, what a forward pass reaches.
+_EFFICIENCY = 0.7
+# What a token is worth, in forward passes: read by a criterion, by one that needs gradients, in a step of sizes, in one
+# of training (a teacher reads it once more), and in compensation.
+_READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT = 1.5, 3.5, 4.0, 3.0, 1.0, 4.5
+_GRADIENTS = ("taylor", "second-order")
+_PRODUCT = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of pruning: what it does, and how many seconds that may take."""
+
+    what: str
+    seconds: float
+
+
+def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, cut: bool = True) -> list[Part]:
+    """Return the parts of pruning a model, in order; it may be on the meta device.
+
+    Args:
+        model: a language model, without gates.
+        recipe: with a criterion.
+        recover: steps after the cut.
+        cut: whether it is cut.
+    """
+    recipe = with_defaults(recipe, model)
+    length = int(model.config.segment_length) if hasattr(model.config, "segment_length") else row_length(model, recipe)
+    pass_seconds = model_cost(model, length=length).flops_per_token / (_EFFICIENCY * speed(model.dtype))
+
+    def part(what: str, rows: float, passes: float) -> Part:
+        return Part(what=what, seconds=rows * length * passes * pass_seconds)
+
+    rows, each = recipe.steps * recipe.batch_size, f"{recipe.batch_size} × {length} tokens"
+    learned = recipe.gradient_accumulation * (_TRAINING + _TEACHER * (recipe.distill > 0))
+    if recipe.criterion == "sizes":
+        parts = [part(f"learn the sizes of layers' parts in {recipe.steps} steps of {each}", rows, _READ + _SIZES)]
+    elif recipe.is_ranked:
+        passes = _WITH_GRADIENTS if recipe.criterion in _GRADIENTS else _READ
+        reads = recipe.criterion in READS_TEXT
+        of_text = f" from {recipe.steps} batches of {each}" if reads else ""
+        parts = [part(f"rank units by {recipe.criterion}{of_text}", rows, passes * reads)]
+    else:
+        what = "train gates alone" if recipe.freeze_weights else "train gates and weights"
+        parts = [part(f"{what} in {recipe.steps} steps of {each}", rows, learned)]
+    if cut and recipe.compensate:
+        fitted = f"fit what is left to the dense model on {recipe.compensate_rows} rows"
+        parts.append(part(fitted, recipe.compensate_rows, _FIT))
+    if cut and recover:
+        phase = recovery(recipe, recover)
+        passes = phase.gradient_accumulation * (_TRAINING + _TEACHER * (phase.distill > 0))
+        parts.append(part(f"recover in {recover} steps of {each}", recover * phase.batch_size, passes))
+    return parts
+
+
+def speed(dtype: torch.dtype) -> float:
+    """Return the FLOPs a second that this machine reaches in one large product of a precision."""
+    device = best_device()
+    left, right = (torch.ones(_PRODUCT, _PRODUCT, dtype=dtype, device=device) for _ in range(2))
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        (left @ right)[0, 0].item()
+        times.append(time.perf_counter() - begun)
+    return 2 * _PRODUCT**3 / min(times)

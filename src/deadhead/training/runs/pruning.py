@@ -1,0 +1,153 @@
+"""What pruning does to a model, one after the other: choose units, cut, compensate, and recover from the dense model.
+
+What is left after cut and compensation is kept while it recovers, which may take hours: a phase that is resumed goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from deadhead.checkpoints import checkpoint
+from deadhead.compensation.record import Compensation, FittedLayer
+from deadhead.cutting import cut as cut_heads
+from deadhead.disk.files import write_json
+from deadhead.disk.reading import read_json
+from deadhead.layouts import find_layout
+from deadhead.measure.evaluation import Evaluation
+from deadhead.plans.plan import HeadPlan
+from deadhead.training.phases.choosing import latency_in
+from deadhead.training.phases.compensating import Compensating, calibration_of, dense_copy
+from deadhead.training.phases.phase import PhaseRun, choose_units, train
+from deadhead.training.processes import on_main
+from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
+from deadhead.training.runs.inputs import Text, teacher_of
+from deadhead.training.runs.options import Options
+
+# Beside the checkpoints: the model after cut and compensation, what was found by then, and the recovery's checkpoints.
+CUT, RECOVERY = "cut", "recovery"
+_FOUND = "found.json"
+# Of a recovery's steps, those in which the rate rises.
+_WARMUP = 0.1
+
+
+def recovery(recipe: PruneRecipe, steps: int) -> PhaseRecipe:
+    """Return the recipe by which a pruned model recovers: as the phase's own says, else by a recovery's defaults."""
+    defaults = {
+        "schedule": "cosine",
+        "warmup_steps": round(_WARMUP * steps),
+        "distill": 1.0,
+        "distill_temperature": 1.0,
+    }
+    given = {name: getattr(recipe, name) for name in PhaseRecipe.model_fields if name in recipe.model_fields_set}
+    rows = {"batch_size": recipe.batch_size, "steps": steps}
+    return PhaseRecipe.model_validate({**defaults, **given, **rows})
+
+
+def prune_in_place(
+    model: PreTrainedModel,
+    text: Text,
+    recipe: PruneRecipe,
+    run: PhaseRun,
+    options: Options,
+    *,
+    work: Path,
+    cut: bool,
+    measured: Callable[[str], Evaluation | None],
+) -> dict[str, Any]:
+    """Prune a model as a recipe says, in place.
+
+    Args:
+        model: without gates.
+        text: to choose, compensate and recover by.
+        recipe: with a criterion.
+        run: for a phase of gates.
+        options: how many steps it recovers, and from whom.
+        work: where what a resumed phase needs is kept.
+        cut: False leaves the gates on.
+        measured: returns what the model is worth on the validation text now, told what to call that.
+
+    Returns:
+        What `Pruned` has beyond `Trained`: plan, gates, budget, compensation, and what it was worth unrecovered.
+    """
+    recovers = cut and options.recover > 0
+    if recovers and (work / CUT).is_dir():
+        dense = copy.deepcopy(model)
+        found = _restore(model, work / CUT)
+    else:
+        latency = on_main(lambda: latency_in(work, model, recipe, run.progress))
+        batches = calibration_of(model, text.train, recipe, seed=options.seed) if cut else []
+        # The dense model is the teacher, if that is its own.
+        teacher = run.teacher if options.teacher is None else None
+        before = (teacher or dense_copy(model, recipe)) if batches or recovers else None
+        gates, budget = choose_units(model, text.train, recipe, replace(run, latency=latency))
+        found = {"plan": gates.plan(), "gates": gates, "budget": budget}
+        if not cut:
+            return found
+        plan = gates.plan()
+        cut_heads(model, plan)
+        found |= {"plan": find_layout(model).recorded_plan(model) or plan, "gates": None, "compensation": None}
+        if batches:
+            assert before is not None
+            compensating = Compensating(before, batches, f"text {text.sha256[:12]}")
+            found["compensation"] = compensating.of(model, run.progress, consume=not recovers)
+        if not recovers:
+            return found
+        # It may share with the cut model what was not cut, and must not learn.
+        dense = copy.deepcopy(before)
+        del before
+        if options.out is not None:
+            on_main(lambda: _keep(model, work / CUT, found))
+    found["unrecovered"] = on_main(lambda: measured("evaluating the cut"))
+    _recover(model, dense, text, recovery(recipe, options.recover), run, options, work / RECOVERY)
+    return found
+
+
+def _recover(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    text: Text,
+    recipe: PhaseRecipe,
+    run: PhaseRun,
+    options: Options,
+    folder: Path,
+) -> None:
+    """Train a pruned model in place, on the dense model's distribution if no other teacher was named."""
+    teacher = teacher_of(options.teacher, dense, model, recipe)
+    again = {"folder": folder, "phase": "recover", "teacher": teacher, "latency": None}
+    train(model, text.train, recipe, replace(run, **again))
+
+
+def _keep(model: PreTrainedModel, folder: Path, found: dict[str, Any]) -> None:
+    """Keep what a cut and a compensation left."""
+    compensation: Compensation | None = found["compensation"]
+    noted = {
+        "plan": found["plan"].to_dict(),
+        "budget": found["budget"],
+        "compensation": None if compensation is None else asdict(compensation),
+    }
+    write_json(folder.with_name(_FOUND), noted)
+    # The folder comes last, whole or not at all.
+    checkpoint.save(model, folder)
+
+
+def _restore(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Make a model what `_keep` kept of it, in place; return what was found."""
+    noted = read_json(folder.with_name(_FOUND), what="list of what a cut left")
+    plan = HeadPlan.from_dict(noted["plan"])
+    compensation = None
+    if (kept := noted["compensation"]) is not None:
+        layers = tuple(FittedLayer(**layer) for layer in kept["layers"])
+        compensation = Compensation(**{**kept, "layers": layers})
+    saved = checkpoint.load(folder)
+    cut_heads(model, plan)
+    model.load_state_dict(saved.state_dict())
+    if hasattr(saved.config, "compensation"):
+        model.config.compensation = saved.config.compensation
+    return {"plan": plan, "gates": None, "budget": noted["budget"], "compensation": compensation}
