@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from deadhead import __version__
-from deadhead.cli import export, measure, model, phases, report, run
+from deadhead.cli import compare, export, measure, model, phases, report, run
 from deadhead.cli.settings import PhaseCommand
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.command()(model.cut)
 app.command()(model.inspect)
 app.command()(export.export)
 app.command("eval", cls=PhaseCommand)(measure.evaluate)
+app.command(cls=PhaseCommand)(compare.compare)
 app.command()(measure.generate)
 app.command()(measure.bench)
 app.command()(report.report)

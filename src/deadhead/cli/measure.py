@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _load(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
+def load_measured(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
     """Load a model to be measured; one that was saved with gates on has them, and a line says so."""
     from deadhead.checkpoints import checkpoint
     from deadhead.checkpoints.declared import has_gates
@@ -80,7 +80,7 @@ def evaluate(
     require_language_model(declared, "Perplexity")
     if "source" not in settings:
         require_default_text(declared.config.model_type)
-    network = _load(model, shared["device"], shared["dtype"])
+    network = load_measured(model, shared["device"], shared["dtype"])
     with progress(quiet) as report:
         text, _ = load_text(
             text_of.source,
@@ -124,7 +124,7 @@ def generate(
     from deadhead.measure.losses import require_language_model
 
     require_language_model(load_skeleton(model), "Continuing a text")
-    network = _load(model, device, dtype)
+    network = load_measured(model, device, dtype)
     text = generate_text(
         network, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
@@ -155,9 +155,9 @@ def bench(
 
     for path in filter(None, (model, dense)):
         require_timed(load_skeleton(path), workload, length)
-    models = {"model": _load(model, device, dtype)}
+    models = {"model": load_measured(model, device, dtype)}
     if dense is not None:
-        models = {"dense": _load(dense, device, dtype), **models}
+        models = {"dense": load_measured(dense, device, dtype), **models}
     # Without a past every token of a text that goes on sees half of it on average; others see all.
     positions = {name: positions_read(network, length) for name, network in models.items()}
     costs = {}

@@ -193,6 +193,7 @@ def _say_what_follows(model: Path, phase: PruneRecipe, *, recover: int, cut: boo
     from deadhead.checkpoints import checkpoint
     from deadhead.report.tables import forecast_sentence
     from deadhead.training.phases.defaults import with_criterion
+    from deadhead.training.runs.dry_run import dry_run
     from deadhead.training.runs.forecast import forecast
     from deadhead.training.runs.inputs import require_trainable, require_ungated
 
@@ -200,6 +201,9 @@ def _say_what_follows(model: Path, phase: PruneRecipe, *, recover: int, cut: boo
     network = checkpoint.load_skeleton(model)
     phase = with_criterion(phase, network, recovers=recover > 0)
     require_trainable(network, phase)
+    if phase.budget is None or phase.budget.kind != "speedup":
+        # A budget that cannot be reached is refused before anything is announced.
+        dry_run(network, phase)
     if network.can_generate():
         errors.print(forecast_sentence(forecast(network, phase, recover=recover, cut=cut)), markup=False)
 

@@ -1,0 +1,167 @@
+"""`deadhead compare`: models side by side, what they cost, what they are worth on a text and how alike they are."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from deadhead.cli.console import AsJson, Device, Dtype, Quiet, console, load_torch, of_hub, print_json, progress
+from deadhead.cli.measure import load_measured
+from deadhead.cli.settings import takes_settings
+from deadhead.errors import InputError
+from deadhead.training.recipes.reading import changed
+from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deadhead.data import TokenStream
+    from deadhead.measure.likeness import Likeness
+
+_REPEATS, _TIMED = 5, {"batch_size": 4, "length": 128}
+
+
+def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Has the options that `compare` takes besides those of the text."""
+
+
+@takes_settings(DataRecipe, without=("tokenizer", "vocab_size"), also=_shared)
+def compare(
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="Checkpoint folders, GGUF files, or names on the hub; the first is the reference."),
+    ],
+    on: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")] = "valid",
+    limit: Annotated[int, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = 20_000,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")] = 8,
+    window: Annotated[
+        int | None, typer.Option(min=2, max=2**24, help="Tokens seen at once by a model without memory (512).")
+    ] = None,
+    *,
+    settings: dict[str, Any],
+    **shared: Any,
+) -> None:
+    """Set models side by side: size, FLOPs, perplexity, speed, and how near each is to the first.
+
+    KL is how far what a model expects next is from what the first one expects, in nats a token; below it stands how
+    often both hold the same token to be the likeliest. All models are in memory at once.
+    """
+    names = [str(model) for model in models]
+    if len(set(names)) < max(len(names), 2):
+        raise InputError("Two or more different models were expected; name the one to compare with first.")
+    quiet, as_json = shared["quiet"], shared["as_json"]
+    text_of = changed(DataRecipe(), **settings)
+    load_torch(quiet or as_json, *models, of_hub(settings.get("source")))
+    from deadhead.checkpoints.checkpoint import load_skeleton
+    from deadhead.data import load_text, load_tokenizer
+    from deadhead.measure.cost import model_cost
+    from deadhead.measure.evaluation import evaluate
+    from deadhead.measure.losses import require_language_model
+    from deadhead.measure.timing import bench, require_timed
+    from deadhead.training.runs.inputs import require_default_text
+
+    for model in models:
+        declared = load_skeleton(model)
+        require_language_model(declared, "Perplexity")
+        require_timed(declared, "prefill", _TIMED["length"])
+        if "source" not in settings:
+            require_default_text(declared.config.model_type)
+    networks = {name: load_measured(Path(name), shared["device"], shared["dtype"]) for name in names}
+    found: dict[str, dict[str, Any]] = {}
+    texts: dict[str, TokenStream] = {}
+    with progress(quiet) as report:
+        for name, network in networks.items():
+            text, _ = load_text(
+                text_of.source,
+                tokenizer=load_tokenizer(name),
+                **text_of.reading,
+                progress=lambda done, total: report("reading text, kB", done, total, {}),
+            )
+            texts[name] = text.splits[on]
+            measured = evaluate(
+                network,
+                texts[name],
+                batch_size=batch_size,
+                limit=limit,
+                window=window,
+                progress=lambda done, total, name=name: report(f"evaluating {Path(name).name}", done, total, {}),
+            )
+            cost = model_cost(network)
+            found[name] = {
+                **{each: getattr(cost, each) for each in ("heads", "hidden_units", "parameters", "flops_per_token")},
+                **{each: getattr(measured, each) for each in ("perplexity", "bits_per_byte", "tokens")},
+            }
+        first = names[0]
+        for name in names[1:]:
+            like = _likeness(networks, texts, name, first, limit=limit, batch_size=batch_size, window=window)
+            found[name] |= {
+                "divergence": None if like is None else like.divergence,
+                "agreement": None if like is None else like.agreement,
+            }
+        timings = bench(networks, repeats=_REPEATS, **_TIMED)
+    for name, timing in timings.items():
+        found[name]["tokens_per_second"] = timing.tokens_per_second
+    if as_json:
+        print_json({"models": found})
+        return
+    console.print(_table(found))
+
+
+def _likeness(
+    networks: dict[str, PreTrainedModel],
+    texts: dict[str, TokenStream],
+    name: str,
+    first: str,
+    *,
+    limit: int,
+    batch_size: int,
+    window: int | None,
+) -> Likeness | None:
+    """Compare a model with the first; None where the two read the text as other tokens, or other rows."""
+    from deadhead.measure.likeness import likeness
+    from deadhead.training.phases.defaults import batches_of, segment_length
+
+    model, reference = networks[name], networks[first]
+    recipe = PhaseRecipe(batch_size=batch_size)
+    if window is not None and not hasattr(model.config, "memory_length"):
+        recipe = changed(recipe, sequence_length=window)
+    same = texts[name].tokens.shape == texts[first].tokens.shape and (texts[name].tokens == texts[first].tokens).all()
+    kinds = {hasattr(each.config, "memory_length") for each in (model, reference)}
+    sizes = {each.config.get_text_config().vocab_size for each in (model, reference)}
+    if not same or len(kinds) > 1 or len(sizes) > 1:
+        return None
+    length = segment_length(model, recipe)
+    if kinds == {True} and segment_length(reference, recipe) != length:
+        return None
+    rows = -(-limit // length)
+    return likeness(model, reference, islice(batches_of(model, texts[name], recipe, seed=0), -(-rows // batch_size)))
+
+
+def _table(found: dict[str, dict[str, Any]]) -> Table:
+    """Return a table with a column for each model: several fit beside each other, their names folded."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in found:
+        table.add_column(escape(name), justify="right", overflow="fold", min_width=11)
+
+    def row(title: str, of: str, text: str, scale: float = 1.0) -> None:
+        values = [None if each.get(of) is None else each[of] * scale for each in found.values()]
+        table.add_row(title, *("–" if value is None else text.format(value) for value in values))
+
+    table.add_row("heads", *(f"{sum(values['heads']):,}" for values in found.values()))
+    if any(values["hidden_units"] for values in found.values()):
+        table.add_row("hidden units", *(f"{sum(values['hidden_units']):,}" for values in found.values()))
+    row("parameters", "parameters", "{:,}", 1)
+    row("MFLOPs a token", "flops_per_token", "{:,.3f}", 1e-6)
+    row("perplexity", "perplexity", "{:,.3f}")
+    row("bits a byte", "bits_per_byte", "{:.4f}")
+    row("KL, nats a token", "divergence", "{:.4f}")
+    row("same next token", "agreement", "{:.1%}")
+    row("tokens a second", "tokens_per_second", "{:,.0f}")
+    return table
