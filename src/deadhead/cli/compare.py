@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
     from deadhead.data import TokenStream
     from deadhead.measure.likeness import Likeness
+    from deadhead.training.processes import Progress as Report
 
-_REPEATS, _TIMED = 5, {"batch_size": 4, "length": 128}
+_REPEATS, _ROWS, _LENGTH = 5, 4, 128
 
 
 def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
@@ -69,7 +71,7 @@ def compare(
     for model in models:
         declared = load_skeleton(model)
         require_language_model(declared, "Perplexity")
-        require_timed(declared, "prefill", _TIMED["length"])
+        require_timed(declared, "prefill", _LENGTH)
         if "source" not in settings:
             require_default_text(declared.config.model_type)
     networks = {name: load_measured(Path(name), shared["device"], shared["dtype"]) for name in names}
@@ -81,7 +83,7 @@ def compare(
                 text_of.source,
                 tokenizer=load_tokenizer(name),
                 **text_of.reading,
-                progress=lambda done, total: report("reading text, kB", done, total, {}),
+                progress=_counted(report, "reading text, kB"),
             )
             texts[name] = text.splits[on]
             measured = evaluate(
@@ -90,7 +92,7 @@ def compare(
                 batch_size=batch_size,
                 limit=limit,
                 window=window,
-                progress=lambda done, total, name=name: report(f"evaluating {Path(name).name}", done, total, {}),
+                progress=_counted(report, f"evaluating {Path(name).name}"),
             )
             cost = model_cost(network)
             found[name] = {
@@ -104,13 +106,17 @@ def compare(
                 "divergence": None if like is None else like.divergence,
                 "agreement": None if like is None else like.agreement,
             }
-        timings = bench(networks, repeats=_REPEATS, **_TIMED)
+        timings = bench(networks, batch_size=_ROWS, length=_LENGTH, repeats=_REPEATS)
     for name, timing in timings.items():
         found[name]["tokens_per_second"] = timing.tokens_per_second
     if as_json:
         print_json({"models": found})
         return
     console.print(_table(found))
+
+
+def _counted(report: Report, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: report(name, done, total, {})
 
 
 def _likeness(

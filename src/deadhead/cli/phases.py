@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -31,6 +32,7 @@ from deadhead.training.recipes.reading import changed, load_recipe
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
 
 if TYPE_CHECKING:
+    from deadhead.training.runs.forecast import Part
     from deadhead.training.runs.single import Phase
 
 _S = TypeVar("_S", bound=BaseModel)
@@ -127,7 +129,7 @@ def prune(
     if out is None:
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
     text = _with(base.data, settings)
-    options = {"resume": resume, "cut": cut, "teacher": teacher, "recover": recover}
+    options: dict[str, Any] = {"resume": resume, "cut": cut, "teacher": teacher, "recover": recover}
     _run("prune", phase, out, model, text, base.seed, **options, **shared)
 
 
@@ -189,23 +191,10 @@ def _dry_run(
         console.print(forecast_sentence(parts), markup=False)
 
 
-def _say_what_follows(model: Path, phase: PruneRecipe, *, recover: int, cut: bool) -> None:
-    from deadhead.checkpoints import checkpoint
+def _announce(parts: Sequence[Part]) -> None:
     from deadhead.report.tables import forecast_sentence
-    from deadhead.training.phases.defaults import with_criterion
-    from deadhead.training.runs.dry_run import dry_run
-    from deadhead.training.runs.forecast import forecast
-    from deadhead.training.runs.inputs import require_trainable, require_ungated
 
-    require_ungated(model)
-    network = checkpoint.load_skeleton(model)
-    phase = with_criterion(phase, network, recovers=recover > 0)
-    require_trainable(network, phase)
-    if phase.budget is None or phase.budget.kind != "speedup":
-        # A budget that cannot be reached is refused before anything is announced.
-        dry_run(network, phase)
-    if network.can_generate():
-        errors.print(forecast_sentence(forecast(network, phase, recover=recover, cut=cut)), markup=False)
+    errors.print(forecast_sentence(parts), markup=False)
 
 
 def _begun(recipe: Path | None, settings: dict[str, Any]) -> Recipe:
@@ -237,10 +226,9 @@ def _run(
     from deadhead.training.runs.options import Options
     from deadhead.training.runs.single import run_single
 
-    if isinstance(phase, PruneRecipe) and named is not None and not (quiet or as_json) and is_main():
-        _say_what_follows(named, phase, recover=options["recover"], cut=cut)
+    announce = None if quiet or as_json else _announce
     with progress(quiet or not is_main()) as report:
-        given = Options(out=out, seed=seed, progress=report, report_to=report_to or (), **options)
+        given = Options(out=out, seed=seed, progress=report, announce=announce, report_to=report_to or (), **options)
         result = run_single(name, phase, model, text, given, cut=cut).to_dict()
     if not leave():
         return

@@ -68,8 +68,8 @@ class NestedSublayer:
         moments_nn.diagonal().add_(added)
         factor_nn = cholesky(moments_nn)
         half_nD = torch.linalg.solve_triangular(factor_nn, right_Dn.T, upper=False)
-        place = {"device": self.weight_Dn.device, "dtype": torch.promote_types(self.weight_Dn.dtype, torch.float32)}
-        return factor_nn.to(**place), half_nD.to(**place)
+        device, wide = self.weight_Dn.device, torch.promote_types(self.weight_Dn.dtype, torch.float32)
+        return factor_nn.to(device, wide), half_nD.to(device, wide)
 
     @property
     def units(self) -> int:

@@ -14,10 +14,9 @@ from benchmarks._tiny_models import tiny_model
 from deadhead import InputError
 from deadhead.compensation.record import card_line
 from deadhead.training import PhaseRecipe, PruneRecipe
-from deadhead.training.phases.defaults import with_criterion
+from deadhead.training.phases.defaults import recovery, with_criterion
 from deadhead.training.phases.phase import train
 from deadhead.training.runs import pruning
-from deadhead.training.runs.pruning import recovery
 from tests.small_runs import assert_same_tensors, save_small_llama, save_small_model, weights, write_prose
 
 _SMALL: dict[str, Any] = {"steps": 3, "batch_size": 2, "sequence_length": 24, "params": 0.7, "of": "blocks"}

@@ -21,6 +21,9 @@ from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 # log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
 _GATE_RATE = 0.02
 
+# Of a recovery's steps, those in which the rate rises.
+_WARMUP = 0.1
+
 # Tokens of a row of a model without memory, unless the recipe says otherwise.
 _ROW = 256
 
@@ -47,11 +50,11 @@ def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
 
 
 # What only gates need, or weights that learn with them; whoever sets it wants them.
-_OF_GATES = {
+_GATES_ONLY = {
     *("l0", "freeze_weights", "start_from", "start_batches", "ramp_steps", "l0_warmup_steps", "gate_lr"),
     *("gate_lr_scale", "init", "output_scale", "hard", "weighting", "track_difference", "ranking"),
 }
-_OF_TRAINING = {
+_TRAINING_ONLY = {
     *("learning_rate", "schedule", "warmup_steps", "weight_decay", "lora_rank", "distill", "distill_temperature"),
     *("gradient_accumulation", "gradient_checkpointing", "bf16"),
 }
@@ -67,11 +70,24 @@ def with_criterion(recipe: PruneRecipe, model: PreTrainedModel, *, recovers: boo
     """
     if recipe.criterion is not None:
         return recipe
-    of_gates = _OF_GATES if recovers else _OF_GATES | _OF_TRAINING
+    of_gates = _GATES_ONLY if recovers else _GATES_ONLY | _TRAINING_ONLY
     is_pretrained = model.config.model_type not in OWN_TYPES and model.can_generate()
     has_costs = recipe.budget is not None and recipe.budget.kind != "sparsity"
     learns_sizes = is_pretrained and has_costs and not of_gates & recipe.model_fields_set
     return changed(recipe, criterion="sizes" if learns_sizes else "gates")
+
+
+def recovery(recipe: PruneRecipe, steps: int) -> PhaseRecipe:
+    """Return the recipe by which a pruned model recovers: as the phase's own says, else by a recovery's defaults."""
+    defaults = {
+        "schedule": "cosine",
+        "warmup_steps": round(_WARMUP * steps),
+        "distill": 1.0,
+        "distill_temperature": 1.0,
+    }
+    given = {name: getattr(recipe, name) for name in PhaseRecipe.model_fields if name in recipe.model_fields_set}
+    rows = {"batch_size": recipe.batch_size, "steps": steps}
+    return PhaseRecipe.model_validate({**defaults, **given, **rows})
 
 
 def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:

@@ -207,8 +207,8 @@ class PruneRecipe(PhaseRecipe):
         "How heads are chosen: gates and topk learn it; sizes learns, in `steps` steps (40 unless stated), how much of "
         "each sublayer stays, by batches of 4 rows unless stated; others rank heads without training, from `steps` "
         "batches (8 unless stated).",
-        unset="sizes for a language model that is not deadhead's own, with a budget of params, flops, kv_cache or "
-        "speedup, where nothing is set that only gates or training need; else gates",
+        unset="sizes where deadhead prune is given a language model that is not deadhead's own, and a budget of "
+        "params, flops, kv_cache or speedup, but nothing that only gates or training need; else, and in a run, gates",
         first=True,
     )
     freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)

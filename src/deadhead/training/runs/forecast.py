@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from deadhead.measure.cost import model_cost
 from deadhead.modes import best_device
 from deadhead.plans.kinds import READS_TEXT
-from deadhead.training.phases.defaults import row_length, with_defaults
+from deadhead.training.phases.defaults import recovery, row_length, with_defaults
 from deadhead.training.recipes.recipe import PruneRecipe
-from deadhead.training.runs.pruning import recovery
 
 # Of a large product's speed, what a forward pass reaches.
 _EFFICIENCY = 0.7

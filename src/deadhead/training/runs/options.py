@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.errors import InputError, require_fields
 from deadhead.training.processes import Progress
+from deadhead.training.runs.forecast import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Options:
         out: folder of the checkpoint to write; None writes none.
         resume: go on from the last checkpoint in `OUT.work`.
         progress: told of the name of what goes on, how much is done, how much there is, and the last numbers.
+        announce: told what `deadhead.prune` will do, part by part, before it begins, and how long each may take.
         report_to: trackers that transformers knows, such as "wandb".
         device: where to run, such as "cpu"; None: the accelerator there is.
         dtype: of the weights of a model that is loaded, such as "bfloat16"; None: as they were saved.
@@ -41,6 +43,7 @@ class Options:
     out: str | Path | None = None
     resume: bool = False
     progress: Progress | None = None
+    announce: Callable[[Sequence[Part]], None] | None = None
     report_to: Sequence[str] = ()
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None

@@ -24,6 +24,7 @@ from deadhead.measure.evaluation import Evaluation
 from deadhead.plans.plan import HeadPlan
 from deadhead.training.phases.choosing import latency_in
 from deadhead.training.phases.compensating import Compensating, calibration_of, dense_copy
+from deadhead.training.phases.defaults import recovery
 from deadhead.training.phases.phase import PhaseRun, choose_units, train
 from deadhead.training.processes import on_main
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
@@ -33,21 +34,6 @@ from deadhead.training.runs.options import Options
 # Beside the checkpoints: the model after cut and compensation, what was found by then, and the recovery's checkpoints.
 CUT, RECOVERY = "cut", "recovery"
 _FOUND = "found.json"
-# Of a recovery's steps, those in which the rate rises.
-_WARMUP = 0.1
-
-
-def recovery(recipe: PruneRecipe, steps: int) -> PhaseRecipe:
-    """Return the recipe by which a pruned model recovers: as the phase's own says, else by a recovery's defaults."""
-    defaults = {
-        "schedule": "cosine",
-        "warmup_steps": round(_WARMUP * steps),
-        "distill": 1.0,
-        "distill_temperature": 1.0,
-    }
-    given = {name: getattr(recipe, name) for name in PhaseRecipe.model_fields if name in recipe.model_fields_set}
-    rows = {"batch_size": recipe.batch_size, "steps": steps}
-    return PhaseRecipe.model_validate({**defaults, **given, **rows})
 
 
 def prune_in_place(
@@ -85,7 +71,8 @@ def prune_in_place(
         batches = calibration_of(model, text.train, recipe, seed=options.seed) if cut else []
         # The dense model is the teacher, if that is its own.
         teacher = run.teacher if options.teacher is None else None
-        before = (teacher or dense_copy(model, recipe)) if batches or recovers else None
+        # Nobody else has use for a copy.
+        before = (teacher or dense_copy(model, recipe)) if batches or recovers else model
         gates, budget = choose_units(model, text.train, recipe, replace(run, latency=latency))
         found = {"plan": gates.plan(), "gates": gates, "budget": budget}
         if not cut:
@@ -94,7 +81,6 @@ def prune_in_place(
         cut_heads(model, plan)
         found |= {"plan": find_layout(model).recorded_plan(model) or plan, "gates": None, "compensation": None}
         if batches:
-            assert before is not None
             compensating = Compensating(before, batches, f"text {text.sha256[:12]}")
             found["compensation"] = compensating.of(model, run.progress, consume=not recovers)
         if not recovers:
@@ -120,8 +106,7 @@ def _recover(
 ) -> None:
     """Train a pruned model in place, on the dense model's distribution if no other teacher was named."""
     teacher = teacher_of(options.teacher, dense, model, recipe)
-    again = {"folder": folder, "phase": "recover", "teacher": teacher, "latency": None}
-    train(model, text.train, recipe, replace(run, **again))
+    train(model, text.train, recipe, replace(run, folder=folder, phase="recover", teacher=teacher))
 
 
 def _keep(model: PreTrainedModel, folder: Path, found: dict[str, Any]) -> None:

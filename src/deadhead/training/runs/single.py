@@ -35,6 +35,7 @@ from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
+from deadhead.training.runs.forecast import forecast
 from deadhead.training.runs.inputs import (
     NO_TEXT,
     Data,
@@ -213,7 +214,7 @@ def _run(
             folder=work / "checkpoints",
             phase=phase,
             seed=options.seed,
-            teacher=teacher_of(options.teacher, model if phase == "prune" else None, network, recipe),
+            teacher=teacher_of(options.teacher, _own_teacher(phase, model), network, recipe),
             metrics=work / METRICS_FILE,
             tensorboard=work / "tensorboard",
             report_to=options.report_to,
@@ -224,6 +225,8 @@ def _run(
         )
         found: dict[str, Any] = {}
         if isinstance(recipe, PruneRecipe):
+            if options.announce is not None and is_main() and network.can_generate():
+                options.announce(forecast(network, recipe, recover=options.recover, cut=cut))
             found = prune_in_place(network, text, recipe, run, options, work=work, cut=cut, measured=measured)
         else:
             train(network, text.train, recipe, run)
@@ -296,6 +299,11 @@ def _begin(
         network = build_model(model, text.tokenizer, seed=options.seed)
     assert network is not None
     return network, text, recipe
+
+
+def _own_teacher(phase: Phase, model: Model) -> PreTrainedModel | str | Path | None:
+    """Return what a phase learns from where no teacher is named: in pruning, the model as it was."""
+    return model if phase == "prune" and not isinstance(model, ModelRecipe) else None
 
 
 def _for_model(recipe: PhaseRecipe, model: PreTrainedModel, options: Options) -> PhaseRecipe:
