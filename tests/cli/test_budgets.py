@@ -106,13 +106,13 @@ def test_a_dry_run_says_what_would_be_left_and_writes_nothing(
     assert [part["what"].split(" in ")[0] for part in found["parts"]] == ["train gates and weights", _FIT]
 
 
-_FIT = "fit what is left to the dense model on 128 rows"
+_FIT = "fit what is left to the dense model on 512 rows"
 
 
 @pytest.mark.parametrize(
     ("options", "first"),
     [
-        ((), "learn the sizes of layers' parts in 40 steps of 4 × 128 tokens"),
+        ((), "learn the sizes of layers' parts in 80 steps of 4 × 128 tokens"),
         (("--fast",), "rank units by reconstruction from 8 batches of 16 × 128 tokens"),
         (("--criterion", "magnitude"), "rank units by magnitude"),
         (("--freeze-weights", "--steps", 7), "train gates alone in 7 steps of 16 × 128 tokens"),

@@ -53,7 +53,7 @@ def test_what_is_asked_for_decides_on_the_criterion(settings: dict[str, Any], re
     assert found.is_ranked == (expected not in ("gates", "topk"))
     # Sizes have steps and rows of their own, unless they are stated.
     if expected == "sizes" and "steps" not in settings:
-        assert (found.steps, found.batch_size) == (40, 4)
+        assert (found.steps, found.batch_size) == (80, 4)
     if "steps" in settings:
         assert (found.steps, found.batch_size) == (settings["steps"], settings["batch_size"])
 

@@ -23,7 +23,7 @@ _LONGEST = 2**24
 _FASTEST = 1e3
 _LEAST_SHARE = 1e-4
 # Batches from which scores are taken, steps in which sizes are learned, and rows of each.
-_LOOK, _SIZE_STEPS, _SIZE_ROWS = 8, 40, 4
+_LOOK, _SIZE_STEPS, _SIZE_ROWS = 8, 80, 4
 
 _optional = partial(setting, None)
 _count = partial(setting, ge=1)
@@ -204,7 +204,7 @@ class PruneRecipe(PhaseRecipe):
         le=_FASTEST,
     )
     criterion: Criterion | None = _optional(
-        "How heads are chosen: gates and topk learn it; sizes learns, in `steps` steps (40 unless stated), how much of "
+        "How heads are chosen: gates and topk learn it; sizes learns, in `steps` steps (80 unless stated), how much of "
         "each sublayer stays, by batches of 4 rows unless stated; others rank heads without training, from `steps` "
         "batches (8 unless stated).",
         unset="sizes where deadhead prune is given a language model that is not deadhead's own, and a budget of "
@@ -270,7 +270,7 @@ class PruneRecipe(PhaseRecipe):
         "Fit what a cut leaves of each layer to the dense model's outputs, on rows of the same text.",
         unset="on for models that are not deadhead's own, off for others",
     )
-    compensate_rows: int = _count(128, "Rows of text that it is fitted and judged on.", unit="rows", le=_MOST_ROWS)
+    compensate_rows: int = _count(512, "Rows of text that it is fitted and judged on.", unit="rows", le=_MOST_ROWS)
     unit: Unit | None = _optional(
         "What a gate closes: a query head, or a key/value head with its query heads.",
         unset="kv_group where key/value heads are shared, else head",
