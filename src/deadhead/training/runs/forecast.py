@@ -20,12 +20,12 @@ from deadhead.training.phases.defaults import recovery, row_length, with_default
 from deadhead.training.recipes.recipe import PruneRecipe
 
 # Of a large product's speed, what a forward pass reaches.
-_EFFICIENCY = 0.7
+_EFFICIENCY = 0.8
 # What a token is worth, in forward passes: read by a criterion, by one that needs gradients, in a step of sizes, in one
 # of training (a teacher reads it once more), and in compensation.
-_READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT = 1.5, 3.5, 4.0, 3.0, 1.0, 4.5
+_READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT = 1.0, 3.0, 2.3, 3.0, 1.0, 2.9
 _GRADIENTS = ("taylor", "second-order")
-_PRODUCT = 1024
+_PRODUCT = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
