@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -32,6 +31,7 @@ from deadhead.training.recipes.reading import changed, load_recipe
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe, Recipe
 
 if TYPE_CHECKING:
+    from deadhead.training.processes import Progress as Report
     from deadhead.training.runs.forecast import Part
     from deadhead.training.runs.single import Phase
 
@@ -191,10 +191,20 @@ def _dry_run(
         console.print(forecast_sentence(parts), markup=False)
 
 
-def _announce(parts: Sequence[Part]) -> None:
+def _announcing(report: Report, parts: list[Part]) -> Report:
+    """Return what reports progress, and says before the first of it what pruning will do, once that is known.
+
+    Until something was done, the phase may still be refused, in one sentence.
+    """
     from deadhead.report.tables import forecast_sentence
 
-    errors.print(forecast_sentence(parts), markup=False)
+    def told(name: str, done: int, total: int, logs: dict[str, Any]) -> None:
+        if parts:
+            errors.print(forecast_sentence(parts), markup=False)
+            parts.clear()
+        report(name, done, total, logs)
+
+    return told
 
 
 def _begun(recipe: Path | None, settings: dict[str, Any]) -> Recipe:
@@ -226,9 +236,12 @@ def _run(
     from deadhead.training.runs.options import Options
     from deadhead.training.runs.single import run_single
 
-    announce = None if quiet or as_json else _announce
+    parts: list[Part] = []
     with progress(quiet or not is_main()) as report:
-        given = Options(out=out, seed=seed, progress=report, announce=announce, report_to=report_to or (), **options)
+        if not (quiet or as_json):
+            report = _announcing(report, parts)
+            options["announce"] = parts.extend
+        given = Options(out=out, seed=seed, progress=report, report_to=report_to or (), **options)
         result = run_single(name, phase, model, text, given, cut=cut).to_dict()
     if not leave():
         return

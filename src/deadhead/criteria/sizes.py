@@ -98,6 +98,8 @@ def learn_sizes(
             "Persistent vectors have no sizes that could be learned, as a layer's output is no sum over them; use "
             "criterion 'gates' or 'taylor', or leave blocks out."
         )
+    # Blocks that do not fit are told of before any text is read.
+    choices_of(found, unit, blocks)
     batches = list(batches)
     dense: list[Tensor] = []
 

@@ -191,7 +191,7 @@ def test_a_ranking_reads_few_batches_unless_told_otherwise() -> None:
     # It is no choice of the user's, so gates that are put in its place learn as long as they do by default.
     assert changed(ranking, criterion="gates").steps == PruneRecipe().steps == 300
     assert changed(PruneRecipe(sparsity=0.5), criterion="flap").steps == 8
-    assert PruneRecipe(criterion="sizes", params=0.5).steps == 40
+    assert PruneRecipe(criterion="sizes", params=0.5).steps == 80
     assert PruneRecipe.model_validate(ranking.model_dump()) == ranking
 
 

@@ -25,7 +25,7 @@ _EFFICIENCY = 0.8
 # of training (a teacher reads it once more), and in compensation.
 _READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT = 1.0, 3.0, 2.3, 3.0, 1.0, 2.9
 _GRADIENTS = ("taylor", "second-order")
-_PRODUCT = 2048
+_PRODUCT = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
