@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from deadhead.data import TokenizedCorpus, TokenStream
 from deadhead.layouts import find_layout
 from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, close_to_budget, gate_config
 from deadhead.training.phases.choosing import rank
-from deadhead.training.phases.defaults import batches_of
+from deadhead.training.phases.compensating import calibration_of
 
 # To be raised with whatever else changes the figures: points of another version are measured anew.
 _VERSION = 1
@@ -220,8 +219,9 @@ def measure_point(
             deadhead.cut(model, rank(model, train, recipe, seed=seed + 3000, first_segment=first))
     if method.compensate:
         assert teacher is not None
-        rows = batches_of(model, train, PruneRecipe(**again(name, budget.looked_at, 0.0, sparsity=sparsity)), seed=seed)
-        deadhead.compensate(model, teacher, [*islice(rows, budget.looked_at)])
+        recipe = PruneRecipe(**again(name, budget.looked_at, 0.0, sparsity=sparsity, compensate=True))
+        recipe = recipe.model_copy(update={"compensate_rows": budget.looked_at * recipe.batch_size})
+        deadhead.compensate(model, teacher, calibration_of(model, train, recipe, seed=seed))
     before = perplexities(model, text, budget.tokens)
     # Another order than that of the dense training, which would read the same rows again.
     deadhead.training.train(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from deadhead.cli.console import AsJson, Device, Dtype, Quiet, console, load_torch, of_hub, print_json, progress
-from deadhead.cli.measure import load_measured
+from deadhead.cli.console import console, load_torch, of_hub, print_json, progress
+from deadhead.cli.measure import On, Rows, Window, load_measured, require_scored, shared_options
 from deadhead.cli.settings import takes_settings
 from deadhead.errors import InputError
 from deadhead.training.recipes.reading import changed
@@ -24,27 +24,20 @@ if TYPE_CHECKING:
 
     from deadhead.data import TokenStream
     from deadhead.measure.likeness import Likeness
-    from deadhead.training.processes import Progress as Report
 
 _REPEATS, _ROWS, _LENGTH = 5, 4, 128
 
 
-def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Has the options that `compare` takes besides those of the text."""
-
-
-@takes_settings(DataRecipe, without=("tokenizer", "vocab_size"), also=_shared)
+@takes_settings(DataRecipe, without=("tokenizer", "vocab_size"), also=shared_options)
 def compare(
     models: Annotated[
         list[Path],
         typer.Argument(help="Checkpoint folders, GGUF files, or names on the hub; the first is the reference."),
     ],
-    on: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")] = "valid",
+    on: On = "valid",
     limit: Annotated[int, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = 20_000,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")] = 8,
-    window: Annotated[
-        int | None, typer.Option(min=2, max=2**24, help="Tokens seen at once by a model without memory (512).")
-    ] = None,
+    batch_size: Rows = 8,
+    window: Window = None,
     *,
     settings: dict[str, Any],
     **shared: Any,
@@ -60,30 +53,26 @@ def compare(
     quiet, as_json = shared["quiet"], shared["as_json"]
     text_of = changed(DataRecipe(), **settings)
     load_torch(quiet or as_json, *models, of_hub(settings.get("source")))
-    from deadhead.checkpoints.checkpoint import load_skeleton
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.cost import model_cost
     from deadhead.measure.evaluation import evaluate
-    from deadhead.measure.losses import require_language_model
     from deadhead.measure.timing import bench, require_timed
-    from deadhead.training.runs.inputs import require_default_text
+    from deadhead.training.processes import counted
 
     for model in models:
-        declared = load_skeleton(model)
-        require_language_model(declared, "Perplexity")
-        require_timed(declared, "prefill", _LENGTH)
-        if "source" not in settings:
-            require_default_text(declared.config.model_type)
+        require_timed(require_scored(model, settings), "prefill", _LENGTH)
     networks = {name: load_measured(Path(name), shared["device"], shared["dtype"]) for name in names}
     found: dict[str, dict[str, Any]] = {}
     texts: dict[str, TokenStream] = {}
-    with progress(quiet) as report:
+    with progress(quiet) as report, TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         for name, network in networks.items():
             text, _ = load_text(
                 text_of.source,
                 tokenizer=load_tokenizer(name),
                 **text_of.reading,
-                progress=_counted(report, "reading text, kB"),
+                # Models with the same tokenizer read the same tokens.
+                cache_dir=cache,
+                progress=counted(report, "reading text, kB"),
             )
             texts[name] = text.splits[on]
             measured = evaluate(
@@ -92,7 +81,7 @@ def compare(
                 batch_size=batch_size,
                 limit=limit,
                 window=window,
-                progress=_counted(report, f"evaluating {Path(name).name}"),
+                progress=counted(report, f"evaluating {Path(name).name}"),
             )
             cost = model_cost(network)
             found[name] = {
@@ -113,10 +102,6 @@ def compare(
         print_json({"models": found})
         return
     console.print(_table(found))
-
-
-def _counted(report: Report, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: report(name, done, total, {})
 
 
 def _likeness(

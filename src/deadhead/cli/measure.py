@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+On = Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")]
+Rows = Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")]
+Window = Annotated[
+    int | None, typer.Option(min=2, max=2**24, help="Tokens seen at once by a model without memory (512).")
+]
+
+
 def load_measured(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
     """Load a model to be measured; one that was saved with gates on has them, and a line says so."""
     from deadhead.checkpoints import checkpoint
@@ -49,19 +56,30 @@ def load_measured(path: Path, device: str | None, dtype: str | None) -> PreTrain
     return model
 
 
-def _shared(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Has the options that `evaluate` takes besides those of the text."""
+def require_scored(path: Path, settings: dict[str, Any]) -> PreTrainedModel:
+    """Check that a model can be scored on the text that is asked for; return it without its weights."""
+    from deadhead.checkpoints.checkpoint import load_skeleton
+    from deadhead.measure.losses import require_language_model
+    from deadhead.training.runs.inputs import require_default_text
+
+    declared = load_skeleton(path)
+    require_language_model(declared, "Perplexity")
+    if "source" not in settings:
+        require_default_text(declared.config.model_type)
+    return declared
 
 
-@takes_settings(DataRecipe, without=("tokenizer", "vocab_size"), also=_shared)
+def shared_options(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Has the options that `evaluate` and `compare` take besides those of the text."""
+
+
+@takes_settings(DataRecipe, without=("tokenizer", "vocab_size"), also=shared_options)
 def evaluate(
     model: Model,
-    on: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")] = "valid",
+    on: On = "valid",
     limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")] = 8,
-    window: Annotated[
-        int | None, typer.Option(min=2, max=2**24, help="Tokens seen at once by a model without memory (512).")
-    ] = None,
+    batch_size: Rows = 8,
+    window: Window = None,
     *,
     settings: dict[str, Any],
     **shared: Any,
@@ -70,23 +88,18 @@ def evaluate(
     quiet, as_json = shared["quiet"], shared["as_json"]
     text_of = changed(DataRecipe(), **settings)
     load_torch(quiet or as_json, model, of_hub(settings.get("source")))
-    from deadhead.checkpoints.checkpoint import load_skeleton
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
-    from deadhead.measure.losses import require_language_model
-    from deadhead.training.runs.inputs import require_default_text
+    from deadhead.training.processes import counted
 
-    declared = load_skeleton(model)
-    require_language_model(declared, "Perplexity")
-    if "source" not in settings:
-        require_default_text(declared.config.model_type)
+    require_scored(model, settings)
     network = load_measured(model, shared["device"], shared["dtype"])
     with progress(quiet) as report:
         text, _ = load_text(
             text_of.source,
             tokenizer=load_tokenizer(model),
             **text_of.reading,
-            progress=lambda done, total: report("reading text, kB", done, total, {}),
+            progress=counted(report, "reading text, kB"),
         )
         result = measure(
             network,
@@ -94,7 +107,7 @@ def evaluate(
             batch_size=batch_size,
             limit=limit,
             window=window,
-            progress=lambda done, total: report("evaluating", done, total, {}),
+            progress=counted(report, "evaluating"),
         )
     if as_json:
         print_json(asdict(result))

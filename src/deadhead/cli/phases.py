@@ -164,20 +164,17 @@ def _dry_run(
 
     place = None if device is None else checkpoint.named_device(device)
     latency = None
-    if phase.budget is not None and phase.budget.kind == "speedup":
-        network = load_ungated(model, dtype=dtype)
-        phase = with_criterion(phase, network, recovers=recover > 0)
-        require_trainable(network, phase)
+    is_timed = phase.budget is not None and phase.budget.kind == "speedup"
+    # Without weights, unless it is timed: what they are makes no difference.
+    require_ungated(model)
+    network = load_ungated(model, dtype=dtype) if is_timed else checkpoint.load_skeleton(model)
+    phase = with_criterion(phase, network, recovers=recover > 0)
+    require_trainable(network, phase)
+    if is_timed:
         with progress(quiet) as report, on_device(place):
             latency = measure_budget_latency(network, phase, report)
-    else:
-        # Without weights: what they are makes no difference.
-        require_ungated(model)
-        network = checkpoint.load_skeleton(model)
-        phase = with_criterion(phase, network, recovers=recover > 0)
-        require_trainable(network, phase)
-        if dtype is not None:
-            network.to(checkpoint.named_dtype(dtype))  # type: ignore[arg-type]
+    elif dtype is not None:
+        network.to(checkpoint.named_dtype(dtype))  # type: ignore[arg-type]
     result = dry_run(network, phase, latency=latency)
     parts = []
     if network.can_generate():

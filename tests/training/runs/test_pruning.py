@@ -17,19 +17,9 @@ from deadhead.training import PhaseRecipe, PruneRecipe
 from deadhead.training.phases.defaults import recovery, with_criterion
 from deadhead.training.phases.phase import train
 from deadhead.training.runs import pruning
-from tests.small_runs import assert_same_tensors, save_small_llama, save_small_model, weights, write_prose
+from tests.small_runs import assert_same_tensors, weights
 
 _SMALL: dict[str, Any] = {"steps": 3, "batch_size": 2, "sequence_length": 24, "params": 0.7, "of": "blocks"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a text, a Llama and a model of ours."""
-    folder = tmp_path_factory.mktemp("pruning")
-    text = write_prose(folder)
-    save_small_llama(folder / "llama", text)
-    save_small_model(folder / "ours", text)
-    return folder
 
 
 @pytest.mark.parametrize(

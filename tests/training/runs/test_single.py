@@ -45,16 +45,6 @@ _PHASE = PhaseRecipe(steps=2, batch_size=2)
 _STEPS: dict[str, Any] = {"steps": 3, "batch_size": 2, "sequence_length": 24}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a text, a Llama and a model of ours."""
-    folder = tmp_path_factory.mktemp("one_call")
-    text = write_prose(folder)
-    save_small_llama(folder / "llama", text)
-    save_small_model(folder / "ours", text)
-    return folder
-
-
 def test_pruned_and_recovered(place: Path, tmp_path: Path) -> None:
     text = str(place / "prose.txt")
     pruned = deadhead.prune(place / "llama", text, params=0.8, distill=0.5, out=tmp_path / "out", **_STEPS)

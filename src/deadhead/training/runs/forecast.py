@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from deadhead.measure.cost import model_cost
 from deadhead.modes import best_device
 from deadhead.plans.kinds import READS_TEXT
-from deadhead.training.phases.defaults import recovery, row_length, with_defaults
-from deadhead.training.recipes.recipe import PruneRecipe
+from deadhead.training.phases.defaults import recovery, segment_length, with_defaults
+from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 # Of a large product's speed, what a forward pass reaches.
 _EFFICIENCY = 0.8
@@ -46,14 +46,13 @@ def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, c
         cut: whether it is cut.
     """
     recipe = with_defaults(recipe, model)
-    length = int(model.config.segment_length) if hasattr(model.config, "segment_length") else row_length(model, recipe)
+    length = segment_length(model, recipe)
     pass_seconds = model_cost(model, length=length).flops_per_token / (_EFFICIENCY * speed(model.dtype))
 
     def part(what: str, rows: float, passes: float) -> Part:
         return Part(what=what, seconds=rows * length * passes * pass_seconds)
 
     rows, each = recipe.steps * recipe.batch_size, f"{recipe.batch_size} × {length} tokens"
-    learned = recipe.gradient_accumulation * (_TRAINING + _TEACHER * (recipe.distill > 0))
     if recipe.criterion == "sizes":
         parts = [part(f"learn the sizes of layers' parts in {recipe.steps} steps of {each}", rows, _READ + _SIZES)]
     elif recipe.is_ranked:
@@ -63,15 +62,19 @@ def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, c
         parts = [part(f"rank units by {recipe.criterion}{of_text}", rows, passes * reads)]
     else:
         what = "train gates alone" if recipe.freeze_weights else "train gates and weights"
-        parts = [part(f"{what} in {recipe.steps} steps of {each}", rows, learned)]
+        parts = [part(f"{what} in {recipe.steps} steps of {each}", rows, _passes(recipe))]
     if cut and recipe.compensate:
         fitted = f"fit what is left to the dense model on {recipe.compensate_rows} rows"
         parts.append(part(fitted, recipe.compensate_rows, _FIT))
     if cut and recover:
         phase = recovery(recipe, recover)
-        passes = phase.gradient_accumulation * (_TRAINING + _TEACHER * (phase.distill > 0))
-        parts.append(part(f"recover in {recover} steps of {each}", recover * phase.batch_size, passes))
+        parts.append(part(f"recover in {recover} steps of {each}", recover * phase.batch_size, _passes(phase)))
     return parts
+
+
+def _passes(phase: PhaseRecipe) -> float:
+    """Return what a token of a training step's batch is worth."""
+    return phase.gradient_accumulation * (_TRAINING + _TEACHER * (phase.distill > 0))
 
 
 def speed(dtype: torch.dtype) -> float:

@@ -180,14 +180,6 @@ def is_without_text(model: PreTrainedModel, data: Data | None, recipe: PhaseReci
     return True
 
 
-def require_begun(path: str | Path, data: Data | None, recipe: PhaseRecipe) -> None:
-    """Check what can be known of a phase before the weights are loaded: the model's structure, and a text if needed."""
-    require_ungated(path)
-    model = checkpoint.load_skeleton(path)
-    require_trainable(model, recipe)
-    is_without_text(model, data, recipe)
-
-
 def read_data(
     data: Data | None,
     folder: Path,

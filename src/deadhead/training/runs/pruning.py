@@ -74,10 +74,10 @@ def prune_in_place(
         # Nobody else has use for a copy.
         before = (teacher or dense_copy(model, recipe)) if batches or recovers else model
         gates, budget = choose_units(model, text.train, recipe, replace(run, latency=latency))
-        found = {"plan": gates.plan(), "gates": gates, "budget": budget}
+        plan = gates.plan()
+        found = {"plan": plan, "gates": gates, "budget": budget}
         if not cut:
             return found
-        plan = gates.plan()
         cut_heads(model, plan)
         found |= {"plan": find_layout(model).recorded_plan(model) or plan, "gates": None, "compensation": None}
         if batches:

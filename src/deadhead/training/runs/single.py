@@ -46,7 +46,6 @@ from deadhead.training.runs.inputs import (
     known_tokenizer,
     load_ungated,
     read_data,
-    require_begun,
     require_trainable,
     require_ungated,
     teacher_of,
@@ -266,9 +265,12 @@ def _begin(
     """Return the model to begin with, the text, none where units are ranked without, and a recipe with a criterion."""
     network = None
     if isinstance(model, str | Path):
+        # What can be known before the weights are loaded: the model's structure, and a text if it is needed.
         require_ungated(model)
-        recipe = _for_model(recipe, checkpoint.load_skeleton(model), options)
-        require_begun(model, data, recipe)
+        declared = checkpoint.load_skeleton(model)
+        recipe = _for_model(recipe, declared, options)
+        require_trainable(declared, recipe)
+        is_without_text(declared, data, recipe)
         network = load_ungated(model, dtype=options.dtype)
     elif not isinstance(model, ModelRecipe):
         require_model(model)
