@@ -113,7 +113,10 @@ def test_a_recovery_that_is_stopped_goes_on_to_the_same_weights(
         model = deadhead.load(place / "llama") if in_memory else place / "llama"
         return deadhead.prune(model, text, out=tmp_path / name, **common, **options)
 
-    whole = prune("whole")
+    said: list[Any] = []
+    whole = prune("whole", announce=said.extend)
+    assert len(said) == 3 and said[-1].what.startswith("recover in 6 steps")
+    said.clear()
 
     def stopping(model: Any, text: Any, recipe: Any, run: Any) -> Any:
         if moment != "before the first step":
@@ -130,7 +133,8 @@ def test_a_recovery_that_is_stopped_goes_on_to_the_same_weights(
     with monkeypatch.context() as patch:
         # What was chosen is not chosen again.
         patch.setattr(pruning, "choose_units", lambda *_: pytest.fail("units were chosen again"))
-        resumed = prune("stopped", resume=True)
+        resumed = prune("stopped", resume=True, announce=said.extend)
+    assert [part.what.split(" in ")[0] for part in said] == ["recover"]
     assert resumed.plan == whole.plan and resumed.budget == whole.budget
     assert resumed.compensation is not None and resumed.compensation == whole.compensation
     assert_same_tensors(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))

@@ -26,8 +26,9 @@ from deadhead.training.phases.choosing import latency_in
 from deadhead.training.phases.compensating import Compensating, calibration_of, dense_copy
 from deadhead.training.phases.defaults import recovery
 from deadhead.training.phases.phase import PhaseRun, choose_units, train
-from deadhead.training.processes import on_main
+from deadhead.training.processes import is_main, on_main
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
+from deadhead.training.runs.forecast import forecast
 from deadhead.training.runs.inputs import Text, teacher_of
 from deadhead.training.runs.options import Options
 
@@ -63,7 +64,12 @@ def prune_in_place(
         What `Pruned` has beyond `Trained`: plan, gates, budget, compensation, and what it was worth unrecovered.
     """
     recovers = cut and options.recover > 0
-    if recovers and (work / CUT).is_dir():
+    is_resumed = recovers and (work / CUT).is_dir()
+    if options.announce is not None and is_main() and model.can_generate():
+        parts = forecast(model, recipe, recover=options.recover, cut=cut)
+        # What was done is not done again.
+        options.announce(parts[-1:] if is_resumed else parts)
+    if is_resumed:
         dense = copy.deepcopy(model)
         found = _restore(model, work / CUT)
     else:

@@ -35,7 +35,6 @@ from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.runs.forecast import forecast
 from deadhead.training.runs.inputs import (
     NO_TEXT,
     Data,
@@ -224,8 +223,6 @@ def _run(
         )
         found: dict[str, Any] = {}
         if isinstance(recipe, PruneRecipe):
-            if options.announce is not None and is_main() and network.can_generate():
-                options.announce(forecast(network, recipe, recover=options.recover, cut=cut))
             found = prune_in_place(network, text, recipe, run, options, work=work, cut=cut, measured=measured)
         else:
             train(network, text.train, recipe, run)
