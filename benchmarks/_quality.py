@@ -14,8 +14,8 @@ import deadhead
 from deadhead.data import TokenizedCorpus, TokenStream
 from deadhead.layouts import find_layout
 from deadhead.training import PhaseRecipe, PhaseRun, PruneRecipe, close_to_budget, gate_config
-from deadhead.training.phases.choosing import rank
 from deadhead.training.phases.compensating import calibration_of
+from deadhead.training.phases.ranking import rank
 
 # To be raised with whatever else changes the figures: points of another version are measured anew.
 _VERSION = 1

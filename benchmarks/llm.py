@@ -53,8 +53,9 @@ from deadhead.plans.blocks import Blocks, runs
 from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
 from deadhead.plans.plan import HeadPlan
 from deadhead.training import PruneRecipe
-from deadhead.training.phases.choosing import for_cost, plan_of_scores, rank
+from deadhead.training.phases.choosing import plan_of_scores
 from deadhead.training.phases.compensating import dense_copy
+from deadhead.training.phases.ranking import for_cost, rank
 
 SHARES = (0.8, 0.7, 0.5)
 LENGTH, BATCH = 256, 4

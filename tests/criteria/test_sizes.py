@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deadhead.criteria.scoring import score_heads
-from deadhead.criteria.sizes import _Descent, learn_sizes
+from deadhead.criteria.sizes import SizesCourse, _Descent
 from deadhead.errors import InputError
 from deadhead.measure.cost import counted_costs
 from deadhead.measure.losses import SegmentLoss
@@ -62,12 +62,15 @@ def test_a_plan_of_learned_sizes_keeps_to_the_budget(name: str, share: float) ->
     make, unit = STOCK[name]
     model = make()
     costs = costs_of(model, unit)
-    told: list[tuple[int, int, dict[str, float]]] = []
-    learned = learn_sizes(
-        model, scored_batches(), costs, share, steps=6, unit=unit, blocks=4, progress=lambda *at: told.append(at)
-    )
-    assert [at[:2] for at in told] == [(done, 8) for done in range(1, 9)] and len(learned.divergences) == 6
-    assert [at[2].get("divergence") for at in told] == [None, None, *learned.divergences]
+    told: list[tuple[float, ...]] = []
+
+    def note(*at: float) -> None:
+        told.append(at)
+
+    course = SizesCourse(model, scored_batches(), costs, unit=unit, blocks=4, progress=note)
+    assert told == [(1, 2), (2, 2)] and course.batches == 2
+    learned = course.learn(share, 6, progress=note)
+    assert told[2:] == [*enumerate(learned.divergences, 1)] and len(learned.divergences) == 6
     plan = learned.scores.within(costs, share * costs.total)
     left = costs.of({key: len(plan.units[key]) for key in costs.tables}) / costs.total
     assert share - 0.1 < left <= share + 1e-9
@@ -80,7 +83,7 @@ def test_a_sublayer_that_gives_nothing_to_the_output_goes_first() -> None:
         model.model.layers[-1].mlp.down_proj.weight[1:] = 0
         model.model.norm.weight[0] = 0
     costs = costs_of(model, "kv_group")
-    learned = learn_sizes(model, scored_batches(), costs, 0.7, steps=30, blocks=4)
+    learned = SizesCourse(model, scored_batches(), costs, blocks=4).learn(0.7, 30)
     kept = learned.scores.within(costs, 0.7 * costs.total).units
     ranked = score_heads(model, "reconstruction", scored_batches(), blocks=4).over(costs)
     by_ranking = ranked.within(costs, 0.7 * costs.total).units
@@ -102,7 +105,8 @@ def test_the_model_is_as_before(name: str) -> None:
     next(model.parameters()).requires_grad_(False)
     learns = {key: (id(parameter), parameter.requires_grad) for key, parameter in model.named_parameters()}
     model.train()
-    learn_sizes(model, text, costs_of(model, unit, hidden=not own), 0.8, steps=3, unit=unit, blocks=False if own else 4)
+    costs = costs_of(model, unit, hidden=not own)
+    SizesCourse(model, text, costs, unit=unit, blocks=False if own else 4).learn(0.8, 3)
     assert model.training
     model.eval()
     assert learns == {key: (id(parameter), parameter.requires_grad) for key, parameter in model.named_parameters()}
@@ -115,9 +119,24 @@ def test_the_model_is_as_before(name: str) -> None:
 def test_sizes_are_not_learned_of_persistent_vectors_or_without_text() -> None:
     model = tiny_model()
     with pytest.raises(InputError, match="Persistent vectors have no sizes"):
-        learn_sizes(model, batches(), costs_of(model, "head"), 0.8, steps=1, blocks=True)
+        SizesCourse(model, batches(), costs_of(model, "head"), blocks=True)
     adaptive = tiny_model(adaptive_cutoffs=[7, 15], adaptive_factor=2)
     with pytest.raises(InputError, match="an adaptive softmax does not compute"):
-        learn_sizes(adaptive, batches(), costs_of(adaptive, "head", hidden=False), 0.8, steps=1)
+        SizesCourse(adaptive, batches(), costs_of(adaptive, "head", hidden=False))
     with pytest.raises(InputError, match="no batch was given"):
-        learn_sizes(llama(), [], costs_of(llama(), "kv_group"), 0.8, steps=1, blocks=True)
+        SizesCourse(llama(), [], costs_of(llama(), "kv_group"), blocks=True)
+
+
+def test_a_second_budget_goes_on_from_the_first_by_the_same_text() -> None:
+    model = llama()
+    costs = costs_of(model, "kv_group")
+    course = SizesCourse(model, scored_batches(), costs, blocks=4)
+    first = course.learn(0.8, 12)
+    kept = first.scores.within(costs, 0.8 * costs.total).units
+    start = {key: float(len(kept[key])) for key in costs.tables}
+    then = course.learn(0.6, 12, start=start)
+    # What the first one learned does not matter to a course of its own.
+    again = SizesCourse(model, scored_batches(), costs, blocks=4).learn(0.6, 12, start=start)
+    assert then.divergences == again.divergences
+    assert all(torch.equal(scores, again.scores.scores[key]) for key, scores in then.scores.scores.items())
+    assert then.divergences != course.learn(0.6, 12).divergences

@@ -60,85 +60,110 @@ class LearnedSizes:
     divergences: tuple[float, ...]
 
 
-def learn_sizes(
-    model: PreTrainedModel,
-    batches: Batches,
-    costs: UnitCosts,
-    share: float,
-    *,
-    steps: int,
-    unit: Unit | None = None,
-    blocks: bool | int = False,
-    progress: Callable[[int, int, dict[str, float]], None] = lambda done, total, found: None,
-) -> LearnedSizes:
-    """Learn how much of each sublayer should stay for a model to cost a share of what it does.
+class SizesCourse:
+    """What sizes are learned from: what each projection of a model reads, and what the model makes of a text.
+
+    It is gathered once, and several budgets may be learned by it, one after the other.
 
     Args:
         model: a language model without gates; not changed.
         batches: of text, as `score_heads` takes them: all tell what projections read, and each step learns from one.
         costs: what units cost; the keys without a cost are left as they are.
-        share: of the dense cost, in (0, 1].
-        steps: of the descent; batches come again if they are fewer.
         unit: "head" or "kv_group"; None takes the groups where there are any.
         blocks: whether hidden units go too, or how many at a time.
-        progress: called with the number of batches read and steps done, and of all there are to do; from the first step
-            on with its "divergence", KL(dense ‖ model) in nats a token.
+        progress: called with the number of batches read, and of all there are.
 
     Raises:
         UnsupportedModel: the criterion cannot follow the model's stream.
         InputError: there is no text, the softmax is adaptive, or some of what would go are persistent vectors.
     """
-    require_gradients(model, "A model")
-    layout = find_layout(model)
-    unit = layout.choose_unit(model, unit, what="heads are cut by")
-    found = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
-    sites = [site for site in found if site.units]
-    if any(site.output_path is None for site in sites):
-        raise InputError(
-            "Persistent vectors have no sizes that could be learned, as a layer's output is no sum over them; use "
-            "criterion 'gates' or 'taylor', or leave blocks out."
-        )
-    # Blocks that do not fit are told of before any text is read.
-    choices_of(found, unit, blocks)
-    batches = list(batches)
-    dense: list[Tensor] = []
 
-    def note(outputs: SegmentOutputs) -> None:
-        dense.append(_kept(outputs.read))
-        progress(len(dense), len(batches) + steps, {})
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Batches,
+        costs: UnitCosts,
+        *,
+        unit: Unit | None = None,
+        blocks: bool | int = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        require_gradients(model, "A model")
+        layout = find_layout(model)
+        unit = layout.choose_unit(model, unit, what="heads are cut by")
+        found = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
+        sites = [site for site in found if site.units]
+        if any(site.output_path is None for site in sites):
+            raise InputError(
+                "Persistent vectors have no sizes that could be learned, as a layer's output is no sum over them; use "
+                "criterion 'gates' or 'taylor', or leave blocks out."
+            )
+        # Blocks that do not fit are told of before any text is read.
+        choices_of(found, unit, blocks)
+        self._model, self._costs = model, costs
+        self._batches = list(batches)
+        self._dense: list[Tensor] = []
 
-    moments = measured(model, sites, batches, with_gradients=False, note=note)
-    values = {site.key: slopes(site, each) for site, each in zip(sites, moments, strict=True)}
+        def note(outputs: SegmentOutputs) -> None:
+            self._dense.append(_kept(outputs.read))
+            progress(len(self._dense), len(self._batches))
 
-    def together(key: UnitKey, owner_F: Tensor) -> Tensor:
-        return values[key].new_zeros(int(owner_F.max()) + 1).index_add(0, owner_F, values[key])
+        moments = measured(model, sites, self._batches, with_gradients=False, note=note)
+        values = {site.key: slopes(site, each) for site, each in zip(sites, moments, strict=True)}
 
-    scores = HeadScores(scores=values, choices=choices_of(found, unit, 1)).in_blocks(blocks, together)
-    nested: dict[UnitKey, NestedSublayer] = {}
-    for site, each in zip(sites, moments, strict=True):
-        if site.key in costs.tables:
-            mean_nn = each.inputs_nn.div_(max(each.count, 1))
-            nested[site.key] = NestedSublayer(site, mean_nn, _ascending(scores, site.key))
-        # Together they are as large as most of the model.
-        each.inputs_nn = each.inputs_nn.new_empty(0)
-    kept = scores.over(costs).within(costs, share * costs.total).units
-    start = {key: float(len(kept[key])) for key in nested}
-    descent = _Descent(costs, share * costs.total, start, {key: each.units for key, each in nested.items()}, steps)
-    losses = SegmentLoss(model)
-    losses.try_out()
-    divergences = []
-    for step, (index, batch) in enumerate(islice(cycle(enumerate(batches)), steps)):
-        if not index:
-            # The text begins anew.
-            losses.memory = None
-        lost, gradients = _gradients(losses, model, nested, descent.sizes, batch, dense[index])
-        descent.step(gradients)
-        divergences.append(lost)
-        progress(len(batches) + step + 1, len(batches) + steps, {"divergence": lost})
-    # What costs nothing stays.
-    margins = {key: torch.full((len(of_key),), math.inf) for key, of_key in scores.scores.items()}
-    margins |= {key: _margins(scores.scores[key], each, descent.found[key]) for key, each in nested.items()}
-    return LearnedSizes(scores=replace(scores, scores=margins), divergences=tuple(divergences))
+        def together(key: UnitKey, owner_F: Tensor) -> Tensor:
+            return values[key].new_zeros(int(owner_F.max()) + 1).index_add(0, owner_F, values[key])
+
+        self._scores = HeadScores(scores=values, choices=choices_of(found, unit, 1)).in_blocks(blocks, together)
+        self._nested: dict[UnitKey, NestedSublayer] = {}
+        for site, each in zip(sites, moments, strict=True):
+            if site.key in costs.tables:
+                mean_nn = each.inputs_nn.div_(max(each.count, 1))
+                self._nested[site.key] = NestedSublayer(site, mean_nn, _ascending(self._scores, site.key))
+            # Together they are as large as most of the model.
+            each.inputs_nn = each.inputs_nn.new_empty(0)
+
+    @property
+    def batches(self) -> int:
+        """How many batches were read."""
+        return len(self._batches)
+
+    def learn(
+        self,
+        share: float,
+        steps: int,
+        *,
+        start: Mapping[UnitKey, float] | None = None,
+        progress: Callable[[int, float], None] = lambda done, divergence: None,
+    ) -> LearnedSizes:
+        """Learn how much of each sublayer should stay for the model to cost a share of what it does.
+
+        Args:
+            share: of the dense cost, in (0, 1].
+            steps: of the descent; batches come again if they are fewer.
+            start: sizes to begin with, in units, such as those of a larger share; None begins as a ranking would cut.
+            progress: called with the number of steps done, and KL(dense ‖ model) in nats a token.
+        """
+        limit, model, nested = share * self._costs.total, self._model, self._nested
+        if start is None:
+            kept = self._scores.over(self._costs).within(self._costs, limit).units
+            start = {key: float(len(kept[key])) for key in nested}
+        descent = _Descent(self._costs, limit, start, {key: each.units for key, each in nested.items()}, steps)
+        losses = SegmentLoss(model)
+        losses.try_out()
+        divergences = []
+        for step, (index, batch) in enumerate(islice(cycle(enumerate(self._batches)), steps), 1):
+            if not index:
+                # The text begins anew.
+                losses.memory = None
+            lost, gradients = _gradients(losses, model, nested, descent.sizes, batch, self._dense[index])
+            descent.step(gradients)
+            divergences.append(lost)
+            progress(step, lost)
+        # What costs nothing stays.
+        margins = {key: torch.full((len(of_key),), math.inf) for key, of_key in self._scores.scores.items()}
+        margins |= {key: _margins(self._scores.scores[key], each, descent.found[key]) for key, each in nested.items()}
+        return LearnedSizes(scores=replace(self._scores, scores=margins), divergences=tuple(divergences))
 
 
 def _kept(read: LastStates) -> Tensor:

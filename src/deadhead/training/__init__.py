@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from deadhead.training.phases.choosing import attach_gates as attach_gates
     from deadhead.training.phases.choosing import close_to_budget as close_to_budget
     from deadhead.training.phases.choosing import gate_config as gate_config
-    from deadhead.training.phases.choosing import rank as rank
     from deadhead.training.phases.frozen import FrozenWeightsTrainer as FrozenWeightsTrainer
     from deadhead.training.phases.phase import PhaseRun as PhaseRun
     from deadhead.training.phases.phase import train as train
+    from deadhead.training.phases.ranking import rank as rank
+    from deadhead.training.phases.ranking import rank_each as rank_each
     from deadhead.training.recipes.reading import load_recipe as load_recipe
     from deadhead.training.recipes.recipe import DataRecipe as DataRecipe
     from deadhead.training.recipes.recipe import ModelRecipe as ModelRecipe
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "callbacks.sparsity": ("SparsityCallback",),
-    "phases.choosing": ("attach_gates", "close_to_budget", "gate_config", "rank"),
+    "phases.choosing": ("attach_gates", "close_to_budget", "gate_config"),
     "phases.frozen": ("FrozenWeightsTrainer",),
     "phases.phase": ("PhaseRun", "train"),
+    "phases.ranking": ("rank", "rank_each"),
     "recipes.reading": ("load_recipe",),
     "recipes.recipe": ("DataRecipe", "ModelRecipe", "PhaseRecipe", "PruneRecipe", "Recipe"),
     "runs.options": ("Options",),

@@ -16,7 +16,8 @@ from deadhead.gates.budget import Budget
 from deadhead.measure.cost import cost_of_kind, model_cost
 from deadhead.plans.kinds import ONE_SHOT
 from deadhead.training import PhaseRun, PruneRecipe, train
-from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, rank, true_share
+from deadhead.training.phases.choosing import asked_blocks, attach_gates, close_to_budget, true_share
+from deadhead.training.phases.ranking import rank
 from tests import random_models
 from tests.models.test_transformer_xl import tiny as tiny_transformer_xl
 from tests.small_runs import KillAt, Killed, stream

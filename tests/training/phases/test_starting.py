@@ -11,8 +11,8 @@ import torch
 from deadhead.plans.plan import HeadPlan
 from deadhead.training import PhaseRun, PruneRecipe
 from deadhead.training.phases import starting
-from deadhead.training.phases.choosing import rank
 from deadhead.training.phases.phase import choose_units
+from deadhead.training.phases.ranking import rank
 from tests.small_runs import KillAt, Killed, stream
 from tests.training.phases.test_choosing import MODELS, row
 

@@ -20,7 +20,8 @@ from deadhead.errors import DivergenceError
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.training import PhaseRecipe, PhaseRun, train
 from deadhead.training.phases.checkpoints import last_checkpoint
-from deadhead.training.phases.choosing import gate_config, rank
+from deadhead.training.phases.choosing import gate_config
+from deadhead.training.phases.ranking import rank
 from tests.random_models import tiny_config, tiny_model
 from tests.small_phase import BATCH, TEXT, phase_recipe, prune_recipe, run_phase
 from tests.small_runs import assert_same_tensors, metrics, stream

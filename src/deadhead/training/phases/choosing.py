@@ -1,22 +1,14 @@
-"""Which units stay: the gates that a recipe asks for or scores by one look, its budget, and the plan that meets it."""
+"""Which units stay: the gates that a recipe asks for, its budget, and the plan of scores that meets it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from deadhead.attaching import attach, gates_of, unwrapped
-from deadhead.criteria.scoring import score_heads
-from deadhead.criteria.sizes import learn_sizes
+from deadhead.attaching import attach, unwrapped
 from deadhead.cutting import pruned_copy
-from deadhead.data import TokenStream
-from deadhead.errors import InputError
 from deadhead.gates.budget import Budget, plan_within
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.hard_concrete import GateConfig
@@ -24,13 +16,12 @@ from deadhead.layouts import find_layout
 from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
 from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import bench
-from deadhead.modes import best_device, flushing_denormals
+from deadhead.modes import best_device
 from deadhead.plans.blocks import Blocks
-from deadhead.plans.kinds import READS_TEXT, STANDARDISED, OneShot
 from deadhead.plans.plan import HeadPlan, Unit
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
-from deadhead.training.phases.defaults import batches_of, row_length, with_defaults
+from deadhead.training.phases.defaults import row_length, with_defaults
 from deadhead.training.processes import Progress, counted, on_main
 from deadhead.training.recipes.recipe import PruneRecipe
 
@@ -237,125 +228,3 @@ def close_to_budget(
     if plan != gates.plan():
         gates.set_plan(plan)
     return found
-
-
-def rank(
-    model: PreTrainedModel,
-    text: TokenStream,
-    recipe: PruneRecipe,
-    *,
-    seed: int = 0,
-    first_segment: int = 0,
-    latency: Latency | None = None,
-    progress: Progress = lambda *_: None,
-) -> HeadPlan:
-    """Choose the units that stay by a one-shot criterion, or by learned sizes; the model is not changed.
-
-    Where the budget is not a share of heads, those go that score least for what they cost; by scores that compare with
-    their own layer's, those that score least until the budget is met.
-
-    Args:
-        model: without gates.
-        text: `recipe.steps` batches of it are looked at by the criteria that look at text; sizes learn from each.
-        recipe: with such a criterion and a budget.
-        seed: of the choice of batches (of a model without segment memory), and of "random".
-        first_segment: where in the text to begin, for a model with segment memory.
-        latency: of this model on this machine, for a recipe with a speedup; None measures it.
-        progress: told how much of the text is read.
-
-    Raises:
-        InputError: the criterion trains gates, the budget cannot be reached, or the text is too short.
-    """
-    if not recipe.is_ranked:
-        raise InputError(
-            f"The criterion {recipe.criterion} trains gates; use deadhead.training.train with gates attached."
-        )
-    where: dict[str, Any] = {"seed": seed, "first_segment": first_segment, "progress": progress}
-    if recipe.criterion == "sizes":
-        scores = _by_sizes(model, text, recipe, latency=latency, **where)
-    else:
-        scores = for_cost(model, score(model, text, recipe, **where), recipe, latency=latency)
-    return plan_of_scores(model, scores, recipe, latency=latency)[0]
-
-
-def _by_sizes(
-    model: PreTrainedModel,
-    text: TokenStream,
-    recipe: PruneRecipe,
-    *,
-    seed: int,
-    first_segment: int,
-    latency: Latency | None,
-    progress: Progress,
-) -> HeadScores:
-    """Learn how much of each sublayer stays, for a recipe whose budget is not a share of heads."""
-    found = budget_costs(model, recipe, latency=latency)
-    assert found is not None
-    budget, costs = found
-    batches = islice(batches_of(model, text, recipe, seed=seed, first_segment=first_segment), recipe.steps)
-    model.to(best_device())  # type: ignore[arg-type]
-    with flushing_denormals():
-        learned = learn_sizes(
-            model,
-            batches,
-            costs,
-            budget.share,
-            steps=recipe.steps,
-            unit=recipe.unit,
-            blocks=asked_blocks(recipe, model),
-            progress=partial(progress, "learning sizes"),
-        )
-    return learned.scores
-
-
-def for_cost(
-    model: PreTrainedModel, scores: HeadScores, recipe: PruneRecipe, *, latency: Latency | None = None
-) -> HeadScores:
-    """Return a criterion's scores by what units are worth for their cost, where a recipe's budget says what they cost.
-
-    Scores that are an order alone stay as they are, and so do all for a share of heads.
-    """
-    found = budget_costs(model, recipe, latency=latency)
-    return scores if found is None or _look(recipe)[0] in STANDARDISED else scores.over(found[1])
-
-
-def _look(recipe: PruneRecipe) -> tuple[OneShot, int]:
-    """Return the criterion by which a recipe ranks units, or lets gates lean, and how many batches it reads."""
-    if recipe.is_ranked:
-        return cast(OneShot, recipe.criterion), recipe.steps
-    return cast(OneShot, recipe.start_from), recipe.start_batches
-
-
-def _told(
-    batches: Iterable[dict[str, Tensor]], count: int, report: Callable[[int, int], None]
-) -> Iterator[dict[str, Tensor]]:
-    """Yield batches, and report how many of so many are done as the next is asked for."""
-    for done, batch in enumerate(batches):
-        report(done, count)
-        yield batch
-    report(count, count)
-
-
-def score(
-    model: PreTrainedModel,
-    text: TokenStream,
-    recipe: PruneRecipe,
-    *,
-    seed: int,
-    first_segment: int,
-    progress: Progress,
-) -> HeadScores:
-    """Score heads by the recipe's one-shot criterion, or the one that gates begin to lean by."""
-    criterion, count = _look(recipe)
-    batches: Iterable[dict[str, Tensor]] = ()
-    if criterion in READS_TEXT:
-        batches = islice(batches_of(model, text, recipe, seed=seed, first_segment=first_segment), count)
-        batches = _told(batches, count, counted(progress, "scoring units"))
-    model.to(best_device())  # type: ignore[arg-type]
-    gates = gates_of(model)
-    with flushing_denormals():
-        unit = recipe.unit if gates is None else gates.unit
-        blocks: bool | int | Blocks = asked_blocks(recipe, model)
-        if gates is not None:
-            blocks = gates.choices.has_blocks and {key.layer: found for key, found in gates.choices.hidden.items()}
-        return score_heads(model, criterion, batches, unit=unit, blocks=blocks, seed=seed)

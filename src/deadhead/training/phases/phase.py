@@ -29,17 +29,11 @@ from deadhead.training.callbacks.reporting import require_trackers, tensorboard_
 from deadhead.training.callbacks.sparsity import SparsityCallback
 from deadhead.training.callbacks.stopping import Stopping
 from deadhead.training.phases.checkpoints import checkpoint_step, checkpoints, last_checkpoint
-from deadhead.training.phases.choosing import (
-    attach_gates,
-    budget_costs,
-    close_to_budget,
-    gate_config,
-    rank,
-    true_share,
-)
+from deadhead.training.phases.choosing import attach_gates, budget_costs, close_to_budget, gate_config, true_share
 from deadhead.training.phases.defaults import segments, with_defaults
 from deadhead.training.phases.distillation import Distillation, require_same_vocabulary
 from deadhead.training.phases.learning import checkpoint_activations, learner
+from deadhead.training.phases.ranking import rank
 from deadhead.training.phases.rolling_back import roll_back, smaller_step
 from deadhead.training.phases.starting import Start, start_of
 from deadhead.training.phases.trainer import LanguageModelTrainer, training_arguments

@@ -18,7 +18,7 @@ from deadhead.plans.blocks import Blocks
 from deadhead.plans.plan import UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_plan import layer_key
-from deadhead.training.phases.choosing import for_cost, score
+from deadhead.training.phases.ranking import for_cost, score
 from deadhead.training.processes import Progress
 from deadhead.training.recipes.recipe import PruneRecipe
 

@@ -1,0 +1,203 @@
+"""Units that are ranked: by a one-shot criterion, or by sizes that are learned, for one budget or for several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deadhead.attaching import gates_of
+from deadhead.criteria.scoring import score_heads
+from deadhead.criteria.sizes import SizesCourse
+from deadhead.data import TokenStream
+from deadhead.errors import InputError
+from deadhead.measure.latency import Latency
+from deadhead.modes import best_device, flushing_denormals
+from deadhead.plans.blocks import Blocks
+from deadhead.plans.kinds import READS_TEXT, STANDARDISED, OneShot
+from deadhead.plans.plan import HeadPlan
+from deadhead.plans.scores import HeadScores
+from deadhead.training.phases.choosing import asked_blocks, budget_costs, plan_of_scores
+from deadhead.training.phases.defaults import batches_of
+from deadhead.training.processes import Progress, counted
+from deadhead.training.recipes.reading import changed
+from deadhead.training.recipes.recipe import PruneRecipe
+
+
+def rank(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int = 0,
+    first_segment: int = 0,
+    latency: Latency | None = None,
+    progress: Progress = lambda *_: None,
+) -> HeadPlan:
+    """Choose the units that stay by a one-shot criterion, or by learned sizes; the model is not changed.
+
+    Where the budget is not a share of heads, those go that score least for what they cost; by scores that compare with
+    their own layer's, those that score least until the budget is met.
+
+    Args:
+        model: without gates.
+        text: `recipe.steps` batches of it are looked at by the criteria that look at text; sizes learn from each.
+        recipe: with such a criterion and a budget.
+        seed: of the choice of batches (of a model without segment memory), and of "random".
+        first_segment: where in the text to begin, for a model with segment memory.
+        latency: of this model on this machine, for a recipe with a speedup; None measures it.
+        progress: told how much of the text is read.
+
+    Raises:
+        InputError: the criterion trains gates, the budget cannot be reached, or the text is too short.
+    """
+    values = [] if recipe.budget is None else [recipe.budget.value]
+    where: dict[str, Any] = {"seed": seed, "first_segment": first_segment, "latency": latency, "progress": progress}
+    return next(rank_each(model, text, recipe, values, **where))
+
+
+def rank_each(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    values: Sequence[float],
+    *,
+    after: HeadPlan | None = None,
+    seed: int = 0,
+    first_segment: int = 0,
+    latency: Latency | None = None,
+    progress: Progress = lambda *_: None,
+) -> Iterator[HeadPlan]:
+    """Yield for each of several values of a recipe's budget what `rank` chooses, from one look at the text.
+
+    Sizes begin where those of the value before ended, and make half as many steps from there.
+
+    Args:
+        model: without gates.
+        text: that is looked at, or learned from.
+        recipe: with such a criterion, and a budget whose own value is no matter.
+        values: of the budget, each stricter than the one before.
+        after: the plan of the value before the first; None if there is none.
+        seed: as for `rank`.
+        first_segment: as for `rank`.
+        latency: as for `rank`.
+        progress: told how much of the text is read, and of each value's steps.
+
+    Raises:
+        InputError: as `rank` does.
+    """
+    if not recipe.is_ranked:
+        raise InputError(
+            f"The criterion {recipe.criterion} trains gates; use deadhead.training.train with gates attached."
+        )
+    assert recipe.budget is not None, "a recipe without budget ranks nothing"
+    recipes = [changed(recipe, **{recipe.budget.kind: value}) for value in values]
+    if recipe.criterion == "sizes":
+        yield from _each_by_sizes(
+            model, text, recipes, after, seed=seed, first_segment=first_segment, latency=latency, progress=progress
+        )
+        return
+    scores = score(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
+    for asked in recipes:
+        yield plan_of_scores(model, for_cost(model, scores, asked, latency=latency), asked, latency=latency)[0]
+
+
+def _each_by_sizes(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipes: Sequence[PruneRecipe],
+    after: HeadPlan | None,
+    *,
+    seed: int,
+    first_segment: int,
+    latency: Latency | None,
+    progress: Progress,
+) -> Iterator[HeadPlan]:
+    """Yield what learned sizes choose for each of several budgets of a kind, none of which is a share of heads."""
+    first = recipes[0]
+    # A budget that cannot be reached is told of before any text is read.
+    found = [each for each in (budget_costs(model, asked, latency=latency) for asked in recipes) if each is not None]
+    batches = islice(batches_of(model, text, first, seed=seed, first_segment=first_segment), first.steps)
+    model.to(best_device())  # type: ignore[arg-type]
+    todo = [first.steps if after is None else _later(first.steps), *[_later(first.steps)] * (len(recipes) - 1)]
+
+    def reading(done: int, count: int) -> None:
+        progress("learning sizes", done, count + todo[0], {})
+
+    def learning(name: str, before: int, steps: int, done: int, lost: float) -> None:
+        progress(name, before + done, before + steps, {"divergence": lost})
+
+    with flushing_denormals():
+        blocks = asked_blocks(first, model)
+        course = SizesCourse(model, batches, found[0][1], unit=first.unit, blocks=blocks, progress=reading)
+    name, before = "learning sizes", course.batches
+    for asked, (budget, _), steps in zip(recipes, found, todo, strict=True):
+        start = None if after is None else {key: float(len(units)) for key, units in after.units.items()}
+        with flushing_denormals():
+            report = partial(learning, name, before, steps)
+            learned = course.learn(budget.share, steps, start=start, progress=report)
+        after = plan_of_scores(model, learned.scores, asked, latency=latency)[0]
+        yield after
+        name, before = "learning sizes for the next budget", 0
+
+
+def _later(steps: int) -> int:
+    """Return how many steps sizes make that begin near where they end."""
+    return -(-steps // 2)
+
+
+def for_cost(
+    model: PreTrainedModel, scores: HeadScores, recipe: PruneRecipe, *, latency: Latency | None = None
+) -> HeadScores:
+    """Return a criterion's scores by what units are worth for their cost, where a recipe's budget says what they cost.
+
+    Scores that are an order alone stay as they are, and so do all for a share of heads.
+    """
+    found = budget_costs(model, recipe, latency=latency)
+    return scores if found is None or _look(recipe)[0] in STANDARDISED else scores.over(found[1])
+
+
+def _look(recipe: PruneRecipe) -> tuple[OneShot, int]:
+    """Return the criterion by which a recipe ranks units, or lets gates lean, and how many batches it reads."""
+    if recipe.is_ranked:
+        return cast(OneShot, recipe.criterion), recipe.steps
+    return cast(OneShot, recipe.start_from), recipe.start_batches
+
+
+def _told(
+    batches: Iterable[dict[str, Tensor]], count: int, report: Callable[[int, int], None]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches, and report how many of so many are done as the next is asked for."""
+    for done, batch in enumerate(batches):
+        report(done, count)
+        yield batch
+    report(count, count)
+
+
+def score(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int,
+    first_segment: int,
+    progress: Progress,
+) -> HeadScores:
+    """Score heads by the recipe's one-shot criterion, or the one that gates begin to lean by."""
+    criterion, count = _look(recipe)
+    batches: Iterable[dict[str, Tensor]] = ()
+    if criterion in READS_TEXT:
+        batches = islice(batches_of(model, text, recipe, seed=seed, first_segment=first_segment), count)
+        batches = _told(batches, count, counted(progress, "scoring units"))
+    model.to(best_device())  # type: ignore[arg-type]
+    gates = gates_of(model)
+    with flushing_denormals():
+        unit = recipe.unit if gates is None else gates.unit
+        blocks: bool | int | Blocks = asked_blocks(recipe, model)
+        if gates is not None:
+            blocks = gates.choices.has_blocks and {key.layer: found for key, found in gates.choices.hidden.items()}
+        return score_heads(model, criterion, batches, unit=unit, blocks=blocks, seed=seed)
