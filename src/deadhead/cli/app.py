@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from deadhead import __version__
-from deadhead.cli import compare, export, measure, model, phases, report, run
+from deadhead.cli import compare, export, measure, model, phases, report, run, sweep
 from deadhead.cli.settings import PhaseCommand
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app.command()(run.demo)
 app.command()(run.run)
 for phase in (phases.train, phases.prune, phases.finetune):
     app.command(cls=PhaseCommand)(phase)
+app.command(cls=PhaseCommand)(sweep.sweep)
 app.command()(model.cut)
 app.command()(model.inspect)
 app.command()(export.export)

@@ -49,7 +49,7 @@ Teacher = Annotated[Path | None, typer.Option(help="The model to distil from: a 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")]
 
 
-def _shared(
+def shared_options(
     device: Device = None,
     dtype: Dtype = None,
     recipe: RecipeOption = None,
@@ -61,13 +61,18 @@ def _shared(
 
 
 @takes_settings(
-    ModelRecipe, DataRecipe, PhaseRecipe, Recipe, without=("lora_rank", "distill", "distill_temperature"), also=_shared
+    ModelRecipe,
+    DataRecipe,
+    PhaseRecipe,
+    Recipe,
+    without=("lora_rank", "distill", "distill_temperature"),
+    also=shared_options,
 )
 def train(
     out: Out, model: ModelOption = None, resume: Resume = False, *, settings: dict[str, Any], **shared: Any
 ) -> None:
     """Train a dense All-attention Transformer or Transformer-XL from scratch, or go on with a model."""
-    base = _begun(shared.pop("recipe"), settings)
+    base = begun(shared.pop("recipe"), settings)
     given = base.model
     if model is None and given.from_ is not None:
         model = Path(given.from_)
@@ -82,12 +87,12 @@ def train(
     if settings.get("architecture", given.architecture) != given.architecture:
         # What the recipe says of the other architecture's layers does not hold.
         given = given.model_copy(update={"persistent": None, "feed_forward": None})
-    shape = _with(given, settings)
-    text, phase = _with(base.data, settings), _with(base.train, settings)
+    shape = section_of(given, settings)
+    text, phase = section_of(base.data, settings), section_of(base.train, settings)
     _run("train", phase, out, model or shape, text, base.seed, resume=resume, **shared)
 
 
-@takes_settings(DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size"), also=_shared)
+@takes_settings(DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size"), also=shared_options)
 def prune(
     out: Annotated[Path | None, typer.Option(help="Folder of the checkpoint to write; not for --dry-run.")] = None,
     *,
@@ -121,19 +126,19 @@ def prune(
         raise InputError(f"--fast stands for --criterion {FAST}, but --criterion {settings['criterion']} is given too.")
     if fast:
         settings["criterion"] = FAST
-    base = _begun(shared.pop("recipe"), settings)
-    phase = _with(base.prune, settings)
+    base = begun(shared.pop("recipe"), settings)
+    phase = section_of(base.prune, settings)
     if dry_run:
         _dry_run(model, phase, recover, shared["device"], shared["dtype"], shared["quiet"], shared["as_json"])
         return
     if out is None:
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
-    text = _with(base.data, settings)
+    text = section_of(base.data, settings)
     options: dict[str, Any] = {"resume": resume, "cut": cut, "teacher": teacher, "recover": recover}
     _run("prune", phase, out, model, text, base.seed, **options, **shared)
 
 
-@takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"), also=_shared)
+@takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"), also=shared_options)
 def finetune(
     out: Out,
     model: RequiredModel,
@@ -144,8 +149,8 @@ def finetune(
     **shared: Any,
 ) -> None:
     """Train a cut model on, to recover what the cut cost."""
-    base = _begun(shared.pop("recipe"), settings)
-    text, phase = _with(base.data, settings), _with(base.finetune, settings)
+    base = begun(shared.pop("recipe"), settings)
+    text, phase = section_of(base.data, settings), section_of(base.finetune, settings)
     _run("finetune", phase, out, model, text, base.seed, resume=resume, teacher=teacher, **shared)
 
 
@@ -188,7 +193,7 @@ def _dry_run(
         console.print(forecast_sentence(parts), markup=False)
 
 
-def _announcing(report: Report, parts: list[Part]) -> Report:
+def announcing(report: Report, parts: list[Part]) -> Report:
     """Return what reports progress, and says before the first of it what pruning will do, once that is known.
 
     Until something was done, the phase may still be refused, in one sentence.
@@ -204,11 +209,12 @@ def _announcing(report: Report, parts: list[Part]) -> Report:
     return told
 
 
-def _begun(recipe: Path | None, settings: dict[str, Any]) -> Recipe:
-    return _with(Recipe() if recipe is None else load_recipe(recipe), settings)
+def begun(recipe: Path | None, settings: dict[str, Any]) -> Recipe:
+    """Return a recipe that was named, or the defaults, with the settings of a run that were given."""
+    return section_of(Recipe() if recipe is None else load_recipe(recipe), settings)
 
 
-def _with(section: _S, settings: dict[str, Any]) -> _S:
+def section_of(section: _S, settings: dict[str, Any]) -> _S:
     """Return a section of a recipe with those of the settings that are its own."""
     return changed(section, **{name: value for name, value in settings.items() if name in type(section).model_fields})
 
@@ -236,7 +242,7 @@ def _run(
     parts: list[Part] = []
     with progress(quiet or not is_main()) as report:
         if not (quiet or as_json):
-            report = _announcing(report, parts)
+            report = announcing(report, parts)
             options["announce"] = parts.extend
         given = Options(out=out, seed=seed, progress=report, report_to=report_to or (), **options)
         result = run_single(name, phase, model, text, given, cut=cut).to_dict()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from deadhead.training.runs.run import Run as Run
     from deadhead.training.runs.single import finetune as finetune
     from deadhead.training.runs.single import prune as prune
+    from deadhead.training.runs.sweeping import Sweep as Sweep
+    from deadhead.training.runs.sweeping import sweep as sweep
 
 _NAMES = {
     "callbacks.sparsity": ("SparsityCallback",),
@@ -41,6 +43,7 @@ _NAMES = {
     "runs.results": ("Pruned", "Trained"),
     "runs.run": ("Run",),
     "runs.single": ("finetune", "prune"),
+    "runs.sweeping": ("Sweep", "sweep"),
 }
 """Modules, and the public names that they define."""
 

@@ -24,6 +24,7 @@ from deadhead.layouts import own_config
 from deadhead.measure.latency import Latency
 from deadhead.measure.losses import require_language_model
 from deadhead.modes import flushing_denormals, restored_on_failure
+from deadhead.plans.plan import HeadPlan
 from deadhead.training.callbacks.logs import MetricsFile, StepReporter, Validation
 from deadhead.training.callbacks.reporting import require_trackers, tensorboard_callbacks, tracker_callbacks
 from deadhead.training.callbacks.sparsity import SparsityCallback
@@ -132,9 +133,16 @@ def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: P
 
 
 def choose_units(
-    model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, run: PhaseRun
+    model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, run: PhaseRun, plan: HeadPlan | None = None
 ) -> tuple[HeadGates, dict[str, Any] | None]:
     """Attach gates and close those of the units that go: they learn which, or units are ranked.
+
+    Args:
+        model: without gates.
+        text: that they are chosen by.
+        recipe: with a criterion.
+        run: for a phase of gates.
+        plan: what such a ranking has chosen, if that is known.
 
     Returns:
         The gates, and the recipe's budget with what was asked for and reached; None without a budget.
@@ -143,10 +151,11 @@ def choose_units(
     if recipe.is_ranked:
         assert budget is not None
         where: dict[str, Any] = {"seed": run.seed, "first_segment": run.first_segment, "latency": run.latency}
-        plan = on_main(lambda: rank(model, text, recipe, **where, progress=run.progress))
+        plan = plan or on_main(lambda: rank(model, text, recipe, **where, progress=run.progress))
         # Not those that would learn: a ranking's blocks are of units of like scores.
         gates = attach_for(model, plan)
-        found: float | None = on_main(lambda: budget.reached(true_share(model, recipe, plan)))
+        chosen = plan
+        found: float | None = on_main(lambda: budget.reached(true_share(model, recipe, chosen)))
     else:
         start = None if recipe.start_from is None else _start(model, text, recipe, run)
         gates = attach_gates(model, recipe, run.seed, None if start is None else start.blocks)

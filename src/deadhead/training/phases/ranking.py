@@ -123,7 +123,7 @@ def _each_by_sizes(
     found = [each for each in (budget_costs(model, asked, latency=latency) for asked in recipes) if each is not None]
     batches = islice(batches_of(model, text, first, seed=seed, first_segment=first_segment), first.steps)
     model.to(best_device())  # type: ignore[arg-type]
-    todo = [first.steps if after is None else _later(first.steps), *[_later(first.steps)] * (len(recipes) - 1)]
+    todo = [first.steps if after is None else later(first.steps), *[later(first.steps)] * (len(recipes) - 1)]
 
     def reading(done: int, count: int) -> None:
         progress("learning sizes", done, count + todo[0], {})
@@ -145,7 +145,7 @@ def _each_by_sizes(
         name, before = "learning sizes for the next budget", 0
 
 
-def _later(steps: int) -> int:
+def later(steps: int) -> int:
     """Return how many steps sizes make that begin near where they end."""
     return -(-steps // 2)
 

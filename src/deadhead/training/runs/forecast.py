@@ -17,6 +17,7 @@ from deadhead.measure.cost import model_cost
 from deadhead.modes import best_device
 from deadhead.plans.kinds import READS_TEXT
 from deadhead.training.phases.defaults import recovery, segment_length, with_defaults
+from deadhead.training.phases.ranking import later
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 # Of a large product's speed, what a forward pass reaches.
@@ -36,7 +37,9 @@ class Part:
     seconds: float
 
 
-def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, cut: bool = True) -> list[Part]:
+def forecast(
+    model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, cut: bool = True, budgets: int = 1
+) -> list[Part]:
     """Return the parts of pruning a model, in order; it may be on the meta device.
 
     Args:
@@ -44,6 +47,7 @@ def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, c
         recipe: with a criterion.
         recover: steps after the cut.
         cut: whether it is cut.
+        budgets: how many models are made, from one look at the text; `recipe` has the first of their budgets.
     """
     recipe = with_defaults(recipe, model)
     length = segment_length(model, recipe)
@@ -53,8 +57,11 @@ def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, c
         return Part(what=what, seconds=rows * length * passes * pass_seconds)
 
     rows, each = recipe.steps * recipe.batch_size, f"{recipe.batch_size} × {length} tokens"
+    times = "" if budgets == 1 else f", {budgets} times"
     if recipe.criterion == "sizes":
-        parts = [part(f"learn the sizes of layers' parts in {recipe.steps} steps of {each}", rows, _READ + _SIZES)]
+        further = (budgets - 1) * later(recipe.steps)
+        what = f"learn the sizes of layers' parts in {recipe.steps + further} steps of {each}"
+        parts = [part(what, rows, _READ + _SIZES * (1 + further / recipe.steps))]
     elif recipe.is_ranked:
         passes = _WITH_GRADIENTS if recipe.criterion in _GRADIENTS else _READ
         reads = recipe.criterion in READS_TEXT
@@ -64,11 +71,12 @@ def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, c
         what = "train gates alone" if recipe.freeze_weights else "train gates and weights"
         parts = [part(f"{what} in {recipe.steps} steps of {each}", rows, _passes(recipe))]
     if cut and recipe.compensate:
-        fitted = f"fit what is left to the dense model on {recipe.compensate_rows} rows"
-        parts.append(part(fitted, recipe.compensate_rows, _FIT))
+        fitted = f"fit what is left to the dense model on {recipe.compensate_rows} rows{times}"
+        parts.append(part(fitted, budgets * recipe.compensate_rows, _FIT))
     if cut and recover:
         phase = recovery(recipe, recover)
-        parts.append(part(f"recover in {recover} steps of {each}", recover * phase.batch_size, _passes(phase)))
+        rows = budgets * recover * phase.batch_size
+        parts.append(part(f"recover in {recover} steps of {each}{times}", rows, _passes(phase)))
     return parts
 
 

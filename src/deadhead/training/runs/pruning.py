@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,19 @@ CUT, RECOVERY = "cut", "recovery"
 _FOUND = "found.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What was found before a phase that is one of several, and is not found again.
+
+    Args:
+        plan: what a ranking chose.
+        before: what the model is worth on the validation text; None without one.
+    """
+
+    plan: HeadPlan
+    before: Evaluation | None
+
+
 def prune_in_place(
     model: PreTrainedModel,
     text: Text,
@@ -47,6 +60,7 @@ def prune_in_place(
     work: Path,
     cut: bool,
     measured: Callable[[str], Evaluation | None],
+    plan: HeadPlan | None = None,
 ) -> dict[str, Any]:
     """Prune a model as a recipe says, in place.
 
@@ -59,6 +73,7 @@ def prune_in_place(
         work: where what a resumed phase needs is kept.
         cut: False leaves the gates on.
         measured: returns what the model is worth on the validation text now, told what to call that.
+        plan: what a ranking has chosen, if that is known.
 
     Returns:
         What `Pruned` has beyond `Trained`: plan, gates, budget, compensation, and what it was worth unrecovered.
@@ -79,7 +94,7 @@ def prune_in_place(
         teacher = run.teacher if options.teacher is None else None
         # Nobody else has use for a copy.
         before = (teacher or dense_copy(model, recipe)) if batches or recovers else model
-        gates, budget = choose_units(model, text.train, recipe, replace(run, latency=latency))
+        gates, budget = choose_units(model, text.train, recipe, replace(run, latency=latency), plan)
         plan = gates.plan()
         found = {"plan": plan, "gates": gates, "budget": budget}
         if not cut:

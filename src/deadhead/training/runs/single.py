@@ -50,9 +50,11 @@ from deadhead.training.runs.inputs import (
     teacher_of,
 )
 from deadhead.training.runs.options import Options
-from deadhead.training.runs.pruning import CUT, RECOVERY, prune_in_place
+from deadhead.training.runs.pruning import CUT, RECOVERY, Known, prune_in_place
 from deadhead.training.runs.results import Change, Pruned, Trained
 from deadhead.training.runs.summary import METRICS_FILE
+
+SETTINGS_FILE = "settings.json"
 
 Phase = Literal["train", "prune", "finetune"]
 Model = PreTrainedModel | str | Path | ModelRecipe
@@ -94,7 +96,7 @@ def prune(
         UnsupportedModel: the model has no heads that could be cut.
         DivergenceError: training diverged.
     """
-    asked, options = _divided(recipe, PruneRecipe, settings)
+    asked, options = divided(recipe, PruneRecipe, settings)
     return cast(Pruned, run_single("prune", asked, model, data, options, cut=cut))
 
 
@@ -120,11 +122,11 @@ def finetune(
         InputError: something given cannot be used; an unknown setting is told with the nearest that there is.
         DivergenceError: training diverged.
     """
-    asked, options = _divided(recipe, PhaseRecipe, settings)
+    asked, options = divided(recipe, PhaseRecipe, settings)
     return run_single("finetune", asked, model, data, options)
 
 
-def _divided(recipe: _P | None, kind: type[_P], settings: dict[str, Any]) -> tuple[_P, Options]:
+def divided(recipe: _P | None, kind: type[_P], settings: dict[str, Any]) -> tuple[_P, Options]:
     """Return the recipe that was given, or the defaults, with the settings that are its own, and the others."""
     if recipe is not None and type(recipe) is not kind:
         raise InputError(
@@ -142,13 +144,21 @@ def _divided(recipe: _P | None, kind: type[_P], settings: dict[str, Any]) -> tup
 
 
 def run_single(
-    phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | None, options: Options, *, cut: bool = True
+    phase: Phase,
+    recipe: PhaseRecipe,
+    model: Model,
+    data: Data | Text | None,
+    options: Options,
+    *,
+    cut: bool = True,
+    known: Known | None = None,
 ) -> Trained:
     """Run one phase; write its checkpoint, if it is to have a place.
 
     Checkpoints to resume from lie in `OUT.work` beside it until the phase is done. Under torchrun or
     `accelerate launch` every process calls this; all train, and the main one does the rest. A model in memory is
-    changed in place. A `PruneRecipe` chooses units, which are cut unless the gates are to be kept, for a `Pruned`.
+    changed in place. A `PruneRecipe` chooses units, which are cut unless the gates are to be kept, for a `Pruned`; a
+    plan that is `known` already is taken as it is.
     """
     require_trackers(options.report_to)
     if recipe.lora_rank:
@@ -172,7 +182,7 @@ def run_single(
         on_main(lambda: _check_places(out, work, model, resume=options.resume))
         place = nullcontext(str(work))
     with place as folder, _gone_on_failure(Path(folder)), on_device(device):
-        return _run(phase, recipe, model, data, options, Path(folder), cut=cut)
+        return _run(phase, recipe, model, data, options, Path(folder), cut=cut, known=known)
 
 
 @contextmanager
@@ -189,12 +199,20 @@ def _gone_on_failure(work: Path) -> Iterator[None]:
 
 
 def _run(
-    phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | None, options: Options, work: Path, *, cut: bool
+    phase: Phase,
+    recipe: PhaseRecipe,
+    model: Model,
+    data: Data | Text | None,
+    options: Options,
+    work: Path,
+    *,
+    cut: bool,
+    known: Known | None,
 ) -> Trained:
     progress = told(options.progress)
-    network, text, recipe = _begin(model, data, options, work, progress, recipe)
+    network, text, recipe = begin(model, data, options, work, progress, recipe)
     if options.out is not None:
-        on_main(lambda: _keep_settings(work, _settings(phase, recipe, model, data, options, text) | {"cut": cut}))
+        on_main(lambda: keep_settings(work, _settings(phase, recipe, model, data, options, text) | {"cut": cut}))
 
     def measured(what: str) -> Evaluation | None:
         if text.valid is None or not network.can_generate():
@@ -207,7 +225,7 @@ def _run(
         if text.train is not NO_TEXT:
             # A text that is too short is told before anything is measured.
             segments(network, text.train, recipe, rows=recipe.batch_size * count())
-        before = on_main(lambda: (model_cost(network), measured("evaluating before")))
+        before = on_main(lambda: (model_cost(network), known.before if known else measured("evaluating before")))
         run = PhaseRun(
             folder=work / "checkpoints",
             phase=phase,
@@ -223,7 +241,9 @@ def _run(
         )
         found: dict[str, Any] = {}
         if isinstance(recipe, PruneRecipe):
-            found = prune_in_place(network, text, recipe, run, options, work=work, cut=cut, measured=measured)
+            plan = None if known is None else known.plan
+            where: dict[str, Any] = {"work": work, "cut": cut, "measured": measured, "plan": plan}
+            found = prune_in_place(network, text, recipe, run, options, **where)
         else:
             train(network, text.train, recipe, run)
             found["plan"] = find_layout(network).recorded_plan(network)
@@ -256,8 +276,8 @@ def _run(
     )
 
 
-def _begin(
-    model: Model, data: Data | None, options: Options, work: Path, progress: Progress, recipe: PhaseRecipe
+def begin(
+    model: Model, data: Data | Text | None, options: Options, work: Path, progress: Progress, recipe: PhaseRecipe
 ) -> tuple[PreTrainedModel, Text, PhaseRecipe]:
     """Return the model to begin with, the text, none where units are ranked without, and a recipe with a criterion."""
     network = None
@@ -277,6 +297,8 @@ def _begin(
         require_weights(network, "A phase")
         require_trainable(network, recipe)
     tokenizer_of = options.tokenizer or _base(model) or (None if network is None else network.name_or_path or None)
+    if network is not None and isinstance(data, Text):
+        return network, data, recipe
     if network is not None and is_without_text(network, data, recipe):
         if is_named(data):
             warnings.warn(
@@ -285,6 +307,7 @@ def _begin(
         if options.recover:
             raise InputError("recover learns from a text, but there is none; leave it out.")
         return network, Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of)), recipe
+    assert not isinstance(data, Text), "a text in tokens has a model that it is for"
     text = read_data(
         data,
         work,
@@ -335,7 +358,7 @@ def _check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
 
 
 def _settings(
-    phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | None, options: Options, text: Text
+    phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | Text | None, options: Options, text: Text
 ) -> dict[str, Any]:
     """Return what a phase that is resumed must have been begun with."""
     return {
@@ -359,9 +382,9 @@ def _named(model: PreTrainedModel | str | Path) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else str(model)
 
 
-def _keep_settings(work: Path, settings: dict[str, Any]) -> None:
+def keep_settings(work: Path, settings: dict[str, Any]) -> None:
     """Write a phase's settings beside its checkpoints, or check that it goes on with those it began with."""
-    path = work / "settings.json"
+    path = work / SETTINGS_FILE
     if not path.exists():
         write_json(path, settings)
     elif read_json(path, what="list of a phase's settings") != settings:

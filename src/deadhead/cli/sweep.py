@@ -1,0 +1,133 @@
+"""`deadhead sweep`: a model pruned to several budgets, so that one can choose among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deadhead.cli.console import console, load_torch, of_hub, print_json, progress
+from deadhead.cli.phases import RequiredModel, Teacher, announcing, begun, section_of, shared_options
+from deadhead.cli.settings import takes_settings
+from deadhead.errors import InputError
+from deadhead.plans.kinds import BUDGET_KINDS, FAST
+from deadhead.training.recipes.recipe import DataRecipe, PruneRecipe, Recipe
+
+if TYPE_CHECKING:
+    from deadhead.training.runs.forecast import Part
+
+# What only gates need, which a sweep does not train.
+_OF_GATES = (
+    *("l0", "freeze_weights", "start_from", "start_batches", "ramp_steps", "l0_warmup_steps", "gate_lr"),
+    *("gate_lr_scale", "init", "output_scale", "weighting", "track_difference"),
+)
+
+
+@takes_settings(
+    DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size", *BUDGET_KINDS, *_OF_GATES), also=shared_options
+)
+def sweep(
+    out: Annotated[Path, typer.Option(help="Folder of the pruned models, and of sweep.json; it is made.")],
+    *,
+    model: RequiredModel,
+    params: Annotated[
+        str | None, typer.Option(metavar="SHARES", help="Shares of the parameters that are left, as 0.9,0.8,0.7.")
+    ] = None,
+    flops: Annotated[str | None, typer.Option(metavar="SHARES", help="Of a token's FLOPs, likewise.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(metavar="SHARES", help="Of the key/value cache, likewise.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(metavar="SHARES", help="Shares of the heads that go, as 0.1,0.25,0.5.")
+    ] = None,
+    speedup: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="How many times as fast as the model, as 1.1,1.25,1.5.")
+    ] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Pick the smallest model whose perplexity is at most so much higher: 5%."),
+    ] = None,
+    recover: Annotated[
+        int, typer.Option(min=0, help="Steps in which each cut model learns from the dense one.  [default: 0]")
+    ] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in OUT.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help=f"Rank by --criterion {FAST}: nothing is learned before the cut.")
+    ] = False,
+    settings: dict[str, Any],
+    teacher: Teacher = None,
+    **shared: Any,
+) -> None:
+    """Prune a model to several budgets, and show what each costs and is worth.
+
+    Text is looked at once for all of them. Each pruned model is a checkpoint in OUT. By default layers' sizes are
+    learned, as by deadhead prune; where they cannot be, units are ranked by taylor.
+    """
+    given = {"params": params, "flops": flops, "kv_cache": kv_cache, "sparsity": sparsity, "speedup": speedup}
+    asked = {kind: value for kind, value in given.items() if value is not None}
+    if len(asked) != 1:
+        options = ", ".join(_option(kind) for kind in given)
+        came = " and ".join(map(_option, asked)) + " were" if asked else "none was"
+        raise InputError(f"One budget with several values was expected, of {options}, but {came} given.")
+    ((kind, text_of_values),) = asked.items()
+    values = _numbers(kind, text_of_values)
+    tolerated = None if max_loss is None else _share(max_loss)
+    if fast and settings.get("criterion") not in (None, FAST):
+        raise InputError(f"--fast stands for --criterion {FAST}, but --criterion {settings['criterion']} is given too.")
+    if fast:
+        settings["criterion"] = FAST
+    quiet, as_json = shared["quiet"], shared["as_json"]
+    recipe = begun(shared["recipe"], settings)
+    text = section_of(recipe.data, settings)
+    phase = section_of(recipe.prune, settings)
+    load_torch(quiet or as_json, model, teacher, of_hub(text.source))
+    from deadhead.report.tables import sweep_table
+    from deadhead.training.runs.sweeping import sweep as run
+
+    parts: list[Part] = []
+    with progress(quiet) as report:
+        options_of: dict[str, Any] = {"progress": report}
+        if not (quiet or as_json):
+            options_of = {"progress": announcing(report, parts), "announce": parts.extend}
+        found = run(
+            model,
+            text,
+            recipe=phase,
+            max_loss=tolerated,
+            out=out,
+            resume=resume,
+            recover=recover,
+            teacher=teacher,
+            seed=recipe.seed,
+            device=shared["device"],
+            dtype=shared["dtype"],
+            report_to=shared["report_to"] or (),
+            **options_of,
+            **{kind: values},
+        ).to_dict()
+    if as_json:
+        print_json(found)
+        return
+    console.print(sweep_table(found, str(out)))
+
+
+def _option(kind: str) -> str:
+    return "--" + kind.replace("_", "-")
+
+
+def _numbers(kind: str, text: str) -> list[float]:
+    """Return the values of a budget that stand in a list with commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"{_option(kind)} takes numbers with commas between them, as in 0.9,0.8,0.7, but it is {text!r}."
+        ) from None
+
+
+def _share(text: str) -> float:
+    """Return a share that is written as such, or in per cent."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise InputError(f"--max-loss takes a share, as in 5% or 0.05, but it is {text!r}.") from None
+    return value / 100 if text.endswith("%") else value

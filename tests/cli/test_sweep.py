@@ -1,0 +1,49 @@
+"""`deadhead sweep`: its table, its JSON, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deadhead.cli import execute
+from tests.cli.test_commands import _Command
+
+_SMALL = ("--of", "blocks", "--fast", "--steps", 2, "--batch-size", 2, "--sequence-length", 24, "--compensate-rows", 8)
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> _Command:
+    return _Command(capfd)
+
+
+def test_a_table_and_the_point_that_is_picked(given: Path, tmp_path: Path, command: _Command) -> None:
+    asked = ("sweep", "--model", given / "llama", "--data", given / "prose.txt", *_SMALL, "--params", "0.7,0.9")
+    output = command(*asked, "--out", tmp_path / "out", "--max-loss", "100000%")
+    assert "params-0.7 ← picked" in output and "dense" in output and "none" not in output.lower()
+    found = command.json(*asked, "--out", tmp_path / "out", "--resume", "--max-loss", "0")
+    assert [point["asked"] for point in found["points"]] == [0.9, 0.7] and found["max_loss"] == 0
+    for point in found["points"]:
+        measured = command.json("eval", tmp_path / "out" / point["path"], "--data", given / "prose.txt")
+        assert measured["perplexity"] == pytest.approx(point["perplexity"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "One budget with several values was expected, of --params"),
+        (("--params", "0.9", "--flops", "0.8"), "but --params and --flops were given"),
+        (("--params", "0.9;0.8"), "takes numbers with commas between them"),
+        (("--kv-cache", "0.9", "--max-loss", "much"), "--max-loss takes a share, as in 5%"),
+        (("--params", "0.9", "--fast", "--criterion", "taylor"), "--fast stands for --criterion"),
+        (("--params", "0.9", "--criterion", "topk"), "topk trains for one"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    base = ["sweep", "--model", str(given / "llama"), "--data", str(given / "prose.txt"), "--out", str(tmp_path / "o")]
+    assert execute([*base, *options]) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
