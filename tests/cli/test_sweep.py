@@ -17,10 +17,18 @@ def command(capfd: pytest.CaptureFixture[str]) -> _Command:
     return _Command(capfd)
 
 
-def test_a_table_and_the_point_that_is_picked(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_a_table_and_the_point_that_is_picked(
+    given: Path, tmp_path: Path, command: _Command, capfd: pytest.CaptureFixture[str]
+) -> None:
     asked = ("sweep", "--model", given / "llama", "--data", given / "prose.txt", *_SMALL, "--params", "0.7,0.9")
-    output = command(*asked, "--out", tmp_path / "out", "--max-loss", "100000%")
-    assert "params-0.7 ← picked" in output and "dense" in output and "none" not in output.lower()
+    assert execute([*map(str, asked), "--out", str(tmp_path / "out"), "--max-loss", "100000%"]) == 0
+    output, told = capfd.readouterr()
+    assert "rank units by reconstruction" in told and "on 8 rows, 2 times" in told
+    lines = {line.split()[0]: line.split()[-1] for line in output.splitlines() if line.strip()}
+    assert lines["params-0.7"] == "picked" and lines["params-0.9"] != "picked" and "dense" in lines
+    assert "…" not in output
+    page = (tmp_path / "out" / "sweep.html").read_text()
+    assert "<script" not in page and page.count("<svg") == 3 and page.count('class="picked"') == 4
     found = command.json(*asked, "--out", tmp_path / "out", "--resume", "--max-loss", "0")
     assert [point["asked"] for point in found["points"]] == [0.9, 0.7] and found["max_loss"] == 0
     for point in found["points"]:
@@ -36,7 +44,7 @@ def test_a_table_and_the_point_that_is_picked(given: Path, tmp_path: Path, comma
         (("--params", "0.9;0.8"), "takes numbers with commas between them"),
         (("--kv-cache", "0.9", "--max-loss", "much"), "--max-loss takes a share, as in 5%"),
         (("--params", "0.9", "--fast", "--criterion", "taylor"), "--fast stands for --criterion"),
-        (("--params", "0.9", "--criterion", "topk"), "topk trains for one"),
+        (("--sparsity", "0.5", "--criterion", "topk"), "topk trains for one"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -17,6 +17,7 @@ from deadhead.training.recipes.recipe import DataRecipe, PruneRecipe, Recipe
 if TYPE_CHECKING:
     from deadhead.training.runs.forecast import Part
 
+PAGE_FILE = "sweep.html"
 # What only gates need, which a sweep does not train.
 _OF_GATES = (
     *("l0", "freeze_weights", "start_from", "start_batches", "ramp_steps", "l0_warmup_steps", "gate_lr"),
@@ -28,7 +29,7 @@ _OF_GATES = (
     DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size", *BUDGET_KINDS, *_OF_GATES), also=shared_options
 )
 def sweep(
-    out: Annotated[Path, typer.Option(help="Folder of the pruned models, and of sweep.json; it is made.")],
+    out: Annotated[Path, typer.Option(help="Folder to make, of the pruned models, sweep.json and sweep.html.")],
     *,
     model: RequiredModel,
     params: Annotated[
@@ -76,10 +77,13 @@ def sweep(
     if fast:
         settings["criterion"] = FAST
     quiet, as_json = shared["quiet"], shared["as_json"]
-    recipe = begun(shared["recipe"], settings)
+    # A recipe with a criterion of its own has a budget too.
+    recipe = begun(shared["recipe"], {**settings, kind: values[0]})
     text = section_of(recipe.data, settings)
-    phase = section_of(recipe.prune, settings)
+    phase = section_of(recipe.prune, {**settings, kind: values[0]})
     load_torch(quiet or as_json, model, teacher, of_hub(text.source))
+    from deadhead.disk.files import write_text
+    from deadhead.report.sweep_page import render_sweep
     from deadhead.report.tables import sweep_table
     from deadhead.training.runs.sweeping import sweep as run
 
@@ -104,6 +108,7 @@ def sweep(
             **options_of,
             **{kind: values},
         ).to_dict()
+    write_text(out / PAGE_FILE, render_sweep(found, out.name))
     if as_json:
         print_json(found)
         return

@@ -27,10 +27,10 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
     ``attention`` patterns, or None.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(_read("page.html")).render(
+    return environment.from_string(asset("page.html")).render(
         policy=page_policy(live=live),
         title=", ".join(run["facts"]["name"] for run in runs),
-        style=Markup(_read("page.css")),
+        style=Markup(asset("page.css")),
         script=Markup(_script()),
         data=Markup(_script_json({"live": live, "runs": list(runs)})),
         version=__version__,
@@ -52,11 +52,12 @@ def page_policy(*, live: bool) -> str:
 def _script() -> str:
     """Return the page's script as it stands in the page."""
     # What would end the element can only stand in strings and comments.
-    return "\n".join(_read(name) for name in _SCRIPTS).replace("</script", "<\\/script")
+    return "\n".join(asset(name) for name in _SCRIPTS).replace("</script", "<\\/script")
 
 
 @cache
-def _read(name: str) -> str:
+def asset(name: str) -> str:
+    """Return the text of one of the page's files."""
     return (importlib.resources.files("deadhead.report") / "assets" / name).read_text(encoding="utf-8")
 
 

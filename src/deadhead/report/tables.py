@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from deadhead.report.sweep_page import NAMES, budget_of, picked_sentence, point_rows
 from deadhead.training.runs.summary import STAGES
 
 if TYPE_CHECKING:
@@ -113,30 +114,16 @@ def verdict(summary: Mapping[str, Any]) -> str:
 def sweep_table(found: Mapping[str, Any], place: str) -> Table:
     """Return what several budgets leave of a model: what it costs, how fast it is and what it is worth."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    what = "parameters of the blocks" if found["of"] == "blocks" else _LEFT_OF.get(found["kind"], found["kind"])
-    for name in (what, "parameters", "MFLOP/tok", "speed", "perplexity", "more", ""):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    dense = {**found["dense"], "asked": None, "speedup": 1.0, "loss": None, "path": ""}
-    for point in (dense, *found["points"]):
-        is_picked = point["asked"] is not None and point["asked"] == found["picked"]
-        table.add_row(
-            "dense" if point["asked"] is None else f"{point['asked']:g}",
-            f"{point['parameters']:,}",
-            f"{point['flops_per_token'] / 1e6:,.3f}",
-            f"{point['speedup']:.2f} ×",
-            _number(point["perplexity"]) if "perplexity" in point else "–",
-            "–" if point.get("loss") is None else f"{point['loss']:+.1%}",
-            f"{point['path']}{' ← picked' if is_picked else ''}",
-        )
-    lines = [f"The models lie in {escape(place)}."]
-    if found["max_loss"] is not None:
-        most = f"at most {found['max_loss']:.1%} more perplexity"
-        lines.append(
-            f"None has {most} than the dense model."
-            if found["picked"] is None
-            else f"The smallest with {most} than the dense model: {found['picked']:g}."
-        )
-    table.caption, table.caption_justify = "\n".join(lines), "left"
+    for name in NAMES:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for cells, _ in point_rows(found):
+        table.add_row(*map(escape, cells))
+    lines = [
+        picked_sentence(found),
+        f"The numbers in names are of {budget_of(found)}.",
+        f"The models and their page lie in {escape(place)}.",
+    ]
+    table.caption, table.caption_justify = "\n".join(filter(None, lines)), "left"
     return table
 
 

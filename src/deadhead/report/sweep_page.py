@@ -1,0 +1,138 @@
+"""What a sweep found, for people to choose by: rows of a table, the sentence below it, and its page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from deadhead import __version__
+from deadhead.report.page import asset
+
+NAMES = ("", "parameters", "MFLOP/tok", "speed", "perplexity", "more", "")
+_LEFT_OF = {
+    "params": "the parameters",
+    "flops": "a token's FLOPs",
+    "kv_cache": "the key/value cache",
+    "sparsity": "the heads that go",
+    "speedup": "the dense model's speed",
+}
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 480.0, 300.0, 56.0, 28.0, 250.0
+_TICKS = 5
+
+
+def budget_of(found: Mapping[str, Any]) -> str:
+    """Return what the budgets of a sweep are shares of."""
+    return "the blocks' parameters" if found["of"] == "blocks" else _LEFT_OF[found["kind"]]
+
+
+def point_rows(found: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
+    """Return the cells of each point, the dense model first, under `NAMES`; and whether it is the one picked."""
+    rows = []
+    for point in _points(found):
+        is_picked = point["asked"] is not None and point["asked"] == found["picked"]
+        loss = point.get("loss")
+        cells = [
+            point["path"],
+            f"{point['parameters']:,}",
+            f"{point['flops_per_token'] / 1e6:,.3f}",
+            f"{point['speedup']:.2f} ×",
+            _number(point.get("perplexity")),
+            "–" if loss is None else f"{loss:+.1%}" if math.isfinite(loss) else "∞",
+            "picked" if is_picked else "",
+        ]
+        rows.append((cells, is_picked))
+    return rows
+
+
+def _points(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    dense = {**found["dense"], "asked": None, "speedup": 1.0, "path": "dense"}
+    return [dense, *found["points"]]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.3f}" if math.isfinite(value) else "∞"
+
+
+def picked_sentence(found: Mapping[str, Any]) -> str:
+    """Return which point is the smallest within the loss that is tolerated; nothing where nothing was said of it."""
+    if found["max_loss"] is None:
+        return ""
+    most = f"at most {found['max_loss']:.1%} more perplexity than the dense model"
+    return f"None has {most}." if found["picked"] is None else f"The smallest with {most}: {found['picked']:g}."
+
+
+def render_sweep(found: Mapping[str, Any], title: str) -> str:
+    """Return a sweep's page as HTML, which runs no script and asks for nothing."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    measured = [point for point in _points(found) if math.isfinite(point.get("perplexity", math.inf))]
+    charts = [
+        _chart(found, measured, [point["parameters"] / 1e6 for point in measured], "parameters, millions"),
+        _chart(found, measured, [point["flops_per_token"] / 1e6 for point in measured], "FLOPs a token, millions"),
+        _chart(found, measured, [point["speedup"] for point in measured], "times the dense model's speed, measured"),
+    ]
+    return environment.from_string(asset("sweep.html")).render(
+        title=title,
+        style=Markup(asset("page.css")),
+        what=budget_of(found),
+        sentence=picked_sentence(found),
+        charts=charts if measured else [],
+        names=NAMES,
+        rows=[{"cells": cells, "picked": is_picked} for cells, is_picked in point_rows(found)],
+        version=__version__,
+    )
+
+
+def _chart(
+    found: Mapping[str, Any], points: Sequence[Mapping[str, Any]], across: Sequence[float], name: str
+) -> dict[str, Any]:
+    """Return a chart of perplexity against something else, in the units of its picture."""
+    up = [point["perplexity"] for point in points]
+    limit = None
+    if found["max_loss"] is not None and found["dense"].get("perplexity") is not None:
+        limit = found["dense"]["perplexity"] * (1 + found["max_loss"])
+        # A loss that is tolerated far above all points would press them together.
+        limit = limit if limit <= 2 * max(up, default=0) else None
+    xs, columns = _scaled(across, [], _LEFT + 20, _WIDTH - 20)
+    ys, rows = _scaled(up, [] if limit is None else [limit], _BOTTOM, _TOP)
+    dots = [
+        {
+            "x": x,
+            "y": y,
+            "name": "dense" if point["asked"] is None else f"{point['asked']:g}",
+            "text": f"{value:,.4g} {name}, perplexity {point['perplexity']:,.3f}",
+            "picked": point["asked"] is not None and point["asked"] == found["picked"],
+        }
+        for x, y, value, point in zip(xs, ys, across, points, strict=False)
+    ]
+    return {
+        "title": f"Perplexity against {name}",
+        "across": name,
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "bottom": _BOTTOM,
+        "rows": rows,
+        "columns": columns,
+        "limit": None if limit is None else ys[-1],
+        "line": " ".join(f"{dot['x']},{dot['y']}" for dot in sorted(dots, key=lambda dot: dot["x"])),
+        "dots": dots,
+    }
+
+
+def _scaled(
+    values: Sequence[float], further: Sequence[float], begin: float, end: float
+) -> tuple[list[float], list[tuple[float, str]]]:
+    """Return where values stand between two ends of an axis, and its ticks with their texts."""
+    everything = [*values, *further]
+    low, high = min(everything, default=0.0), max(everything, default=1.0)
+    span = high - low or 1.0
+
+    def place(value: float) -> float:
+        return round(begin + (end - begin) * (value - low) / span, 1)
+
+    ticks = [low + span * tick / (_TICKS - 1) for tick in range(_TICKS)]
+    return [place(value) for value in everything], [(place(tick), f"{tick:,.4g}") for tick in ticks]
