@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: anew help install llama-cpp browser demo test test-slow test-full test-transformers lint bench wheel clean
+.PHONY: anew help install llama-cpp browser demo demo-llm test test-slow test-full test-transformers lint bench wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
@@ -63,6 +63,9 @@ browser: ## install Debian's Chromium, in which the tests open a run's page; nee
 
 demo: $(CORE) ## train, prune and cut a small model in minutes, or go on where it stopped (DEMO_ARGS)
 	$(BIN)/deadhead demo --resume $(DEMO_ARGS)
+
+demo-llm: $(INSTALLED) ## prune a real pretrained language model, and talk to it before and after (DEMO_ARGS)
+	$(BIN)/python benchmarks/demo_llm.py $(DEMO_ARGS)
 
 test: $(INSTALLED) ## run the tests that catch nearly everything (PYTEST_ARGS, WORKERS)
 	$(PYTEST) -m 'not slow and not full and not gpu' $(PYTEST_ARGS)

@@ -1,10 +1,10 @@
 """Is a pruned model faster where models are served? PyTorch, ONNX Runtime, OpenVINO and llama.cpp.
 
-A Llama-like model, dense and cut by a plan that leaves other numbers of heads and hidden units in each layer, is
-exported for each runtime that is installed; then prefill and decoding of one text are timed, all of them in turn, on as
-many threads. "Allowed" is the ratio of their FLOPs, efficiency what of it was reached.
+A Llama-like model, dense and cut by a plan that leaves other numbers of heads and hidden units in each layer, or two
+models that are named, are exported for each runtime that is installed; then prefill and decoding of one text are timed,
+all of them in turn, on as many threads. "Allowed" is the ratio of their FLOPs, efficiency what of it was reached.
 
-    python benchmarks/runtimes.py [--quick] [--repeats N] [--threads N]
+    python benchmarks/runtimes.py [--quick] [--repeats N] [--threads N] [--models DENSE CUT] [--only RUNTIME …]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ SIZES = {
 }
 QUICK = {**SIZES, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
 GGUF_TYPES = ("f32", "f16", "q8_0")
+RUNTIMES = ("PyTorch", "onnxruntime", "openvino", "llama.cpp")
 
 Prefill = Callable[[np.ndarray], None]
 # Reads one more token.
@@ -96,12 +97,26 @@ def in_llama_cpp(path: Path, threads: int, length: int) -> tuple[Prefill, Step]:
     return prefill, lambda token: model.eval([token])
 
 
+def made(sizes: dict[str, int]) -> dict[str, PreTrainedModel]:
+    """Return a random model, dense and cut."""
+    torch.manual_seed(0)
+    make: Any = LlamaConfig
+    dense = LlamaForCausalLM(make(**sizes)).eval()
+    gates = deadhead.attach(dense, blocks=True)
+    plan = random_plan(gates, random.Random(1))
+    deadhead.detach(dense)
+    return {"dense": dense, "cut": deadhead.cut(copy.deepcopy(dense), plan)}
+
+
 def main() -> None:
     """Export, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few repetitions")
     parser.add_argument("--repeats", type=int, default=None, help="repetitions that count (12; quick 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--models", type=Path, nargs=2, metavar=("DENSE", "CUT"), help="folders or GGUF files")
+    parser.add_argument("--only", nargs="+", choices=RUNTIMES, default=RUNTIMES)
+    parser.add_argument("--types", nargs="+", choices=GGUF_TYPES, default=GGUF_TYPES, help="of llama.cpp's weights")
     parser.add_argument("--length", type=int, default=None, help="tokens of the prompt (256; quick 16)")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -109,13 +124,10 @@ def main() -> None:
     repeats = args.repeats or (2 if args.quick else 12)
     length, steps = args.length or (16 if args.quick else 256), 4 if args.quick else 24
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    make: Any = LlamaConfig
-    dense = LlamaForCausalLM(make(**(QUICK if args.quick else SIZES))).eval()
-    gates = deadhead.attach(dense, blocks=True)
-    plan = random_plan(gates, random.Random(1))
-    deadhead.detach(dense)
-    models = {"dense": dense, "cut": deadhead.cut(copy.deepcopy(dense), plan)}
+    if args.models:
+        models = dict(zip(("dense", "cut"), map(deadhead.load, args.models), strict=True))
+    else:
+        models = made(QUICK if args.quick else SIZES)
     costs = {name: deadhead.model_cost(model, length=length) for name, model in models.items()}
     console = Console(width=110)
     console.print(machine())
@@ -125,7 +137,8 @@ def main() -> None:
         f"{costs['dense'].parameters:,} → {costs['cut'].parameters:,}; batch 1, {args.threads} threads, prompt {length}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        runs, sizes = _exported(models, Path(folder), args.threads, length + steps)
+        wanted = [name for name in args.only if name == "PyTorch" or is_installed(name.replace(".", "_"))]
+        runs, sizes = _exported(models, Path(folder), args.threads, length + steps, wanted, args.types)
         seconds = _time(runs, length, steps, repeats)
     allowed = costs["dense"].flops_per_token / costs["cut"].flops_per_token
     table = Table("runtime", "MB", "prefill tok/s", "×", "eff.", "decode tok/s", "×", "eff.")
@@ -141,23 +154,29 @@ def main() -> None:
 
 
 def _exported(
-    models: dict[str, PreTrainedModel], folder: Path, threads: int, length: int
+    models: dict[str, PreTrainedModel],
+    folder: Path,
+    threads: int,
+    length: int,
+    runtimes: Sequence[str],
+    types: Sequence[str],
 ) -> tuple[dict[tuple[str, str], tuple[Prefill, Step]], dict[tuple[str, str], int]]:
-    """Export every model for every runtime there is; return what runs them, and bytes on disk."""
+    """Export every model for every runtime; return what runs them, and bytes on disk."""
     runs: dict[tuple[str, str], tuple[Prefill, Step]] = {}
     sizes: dict[tuple[str, str], int] = {}
     for name, model in models.items():
-        runs["PyTorch", name] = in_torch(model)
-        sizes["PyTorch", name] = 4 * deadhead.model_cost(model).parameters
+        if "PyTorch" in runtimes:
+            runs["PyTorch", name] = in_torch(model)
+            sizes["PyTorch", name] = 4 * deadhead.model_cost(model).parameters
         for runtime, form, file in (
             ("onnxruntime", "onnx", "model.onnx"),
             ("openvino", "openvino", "openvino_model.xml"),
         ):
-            if is_installed(runtime):
+            if runtime in runtimes:
                 found = export_model(model, folder / f"{name}-{form}", to=form)
                 runs[runtime, name] = in_flat(found.path / file, runtime, threads)
                 sizes[runtime, name] = found.num_bytes
-        for kind in GGUF_TYPES if is_installed("llama_cpp") else ():
+        for kind in types if "llama.cpp" in runtimes else ():
             found = export_model(model, folder / f"{name}-{kind}.gguf", to="gguf", kind=kind)
             runs[f"llama.cpp {kind}", name] = in_llama_cpp(found.path, threads, length)
             sizes[f"llama.cpp {kind}", name] = found.num_bytes
