@@ -74,6 +74,18 @@ class Replies:
         """How many tokens all replies have."""
         return sum(len(reply.tokens) for reply in self.replies)
 
+    @property
+    def said(self) -> str:
+        """What was found, in words."""
+        near = ""
+        if self.likeness is not None:
+            near = (
+                f"; on the reference's replies KL {self.likeness.divergence:.4f} nats a token, "
+                f"{self.likeness.agreement:.1%} the same token"
+            )
+        count = f"{len(self.replies)} repl{'y' if len(self.replies) == 1 else 'ies'}"
+        return f"repetition {self.repetition:.1%} in {count} of {self.tokens:,} tokens{near}"
+
 
 @typed
 def compare_replies(
