@@ -1,4 +1,4 @@
-"""What `deadhead eval` and `compare` measure besides perplexity, if they are asked to: replies, and tasks of lm-eval."""
+"""What `deadhead eval` and `compare` measure besides perplexity, if asked to: replies, and tasks of lm-eval."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def write_replies(
     limit = min(filter(None, (positions, max_positions(model))), default=None)
     asked = _fitting(list(zip(prompts, prompt_tokens(tokenizer, prompts), strict=True)), limit, max_new_tokens)
     ids = [prompt for _, prompt in asked]
-    require_known(model, max(map(max, ids)), of="prompts")
+    require_known(model, max(map(max, ids)), of="prompt")
     ends = _ends(model, tokenizer)
     vocabulary = model.config.get_text_config().vocab_size
     # Any token will do: padding is masked, and cut off behind an end.
@@ -356,8 +356,8 @@ def _fitting(
     if not fitting:
         shortest = min(len(prompt) for _, prompt in asked)
         raise InputError(
-            f"Prompts with room for a reply of {least} tokens were expected, but the shortest has {shortest} tokens and "
-            f"the model {limit} positions; replies need a model with more."
+            f"Prompts with room for a reply of {least} tokens were expected, but the shortest has {shortest} tokens "
+            f"and the model {limit} positions; replies need a model with more."
             if limit is not None
             else "A prompt of at least one token was expected, but all are empty."
         )

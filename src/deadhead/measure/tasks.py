@@ -227,16 +227,22 @@ def _counting(
     class Counting(HFLM):  # type: ignore[misc]
         done, total = 0, 0
 
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             self.total += len(requests)
-            found = super()._loglikelihood_tokens(requests, *args, **{**kwargs, "disable_tqdm": True})
-            # Requests that share a context were read together.
+            found = super().generate_until(requests, disable_tqdm=True)
             self._tell(self.total - self.done)
             return found
 
-        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             self.total += len(requests)
-            found = super().generate_until(requests, *args, **{**kwargs, "disable_tqdm": True})
+            found = super()._loglikelihood_tokens(requests, *args, **kwargs)
+            # Requests that share a context were read together.
             self._tell(self.total - self.done)
             return found
 
@@ -292,15 +298,15 @@ def _seeded() -> Iterator[None]:
 
 @contextmanager
 def _without_facts() -> Iterator[None]:
-    """Let lm-eval not ask pip and compilers about this machine for its results, which takes seconds."""
+    """Let lm-eval not ask git, pip and compilers for its results, which takes seconds, and of which git complains."""
     from lm_eval import evaluator
 
-    before = evaluator.add_env_info
-    evaluator.add_env_info = lambda _: None
+    before = evaluator.add_env_info, evaluator.get_git_commit_hash
+    evaluator.add_env_info = evaluator.get_git_commit_hash = lambda *_: None
     try:
         yield
     finally:
-        evaluator.add_env_info = before
+        evaluator.add_env_info, evaluator.get_git_commit_hash = before
 
 
 def _shortened(names: Sequence[str]) -> str:
