@@ -69,7 +69,10 @@ def compare(
     is_text_read = further.is_text_read(settings)
     for model in models:
         require_timed(require_scored(model, settings, is_text_read=is_text_read), "prefill", _LENGTH)
-    with further.ready() as measure_further, TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+    with (
+        further.ready(quiet=quiet or as_json) as measure_further,
+        TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+    ):
         networks = {name: load_measured(Path(name), shared["device"], shared["dtype"]) for name in names}
         found: dict[str, dict[str, Any]] = {}
         texts: dict[str, TokenStream] = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -101,19 +102,16 @@ class Asked:
         return "source" in settings or not (self.replies or self.tasks)
 
     @contextmanager
-    def ready(self) -> Iterator[Callable[..., Further]]:
+    def ready(self, *, quiet: bool) -> Iterator[Callable[..., Further]]:
         """Yield what measures models, having found the tasks."""
-        found: Any = nullcontext()
-        if self.tasks:
-            from deadhead.measure.tasks import find_tasks
+        with ExitStack() as stack:
+            tasks: Tasks | None = None
+            if self.tasks:
+                from deadhead.measure.tasks import find_tasks
 
-            found = find_tasks(self.tasks)
-        with working("looking for tasks") if self.tasks else nullcontext():
-            tasks = found.__enter__()
-        try:
-            yield lambda networks, report, **only: self._measure(tasks, networks, report, **only)
-        finally:
-            found.__exit__(None, None, None)
+                with nullcontext() if quiet else working("looking for tasks"):
+                    tasks = stack.enter_context(find_tasks(self.tasks))
+            yield partial(self._measure, tasks)
 
     def _measure(
         self,

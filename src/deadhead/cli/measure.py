@@ -110,7 +110,7 @@ def evaluate(
     paths = [path for path in (reference, model) if path is not None]
     for path in paths:
         require_scored(path, settings, is_text_read=is_text_read and path == model)
-    with further.ready() as measure_further:
+    with further.ready(quiet=quiet or as_json) as measure_further:
         networks = {str(path): load_measured(path, shared["device"], shared["dtype"]) for path in paths}
         with progress(quiet) as report:
             result = None

@@ -61,6 +61,7 @@ class Tasks:
     manager: Any
 
 
+@typed
 @contextmanager
 def find_tasks(asked: Sequence[str]) -> Iterator[Tasks]:
     """Find tasks, and keep them while the block runs.
