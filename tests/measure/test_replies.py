@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from benchmarks._tiny_models import scramble
 from deadhead import InputError
 from deadhead.data.asking import prompt_tokens, reads_alike
-from deadhead.measure import replies as measured
+from deadhead.measure.greedy import Writer
 from deadhead.measure.prompts import PROMPTS
 from deadhead.measure.replies import Reply, compare_replies, repetition, reply_likeness, write_replies
 from tests.random_models import assert_unchanged, snapshot, tiny_model
@@ -71,13 +71,13 @@ def test_replies_written_side_by_side_are_those_written_alone(kind: str, monkeyp
         assert each.text == TOKENIZER.decode(each.tokens, skip_special_tokens=True).strip()
     assert told[-1] == (24, 24) and len(told) > 12
     # A model that padding changes writes the same, prompts of one length at a time.
-    monkeypatch.setattr(measured._Writer, "is_indifferent_to_padding", lambda *_: False)
+    monkeypatch.setattr(Writer, "is_indifferent_to_padding", lambda *_: False)
     assert write_replies(model, TOKENIZER, ASKED, max_new_tokens=12) == found
 
 
 def test_padding_that_changes_a_model_is_noticed() -> None:
     model = build("gpt2")
-    writer = measured._Writer(model, [], 0)
+    writer = Writer(model, [], 0)
     prompts = prompt_tokens(TOKENIZER, ASKED)
     with torch.no_grad():
         assert writer.is_indifferent_to_padding(prompts)
@@ -87,7 +87,7 @@ def test_padding_that_changes_a_model_is_noticed() -> None:
             return forward(**given)
 
         model.forward = deaf
-        assert not measured._Writer(model, [], 0).is_indifferent_to_padding(prompts)
+        assert not Writer(model, [], 0).is_indifferent_to_padding(prompts)
 
 
 def test_a_reply_ends_where_the_model_ends_it() -> None:

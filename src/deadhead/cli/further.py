@@ -131,12 +131,18 @@ class Asked:
         scores: dict[str, tuple[TaskScore, ...]] = {}
         replies: Mapping[str, Replies] = {}
         if self.replies:
-            replies = compare_replies(networks, tokenizers, progress=lambda *told: report(*told, {}))
-        for name, network in networks.items() if tasks is not None else ():
-            if name != unscored:
-                told = counted(report, f"tasks, {name}")
+            replies = compare_replies(
+                networks, tokenizers, progress=lambda name, done, total: report(name, done, total, {})
+            )
+        if tasks is not None:
+            for name in [name for name in networks if name != unscored]:
                 scores[name] = run_tasks(
-                    network, tokenizers[name], tasks, limit=self.limit, batch_size=batch_size, progress=told
+                    networks[name],
+                    tokenizers[name],
+                    tasks,
+                    limit=self.limit,
+                    batch_size=batch_size,
+                    progress=counted(report, f"tasks, {name}"),
                 )
         return Further(replies=replies, tasks=scores)
 
