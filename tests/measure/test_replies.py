@@ -203,7 +203,7 @@ def test_models_compared_with_the_first() -> None:
     longest = {name: max(len(each.prompt + each.tokens) for each in one.replies) for name, one in found.items()}
     assert set(longest.values()) == {64}
     assert dict.fromkeys(told) == dict.fromkeys(
-        [*(f"{name} replies" for name in models), "comparing same", "comparing small"]
+        [*(f"{name}: replies" for name in models), "same: comparing", "small: comparing"]
     )
 
 

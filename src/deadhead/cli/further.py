@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -132,7 +133,7 @@ class Asked:
         replies: Mapping[str, Replies] = {}
         if self.replies:
             replies = compare_replies(
-                networks, tokenizers, progress=lambda name, done, total: report(name, done, total, {})
+                networks, tokenizers, progress=lambda name, done, total: report(Path(name).name, done, total, {})
             )
         if tasks is not None:
             for name in [name for name in networks if name != unscored]:
@@ -142,7 +143,7 @@ class Asked:
                     tasks,
                     limit=self.limit,
                     batch_size=batch_size,
-                    progress=counted(report, f"tasks, {name}"),
+                    progress=counted(report, f"{Path(name).name}: tasks"),
                 )
         return Further(replies=replies, tasks=scores)
 

@@ -23,6 +23,7 @@ class Told(StoppingCriteria):
         self._tell, self._steps = tell, 0
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Tell, after each new token of all rows."""
         self._steps += 1
         self._tell(self._steps)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

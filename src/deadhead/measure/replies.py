@@ -118,7 +118,7 @@ def compare_replies(
             prompts,
             max_new_tokens=max_new_tokens,
             positions=min(known, default=None),
-            progress=lambda done, total, name=name: progress(f"{name} replies", done, total),  # type: ignore[misc]
+            progress=lambda done, total, name=name: progress(f"{name}: replies", done, total),  # type: ignore[misc]
         )
         for name, model in models.items()
     }
@@ -134,7 +134,7 @@ def compare_replies(
                 models[name],
                 models[first],
                 written[first],
-                progress=lambda done, total, name=name: progress(f"comparing {name}", done, total),  # type: ignore[misc]
+                progress=lambda done, total, name=name: progress(f"{name}: comparing", done, total),  # type: ignore[misc]
             ),
         )
     return found
