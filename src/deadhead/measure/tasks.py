@@ -126,7 +126,7 @@ def _task_of(path: Path) -> str:
     """Return the name of the task in a YAML file."""
     import yaml  # type: ignore[import-untyped]
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         """Leaves lm-eval's own tags, !function say, alone."""
 
     Loader.add_multi_constructor("!", lambda *_: None)
@@ -225,7 +225,7 @@ def _counting(
     """Return a model as lm-eval takes it, which tells how far it is in place of lm-eval's own bars."""
     from lm_eval.models.huggingface import HFLM
 
-    class Counting(HFLM):  # type: ignore[misc]
+    class Counting(HFLM):
         done, total = 0, 0
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
