@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deadhead.cli.console import console, load_torch, of_hub, print_json, progress
+from deadhead.cli.further import Show, TaskLimit, TaskNames, WithReplies, asked, print_replies, rows
 from deadhead.cli.measure import On, Rows, Window, load_measured, require_scored, shared_options
 from deadhead.cli.settings import takes_settings
 from deadhead.errors import InputError
@@ -38,6 +39,10 @@ def compare(
     limit: Annotated[int, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = 20_000,
     batch_size: Rows = 8,
     window: Window = None,
+    replies: WithReplies = False,
+    show: Show = 0,
+    tasks: TaskNames = None,
+    task_limit: TaskLimit = None,
     *,
     settings: dict[str, Any],
     **shared: Any,
@@ -45,13 +50,15 @@ def compare(
     """Set models side by side: size, FLOPs, perplexity, speed, and how near each is to the first.
 
     KL is how far what a model expects next is from what the first one expects, in nats a token; below it stands how
-    often both hold the same token to be the likeliest. All models are in memory at once.
+    often both hold the same token to be the likeliest; both again on the first one's replies, with --replies. All
+    models are in memory at once.
     """
     names = [str(model) for model in models]
     if len(set(names)) < max(len(names), 2):
         raise InputError("Two or more different models were expected; name the one to compare with first.")
     quiet, as_json = shared["quiet"], shared["as_json"]
     text_of = changed(DataRecipe(), **settings)
+    further = asked(replies, show, tasks, task_limit)
     load_torch(quiet or as_json, *models, of_hub(settings.get("source")))
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.cost import model_cost
@@ -59,49 +66,57 @@ def compare(
     from deadhead.measure.timing import bench, require_timed
     from deadhead.training.processes import counted
 
+    is_text_read = further.is_text_read(settings)
     for model in models:
-        require_timed(require_scored(model, settings), "prefill", _LENGTH)
-    networks = {name: load_measured(Path(name), shared["device"], shared["dtype"]) for name in names}
-    found: dict[str, dict[str, Any]] = {}
-    texts: dict[str, TokenStream] = {}
-    with progress(quiet) as report, TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        for name, network in networks.items():
-            text, _ = load_text(
-                text_of.source,
-                tokenizer=load_tokenizer(name),
-                **text_of.reading,
-                # Models with the same tokenizer read the same tokens.
-                cache_dir=cache,
-                progress=counted(report, "reading text, kB"),
-            )
-            texts[name] = text.splits[on]
-            measured = evaluate(
-                network,
-                texts[name],
-                batch_size=batch_size,
-                limit=limit,
-                window=window,
-                progress=counted(report, f"evaluating {Path(name).name}"),
-            )
-            cost = model_cost(network)
-            found[name] = {
-                **{each: getattr(cost, each) for each in ("heads", "hidden_units", "parameters", "flops_per_token")},
-                **{each: getattr(measured, each) for each in ("perplexity", "bits_per_byte", "tokens")},
-            }
-        first = names[0]
-        for name in names[1:]:
-            like = _likeness(networks, texts, name, first, limit=limit, batch_size=batch_size, window=window)
-            found[name] |= {
-                "divergence": None if like is None else like.divergence,
-                "agreement": None if like is None else like.agreement,
-            }
-        timings = bench(networks, batch_size=_ROWS, length=_LENGTH, repeats=_REPEATS)
+        require_timed(require_scored(model, settings, is_text_read=is_text_read), "prefill", _LENGTH)
+    with (
+        further.ready(quiet=quiet or as_json) as measure_further,
+        TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+    ):
+        networks = {name: load_measured(Path(name), shared["device"], shared["dtype"]) for name in names}
+        found: dict[str, dict[str, Any]] = {}
+        texts: dict[str, TokenStream] = {}
+        with progress(quiet) as report:
+            for name, network in networks.items():
+                cost = model_cost(network)
+                costs = ("heads", "hidden_units", "parameters", "flops_per_token")
+                found[name] = {each: getattr(cost, each) for each in costs}
+                if not is_text_read:
+                    continue
+                text, _ = load_text(
+                    text_of.source,
+                    tokenizer=load_tokenizer(name),
+                    **text_of.reading,
+                    # Models with the same tokenizer read the same tokens.
+                    cache_dir=cache,
+                    progress=counted(report, "reading text, kB"),
+                )
+                texts[name] = text.splits[on]
+                measured = evaluate(
+                    network,
+                    texts[name],
+                    batch_size=batch_size,
+                    limit=limit,
+                    window=window,
+                    progress=counted(report, f"evaluating {Path(name).name}"),
+                )
+                found[name] |= {each: getattr(measured, each) for each in ("perplexity", "bits_per_byte", "tokens")}
+            first = names[0]
+            for name in names[1:] if is_text_read else ():
+                like = _likeness(networks, texts, name, first, limit=limit, batch_size=batch_size, window=window)
+                found[name] |= {
+                    "divergence": None if like is None else like.divergence,
+                    "agreement": None if like is None else like.agreement,
+                }
+            more = measure_further(networks, report, batch_size=batch_size)
+            timings = bench(networks, batch_size=_ROWS, length=_LENGTH, repeats=_REPEATS)
     for name, timing in timings.items():
-        found[name]["tokens_per_second"] = timing.tokens_per_second
+        found[name] |= {"tokens_per_second": timing.tokens_per_second, **more.values(name)}
     if as_json:
-        print_json({"models": found})
+        print_json({"models": found, **({"shown": more.shown(show)} if show else {})})
         return
-    console.print(_table(found))
+    console.print(_table(found, is_text_read=is_text_read))
+    print_replies(more, show)
 
 
 def _likeness(
@@ -134,7 +149,7 @@ def _likeness(
     return likeness(model, reference, islice(batches_of(model, texts[name], recipe, seed=0), -(-rows // batch_size)))
 
 
-def _table(found: dict[str, dict[str, Any]]) -> Table:
+def _table(found: dict[str, dict[str, Any]], *, is_text_read: bool) -> Table:
     """Return a table with a column for each model: several fit beside each other, their names folded."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
@@ -150,9 +165,12 @@ def _table(found: dict[str, dict[str, Any]]) -> Table:
         table.add_row("hidden units", *(f"{sum(values['hidden_units']):,}" for values in found.values()))
     row("parameters", "parameters", "{:,}", 1)
     row("MFLOPs a token", "flops_per_token", "{:,.3f}", 1e-6)
-    row("perplexity", "perplexity", "{:,.3f}")
-    row("bits a byte", "bits_per_byte", "{:.4f}")
-    row("KL, nats a token", "divergence", "{:.4f}")
-    row("same next token", "agreement", "{:.1%}")
+    if is_text_read:
+        row("perplexity", "perplexity", "{:,.3f}")
+        row("bits a byte", "bits_per_byte", "{:.4f}")
+        row("KL, nats a token", "divergence", "{:.4f}")
+        row("same next token", "agreement", "{:.1%}")
+    for title, cells in rows(found):
+        table.add_row(escape(title), *cells)
     row("tokens a second", "tokens_per_second", "{:,.0f}")
     return table

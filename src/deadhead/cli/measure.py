@@ -23,7 +23,9 @@ from deadhead.cli.console import (
     print_json,
     progress,
 )
+from deadhead.cli.further import Further, Show, TaskLimit, TaskNames, WithReplies, asked, print_replies, print_tasks
 from deadhead.cli.settings import takes_settings
+from deadhead.errors import InputError
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe
 
@@ -56,15 +58,15 @@ def load_measured(path: Path, device: str | None, dtype: str | None) -> PreTrain
     return model
 
 
-def require_scored(path: Path, settings: dict[str, Any]) -> PreTrainedModel:
-    """Check that a model can be scored on the text that is asked for; return it without its weights."""
+def require_scored(path: Path, settings: dict[str, Any], *, is_text_read: bool) -> PreTrainedModel:
+    """Check that a model can be scored, on the text that is asked for if one is; return it without its weights."""
     from deadhead.checkpoints.checkpoint import load_skeleton
     from deadhead.measure.losses import require_language_model
     from deadhead.training.runs.inputs import require_default_text
 
     declared = load_skeleton(path)
     require_language_model(declared, "Perplexity")
-    if "source" not in settings:
+    if is_text_read and "source" not in settings:
         require_default_text(declared.config.model_type)
     return declared
 
@@ -80,43 +82,72 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = None,
     batch_size: Rows = 8,
     window: Window = None,
+    replies: WithReplies = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="With --replies: how near it is to this model, on this one's replies."),
+    ] = None,
+    show: Show = 0,
+    tasks: TaskNames = None,
+    task_limit: TaskLimit = None,
     *,
     settings: dict[str, Any],
     **shared: Any,
 ) -> None:
-    """Measure perplexity and bits per byte on a text; every token is scored once."""
+    """Measure perplexity and bits per byte on a text, every token scored once; or replies, or tasks."""
     quiet, as_json = shared["quiet"], shared["as_json"]
     text_of = changed(DataRecipe(), **settings)
-    load_torch(quiet or as_json, model, of_hub(settings.get("source")))
+    further = asked(replies, show, tasks, task_limit)
+    if reference is not None and (not further.replies or reference == model):
+        raise InputError("--reference names another model for --replies to compare with; give both, or leave it out.")
+    load_torch(quiet or as_json, model, reference, of_hub(settings.get("source")))
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
     from deadhead.training.processes import counted
 
-    require_scored(model, settings)
-    network = load_measured(model, shared["device"], shared["dtype"])
-    with progress(quiet) as report:
-        text, _ = load_text(
-            text_of.source,
-            tokenizer=load_tokenizer(model),
-            **text_of.reading,
-            progress=counted(report, "reading text, kB"),
-        )
-        result = measure(
-            network,
-            text.splits[on],
-            batch_size=batch_size,
-            limit=limit,
-            window=window,
-            progress=counted(report, "evaluating"),
-        )
+    is_text_read = further.is_text_read(settings)
+    # The reference first, as replies are compared.
+    paths = [path for path in (reference, model) if path is not None]
+    for path in paths:
+        require_scored(path, settings, is_text_read=is_text_read and path == model)
+    with further.ready(quiet=quiet or as_json) as measure_further:
+        networks = {str(path): load_measured(path, shared["device"], shared["dtype"]) for path in paths}
+        with progress(quiet) as report:
+            result = None
+            if is_text_read:
+                text, _ = load_text(
+                    text_of.source,
+                    tokenizer=load_tokenizer(model),
+                    **text_of.reading,
+                    progress=counted(report, "reading text, kB"),
+                )
+                result = measure(
+                    networks[str(model)],
+                    text.splits[on],
+                    batch_size=batch_size,
+                    limit=limit,
+                    window=window,
+                    progress=counted(report, "evaluating"),
+                )
+            unscored = None if reference is None else str(reference)
+            found: Further = measure_further(networks, report, batch_size=batch_size, unscored=unscored)
     if as_json:
-        print_json(asdict(result))
+        values = {**({} if result is None else asdict(result)), **found.values(str(model))}
+        if reference is not None:
+            values["reference"] = found.values(str(reference))
+        print_json({**values, **({"shown": found.shown(show)} if show else {})})
         return
-    console.print(
-        f"perplexity {result.perplexity:.4f} a token, {result.word_perplexity:.4g} a word; "
-        f"{result.bits_per_byte:.4f} bits/byte; {result.tokens:,} tokens at {result.tokens_per_second:,.0f}/s"
-    )
-    console.print(f"read in {result.cut}")
+    if result is not None:
+        console.print(
+            f"perplexity {result.perplexity:.4f} a token, {result.word_perplexity:.4g} a word; "
+            f"{result.bits_per_byte:.4f} bits/byte; {result.tokens:,} tokens at {result.tokens_per_second:,.0f}/s"
+        )
+        console.print(f"read in {result.cut}")
+    for name, said in found.replies.items():
+        console.print(f"{escape(Path(name).name)}: {said.said}")
+    print_replies(found, show)
+    if further.tasks:
+        print_tasks(found.tasks[str(model)])
 
 
 def generate(

@@ -88,6 +88,15 @@ class Chat:
                 raise
         return self._written(plain, talk)
 
+    def ask(self, prompt: str) -> str:
+        """Return a conversation of one prompt as text, up to where its answer begins.
+
+        Raises:
+            InputError: the template does not take it.
+        """
+        text = self._render([{"role": "user", "content": prompt}], _Talk("a prompt", None), add_generation_prompt=True)
+        return text.removeprefix(self._begin)
+
     def _written(self, messages: list[dict[str, Any]], talk: _Talk) -> Written:
         text = self._render(messages, talk)
         answers = self._answers(messages, text, talk) if self.answers else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,18 +58,26 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
 
 def _load(source: str, name: str, config: str | None, *, is_saved: bool) -> dict[str, Dataset]:
     """All splits of a data set by name."""
-    import datasets
     from datasets import Dataset, load_dataset, load_from_disk
 
-    # It read this setting of huggingface_hub's when it was imported.
-    before = datasets.config.HF_HUB_OFFLINE
     try:
-        with quick(name):
-            # Of a folder on this disk it would still tell a server that it was read.
-            datasets.config.HF_HUB_OFFLINE = before or constants.HF_HUB_OFFLINE or Path(name).exists()
+        # Of a folder on this disk it would still tell a server that it was read.
+        with quick(name), datasets_offline(constants.HF_HUB_OFFLINE or Path(name).exists()):
             loaded = load_from_disk(name) if is_saved else load_dataset(name, config)
     except Exception as error:  # the library raises many kinds, down to those of the file formats
         raise InputError(f"The data set {source} could not be loaded: {first_line(error)}.") from error
+    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+
+
+@contextmanager
+def datasets_offline(is_offline: bool) -> Iterator[None]:
+    """Let the datasets library ask no server while the block runs, if it is said to be offline."""
+    import datasets
+
+    # It read this setting of huggingface_hub's when it was imported.
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or is_offline
+    try:
+        yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)

@@ -91,7 +91,13 @@ def quick(name: str | Path) -> Iterator[None]:
     if not is_name(name):
         yield
         return
-    is_down = not answers()
+    with from_cache(not answers()):
+        yield
+
+
+@contextmanager
+def from_cache(is_down: bool) -> Iterator[None]:
+    """Let what the block asks of the hub come from its cache alone, if the hub does not answer."""
     # Threads may be in here at the same time: the first notes what was set, the last puts it back.
     with _lock:
         if not _quick["inside"]:
