@@ -127,7 +127,7 @@ def load_text(
         InputError: the text or the tokenizer cannot be used; the message says why.
     """
     template = None if chat_template is None else read_text(Path(chat_template), what="chat template")
-    chat = _chat_of(tokenizer, template, answers=answers_only)
+    chat = chat_of(tokenizer, template, answers=answers_only)
     corpus = open_corpus(source, text_column=text_column, split=split, data_format=data_format, chat=chat)
     for option, value in (("chat_template", chat_template), ("answers_only", answers_only)):
         if value and not corpus.is_chat:
@@ -145,7 +145,7 @@ def load_text(
     return tokens, tokenizer
 
 
-def _chat_of(tokenizer: str | PreTrainedTokenizerBase, template: str | None, *, answers: bool) -> Chat | None:
+def chat_of(tokenizer: str | PreTrainedTokenizerBase, template: str | None, *, answers: bool) -> Chat | None:
     """Return what writes conversations for a tokenizer, or one of a kind that is not made yet; None without template.
 
     A template that is given goes before the tokenizer's own.

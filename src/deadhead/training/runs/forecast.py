@@ -18,12 +18,13 @@ from deadhead.modes import best_device
 from deadhead.plans.kinds import READS_TEXT
 from deadhead.training.phases.defaults import recovery, segment_length, with_defaults
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
+from deadhead.training.runs.self_text import rows_to_write
 
 # Of a large product's speed, what a forward pass reaches.
 _EFFICIENCY = 0.8
 # What a token is worth, in forward passes: read by a criterion, by one that needs gradients, in a step of sizes, in one
-# of training (a teacher reads it once more), and in compensation.
-_READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT = 1.0, 3.0, 2.3, 3.0, 1.0, 2.9
+# of training (a teacher reads it once more), in compensation, and written by the model itself, one after the other.
+_READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT, _WRITE = 1.0, 3.0, 2.3, 3.0, 1.0, 2.9, 1.8
 _GRADIENTS = ("taylor", "second-order")
 _PRODUCT = 1024
 
@@ -36,7 +37,9 @@ class Part:
     seconds: float
 
 
-def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, cut: bool = True) -> list[Part]:
+def forecast(
+    model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, cut: bool = True, writes: bool = False
+) -> list[Part]:
     """Return the parts of pruning a model, in order; it may be on the meta device.
 
     Args:
@@ -44,7 +47,9 @@ def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, c
         recipe: with a criterion.
         recover: steps after the cut.
         cut: whether it is cut.
+        writes: whether the model writes the text before.
     """
+    written = sum(rows_to_write(model, recipe, recover=recover if cut else 0)) if writes else 0
     recipe = with_defaults(recipe, model)
     length = segment_length(model, recipe)
     pass_seconds = model_cost(model, length=length).flops_per_token / (_EFFICIENCY * speed(model.dtype))
@@ -53,16 +58,19 @@ def forecast(model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, c
         return Part(what=what, seconds=rows * length * passes * pass_seconds)
 
     rows, each = recipe.steps * recipe.batch_size, f"{recipe.batch_size} × {length} tokens"
+    parts = []
+    if writes:
+        parts = [part(f"write {written} rows of {length} tokens of its own", written, _WRITE)]
     if recipe.criterion == "sizes":
-        parts = [part(f"learn the sizes of layers' parts in {recipe.steps} steps of {each}", rows, _READ + _SIZES)]
+        parts.append(part(f"learn the sizes of layers' parts in {recipe.steps} steps of {each}", rows, _READ + _SIZES))
     elif recipe.is_ranked:
         passes = _WITH_GRADIENTS if recipe.criterion in _GRADIENTS else _READ
         reads = recipe.criterion in READS_TEXT
         of_text = f" from {recipe.steps} batches of {each}" if reads else ""
-        parts = [part(f"rank units by {recipe.criterion}{of_text}", rows, passes * reads)]
+        parts.append(part(f"rank units by {recipe.criterion}{of_text}", rows, passes * reads))
     else:
         what = "train gates alone" if recipe.freeze_weights else "train gates and weights"
-        parts = [part(f"{what} in {recipe.steps} steps of {each}", rows, _passes(recipe))]
+        parts.append(part(f"{what} in {recipe.steps} steps of {each}", rows, _passes(recipe)))
     if cut and recipe.compensate:
         fitted = f"fit what is left to the dense model on {recipe.compensate_rows} rows"
         parts.append(part(fitted, recipe.compensate_rows, _FIT))
