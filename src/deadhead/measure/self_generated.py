@@ -16,23 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer
 
 from deadhead.data.encoders import text_frame
 from deadhead.data.turns import Turns, turns_of
 from deadhead.errors import InputError, typed
 from deadhead.layouts.refusals import require_weights
+from deadhead.measure.cost import model_cost
 from deadhead.measure.losses import require_language_model
 from deadhead.measure.positions import require_positions
+from deadhead.models.all_attention.cache import Room
 from deadhead.modes import evaluating
 
-# Rows that are written side by side. More take longer a token on a CPU: their cache is copied at every step.
-_ROWS = 32
+# Rows that are written side by side, and bytes that their keys and values may take: on a CPU more rows bring no more.
+_ROWS = {"cpu": 64}
+_MOST_ROWS, _MOST_BYTES = 256, 2 * 10**9
 
 
 @typed
@@ -90,10 +96,12 @@ def write_text(
             f"but a length of {length} (--sequence-length) came; choose a longer one."
         )
     draws = torch.Generator().manual_seed(seed)
+    each = model_cost(model, length=length).kv_cache_bytes
+    at_once = max(1, min(_ROWS.get(model.device.type, _MOST_ROWS), _MOST_BYTES // max(each, 1)))
     written: list[Tensor] = []
     with evaluating(model), _plain_generation(model), torch.inference_mode():
-        for start in range(0, rows, _ROWS):
-            count = min(_ROWS, rows - start)
+        for start in range(0, rows, at_once):
+            count = min(at_once, rows - start)
             first_BT = torch.tensor([begin] * count, dtype=torch.int64)
             if not begin:
                 first_BT = torch.randint(known, (count, 1), generator=draws)
@@ -111,6 +119,7 @@ def write_text(
                 pad_token_id=0,
                 use_cache=True,
                 logits_processor=LogitsProcessorList([sampler]),
+                **_growing_cache(model, length),
             )
             written.append(ids_BT.cpu())
     # Tensors that were made in inference mode cannot be learned from.
@@ -137,6 +146,38 @@ def _plain_generation(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
+
+
+def _growing_cache(model: PreTrainedModel, length: int) -> dict[str, Cache]:
+    """Return a cache with room for whole rows, where transformers' own would be copied at every step.
+
+    It is for models whose layers all keep everything; others get the one that they make themselves.
+    """
+    supports: Any = getattr(model, "_supports_default_dynamic_cache", lambda: False)
+    if not supports():
+        return {}
+    cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return {}
+    cache.layers = [_GrowingLayer(length) for _ in cache.layers]
+    return {"past_key_values": cache}
+
+
+class _GrowingLayer(DynamicLayer):
+    """transformers' layer of a cache, the same to its users; `keys` and `values` are views of longer tensors."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+        self._room = {"keys": Room(), "values": Room()}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values of new positions; return those of all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, _ = self._room["keys"].append(self.keys, key_states, self._length)
+        self.values, _ = self._room["values"].append(self.values, value_states, self._length)
+        return self.keys, self.values
 
 
 class _Sampler(LogitsProcessor):

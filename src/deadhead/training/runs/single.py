@@ -169,7 +169,7 @@ def _gone_on_failure(work: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         begun = [name for name in ("checkpoints", RECOVERY) if newest_finished(work / name) is not None]
-        is_written = isinstance(error, KeyboardInterrupt) and (work / FILE).exists()
+        is_written = isinstance(error, KeyboardInterrupt | SystemExit) and (work / FILE).exists()
         if fresh and is_main() and not begun and not is_written and not (work / CUT).is_dir():
             shutil.rmtree(work, ignore_errors=True)
         raise
