@@ -40,7 +40,9 @@ Model = PreTrainedModel | str | Path | ModelRecipe
 
 def once(announce: Callable[[Sequence[Part]], None] | None) -> Callable[[Sequence[Part]], None] | None:
     """Return what passes on the first announcement alone: who writes a text has announced all the rest."""
-    first = [announce] if announce is not None else []
+    if announce is None:
+        return None
+    first = [announce]
     return lambda parts: first.pop()(parts) if first else None
 
 

@@ -136,9 +136,13 @@ def self_text(
             rows = min(_STREAMS, rows)
             row = -(-(learned + measured) * length // rows)
         network = model if writer is None else writer
+        report, before = counted(progress, "writing text, tokens"), network.device
         network.to(best_device())  # type: ignore[arg-type]
-        report = counted(progress, "writing text, tokens")
-        ids = write_text(network, tokenizer, rows=rows, length=row, seed=seed, progress=report)
+        try:
+            ids = write_text(network, tokenizer, rows=rows, length=row, seed=seed, progress=report)
+        except BaseException:
+            network.to(before)  # type: ignore[arg-type]
+            raise
         own = ids[:, len(text_frame(tokenizer)[0]) :] if prefix else ids
         tokens = own.flatten().numpy().astype(np.int32)
         noted = {"asked": json.dumps(asked), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
