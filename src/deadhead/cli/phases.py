@@ -32,8 +32,8 @@ from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecip
 
 if TYPE_CHECKING:
     from deadhead.training.processes import Progress as Report
+    from deadhead.training.runs.beginning import Phase
     from deadhead.training.runs.forecast import Part
-    from deadhead.training.runs.single import Phase
 
 _S = TypeVar("_S", bound=BaseModel)
 
@@ -129,7 +129,8 @@ def prune(
     base = begun(shared.pop("recipe"), settings)
     phase = section_of(base.prune, settings)
     if dry_run:
-        _dry_run(model, phase, recover, shared["device"], shared["dtype"], shared["quiet"], shared["as_json"])
+        how = {name: shared[name] for name in ("device", "dtype", "quiet", "as_json")}
+        _dry_run(model, phase, _with(base.data, settings), recover, cut=cut, **how)
         return
     if out is None:
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
@@ -155,7 +156,16 @@ def finetune(
 
 
 def _dry_run(
-    model: Path, phase: PruneRecipe, recover: int, device: str | None, dtype: str | None, quiet: bool, as_json: bool
+    model: Path,
+    phase: PruneRecipe,
+    text: DataRecipe,
+    recover: int,
+    *,
+    cut: bool,
+    device: str | None,
+    dtype: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     load_torch(quiet or as_json, model)
     from deadhead.checkpoints import checkpoint
@@ -166,7 +176,9 @@ def _dry_run(
     from deadhead.training.runs.dry_run import dry_run
     from deadhead.training.runs.forecast import forecast
     from deadhead.training.runs.inputs import load_ungated, require_trainable, require_ungated
+    from deadhead.training.runs.self_text import is_self
 
+    writes = is_self(text)
     place = None if device is None else checkpoint.named_device(device)
     latency = None
     is_timed = phase.budget is not None and phase.budget.kind == "speedup"
@@ -184,7 +196,7 @@ def _dry_run(
     parts = []
     if network.can_generate():
         with on_device(place):
-            parts = forecast(network, phase, recover=recover)
+            parts = forecast(network, phase, recover=recover, cut=cut, writes=writes)
     if as_json:
         print_json(result.to_dict() | {"parts": [asdict(part) for part in parts]})
         return

@@ -103,8 +103,9 @@ def open_corpus(
         test_share: the same for test.
 
     Raises:
-        InputError: the source is not there, is not what it was expected to be, looks like data with fields but is not
-            named like it, or has conversations without `chat`; or the shares leave nothing for training.
+        InputError: the source is not there, or is "self", which nobody has written; it is not what it was expected to
+            be, looks like data with fields but is not named like it, or has conversations without `chat`; or the shares
+            leave nothing for training.
 
     Warns:
         RunWarning: files of a directory are left out, as they hold another format, or no UTF-8 text.
@@ -117,6 +118,12 @@ def open_corpus(
     source = str(source)
     if not source:
         raise InputError("A text file, a directory, stdlib or hf:NAME was expected, but nothing came.")
+    if source == "self":
+        hint = "; the file of that name is ./self" if Path(source).exists() else ""
+        raise InputError(
+            "A text file, a directory, stdlib or hf:NAME was expected, but self came, which is text that deadhead "
+            f"prune lets the model write before it prunes it: there is none to read{hint}."
+        )
     is_named = source.startswith("hf:")
     _refuse("split", split if not is_named else None, "data sets, hf:NAME", source)
     _refuse("data_format", data_format if is_named or source == "stdlib" else None, "files", source)

@@ -249,7 +249,7 @@ def _own_splits(files: Sequence[Sized]) -> dict[str, list[Sized]]:
 
 def _missing(path: Path) -> str:
     """The sentence for a path where nothing is, with the nearest name there is."""
-    names = ["stdlib"] if path.parent == Path() else []
+    names = ["stdlib", "self"] if path.parent == Path() else []
     with suppress(OSError):
         names += os.listdir(path.parent)
     near = difflib.get_close_matches(path.name, names, n=1)

@@ -26,7 +26,7 @@ class AppendingLayer(DynamicSlidingWindowLayer):
 
     def __init__(self, sliding_window: int, **kwargs: Any) -> None:
         super().__init__(sliding_window, **kwargs)
-        self._room = {"keys": _Room(), "values": _Room()}
+        self._room = {"keys": Room(), "values": Room()}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, E) of each; return what the new positions may see, (B, H, S + T, E) of each."""
@@ -42,7 +42,7 @@ class AppendingLayer(DynamicSlidingWindowLayer):
         return keys, values
 
 
-class _Room:
+class Room:
     """A tensor with room behind the positions that are kept in it."""
 
     def __init__(self) -> None:

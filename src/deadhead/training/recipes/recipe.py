@@ -101,7 +101,8 @@ class DataRecipe(_Section):
     source: str = setting(
         "stdlib",
         "The text: a file or a directory of text, JSON, JSON Lines, CSV or Parquet, packed (.gz, .zst) or not, "
-        "hf:NAME[:CONFIG], or 'stdlib' (Python's own source, the default for deadhead's own models only).",
+        "hf:NAME[:CONFIG], 'stdlib' (Python's own source, the default for deadhead's own models only), or 'self', in "
+        "`deadhead prune`: what the model itself writes before (a file of one of these names is './self').",
         option="--data",
         first=True,
     )

@@ -19,12 +19,13 @@ from deadhead.plans.kinds import READS_TEXT
 from deadhead.training.phases.defaults import recovery, segment_length, with_defaults
 from deadhead.training.phases.ranking import later
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
+from deadhead.training.runs.self_text import rows_to_write
 
 # Of a large product's speed, what a forward pass reaches.
 _EFFICIENCY = 0.8
 # What a token is worth, in forward passes: read by a criterion, by one that needs gradients, in a step of sizes, in one
-# of training (a teacher reads it once more), and in compensation.
-_READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT = 1.0, 3.0, 2.3, 3.0, 1.0, 2.9
+# of training (a teacher reads it once more), in compensation, and written by the model itself, one after the other.
+_READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT, _WRITE = 1.0, 3.0, 2.3, 3.0, 1.0, 2.9, 1.8
 _GRADIENTS = ("taylor", "second-order")
 _PRODUCT = 1024
 
@@ -38,7 +39,13 @@ class Part:
 
 
 def forecast(
-    model: PreTrainedModel, recipe: PruneRecipe, *, recover: int = 0, cut: bool = True, budgets: int = 1
+    model: PreTrainedModel,
+    recipe: PruneRecipe,
+    *,
+    recover: int = 0,
+    cut: bool = True,
+    writes: bool = False,
+    budgets: int = 1,
 ) -> list[Part]:
     """Return the parts of pruning a model, in order; it may be on the meta device.
 
@@ -47,8 +54,10 @@ def forecast(
         recipe: with a criterion.
         recover: steps after the cut.
         cut: whether it is cut.
+        writes: whether the model writes the text before.
         budgets: how many models are made, from one look at the text; `recipe` has the first of their budgets.
     """
+    written = sum(rows_to_write(model, recipe, recover=recover if cut else 0)) if writes else 0
     recipe = with_defaults(recipe, model)
     length = segment_length(model, recipe)
     pass_seconds = model_cost(model, length=length).flops_per_token / (_EFFICIENCY * speed(model.dtype))
@@ -58,18 +67,21 @@ def forecast(
 
     rows, each = recipe.steps * recipe.batch_size, f"{recipe.batch_size} × {length} tokens"
     times = "" if budgets == 1 else f", {budgets} times"
+    parts = []
+    if writes:
+        parts = [part(f"write {written} rows of {length} tokens of its own", written, _WRITE)]
     if recipe.criterion == "sizes":
         further = (budgets - 1) * later(recipe.steps)
         what = f"learn the sizes of layers' parts in {recipe.steps + further} steps of {each}"
-        parts = [part(what, rows, _READ + _SIZES * (1 + further / recipe.steps))]
+        parts.append(part(what, rows, _READ + _SIZES * (1 + further / recipe.steps)))
     elif recipe.is_ranked:
         passes = _WITH_GRADIENTS if recipe.criterion in _GRADIENTS else _READ
         reads = recipe.criterion in READS_TEXT
         of_text = f" from {recipe.steps} batches of {each}" if reads else ""
-        parts = [part(f"rank units by {recipe.criterion}{of_text}", rows, passes * reads)]
+        parts.append(part(f"rank units by {recipe.criterion}{of_text}", rows, passes * reads))
     else:
         what = "train gates alone" if recipe.freeze_weights else "train gates and weights"
-        parts = [part(f"{what} in {recipe.steps} steps of {each}", rows, _passes(recipe))]
+        parts.append(part(f"{what} in {recipe.steps} steps of {each}", rows, _passes(recipe)))
     if cut and recipe.compensate:
         fitted = f"fit what is left to the dense model on {recipe.compensate_rows} rows{times}"
         parts.append(part(fitted, budgets * recipe.compensate_rows, _FIT))

@@ -44,7 +44,7 @@ _NOT_COMPARED |= {"auto_map", "use_cache", "bos_token_id", "eos_token_id", "pad_
 _NAMED_OTHERWISE = {"from_", "architecture", "layers", "width", "heads", "persistent", "feed_forward"}
 
 Data = str | Path | DataRecipe | TokenizedCorpus | TokenStream
-"""A text file, a directory, "stdlib", "hf:NAME[:CONFIG]", one of these with settings, or tokens."""
+"""A text file, a directory, "stdlib", "hf:NAME[:CONFIG]", "self", one of these with settings, or tokens."""
 
 
 def prepare_text(
@@ -97,8 +97,8 @@ def require_default_text(model_type: str | None) -> None:
     if model_type is not None and model_type not in OWN_TYPES:
         raise InputError(
             f"A text was expected for a model of type {model_type}, but none was given: the default, stdlib, is for "
-            "deadhead's own models only; name one with data (--data), a text file, a directory, stdlib or "
-            "hf:NAME[:CONFIG]."
+            "deadhead's own models only; name one with data (--data), a text file, a directory, stdlib, "
+            "hf:NAME[:CONFIG], or, to prune by what the model writes, self."
         )
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedModel
 
@@ -18,9 +17,8 @@ from deadhead.checkpoints import checkpoint
 from deadhead.disk.files import remove_left_overs, write_json
 from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_json
-from deadhead.errors import InputError, RunWarning, require_extra, typed
+from deadhead.errors import InputError, require_extra, typed
 from deadhead.layouts import find_layout
-from deadhead.layouts.refusals import require_model, require_weights
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
@@ -28,37 +26,22 @@ from deadhead.modes import best_device, on_device, restored_on_failure
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import LATENCY_FILE
-from deadhead.training.phases.defaults import segments, with_criterion
+from deadhead.training.phases.defaults import segments
 from deadhead.training.phases.distillation import require_weight
 from deadhead.training.phases.phase import PhaseRun, train
 from deadhead.training.phases.rolling_back import rolled_back
-from deadhead.training.processes import Progress, count, counted, is_main, on_main, told
+from deadhead.training.processes import count, counted, is_main, on_main, told
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.runs.inputs import (
-    NO_TEXT,
-    Data,
-    Text,
-    build_model,
-    is_named,
-    is_without_text,
-    known_tokenizer,
-    load_ungated,
-    read_data,
-    require_trainable,
-    require_ungated,
-    teacher_of,
-)
+from deadhead.training.runs.beginning import Model, Phase, base_of, begin, once
+from deadhead.training.runs.inputs import NO_TEXT, Data, Text, teacher_of
 from deadhead.training.runs.options import Options
 from deadhead.training.runs.pruning import CUT, RECOVERY, Known, prune_in_place
 from deadhead.training.runs.results import Change, Pruned, Trained
+from deadhead.training.runs.self_text import FILE
 from deadhead.training.runs.summary import METRICS_FILE
 
 SETTINGS_FILE = "settings.json"
-
-Phase = Literal["train", "prune", "finetune"]
-Model = PreTrainedModel | str | Path | ModelRecipe
-"""In memory, a checkpoint's folder, its name on the hub, or the sizes of a fresh one."""
 
 _P = TypeVar("_P", bound=PhaseRecipe)
 
@@ -83,8 +66,8 @@ def prune(
     Args:
         model: in memory, and changed in place; or a checkpoint folder, a GGUF file, or a name on the Hugging Face hub.
         data: a `TokenizedCorpus` or `TokenStream`; or a text file, a directory, "stdlib" or "hf:NAME[:CONFIG]", read
-            by the model's tokenizer. None takes "stdlib" for a model of deadhead's own; others are then ranked by
-            "magnitude" or "random" alone, and not measured.
+            by the model's tokenizer; or "self", which the model writes before it is pruned. None takes "stdlib" for a
+            model of deadhead's own; others are then ranked by "magnitude" or "random" alone, and not measured.
         recipe: settings that are not given by themselves; None: the defaults.
         cut: False keeps the gates on the model.
         settings: fields of `PruneRecipe`, such as `params`, `sparsity`, `criterion`, `steps`, `batch_size`, and of
@@ -114,7 +97,7 @@ def finetune(
 
     Args:
         model: as for `prune`.
-        data: as for `prune`.
+        data: as for `prune`, but "self" is written by the `teacher`.
         recipe: settings that are not given by themselves; None: the defaults.
         settings: fields of `PhaseRecipe`, such as `steps`, `learning_rate`, `lora_rank`, and of `Options`.
 
@@ -187,13 +170,17 @@ def run_single(
 
 @contextmanager
 def _gone_on_failure(work: Path) -> Iterator[None]:
-    """Remove `work` if the block made it and fails, unless there is something to resume in it."""
+    """Remove `work` if the block made it and fails, unless there is something to resume in it.
+
+    A text that was written is that only where someone interrupts: it takes minutes, but what was refused stays refused.
+    """
     fresh = not work.exists()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         begun = [name for name in ("checkpoints", RECOVERY) if newest_finished(work / name) is not None]
-        if fresh and is_main() and not begun and not (work / CUT).is_dir():
+        is_written = isinstance(error, KeyboardInterrupt | SystemExit) and (work / FILE).exists()
+        if fresh and is_main() and not begun and not is_written and not (work / CUT).is_dir():
             shutil.rmtree(work, ignore_errors=True)
         raise
 
@@ -210,7 +197,8 @@ def _run(
     known: Known | None,
 ) -> Trained:
     progress = told(options.progress)
-    network, text, recipe = begin(model, data, options, work, progress, recipe)
+    options = replace(options, announce=once(options.announce))
+    network, text, recipe = begin(phase, model, data, options, work, progress, recipe, cut=cut)
     if options.out is not None:
         on_main(lambda: keep_settings(work, _settings(phase, recipe, model, data, options, text) | {"cut": cut}))
 
@@ -256,7 +244,7 @@ def _run(
                 options.out,
                 tokenizer=text.tokenizer,
                 metrics={} if result is None else {"validation perplexity a token": result.perplexity},
-                base=_base(model),
+                base=base_of(model),
                 files=(work / METRICS_FILE, work / "tensorboard", work / LATENCY_FILE),
             )
         setback = rolled_back(work / "checkpoints") or rolled_back(work / RECOVERY)
@@ -276,69 +264,9 @@ def _run(
     )
 
 
-def begin(
-    model: Model, data: Data | Text | None, options: Options, work: Path, progress: Progress, recipe: PhaseRecipe
-) -> tuple[PreTrainedModel, Text, PhaseRecipe]:
-    """Return the model to begin with, the text, none where units are ranked without, and a recipe with a criterion."""
-    network = None
-    if isinstance(model, str | Path):
-        # What can be known before the weights are loaded: the model's structure, and a text if it is needed.
-        require_ungated(model)
-        declared = checkpoint.load_skeleton(model)
-        recipe = _for_model(recipe, declared, options)
-        require_trainable(declared, recipe)
-        is_without_text(declared, data, recipe)
-        network = load_ungated(model, dtype=options.dtype)
-    elif not isinstance(model, ModelRecipe):
-        require_model(model)
-        network = model
-        recipe = _for_model(recipe, network, options)
-    if network is not None:
-        require_weights(network, "A phase")
-        require_trainable(network, recipe)
-    tokenizer_of = options.tokenizer or _base(model) or (None if network is None else network.name_or_path or None)
-    if network is not None and isinstance(data, Text):
-        return network, data, recipe
-    if network is not None and is_without_text(network, data, recipe):
-        if is_named(data):
-            warnings.warn(
-                RunWarning(f"{type(network).__name__} has no loss on a text, so data is not read."), stacklevel=2
-            )
-        if options.recover:
-            raise InputError("recover learns from a text, but there is none; leave it out.")
-        return network, Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of)), recipe
-    assert not isinstance(data, Text), "a text in tokens has a model that it is for"
-    text = read_data(
-        data,
-        work,
-        model_type=None if network is None else network.config.model_type,
-        tokenizer_of=tokenizer_of,
-        progress=counted(progress, "reading text, kB"),
-    )
-    if isinstance(model, ModelRecipe):
-        if text.tokenizer is None:
-            raise InputError("A fresh model is made for a tokenizer's tokens, but none was given; give it a text.")
-        network = build_model(model, text.tokenizer, seed=options.seed)
-    assert network is not None
-    return network, text, recipe
-
-
 def _own_teacher(phase: Phase, model: Model) -> PreTrainedModel | str | Path | None:
     """Return what a phase learns from where no teacher is named: in pruning, the model as it was."""
     return model if phase == "prune" and not isinstance(model, ModelRecipe) else None
-
-
-def _for_model(recipe: PhaseRecipe, model: PreTrainedModel, options: Options) -> PhaseRecipe:
-    """Return a recipe with a criterion, if it is one for pruning."""
-    return with_criterion(recipe, model, recovers=options.recover > 0) if isinstance(recipe, PruneRecipe) else recipe
-
-
-def _base(model: Model) -> str | Path | None:
-    """Return where a model came from: its folder or name, if it was given by that or its folder is still there."""
-    if isinstance(model, str | Path):
-        return model
-    name = model.name_or_path if isinstance(model, PreTrainedModel) else ""
-    return name if name and Path(name).is_dir() else None
 
 
 def _check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:

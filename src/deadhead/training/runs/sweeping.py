@@ -31,12 +31,13 @@ from deadhead.training.phases.ranking import rank_each
 from deadhead.training.processes import count, counted, told
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PruneRecipe
+from deadhead.training.runs.beginning import begin, once
 from deadhead.training.runs.forecast import forecast
 from deadhead.training.runs.inputs import Data
 from deadhead.training.runs.options import Options
 from deadhead.training.runs.pruning import Known
 from deadhead.training.runs.results import Pruned
-from deadhead.training.runs.single import SETTINGS_FILE, begin, divided, keep_settings, run_single
+from deadhead.training.runs.single import SETTINGS_FILE, divided, keep_settings, run_single
 
 SWEEP_FILE = "sweep.json"
 _PLANS, _WORK = "plans.json", "work"
@@ -188,7 +189,10 @@ class _Sweeping:
         options: Options,
     ) -> None:
         self._out, self._options, self._progress = out, options, told(options.progress)
-        self._dense, self._text, first = begin(model, data, options, out / _WORK, self._progress, recipes[0])
+        budgets = len(recipes)
+        options = replace(options, announce=once(options.announce))
+        where = (options, out / _WORK, self._progress)
+        self._dense, self._text, first = begin("prune", model, data, *where, recipes[0], cut=True, budgets=budgets)
         # Gates, which a phase takes where sizes cannot be learned, learn for one budget.
         criterion = "taylor" if first.criterion == "gates" else first.criterion
         self._recipes = [changed(recipe, criterion=criterion) for recipe in recipes]
@@ -196,7 +200,6 @@ class _Sweeping:
         settings = {"model": named, "seed": options.seed, "recover": options.recover, "sha256": self._text.sha256}
         keep_settings(out, {**settings, "recipes": [recipe.model_dump() for recipe in self._recipes]})
         if options.announce is not None and self._dense.can_generate():
-            budgets = len(self._recipes)
             options.announce(forecast(self._dense, self._recipes[0], recover=options.recover, budgets=budgets))
 
     def run(self, max_loss: float | None) -> Sweep:

@@ -1,0 +1,240 @@
+"""Self-generated text: rows that a language model samples from its own distribution, to calibrate and recover by.
+
+Where no text is at hand that is like what a model learned from, its own comes nearest (Williams, Chrysostomou, Aletras
+2024, arXiv 2410.17170). A model that was trained on conversations writes the user's questions too, if its row begins as
+its chat template begins a user's turn (Magpie: Xu et al. 2024, arXiv 2406.08464).
+
+Dimensions: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer
+
+from deadhead.data.encoders import text_frame
+from deadhead.data.turns import Turns, turns_of
+from deadhead.errors import InputError, typed
+from deadhead.layouts.refusals import require_weights
+from deadhead.measure.cost import model_cost
+from deadhead.measure.losses import require_language_model
+from deadhead.measure.positions import require_positions
+from deadhead.models.all_attention.cache import Room
+from deadhead.modes import evaluating
+
+# Rows that are written side by side, and bytes that their keys and values may take: on a CPU more rows bring no more.
+_ROWS = {"cpu": 64}
+_MOST_ROWS, _MOST_BYTES = 256, 2 * 10**9
+
+
+@typed
+def write_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Let a model write rows of text, each token drawn from its distribution as it is (temperature 1, no token barred).
+
+    A row begins as the tokenizer begins a text (with BOS, say), and goes on as its chat template begins a user's turn,
+    if it has one; without both it begins with the token that ends a text, or begins one, or else with any. The end of a
+    turn or a text ends no row: in a conversation the tokens that the template puts between two turns follow, or those
+    of a new conversation, and other texts go on as the model goes on.
+
+    Args:
+        model: a causal language model; it runs where it is, and is left as it was.
+        tokenizer: its own.
+        rows: how many.
+        length: tokens of a row, what it begins with among them.
+        seed: of all draws; the same gives the same rows, on a machine and with a version of torch.
+        progress: called with the tokens written, and those to write.
+
+    Returns:
+        The tokens, int64 (rows, length), on the CPU.
+
+    Raises:
+        InputError: a number is out of range, a row has no place for more than its beginning, the model has too few
+            positions, or its logits are not finite.
+        UnsupportedModel: the model predicts no next token.
+    """
+    require_language_model(model, "Writing a text")
+    require_weights(model, "Writing a text")
+    if rows < 1:
+        raise InputError(f"At least one row must be asked for, but {rows} were.")
+    require_positions(model, length, of="A row")
+    turns, prefix = turns_of(tokenizer), text_frame(tokenizer)[0]
+    begin = (*prefix, *turns.begin) if turns else prefix
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    if not begin and (one := _first_token(tokenizer)) is not None:
+        begin = (one,)
+    if max(begin, default=0) >= known:
+        raise InputError(
+            f"The tokenizer begins a text with token {max(begin)}, but the model's vocabulary ends at {known - 1}; use "
+            "the tokenizer the model was trained with."
+        )
+    least = max(len(begin), 1)
+    if length <= least:
+        raise InputError(
+            f"Rows of more than {least} tokens were expected, as many as a row begins with before the model goes on, "
+            f"but a length of {length} (--sequence-length) came; choose a longer one."
+        )
+    draws = torch.Generator().manual_seed(seed)
+    each = model_cost(model, length=length).kv_cache_bytes
+    at_once = max(1, min(_ROWS.get(model.device.type, _MOST_ROWS), _MOST_BYTES // max(each, 1)))
+    written: list[Tensor] = []
+    with evaluating(model), _plain_generation(model), torch.inference_mode():
+        for start in range(0, rows, at_once):
+            count = min(at_once, rows - start)
+            first_BT = torch.tensor([begin] * count, dtype=torch.int64)
+            if not begin:
+                first_BT = torch.randint(known, (count, 1), generator=draws)
+            done = start * length
+
+            def report(step: int, done: int = done, count: int = count) -> None:
+                progress(done + step * count, rows * length)
+
+            sampler = _Sampler(draws, turns, (*prefix,), tokenizer.eos_token_id, known, count, report)
+            ids_BT = model.generate(  # type: ignore[operator]
+                first_BT.to(model.device),
+                attention_mask=torch.ones_like(first_BT).to(model.device),
+                max_length=length,
+                do_sample=False,
+                pad_token_id=0,
+                use_cache=True,
+                logits_processor=LogitsProcessorList([sampler]),
+                **_growing_cache(model, length),
+            )
+            written.append(ids_BT.cpu())
+    # Tensors that were made in inference mode cannot be learned from.
+    return torch.cat(written).clone()
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return what a text is taken to begin with where its tokenizer puts nothing before it.
+
+    What parts texts stands before each, and a model has learned what comes after it.
+    """
+    for one in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if isinstance(one, int):
+            return one
+    return None
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Let a model generate without what its own configuration of that says: where to stop, penalties, cuts."""
+    before = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _growing_cache(model: PreTrainedModel, length: int) -> dict[str, Cache]:
+    """Return a cache with room for whole rows, where transformers' own would be copied at every step.
+
+    It is for models whose layers all keep everything; others get the one that they make themselves.
+    """
+    supports: Any = getattr(model, "_supports_default_dynamic_cache", lambda: False)
+    if not supports():
+        return {}
+    cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return {}
+    cache.layers = [_GrowingLayer(length) for _ in cache.layers]
+    return {"past_key_values": cache}
+
+
+class _GrowingLayer(DynamicLayer):
+    """transformers' layer of a cache, the same to its users; `keys` and `values` are views of longer tensors."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+        self._room = {"keys": Room(), "values": Room()}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values of new positions; return those of all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, _ = self._room["keys"].append(self.keys, key_states, self._length)
+        self.values, _ = self._room["values"].append(self.values, value_states, self._length)
+        return self.keys, self.values
+
+
+class _Sampler(LogitsProcessor):
+    """Draws each row's next token, or gives the one that the template has; all others get a score of −∞.
+
+    So a search for the likeliest token finds it, and the process's own random state is not touched.
+    """
+
+    def __init__(
+        self,
+        draws: torch.Generator,
+        turns: Turns | None,
+        prefix: tuple[int, ...],
+        end: int | None,
+        known: int,
+        rows: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._draws = draws
+        self._turns = turns
+        self._fresh = () if turns is None else (*prefix, *turns.begin)
+        self._end = end
+        self._known = known
+        self._progress = progress
+        # Of each row the tokens that the template has still to write, and whether the answer is being written.
+        self._waiting: list[list[int]] = [[] for _ in range(rows)]
+        self._is_answer = [False] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores (B, V) in which one token of each row is left."""
+        logits_BV = scores.float()
+        logits_BV[:, self._known :] = -torch.inf
+        sums_BV = logits_BV.softmax(-1).cumsum(-1)
+        if not bool(sums_BV[:, -1].isfinite().all()):
+            raise InputError(
+                "A model that can write was expected, but its logits are not finite numbers; check its weights, or "
+                "name a text."
+            )
+        drawn_B1 = torch.rand(len(scores), 1, generator=self._draws).to(scores.device)
+        next_B = torch.searchsorted(sums_BV, drawn_B1 * sums_BV[:, -1:], right=True).squeeze(-1)
+        next_B = next_B.clamp(max=self._known - 1)
+        if self._turns is not None:
+            chosen = [self._led(row, token) for row, token in enumerate(next_B.tolist())]
+            next_B = torch.tensor(chosen, device=scores.device)
+        self._progress(input_ids.shape[1] + 1)
+        return torch.full_like(logits_BV, -torch.inf).scatter_(1, next_B[:, None], 0.0)
+
+    def _led(self, row: int, token: int) -> int:
+        """Return the next token of a conversation: the template's, if it has the word, else the one drawn."""
+        assert self._turns is not None
+        if self._waiting[row]:
+            return self._waiting[row].pop(0)
+        between = self._turns.again if self._is_answer[row] else self._turns.answer
+        if between and token == between[0]:
+            self._waiting[row] = [*between[1:]]
+            self._is_answer[row] = not self._is_answer[row]
+        elif token == self._end:
+            self._waiting[row] = [*self._fresh]
+            self._is_answer[row] = False
+        return token

@@ -1,0 +1,186 @@
+"""The text `self`: what a model that is about to be pruned writes, for those who have no text; kept to be read again.
+
+There is as much of it as the phase will read, up to a limit, beyond which rows come again; and an eighth more to
+measure on. The teacher writes it for a model that was pruned before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead.data import TokenizedCorpus, TokenStream
+from deadhead.data.encoders import Encoder, fingerprint_of, text_frame
+from deadhead.data.turns import turns_of
+from deadhead.disk.files import write_bytes
+from deadhead.errors import InputError
+from deadhead.measure.self_generated import write_text
+from deadhead.modes import best_device
+from deadhead.training.phases.defaults import segment_length, with_defaults
+from deadhead.training.processes import Progress, count, counted, on_main
+from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe, PruneRecipe
+from deadhead.training.runs.inputs import Data, Text, reads_text
+
+SELF = "self"
+FILE = "self_text.safetensors"
+# Rows that are written at most, for all that is learned from; and of those, one in so many more to be measured on, but
+# some at least.
+_MOST_ROWS, _VALID_OF, _FEWEST_VALID = 1024, 8, 4
+# Rows that a model with segment memory writes side by side, each of them one long text.
+_STREAMS = 32
+
+
+def is_self(data: Data | None) -> bool:
+    """Tell whether the text is the one that a model writes itself; a file of that name is "./self".
+
+    Raises:
+        InputError: it is, but a setting says how to read a text.
+    """
+    if isinstance(data, TokenizedCorpus | TokenStream | None):
+        return False
+    if not isinstance(data, DataRecipe):
+        return str(data) == SELF
+    if data.source != SELF:
+        return False
+    for name, value in data.reading.items():
+        if value:
+            raise InputError(
+                f"{name} is for a text that is read, but {SELF} is what the model writes; leave {name} out."
+            )
+    return True
+
+
+def require_writer(phase: str, teacher: PreTrainedModel | str | Path | None) -> None:
+    """Check that there is somebody to write a text for a phase: the model while it is whole, or else its teacher."""
+    if phase == "train" or (phase == "finetune" and teacher is None):
+        raise InputError(
+            f"{SELF} is text that a model writes before it is pruned, as a model's own text teaches it nothing; name "
+            "a text file, a directory, stdlib or hf:NAME, or the teacher that is to write it (--teacher, with "
+            "--distill)."
+        )
+
+
+def rows_to_write(model: PreTrainedModel, recipe: PhaseRecipe, *, recover: int = 0) -> tuple[int, int]:
+    """Return how many rows a phase learns from, and how many it is measured on; the model may be on the meta device.
+
+    Args:
+        model: that the phase begins with.
+        recipe: with a criterion, if it is for pruning.
+        recover: steps after the cut.
+    """
+    recipe = with_defaults(recipe, model)
+    batch = recipe.batch_size * count()
+    wanted = [batch * recover, recipe.steps * batch if reads_text(recipe) else 0]
+    if isinstance(recipe, PruneRecipe) and recipe.compensate:
+        wanted.append(recipe.compensate_rows)
+    # A model with segment memory reads a row for each of a batch side by side, and is compensated on two batches.
+    rows = max(min(max(wanted), _MOST_ROWS), 2 * batch)
+    return rows, max(rows // _VALID_OF, _FEWEST_VALID)
+
+
+def self_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: PhaseRecipe,
+    folder: Path,
+    *,
+    writer: PreTrainedModel | None = None,
+    recover: int = 0,
+    seed: int,
+    begin: Callable[[], None],
+    progress: Progress,
+) -> Text:
+    """Return the text that a model has written, or writes now; all processes get the main one's.
+
+    Args:
+        model: that reads it.
+        tokenizer: its own.
+        recipe: with a criterion, if it is for pruning.
+        folder: where it is kept, and found again.
+        writer: writes it; None: the model.
+        recover: steps after the cut.
+        seed: of what is written.
+        begin: called before it is written, but not where it was found.
+        progress: told how much is written.
+
+    Raises:
+        InputError: there is no tokenizer, or what was kept is damaged, or was written for something else.
+    """
+    if tokenizer is None:
+        raise InputError(
+            f"A tokenizer is needed to write a text ({SELF}), but this model does not say where its own lies; give it "
+            "with tokenizer=."
+        )
+    prefix = () if hasattr(model.config, "memory_length") else text_frame(tokenizer)[0]
+    learned, measured = rows_to_write(model, recipe, recover=recover)
+    length = segment_length(model, recipe)
+    asked = {"rows": [learned, measured], "length": length, "seed": seed, "tokenizer": fingerprint_of(tokenizer)}
+
+    def write() -> np.ndarray:
+        path = folder / FILE
+        if path.exists():
+            return _kept(path, asked)
+        begin()
+        rows, row = learned + measured, length
+        if hasattr(model.config, "memory_length"):
+            # Few long texts tell a memory more than many short ones.
+            rows = min(_STREAMS, rows)
+            row = -(-(learned + measured) * length // rows)
+        network = model if writer is None else writer
+        report, before = counted(progress, "writing text, tokens"), network.device
+        network.to(best_device())  # type: ignore[arg-type]
+        try:
+            ids = write_text(network, tokenizer, rows=rows, length=row, seed=seed, progress=report)
+        except BaseException:
+            network.to(before)  # type: ignore[arg-type]
+            raise
+        own = ids[:, len(text_frame(tokenizer)[0]) :] if prefix else ids
+        tokens = own.flatten().numpy().astype(np.int32)
+        noted = {"asked": json.dumps(asked), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+        write_bytes(path, save({"tokens": torch.from_numpy(tokens)}, metadata=noted))
+        return tokens
+
+    tokens = on_main(write)
+    held = measured * (length - len(prefix))
+    learning, validation = tokens[:-held], tokens[-held:]
+    # The last token of a row is learned from where another follows.
+    learning = np.append(learning, validation[:1])
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    return Text(_stream(learning, tokenizer, prefix), _stream(validation, tokenizer, prefix), digest, tokenizer)
+
+
+def _kept(path: Path, asked: dict[str, Any]) -> np.ndarray:
+    """Return the tokens that were kept, if they are whole and what is asked for."""
+    damaged = InputError(f"The text in {path} is damaged; delete {path.parent}, and begin again without resume.")
+    try:
+        with safe_open(path, "np") as file:
+            noted, tokens = file.metadata() or {}, file.get_tensor("tokens")
+        is_whole = hashlib.sha256(tokens.tobytes()).hexdigest() == noted["sha256"]
+        found = json.loads(noted["asked"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise damaged from error
+    if not is_whole:
+        raise damaged
+    if found != asked:
+        raise InputError(
+            f"{path.parent} is left of a phase with other settings, another tokenizer or another number of processes; "
+            "resume with those, or delete it."
+        )
+    return np.asarray(tokens)
+
+
+def _stream(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, prefix: tuple[int, ...]) -> TokenStream:
+    """Return tokens with the bytes and words that they stand for, of what the template writes too, but not of ends."""
+    text = str(tokenizer.decode(tokens, skip_special_tokens=turns_of(tokenizer) is None))
+    words = len(tokens) if Encoder(tokenizer).is_words else len(text.split())
+    kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    return TokenStream(tokens=tokens.astype(kind), num_bytes=len(text.encode()), num_words=words, prefix=prefix)
