@@ -130,7 +130,7 @@ def prune(
     phase = section_of(base.prune, settings)
     if dry_run:
         how = {name: shared[name] for name in ("device", "dtype", "quiet", "as_json")}
-        _dry_run(model, phase, _with(base.data, settings), recover, cut=cut, **how)
+        _dry_run(model, phase, section_of(base.data, settings), recover, cut=cut, **how)
         return
     if out is None:
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
