@@ -151,3 +151,20 @@ def test_what_cannot_be_swept_leaves_nothing(
     with pytest.raises(InputError, match=message):
         _sweep(place, **{"out": tmp_path / "out", **settings})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_model_may_write_the_text_of_a_sweep(place: Path, tmp_path: Path) -> None:
+    told: list[list[str]] = []
+    found = deadhead.sweep(
+        place / "llama",
+        "self",
+        params=[0.85, 0.7],
+        out=tmp_path / "out",
+        criterion="reconstruction",
+        announce=lambda parts: told.append([part.what for part in parts]),
+        **_SMALL,
+    )
+    assert [point["asked"] for point in found.points] == [0.85, 0.7] and "perplexity" in found.dense
+    # What will be done is said once, for both.
+    (parts,) = told
+    assert parts[0].startswith("write ") and parts[-1].endswith("2 times")
