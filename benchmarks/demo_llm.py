@@ -26,7 +26,10 @@ from deadhead.errors import is_installed
 
 # Of 30 layers, in minutes; without being told, deadhead takes more of all three.
 _PRUNING = ("--params", "0.8", "--of", "blocks", "--steps", "24", "--compensate-rows", "128", "--recover", "24")
-_QUICK = ("--params", "0.8", "--of", "blocks", "--fast", "--steps", "1", "--batch-size", "1", "--compensate-rows", "4")
+_QUICK = (
+    *("--params", "0.8", "--of", "blocks", "--fast", "--steps", "1", "--batch-size", "1", "--compensate-rows", "4"),
+    *("--sequence-length", "48"),
+)
 
 
 def packaged_model() -> Path:

