@@ -55,12 +55,12 @@ def test_sizes_are_for_pretrained_language_models(model: str, place: Path) -> No
 
 
 def test_a_recovery_takes_what_the_phase_says_of_training() -> None:
-    plain = recovery(PruneRecipe(criterion="sizes", params=0.8), 50)
-    assert plain == PhaseRecipe(
-        steps=50, batch_size=4, schedule="cosine", warmup_steps=5, distill=1.0, distill_temperature=1.0
-    )
+    model = tiny_model("llama")
+    plain = recovery(PruneRecipe(criterion="sizes", params=0.8), 50, model)
+    whole = {"schedule": "cosine", "warmup_steps": 5, "distill": 1.0, "distill_temperature": 1.0}
+    assert plain == PhaseRecipe(steps=50, batch_size=4, learning_rate=2e-4, **whole)
     asked = PruneRecipe(params=0.8, steps=7, batch_size=3, learning_rate=0.1, distill=0.5, lora_rank=2, warmup_steps=0)
-    found = recovery(asked, 50)
+    found = recovery(asked, 50, model)
     assert (found.steps, found.batch_size, found.learning_rate) == (50, 3, 0.1)
     assert (found.distill, found.lora_rank, found.warmup_steps, found.schedule) == (0.5, 2, 0, "cosine")
 

@@ -21,8 +21,9 @@ from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 # log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
 _GATE_RATE = 0.02
 
-# Of a recovery's steps, those in which the rate rises.
-_WARMUP = 0.1
+# Of a recovery's steps, those in which the rate rises; and to what, where all weights of a pretrained model learn
+# (docs/llm.md).
+_WARMUP, _RECOVERY_RATE = 0.1, 2e-4
 
 # Tokens of a row of a model without memory, unless the recipe says otherwise.
 _ROW = 256
@@ -77,9 +78,11 @@ def with_criterion(recipe: PruneRecipe, model: PreTrainedModel, *, recovers: boo
     return changed(recipe, criterion="sizes" if learns_sizes else "gates")
 
 
-def recovery(recipe: PruneRecipe, steps: int) -> PhaseRecipe:
+def recovery(recipe: PruneRecipe, steps: int, model: PreTrainedModel) -> PhaseRecipe:
     """Return the recipe by which a pruned model recovers: as the phase's own says, else by a recovery's defaults."""
+    is_pretrained = model.config.model_type not in OWN_TYPES
     defaults = {
+        "learning_rate": _RECOVERY_RATE if is_pretrained and not recipe.lora_rank else None,
         "schedule": "cosine",
         "warmup_steps": round(_WARMUP * steps),
         "distill": 1.0,

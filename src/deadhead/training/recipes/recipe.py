@@ -102,7 +102,7 @@ class DataRecipe(_Section):
         "stdlib",
         "The text: a file or a directory of text, JSON, JSON Lines, CSV or Parquet, packed (.gz, .zst) or not, "
         "hf:NAME[:CONFIG], 'stdlib' (Python's own source, the default for deadhead's own models only), or 'self', in "
-        "`deadhead prune`: what the model itself writes before (a file of one of these names is './self').",
+        "deadhead prune: what the model itself writes before (a file of one of these names is './self').",
         option="--data",
         first=True,
     )
@@ -143,7 +143,7 @@ class PhaseRecipe(_Section):
     )
     learning_rate: float | None = _optional(
         "Peak learning rate of the weights.",
-        unset="2e-3 for deadhead's own models, 5e-5 for others",
+        unset="2e-3 for deadhead's own models, 5e-5 for others; 2e-4 for these to recover from a cut",
         first=True,
         gt=0,
         le=_FASTEST,

@@ -86,7 +86,7 @@ def forecast(
         fitted = f"fit what is left to the dense model on {recipe.compensate_rows} rows{times}"
         parts.append(part(fitted, budgets * recipe.compensate_rows, _FIT))
     if cut and recover:
-        phase = recovery(recipe, recover)
+        phase = recovery(recipe, recover, model)
         rows = budgets * recover * phase.batch_size
         parts.append(part(f"recover in {recover} steps of {each}{times}", rows, _passes(phase)))
     return parts

@@ -112,7 +112,7 @@ def prune_in_place(
         if options.out is not None:
             on_main(lambda: _keep(model, work / CUT, found))
     found["unrecovered"] = on_main(lambda: measured("evaluating the cut"))
-    _recover(model, dense, text, recovery(recipe, options.recover), run, options, work / RECOVERY)
+    _recover(model, dense, text, recovery(recipe, options.recover, model), run, options, work / RECOVERY)
     return found
 
 
