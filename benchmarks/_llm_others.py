@@ -169,14 +169,14 @@ def whole_layers(model: PreTrainedModel, batches: Batches, share: float) -> PreT
     return deadhead.cut(model, _plan(model, kept))
 
 
-OTHERS: dict[str, Callable[[PreTrainedModel, Batches, float], PreTrainedModel]] = {
-    "flap as shipped": flap,
-    "flap + grail": flap_grail,
+SHIPPED: dict[str, Callable[[PreTrainedModel, Batches, float], PreTrainedModel]] = {
+    "flap-as-shipped": flap,
+    "flap+grail": flap_grail,
     "wanda-sp": wanda_sp,
     "llm-pruner": llm_pruner,
-    "llm-pruner everywhere": llm_pruner_everywhere,
+    "llm-pruner-everywhere": llm_pruner_everywhere,
     "torch-pruning": torch_pruning,
-    "whole layers": whole_layers,
+    "whole-layers": whole_layers,
 }
 
 
@@ -359,13 +359,16 @@ def _plan(model: PreTrainedModel, kept: Mapping[UnitKey, Sequence[int]]) -> Head
 def _fewest(model: PreTrainedModel, share: float, plan: Callable[[int], HeadPlan]) -> int:
     """Return the least number whose plan leaves no more than a share of the blocks' parameters."""
     limit = share * cost_of_kind(model_cost(model), "params", "blocks")
-    low, high = 0, max(len(site.units) for site in _sites(model))
+    most = max(len(site.units) for site in _sites(model))
+    low, high = 0, most + 1
     while low < high:
         middle = (low + high) // 2
         if cost_of_kind(model_cost(model, plan(middle)), "params", "blocks") <= limit:
             high = middle
         else:
             low = middle + 1
+    if low > most:
+        raise ValueError(f"The method cannot leave as little as {share:.0%} of the blocks' parameters.")
     return low
 
 
