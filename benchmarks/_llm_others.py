@@ -39,12 +39,13 @@ Batches = Sequence[Mapping[str, Tensor]]  # `input_ids` (B, T) each
 def flap(model: PreTrainedModel, batches: Batches, share: float) -> PreTrainedModel:
     """FLAP (An, Zhao, Yu, Tang, Wang 2024, arXiv 2312.11983) as its authors ship it: WIFV, AL-AM, bias.
 
-    Kept: units are chosen as `_flap_plan` says, all layers and both kinds in one ranking, and what the removed inputs
+    Kept: units are scored as `_flap_scores` says, all layers and both kinds in one ranking, and what the removed inputs
     of an output projection are in the mean, times their columns, becomes its bias.
     Adapted: query heads that share keys and values have the mean of their scores, as in its forks for such models.
     """
     sites = _sites(model)
-    plan, moments = _flap_plan(model, sites, batches, share)
+    scores, moments = _flap_scores(model, sites, batches)
+    plan = _ranked(model, sites, scores, share)
     biases_D = {path: _lost(site, plan, moments[site.key]) for path, site in _paths(model, sites).items()}
     deadhead.cut(model, plan)
     for path, bias_D in biases_D.items():
@@ -62,7 +63,7 @@ def flap_grail(model: PreTrainedModel, batches: Batches, share: float) -> PreTra
     Adapted: the same for attention, by single inputs of its output projection.
     """
     sites = _sites(model)
-    plan, _ = _flap_plan(model, sites, batches, share)
+    plan = _ranked(model, sites, _flap_scores(model, sites, batches)[0], share)
     for here in _in_turn(model, sites, batches, _Gram):
         for site, gram in here:
             _rebuild(site, plan.units[site.key], gram.products_nn)
@@ -156,15 +157,8 @@ def whole_layers(model: PreTrainedModel, batches: Batches, share: float) -> PreT
     Kept: a layer's influence is the mean over tokens of 1 − cos(h before it, h behind it), in the dense model.
     Adapted: as many layers as are nearest to the share; what is left of one is its norms, which nothing reads.
     """
-    stream = _stream(model, batches)
-    influence = []
-    for index in range(len(stream.layers)):
-        before = list(stream.states)
-        with torch.no_grad():
-            stream.advance(index)
-        turns = [1 - cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(before, stream.states, strict=True)]
-        influence.append(float(torch.cat(turns).double().mean()))
-    left = set(_best(torch.tensor(influence), round((1 - share) * len(influence))))
+    influence = _influence(model, batches)
+    left = set(_best(influence, round((1 - share) * len(influence))))
     kept = {site.key: site.units if site.layer in left else () for site in _sites(model)}
     return deadhead.cut(model, _plan(model, kept))
 
@@ -225,14 +219,14 @@ class _Gram:
         self.products_nn.addmm_(rows_Rn.T, rows_Rn)
 
 
-def _flap_plan(
-    model: PreTrainedModel, sites: Sequence[Site], batches: Batches, share: float
-) -> tuple[HeadPlan, dict[UnitKey, _Moments]]:
-    """Return FLAP's choice, and the moments of the inputs it looked at.
+def _flap_scores(
+    model: PreTrainedModel, sites: Sequence[Site], batches: Batches
+) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, _Moments]]:
+    """Return FLAP's scores by key, (H,), and the moments of the inputs that were looked at.
 
     An input scores m_j = Var(x_j) ‖W_:j‖² of an output projection W; of attention it is m_j², as in the authors' code,
     not the paper. Scores are standardised over each projection's inputs, (m − mean) / deviation, and a group of heads
-    has the mean of its own. The lowest go until so many parameters have gone, a group counting as many as it has.
+    has the mean of its own.
     """
     moments = {site.key: _Moments(_width(site)) for site in sites}
     with _watching(sites, moments), torch.no_grad(), evaluating(model):
@@ -244,10 +238,14 @@ def _flap_plan(
         scores_n = scores_n if site.is_hidden else scores_n.square()
         scores_n = (scores_n - scores_n.mean()) / scores_n.std()
         scores[site.key] = scores_n.unflatten(0, (len(site.units), -1)).mean(1)
+    return scores, moments
+
+
+def _ranked(model: PreTrainedModel, sites: Sequence[Site], scores: Mapping[UnitKey, Tensor], share: float) -> HeadPlan:
+    """Return the plan that drops the lowest scores of all sites, each unit counting as many parameters as it has."""
     unit = _unit(model)
     costs = counted_costs(model, "params", unit=unit, hidden=True, of="blocks")
-    ranked = HeadScores(scores=scores, choices=choices_of(sites, unit, 1))
-    return ranked.within(costs, share * costs.total), moments
+    return HeadScores(scores=scores, choices=choices_of(sites, unit, 1)).within(costs, share * costs.total)
 
 
 def _lost(site: Site, plan: HeadPlan, moments: _Moments) -> Tensor:
@@ -277,6 +275,19 @@ def _coupled(site: Site) -> Tensor:
         lengths = (weight * weight.grad).detach().abs().double().movedim(part.dim, 0).flatten(1).sum(1)
         total_H += lengths[part.index].unflatten(0, (len(site.units), -1)).sum(1)
     return total_H
+
+
+@torch.no_grad()
+def _influence(model: PreTrainedModel, batches: Batches) -> Tensor:
+    """Return of each layer the mean over tokens of 1 − cos(h before it, h behind it)."""
+    stream = _stream(model, batches)
+    found = []
+    for index in range(len(stream.layers)):
+        before = list(stream.states)
+        stream.advance(index)
+        turns = [1 - cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(before, stream.states, strict=True)]
+        found.append(torch.cat(turns).double().mean())
+    return torch.stack(found)
 
 
 @contextmanager
