@@ -2,7 +2,8 @@
 
 A share of the parameters of its Transformer blocks goes (`--params … --of blocks`), chosen by each criterion; the cut
 model is measured, its output projections are fitted to the dense model, and it is measured again. No weight is trained:
-what learns is gates, or sizes of sublayers.
+what learns is gates, or sizes of sublayers. What others ship (`_llm_others.py`) is measured as it leaves the model,
+with its own bias or least squares, if it has any, and without deadhead's.
 Perplexity is that of rows of 256 tokens, each read alone. Calibration and choice use the validation text alone: its
 first rows calibrate, others choose (`valid`); `--test` adds rows of the test text, for methods that were chosen.
 
@@ -25,7 +26,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import deadhead
 from benchmarks._all_attention import machine
+from benchmarks._llm_others import SHIPPED
 from benchmarks._sweep import run_all
 from deadhead.compensation.compensating import compensate_from
 from deadhead.criteria.scoring import score_heads
@@ -61,6 +63,7 @@ SHARES = (0.8, 0.7, 0.5)
 LENGTH, BATCH = 256, 4
 LEARNED = ("gates", "sizes")
 METHODS = (*LEARNED, *ONE_SHOT)
+OTHERS = tuple(SHIPPED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,25 +178,25 @@ def measure(point: Point, setting: Setting, out: Path) -> None:
     """Measure one point and write it down."""
     base = _peak()
     model = deadhead.load(setting.model)
-    dense, model_bytes = dense_copy(model, recipe_of(point, setting)), 4 * model_cost(model).parameters
+    model_bytes = 4 * model_cost(model).parameters
     calibration = rows_of(setting.valid, setting.model, 0, max(setting.scored, setting.fitted))
     texts = {"valid": rows_of(setting.valid, setting.model, len(calibration), setting.chosen)}
     if setting.test is not None:
         texts["test"] = rows_of(setting.test, setting.model, 0, setting.tested)
     found: dict[str, Any] = {"dense": {name: perplexity(model, rows) for name, rows in texts.items()}}
     copies = {"dense": copying(model)}
-    begun = time.perf_counter()
-    plan = choose(model, point, calibration, setting)
-    seconds = {"choose": time.perf_counter() - begun}
-    begun = time.perf_counter()
-    deadhead.cut(model, plan)
-    seconds["cut"] = time.perf_counter() - begun
-    found["cut"], copies["cut"] = {name: perplexity(model, rows) for name, rows in texts.items()}, copying(model)
-    begun = time.perf_counter()
-    record = compensate_from(model, dense, batches(calibration[: setting.fitted]), consume=True)
-    seconds["compensate"] = time.perf_counter() - begun
-    found["compensated"] = {name: perplexity(model, rows) for name, rows in texts.items()}
-    copies["compensated"] = copying(model)
+
+    def note(stage: str) -> None:
+        found[stage] = {name: perplexity(model, rows) for name, rows in texts.items()}
+        copies[stage] = copying(model)
+
+    if point.criterion in OTHERS:
+        begun = time.perf_counter()
+        SHIPPED[point.criterion](model, batches(calibration[: setting.scored]), point.share)
+        seconds, declined = {"prune": time.perf_counter() - begun}, {}
+        note("cut")
+    else:
+        seconds, declined = _prune(model, point, calibration, setting, note)
     cost = model_cost(model)
     write_json(
         out / "points" / point.file,
@@ -208,10 +211,29 @@ def measure(point: Point, setting: Setting, out: Path) -> None:
             "parameters": cost.parameters,
             "heads": cost.heads,
             "hidden_units": cost.hidden_units,
-            "plan": plan.to_dict(),
-            "declined": {layer.path: layer.reason for layer in record.layers if not layer.fitted},
+            "plan": model.config.head_plan,
+            "declined": declined,
         },
     )
+
+
+def _prune(
+    model: PreTrainedModel, point: Point, calibration: Tensor, setting: Setting, note: Callable[[str], None]
+) -> tuple[dict[str, float], dict[str, str | None]]:
+    """Choose, cut and compensate; return the seconds of each, and by path why a projection was left alone."""
+    dense = dense_copy(model, recipe_of(point, setting))
+    begun = time.perf_counter()
+    plan = choose(model, point, calibration, setting)
+    seconds = {"choose": time.perf_counter() - begun}
+    begun = time.perf_counter()
+    deadhead.cut(model, plan)
+    seconds["cut"] = time.perf_counter() - begun
+    note("cut")
+    begun = time.perf_counter()
+    record = compensate_from(model, dense, batches(calibration[: setting.fitted]), consume=True)
+    seconds["compensate"] = time.perf_counter() - begun
+    note("compensated")
+    return seconds, {layer.path: layer.reason for layer in record.layers if not layer.fitted}
 
 
 def _peak() -> int:
@@ -232,7 +254,7 @@ def sweep(todo: Sequence[Point], setting: Setting, out: Path, console: Console) 
 
 
 def table(out: Path) -> str:
-    """Return Markdown: by criterion and share, perplexity after the cut → with compensation."""
+    """Return Markdown: by criterion and share, perplexity after the cut → with compensation, if it is ours."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "points").glob("*.json"))]
     lines = []
     for split in ("valid", "test"):
@@ -246,7 +268,7 @@ def table(out: Path) -> str:
             "| criterion | " + " | ".join(f"{share:.0%} of the blocks" for share in shares) + " | pruning, s | peak |",
             "|---|" + "---|" * (len(shares) + 2),
         ]
-        for criterion in METHODS:
+        for criterion in (*METHODS, *OTHERS):
             mine = {point["share"]: point for point in here if point["criterion"] == criterion}
             if mine:
                 cells = [_cell(mine[share]["perplexity"], split) if share in mine else "–" for share in shares]
@@ -258,7 +280,7 @@ def table(out: Path) -> str:
 
 
 def _cell(perplexities: dict[str, dict[str, float]], split: str) -> str:
-    return f"{perplexities['cut'][split]:.1f} → {perplexities['compensated'][split]:.1f}"
+    return " → ".join(f"{perplexities[stage][split]:.1f}" for stage in ("cut", "compensated") if stage in perplexities)
 
 
 def prepared(model: Path | None, out: Path) -> Path:
@@ -296,7 +318,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of another dense model, with its tokenizer")
     parser.add_argument("--valid", type=Path, help="text to calibrate and choose on")
     parser.add_argument("--test", type=Path, help="text to report on")
-    parser.add_argument("--criteria", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--criteria", nargs="+", choices=(*METHODS, *OTHERS), default=METHODS)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES[:1], help="of the blocks' parameters left")
     parser.add_argument("--fitted", type=int, default=Setting.fitted, help="rows for compensation")
     parser.add_argument("--scored", type=int, default=Setting.scored, help="rows for criteria")
@@ -311,7 +333,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) if options.quick else options.out
         if options.quick:
-            sweep([Point(share=0.8, criterion=name) for name in ("flap", *LEARNED)], _quick(out), out, console)
+            names = ("flap", *LEARNED, "flap-as-shipped", "wanda-sp")
+            sweep([Point(share=0.8, criterion=name) for name in names], _quick(out), out, console)
         elif not options.table:
             if options.valid is None:
                 parser.error("a text to calibrate and choose on is missing; give it with --valid")
