@@ -30,7 +30,7 @@ def _plans(out: Path) -> list[HeadPlan]:
     return [HeadPlan.from_dict(plan) for plan in read_object(out / "plans.json", what="plans")["plans"]]
 
 
-@pytest.mark.parametrize("criterion", ["reconstruction", "taylor"])
+@pytest.mark.parametrize("criterion", ["reconstruction", pytest.param("taylor", marks=pytest.mark.slow)])
 def test_each_point_is_what_a_single_phase_makes(place: Path, tmp_path: Path, criterion: Any) -> None:
     """A ranking does not change with the budget, so the phases of a sweep are those that one would have alone."""
     found = _sweep(place, tmp_path / "all", criterion=criterion, max_loss=1e3)
@@ -67,13 +67,20 @@ def test_sizes_go_on_from_one_budget_to_the_next(place: Path, tmp_path: Path) ->
     assert found.picked is None and found.max_loss is None
 
 
-@pytest.mark.parametrize("criterion", [None, "reconstruction"])
-@pytest.mark.parametrize("at", ["a plan", "a model", "its recovery"])
+@pytest.mark.parametrize(
+    ("criterion", "at"),
+    [
+        (None, "a plan"),
+        pytest.param(None, "its recovery", marks=pytest.mark.slow),
+        pytest.param("reconstruction", "a model", marks=pytest.mark.slow),
+        pytest.param("reconstruction", "its recovery", marks=pytest.mark.slow),
+    ],
+)
 def test_a_sweep_that_was_killed_goes_on_to_the_same(place: Path, tmp_path: Path, criterion: Any, at: str) -> None:
     settings: dict[str, Any] = {"criterion": criterion, "recover": 4, "save_every": 1, "learning_rate": 1e-3}
     whole = _sweep(place, tmp_path / "whole", **settings)
     names = {
-        "a plan": "learning sizes for the next budget" if criterion is None else "params-0.85: compensating",
+        "a plan": "learning sizes for the next budget",
         "a model": "params-0.7: compensating",
         "its recovery": "params-0.7: recover",
     }

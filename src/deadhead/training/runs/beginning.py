@@ -92,8 +92,8 @@ def begin(
             raise InputError("recover learns from a text, but there is none; leave it out.")
         return network, Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of)), recipe
     if network is not None and is_self(data):
-        how = {"cut": cut, "budgets": budgets}
-        return network, _written(network, tokenizer_of, options, work, progress, recipe, **how), recipe
+        where = (tokenizer_of, options, work, progress)
+        return network, _written(network, *where, recipe, cut=cut, budgets=budgets), recipe
     assert not isinstance(data, Text), "a text in tokens has a model that it is for"
     text = read_data(
         data,
@@ -130,8 +130,8 @@ def _written(
 
     def announce() -> None:
         if options.announce is not None and isinstance(recipe, PruneRecipe):
-            how = {"recover": options.recover, "cut": cut, "writes": True, "budgets": budgets}
-            options.announce(forecast(network, recipe, **how))
+            recover = options.recover
+            options.announce(forecast(network, recipe, recover=recover, cut=cut, writes=True, budgets=budgets))
 
     return self_text(
         network,

@@ -102,7 +102,7 @@ def require_default_text(model_type: str | None) -> None:
         )
 
 
-def is_named(data: Data | None) -> bool:
+def is_named(data: Data | Text | None) -> bool:
     """Tell whether a text was given, rather than left to the default."""
     return data is not None and not (isinstance(data, DataRecipe) and "source" not in data.model_fields_set)
 
@@ -165,7 +165,7 @@ def reads_text(recipe: PhaseRecipe) -> bool:
     return not isinstance(recipe, PruneRecipe) or recipe.criterion not in ONE_SHOT or recipe.criterion in READS_TEXT
 
 
-def is_without_text(model: PreTrainedModel, data: Data | None, recipe: PhaseRecipe) -> bool:
+def is_without_text(model: PreTrainedModel, data: Data | Text | None, recipe: PhaseRecipe) -> bool:
     """Tell whether a phase goes on without a text: none was given and none is needed, or the model has no loss on one.
 
     Raises:

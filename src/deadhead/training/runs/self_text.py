@@ -39,13 +39,13 @@ _MOST_ROWS, _VALID_OF, _FEWEST_VALID = 1024, 8, 4
 _STREAMS = 32
 
 
-def is_self(data: Data | None) -> bool:
+def is_self(data: Data | Text | None) -> bool:
     """Tell whether the text is the one that a model writes itself; a file of that name is "./self".
 
     Raises:
         InputError: it is, but a setting says how to read a text.
     """
-    if isinstance(data, TokenizedCorpus | TokenStream | None):
+    if isinstance(data, TokenizedCorpus | TokenStream | Text | None):
         return False
     if not isinstance(data, DataRecipe):
         return str(data) == SELF

@@ -193,6 +193,7 @@ class _Sweeping:
         options = replace(options, announce=once(options.announce))
         where = (options, out / _WORK, self._progress)
         self._dense, self._text, first = begin("prune", model, data, *where, recipes[0], cut=True, budgets=budgets)
+        assert isinstance(first, PruneRecipe)
         # Gates, which a phase takes where sizes cannot be learned, learn for one budget.
         criterion = "taylor" if first.criterion == "gates" else first.criterion
         self._recipes = [changed(recipe, criterion=criterion) for recipe in recipes]
