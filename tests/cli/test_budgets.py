@@ -10,21 +10,17 @@ import pytest
 
 from deadhead import HeadPlan
 from deadhead.cli import execute
-from tests.cli.test_commands import _STEPS, _Command
+from tests.cli.conftest import Command
+from tests.cli.test_commands import _STEPS
 
 _SHORT = (*_STEPS, "--sequence-length", 24)
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> _Command:
-    return _Command(capfd)
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "kind"), [("--params", 0.7, "params"), ("--flops", 0.6, "flops"), ("--kv-cache", 0.5, "kv_cache")]
 )
 def test_what_is_asked_for_is_reached_and_counted(
-    flag: str, value: float, kind: str, given: Path, tmp_path: Path, command: _Command
+    flag: str, value: float, kind: str, given: Path, tmp_path: Path, command: Command
 ) -> None:
     out = tmp_path / "out"
     result = command.json(
@@ -45,7 +41,7 @@ def test_what_is_asked_for_is_reached_and_counted(
 
 
 @pytest.mark.slow
-def test_a_speedup_is_measured_and_its_latencies_are_kept(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_a_speedup_is_measured_and_its_latencies_are_kept(given: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "out"
     result = command.json(
         *("prune", "--model", given / "llama", "--data", given / "prose.txt", "--out", out, "--speedup", 1.05),
@@ -63,7 +59,7 @@ def test_a_speedup_is_measured_and_its_latencies_are_kept(given: Path, tmp_path:
     assert "hidden_units" in result
 
 
-def test_gates_of_a_budget_are_saved_and_cut_later(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_gates_of_a_budget_are_saved_and_cut_later(given: Path, tmp_path: Path, command: Command) -> None:
     result = command.json(
         *("prune", "--model", given / "llama", "--data", given / "prose.txt", "--out", tmp_path / "gated"),
         *("--params", 0.7, "--no-cut", *_SHORT),
@@ -84,7 +80,7 @@ def test_gates_of_a_budget_are_saved_and_cut_later(given: Path, tmp_path: Path, 
     "options", [("--params", 0.6), ("--flops", 0.6, "--no-blocks"), ("--sparsity", 0.5), ("--kv-cache", 0.5), ()]
 )
 def test_a_dry_run_says_what_would_be_left_and_writes_nothing(
-    options: tuple[Any, ...], given: Path, tmp_path: Path, command: _Command
+    options: tuple[Any, ...], given: Path, tmp_path: Path, command: Command
 ) -> None:
     out = tmp_path / "out"
     call = ("prune", "--model", given / "llama", "--out", out, "--dry-run", *options)
@@ -119,7 +115,7 @@ _FIT = "fit what is left to the dense model on 512 rows"
     ],
 )
 def test_what_will_be_done_and_how_long_it_takes(
-    options: tuple[Any, ...], first: str, given: Path, command: _Command
+    options: tuple[Any, ...], first: str, given: Path, command: Command
 ) -> None:
     call = ("prune", "--model", given / "llama", "--params", 0.6, "--dry-run", "--recover", 5, *options)
     found = command.json(*call)

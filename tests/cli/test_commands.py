@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import pytest
@@ -19,37 +18,13 @@ from deadhead.data import load_tokenizer
 from deadhead.plans.plan import UnitKey
 from deadhead.training.recipes.reading import changed, parse_recipe, to_toml
 from deadhead.training.recipes.recipe import Recipe
+from tests.cli.conftest import Command
 from tests.small_runs import assert_same_tensors, small_recipe, weights
 
 _STEPS = ("--steps", "3", "--batch-size", "2")
 
 
-class _Command:
-    """Runs a command that must succeed, and returns what it printed."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self.capfd = capfd
-
-    def __call__(self, *arguments: object) -> str:
-        self.capfd.readouterr()
-        code = execute([str(argument) for argument in arguments])
-        output, errors = self.capfd.readouterr()
-        assert (code, errors) == (0, "")
-        return output
-
-    def json(self, *arguments: object) -> dict[str, Any]:
-        """Run a command with --json."""
-        result = json.loads(self(*arguments, "--json"))
-        assert isinstance(result, dict)
-        return result
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> _Command:
-    return _Command(capfd)
-
-
-def test_from_nothing_to_a_tuned_model(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_from_nothing_to_a_tuned_model(given: Path, tmp_path: Path, command: Command) -> None:
     text = given / "prose.txt"
     shape = ("--layers", 2, "--width", 32, "--heads", 4, "--persistent", 8, "--segment-length", 8, "--memory-length", 8)
     dense = command.json("train", "--data", text, "--out", tmp_path / "dense", *shape, *_STEPS)
@@ -99,7 +74,7 @@ def test_from_nothing_to_a_tuned_model(given: Path, tmp_path: Path, command: _Co
     assert_same_tensors(loaded.state_dict(), deadhead.load(tmp_path / "tuned").state_dict())
 
 
-def test_learned_ratio(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_learned_ratio(given: Path, tmp_path: Path, command: Command) -> None:
     """With λ far too large every gate closes, with none every gate stays open."""
     common = ("prune", "--model", given / "model", "--data", given / "prose.txt", "--gate-lr", 10, *_STEPS)
     closed = command.json(*common, "--out", tmp_path / "closed", "--l0", 50, "--l0-warmup-steps", 0)
@@ -119,7 +94,7 @@ def test_learned_ratio(given: Path, tmp_path: Path, command: _Command) -> None:
         ),
     ],
 )
-def test_other_criteria(criterion: str, given: Path, tmp_path: Path, command: _Command) -> None:
+def test_other_criteria(criterion: str, given: Path, tmp_path: Path, command: Command) -> None:
     """Each cuts exactly the share asked for; a one-shot criterion leaves the weights that stay as they were."""
     common = ("prune", "--model", given / "model", "--data", given / "prose.txt", "--criterion", criterion)
     by_layer = command.json(
@@ -138,7 +113,7 @@ def test_other_criteria(criterion: str, given: Path, tmp_path: Path, command: _C
 
 
 def test_sizes_are_learned_and_the_weights_that_stay_are_not(
-    given: Path, tmp_path: Path, command: _Command, capfd: pytest.CaptureFixture[str]
+    given: Path, tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:
     common = ("prune", "--model", given / "llama", "--data", given / "prose.txt", "--criterion", "sizes", *_STEPS)
     found = command.json(*common, "--params", 0.7, "--of", "blocks", "--no-compensate", "--out", tmp_path / "small")
@@ -155,7 +130,7 @@ def test_sizes_are_learned_and_the_weights_that_stay_are_not(
 
 
 def test_fast_ranks_and_recover_goes_on(
-    given: Path, tmp_path: Path, command: _Command, capfd: pytest.CaptureFixture[str]
+    given: Path, tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:
     common = ("prune", "--model", given / "llama", "--data", given / "prose.txt", "--params", 0.7, *_STEPS)
     fast = command.json(*common, "--fast", "--no-compensate", "--out", tmp_path / "fast")
@@ -200,7 +175,7 @@ def test_what_is_measured_has_its_gates_on(given: Path, tmp_path: Path, capfd: p
     assert found[0] == found[1] != found[2]
 
 
-def test_gates_kept(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_gates_kept(given: Path, tmp_path: Path, command: Command) -> None:
     result = command.json(
         *("prune", "--model", given / "model", "--data", given / "prose.txt", "--out", tmp_path / "gated"),
         *("--sparsity", 0.25, "--no-cut", "--no-output-scale", "--weighting", "output_difference", *_STEPS),
@@ -224,7 +199,7 @@ def test_gates_kept(given: Path, tmp_path: Path, command: _Command) -> None:
         )
 
 
-def test_cut_by_a_plan(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_cut_by_a_plan(given: Path, tmp_path: Path, command: Command) -> None:
     result = command.json("cut", given / "model", "--plan", given / "plan.json", "--out", tmp_path / "cut")
     assert result["before"]["heads"] == [4, 4]
     assert result["after"]["heads"] == [2, 0]
@@ -236,7 +211,7 @@ def test_cut_by_a_plan(given: Path, tmp_path: Path, command: _Command) -> None:
     assert command("generate", tmp_path / "cut", "--prompt", "a", "--max-new-tokens", 2).startswith("a")
 
 
-def test_tables(given: Path, command: _Command) -> None:
+def test_tables(given: Path, command: Command) -> None:
     inspected = command("inspect", given / "model")
     assert inspected.startswith("layer 0  ■ ■ ■ ■  4/4\n")
     assert f"{deadhead.model_cost(deadhead.load(given / 'model')).parameters:,}" in inspected
@@ -247,7 +222,7 @@ def test_tables(given: Path, command: _Command) -> None:
     assert "the removed FLOPs allow 1.00" in timed
 
 
-def test_generation_is_seeded(given: Path, command: _Command) -> None:
+def test_generation_is_seeded(given: Path, command: Command) -> None:
     texts = [
         command("generate", given / "model", "--max-new-tokens", 9, "--seed", seed, "--prompt", "[bold]x")
         for seed in (0, 0, 1)
@@ -257,7 +232,7 @@ def test_generation_is_seeded(given: Path, command: _Command) -> None:
     assert texts[0].startswith("[bold]x")
 
 
-def test_a_phase_goes_on(given: Path, tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_phase_goes_on(given: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after its steps and before its checkpoint was written, `--resume` ends in the same weights."""
     common = ("finetune", "--model", given / "model", "--data", given / "prose.txt", "--save-every", 2, *_STEPS)
     command(*common, "--out", tmp_path / "whole")
@@ -275,7 +250,7 @@ def test_a_phase_goes_on(given: Path, tmp_path: Path, command: _Command, monkeyp
     assert not (tmp_path / "stopped.work").exists()
 
 
-def test_a_recipe_gives_what_the_options_do_not(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_a_recipe_gives_what_the_options_do_not(given: Path, tmp_path: Path, command: Command) -> None:
     recipe = small_recipe(given / "prose.txt", model={"layers": 1, "persistent": 3})
     (tmp_path / "r.toml").write_text(to_toml(recipe))
     result = command.json(
@@ -294,7 +269,7 @@ def _assert_picture(path: Path) -> None:
     assert len({tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, pixels.shape[2]).tolist()}) > 3
 
 
-def test_a_whole_run(given: Path, tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_run(given: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small_recipe(given / "prose.txt", prune={"sparsity": 0.5}, control=True)
     (tmp_path / "r.toml").write_text(to_toml(recipe))
     monkeypatch.chdir(tmp_path)
@@ -312,7 +287,7 @@ def test_a_whole_run(given: Path, tmp_path: Path, command: _Command, monkeypatch
 
 
 @pytest.mark.slow
-def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole story from the recipe that is installed: a hundredth of its steps, short measurements."""
     pytest.importorskip("deadhead.recipes", reason="deadhead is not installed, so its recipes are not where it looks.")
     monkeypatch.setattr(
@@ -329,7 +304,7 @@ def test_demo(tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_another_architecture_than_the_recipes(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_another_architecture_than_the_recipes(given: Path, tmp_path: Path, command: Command) -> None:
     """What the recipe says of persistent vectors does not stand in the way."""
     (tmp_path / "small.toml").write_text(to_toml(small_recipe(given / "prose.txt")), encoding="utf-8")
     recipe = ("--recipe", tmp_path / "small.toml", "--data", given / "prose.txt", *_STEPS)

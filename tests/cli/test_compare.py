@@ -9,13 +9,8 @@ import pytest
 
 import deadhead
 from deadhead.cli import execute
-from tests.cli.test_commands import _Command
+from tests.cli.conftest import Command
 from tests.small_runs import save_small_llama
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> _Command:
-    return _Command(capfd)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +25,7 @@ def half(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "half"
 
 
-def test_each_model_as_other_commands_measure_it(given: Path, half: Path, command: _Command) -> None:
+def test_each_model_as_other_commands_measure_it(given: Path, half: Path, command: Command) -> None:
     text = ("--data", given / "prose.txt", "--window", 32, "--limit", 400)
     found = command.json("compare", given / "llama", half, *text)["models"]
     assert [*found] == [str(given / "llama"), str(half)]
@@ -46,7 +41,7 @@ def test_each_model_as_other_commands_measure_it(given: Path, half: Path, comman
     assert f"{cut['divergence']:.4f}" in output and f"{first['perplexity']:,.3f}" in output
 
 
-def test_models_that_read_other_tokens_have_no_distance(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_models_that_read_other_tokens_have_no_distance(given: Path, tmp_path: Path, command: Command) -> None:
     """Bits a byte compare all the same."""
     found = command.json(
         *("compare", given / "model", given / "llama"), *("--data", given / "prose.txt", "--limit", 200)
@@ -72,7 +67,7 @@ def test_what_cannot_be_compared(
 
 
 @pytest.mark.slow
-def test_a_model_of_another_vocabulary(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_a_model_of_another_vocabulary(given: Path, tmp_path: Path, command: Command) -> None:
     _, tokenizer = deadhead.data.load_text(str(given / "prose.txt"), tokenizer="bpe", vocab_size=300)
     save_small_llama(tmp_path / "other", given / "prose.txt", tokenizer)
     found = command.json("compare", given / "llama", tmp_path / "other", "--data", given / "prose.txt", "--limit", 200)

@@ -13,7 +13,7 @@ import deadhead
 from deadhead.cli import execute
 from deadhead.data import load_tokenizer
 from deadhead.measure.replies import compare_replies
-from tests.cli.test_commands import _Command
+from tests.cli.conftest import Command
 from tests.models.test_lm_eval import _QUESTIONS, _TASK
 from tests.small_runs import save_small_llama
 
@@ -21,10 +21,10 @@ _ASKED = {"prompts": ("hi", "Why?", "Tell me a joke."), "max_new_tokens": 8}
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> _Command:
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     few = functools.partial(compare_replies, **_ASKED)  # type: ignore[arg-type]
     monkeypatch.setattr("deadhead.measure.replies.compare_replies", few)
-    return _Command(capfd)
+    return Command(capfd)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def same(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_replies_of_models_side_by_side(given: Path, same: Path, command: _Command) -> None:
+def test_replies_of_models_side_by_side(given: Path, same: Path, command: Command) -> None:
     names = [str(given / "llama"), str(same), str(given / "model")]
     found = command.json("compare", *names, "--replies", "--show", 2)
     # Without --data no text is read.
@@ -60,7 +60,7 @@ def test_replies_of_models_side_by_side(given: Path, same: Path, command: _Comma
     assert "perplexity" not in output and "Why?" not in output
 
 
-def test_replies_of_one_model(given: Path, same: Path, command: _Command) -> None:
+def test_replies_of_one_model(given: Path, same: Path, command: Command) -> None:
     found = command.json("eval", given / "llama", "--replies")
     assert found.keys() == {"replies"} and found["replies"].keys() == {"repetition", "count", "tokens"}
     near = command.json("eval", given / "llama", "--replies", "--reference", same, "--data", given / "prose.txt")
@@ -99,7 +99,7 @@ def test_a_missing_package_is_named(
 
 
 @pytest.mark.slow
-def test_tasks(given: Path, same: Path, tmp_path: Path, command: _Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks(given: Path, same: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

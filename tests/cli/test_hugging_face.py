@@ -12,16 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import deadhead
 from deadhead import HeadPlan
-from tests.cli.test_commands import _STEPS, _Command
+from tests.cli.conftest import Command
+from tests.cli.test_commands import _STEPS
 from tests.small_runs import assert_same_tensors, metrics, weights
 
 
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> _Command:
-    return _Command(capfd)
-
-
-def test_pruned_recovered_measured_and_served(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_pruned_recovered_measured_and_served(given: Path, tmp_path: Path, command: Command) -> None:
     """LoRA and the dense model as teacher while gates close groups; then a fine-tuning; then every other command."""
     text, llama = given / "prose.txt", tmp_path / "llama"
     shutil.copytree(given / "llama", llama)
@@ -58,7 +54,7 @@ def test_pruned_recovered_measured_and_served(given: Path, tmp_path: Path, comma
     assert_same_tensors(loaded.state_dict(), deadhead.load(tmp_path / "tuned").state_dict())
 
 
-def test_a_probe_leaves_the_weights_and_its_gates_are_cut_later(given: Path, tmp_path: Path, command: _Command) -> None:
+def test_a_probe_leaves_the_weights_and_its_gates_are_cut_later(given: Path, tmp_path: Path, command: Command) -> None:
     text = given / "prose.txt"
     result = command.json(
         *("prune", "--model", given / "llama", "--data", text, "--out", tmp_path / "probe", "--freeze-weights"),

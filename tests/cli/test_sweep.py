@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 
 from deadhead.cli import execute
-from tests.cli.test_commands import _Command
+from tests.cli.conftest import Command
 
 _SMALL = ("--of", "blocks", "--fast", "--steps", 2, "--batch-size", 2, "--sequence-length", 24, "--compensate-rows", 8)
 
 
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> _Command:
-    return _Command(capfd)
-
-
 def test_a_table_and_the_point_that_is_picked(
-    given: Path, tmp_path: Path, command: _Command, capfd: pytest.CaptureFixture[str]
+    given: Path, tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked = ("sweep", "--model", given / "llama", "--data", given / "prose.txt", *_SMALL, "--params", "0.7,0.9")
     assert execute([*map(str, asked), "--out", str(tmp_path / "out"), "--max-loss", "100000%"]) == 0

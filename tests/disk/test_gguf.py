@@ -17,7 +17,7 @@ from deadhead.cli import execute
 from deadhead.data import load_text, load_tokenizer
 from deadhead.disk.gguf import gguf_file
 from deadhead.errors import InputError
-from tests.cli.test_commands import _Command
+from tests.cli.conftest import Command
 from tests.random_models import randomise
 
 gguf = pytest.importorskip("gguf")
@@ -81,7 +81,7 @@ def test_quantised_weights_become_numbers(dense: PreTrainedModel, file: Path, tm
 
 
 def test_commands_take_it(file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    command, text, out = _Command(capfd), tmp_path / "a.txt", tmp_path / "out"
+    command, text, out = Command(capfd), tmp_path / "a.txt", tmp_path / "out"
     text.write_text(_TEXT)
     assert command.json("inspect", file)["total_heads"] == [2, 2]
     how = ("--data", text, "--criterion", "magnitude", "--sparsity", 0.5)

@@ -48,6 +48,17 @@ RecipeOption = Annotated[Path | None, typer.Option(help="Take settings that are 
 Teacher = Annotated[Path | None, typer.Option(help="The model to distil from: a folder, or a name on the hub.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")]
 
+Fast = Annotated[bool, typer.Option("--fast", help=f"Rank by --criterion {FAST}: nothing is learned before the cut.")]
+
+
+def take_fast(fast: bool, settings: dict[str, Any]) -> None:
+    """Put the criterion that --fast stands for among the settings, if it was given; another beside it is refused."""
+    if not fast:
+        return
+    if settings.get("criterion") not in (None, FAST):
+        raise InputError(f"--fast stands for --criterion {FAST}, but --criterion {settings['criterion']} is given too.")
+    settings["criterion"] = FAST
+
 
 def shared_options(
     device: Device = None,
@@ -104,9 +115,7 @@ def prune(
     recover: Annotated[
         int, typer.Option(min=0, help="Steps in which the cut model learns from the dense one.  [default: 0]")
     ] = 0,
-    fast: Annotated[
-        bool, typer.Option("--fast", help=f"Rank by --criterion {FAST}: nothing is learned before the cut.")
-    ] = False,
+    fast: Fast = False,
     settings: dict[str, Any],
     cut: Annotated[bool, typer.Option(help="Cut the dead heads, or keep the gates.  [default: cut]")] = True,
     teacher: Teacher = None,
@@ -122,10 +131,7 @@ def prune(
 
     The teacher of --distill and --recover is the model itself, unless --teacher names another.
     """
-    if fast and settings.get("criterion") not in (None, FAST):
-        raise InputError(f"--fast stands for --criterion {FAST}, but --criterion {settings['criterion']} is given too.")
-    if fast:
-        settings["criterion"] = FAST
+    take_fast(fast, settings)
     base = begun(shared.pop("recipe"), settings)
     phase = section_of(base.prune, settings)
     if dry_run:

@@ -8,25 +8,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deadhead.cli.console import console, load_torch, of_hub, print_json, progress
-from deadhead.cli.phases import RequiredModel, Teacher, announcing, begun, section_of, shared_options
+from deadhead.cli.phases import (
+    Fast,
+    RequiredModel,
+    Teacher,
+    announcing,
+    begun,
+    section_of,
+    shared_options,
+    take_fast,
+)
 from deadhead.cli.settings import takes_settings
 from deadhead.errors import InputError
-from deadhead.plans.kinds import BUDGET_KINDS, FAST
-from deadhead.training.recipes.recipe import DataRecipe, PruneRecipe, Recipe
+from deadhead.plans.kinds import BUDGET_KINDS
+from deadhead.training.recipes.fields import option_name
+from deadhead.training.recipes.recipe import GATES_ONLY, DataRecipe, PruneRecipe, Recipe
 
 if TYPE_CHECKING:
     from deadhead.training.runs.forecast import Part
 
 PAGE_FILE = "sweep.html"
-# What only gates need, which a sweep does not train.
-_OF_GATES = (
-    *("l0", "freeze_weights", "start_from", "start_batches", "ramp_steps", "l0_warmup_steps", "gate_lr"),
-    *("gate_lr_scale", "init", "output_scale", "weighting", "track_difference"),
-)
 
 
 @takes_settings(
-    DataRecipe, PruneRecipe, Recipe, without=("tokenizer", "vocab_size", *BUDGET_KINDS, *_OF_GATES), also=shared_options
+    DataRecipe,
+    PruneRecipe,
+    Recipe,
+    without=("tokenizer", "vocab_size", *BUDGET_KINDS, *GATES_ONLY),
+    also=shared_options,
 )
 def sweep(
     out: Annotated[Path, typer.Option(help="Folder to make, of the pruned models, sweep.json and sweep.html.")],
@@ -51,9 +60,7 @@ def sweep(
         int, typer.Option(min=0, help="Steps in which each cut model learns from the dense one.  [default: 0]")
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in OUT.")] = False,
-    fast: Annotated[
-        bool, typer.Option("--fast", help=f"Rank by --criterion {FAST}: nothing is learned before the cut.")
-    ] = False,
+    fast: Fast = False,
     settings: dict[str, Any],
     teacher: Teacher = None,
     **shared: Any,
@@ -72,10 +79,7 @@ def sweep(
     ((kind, text_of_values),) = asked.items()
     values = _numbers(kind, text_of_values)
     tolerated = None if max_loss is None else _share(max_loss)
-    if fast and settings.get("criterion") not in (None, FAST):
-        raise InputError(f"--fast stands for --criterion {FAST}, but --criterion {settings['criterion']} is given too.")
-    if fast:
-        settings["criterion"] = FAST
+    take_fast(fast, settings)
     quiet, as_json = shared["quiet"], shared["as_json"]
     # A recipe with a criterion of its own has a budget too.
     recipe = begun(shared["recipe"], {**settings, kind: values[0]})
@@ -83,8 +87,7 @@ def sweep(
     phase = section_of(recipe.prune, {**settings, kind: values[0]})
     load_torch(quiet or as_json, model, teacher, of_hub(text.source))
     from deadhead.disk.files import write_text
-    from deadhead.report.sweep_page import render_sweep
-    from deadhead.report.tables import sweep_table
+    from deadhead.report.sweep_page import render_sweep, sweep_table
     from deadhead.training.runs.sweeping import sweep as run
 
     parts: list[Part] = []
@@ -116,7 +119,7 @@ def sweep(
 
 
 def _option(kind: str) -> str:
-    return "--" + kind.replace("_", "-")
+    return option_name(kind, PruneRecipe.model_fields[kind])
 
 
 def _numbers(kind: str, text: str) -> list[float]:

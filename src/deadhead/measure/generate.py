@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.data.encoders import text_frame
 from deadhead.errors import InputError
@@ -50,3 +54,15 @@ def generate_text(
             **sampling,
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """Let a model generate without its own settings of that (where to stop, penalties, cuts) while the block runs."""
+    before = model.generation_config
+    try:
+        # What a call is not given is taken from here.
+        model.generation_config = GenerationConfig()
+        yield
+    finally:
+        model.generation_config = before

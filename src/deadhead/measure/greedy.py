@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 
 class Told(StoppingCriteria):
@@ -42,17 +41,6 @@ class Writer:
         self._model: Any = model
         self._ends, self._pad = list(ends), pad
         self._takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
-
-    @contextmanager
-    def settings(self) -> Iterator[None]:
-        """Let the model's own settings of generation, penalties of repetition say, be none while the block runs."""
-        before = self._model.generation_config
-        # Those that a call is not given are taken from here.
-        self._model.generation_config = GenerationConfig()
-        try:
-            yield
-        finally:
-            self._model.generation_config = before
 
     def is_indifferent_to_padding(self, prompts: Sequence[Sequence[int]]) -> bool:
         """Tell whether the model computes the same of a prompt alone and padded, by trying the shortest two lengths."""

@@ -20,6 +20,7 @@ from deadhead.data.asking import prompt_tokens, reads_alike
 from deadhead.errors import InputError, typed, typed_but
 from deadhead.layouts.refusals import require_weights
 from deadhead.measure.evaluation import require_known
+from deadhead.measure.generate import plain_generation
 from deadhead.measure.greedy import Told, Writer, ends_of, groups_of
 from deadhead.measure.likeness import Likeness, likeness
 from deadhead.measure.losses import require_language_model
@@ -185,7 +186,7 @@ def write_replies(
     # Any token will do: padding is masked, and cut off behind an end.
     pad = next((one for one in (tokenizer.pad_token_id, *ends) if one is not None and one < vocabulary), 0)
     writer = Writer(model, ends, pad)
-    with torch.inference_mode(), evaluating(model), writer.settings():
+    with torch.inference_mode(), evaluating(model), plain_generation(model):
         padded = writer.is_indifferent_to_padding(ids)
         rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in ids]
         groups = list(groups_of([len(prompt) for prompt in ids], rooms, max_new_tokens, batch_size, padded=padded))

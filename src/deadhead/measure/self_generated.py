@@ -9,8 +9,7 @@ Dimensions: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from transformers import (
     Cache,
     DynamicCache,
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -31,6 +29,7 @@ from deadhead.data.turns import Turns, turns_of
 from deadhead.errors import InputError, typed
 from deadhead.layouts.refusals import require_weights
 from deadhead.measure.cost import model_cost
+from deadhead.measure.generate import plain_generation
 from deadhead.measure.losses import require_language_model
 from deadhead.measure.positions import require_positions
 from deadhead.models.all_attention.cache import Room
@@ -99,7 +98,7 @@ def write_text(
     each = model_cost(model, length=length).kv_cache_bytes
     at_once = max(1, min(_ROWS.get(model.device.type, _MOST_ROWS), _MOST_BYTES // max(each, 1)))
     written: list[Tensor] = []
-    with evaluating(model), _plain_generation(model), torch.inference_mode():
+    with evaluating(model), plain_generation(model), torch.inference_mode():
         for start in range(0, rows, at_once):
             count = min(at_once, rows - start)
             first_BT = torch.tensor([begin] * count, dtype=torch.int64)
@@ -135,17 +134,6 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
         if isinstance(one, int):
             return one
     return None
-
-
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Let a model generate without what its own configuration of that says: where to stop, penalties, cuts."""
-    before = model.generation_config
-    try:
-        model.generation_config = GenerationConfig()
-        yield
-    finally:
-        model.generation_config = before
 
 
 def _growing_cache(model: PreTrainedModel, length: int) -> dict[str, Cache]:

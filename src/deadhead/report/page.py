@@ -26,15 +26,20 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
     Of each run it takes the ``facts`` (see `RunFacts`), the ``others``' points (see `sibling_points`), and by model the
     ``attention`` patterns, or None.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(asset("page.html")).render(
+    return rendered(
+        "page.html",
         policy=page_policy(live=live),
         title=", ".join(run["facts"]["name"] for run in runs),
-        style=Markup(asset("page.css")),
         script=Markup(_script()),
         data=Markup(_script_json({"live": live, "runs": list(runs)})),
-        version=__version__,
     )
+
+
+def rendered(name: str, **values: Any) -> str:
+    """Return a page whose template has this name, with the style that all have."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    style = Markup(_asset("page.css"))
+    return environment.from_string(_asset(name)).render(style=style, version=__version__, **values)
 
 
 @cache
@@ -52,12 +57,11 @@ def page_policy(*, live: bool) -> str:
 def _script() -> str:
     """Return the page's script as it stands in the page."""
     # What would end the element can only stand in strings and comments.
-    return "\n".join(asset(name) for name in _SCRIPTS).replace("</script", "<\\/script")
+    return "\n".join(_asset(name) for name in _SCRIPTS).replace("</script", "<\\/script")
 
 
 @cache
-def asset(name: str) -> str:
-    """Return the text of one of the page's files."""
+def _asset(name: str) -> str:
     return (importlib.resources.files("deadhead.report") / "assets" / name).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What a sweep found, for people to choose by: rows of a table, the sentence below it, and its page."""
+"""What a sweep found, for people to choose by: the terminal's table, and a page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
-from deadhead import __version__
-from deadhead.report.page import asset
+from deadhead.report.page import rendered
 
-NAMES = ("", "parameters", "MFLOP/tok", "speed", "perplexity", "more", "")
+_NAMES = ("", "parameters", "MFLOP/tok", "speed", "perplexity", "more", "")
 _LEFT_OF = {
     "params": "the parameters",
     "flops": "a token's FLOPs",
@@ -24,13 +24,13 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 480.0, 300.0, 56.0, 28.0, 250.0
 _TICKS = 5
 
 
-def budget_of(found: Mapping[str, Any]) -> str:
+def _budget_of(found: Mapping[str, Any]) -> str:
     """Return what the budgets of a sweep are shares of."""
     return "the blocks' parameters" if found["of"] == "blocks" else _LEFT_OF[found["kind"]]
 
 
-def point_rows(found: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
-    """Return the cells of each point, the dense model first, under `NAMES`; and whether it is the one picked."""
+def _point_rows(found: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
+    """Return the cells of each point, the dense model first, under `_NAMES`; and whether it is the one picked."""
     rows = []
     for point in _points(found):
         is_picked = point["asked"] is not None and point["asked"] == found["picked"]
@@ -57,7 +57,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.3f}" if math.isfinite(value) else "∞"
 
 
-def picked_sentence(found: Mapping[str, Any]) -> str:
+def _picked_sentence(found: Mapping[str, Any]) -> str:
     """Return which point is the smallest within the loss that is tolerated; nothing where nothing was said of it."""
     if found["max_loss"] is None:
         return ""
@@ -65,24 +65,38 @@ def picked_sentence(found: Mapping[str, Any]) -> str:
     return f"None has {most}." if found["picked"] is None else f"The smallest with {most}: {found['picked']:g}."
 
 
+def sweep_table(found: Mapping[str, Any], place: str) -> Table:
+    """Return what several budgets leave of a model: what it costs, how fast it is and what it is worth."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in _NAMES:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for cells, _ in _point_rows(found):
+        table.add_row(*map(escape, cells))
+    lines = [
+        _picked_sentence(found),
+        f"The numbers in names are of {_budget_of(found)}.",
+        f"The models and their page lie in {escape(place)}.",
+    ]
+    table.caption, table.caption_justify = "\n".join(filter(None, lines)), "left"
+    return table
+
+
 def render_sweep(found: Mapping[str, Any], title: str) -> str:
     """Return a sweep's page as HTML, which runs no script and asks for nothing."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     measured = [point for point in _points(found) if math.isfinite(point.get("perplexity", math.inf))]
     charts = [
         _chart(found, measured, [point["parameters"] / 1e6 for point in measured], "parameters, millions"),
         _chart(found, measured, [point["flops_per_token"] / 1e6 for point in measured], "FLOPs a token, millions"),
         _chart(found, measured, [point["speedup"] for point in measured], "times the dense model's speed, measured"),
     ]
-    return environment.from_string(asset("sweep.html")).render(
+    return rendered(
+        "sweep.html",
         title=title,
-        style=Markup(asset("page.css")),
-        what=budget_of(found),
-        sentence=picked_sentence(found),
+        what=_budget_of(found),
+        sentence=_picked_sentence(found),
         charts=charts if measured else [],
-        names=NAMES,
-        rows=[{"cells": cells, "picked": is_picked} for cells, is_picked in point_rows(found)],
-        version=__version__,
+        names=_NAMES,
+        rows=[{"cells": cells, "picked": is_picked} for cells, is_picked in _point_rows(found)],
     )
 
 

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
-from deadhead.report.sweep_page import NAMES, budget_of, picked_sentence, point_rows
 from deadhead.training.runs.summary import STAGES
 
 if TYPE_CHECKING:
@@ -109,22 +107,6 @@ def verdict(summary: Mapping[str, Any]) -> str:
             f"{control:.3f} of the dense model trained for as many steps."
         )
     return "\n".join(lines)
-
-
-def sweep_table(found: Mapping[str, Any], place: str) -> Table:
-    """Return what several budgets leave of a model: what it costs, how fast it is and what it is worth."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in NAMES:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for cells, _ in point_rows(found):
-        table.add_row(*map(escape, cells))
-    lines = [
-        picked_sentence(found),
-        f"The numbers in names are of {budget_of(found)}.",
-        f"The models and their page lie in {escape(place)}.",
-    ]
-    table.caption, table.caption_justify = "\n".join(filter(None, lines)), "left"
-    return table
 
 
 def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:

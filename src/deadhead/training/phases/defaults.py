@@ -16,7 +16,7 @@ from deadhead.layouts import find_layout
 from deadhead.measure.positions import max_positions
 from deadhead.models import OWN_TYPES, AllAttentionConfig
 from deadhead.training.recipes.reading import changed
-from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
+from deadhead.training.recipes.recipe import GATES_ONLY, PhaseRecipe, PruneRecipe
 
 # log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
 _GATE_RATE = 0.02
@@ -50,11 +50,8 @@ def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
     return phase.model_copy(update=filled)
 
 
-# What only gates need, or weights that learn with them; whoever sets it wants them.
-_GATES_ONLY = {
-    *("l0", "freeze_weights", "start_from", "start_batches", "ramp_steps", "l0_warmup_steps", "gate_lr"),
-    *("gate_lr_scale", "init", "output_scale", "hard", "weighting", "track_difference", "ranking"),
-}
+# What only gates need, or weights that learn with them; whoever sets it wants them. Sizes go with no `ranking` either.
+_GATES_ONLY = {*GATES_ONLY, "ranking"}
 _TRAINING_ONLY = {
     *("learning_rate", "schedule", "warmup_steps", "weight_decay", "lora_rank", "distill", "distill_temperature"),
     *("gradient_accumulation", "gradient_checkpointing", "bf16"),

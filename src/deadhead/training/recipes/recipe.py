@@ -338,6 +338,13 @@ class PruneRecipe(PhaseRecipe):
         return self
 
 
+# Fields of `PruneRecipe` that only gates read.
+GATES_ONLY = (
+    *("l0", "freeze_weights", "start_from", "start_batches", "ramp_steps", "l0_warmup_steps", "gate_lr"),
+    *("gate_lr_scale", "init", "output_scale", "hard", "weighting", "track_difference"),
+)
+
+
 class PublishedModel(_Section):
     """A model of a recipe's shape that others have published: what they say of it."""
 
