@@ -31,7 +31,8 @@ from deadhead.criteria.second_order import measured, slopes
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
 from deadhead.layouts.refusals import require_gradients
-from deadhead.measure.last_states import LastStates, divergence
+from deadhead.measure.divergence import divergence
+from deadhead.measure.last_states import LastStates
 from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs
 from deadhead.modes import evaluating, uncompiled
 from deadhead.plans.plan import Unit, UnitKey

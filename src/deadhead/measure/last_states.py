@@ -17,13 +17,14 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from deadhead.gates.sharding import is_sharded
 from deadhead.layouts.inputs import made_tokens
 from deadhead.measure.chunks import Sums, fits_at_once, sum_in_chunks
+from deadhead.measure.divergence import widened
 from deadhead.models.all_attention.adaptive import AdaptiveSoftmax
 from deadhead.models.pruned.structure import text_stack
 from deadhead.modes import evaluating, seeded
@@ -84,17 +85,6 @@ class LastStates:
 def nll(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
     """Return the sum of the negative log-likelihoods of tokens, 0-dimensional, but for those that are -100."""
     return cross_entropy(widened(logits_NV), wanted_N, ignore_index=-100, reduction="sum")
-
-
-def divergence(logits_NV: Tensor, expected_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the sum over tokens of KL(expected ‖ found), 0-dimensional, of distributions at a temperature."""
-    found_NV, wanted_NV = (log_softmax(widened(values) / temperature, dim=-1) for values in (logits_NV, expected_NV))
-    return kl_div(found_NV, wanted_NV, reduction="sum", log_target=True)
-
-
-def widened(logits: Tensor) -> Tensor:
-    """Return logits in float32 at least, as a softmax over many needs them."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def whole_logits(outputs: Any) -> LastStates:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts.refusals import require_weights
-from deadhead.measure.last_states import divergence
+from deadhead.measure.divergence import divergence
 from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs, require_language_model
 from deadhead.modes import evaluating
 

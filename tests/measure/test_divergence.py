@@ -1,0 +1,56 @@
+"""KL and its gradient, against PyTorch's own functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from deadhead.measure.divergence import divergence
+
+
+def by_torch(logits_NV: Tensor, expected_NV: Tensor, temperature: float) -> Tensor:
+    found_NV, wanted_NV = (
+        log_softmax(values / temperature, dim=-1) for values in (logits_NV.float(), expected_NV.float())
+    )
+    return kl_div(found_NV, wanted_NV, reduction="sum", log_target=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_it_is_that_of_pytorch(dtype: torch.dtype, temperature: float) -> None:
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(7, 300)).to(dtype).requires_grad_()
+    expected = (4 * torch.randn(7, 300)).to(dtype)
+    given = logits.detach().clone(), expected.clone()
+
+    found = divergence(logits, expected, temperature)
+    (3 * found).backward()
+
+    same = given[0].clone().requires_grad_()
+    wanted = by_torch(same, expected, temperature)
+    (3 * wanted).backward()
+    assert logits.grad is not None and same.grad is not None
+    tolerance = {torch.bfloat16: 2e-2}.get(dtype, 1e-5)
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=tolerance, atol=0)
+    torch.testing.assert_close(logits.grad, same.grad, rtol=tolerance, atol=tolerance * float(same.grad.abs().max()))
+    # Nothing that was given is written into.
+    assert torch.equal(logits, given[0]) and torch.equal(expected, given[1])
+
+
+def test_equal_distributions_are_not_apart_at_all() -> None:
+    logits = (100 * torch.randn(5, 70, generator=torch.Generator().manual_seed(1))).requires_grad_()
+
+    found = divergence(logits, logits.detach())
+    found.backward()
+
+    assert float(found.detach()) == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_the_expected_distribution_learns_nothing() -> None:
+    expected = torch.randn(3, 11, requires_grad=True)
+
+    divergence(torch.randn(3, 11, requires_grad=True), expected).backward()
+
+    assert expected.grad is None
