@@ -96,10 +96,11 @@ class Setting:
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Point:
-    """One measurement: so much of the blocks left, chosen by a criterion."""
+    """One measurement: so much of the blocks left, chosen by a criterion; or of the groups of heads alone."""
 
     share: float
     criterion: str
+    heads_only: bool = False
 
     @property
     def file(self) -> str:
@@ -146,9 +147,11 @@ def copying(model: PreTrainedModel, length: int = 64) -> float:
 
 def recipe_of(point: Point, setting: Setting) -> PruneRecipe:
     """Return the recipe of a point."""
-    asked: dict[str, Any] = {"criterion": point.criterion, "params": point.share, "of": "blocks", "compensate": False}
+    asked: dict[str, Any] = {"criterion": point.criterion, "compensate": False}
+    asked |= {"sparsity": 1 - point.share} if point.heads_only else {"params": point.share, "of": "blocks"}
     if point.criterion in LEARNED:
-        asked |= {"batch_size": BATCH, "sequence_length": LENGTH, "block_size": setting.block_size}
+        asked |= {"batch_size": BATCH, "sequence_length": LENGTH}
+        asked |= {} if point.heads_only else {"block_size": setting.block_size}
         asked["steps"] = setting.steps if point.criterion == "gates" else setting.steps // 2
     if point.criterion == "gates":
         asked |= {"freeze_weights": True, "start_from": "reconstruction", "distill": 1.0}
@@ -166,8 +169,8 @@ def choose(model: PreTrainedModel, point: Point, rows: Tensor, setting: Setting)
         deadhead.detach(model)
         return plan
     looked_at = batches(rows[: setting.scored]) if point.criterion in READS_TEXT else ()
-    blocks: int | Blocks = setting.block_size
-    if setting.neighbours:
+    blocks: bool | int | Blocks = not point.heads_only and setting.block_size
+    if setting.neighbours and blocks:
         sites = find_layout(model).hidden_sites(model)
         blocks = {site.layer: runs(site.units, setting.block_size) for site in sites}
     scores = score_heads(model, point.criterion, looked_at, blocks=blocks)  # type: ignore[arg-type]

@@ -1,0 +1,315 @@
+"""The table that decides: SmolLM2-135M made smaller by deadhead and by what others ship, on texts and BLiMP.
+
+A cell is a method at one size, from one draw of the calibration text: some rows of 256 tokens of WikiText-2's
+validation text, disjoint from those of other draws. All methods read the same rows: rankings and others' scores the
+first 40 of them, what learns, compensates or fits all. Ours are compensated; others are as their authors ship them. A
+recovered cell goes on from the model of its own: distillation from the dense model on the calibration text and books.
+
+What counts is read by no method: WikiText-2's test text, 96 rows of 256 tokens and 24 of 1,024, the last tenth of the
+books, and pairs of sentences of BLiMP. Differences are those of the losses of the same rows, with their standard error.
+
+    python benchmarks/llm_table.py --corpora DIR [--blimp DIR] [--methods …] [--shares …] [--draws 0 1 2]
+    python benchmarks/llm_table.py --corpora DIR --heads-only --methods gates taylor flap --shares 0.8 0.6
+    python benchmarks/llm_table.py --corpora DIR --recover 250 --methods sizes flap+grail
+    python benchmarks/llm_table.py            # print what is there
+
+DIR holds `wikitext2-valid.txt`, `wikitext2-test.txt` and `books.txt`. A cell is a file in `benchmarks/results/llm`, kept
+with the program, so that hours of it can be spent on different days; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import deadhead
+from benchmarks._all_attention import machine
+from benchmarks._llm_metrics import accuracy, blimp, difference, perplexity, row_losses
+from benchmarks._llm_others import SHIPPED
+from benchmarks._sweep import run_all
+from benchmarks.llm import (
+    LEARNED,
+    LENGTH,
+    METHODS,
+    OTHERS,
+    SHARES,
+    Point,
+    Setting,
+    batches,
+    choose,
+    prepared,
+    recipe_of,
+    rows_of,
+)
+from deadhead.compensation.compensating import compensate_from
+from deadhead.data import TokenStream
+from deadhead.data.tokenizer import load_tokenizer
+from deadhead.disk.files import write_json
+from deadhead.measure.cost import model_cost
+from deadhead.training import PhaseRun, train
+from deadhead.training.phases.compensating import dense_copy
+from deadhead.training.phases.defaults import recovery
+
+RESULTS = Path(__file__).parent / "results" / "llm"
+DENSE = "dense"
+# Others that fit what is left to a text, as compensation does, read as many rows as it.
+FITTED = ("flap+grail",)
+DRAWS = 3
+# The share of the books that no method reads.
+UNREAD = 0.1
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class Cell:
+    """A method at a size: so much left of the blocks' parameters, or of the groups of heads alone.
+
+    Args:
+        draw: of the calibration text.
+        recovered: steps of recovery.
+    """
+
+    method: str
+    share: float = 1.0
+    draw: int = 0
+    heads_only: bool = False
+    recovered: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        parts = [self.method, f"{round(100 * self.share)}", *["heads"] * self.heads_only]
+        parts += [f"draw{self.draw}"] * bool(self.draw) + [f"recovered{self.recovered}"] * bool(self.recovered)
+        return "-".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What is read and measured; sizes are in rows of 256 tokens, but for `long`, of 1,024.
+
+    Args:
+        model: folder of the dense model, with its tokenizer.
+        corpora: folder of the texts.
+        pairs: folder of BLiMP's paradigms; None leaves them out.
+        fitted: rows of a draw; rankings read the first `scored`.
+        steps: of gates, half as many of sizes; four rows each.
+        paired: pairs of each paradigm.
+        models: where pruned models are kept that may recover; None keeps none.
+    """
+
+    model: Path
+    corpora: Path
+    pairs: Path | None
+    models: Path | None
+    scored: int = 40
+    fitted: int = 352
+    steps: int = 160
+    tested: int = 96
+    long: int = 24
+    novels: int = 24
+    paired: int = 50
+
+    def valid(self, first: int, count: int) -> Tensor:
+        """Return rows of the text that methods may read."""
+        return rows_of(self.corpora / "wikitext2-valid.txt", self.model, first, count)
+
+    def books(self, *, unread: bool) -> Path:
+        """Return a file of the books' last tenth, which no method reads, or of what is before it."""
+        text = (self.corpora / "books.txt").read_text(encoding="utf-8")
+        cut = round((1 - UNREAD) * len(text))
+        path = self.model.parent / f"books-{'unread' if unread else 'read'}.txt"
+        path.write_text(text[cut:] if unread else text[:cut], encoding="utf-8")
+        return path
+
+
+def read(model: PreTrainedModel, texts: Texts) -> dict[str, Any]:
+    """Return what a model is worth: losses of rows by text, and BLiMP's shares by paradigm."""
+    test = texts.corpora / "wikitext2-test.txt"
+    rows = {
+        "wikitext2": rows_of(test, texts.model, 0, texts.tested),
+        "long": rows_of(test, texts.model, 0, 4 * texts.long).reshape(-1, 4 * LENGTH),
+        "books": rows_of(texts.books(unread=True), texts.model, 0, texts.novels),
+    }
+    # Six digits are as many as a sum in float32 has.
+    found = {name: [round(loss, 6) for loss in row_losses(model, each)] for name, each in rows.items()}
+    pairs = {}
+    if texts.pairs is not None:
+        pairs = blimp(model, load_tokenizer(texts.model), sorted(texts.pairs.glob("*.jsonl")), texts.paired)
+    return {"losses": found, "blimp": pairs}
+
+
+def prune(model: PreTrainedModel, cell: Cell, texts: Texts) -> None:
+    """Prune a model in place, as a cell says."""
+    rows = texts.valid(cell.draw * texts.fitted, texts.fitted)
+    if cell.method in OTHERS:
+        SHIPPED[cell.method](model, batches(rows if cell.method in FITTED else rows[: texts.scored]), cell.share)
+        return
+    point = Point(share=cell.share, criterion=cell.method, heads_only=cell.heads_only)
+    setting = Setting(
+        model=texts.model,
+        valid=texts.corpora / "wikitext2-valid.txt",
+        test=None,
+        scored=texts.scored,
+        fitted=texts.fitted,
+        steps=texts.steps,
+    )
+    dense = dense_copy(model, recipe_of(point, setting))
+    deadhead.cut(model, choose(model, point, rows, setting))
+    compensate_from(model, dense, batches(rows), consume=True)
+
+
+def recover(model: PreTrainedModel, dense: PreTrainedModel, cell: Cell, texts: Texts) -> None:
+    """Let a pruned model learn from the dense one, in place: every other row is of the books."""
+    count = 2 * cell.recovered
+    wiki = texts.valid(0, min(count, 1080)).repeat(-(-count // 1080), 1)[:count]
+    books = rows_of(texts.books(unread=False), texts.model, 0, count)
+    tokens = torch.stack([wiki, books], dim=1).flatten()
+    asked = deadhead.training.PruneRecipe(batch_size=4, sequence_length=LENGTH, bf16=True, sparsity=0.5)
+    text = TokenStream(tokens=tokens.numpy(), num_bytes=1, num_words=1)
+    train(model, text, recovery(asked, cell.recovered, model), PhaseRun(teacher=dense))
+
+
+def measure(cell: Cell, texts: Texts, results: Path) -> None:
+    """Measure one cell and write it down."""
+    base = deadhead_peak()
+    model = deadhead.load(texts.model)
+    kept = None if texts.models is None else texts.models / Cell(**{**asdict(cell), "recovered": 0}).name
+    clock, processor = time.perf_counter(), time.process_time()
+    if cell.recovered:
+        assert kept is not None
+        dense, model = model, deadhead.load(kept)
+        recover(model, dense, cell, texts)
+    elif cell.method != DENSE:
+        prune(model, cell, texts)
+    seconds = {"wall": time.perf_counter() - clock, "cores": time.process_time() - processor}
+    peak = deadhead_peak() - base
+    if kept is not None and not cell.recovered and cell.method != DENSE:
+        deadhead.save(model, kept, tokenizer=load_tokenizer(texts.model))
+    cost = model_cost(model)
+    sizes = {"parameters": cost.parameters, "heads": cost.heads, "hidden_units": cost.hidden_units}
+    setting = {name: value for name, value in asdict(texts).items() if isinstance(value, int)}
+    write_json(
+        results / f"{cell.name}.json",
+        {**asdict(cell), **setting, **read(model, texts), "seconds": seconds, "peak_bytes": peak, **sizes},
+    )
+
+
+def deadhead_peak() -> int:
+    """Return the most memory that this process has had, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def found_in(results: Path) -> dict[Cell, dict[str, Any]]:
+    """Return what was measured, by cell."""
+    cells = {}
+    for path in sorted(results.glob("*.json")):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        cells[Cell(**{name: known[name] for name in Cell.__dataclass_fields__})] = known
+    return cells
+
+
+def table(found: dict[Cell, dict[str, Any]]) -> str:
+    """Return Markdown: a table for each size, kind of units and length of recovery."""
+    dense = found.get(Cell(method=DENSE))
+    if dense is None:
+        return ""
+    groups = sorted({(cell.heads_only, -cell.share, cell.recovered) for cell in found if cell.method != DENSE})
+    lines = []
+    for heads_only, share, recovered in groups:
+        here = {c: v for c, v in found.items() if (c.heads_only, -c.share, c.recovered) == (heads_only, share, recovered)}
+        left = f"{-share:.0%} of the {'groups of heads' if heads_only else 'blocks’ parameters'}"
+        lines += [f"### {left}{f', {recovered} steps of recovery' if recovered else ''}", "", *_rows(here, dense), ""]
+    return "\n".join(lines)
+
+
+def _rows(here: dict[Cell, dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+    heads = ("method", "WikiText-2", "of 1,024", "books", "BLiMP", "parameters", "core-minutes", "peak, GB")
+    rows = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1), _row("dense", dense, dense)]
+    for method in (*METHODS, *OTHERS):
+        mine = sorted(cell for cell in here if cell.method == method)
+        rows += [_row(method + f", draw {cell.draw + 1}" * (len(mine) > 1), here[cell], dense) for cell in mine]
+    best = [min(_group(here, kind), key=lambda each: perplexity(each["losses"]["wikitext2"]), default=None)
+            for kind in (METHODS, OTHERS)]
+    if best[0] is not None and best[1] is not None:
+        mean, error = difference(best[0]["losses"]["wikitext2"], best[1]["losses"]["wikitext2"])
+        own, other, none = (perplexity(each["losses"]["wikitext2"]) for each in (*best, dense))
+        rows += [
+            "",
+            f"{best[0]['method']} loses {mean:.3f} ± {error:.3f} nats a token less than {best[1]['method']}, the best of "
+            f"others, on the same rows of WikiText-2: {1 - (own - none) / (other - none):.0%} of its excess over dense.",
+        ]
+    return rows
+
+
+def _group(here: dict[Cell, dict[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
+    return [value for cell, value in here.items() if cell.method in methods and cell.draw == 0]
+
+
+def _row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> str:
+    cells = [name]
+    for text in ("wikitext2", "long", "books"):
+        own, none = perplexity(each["losses"][text]), perplexity(dense["losses"][text])
+        cells.append(f"{own:.1f}" + (f" (+{own / none - 1:.0%})" if each is not dense else ""))
+    cells.append(f"{accuracy(each['blimp']):.1%}" if each["blimp"] else "–")
+    cells.append(f"{each['parameters'] / 1e6:.1f} M")
+    cells += ["", ""] if each is dense else [f"{each['seconds']['cores'] / 60:.1f}", f"{each['peak_bytes'] / 1e9:.1f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description="The table that decides: deadhead and others on a real model.")
+    parser.add_argument("--corpora", type=Path, help="folder of the texts; without it nothing is measured")
+    parser.add_argument("--blimp", type=Path, help="folder of BLiMP's paradigms")
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *OTHERS), default=["sizes", *OTHERS])
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="left of the blocks' parameters")
+    parser.add_argument("--draws", nargs="+", type=int, choices=range(DRAWS), default=[0], help="of calibration text")
+    parser.add_argument("--heads-only", action="store_true", help="shares are of the groups of heads")
+    parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="go on from models that were measured")
+    parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where models are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where cells are kept")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it works")
+    options = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as temporary:
+        results = Path(temporary) / "results" if options.quick else options.results
+        if options.quick:
+            raise NotImplementedError
+        if options.corpora is not None:
+            texts = Texts(
+                model=prepared(None, options.out),
+                corpora=options.corpora,
+                pairs=options.blimp,
+                models=options.out / "models",
+            )
+            cells = [Cell(method=DENSE)]
+            cells += [
+                Cell(method=method, share=share, draw=draw, heads_only=options.heads_only, recovered=options.recover)
+                for draw in options.draws
+                for share in options.shares
+                for method in options.methods
+            ]
+            calls = [(cell, texts, results) for cell in cells if not (results / f"{cell.name}.json").exists()]
+            run_all(measure, calls, jobs=1, what="cells", console=console, threads=os.cpu_count() or 1, calls_each=1)
+        console.print(f"{machine()}, float32", markup=False)
+        console.print(table(found_in(results)) or "No cell was measured yet.", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
