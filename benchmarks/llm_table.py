@@ -13,8 +13,8 @@ books, and pairs of sentences of BLiMP. Differences are those of the losses of t
     python benchmarks/llm_table.py --corpora DIR --recover 250 --methods sizes flap+grail
     python benchmarks/llm_table.py            # print what is there
 
-DIR holds `wikitext2-valid.txt`, `wikitext2-test.txt` and `books.txt`. A cell is a file in `benchmarks/results/llm`, kept
-with the program, so that hours of it can be spent on different days; what is there is not measured again.
+DIR holds `wikitext2-valid.txt`, `wikitext2-test.txt` and `books.txt`. A cell is a file in `benchmarks/results/llm`,
+kept with the program, so that its hours can be spent on different days; what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from benchmarks._llm_metrics import accuracy, blimp, difference, perplexity, row
 from benchmarks._llm_others import SHIPPED
 from benchmarks._sweep import run_all
 from benchmarks.llm import (
-    LEARNED,
     LENGTH,
     METHODS,
     OTHERS,
@@ -232,7 +231,8 @@ def table(found: dict[Cell, dict[str, Any]]) -> str:
     groups = sorted({(cell.heads_only, -cell.share, cell.recovered) for cell in found if cell.method != DENSE})
     lines = []
     for heads_only, share, recovered in groups:
-        here = {c: v for c, v in found.items() if (c.heads_only, -c.share, c.recovered) == (heads_only, share, recovered)}
+        group = (heads_only, share, recovered)
+        here = {cell: each for cell, each in found.items() if (cell.heads_only, -cell.share, cell.recovered) == group}
         left = f"{-share:.0%} of the {'groups of heads' if heads_only else 'blocks’ parameters'}"
         lines += [f"### {left}{f', {recovered} steps of recovery' if recovered else ''}", "", *_rows(here, dense), ""]
     return "\n".join(lines)
@@ -244,15 +244,18 @@ def _rows(here: dict[Cell, dict[str, Any]], dense: dict[str, Any]) -> list[str]:
     for method in (*METHODS, *OTHERS):
         mine = sorted(cell for cell in here if cell.method == method)
         rows += [_row(method + f", draw {cell.draw + 1}" * (len(mine) > 1), here[cell], dense) for cell in mine]
-    best = [min(_group(here, kind), key=lambda each: perplexity(each["losses"]["wikitext2"]), default=None)
-            for kind in (METHODS, OTHERS)]
+    best = [
+        min(_group(here, kind), key=lambda each: perplexity(each["losses"]["wikitext2"]), default=None)
+        for kind in (METHODS, OTHERS)
+    ]
     if best[0] is not None and best[1] is not None:
         mean, error = difference(best[0]["losses"]["wikitext2"], best[1]["losses"]["wikitext2"])
         own, other, none = (perplexity(each["losses"]["wikitext2"]) for each in (*best, dense))
         rows += [
             "",
-            f"{best[0]['method']} loses {mean:.3f} ± {error:.3f} nats a token less than {best[1]['method']}, the best of "
-            f"others, on the same rows of WikiText-2: {1 - (own - none) / (other - none):.0%} of its excess over dense.",
+            f"{best[0]['method']} is {mean:.3f} ± {error:.3f} nats a token below {best[1]['method']}, the best of "
+            "others, on the same rows of WikiText-2; its excess over dense is "
+            f"{1 - (own - none) / (other - none):.0%} smaller.",
         ]
     return rows
 

@@ -31,6 +31,19 @@ def test_a_table_and_the_point_that_is_picked(
         assert measured["perplexity"] == pytest.approx(point["perplexity"])
 
 
+@pytest.mark.slow
+def test_replies_stand_in_the_table_and_on_the_page(
+    given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("sweep", "--model", given / "llama", "--data", given / "prose.txt", *_SMALL, "--params", "0.8")
+    assert execute([*map(str, asked), "--replies", "--out", str(tmp_path / "out")]) == 0
+    output = capfd.readouterr().out
+    rows = {line.split()[0]: line.split() for line in output[output.index("repetition") :].splitlines() if line.strip()}
+    assert rows["dense"][1:3] == ["–", "–"] and rows["params-0.8"][2].endswith("%") and "…" not in output
+    page = (tmp_path / "out" / "sweep.html").read_text()
+    assert page.count('<section class="reply">') == 3 and page.count("<dt>params-0.8</dt>") == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

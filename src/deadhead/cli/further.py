@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,13 +59,9 @@ class Further:
         """Return what was measured of a model, as JSON has it."""
         found: dict[str, Any] = {}
         if (replies := self.replies.get(name)) is not None:
-            near = {"divergence": None, "agreement": None}
-            if replies.likeness is not None:
-                near |= {key: value for key, value in asdict(replies.likeness).items() if key in near}
             # The first is not compared with itself.
-            is_first = name == next(iter(self.replies))
-            counts = {"count": len(replies.replies), "tokens": replies.tokens}
-            found["replies"] = {"repetition": replies.repetition, **counts, **({} if is_first else near)}
+            near = {} if name == next(iter(self.replies)) else {"divergence": None, "agreement": None}
+            found["replies"] = {**near, **replies.values}
         if name in self.tasks:
             found["tasks"] = {}
             for score in self.tasks[name]:

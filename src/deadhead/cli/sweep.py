@@ -59,6 +59,13 @@ def sweep(
     recover: Annotated[
         int, typer.Option(min=0, help="Steps in which each cut model learns from the dense one.  [default: 0]")
     ] = 0,
+    replies: Annotated[
+        bool,
+        typer.Option(
+            "--replies",
+            help="Also let each model reply to 50 prompts, 200 tokens at most; compare it with the dense one on those.",
+        ),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in OUT.")] = False,
     fast: Fast = False,
     settings: dict[str, Any],
@@ -87,7 +94,9 @@ def sweep(
     phase = section_of(recipe.prune, {**settings, kind: values[0]})
     load_torch(quiet or as_json, model, teacher, of_hub(text.source))
     from deadhead.disk.files import write_text
-    from deadhead.report.sweep_page import render_sweep, sweep_table
+    from deadhead.disk.reading import read_object
+    from deadhead.report.sweep_page import render_sweep, replies_table, sweep_table
+    from deadhead.training.runs.sweeping import REPLIES_FILE
     from deadhead.training.runs.sweeping import sweep as run
 
     parts: list[Part] = []
@@ -100,6 +109,7 @@ def sweep(
             text,
             recipe=phase,
             max_loss=tolerated,
+            replies=replies,
             out=out,
             resume=resume,
             recover=recover,
@@ -111,11 +121,14 @@ def sweep(
             **options_of,
             **{kind: values},
         ).to_dict()
-    write_text(out / PAGE_FILE, render_sweep(found, out.name))
+    said = read_object(out / REPLIES_FILE, what="list of models' replies") if replies else None
+    write_text(out / PAGE_FILE, render_sweep(found, out.name, said))
     if as_json:
         print_json(found)
         return
     console.print(sweep_table(found, str(out)))
+    if (said_of := replies_table(found)) is not None:
+        console.print(said_of)
 
 
 def _option(kind: str) -> str:

@@ -73,6 +73,15 @@ class Replies:
         return sum(len(reply.tokens) for reply in self.replies)
 
     @property
+    def values(self) -> dict[str, float | int | None]:
+        """What was found, as plain JSON values; without likeness for models that have none."""
+        found: dict[str, float | int | None] = {"repetition": self.repetition}
+        found |= {"count": len(self.replies), "tokens": self.tokens}
+        if self.likeness is not None:
+            found |= {"divergence": self.likeness.divergence, "agreement": self.likeness.agreement}
+        return found
+
+    @property
     def said(self) -> str:
         """What was found, in words."""
         near = ""
@@ -123,22 +132,24 @@ def compare_replies(
         )
         for name, model in models.items()
     }
-    found = {name: Replies(replies=replies, repetition=repetition(replies)) for name, replies in written.items()}
+    found = {name: replies_of(replies) for name, replies in written.items()}
     for name in others:
         sizes = {models[each].config.get_text_config().vocab_size for each in (first, name)}
         if len(sizes) > 1 or not reads_alike(tokenizers[first], tokenizers[name], prompts):
             continue
-        found[name] = Replies(
-            replies=written[name],
-            repetition=found[name].repetition,
-            likeness=reply_likeness(
-                models[name],
-                models[first],
-                written[first],
-                progress=lambda done, total, name=name: progress(f"{name}: comparing", done, total),  # type: ignore[misc]
-            ),
+        like = reply_likeness(
+            models[name],
+            models[first],
+            written[first],
+            progress=lambda done, total, name=name: progress(f"{name}: comparing", done, total),  # type: ignore[misc]
         )
+        found[name] = replies_of(written[name], like)
     return found
+
+
+def replies_of(replies: Sequence[Reply], like: Likeness | None = None) -> Replies:
+    """Return what the replies of a model say of it, which may have been compared with another."""
+    return Replies(replies=tuple(replies), repetition=repetition(replies), likeness=like)
 
 
 @typed

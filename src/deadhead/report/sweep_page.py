@@ -13,6 +13,9 @@ from rich.table import Table
 from deadhead.report.page import rendered
 
 _NAMES = ("", "parameters", "MFLOP/tok", "speed", "perplexity", "more", "")
+# How near models are to the dense one on its replies, and how they repeat themselves in their own, where they reply.
+_REPLY_NAMES = ("KL", "same token", "repetition")
+_SHOWN = 3
 _LEFT_OF = {
     "params": "the parameters",
     "flops": "a token's FLOPs",
@@ -48,6 +51,16 @@ def _point_rows(found: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
     return rows
 
 
+def _reply_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of each point under its path and `_REPLY_NAMES`; none where no model replied."""
+    kinds = {"divergence": ".4f", "agreement": ".1%", "repetition": ".1%"}
+    return [
+        [point["path"], *(format(said[name], kind) if name in said else "–" for name, kind in kinds.items())]
+        for point in _points(found)
+        if (said := point.get("replies")) is not None
+    ]
+
+
 def _points(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     dense = {**found["dense"], "asked": None, "speedup": 1.0, "path": "dense"}
     return [dense, *found["points"]]
@@ -81,8 +94,32 @@ def sweep_table(found: Mapping[str, Any], place: str) -> Table:
     return table
 
 
-def render_sweep(found: Mapping[str, Any], title: str) -> str:
-    """Return a sweep's page as HTML, which runs no script and asks for nothing."""
+def replies_table(found: Mapping[str, Any]) -> Table | None:
+    """Return how near models are to the dense one in what they reply; None where they did not."""
+    if not (rows := _reply_rows(found)):
+        return None
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("", *_REPLY_NAMES):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for cells in rows:
+        table.add_row(*map(escape, cells))
+    table.caption, table.caption_justify = _replies_sentence(found), "left"
+    return table
+
+
+def _replies_sentence(found: Mapping[str, Any]) -> str:
+    """Return what the columns of replies are."""
+    return (
+        f"KL, in nats a token, and how often both hold the same token to be the likeliest: on the dense model's "
+        f"{found['dense']['replies']['count']} replies. Repetition: 4-grams that a reply had before, in each one's own."
+    )
+
+
+def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Sequence[Any]] | None = None) -> str:
+    """Return a sweep's page as HTML, which runs no script and asks for nothing.
+
+    `replies` are those of each model by its name, as a sweep keeps them; the first few are shown.
+    """
     measured = [point for point in _points(found) if math.isfinite(point.get("perplexity", math.inf))]
     charts = [
         _chart(found, measured, [point["parameters"] / 1e6 for point in measured], "parameters, millions"),
@@ -95,9 +132,20 @@ def render_sweep(found: Mapping[str, Any], title: str) -> str:
         what=_budget_of(found),
         sentence=_picked_sentence(found),
         charts=charts if measured else [],
+        reply_names=("", *_REPLY_NAMES),
+        reply_rows=(reply_rows := _reply_rows(found)),
+        reply_sentence=_replies_sentence(found) if reply_rows else "",
+        shown=_shown(replies or {}),
         names=_NAMES,
         rows=[{"cells": cells, "picked": is_picked} for cells, is_picked in _point_rows(found)],
     )
+
+
+def _shown(replies: Mapping[str, Sequence[Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the first prompts, each with what every model replied."""
+    prompts = [each["asked"] for each in next(iter(replies.values()), ())][:_SHOWN]
+    by_model = {name: {each["asked"]: each["text"] for each in written} for name, written in replies.items()}
+    return [(prompt, [(name, said[prompt]) for name, said in by_model.items() if prompt in said]) for prompt in prompts]
 
 
 def _chart(

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import deadhead
 from deadhead import InputError
+from deadhead.data import TokenStream, load_tokenizer
 from deadhead.disk.reading import read_object
+from deadhead.measure.replies import compare_replies
 from deadhead.plans.plan import HeadPlan
 from deadhead.training.runs import sweeping
 from tests.small_runs import Killed, assert_same_tensors, weights
@@ -103,6 +107,47 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same(place: Path, tmp_path: Path
         assert {name: point[name] for name in same} == {name: other[name] for name in same}
         assert_same_tensors(weights(tmp_path / "whole" / point["path"]), weights(tmp_path / "killed" / point["path"]))
     assert _plans(tmp_path / "whole") == _plans(tmp_path / "killed")
+
+
+def test_models_reply_and_the_dense_one_only_once(place: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def stop(name: str, *of: Any) -> None:
+        told.append(name)
+        if name == "params-0.6: compensating":
+            raise Killed
+
+    settings: dict[str, Any] = {"params": [0.85, 0.6], "criterion": "reconstruction", "replies": True}
+    with pytest.raises(Killed):
+        _sweep(place, tmp_path / "out", progress=stop, **settings)
+    assert "dense: replies" in told and "params-0.85: comparing replies" in told
+    told.clear()
+    found = _sweep(place, tmp_path / "out", resume=True, progress=lambda name, *_: told.append(name), **settings)
+    assert "params-0.6: replies" in told and "dense: replies" not in told and "params-0.85: replies" not in told
+    kept = read_object(tmp_path / "out" / "replies.json", what="replies")
+    assert [*kept] == ["dense", "params-0.85", "params-0.6"]
+
+    names = {"dense": place / "llama"} | {point["path"]: tmp_path / "out" / point["path"] for point in found.points}
+    models = {name: deadhead.load(path) for name, path in names.items()}
+    expected = compare_replies(models, {name: load_tokenizer(path) for name, path in names.items()})
+    for values in (found.dense | {"path": "dense"}, *found.points):
+        theirs = expected[values["path"]]
+        assert [reply["text"] for reply in kept[values["path"]]] == [reply.text for reply in theirs.replies]
+        assert values["replies"].keys() == theirs.values.keys()
+        for key, value in theirs.values.items():
+            assert values["replies"][key] == pytest.approx(value, rel=1e-4)
+    with pytest.raises(InputError, match="other settings"):
+        _sweep(place, tmp_path / "out", resume=True, **{**settings, "replies": False})
+
+
+def test_replies_need_a_tokenizer(place: Path, tmp_path: Path) -> None:
+    config = deadhead.load(place / "llama").config
+    config._name_or_path = ""
+    model = LlamaForCausalLM(config)
+    text = TokenStream(tokens=np.arange(2000) % 200, num_bytes=2000, num_words=400)
+    with pytest.raises(InputError, match="need the model's tokenizer"):
+        deadhead.sweep(model, text, params=[0.8], out=tmp_path / "out", replies=True, **_SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_done_is_not_done_again(place: Path, tmp_path: Path) -> None:
