@@ -297,7 +297,7 @@ def prepared(model: Path | None, out: Path) -> Path:
     return folder
 
 
-def _quick(out: Path) -> Setting:
+def tiny(out: Path) -> Setting:
     """Return a sweep of seconds: a tiny random model on a text of its own."""
     from deadhead.data.tokenizer import byte_tokenizer
 
@@ -334,7 +334,7 @@ def main() -> None:
         out = Path(temporary) if options.quick else options.out
         if options.quick:
             names = ("flap", *LEARNED, "flap-as-shipped", "wanda-sp")
-            sweep([Point(share=0.8, criterion=name) for name in names], _quick(out), out, console)
+            sweep([Point(share=0.8, criterion=name) for name in names], tiny(out), out, console)
         elif not options.table:
             if options.valid is None:
                 parser.error("a text to calibrate and choose on is missing; give it with --valid")

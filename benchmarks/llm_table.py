@@ -22,11 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from benchmarks._llm_metrics import accuracy, blimp, difference, perplexity, row
 from benchmarks._llm_others import SHIPPED
 from benchmarks._sweep import run_all
 from benchmarks.llm import (
+    BATCH,
     LENGTH,
     METHODS,
     OTHERS,
@@ -54,13 +56,14 @@ from benchmarks.llm import (
     prepared,
     recipe_of,
     rows_of,
+    tiny,
 )
 from deadhead.compensation.compensating import compensate_from
 from deadhead.data import TokenStream
 from deadhead.data.tokenizer import load_tokenizer
 from deadhead.disk.files import write_json
 from deadhead.measure.cost import model_cost
-from deadhead.training import PhaseRun, train
+from deadhead.training import PhaseRun, PruneRecipe, train
 from deadhead.training.phases.compensating import dense_copy
 from deadhead.training.phases.defaults import recovery
 
@@ -105,7 +108,7 @@ class Texts:
         corpora: folder of the texts.
         pairs: folder of BLiMP's paradigms; None leaves them out.
         fitted: rows of a draw; rankings read the first `scored`.
-        steps: of gates, half as many of sizes; four rows each.
+        steps: of gates and of sizes, four rows each.
         paired: pairs of each paradigm.
         models: where pruned models are kept that may recover; None keeps none.
     """
@@ -116,7 +119,7 @@ class Texts:
     models: Path | None
     scored: int = 40
     fitted: int = 352
-    steps: int = 160
+    steps: int = 80
     tested: int = 96
     long: int = 24
     novels: int = 24
@@ -164,7 +167,8 @@ def prune(model: PreTrainedModel, cell: Cell, texts: Texts) -> None:
         test=None,
         scored=texts.scored,
         fitted=texts.fitted,
-        steps=texts.steps,
+        # There it is a number for gates, of which sizes make half.
+        steps=texts.steps * (2 if cell.method == "sizes" else 1),
     )
     dense = dense_copy(model, recipe_of(point, setting))
     deadhead.cut(model, choose(model, point, rows, setting))
@@ -173,20 +177,20 @@ def prune(model: PreTrainedModel, cell: Cell, texts: Texts) -> None:
 
 def recover(model: PreTrainedModel, dense: PreTrainedModel, cell: Cell, texts: Texts) -> None:
     """Let a pruned model learn from the dense one, in place: every other row is of the books."""
-    count = 2 * cell.recovered
-    wiki = texts.valid(0, min(count, 1080)).repeat(-(-count // 1080), 1)[:count]
+    count, most = 2 * cell.recovered, DRAWS * texts.fitted
+    wiki = texts.valid(0, min(count, most)).repeat(-(-count // most), 1)[:count]
     books = rows_of(texts.books(unread=False), texts.model, 0, count)
     tokens = torch.stack([wiki, books], dim=1).flatten()
-    asked = deadhead.training.PruneRecipe(batch_size=4, sequence_length=LENGTH, bf16=True, sparsity=0.5)
+    asked = PruneRecipe(batch_size=BATCH, sequence_length=LENGTH, bf16=True)
     text = TokenStream(tokens=tokens.numpy(), num_bytes=1, num_words=1)
     train(model, text, recovery(asked, cell.recovered, model), PhaseRun(teacher=dense))
 
 
 def measure(cell: Cell, texts: Texts, results: Path) -> None:
     """Measure one cell and write it down."""
-    base = deadhead_peak()
+    base = _peak()
     model = deadhead.load(texts.model)
-    kept = None if texts.models is None else texts.models / Cell(**{**asdict(cell), "recovered": 0}).name
+    kept = None if texts.models is None else texts.models / replace(cell, recovered=0).name
     clock, processor = time.perf_counter(), time.process_time()
     if cell.recovered:
         assert kept is not None
@@ -195,7 +199,7 @@ def measure(cell: Cell, texts: Texts, results: Path) -> None:
     elif cell.method != DENSE:
         prune(model, cell, texts)
     seconds = {"wall": time.perf_counter() - clock, "cores": time.process_time() - processor}
-    peak = deadhead_peak() - base
+    peak = _peak() - base
     if kept is not None and not cell.recovered and cell.method != DENSE:
         deadhead.save(model, kept, tokenizer=load_tokenizer(texts.model))
     cost = model_cost(model)
@@ -207,10 +211,7 @@ def measure(cell: Cell, texts: Texts, results: Path) -> None:
     )
 
 
-def deadhead_peak() -> int:
-    """Return the most memory that this process has had, in bytes."""
-    import resource
-
+def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -268,11 +269,30 @@ def _row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> str:
     cells = [name]
     for text in ("wikitext2", "long", "books"):
         own, none = perplexity(each["losses"][text]), perplexity(dense["losses"][text])
-        cells.append(f"{own:.1f}" + (f" (+{own / none - 1:.0%})" if each is not dense else ""))
+        cells.append(f"{own:.1f}" + (f" ({own / none - 1:+.0%})" if each is not dense else ""))
     cells.append(f"{accuracy(each['blimp']):.1%}" if each["blimp"] else "–")
     cells.append(f"{each['parameters'] / 1e6:.1f} M")
     cells += ["", ""] if each is dense else [f"{each['seconds']['cores'] / 60:.1f}", f"{each['peak_bytes'] / 1e9:.1f}"]
     return "| " + " | ".join(cells) + " |"
+
+
+def _quick(folder: Path) -> tuple[Texts, list[Cell]]:
+    """Return what takes seconds: a tiny random model, texts and pairs of its own."""
+    setting = tiny(folder)
+    letters = setting.valid.read_text(encoding="utf-8")
+    for name, times in (("wikitext2-valid", 1), ("wikitext2-test", 1), ("books", 4)):
+        (folder / f"{name}.txt").write_text(letters * times, encoding="utf-8")
+    pairs = folder / "pairs"
+    pairs.mkdir()
+    lines = [
+        json.dumps({"sentence_good": letters[i : i + 9], "sentence_bad": letters[i + 9 : i + 18]}) for i in range(4)
+    ]
+    (pairs / "letters.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sizes = {"scored": 2, "fitted": 8, "steps": 4, "tested": 3, "long": 1, "novels": 2, "paired": 3}
+    texts = Texts(model=setting.model, corpora=folder, pairs=pairs, models=folder / "models", **sizes)
+    first = Cell(method="sizes", share=0.8)
+    others = [Cell(method="wanda-sp", share=0.8), Cell(method="taylor", share=0.5, heads_only=True)]
+    return texts, [Cell(method=DENSE), first, *others, replace(first, recovered=2)]
 
 
 def main() -> None:
@@ -291,25 +311,22 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as temporary:
-        results = Path(temporary) / "results" if options.quick else options.results
+        results, texts, cells = options.results, None, []
         if options.quick:
-            raise NotImplementedError
-        if options.corpora is not None:
-            texts = Texts(
-                model=prepared(None, options.out),
-                corpora=options.corpora,
-                pairs=options.blimp,
-                models=options.out / "models",
-            )
-            cells = [Cell(method=DENSE)]
-            cells += [
+            results = Path(temporary) / "results"
+            texts, cells = _quick(Path(temporary))
+        elif options.corpora is not None:
+            models = options.out / "models"
+            model = prepared(None, options.out)
+            texts = Texts(model=model, corpora=options.corpora, pairs=options.blimp, models=models)
+            cells = [Cell(method=DENSE)] + [
                 Cell(method=method, share=share, draw=draw, heads_only=options.heads_only, recovered=options.recover)
                 for draw in options.draws
                 for share in options.shares
                 for method in options.methods
             ]
-            calls = [(cell, texts, results) for cell in cells if not (results / f"{cell.name}.json").exists()]
-            run_all(measure, calls, jobs=1, what="cells", console=console, threads=os.cpu_count() or 1, calls_each=1)
+        calls = [(cell, texts, results) for cell in cells if not (results / f"{cell.name}.json").exists()]
+        run_all(measure, calls, jobs=1, what="cells", console=console, threads=os.cpu_count() or 1, calls_each=1)
         console.print(f"{machine()}, float32", markup=False)
         console.print(table(found_in(results)) or "No cell was measured yet.", markup=False, soft_wrap=True)
 

@@ -13,7 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import deadhead
+from benchmarks._llm_metrics import difference
 from benchmarks.llm import copied, copying
+from benchmarks.llm_table import RESULTS, found_in, table
 from benchmarks.which_units import agreement, by_unit, chance_above, induction
 from deadhead.criteria.scoring import score_heads
 from deadhead.plans.plan import HeadPlan, UnitKey
@@ -30,6 +32,39 @@ def test_every_way_of_choosing_is_measured(tmp_path: Path) -> None:
     rows = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("| ") and "×" in line}
     assert [*rows] == ["gates", "sizes", "flap", "flap-as-shipped", "wanda-sp"]
     assert [name for name, row in rows.items() if "→" in row] == ["gates", "sizes", "flap"]
+
+
+@pytest.mark.slow
+def test_the_table_has_every_kind_of_cell() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/llm_table.py", "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    titles = [line for line in done.stdout.splitlines() if line.startswith("###")]
+    assert titles == [
+        "### 80% of the blocks’ parameters",
+        "### 80% of the blocks’ parameters, 2 steps of recovery",
+        "### 50% of the groups of heads",
+    ]
+    rows = [
+        line.split()[1] for line in done.stdout.splitlines() if line.startswith("| ") and "core-minutes" not in line
+    ]
+    assert rows == ["dense", "sizes", "wanda-sp", "dense", "sizes", "dense", "taylor"]
+    assert "the best of others, on the same rows" in done.stdout
+
+
+def test_rows_are_paired() -> None:
+    mean, error = difference([1.0, 2.0, 3.0], [1.5, 2.5, 4.5])
+    assert mean == pytest.approx(2.5 / 3) and error == pytest.approx((1 / 3) ** 0.5 / 3**0.5)
+
+
+def test_the_table_that_is_told_of_is_the_one_that_was_measured() -> None:
+    """What the documentation says of others and of deadhead is what the kept cells say."""
+    told = (ROOT / "docs" / "llm.md").read_text(encoding="utf-8")
+    found = found_in(RESULTS)
+    assert found
+    for line in table(found).splitlines():
+        assert line in told
 
 
 @pytest.mark.full

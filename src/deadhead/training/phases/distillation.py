@@ -70,16 +70,15 @@ class Distillation:
             count = int(counts_BT.sum())
 
         # What the model's own loss is not there for is summed along with the divergence.
-        share = 0.0
-        if student.own_loss is None:
-            share = (1 - self.weight) / (self.weight * self.temperature**2) * count / student.count
+        is_added = student.own_loss is None and self.weight < 1
+        share = (1 - self.weight) / (self.weight * self.temperature**2) * count / student.count
 
         def sums(states_ND: Tensor, wanted_N: Tensor, theirs_ND: Tensor) -> Tensor:
             logits_NV = student.read.logits(states_ND)
             with torch.no_grad():
                 expected_NV = teacher.logits(theirs_ND)
             apart = divergence(logits_NV, expected_NV, self.temperature)
-            return torch.stack([apart + share * nll(logits_NV, wanted_N) if share else apart, apart])
+            return torch.stack([apart + share * nll(logits_NV, wanted_N) if is_added else apart, apart])
 
         both, apart = student.read.sums(sums, counts_BT, student.wanted_BT, teacher.states_BTD)
         self.divergence = self.divergence + apart[0] / count
