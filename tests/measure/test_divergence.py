@@ -54,3 +54,11 @@ def test_the_expected_distribution_learns_nothing() -> None:
     divergence(torch.randn(3, 11, requires_grad=True), expected).backward()
 
     assert expected.grad is None
+
+
+def test_its_gradient_is_there_once() -> None:
+    found = divergence(torch.randn(3, 11, requires_grad=True), torch.randn(3, 11))
+    found.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="is there once; compute the divergence anew"):
+        found.backward()

@@ -51,5 +51,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        if ctx.gradient_NV is None:
+            raise RuntimeError("The gradient of a divergence is there once; compute the divergence anew.")
         gradient_NV, ctx.gradient_NV = ctx.gradient_NV, None
         return gradient_NV.mul_(upstream).to(ctx.dtype), None
