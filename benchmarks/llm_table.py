@@ -11,7 +11,7 @@ books, and pairs of sentences of BLiMP. Differences are those of the losses of t
     python benchmarks/llm_table.py --corpora DIR [--blimp DIR] [--methods …] [--shares …] [--draws 0 1 2]
     python benchmarks/llm_table.py --corpora DIR --heads-only --methods gates taylor flap --shares 0.8 0.6
     python benchmarks/llm_table.py --corpora DIR --recover 250 --methods sizes flap+grail
-    python benchmarks/llm_table.py            # print what is there
+    python benchmarks/llm_table.py [--picture FILE.png]     # show what is there
 
 DIR holds `wikitext2-valid.txt`, `wikitext2-test.txt` and `books.txt`. A cell is a file in `benchmarks/results/llm`,
 kept with the program, so that its hours can be spent on different days; what is there is not measured again.
@@ -26,7 +26,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,9 @@ from transformers import PreTrainedModel
 
 import deadhead
 from benchmarks._all_attention import machine
-from benchmarks._llm_metrics import accuracy, blimp, difference, perplexity, row_losses
+from benchmarks._llm_metrics import blimp, row_losses
 from benchmarks._llm_others import SHIPPED
+from benchmarks._llm_tables import DENSE, Cell, draw, found_in, short_table, table
 from benchmarks._sweep import run_all
 from benchmarks.llm import (
     BATCH,
@@ -68,35 +68,11 @@ from deadhead.training.phases.compensating import dense_copy
 from deadhead.training.phases.defaults import recovery
 
 RESULTS = Path(__file__).parent / "results" / "llm"
-DENSE = "dense"
 # Others that fit what is left to a text, as compensation does, read as many rows as it.
 FITTED = ("flap+grail",)
 DRAWS = 3
 # The share of the books that no method reads.
 UNREAD = 0.1
-
-
-@dataclass(frozen=True, order=True, kw_only=True)
-class Cell:
-    """A method at a size: so much left of the blocks' parameters, or of the groups of heads alone.
-
-    Args:
-        draw: of the calibration text.
-        recovered: steps of recovery.
-    """
-
-    method: str
-    share: float = 1.0
-    draw: int = 0
-    heads_only: bool = False
-    recovered: int = 0
-
-    @property
-    def name(self) -> str:
-        """Its name among the results."""
-        parts = [self.method, f"{round(100 * self.share)}", *["heads"] * self.heads_only]
-        parts += [f"draw{self.draw}"] * bool(self.draw) + [f"recovered{self.recovered}"] * bool(self.recovered)
-        return "-".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,67 +191,6 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def found_in(results: Path) -> dict[Cell, dict[str, Any]]:
-    """Return what was measured, by cell."""
-    cells = {}
-    for path in sorted(results.glob("*.json")):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        cells[Cell(**{name: known[name] for name in Cell.__dataclass_fields__})] = known
-    return cells
-
-
-def table(found: dict[Cell, dict[str, Any]]) -> str:
-    """Return Markdown: a table for each size, kind of units and length of recovery."""
-    dense = found.get(Cell(method=DENSE))
-    if dense is None:
-        return ""
-    groups = sorted({(cell.heads_only, -cell.share, cell.recovered) for cell in found if cell.method != DENSE})
-    lines = []
-    for heads_only, share, recovered in groups:
-        group = (heads_only, share, recovered)
-        here = {cell: each for cell, each in found.items() if (cell.heads_only, -cell.share, cell.recovered) == group}
-        left = f"{-share:.0%} of the {'groups of heads' if heads_only else 'blocks’ parameters'}"
-        lines += [f"### {left}{f', {recovered} steps of recovery' if recovered else ''}", "", *_rows(here, dense), ""]
-    return "\n".join(lines)
-
-
-def _rows(here: dict[Cell, dict[str, Any]], dense: dict[str, Any]) -> list[str]:
-    heads = ("method", "WikiText-2", "of 1,024", "books", "BLiMP", "parameters", "core-minutes", "peak, GB")
-    rows = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1), _row("dense", dense, dense)]
-    for method in (*METHODS, *OTHERS):
-        mine = sorted(cell for cell in here if cell.method == method)
-        rows += [_row(method + f", draw {cell.draw + 1}" * (len(mine) > 1), here[cell], dense) for cell in mine]
-    best = [
-        min(_group(here, kind), key=lambda each: perplexity(each["losses"]["wikitext2"]), default=None)
-        for kind in (METHODS, OTHERS)
-    ]
-    if best[0] is not None and best[1] is not None:
-        mean, error = difference(best[0]["losses"]["wikitext2"], best[1]["losses"]["wikitext2"])
-        own, other, none = (perplexity(each["losses"]["wikitext2"]) for each in (*best, dense))
-        rows += [
-            "",
-            f"{best[0]['method']} is {mean:.3f} ± {error:.3f} nats a token below {best[1]['method']}, the best of "
-            "others, on the same rows of WikiText-2; its excess over dense is "
-            f"{1 - (own - none) / (other - none):.0%} smaller.",
-        ]
-    return rows
-
-
-def _group(here: dict[Cell, dict[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
-    return [value for cell, value in here.items() if cell.method in methods and cell.draw == 0]
-
-
-def _row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> str:
-    cells = [name]
-    for text in ("wikitext2", "long", "books"):
-        own, none = perplexity(each["losses"][text]), perplexity(dense["losses"][text])
-        cells.append(f"{own:.1f}" + (f" ({own / none - 1:+.0%})" if each is not dense else ""))
-    cells.append(f"{accuracy(each['blimp']):.1%}" if each["blimp"] else "–")
-    cells.append(f"{each['parameters'] / 1e6:.1f} M")
-    cells += ["", ""] if each is dense else [f"{each['seconds']['cores'] / 60:.1f}", f"{each['peak_bytes'] / 1e9:.1f}"]
-    return "| " + " | ".join(cells) + " |"
-
-
 def _quick(folder: Path) -> tuple[Texts, list[Cell]]:
     """Return what takes seconds: a tiny random model, texts and pairs of its own."""
     setting = tiny(folder)
@@ -307,6 +222,7 @@ def main() -> None:
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="go on from models that were measured")
     parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where models are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where cells are kept")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw perplexity against what is gone")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it works")
     options = parser.parse_args()
     console = Console()
@@ -328,7 +244,11 @@ def main() -> None:
         calls = [(cell, texts, results) for cell in cells if not (results / f"{cell.name}.json").exists()]
         run_all(measure, calls, jobs=1, what="cells", console=console, threads=os.cpu_count() or 1, calls_each=1)
         console.print(f"{machine()}, float32", markup=False)
-        console.print(table(found_in(results)) or "No cell was measured yet.", markup=False, soft_wrap=True)
+        found = found_in(results)
+        console.print(table(found) or "No cell was measured yet.", markup=False, soft_wrap=True)
+        console.print(short_table(found), markup=False, soft_wrap=True)
+        if options.picture is not None:
+            draw(found, options.picture)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import deadhead
 from benchmarks._llm_metrics import difference
+from benchmarks._llm_tables import draw, found_in, short_table, table
 from benchmarks.llm import copied, copying
-from benchmarks.llm_table import RESULTS, found_in, table
+from benchmarks.llm_table import RESULTS
 from benchmarks.which_units import agreement, by_unit, chance_above, induction
 from deadhead.criteria.scoring import score_heads
 from deadhead.plans.plan import HeadPlan, UnitKey
@@ -50,7 +51,10 @@ def test_the_table_has_every_kind_of_cell() -> None:
         line.split()[1] for line in done.stdout.splitlines() if line.startswith("| ") and "core-minutes" not in line
     ]
     assert rows == ["dense", "sizes", "wanda-sp", "dense", "sizes", "dense", "taylor"]
-    assert "the best of others, on the same rows" in done.stdout
+    assert "the best of others, on the same rows" in long
+    assert [line.split(" | ")[0][2:] for line in short.splitlines()[2:] if line.startswith("|")] == [
+        *("dense", "sizes, 2 steps of recovery", "sizes", "wanda-sp")
+    ]
 
 
 def test_rows_are_paired() -> None:
@@ -60,11 +64,16 @@ def test_rows_are_paired() -> None:
 
 def test_the_table_that_is_told_of_is_the_one_that_was_measured() -> None:
     """What the documentation says of others and of deadhead is what the kept cells say."""
-    told = (ROOT / "docs" / "llm.md").read_text(encoding="utf-8")
     found = found_in(RESULTS)
     assert found
-    for line in table(found).splitlines():
-        assert line in told
+    for name, said in {"docs/llm.md": table(found), "README.md": short_table(found)}.items():
+        told = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert [line for line in said.splitlines() if line not in told] == []
+
+
+def test_what_was_measured_can_be_drawn(tmp_path: Path) -> None:
+    draw(found_in(RESULTS), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.full

@@ -1,0 +1,152 @@
+"""What the table of a real language model says: cells, as they are kept, in Markdown and as a picture.
+
+`benchmarks/llm_table.py` measures them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks._llm_metrics import accuracy, difference, perplexity
+from benchmarks.llm import METHODS, OTHERS
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class Cell:
+    """A method at a size: so much left of the blocks' parameters, or of the groups of heads alone.
+
+    Args:
+        draw: of the calibration text.
+        recovered: steps of recovery.
+    """
+
+    method: str
+    share: float = 1.0
+    draw: int = 0
+    heads_only: bool = False
+    recovered: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name among the results."""
+        parts = [self.method, f"{round(100 * self.share)}", *["heads"] * self.heads_only]
+        parts += [f"draw{self.draw}"] * bool(self.draw) + [f"recovered{self.recovered}"] * bool(self.recovered)
+        return "-".join(parts)
+
+
+def found_in(results: Path) -> dict[Cell, dict[str, Any]]:
+    """Return what was measured, by cell."""
+    cells = {}
+    for path in sorted(results.glob("*.json")):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        cells[Cell(**{name: known[name] for name in Cell.__dataclass_fields__})] = known
+    return cells
+
+
+def table(found: dict[Cell, dict[str, Any]]) -> str:
+    """Return Markdown: a table for each size, kind of units and length of recovery."""
+    dense = found.get(Cell(method=DENSE))
+    if dense is None:
+        return ""
+    groups = sorted({(cell.heads_only, -cell.share, cell.recovered) for cell in found if cell.method != DENSE})
+    lines = []
+    for heads_only, share, recovered in groups:
+        group = (heads_only, share, recovered)
+        here = {cell: each for cell, each in found.items() if (cell.heads_only, -cell.share, cell.recovered) == group}
+        left = f"{-share:.0%} of the {'groups of heads' if heads_only else 'blocks’ parameters'}"
+        lines += [f"### {left}{f', {recovered} steps of recovery' if recovered else ''}", "", *_rows(here, dense), ""]
+    return "\n".join(lines)
+
+
+def _rows(here: dict[Cell, dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+    heads = ("method", "WikiText-2", "of 1,024", "books", "BLiMP", "parameters", "core-minutes", "peak, GB")
+    rows = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1), _row("dense", dense, dense)]
+    for method in (*METHODS, *OTHERS):
+        mine = sorted(cell for cell in here if cell.method == method)
+        rows += [_row(method + f", draw {cell.draw + 1}" * (len(mine) > 1), here[cell], dense) for cell in mine]
+    best = [
+        min(_group(here, kind), key=lambda each: perplexity(each["losses"]["wikitext2"]), default=None)
+        for kind in (METHODS, OTHERS)
+    ]
+    if best[0] is not None and best[1] is not None:
+        mean, error = difference(best[0]["losses"]["wikitext2"], best[1]["losses"]["wikitext2"])
+        own, other, none = (perplexity(each["losses"]["wikitext2"]) for each in (*best, dense))
+        rows += [
+            "",
+            f"{best[0]['method']} is {mean:.3f} ± {error:.3f} nats a token below {best[1]['method']}, the best of "
+            "others, on the same rows of WikiText-2; its excess over dense is "
+            f"{1 - (own - none) / (other - none):.0%} smaller.",
+        ]
+    return rows
+
+
+def _group(here: dict[Cell, dict[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
+    return [value for cell, value in here.items() if cell.method in methods and cell.draw == 0]
+
+
+def _row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> str:
+    cells = [name]
+    for text in ("wikitext2", "long", "books"):
+        own, none = perplexity(each["losses"][text]), perplexity(dense["losses"][text])
+        cells.append(f"{own:.1f}" + (f" ({own / none - 1:+.0%})" if each is not dense else ""))
+    cells.append(f"{accuracy(each['blimp']):.1%}" if each["blimp"] else "–")
+    cells.append(f"{each['parameters'] / 1e6:.1f} M")
+    cells += ["", ""] if each is dense else [f"{each['seconds']['cores'] / 60:.1f}", f"{each['peak_bytes'] / 1e9:.1f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def short_table(found: dict[Cell, dict[str, Any]]) -> str:
+    """Return Markdown: perplexity of WikiText-2 by method and size, and BLiMP at the largest; nothing without sizes."""
+    plain = [cell for cell in found if cell.method != DENSE and not cell.heads_only and not cell.draw]
+    dense = found.get(Cell(method=DENSE))
+    if not plain or dense is None:
+        return ""
+    shares = sorted({cell.share for cell in plain}, reverse=True)
+    titles = [f"{1 - share:.0%} gone" for share in shares] + [f"BLiMP, {1 - shares[0]:.0%} gone"]
+    lines = ["| perplexity of WikiText-2 | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
+    lines.append(_short_row("dense", [dense] * len(shares), dense))
+    for method in (*METHODS, *OTHERS):
+        for steps in sorted({cell.recovered for cell in plain if cell.method == method}, reverse=True):
+            mine = [found.get(Cell(method=method, share=share, recovered=steps)) for share in shares]
+            lines.append(_short_row(method + f", {steps} steps of recovery" * bool(steps), mine, mine[0]))
+    return "\n".join(lines)
+
+
+def _short_row(name: str, by_share: Sequence[dict[str, Any] | None], first: dict[str, Any] | None) -> str:
+    cells = ["–" if each is None else f"{perplexity(each['losses']['wikitext2']):.1f}" for each in by_share]
+    cells.append(f"{accuracy(first['blimp']):.1%}" if first is not None and first["blimp"] else "–")
+    return "| " + " | ".join([name, *cells]) + " |"
+
+
+def draw(found: dict[Cell, dict[str, Any]], file: Path) -> None:
+    """Draw perplexity against what is gone of the blocks, a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    none = perplexity(found[Cell(method=DENSE)]["losses"]["wikitext2"])
+    lines = {(cell.method, cell.recovered) for cell in found if not cell.heads_only and cell.method != DENSE}
+    order = [*METHODS, *OTHERS]
+    for method, steps in sorted(lines, key=lambda line: (order.index(line[0]), -line[1])):
+        mine = sorted(
+            (1 - cell.share, perplexity(each["losses"]["wikitext2"]))
+            for cell, each in found.items()
+            if (cell.method, cell.recovered, cell.heads_only, cell.draw) == (method, steps, False, 0)
+        )
+        places, values = zip((0.0, none), *mine, strict=True)
+        is_ours = method in METHODS
+        label = method + f", {steps} steps of recovery" * bool(steps)
+        axes.plot([100 * place for place in places], values, "o-" if is_ours else "s--", label=label, lw=1 + is_ours)
+    axes.set(xlabel="of the blocks' parameters gone, %", ylabel="perplexity of WikiText-2's test text", yscale="log")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
