@@ -105,7 +105,7 @@ class Point:
     @property
     def file(self) -> str:
         """Its name in the folder of points."""
-        return f"{self.criterion}-{round(100 * self.share)}.json"
+        return f"{self.criterion}-{round(100 * self.share)}{'-heads' * self.heads_only}.json"
 
 
 def rows_of(path: Path, folder: Path, first: int, count: int) -> Tensor:

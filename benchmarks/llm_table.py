@@ -1,12 +1,15 @@
 """The table that decides: SmolLM2-135M made smaller by deadhead and by what others ship, on texts and BLiMP.
 
-A cell is a method at one size, from one draw of the calibration text: some rows of 256 tokens of WikiText-2's
-validation text, disjoint from those of other draws. All methods read the same rows: rankings and others' scores the
-first 40 of them, what learns, compensates or fits all. Ours are compensated; others are as their authors ship them. A
-recovered cell goes on from the model of its own: distillation from the dense model on the calibration text and books.
+A cell is a method at one size, from one draw of the calibration text: 352 rows of 256 tokens of WikiText-2's validation
+text. Draws begin 336 rows apart, as many as the text has room for. All methods read the same rows, but those that need
+gradients or rank units for deadhead's compensation only the first 40. Ours are compensated; others are as their authors
+ship them. A recovered cell goes on from the model of its own: distillation from the dense model, in bfloat16 mixed
+precision, on that text and on books, row by row.
 
-What counts is read by no method: WikiText-2's test text, 96 rows of 256 tokens and 24 of 1,024, the last tenth of the
-books, and pairs of sentences of BLiMP. Differences are those of the losses of the same rows, with their standard error.
+What counts is read by no method: of WikiText-2's test text the first 96 rows of 256 tokens, the same tokens in 24 rows
+of 1,024, the first 24 rows of the last tenth of the books, and pairs of sentences of BLiMP. Losses of the same rows are
+compared in pairs; the standard error is that of rows, not of draws. Memory is the peak beyond the libraries, the dense
+model of 0.5 GB in it.
 
     python benchmarks/llm_table.py --corpora DIR [--blimp DIR] [--methods …] [--shares …] [--draws 0 1 2]
     python benchmarks/llm_table.py --corpora DIR --heads-only --methods gates taylor flap --shares 0.8 0.6
@@ -63,14 +66,17 @@ from deadhead.data import TokenStream
 from deadhead.data.tokenizer import load_tokenizer
 from deadhead.disk.files import write_json
 from deadhead.measure.cost import model_cost
+from deadhead.plans.kinds import ONE_SHOT
 from deadhead.training import PhaseRun, PruneRecipe, train
 from deadhead.training.phases.compensating import dense_copy
 from deadhead.training.phases.defaults import recovery
 
 RESULTS = Path(__file__).parent / "results" / "llm"
-# Others that fit what is left to a text, as compensation does, read as many rows as it.
-FITTED = ("flap+grail",)
+# Others that take gradients, for which their authors read a few thousand tokens; all else of others reads all rows.
+BY_GRADIENTS = ("llm-pruner", "llm-pruner-everywhere", "torch-pruning")
 DRAWS = 3
+# Rows that the validation text has, and those from one draw to the next.
+ROWS, APART = 1024, 336
 # The share of the books that no method reads.
 UNREAD = 0.1
 
@@ -83,7 +89,8 @@ class Texts:
         model: folder of the dense model, with its tokenizer.
         corpora: folder of the texts.
         pairs: folder of BLiMP's paradigms; None leaves them out.
-        fitted: rows of a draw; rankings read the first `scored`.
+        fitted: rows of a draw; rankings, and others' that take gradients, read the first `scored`.
+        apart: rows from one draw to the next.
         steps: of gates and of sizes, four rows each.
         paired: pairs of each paradigm.
         models: where pruned models are kept that may recover; None keeps none.
@@ -95,11 +102,17 @@ class Texts:
     models: Path | None
     scored: int = 40
     fitted: int = 352
+    apart: int = APART
     steps: int = 80
     tested: int = 96
     long: int = 24
     novels: int = 24
     paired: int = 50
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """What all cells of a table have in common."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, int)}
 
     def valid(self, first: int, count: int) -> Tensor:
         """Return rows of the text that methods may read."""
@@ -132,9 +145,9 @@ def read(model: PreTrainedModel, texts: Texts) -> dict[str, Any]:
 
 def prune(model: PreTrainedModel, cell: Cell, texts: Texts) -> None:
     """Prune a model in place, as a cell says."""
-    rows = texts.valid(cell.draw * texts.fitted, texts.fitted)
+    rows = texts.valid(cell.draw * texts.apart, texts.fitted)
     if cell.method in OTHERS:
-        SHIPPED[cell.method](model, batches(rows if cell.method in FITTED else rows[: texts.scored]), cell.share)
+        SHIPPED[cell.method](model, batches(rows[: texts.scored] if cell.method in BY_GRADIENTS else rows), cell.share)
         return
     point = Point(share=cell.share, criterion=cell.method, heads_only=cell.heads_only)
     setting = Setting(
@@ -153,8 +166,8 @@ def prune(model: PreTrainedModel, cell: Cell, texts: Texts) -> None:
 
 def recover(model: PreTrainedModel, dense: PreTrainedModel, cell: Cell, texts: Texts) -> None:
     """Let a pruned model learn from the dense one, in place: every other row is of the books."""
-    count, most = 2 * cell.recovered, DRAWS * texts.fitted
-    wiki = texts.valid(0, min(count, most)).repeat(-(-count // most), 1)[:count]
+    count, most = 2 * cell.recovered, min(ROWS, 2 * cell.recovered)
+    wiki = texts.valid(0, most).repeat(-(-count // most), 1)[:count]
     books = rows_of(texts.books(unread=False), texts.model, 0, count)
     tokens = torch.stack([wiki, books], dim=1).flatten()
     asked = PruneRecipe(batch_size=BATCH, sequence_length=LENGTH, bf16=True)
@@ -176,15 +189,25 @@ def measure(cell: Cell, texts: Texts, results: Path) -> None:
         prune(model, cell, texts)
     seconds = {"wall": time.perf_counter() - clock, "cores": time.process_time() - processor}
     peak = _peak() - base
-    if kept is not None and not cell.recovered and cell.method != DENSE:
+    # FLAP's biases are none that a configuration tells of.
+    if kept is not None and not cell.recovered and cell.method not in (DENSE, "flap-as-shipped"):
         deadhead.save(model, kept, tokenizer=load_tokenizer(texts.model))
     cost = model_cost(model)
     sizes = {"parameters": cost.parameters, "heads": cost.heads, "hidden_units": cost.hidden_units}
-    setting = {name: value for name, value in asdict(texts).items() if isinstance(value, int)}
-    write_json(
-        results / f"{cell.name}.json",
-        {**asdict(cell), **setting, **read(model, texts), "seconds": seconds, "peak_bytes": peak, **sizes},
-    )
+    found = {**read(model, texts), "seconds": seconds, "peak_bytes": peak, **sizes}
+    write_json(results / f"{cell.name}.json", {**asdict(cell), **texts.numbers, **found})
+
+
+def _kept(cell: Cell, texts: Texts | None) -> bool:
+    folder = None if texts is None else texts.models
+    return folder is not None and (folder / replace(cell, recovered=0).name).is_dir()
+
+
+def is_measured(cell: Cell, texts: Texts, results: Path) -> bool:
+    """Tell whether a cell was measured, with these numbers."""
+    path = results / f"{cell.name}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return all(known.get(name) == value for name, value in texts.numbers.items())
 
 
 def _peak() -> int:
@@ -203,7 +226,7 @@ def _quick(folder: Path) -> tuple[Texts, list[Cell]]:
         json.dumps({"sentence_good": letters[i : i + 9], "sentence_bad": letters[i + 9 : i + 18]}) for i in range(4)
     ]
     (pairs / "letters.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sizes = {"scored": 2, "fitted": 8, "steps": 4, "tested": 3, "long": 1, "novels": 2, "paired": 3}
+    sizes = {"scored": 2, "fitted": 8, "apart": 4, "steps": 4, "tested": 3, "long": 1, "novels": 2, "paired": 3}
     texts = Texts(model=setting.model, corpora=folder, pairs=pairs, models=folder / "models", **sizes)
     first = Cell(method="sizes", share=0.8)
     others = [Cell(method="wanda-sp", share=0.8), Cell(method="taylor", share=0.5, heads_only=True)]
@@ -232,6 +255,8 @@ def main() -> None:
             results = Path(temporary) / "results"
             texts, cells = _quick(Path(temporary))
         elif options.corpora is not None:
+            if options.heads_only and not set(options.methods) <= {"gates", *ONE_SHOT}:
+                parser.error("with --heads-only name methods that choose heads alone: gates, or a ranking of ours")
             models = options.out / "models"
             model = prepared(None, options.out)
             texts = Texts(model=model, corpora=options.corpora, pairs=options.blimp, models=models)
@@ -241,9 +266,12 @@ def main() -> None:
                 for share in options.shares
                 for method in options.methods
             ]
-        calls = [(cell, texts, results) for cell in cells if not (results / f"{cell.name}.json").exists()]
+        missing = [cell for cell in cells if texts is not None and not is_measured(cell, texts, results)]
+        if options.recover and (unkept := [cell for cell in missing if cell.recovered and not _kept(cell, texts)]):
+            parser.error(f"no pruned model to go on from is in {options.out}: {', '.join(map(str, unkept))}")
+        calls = [(cell, texts, results) for cell in missing]
         run_all(measure, calls, jobs=1, what="cells", console=console, threads=os.cpu_count() or 1, calls_each=1)
-        console.print(f"{machine()}, float32", markup=False)
+        console.print(f"{machine()}, float32 but for recovery", markup=False)
         found = found_in(results)
         console.print(table(found) or "No cell was measured yet.", markup=False, soft_wrap=True)
         console.print(short_table(found), markup=False, soft_wrap=True)
