@@ -243,12 +243,13 @@ def peak_megabytes(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def _rise(function: Callable[..., Any], arguments: Sequence[Any]) -> float:
-    before = _status("VmRSS")
+    before = status("VmRSS")
     function(*arguments)
-    return (_status("VmHWM") - before) / 1024
+    return (status("VmHWM") - before) / 1024
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Return a number of kilobytes that Linux tells of this process, such as VmHWM."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 

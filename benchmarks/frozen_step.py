@@ -11,8 +11,11 @@ model's own forward pass, which is a part of the latter. A Llama of the sizes of
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks._all_attention import machine, medians
+from benchmarks._all_attention import machine, medians, status
 from benchmarks.loss import LENGTH, build
 from deadhead.measure.losses import SegmentLoss
 from deadhead.training import PruneRecipe
@@ -62,9 +65,10 @@ class Gated:
         self.model = model.requires_grad_(False)
         self.teacher = dense_copy(model, RECIPE)
         self.gates = attach_gates(model, with_defaults(RECIPE, model))
-        for gate in self.gates.gates.values():
+        for index, gate in enumerate(self.gates.gates.values()):
             value = torch.full((gate.num_heads,), SURE)
-            value[: round(shut * gate.num_heads)] = -SURE
+            # Of three groups one is shut, and two in the next layer.
+            value[: (math.floor if index % 4 < 2 else math.ceil)(shut * gate.num_heads)] = -SURE
             gate.log_alpha_bias.data.copy_(value / gate.config.lr_scale)
             gate.log_alpha_bias.requires_grad_()
         model.train()
@@ -96,17 +100,20 @@ def steps(source: str | None, small: bool) -> dict[str, Callable[[], None]]:
     }
 
 
-def rise(source: str | None, small: bool, name: str) -> float:
-    """Return how far the memory of this process rises beyond the loaded model by a step, in MB."""
-    from benchmarks._all_attention import _status
+def rise(source: str | None, small: bool, is_gated: bool) -> float:
+    """Return how far the memory of a fresh process rises beyond the loaded model in two steps, in MB."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_rise, source, small, is_gated).result()
 
+
+def _rise(source: str | None, small: bool, is_gated: bool) -> float:
     model = build(source, small=small)
     ids = torch.randint(model.config.vocab_size, (4, LENGTH))
-    before = _status("VmRSS")
-    step = Floor(model, ids) if name == "floor" else Gated(model, ids, 0.0)
+    before = status("VmRSS")
+    step = Gated(model, ids, 0.0) if is_gated else Floor(model, ids)
     step()
     step()
-    return (_status("VmHWM") - before) / 1024
+    return (status("VmHWM") - before) / 1024
 
 
 def main() -> None:
@@ -121,7 +128,12 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, value in seconds.items():
         table.add_row(name, f"{value:.3f}", f"{value / seconds['floor']:.2f}")
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+    floor, gated = (rise(options.model, options.quick, is_gated) for is_gated in (False, True))
+    console.print(
+        f"Memory beyond the loaded model: {floor:.0f} MB, with gates {gated:.0f} MB, {gated / floor:.2f} times."
+    )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,29 @@ def test_it_is_that_of_pytorch(dtype: torch.dtype, temperature: float) -> None:
     assert torch.equal(logits, given[0]) and torch.equal(expected, given[1])
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.5, 3.0])
+def test_distributions_that_are_near_are_told_apart_in_half_precision(temperature: float) -> None:
+    """A temperature is of the logits as they are, not as half precision rounds what is left of them."""
+    torch.manual_seed(0)
+    expected = (6 * torch.randn(40, 200)).to(torch.bfloat16)
+    logits = (expected + 0.05 * torch.randn(40, 200)).to(torch.bfloat16).requires_grad_()
+    found = divergence(logits, expected, temperature)
+    found.backward()
+
+    same = logits.detach().float().requires_grad_()
+    wanted = by_torch(same, expected, temperature)
+    wanted.backward()
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    assert logits.grad is not None and same.grad is not None
+    assert (logits.grad.float() - same.grad).norm() < 5e-3 * same.grad.norm()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = torch.tensor([[40_000.0, 0.0, -40_000.0]], dtype=torch.float16)
+
+    assert float(divergence(logits, logits.clone(), 0.5)) == 0
+
+
 def test_equal_distributions_are_not_apart_at_all() -> None:
     logits = (100 * torch.randn(5, 70, generator=torch.Generator().manual_seed(1))).requires_grad_()
 

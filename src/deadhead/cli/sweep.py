@@ -94,9 +94,8 @@ def sweep(
     phase = section_of(recipe.prune, {**settings, kind: values[0]})
     load_torch(quiet or as_json, model, teacher, of_hub(text.source))
     from deadhead.disk.files import write_text
-    from deadhead.disk.reading import read_object
     from deadhead.report.sweep_page import render_sweep, replies_table, sweep_table
-    from deadhead.training.runs.sweeping import REPLIES_FILE
+    from deadhead.training.runs.replying import kept_replies
     from deadhead.training.runs.sweeping import sweep as run
 
     parts: list[Part] = []
@@ -121,14 +120,13 @@ def sweep(
             **options_of,
             **{kind: values},
         ).to_dict()
-    said = read_object(out / REPLIES_FILE, what="list of models' replies") if replies else None
-    write_text(out / PAGE_FILE, render_sweep(found, out.name, said))
+    write_text(out / PAGE_FILE, render_sweep(found, out.name, kept_replies(out)))
     if as_json:
         print_json(found)
         return
     console.print(sweep_table(found, str(out)))
-    if (said_of := replies_table(found)) is not None:
-        console.print(said_of)
+    if (said := replies_table(found)) is not None:
+        console.print(said)
 
 
 def _option(kind: str) -> str:

@@ -26,6 +26,7 @@ from deadhead.measure.likeness import Likeness, likeness
 from deadhead.measure.losses import require_language_model
 from deadhead.measure.positions import max_positions, require_positions
 from deadhead.measure.prompts import PROMPTS
+from deadhead.models.all_attention.adaptive import AdaptiveSoftmax
 from deadhead.modes import evaluating
 
 _GRAM = 4
@@ -73,9 +74,12 @@ class Replies:
         return sum(len(reply.tokens) for reply in self.replies)
 
     @property
-    def values(self) -> dict[str, float | int | None]:
-        """What was found, as plain JSON values; without likeness for models that have none."""
-        found: dict[str, float | int | None] = {"repetition": self.repetition}
+    def values(self) -> dict[str, float | int]:
+        """What was found, as plain JSON values: `repetition`, the `count` of replies and of their `tokens`.
+
+        With likeness there are its `divergence` and `agreement` too.
+        """
+        found: dict[str, float | int] = {"repetition": self.repetition}
         found |= {"count": len(self.replies), "tokens": self.tokens}
         if self.likeness is not None:
             found |= {"divergence": self.likeness.divergence, "agreement": self.likeness.agreement}
@@ -183,15 +187,12 @@ def write_replies(
             not have.
         UnsupportedModel: the model predicts no next token.
     """
-    require_language_model(model, "Replying")
-    require_weights(model, "Replying")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, but is {value}.")
     limit = min(filter(None, (positions, max_positions(model))), default=None)
-    asked = _fitting(list(zip(prompts, prompt_tokens(tokenizer, prompts), strict=True)), limit, max_new_tokens)
+    asked = _askable(model, tokenizer, prompts, limit, max_new_tokens)
     ids = [prompt for _, prompt in asked]
-    require_known(model, max(map(max, ids)), of="prompt")
     ends = ends_of(model, tokenizer)
     vocabulary = model.config.get_text_config().vocab_size
     # Any token will do: padding is masked, and cut off behind an end.
@@ -218,6 +219,32 @@ def write_replies(
         )
         for index, (text, prompt) in enumerate(asked)
     )
+
+
+@typed
+def require_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model can reply to the prompts, and be compared with another that replies, before hours are spent.
+
+    Raises:
+        InputError: no prompt leaves room for a reply or can be asked, or the softmax is adaptive.
+        UnsupportedModel: the model predicts no next token.
+    """
+    _askable(model, tokenizer, PROMPTS, max_positions(model), _LEAST)
+    if isinstance(model.get_output_embeddings(), AdaptiveSoftmax):
+        raise InputError(
+            "Replies are compared by whole distributions, which an adaptive softmax does not compute; leave them out."
+        )
+
+
+def _askable(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None, new: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the prompts that a model can reply to, with their tokens; what cannot be asked is refused."""
+    require_language_model(model, "Replying")
+    require_weights(model, "Replying")
+    asked = _fitting(list(zip(prompts, prompt_tokens(tokenizer, prompts), strict=True)), limit, new)
+    require_known(model, max(max(prompt) for _, prompt in asked), of="prompt")
+    return asked
 
 
 @typed_but("model", "reference")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
@@ -12,10 +13,15 @@ from rich.table import Table
 
 from deadhead.report.page import rendered
 
+if TYPE_CHECKING:
+    from deadhead.measure.replies import Reply
+
 _NAMES = ("", "parameters", "MFLOP/tok", "speed", "perplexity", "more", "")
 # How near models are to the dense one on its replies, and how they repeat themselves in their own, where they reply.
 _REPLY_NAMES = ("KL", "same token", "repetition")
 _SHOWN = 3
+# Control characters, but for a tab and the end of a line.
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _LEFT_OF = {
     "params": "the parameters",
     "flops": "a token's FLOPs",
@@ -53,9 +59,14 @@ def _point_rows(found: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
 
 def _reply_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Return the cells of each point under its path and `_REPLY_NAMES`; none where no model replied."""
+
+    def cell(value: float | None, kind: str) -> str:
+        # JSON has null for what is not finite.
+        return "∞" if value is None or not math.isfinite(value) else format(value, kind)
+
     kinds = {"divergence": ".4f", "agreement": ".1%", "repetition": ".1%"}
     return [
-        [point["path"], *(format(said[name], kind) if name in said else "–" for name, kind in kinds.items())]
+        [point["path"], *(cell(said[name], kind) if name in said else "–" for name, kind in kinds.items())]
         for point in _points(found)
         if (said := point.get("replies")) is not None
     ]
@@ -115,10 +126,10 @@ def _replies_sentence(found: Mapping[str, Any]) -> str:
     )
 
 
-def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Sequence[Any]] | None = None) -> str:
+def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Sequence[Reply]]) -> str:
     """Return a sweep's page as HTML, which runs no script and asks for nothing.
 
-    `replies` are those of each model by its name, as a sweep keeps them; the first few are shown.
+    `replies` are those of each model by its name, of which the first few are shown.
     """
     measured = [point for point in _points(found) if math.isfinite(point.get("perplexity", math.inf))]
     charts = [
@@ -135,17 +146,20 @@ def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Seq
         reply_names=("", *_REPLY_NAMES),
         reply_rows=(reply_rows := _reply_rows(found)),
         reply_sentence=_replies_sentence(found) if reply_rows else "",
-        shown=_shown(replies or {}),
+        shown=_shown(replies),
         names=_NAMES,
         rows=[{"cells": cells, "picked": is_picked} for cells, is_picked in _point_rows(found)],
     )
 
 
-def _shown(replies: Mapping[str, Sequence[Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the first prompts, each with what every model replied."""
-    prompts = [each["asked"] for each in next(iter(replies.values()), ())][:_SHOWN]
-    by_model = {name: {each["asked"]: each["text"] for each in written} for name, written in replies.items()}
-    return [(prompt, [(name, said[prompt]) for name, said in by_model.items() if prompt in said]) for prompt in prompts]
+def _shown(replies: Mapping[str, Sequence[Reply]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the first prompts, each with what every model replied; without what is no character of a page."""
+    prompts = [reply.asked for reply in next(iter(replies.values()), ())][:_SHOWN]
+    by_model = {name: {reply.asked: reply.text for reply in written} for name, written in replies.items()}
+    return [
+        (prompt, [(name, _NO_TEXT.sub("�", said[prompt])) for name, said in by_model.items() if prompt in said])
+        for prompt in prompts
+    ]
 
 
 def _chart(

@@ -14,10 +14,12 @@ from transformers import LlamaForCausalLM
 import deadhead
 from deadhead import InputError
 from deadhead.data import TokenStream, load_tokenizer
+from deadhead.data.tokenizer import byte_tokenizer
 from deadhead.disk.reading import read_object
 from deadhead.measure.replies import compare_replies
 from deadhead.plans.plan import HeadPlan
 from deadhead.training.runs import sweeping
+from tests.random_models import tiny_model
 from tests.small_runs import Killed, assert_same_tensors, weights
 
 _SMALL: dict[str, Any] = {"steps": 4, "batch_size": 2, "sequence_length": 24, "of": "blocks", "compensate_rows": 8}
@@ -109,25 +111,26 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same(place: Path, tmp_path: Path
     assert _plans(tmp_path / "whole") == _plans(tmp_path / "killed")
 
 
-def test_models_reply_and_the_dense_one_only_once(place: Path, tmp_path: Path) -> None:
+def test_models_reply_and_nothing_else_is_done_again(place: Path, tmp_path: Path) -> None:
     told: list[str] = []
 
     def stop(name: str, *of: Any) -> None:
         told.append(name)
-        if name == "params-0.6: compensating":
+        if name == "params-0.85: comparing replies":
             raise Killed
 
-    settings: dict[str, Any] = {"params": [0.85, 0.6], "criterion": "reconstruction", "replies": True}
+    out, settings = tmp_path / "out", {"params": [0.85, 0.6], "criterion": "reconstruction"}
     with pytest.raises(Killed):
-        _sweep(place, tmp_path / "out", progress=stop, **settings)
-    assert "dense: replies" in told and "params-0.85: comparing replies" in told
+        _sweep(place, out, progress=stop, replies=True, **settings)
+    assert "dense: replies" in told and "params-0.6: compensating" in told and "params-0.6: replies" not in told
     told.clear()
-    found = _sweep(place, tmp_path / "out", resume=True, progress=lambda name, *_: told.append(name), **settings)
-    assert "params-0.6: replies" in told and "dense: replies" not in told and "params-0.85: replies" not in told
-    kept = read_object(tmp_path / "out" / "replies.json", what="replies")
+    found = _sweep(place, out, resume=True, replies=True, progress=lambda name, *_: told.append(name), **settings)
+    assert {"params-0.85: replies", "params-0.6: replies"} <= {*told}
+    assert not {"dense: replies", "params-0.85: compensating", "params-0.6: compensating"} & {*told}
+    kept = read_object(out / "replies.json", what="replies")
     assert [*kept] == ["dense", "params-0.85", "params-0.6"]
 
-    names = {"dense": place / "llama"} | {point["path"]: tmp_path / "out" / point["path"] for point in found.points}
+    names = {"dense": place / "llama"} | {point["path"]: out / point["path"] for point in found.points}
     models = {name: deadhead.load(path) for name, path in names.items()}
     expected = compare_replies(models, {name: load_tokenizer(path) for name, path in names.items()})
     for values in (found.dense | {"path": "dense"}, *found.points):
@@ -136,8 +139,22 @@ def test_models_reply_and_the_dense_one_only_once(place: Path, tmp_path: Path) -
         assert values["replies"].keys() == theirs.values.keys()
         for key, value in theirs.values.items():
             assert values["replies"][key] == pytest.approx(value, rel=1e-4)
-    with pytest.raises(InputError, match="other settings"):
-        _sweep(place, tmp_path / "out", resume=True, **{**settings, "replies": False})
+    # They may be left out of it again.
+    assert _sweep(place, out, resume=True, **settings).points == found.points
+
+
+@pytest.mark.parametrize(
+    "kept", [{"dense": 5}, {"dense": [{"foo": 1}]}, {"dense": ["a"]}, {"dense": [{"asked": [], "prompt": [1]}]}]
+)
+def test_damaged_replies_are_told_of_and_written_anew(place: Path, tmp_path: Path, kept: Any) -> None:
+    settings: dict[str, Any] = {"params": [0.8], "criterion": "reconstruction"}
+    found = _sweep(place, tmp_path / "out", **settings)
+    (tmp_path / "out" / "replies.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="A list of models' replies was expected in .* delete it"):
+        _sweep(place, tmp_path / "out", resume=True, replies=True, **settings)
+    (tmp_path / "out" / "replies.json").unlink()
+    again = _sweep(place, tmp_path / "out", resume=True, replies=True, **settings)
+    assert "replies" in again.points[0] and again.points[0]["parameters"] == found.points[0]["parameters"]
 
 
 def test_replies_need_a_tokenizer(place: Path, tmp_path: Path) -> None:
@@ -147,6 +164,17 @@ def test_replies_need_a_tokenizer(place: Path, tmp_path: Path) -> None:
     text = TokenStream(tokens=np.arange(2000) % 200, num_bytes=2000, num_words=400)
     with pytest.raises(InputError, match="need the model's tokenizer"):
         deadhead.sweep(model, text, params=[0.8], out=tmp_path / "out", replies=True, **_SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_compared_is_refused_before_anything_is_chosen(place: Path, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=260, adaptive_cutoffs=(100,))
+    text = TokenStream(tokens=np.arange(2000) % 200, num_bytes=2000, num_words=400)
+    settings: dict[str, Any] = {"criterion": "taylor", "steps": 2, "batch_size": 2}
+    with pytest.raises(InputError, match="an adaptive softmax does not compute; leave them out"):
+        deadhead.sweep(
+            model, text, params=[0.8], out=tmp_path / "out", replies=True, tokenizer=byte_tokenizer(), **settings
+        )
     assert not (tmp_path / "out").exists()
 
 

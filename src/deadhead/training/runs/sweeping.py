@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from deadhead.checkpoints import checkpoint
 from deadhead.disk.files import write_json
@@ -21,16 +21,14 @@ from deadhead.gates.budget import Budget
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
-from deadhead.measure.losses import require_language_model
 from deadhead.measure.positions import max_positions
-from deadhead.measure.replies import Reply, replies_of, reply_likeness, write_replies
 from deadhead.measure.timing import bench
 from deadhead.modes import best_device, on_device
 from deadhead.plans.kinds import BUDGET_KINDS, BudgetKind
 from deadhead.plans.plan import HeadPlan
 from deadhead.training.phases.choosing import latency_in
 from deadhead.training.phases.ranking import rank_each
-from deadhead.training.processes import Progress, count, counted, told
+from deadhead.training.processes import count, counted, told
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PruneRecipe
 from deadhead.training.runs.beginning import begin, once
@@ -38,10 +36,11 @@ from deadhead.training.runs.forecast import forecast
 from deadhead.training.runs.inputs import Data
 from deadhead.training.runs.options import Options
 from deadhead.training.runs.pruning import Known
+from deadhead.training.runs.replying import Replying
 from deadhead.training.runs.results import Pruned
 from deadhead.training.runs.single import SETTINGS_FILE, divided, keep_settings, run_single
 
-SWEEP_FILE, REPLIES_FILE = "sweep.json", "replies.json"
+SWEEP_FILE = "sweep.json"
 _PLANS, _WORK = "plans.json", "work"
 # The work that is timed, and how often.
 _ROWS, _LENGTH, _REPEATS = 4, 128, 7
@@ -56,7 +55,8 @@ class Sweep:
         kind: of the budgets.
         of: of which parameters "params" are shares.
         dense: what the dense model costs and is worth: `heads`, `hidden_units`, `parameters`, `flops_per_token` and,
-            where there is a validation text, `perplexity` and `bits_per_byte`.
+            where there is a validation text, `perplexity` and `bits_per_byte`; with replies `replies`, as
+            `deadhead.measure.replies.Replies.values` says.
         points: the same of each pruned model, the largest first, with what was `asked` and `reached`, the `path` of its
             checkpoint, its `speedup` on a batch of text (both models in turn), its `loss`, by what share its perplexity
             is above the dense model's, and, where it recovered, its `unrecovered_perplexity`.
@@ -100,7 +100,8 @@ def sweep(
         recipe: settings that are not given by themselves; None: the defaults.
         max_loss: by what share the perplexity may be above the dense model's, for the smallest model to be picked.
         replies: also let every model reply to 50 prompts, and compare it with the dense one on the dense one's replies
-            (`deadhead.measure.replies`); what they replied is kept in `out/replies.json`.
+            (`deadhead.measure.replies`); what they replied is kept in `out/replies.json`. A sweep that is done may be
+            resumed for them.
         settings: as for `prune`, with a list of values for one budget; a place, `out`, is needed.
 
     Raises:
@@ -203,13 +204,12 @@ class _Sweeping:
         where = (options, out / _WORK, self._progress)
         self._dense, self._text, first = begin("prune", model, data, *where, recipes[0], cut=True, budgets=budgets)
         assert isinstance(first, PruneRecipe)
-        self._replies = _Replying(out, self._dense, self._text.tokenizer, self._progress) if replies else None
+        self._replies = Replying(out, self._dense, self._text.tokenizer, self._progress) if replies else None
         # Gates, which a phase takes where sizes cannot be learned, learn for one budget.
         criterion = "taylor" if first.criterion == "gates" else first.criterion
         self._recipes = [changed(recipe, criterion=criterion) for recipe in recipes]
         named = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
         settings = {"model": named, "seed": options.seed, "recover": options.recover, "sha256": self._text.sha256}
-        settings["replies"] = replies
         keep_settings(out, {**settings, "recipes": [recipe.model_dump() for recipe in self._recipes]})
         if options.announce is not None and self._dense.can_generate():
             options.announce(forecast(self._dense, self._recipes[0], recover=options.recover, budgets=budgets))
@@ -224,11 +224,17 @@ class _Sweeping:
         if len(points) < len(plans):
             before = self._evaluated()
             dense = _values(model_cost(self._dense), before)
-            if self._replies is not None:
-                dense["replies"] = self._replies.of_dense()
         for recipe, plan in [*zip(self._recipes, plans, strict=True)][len(points) :]:
             points.append(self._pruned(recipe, Known(plan=plan, before=before)))
             write_json(path, self._sweep(points, dense, None).to_dict())
+        if self._replies is not None:
+            self._dense.to(best_device())  # type: ignore[arg-type]
+            dense["replies"] = self._replies.of_dense()
+            for point in points:
+                if "replies" not in point or not self._replies.has(point["path"]):
+                    model = checkpoint.load(self._out / point["path"]).to(self._dense.device)  # type: ignore[arg-type]
+                    point["replies"] = self._replies.of(point["path"], model)
+                    write_json(path, self._sweep(points, dense, None).to_dict())
         found = self._sweep(points, dense, max_loss)
         write_json(path, found.to_dict())
         shutil.rmtree(self._out / _WORK, ignore_errors=True)
@@ -302,57 +308,10 @@ class _Sweeping:
             values["loss"] = after.perplexity / known.before.perplexity - 1
         if found.unrecovered is not None:
             values["unrecovered_perplexity"] = found.unrecovered.perplexity
-        if self._replies is not None:
-            values["replies"] = self._replies.of(name, found.model)
         length = min(_LENGTH, max_positions(self._dense) or _LENGTH)
         models = {"dense": self._dense, "pruned": found.model}
         timings = bench(models, batch_size=_ROWS, length=length, repeats=_REPEATS)
         return values | {"speedup": timings["dense"].seconds / timings["pruned"].seconds}
-
-
-class _Replying:
-    """Lets models reply to prompts, and compares them with the dense one; what they say is kept in a sweep's folder.
-
-    Args:
-        out: the folder.
-        dense: the model that the others are made of.
-        tokenizer: that of all of them.
-        progress: told how far it is.
-    """
-
-    def __init__(
-        self, out: Path, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
-    ) -> None:
-        if tokenizer is None:
-            raise InputError(
-                "Replies to prompts need the model's tokenizer, but none is known; give one as tokenizer, or leave "
-                "replies out."
-            )
-        require_language_model(dense, "Replying")
-        self._path, self._dense, self._tokenizer, self._progress = out / REPLIES_FILE, dense, tokenizer, progress
-
-    def of_dense(self) -> dict[str, Any]:
-        """Return what the dense model's replies say of it; they are written once."""
-        return replies_of(self._expected()).values
-
-    def of(self, name: str, model: PreTrainedModel) -> dict[str, Any]:
-        """Return what a pruned model's replies say of it."""
-        written = self._write(name, model)
-        report = counted(self._progress, f"{name}: comparing replies")
-        return replies_of(written, reply_likeness(model, self._dense, self._expected(), progress=report)).values
-
-    def _expected(self) -> tuple[Reply, ...]:
-        if kept := self._kept().get("dense"):
-            return tuple(Reply(**{**each, "prompt": (*each["prompt"],), "tokens": (*each["tokens"],)}) for each in kept)
-        return self._write("dense", self._dense)
-
-    def _write(self, name: str, model: PreTrainedModel) -> tuple[Reply, ...]:
-        written = write_replies(model, self._tokenizer, progress=counted(self._progress, f"{name}: replies"))
-        write_json(self._path, {**self._kept(), name: [asdict(reply) for reply in written]})
-        return written
-
-    def _kept(self) -> dict[str, Any]:
-        return read_object(self._path, what="list of models' replies") if self._path.exists() else {}
 
 
 def _budget(recipe: PruneRecipe) -> Budget:

@@ -1,0 +1,92 @@
+"""What the models of a sweep reply to prompts: kept in its folder, and compared with what the dense model replies."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deadhead.disk.files import write_json
+from deadhead.disk.reading import read_object
+from deadhead.errors import InputError
+from deadhead.measure.evaluation import require_known
+from deadhead.measure.replies import Reply, replies_of, reply_likeness, require_replies, write_replies
+from deadhead.training.processes import Progress, counted
+
+_FILE, _DENSE = "replies.json", "dense"
+
+
+def kept_replies(out: Path) -> dict[str, tuple[Reply, ...]]:
+    """Return what models replied by their names, the dense one's first, from a sweep's folder; nothing where none did.
+
+    Raises:
+        InputError: the file is no such list.
+    """
+    path = out / _FILE
+    if not path.exists():
+        return {}
+    found = read_object(path, what="list of models' replies")
+    try:
+        return TypeAdapter(dict[str, tuple[Reply, ...]]).validate_python(found)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise InputError(
+            f"A list of models' replies was expected in {path}, but its {place} is not; delete it, and they are "
+            "written anew."
+        ) from None
+
+
+class Replying:
+    """Lets models reply to prompts, and compares them with the dense one.
+
+    Args:
+        out: the sweep's folder.
+        dense: the model that the others are made of.
+        tokenizer: that of all of them.
+        progress: told how far it is.
+
+    Raises:
+        InputError: there is no tokenizer, or the dense model cannot reply or be compared.
+        UnsupportedModel: the dense model predicts no next token.
+    """
+
+    def __init__(
+        self, out: Path, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
+    ) -> None:
+        if tokenizer is None:
+            raise InputError(
+                "Replies to prompts need the model's tokenizer, but none is known; save the model with one, or leave "
+                "replies out."
+            )
+        require_replies(dense, tokenizer)
+        self._out, self._dense, self._tokenizer, self._progress = out, dense, tokenizer, progress
+
+    def has(self, name: str) -> bool:
+        """Tell whether a model's replies are kept."""
+        return name in kept_replies(self._out)
+
+    def of_dense(self) -> dict[str, Any]:
+        """Return what the dense model's replies say of it; they are written once."""
+        return replies_of(self._expected()).values
+
+    def of(self, name: str, model: PreTrainedModel) -> dict[str, Any]:
+        """Return what a pruned model's replies say of it."""
+        written = self._write(name, model)
+        report = counted(self._progress, f"{name}: comparing replies")
+        return replies_of(written, reply_likeness(model, self._dense, self._expected(), progress=report)).values
+
+    def _expected(self) -> tuple[Reply, ...]:
+        if kept := kept_replies(self._out).get(_DENSE):
+            require_known(self._dense, max(max(*each.prompt, *each.tokens) for each in kept), of="reply")
+            return kept
+        return self._write(_DENSE, self._dense)
+
+    def _write(self, name: str, model: PreTrainedModel) -> tuple[Reply, ...]:
+        written = write_replies(model, self._tokenizer, progress=counted(self._progress, f"{name}: replies"))
+        # The dense model's stand first, those of the others in the order of the sweep.
+        every = {**kept_replies(self._out), name: written}
+        write_json(self._out / _FILE, {each: [asdict(reply) for reply in replies] for each, replies in every.items()})
+        return written
