@@ -26,7 +26,7 @@ from _packaged_model import packaged_model
 from deadhead.errors import is_installed
 
 # Of 30 layers, in minutes; without being told, deadhead takes more of all three.
-_PRUNING = ("--params", "0.8", "--of", "blocks", "--steps", "24", "--compensate-rows", "128", "--recover", "24")
+_PRUNING = ("--params", "0.8", "--of", "blocks", "--steps", "16", "--compensate-rows", "96", "--recover", "20")
 _QUICK = (
     *("--params", "0.8", "--of", "blocks", "--fast", "--steps", "1", "--batch-size", "1", "--compensate-rows", "4"),
     *("--sequence-length", "48"),
@@ -64,7 +64,7 @@ def main() -> None:
         run("deadhead", "prune", "--model", dense, "--data", "self", *pruning, *resume, "--out", small)
     # Help pages of the language, in English.
     topics = Path(next(iter(pydoc_data.__path__))) / "topics.py"
-    least = ("--limit", "500") if options.quick else ("--replies", "--show", "3", "--limit", "10000")
+    least = ("--limit", "500") if options.quick else ("--replies", "--show", "3", "--limit", "4000")
     run("deadhead", "compare", dense, small, "--data", topics, *least)
     if not (out / "small.gguf").exists():
         run("deadhead", "export", small, "--to", "gguf", "--type", "q8_0", "--out", out / "small.gguf")
