@@ -65,7 +65,7 @@ def table(found: dict[Cell, dict[str, Any]]) -> str:
     for heads_only, share, recovered in groups:
         group = (heads_only, share, recovered)
         here = {cell: each for cell, each in found.items() if (cell.heads_only, -cell.share, cell.recovered) == group}
-        left = f"{-share:.0%} of the {'groups of heads' if heads_only else 'blocks’ parameters'}"
+        left = f"{-share:.0%} of the {'groups of heads' if heads_only else 'blocks’ parameters'} left"
         lines += [f"### {left}{f', {recovered} steps of recovery' if recovered else ''}", "", *_rows(here, dense), ""]
     return "\n".join(lines)
 
@@ -139,7 +139,7 @@ def draw(found: dict[Cell, dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
     none = perplexity(found[Cell(method=DENSE)]["losses"]["wikitext2"])
@@ -156,6 +156,9 @@ def draw(found: dict[Cell, dict[str, Any]], file: Path) -> None:
         label = method + f", {steps} steps of recovery" * bool(steps)
         axes.plot([100 * place for place in places], values, "o-" if is_ours else "s--", label=label, lw=1 + is_ours)
     axes.set(xlabel="of the blocks' parameters gone, %", ylabel="perplexity of WikiText-2's test text", yscale="log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=110)

@@ -43,9 +43,9 @@ def test_the_table_has_every_kind_of_cell() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     titles = [line for line in done.stdout.splitlines() if line.startswith("###")]
     assert titles == [
-        "### 80% of the blocks’ parameters",
-        "### 80% of the blocks’ parameters, 2 steps of recovery",
-        "### 50% of the groups of heads",
+        "### 80% of the blocks’ parameters left",
+        "### 80% of the blocks’ parameters left, 2 steps of recovery",
+        "### 50% of the groups of heads left",
     ]
     long, short = done.stdout.split("| perplexity of")
     rows = [line.split()[1] for line in long.splitlines() if line.startswith("| ")]
