@@ -88,6 +88,16 @@ def test_the_page_benchmark_runs() -> None:
     assert "\npage 0." in done.stdout
 
 
+def test_a_step_of_gates_is_set_against_its_floor() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/frozen_step.py", "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for row in ("floor", "gates, all open", "gates, half shut", "the dense model alone"):
+        assert f"│ {row} " in done.stdout
+    assert "Beyond the loaded model: " in done.stdout
+
+
 @pytest.mark.full
 def test_two_processes_send_what_they_learn(tmp_path: Path) -> None:
     """The gates are a part of the gradients that is there, and hardly one; the plan is that of one process."""
