@@ -112,19 +112,20 @@ def _row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> str:
 
 
 def short_table(found: dict[Cell, dict[str, Any]]) -> str:
-    """Return Markdown: perplexity of WikiText-2 by method and size, and BLiMP at the largest; nothing without sizes."""
+    """Return Markdown: perplexity of WikiText-2 where ours was measured, and BLiMP at the largest size."""
     plain = [cell for cell in found if cell.method != DENSE and not cell.heads_only and not cell.draw]
     dense = found.get(Cell(method=DENSE))
-    if not plain or dense is None:
+    shares = sorted({cell.share for cell in plain if cell.method == OURS}, reverse=True)
+    if not shares or dense is None:
         return ""
-    shares = sorted({cell.share for cell in plain}, reverse=True)
     titles = [f"{1 - share:.0%} gone" for share in shares] + [f"BLiMP, {1 - shares[0]:.0%} gone"]
     lines = ["| perplexity of WikiText-2 | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
     lines.append(_short_row("dense", [dense] * len(shares), dense))
     for method in (*METHODS, *OTHERS):
         for steps in sorted({cell.recovered for cell in plain if cell.method == method}, reverse=True):
             mine = [found.get(Cell(method=method, share=share, recovered=steps)) for share in shares]
-            lines.append(_short_row(method + f", {steps} steps of recovery" * bool(steps), mine, mine[0]))
+            if any(mine):
+                lines.append(_short_row(method + f", {steps} steps of recovery" * bool(steps), mine, mine[0]))
     return "\n".join(lines)
 
 
