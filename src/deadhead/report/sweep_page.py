@@ -20,8 +20,8 @@ _NAMES = ("", "parameters", "MFLOP/tok", "speed", "perplexity", "more", "")
 # How near models are to the dense one on its replies, and how they repeat themselves in their own, where they reply.
 _REPLY_NAMES = ("KL", "same token", "repetition")
 _SHOWN = 3
-# Control characters, but for a tab and the end of a line.
-_NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+# Control characters, but for a tab and the end of a line, and halves of characters.
+_NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _LEFT_OF = {
     "params": "the parameters",
     "flops": "a token's FLOPs",
@@ -157,7 +157,10 @@ def _shown(replies: Mapping[str, Sequence[Reply]]) -> list[tuple[str, list[tuple
     prompts = [reply.asked for reply in next(iter(replies.values()), ())][:_SHOWN]
     by_model = {name: {reply.asked: reply.text for reply in written} for name, written in replies.items()}
     return [
-        (prompt, [(name, _NO_TEXT.sub("�", said[prompt])) for name, said in by_model.items() if prompt in said])
+        (
+            _NO_TEXT.sub("�", prompt),
+            [(name, _NO_TEXT.sub("�", said[prompt])) for name, said in by_model.items() if prompt in said],
+        )
         for prompt in prompts
     ]
 
