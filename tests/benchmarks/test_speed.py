@@ -95,7 +95,7 @@ def test_a_step_of_gates_is_set_against_its_floor() -> None:
     assert done.returncode == 0, done.stderr
     for row in ("floor", "gates, all open", "gates, half shut", "the dense model alone"):
         assert f"│ {row} " in done.stdout
-    assert "Beyond the loaded model: " in done.stdout
+    assert "Memory beyond the loaded model: " in done.stdout
 
 
 @pytest.mark.full
