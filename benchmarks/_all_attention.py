@@ -238,8 +238,14 @@ def medians(
 
 def peak_megabytes(function: Callable[..., Any], *arguments: Any) -> float:
     """Return how far the memory of a fresh process rises while it runs a function."""
+    rise: float = in_fresh_process(_rise, function, arguments)
+    return rise
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a process that has done nothing before, whose memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_rise, function, arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _rise(function: Callable[..., Any], arguments: Sequence[Any]) -> float:

@@ -66,8 +66,12 @@ def table(found: dict[Cell, dict[str, Any]]) -> str:
         group = (heads_only, share, recovered)
         here = {cell: each for cell, each in found.items() if (cell.heads_only, -cell.share, cell.recovered) == group}
         left = f"{-share:.0%} of the {'groups of heads' if heads_only else 'blocks’ parameters'} left"
-        lines += [f"### {left}{f', {recovered} steps of recovery' if recovered else ''}", "", *_rows(here, dense), ""]
+        lines += [f"### {_label(left, recovered)}", "", *_rows(here, dense), ""]
     return "\n".join(lines)
+
+
+def _label(name: str, recovered: int) -> str:
+    return name + f", {recovered} steps of recovery" * bool(recovered)
 
 
 def _rows(here: dict[Cell, dict[str, Any]], dense: dict[str, Any]) -> list[str]:
@@ -125,7 +129,7 @@ def short_table(found: dict[Cell, dict[str, Any]]) -> str:
         for steps in sorted({cell.recovered for cell in plain if cell.method == method}, reverse=True):
             mine = [found.get(Cell(method=method, share=share, recovered=steps)) for share in shares]
             if any(mine):
-                lines.append(_short_row(method + f", {steps} steps of recovery" * bool(steps), mine, mine[0]))
+                lines.append(_short_row(_label(method, steps), mine, mine[0]))
     return "\n".join(lines)
 
 
@@ -154,8 +158,8 @@ def draw(found: dict[Cell, dict[str, Any]], file: Path) -> None:
         )
         places, values = zip((0.0, none), *mine, strict=True)
         is_ours = method in METHODS
-        label = method + f", {steps} steps of recovery" * bool(steps)
-        axes.plot([100 * place for place in places], values, "o-" if is_ours else "s--", label=label, lw=1 + is_ours)
+        look = {"label": _label(method, steps), "linewidth": 1 + is_ours}
+        axes.plot([100 * place for place in places], values, "o-" if is_ours else "s--", **look)
     axes.set(xlabel="of the blocks' parameters gone, %", ylabel="perplexity of WikiText-2's test text", yscale="log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")

@@ -14,8 +14,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks._all_attention import machine, medians, status
+from benchmarks._all_attention import in_fresh_process, machine, medians, status
 from benchmarks.loss import LENGTH, build
 from deadhead.measure.losses import SegmentLoss
 from deadhead.training import PruneRecipe
@@ -101,12 +99,7 @@ def steps(source: str | None, small: bool) -> dict[str, Callable[[], None]]:
 
 
 def rise(source: str | None, small: bool, is_gated: bool) -> float:
-    """Return how far the memory of a fresh process rises beyond the loaded model in two steps, in MB."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_rise, source, small, is_gated).result()
-
-
-def _rise(source: str | None, small: bool, is_gated: bool) -> float:
+    """Return how far the memory of this process, a fresh one, rises beyond the loaded model in two steps, in MB."""
     model = build(source, small=small)
     ids = torch.randint(model.config.vocab_size, (4, LENGTH))
     before = status("VmRSS")
@@ -130,7 +123,7 @@ def main() -> None:
         table.add_row(name, f"{value:.3f}", f"{value / seconds['floor']:.2f}")
     console = Console(width=100)
     console.print(table)
-    floor, gated = (rise(options.model, options.quick, is_gated) for is_gated in (False, True))
+    floor, gated = (in_fresh_process(rise, options.model, options.quick, is_gated) for is_gated in (False, True))
     console.print(
         f"Memory beyond the loaded model: {floor:.0f} MB, with gates {gated:.0f} MB, {gated / floor:.2f} times."
     )

@@ -179,7 +179,7 @@ def choose(model: PreTrainedModel, point: Point, rows: Tensor, setting: Setting)
 
 def measure(point: Point, setting: Setting, out: Path) -> None:
     """Measure one point and write it down."""
-    base = _peak()
+    base = peak()
     model = deadhead.load(setting.model)
     model_bytes = 4 * model_cost(model).parameters
     calibration = rows_of(setting.valid, setting.model, 0, max(setting.scored, setting.fitted))
@@ -209,7 +209,7 @@ def measure(point: Point, setting: Setting, out: Path) -> None:
             "perplexity": found,
             "copying": copies,
             "seconds": seconds,
-            "peak_bytes": _peak() - base,
+            "peak_bytes": peak() - base,
             "model_bytes": model_bytes,
             "parameters": cost.parameters,
             "heads": cost.heads,
@@ -239,7 +239,8 @@ def _prune(
     return seconds, {layer.path: layer.reason for layer in record.layers if not layer.fitted}
 
 
-def _peak() -> int:
+def peak() -> int:
+    """Return the most memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

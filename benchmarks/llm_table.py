@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -56,6 +55,7 @@ from benchmarks.llm import (
     Setting,
     batches,
     choose,
+    peak,
     prepared,
     recipe_of,
     rows_of,
@@ -93,13 +93,13 @@ class Texts:
         apart: rows from one draw to the next.
         steps: of gates and of sizes, four rows each.
         paired: pairs of each paradigm.
-        models: where pruned models are kept that may recover; None keeps none.
+        models: where pruned models are kept that may recover.
     """
 
     model: Path
     corpora: Path
     pairs: Path | None
-    models: Path | None
+    models: Path
     scored: int = 40
     fitted: int = 352
     apart: int = APART
@@ -113,6 +113,10 @@ class Texts:
     def numbers(self) -> dict[str, int]:
         """What all cells of a table have in common."""
         return {name: value for name, value in asdict(self).items() if isinstance(value, int)}
+
+    def kept(self, cell: Cell) -> Path:
+        """Return where the pruned model of a cell is kept, before any recovery."""
+        return self.models / replace(cell, recovered=0).name
 
     def valid(self, first: int, count: int) -> Tensor:
         """Return rows of the text that methods may read."""
@@ -177,30 +181,28 @@ def recover(model: PreTrainedModel, dense: PreTrainedModel, cell: Cell, texts: T
 
 def measure(cell: Cell, texts: Texts, results: Path) -> None:
     """Measure one cell and write it down."""
-    base = _peak()
+    base = peak()
     model = deadhead.load(texts.model)
-    kept = None if texts.models is None else texts.models / replace(cell, recovered=0).name
+    kept = texts.kept(cell)
     clock, processor = time.perf_counter(), time.process_time()
     if cell.recovered:
-        assert kept is not None
         dense, model = model, deadhead.load(kept)
         recover(model, dense, cell, texts)
     elif cell.method != DENSE:
         prune(model, cell, texts)
     seconds = {"wall": time.perf_counter() - clock, "cores": time.process_time() - processor}
-    peak = _peak() - base
+    peak_bytes = peak() - base
     # FLAP's biases are none that a configuration tells of.
-    if kept is not None and not cell.recovered and cell.method not in (DENSE, "flap-as-shipped"):
+    if not cell.recovered and cell.method not in (DENSE, "flap-as-shipped"):
         deadhead.save(model, kept, tokenizer=load_tokenizer(texts.model))
     cost = model_cost(model)
     sizes = {"parameters": cost.parameters, "heads": cost.heads, "hidden_units": cost.hidden_units}
-    found = {**read(model, texts), "seconds": seconds, "peak_bytes": peak, **sizes}
+    found = {**read(model, texts), "seconds": seconds, "peak_bytes": peak_bytes, **sizes}
     write_json(results / f"{cell.name}.json", {**asdict(cell), **texts.numbers, **found})
 
 
-def _kept(cell: Cell, texts: Texts | None) -> bool:
-    folder = None if texts is None else texts.models
-    return folder is not None and (folder / replace(cell, recovered=0).name).is_dir()
+def _can_begin(cell: Cell, texts: Texts) -> bool:
+    return not cell.recovered or texts.kept(cell).is_dir()
 
 
 def is_measured(cell: Cell, texts: Texts, results: Path) -> bool:
@@ -208,10 +210,6 @@ def is_measured(cell: Cell, texts: Texts, results: Path) -> bool:
     path = results / f"{cell.name}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return all(known.get(name) == value for name, value in texts.numbers.items())
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _quick(folder: Path) -> tuple[Texts, list[Cell]]:
@@ -266,10 +264,11 @@ def main() -> None:
                 for share in options.shares
                 for method in options.methods
             ]
-        missing = [cell for cell in cells if texts is not None and not is_measured(cell, texts, results)]
-        if options.recover and (unkept := [cell for cell in missing if cell.recovered and not _kept(cell, texts)]):
-            parser.error(f"no pruned model to go on from is in {options.out}: {', '.join(map(str, unkept))}")
-        calls = [(cell, texts, results) for cell in missing]
+        calls = []
+        if texts is not None:
+            calls = [(cell, texts, results) for cell in cells if not is_measured(cell, texts, results)]
+            if options.recover and (unkept := [str(cell) for cell, *_ in calls if not _can_begin(cell, texts)]):
+                parser.error(f"no pruned model to go on from is in {options.out}: {', '.join(unkept)}")
         run_all(measure, calls, jobs=1, what="cells", console=console, threads=os.cpu_count() or 1, calls_each=1)
         console.print(f"{machine()}, float32 but for recovery", markup=False)
         found = found_in(results)

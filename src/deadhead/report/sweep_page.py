@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _NAMES = ("", "parameters", "MFLOP/tok", "speed", "perplexity", "more", "")
 # How near models are to the dense one on its replies, and how they repeat themselves in their own, where they reply.
-_REPLY_NAMES = ("KL", "same token", "repetition")
+_REPLY_NAMES = ("", "KL", "same token", "repetition")
 _SHOWN = 3
 # Control characters, but for a tab and the end of a line, and halves of characters.
 _NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
@@ -58,7 +58,7 @@ def _point_rows(found: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
 
 
 def _reply_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Return the cells of each point under its path and `_REPLY_NAMES`; none where no model replied."""
+    """Return the cells of each point under `_REPLY_NAMES`; none where no model replied."""
 
     def cell(value: float | None, kind: str) -> str:
         # JSON has null for what is not finite.
@@ -91,30 +91,26 @@ def _picked_sentence(found: Mapping[str, Any]) -> str:
 
 def sweep_table(found: Mapping[str, Any], place: str) -> Table:
     """Return what several budgets leave of a model: what it costs, how fast it is and what it is worth."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in _NAMES:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for cells, _ in _point_rows(found):
-        table.add_row(*map(escape, cells))
     lines = [
         _picked_sentence(found),
         f"The numbers in names are of {_budget_of(found)}.",
         f"The models and their page lie in {escape(place)}.",
     ]
-    table.caption, table.caption_justify = "\n".join(filter(None, lines)), "left"
-    return table
+    return _table(_NAMES, [cells for cells, _ in _point_rows(found)], "\n".join(filter(None, lines)))
 
 
 def replies_table(found: Mapping[str, Any]) -> Table | None:
     """Return how near models are to the dense one in what they reply; None where they did not."""
-    if not (rows := _reply_rows(found)):
-        return None
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("", *_REPLY_NAMES):
+    rows = _reply_rows(found)
+    return _table(_REPLY_NAMES, rows, _replies_sentence(found)) if rows else None
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=caption, caption_justify="left")
+    for name in names:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for cells in rows:
         table.add_row(*map(escape, cells))
-    table.caption, table.caption_justify = _replies_sentence(found), "left"
     return table
 
 
@@ -131,6 +127,7 @@ def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Seq
 
     `replies` are those of each model by its name, of which the first few are shown.
     """
+    reply_rows = _reply_rows(found)
     measured = [point for point in _points(found) if math.isfinite(point.get("perplexity", math.inf))]
     charts = [
         _chart(found, measured, [point["parameters"] / 1e6 for point in measured], "parameters, millions"),
@@ -143,8 +140,8 @@ def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Seq
         what=_budget_of(found),
         sentence=_picked_sentence(found),
         charts=charts if measured else [],
-        reply_names=("", *_REPLY_NAMES),
-        reply_rows=(reply_rows := _reply_rows(found)),
+        reply_names=_REPLY_NAMES,
+        reply_rows=[{"cells": cells, "picked": False} for cells in reply_rows],
         reply_sentence=_replies_sentence(found) if reply_rows else "",
         shown=_shown(replies),
         names=_NAMES,

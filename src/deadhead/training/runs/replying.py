@@ -62,11 +62,12 @@ class Replying:
                 "replies out."
             )
         require_replies(dense, tokenizer)
-        self._out, self._dense, self._tokenizer, self._progress = out, dense, tokenizer, progress
+        self._path, self._dense, self._tokenizer, self._progress = out / _FILE, dense, tokenizer, progress
+        self._kept = kept_replies(out)
 
     def has(self, name: str) -> bool:
         """Tell whether a model's replies are kept."""
-        return name in kept_replies(self._out)
+        return name in self._kept
 
     def of_dense(self) -> dict[str, Any]:
         """Return what the dense model's replies say of it; they are written once."""
@@ -79,7 +80,7 @@ class Replying:
         return replies_of(written, reply_likeness(model, self._dense, self._expected(), progress=report)).values
 
     def _expected(self) -> tuple[Reply, ...]:
-        if kept := kept_replies(self._out).get(_DENSE):
+        if kept := self._kept.get(_DENSE):
             require_known(self._dense, max(max(*each.prompt, *each.tokens) for each in kept), of="reply")
             return kept
         return self._write(_DENSE, self._dense)
@@ -87,6 +88,6 @@ class Replying:
     def _write(self, name: str, model: PreTrainedModel) -> tuple[Reply, ...]:
         written = write_replies(model, self._tokenizer, progress=counted(self._progress, f"{name}: replies"))
         # The dense model's stand first, those of the others in the order of the sweep.
-        every = {**kept_replies(self._out), name: written}
-        write_json(self._out / _FILE, {each: [asdict(reply) for reply in replies] for each, replies in every.items()})
+        self._kept[name] = written
+        write_json(self._path, {each: [asdict(reply) for reply in replies] for each, replies in self._kept.items()})
         return written
