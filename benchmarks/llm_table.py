@@ -197,7 +197,9 @@ def measure(cell: Cell, texts: Texts, results: Path) -> None:
         deadhead.save(model, kept, tokenizer=load_tokenizer(texts.model))
     cost = model_cost(model)
     sizes = {"parameters": cost.parameters, "heads": cost.heads, "hidden_units": cost.hidden_units}
-    found = {**read(model, texts), "seconds": seconds, "peak_bytes": peak_bytes, **sizes}
+    # Minutes of processors that differ are no minutes to compare.
+    on = {"processor": torch.backends.cpu.get_cpu_capability()}
+    found = {**read(model, texts), "seconds": seconds, "peak_bytes": peak_bytes, **on, **sizes}
     write_json(results / f"{cell.name}.json", {**asdict(cell), **texts.numbers, **found})
 
 
