@@ -1,4 +1,4 @@
-"""`deadhead export`: a checkpoint in the format of llama.cpp, ONNX Runtime, OpenVINO, or of its stock architecture."""
+"""`deadhead export`: a checkpoint as llama.cpp, ONNX Runtime, OpenVINO or vLLM take it, or a stock one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from deadhead.errors import InputError
 def export(
     model: Model,
     to: Annotated[
-        Literal["gguf", "onnx", "openvino", "padded"],
+        Literal["gguf", "onnx", "openvino", "padded", "vllm"],
         typer.Option(
-            help="gguf: a file for llama.cpp; onnx, openvino: a folder with the cache as inputs and outputs; padded: a "
-            "checkpoint of the stock architecture, for servers that take no other."
+            help="gguf: a file for llama.cpp; onnx, openvino: a folder with the cache as inputs and outputs; vllm: the "
+            "checkpoint as it is, tried in vLLM; padded: a checkpoint of the stock architecture, for servers that take "
+            "no other."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The new file (gguf) or folder.")],
@@ -32,6 +33,14 @@ def export(
     ] = None,
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the file, or beside it.")] = True,
     dtype: Dtype = None,
+    python: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PROGRAM",
+            help="Of vllm: the Python of an environment that has vLLM, such as .venv-vllm/bin/python. Without it: that "
+            "which DEADHEAD_VLLM_PYTHON names, or this one.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Export a model, and check in the runtime that it computes what it does in PyTorch."""
@@ -47,14 +56,15 @@ def export(
         plan = model / "head_plan.json"
         how = f"deadhead cut {model} --plan {plan}" if plan.exists() else "deadhead.load_gated gives model and gates"
         raise InputError(f"The checkpoint {model} has gates that are still on; cut it first: {how}.")
-    if dtype is not None and to != "padded":
-        raise InputError("--dtype is of a padded checkpoint; the precision of other files is their --type.")
+    is_checkpoint = to in ("padded", "vllm")
+    if dtype is not None and not is_checkpoint:
+        raise InputError("--dtype is of a checkpoint (padded, vllm); the precision of other files is their --type.")
     kind = None if kind is None else kind.lower()
-    require_exportable(out, to=to, kind=kind)
-    network = checkpoint.load(model, dtype=dtype if to == "padded" else torch.float32)
+    require_exportable(out, to=to, kind=kind, python=python)
+    network = checkpoint.load(model, dtype=dtype if is_checkpoint else torch.float32)
     words = load_tokenizer(model) if tokenizer and has_tokenizer(model) else None
     with working(f"writing {out.name}, and checking it in its runtime"):
-        result = export_model(network, out, to=to, kind=kind, tokenizer=words, base=model)
+        result = export_model(network, out, to=to, kind=kind, tokenizer=words, base=model, python=python)
     if as_json:
         print_json({**asdict(result), "path": str(out), "tokenizer": words is not None})
         return

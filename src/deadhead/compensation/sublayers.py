@@ -72,7 +72,7 @@ def _require_alike(model: PreTrainedModel, dense: PreTrainedModel, path: str) ->
     except AttributeError:
         output = None
     wanted = len(head_columns(dense.get_submodule(path)))
-    width = None if output is None else output.width if isinstance(output, OutputBias) else _outputs(output)
+    width = None if output is None else output.out_features if isinstance(output, OutputBias) else _outputs(output)
     if width != wanted:
         found = "has none there" if width is None else f"has one with {width} outputs"
         raise InputError(

@@ -17,6 +17,8 @@ from deadhead.errors import ExportError
 from deadhead.modes import evaluating
 
 _PROMPT, _CONTINUATION = 24, 16
+LIKELIEST = 20
+"""Of how many tokens a position's log-probabilities are compared where a runtime does not give its logits."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Reference:
 class Agreement:
     """How near a runtime, by name and version, came.
 
-    `logit_difference` is max|Δ| / max|reference| over all positions, `tolerance` the most that was allowed. Of the C
-    `tokens` of the greedy continuation, `tokens_equal` are the same before the first that is not.
+    `logit_difference` is max|Δ| / max|reference| of logits over all positions, where a runtime does not give them with
+    the Δ of the likeliest tokens' log-probabilities; `tolerance` is the most that was allowed. Of the C `tokens` of the
+    greedy continuation, `tokens_equal` are the same before the first that is not.
     """
 
     runtime: str
@@ -87,12 +90,40 @@ def compare(reference: Reference, logits: np.ndarray, *, runtime: str, tolerance
             f"{runtime} gave logits of shape {logits.shape} where PyTorch gives {reference.logits.shape}; nothing was "
             "left at the place of the export."
         )
-    difference = float(np.abs(logits - reference.logits).max() / max(np.abs(reference.logits).max(), 1e-30))
     count = len(reference.continuation_C)
-    equal = count and int((logits[-count:].argmax(-1) == reference.continuation_C).cumprod().sum())
+    tokens = logits[-count:].argmax(-1) if count else reference.continuation_C
+    return _agreement(reference, float(np.abs(logits - reference.logits).max()), tokens, runtime, tolerance)
+
+
+def compare_likeliest(
+    reference: Reference, tokens: list[int], positions: list[dict[int, float]], *, runtime: str, tolerance: float
+) -> Agreement:
+    """Return how near a runtime comes that gives its greedy tokens, and log-probabilities of the likeliest alone.
+
+    Those of positions behind a token that differs are of another text, and not compared.
+
+    Raises:
+        ExportError: not near enough, or not numbers.
+    """
+    found = np.array(tokens)
+    expected = reference.continuation_C
+    same = len(reference.prompt_T) + int((found == expected).cumprod().sum())
+    log_probabilities = torch.from_numpy(reference.logits).log_softmax(-1).numpy()
+    apart = [
+        value - log_probabilities[place, token]
+        for place, position in enumerate(positions[:same])
+        for token, value in position.items()
+    ]
+    return _agreement(reference, float(np.abs(apart).max()), found, runtime, tolerance)
+
+
+def _agreement(reference: Reference, most: float, tokens: np.ndarray, runtime: str, tolerance: float) -> Agreement:
+    difference = most / max(float(np.abs(reference.logits).max()), 1e-30)
+    count = len(reference.continuation_C)
+    equal = count and int((tokens == reference.continuation_C).cumprod().sum())
     if not difference <= tolerance:  # NaN too
         raise ExportError(
-            f"The exported model does not compute in {runtime} what it computes in PyTorch: its logits differ by "
+            f"The exported model does not compute in {runtime} what it computes in PyTorch: its outputs differ by "
             f"{difference:.1e} of the largest, {tolerance:.0e} at most was expected, and {equal} of {count} greedy "
             "tokens are equal; nothing was left at the place of the export."
         )

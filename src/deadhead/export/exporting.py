@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,14 +21,23 @@ from deadhead.checkpoints.card import copy_licences
 from deadhead.disk.files import no_space_is_input_error, remove_left_overs, write_json
 from deadhead.disk.places import checked_path
 from deadhead.errors import InputError, UnsupportedModel, is_installed, require_extra, typed
-from deadhead.export import flat, gguf, llama_cpp, onnx
-from deadhead.export.agreement import Agreement, Reference, compare, first_output, make_reference
+from deadhead.export import flat, gguf, llama_cpp, onnx, vllm
+from deadhead.export.agreement import (
+    Agreement,
+    Reference,
+    compare,
+    compare_likeliest,
+    first_output,
+    make_reference,
+)
 from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
 from deadhead.export.padded import pad_to_stock
 from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel, stock_class
 from deadhead.modes import evaluating
 
-FORMATS = ("gguf", "onnx", "openvino", "padded")
+FORMATS = ("gguf", "onnx", "openvino", "padded", "vllm")
+# Checkpoints of transformers, which have the precision that the model has.
+_CHECKPOINTS = ("padded", "vllm")
 # max|Δ| / max|reference| of logits that is taken for the same function, by the type of the weights. llama.cpp rounds
 # what it multiplies with quantised weights too; of what its own quantiser makes only numbers are asked.
 _TOLERANCE = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1, "q8_0": 0.25}
@@ -68,16 +77,20 @@ def export_model(
     kind: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     base: str | Path | None = None,
+    python: Path | None = None,
 ) -> Exported:
     """Write a model for a runtime, and run it there where the runtime is installed.
 
     Args:
-        model: dense or cut, on the CPU, in float32 or, for "padded", in any precision.
+        model: dense or cut, on the CPU, in float32 or, for "padded" and "vllm", in any precision.
         out: the new file for "gguf", the new folder for the others.
-        to: "gguf" (llama.cpp), "onnx", "openvino" or "padded" (the stock architecture, for servers that take no other).
+        to: "gguf" (llama.cpp), "onnx", "openvino", "vllm" (a checkpoint as `deadhead.save` writes it, tried in vLLM) or
+            "padded" (the stock architecture, for servers that take no other).
         kind: of "gguf" only, the weights' type: f32, f16 (the default), bf16, q8_0, or one of llama.cpp's quantiser.
         tokenizer: goes into the file, or beside it.
         base: the checkpoint that the model was loaded from, whose licence files go into the folder.
+        python: of "vllm" only, the Python of an environment that has vLLM; None: that of the environment variable
+            DEADHEAD_VLLM_PYTHON, or this one.
 
     Raises:
         InputError: something is at `out` already, a library is missing, the disk is full, or the model has gates or
@@ -86,8 +99,9 @@ def export_model(
         ExportError: what was written does not compute what the model does; it is gone again.
     """
     out = Path(out)
-    require_exportable(out, to=to, kind=kind)
+    require_exportable(out, to=to, kind=kind, python=python)
     _require_exportable(model, to)
+    writers: dict[str, Callable[..., Exported]] = {"padded": _padded, "vllm": partial(_vllm, python=python)}
     with evaluating(model), no_space_is_input_error(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_left_overs(out.parent, out.name)
@@ -97,16 +111,19 @@ def export_model(
                 exported = _gguf(model, out, place, kind or "f16", tokenizer)
             else:
                 place.mkdir()
-                write = _padded if to == "padded" else partial(_flat, to=to)
-                exported = write(model, out, place, tokenizer, base)
+                exported = writers.get(to, partial(_flat, to=to))(model, out, place, tokenizer, base)
             place.rename(out)
     return exported
 
 
-def require_exportable(out: Path, *, to: str, kind: str | None) -> None:
+def require_exportable(out: Path, *, to: str, kind: str | None, python: Path | None = None) -> None:
     """Check what can be checked without the model, format, type, place and libraries, or raise an InputError."""
     if to not in FORMATS:
         raise InputError(f"A format was expected ({', '.join(FORMATS)}), but {to!r} came.")
+    if python is not None and to != "vllm":
+        raise InputError(f"Another Python is for vllm only, not for {to}; leave {python} out.")
+    if to == "vllm":
+        vllm.find_python(python)
     if kind is not None and to != "gguf":
         raise InputError(f"A type of weights is chosen for gguf only, not for {to}; leave {kind!r} out.")
     if to == "gguf" and out.suffix != ".gguf":
@@ -132,12 +149,14 @@ def _require_exportable(model: PreTrainedModel, to: str) -> None:
         raise InputError("The model has PEFT adapters; merge them first: model = model.merge_and_unload().")
     if model.device.type != "cpu":
         raise InputError(f"A model on the CPU was expected, but this one is on {model.device}; call model.cpu() first.")
+    if to == "vllm":
+        vllm.require_servable(model)
     if to != "padded" and not model.can_generate():
         raise UnsupportedModel(
             f"A language model that continues texts was expected, but {type(model).__name__} does not; only such are "
             f"exported to {to}, others to padded."
         )
-    if to != "padded" and model.dtype != torch.float32:
+    if to not in _CHECKPOINTS and model.dtype != torch.float32:
         raise InputError(
             f"A model in float32 was expected, but this one is in {model.dtype}; load it so: "
             "deadhead.load(path, dtype=torch.float32)."
@@ -226,14 +245,42 @@ def _padded(
     # As a server loads it: neither our classes nor code of the checkpoint's.
     load = partial(type(stock).from_pretrained, place, dtype=model.dtype)
     reloaded = _stock_logits(load, model, reference.ids)
-    kind = str(model.dtype).removeprefix("torch.")
-    tolerance = _TOLERANCE["f32"] if model.dtype in (torch.float32, torch.float64) else _TOLERANCE["bf16"]
+    kind, tolerance = _precision(model)
     name = f"transformers {transformers.__version__}, {type(stock).__name__}"
     agreement = compare(reference, logits, runtime=name, tolerance=tolerance)
     # Where a file's memory map lies decides the last bit.
     compare(reference, reloaded, runtime=f"{name}, reloaded", tolerance=tolerance)
     size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     return Exported(out, "padded", kind, type(stock).__name__, size, (agreement,))
+
+
+def _vllm(
+    model: PreTrainedModel,
+    out: Path,
+    place: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: _Base,
+    *,
+    python: Path | None,
+) -> Exported:
+    checkpoint.save(model, place, tokenizer=tokenizer, base=base)
+    kind, tolerance = _precision(model)
+    size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    exported = Exported(out, "vllm", kind, type(model).__name__, size, ())
+    found = vllm.find_python(python)
+    if found is None:
+        reason = f"vLLM is not installed here; name the Python of an environment that has it (--python, {vllm.PYTHON})"
+        return replace(exported, unchecked=reason)
+    reference = make_reference(model)
+    version, tokens, positions = vllm.read_likeliest(found, place, reference, kind)
+    agreement = compare_likeliest(reference, tokens, positions, runtime=f"vLLM {version}", tolerance=tolerance)
+    return replace(exported, agreements=(agreement,))
+
+
+def _precision(model: PreTrainedModel) -> tuple[str, float]:
+    """Return the name of the type of a model's weights, and how far a runtime may be off in it."""
+    is_exact = model.dtype in (torch.float32, torch.float64)
+    return str(model.dtype).removeprefix("torch."), _TOLERANCE["f32" if is_exact else "bf16"]
 
 
 def _stock_logits(load: Callable[[], Any], model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deadhead.errors import UnsupportedModel
@@ -127,7 +127,7 @@ def _refusal(kind: str, reason: str) -> UnsupportedModel:
 
 def _shape(layer: Any, head_dim: int) -> LayerShape:
     attention, down = layer.self_attn, layer.mlp.down_proj
-    units = down.in_features if isinstance(down, nn.Linear) else 0
+    units = down.in_features
     if getattr(attention, "is_emptied", False):
         return LayerShape(0, 0, units)
     heads, kv_heads = (projection.out_features // head_dim for projection in (attention.q_proj, attention.k_proj))
@@ -261,7 +261,7 @@ def _attention(
 
 
 def _feed_forward(block: str, mlp: Any, shape: LayerShape, width: int) -> Iterator[tuple[str, Tensor]]:
-    is_empty = not isinstance(mlp.down_proj, nn.Linear)
+    is_empty = not mlp.down_proj.in_features
     for part in ("gate", "up", "down"):
         size = (width, shape.units) if part == "down" else (shape.units, width)
         module = getattr(mlp, f"{part}_proj")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .structure import (
+    EmptyLinear,
     Key,
     OutputBias,
     is_projection,
@@ -39,7 +40,7 @@ _NAMES = (
     (("intermediate.dense",), "output.dense"),
     (("intermediate_dense",), "output_dense"),
 )
-_WIDTHS = ("intermediate_size", "ffn_dim", "inner_dim", "hidden_dim")
+WIDTHS = ("intermediate_size", "ffn_dim", "inner_dim", "hidden_dim")
 # Experts are chosen token by token; each is a layer of its own.
 _EXPERTS = "experts"
 
@@ -98,7 +99,7 @@ def _has(module: nn.Module, path: str) -> bool:
         owner = module.get_submodule(owner_path)
     except AttributeError:
         return False
-    return is_projection(owner, name) or isinstance(owner._modules.get(name), (NoUnits, OutputBias))
+    return is_projection(owner, name)
 
 
 def _describe(key: Key, path: str, module: nn.Module, inputs: tuple[str, ...], output_path: str) -> FeedForward | None:
@@ -132,20 +133,30 @@ def shrink_feed_forward(feed_forward: FeedForward, units: Tensor) -> None:
     module.dense_feed_forward = feed_forward.dense_width  # type: ignore[assignment]
     if not len(units):
         for name in feed_forward.inputs:
-            module.set_submodule(name, NoUnits())
+            projection = module.get_submodule(name)
+            weight = weight_of(projection)
+            module.set_submodule(name, NoUnits(weight, weight.shape[1 - output_dim(projection)]))
         leave_bias(module, feed_forward.output_path)
         # While a checkpoint loads, some types would initialise their projections, which are not there.
         module._is_hf_initialized = True  # type: ignore[assignment]
         return
     for name, dim, _ in feed_forward.tensors():
         keep_rows(module, name, dim, rows_of_units(feed_forward, name, units))
-    for name in _WIDTHS:
+    for name in WIDTHS:
         if vars(module).get(name) == feed_forward.width:
             setattr(module, name, len(units))
 
 
-class NoUnits(nn.Module):
-    """What is left of a projection into hidden units when there are none."""
+class NoUnits(EmptyLinear):
+    """What is left of a projection into hidden units when there are none.
+
+    Args:
+        like: the projection's weight.
+        width: D.
+    """
+
+    def __init__(self, like: Tensor, width: int) -> None:
+        super().__init__(like, width, 0)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return nothing for each position of `hidden` (..., D), shape (..., 0)."""

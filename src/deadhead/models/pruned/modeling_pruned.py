@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
+from .layer_configs import PrunedConfig
+from .serving import serve
 from .shrinking import apply_plan
 
 PREFIX = "Deadhead"
@@ -63,6 +65,7 @@ class PrunedModel:
         is_cut = any(isinstance(child, PrunedModel) for child in self.children())  # type: ignore[attr-defined]
         if config.head_plan is not None and not is_cut:
             apply_plan(self, config.head_plan, config.attention_outputs)  # type: ignore[arg-type]
+            serve(self, config)  # type: ignore[arg-type]
 
 
 def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -83,7 +86,7 @@ def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]
             "attention_outputs": 2,
             "model_type": TYPE_PREFIX + stock.model_type,
         }
-        made: Any = type(name, (stock,), fields)
+        made: Any = type(name, (PrunedConfig, stock), fields)
         _classes[name] = made
         made.register_for_auto_class()
         _convert_alike(stock.model_type, made.model_type)
@@ -141,7 +144,8 @@ def auto_of(name: str) -> str | None:
 
 def stock_class(found: type) -> type:
     """Return the class of transformers that a class of ours is made of; any other class itself."""
-    return next(base for base in found.__mro__ if not base.__name__.startswith(PREFIX) and base is not PrunedModel)
+    ours = (PrunedModel, PrunedConfig)
+    return next(base for base in found.__mro__ if not base.__name__.startswith(PREFIX) and base not in ours)
 
 
 def auto_map(stock: type[PreTrainedConfig]) -> dict[str, str]:

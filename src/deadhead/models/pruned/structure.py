@@ -332,18 +332,39 @@ def keep_rows(module: nn.Module, path: str, dim: int, rows: Tensor) -> None:
 def leave_bias(module: nn.Module, path: str) -> None:
     """Put in the place of a module's output projection what is left of it without inputs."""
     output = module.get_submodule(path)
-    module.set_submodule(path, OutputBias(weight_of(output).shape[output_dim(output)], getattr(output, "bias", None)))
+    weight = weight_of(output)
+    module.set_submodule(path, OutputBias(weight, weight.shape[output_dim(output)], getattr(output, "bias", None)))
 
 
-class OutputBias(nn.Module):
-    """What is left of an output projection without inputs: its bias (D,), if it has any."""
+class EmptyLinear(nn.Linear):
+    """A projection without inputs, or without outputs; its matrix is empty, and in no file.
 
-    def __init__(self, width: int, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.width = width
+    It is a Linear still, so that adapters may be put on it, as on those of other layers: they have nothing to learn.
+    """
+
+    def __init__(self, like: Tensor, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", like.new_empty(out_features, in_features), persistent=False)
+        self.bias: Any = None
+        # While a checkpoint loads, transformers would fill what no file has.
+        self._is_hf_initialized = True
+
+
+class OutputBias(EmptyLinear):
+    """What is left of an output projection without inputs: its bias (D,), if it has any.
+
+    Args:
+        like: a tensor of the type, and on the device, that the empty matrix is to have.
+        width: D.
+        bias: of the projection.
+    """
+
+    def __init__(self, like: Tensor, width: int, bias: nn.Parameter | None) -> None:
+        super().__init__(like, 0, width)
         self.bias = bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the bias for every position of `hidden` (..., any), shape (..., D)."""
-        output = hidden.new_zeros((*hidden.shape[:-1], self.width))
+        output = hidden.new_zeros((*hidden.shape[:-1], self.out_features))
         return output if self.bias is None else output + self.bias

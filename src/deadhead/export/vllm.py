@@ -1,0 +1,140 @@
+"""Run a checkpoint in vLLM as it lies there, in a process of its own, and perhaps in an environment of its own.
+
+vLLM wants other versions of what deadhead uses, so the process gets a program that imports nothing of deadhead's, and
+runs the checkpoint with the modelling files beside it, as a server does with `--trust-remote-code`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from deadhead.errors import ExportError, InputError, UnsupportedModel, is_installed
+from deadhead.export.agreement import LIKELIEST, Reference
+from deadhead.models import OWN_TYPES
+from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel, stock_class
+
+PYTHON = "DEADHEAD_VLLM_PYTHON"
+"""Environment variable that names the Python of an environment with vLLM."""
+
+# Types whose attention takes the shape of its output from that output itself; vLLM gives it flat.
+_OTHER_FORMS = ("gpt2",)
+# One process, without the network; as much memory for keys and values as a short text takes on a CPU (GiB).
+_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def find_python(given: Path | None) -> Path | None:
+    """Return the Python to run vLLM with: that given, that of the environment variable, this one; None without vLLM.
+
+    Raises:
+        InputError: there is no program at the place that was given.
+    """
+    named = given or (Path(os.environ[PYTHON]) if os.environ.get(PYTHON) else None)
+    if named is None:
+        return Path(sys.executable) if is_installed("vllm") else None
+    if not (named.is_file() and os.access(named, os.X_OK)):
+        raise InputError(f"The Python of an environment with vLLM was expected, but there is no program at {named}.")
+    return named.absolute()
+
+
+def require_servable(model: PreTrainedModel) -> None:
+    """Check what vLLM's loader of transformers' models asks for, as far as it can be told here.
+
+    Raises:
+        UnsupportedModel: vLLM cannot run the model; the message says why.
+    """
+    name = stock_class(type(model)).__name__
+    if model.config.model_type in OWN_TYPES:
+        reason = "its attention is of its own kind, which vLLM has nothing to run with"
+    elif model.config.is_encoder_decoder:
+        reason = "vLLM runs no models with an encoder and a decoder"
+    elif not model.can_generate():
+        reason = "it does not continue texts; only such models are checked there"
+    elif not isinstance(model, PrunedModel):
+        return
+    elif not type(model).is_backend_compatible():
+        reason = "transformers' code of it does not call attention in the way that vLLM can replace"
+    elif model.config.model_type.removeprefix(TYPE_PREFIX) in _OTHER_FORMS:
+        reason = "transformers' code of it takes attention's output in a form that vLLM does not give"
+    elif not all(key.isdecimal() for key in model.config.head_plan["total"]):
+        reason = "it has more than one stack of layers, and vLLM takes one number of heads for each layer's index"
+    else:
+        return
+    raise UnsupportedModel(f"{name} cannot be served by vLLM: {reason}.")
+
+
+def read_likeliest(
+    python: Path, path: Path, reference: Reference, dtype: str
+) -> tuple[str, list[int], list[dict[int, float]]]:
+    """Let vLLM read the reference's prompt and continue it greedily, in that precision: by itself it halves float32.
+
+    Returns:
+        vLLM's version, its C tokens, and for each of the T + C − 1 positions the log-probabilities of the likeliest.
+
+    Raises:
+        ExportError: vLLM could not run the checkpoint.
+    """
+    job = {
+        "path": str(path.absolute()),
+        "prompts": [reference.prompt_T.tolist()],
+        "max_tokens": len(reference.continuation_C),
+        "likeliest": min(LIKELIEST, reference.logits.shape[1]),
+        "engine": {"dtype": dtype, "max_model_len": len(reference.ids) + 1, "enforce_eager": True},
+    }
+    answered = run(python, job)
+    found = answered["texts"][0]
+    positions = [{int(token): value for token, value in each.items()} for each in found["log_probabilities"]]
+    return answered["version"], found["tokens"], positions
+
+
+def run(python: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Give a job to a process with vLLM (see `vllm_process.py`) and return what it answers.
+
+    Raises:
+        ExportError: it could not do it.
+    """
+    program = files("deadhead.export").joinpath("vllm_process.py").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        # Not run as a file: modules beside it, such as onnx.py, would be taken for the libraries of their names.
+        command = [str(python), "-c", program, str(Path(folder) / "out.json")]
+        environment = {**_SETTINGS, **os.environ}
+        result = subprocess.run(
+            command,
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            cwd=folder,
+            env=environment,
+        )
+        answered = Path(folder) / "out.json"
+        if result.returncode or not answered.exists():
+            raise ExportError(
+                f"vLLM could not run the model: {_reason(result)}; nothing was left at the place of the export."
+            )
+        found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+    return found
+
+
+def _reason(result: subprocess.CompletedProcess[str]) -> str:
+    """Return vLLM's own last word on it."""
+    if result.returncode < 0:
+        return f"its process ended by signal {-result.returncode}"
+    lines = [line.strip() for line in result.stderr.splitlines()]
+    errors = [line for line in lines if "Error: " in line and not line.startswith("File ")]
+    # What is raised last often says only that something failed before.
+    said = next((line for line in reversed(errors) if "See root cause above" not in line), "")
+    return said.rstrip(".") or f"its process ended with code {result.returncode}"
