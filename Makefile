@@ -14,6 +14,7 @@ INSTALLED := .venv/.installed
 # Stands from the first to the last step of an installation, so that an interrupted one is seen and done anew.
 INCOMPLETE := .venv/.incomplete
 TRANSFORMERS_TESTS := .venv/transformers-tests
+VLLM := .venv-vllm
 
 # The lists name every package at its version, so there is nothing to resolve; Python compiles what it imports.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile $(PIP_ARGS)
@@ -22,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: anew help install llama-cpp browser demo demo-llm test test-slow test-full test-transformers lint bench wheel clean
+.PHONY: anew help install llama-cpp vllm browser demo demo-llm test test-slow test-full test-transformers lint bench wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
@@ -56,6 +57,15 @@ $(INSTALLED): $(CORE) requirements/dev.txt
 
 llama-cpp: $(INSTALLED) ## build llama.cpp's Python binding (minutes, a C++ compiler): GGUF exports are then checked
 	@$(BIN)/python -c 'import llama_cpp, uvicorn' 2>/dev/null || { echo 'Building llama.cpp; this takes some minutes …'; $(PIP) --requirement requirements/llama-cpp.txt; }
+
+vllm: $(VLLM)/.installed ## make .venv-vllm with vLLM for CPUs (Python 3.11): exports to it are then checked, and tested
+
+$(VLLM)/.installed: requirements/vllm.txt
+	@echo 'Installing vLLM into $(VLLM); this takes some minutes …'
+	@rm -rf $(VLLM)
+	@'$(PYTHON)' -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile $(PIP_ARGS) --requirement $<
+	@touch $@
 
 browser: ## install Debian's Chromium, in which the tests open a run's page; needs root
 	@command -v chromium >/dev/null || { apt-get update -qq && \
@@ -106,5 +116,5 @@ wheel: $(INSTALLED) ## build a source distribution and a wheel in dist/
 	@rm -rf build
 
 clean: ## remove .venv and everything that was built
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -exec rm -rf {} +

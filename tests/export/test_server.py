@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +11,7 @@ import pytest
 
 import deadhead
 from deadhead.data import load_text
+from tests.export.http import ask, free_port
 from tests.export.small import cut_by
 from tests.small_runs import write_prose
 
@@ -26,29 +22,6 @@ pytestmark = [
         reason="llama-cpp-python[server] is not installed",
     ),
 ]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _complete(port: int, prompt: str, tokens: int) -> str:
-    """Ask until the server is up, a minute at most."""
-    question = json.dumps({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "repeat_penalty": 1.0}).encode()
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", data=question, headers={"content-type": "application/json"}
-    )
-    for _ in range(120):
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                text: str = json.load(answer)["choices"][0]["text"]
-                return text
-        except urllib.error.URLError:
-            time.sleep(0.5)
-    raise AssertionError("the server did not come up")
 
 
 def test_the_server_continues_as_pytorch_does(tmp_path: Path) -> None:
@@ -63,12 +36,14 @@ def test_the_server_continues_as_pytorch_does(tmp_path: Path) -> None:
     deadhead.export_model(model, path, to="gguf", kind="f32", tokenizer=tokenizer)
     prompt = tokenizer("the old cat", return_tensors="pt").input_ids
     continued = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "128"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        found = _complete(port, "the old cat", 6)
+        found = ask(
+            port, "/v1/completions", {"prompt": "the old cat", "max_tokens": 6, "temperature": 0, "repeat_penalty": 1.0}
+        )
     finally:
         server.terminate()
         server.wait(timeout=30)
-    assert found == tokenizer.decode(continued[0, prompt.shape[1] :])
+    assert found["choices"][0]["text"] == tokenizer.decode(continued[0, prompt.shape[1] :])

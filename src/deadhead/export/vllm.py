@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -87,46 +88,53 @@ def read_likeliest(
     Raises:
         ExportError: vLLM could not run the checkpoint.
     """
-    job = {
+    answered, version = run(python, [likeliest_job(path, reference, dtype)])
+    return version, *likeliest_of(answered[0])
+
+
+def likeliest_job(path: Path, reference: Reference, dtype: str) -> dict[str, Any]:
+    """Return the job of reading a reference's prompt in a checkpoint and continuing it (see `vllm_process.py`)."""
+    return {
         "path": str(path.absolute()),
         "prompts": [reference.prompt_T.tolist()],
         "max_tokens": len(reference.continuation_C),
         "likeliest": min(LIKELIEST, reference.logits.shape[1]),
         "engine": {"dtype": dtype, "max_model_len": len(reference.ids) + 1, "enforce_eager": True},
     }
-    answered = run(python, job)
-    found = answered["texts"][0]
+
+
+def likeliest_of(answer: dict[str, Any]) -> tuple[list[int], list[dict[int, float]]]:
+    """Return the tokens of a job's first text, and by position the log-probabilities of the likeliest."""
+    found = answer["texts"][0]
     positions = [{int(token): value for token, value in each.items()} for each in found["log_probabilities"]]
-    return answered["version"], found["tokens"], positions
+    return found["tokens"], positions
 
 
-def run(python: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Give a job to a process with vLLM (see `vllm_process.py`) and return what it answers.
+def run(python: Path, jobs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Give jobs to a process with vLLM (see `vllm_process.py`); return what it answers to each, and vLLM's version.
 
     Raises:
-        ExportError: it could not do it.
+        ExportError: it could not do one of them.
     """
     program = files("deadhead.export").joinpath("vllm_process.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         # Not run as a file: modules beside it, such as onnx.py, would be taken for the libraries of their names.
-        command = [str(python), "-c", program, str(Path(folder) / "out.json")]
-        environment = {**_SETTINGS, **os.environ}
+        answered = Path(folder) / "out.json"
         result = subprocess.run(
-            command,
-            input=json.dumps(job),
+            [str(python), "-c", program, str(answered)],
+            input=json.dumps(list(jobs)),
             capture_output=True,
             text=True,
             errors="replace",
             cwd=folder,
-            env=environment,
+            env={**_SETTINGS, **os.environ},
         )
-        answered = Path(folder) / "out.json"
         if result.returncode or not answered.exists():
             raise ExportError(
                 f"vLLM could not run the model: {_reason(result)}; nothing was left at the place of the export."
             )
-        found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
-    return found
+        found = json.loads(answered.read_text(encoding="utf-8"))
+    return found["answers"], found["version"]
 
 
 def _reason(result: subprocess.CompletedProcess[str]) -> str:

@@ -160,4 +160,5 @@ class NoUnits(EmptyLinear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return nothing for each position of `hidden` (..., D), shape (..., 0)."""
-        return hidden[..., :0]
+        # Not a part of `hidden`: adapters add to what a projection returns, in place.
+        return hidden.new_zeros((*hidden.shape[:-1], 0))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from .adapters import tell_peft
 from .feed_forward import WIDTHS
 from .shrinking import heads_of, hidden_units
 from .structure import config_head_names
@@ -26,11 +27,12 @@ class PrunedConfig:
     """
 
     head_plan: dict[str, Any] | None
+    stock_type: ClassVar[str]
 
     @property
     def is_heterogeneous(self) -> bool:
         """Tell whether layers may have numbers of their own, by the plan or as the dense model's have."""
-        return _is_by_layer(self.head_plan) or super().is_heterogeneous  # type: ignore[misc]
+        return is_by_layer(self.head_plan) or super().is_heterogeneous  # type: ignore[misc]
 
     @property
     def per_layer_config(self) -> Sequence[Any]:
@@ -39,7 +41,7 @@ class PrunedConfig:
         dense: Sequence[Any] = [config] * config.num_hidden_layers
         if _OWN in vars(self):
             dense = super().per_layer_config  # type: ignore[misc]
-        if not _is_by_layer(self.head_plan):
+        if not is_by_layer(self.head_plan):
             return dense
         return [_of_layer(layer, str(index), self.head_plan) for index, layer in enumerate(map(copy.copy, dense))]
 
@@ -57,6 +59,14 @@ class PrunedConfig:
     def allow_global_per_layer_attribute_access(self, value: bool) -> None:
         vars(self)["allow_global_per_layer_attribute_access"] = value
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values that a file has, as transformers does."""
+        config: Any = self
+        # PEFT asks for them before it looks the type up.
+        tell_peft(type(config).stock_type, type(config).model_type)
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return values
+
     def validate_architecture(self) -> None:
         """Check the dense model's numbers; those of a cut layer need not divide its width."""
         dense = copy.copy(self)
@@ -68,7 +78,7 @@ class PrunedConfig:
             super()._update_heterogeneous_to_dict_output(values)  # type: ignore[misc]
 
 
-def _is_by_layer(plan: dict[str, Any] | None) -> bool:
+def is_by_layer(plan: dict[str, Any] | None) -> bool:
     """Tell whether a plan names layers by their index, as it does where a model has one stack of them."""
     return plan is not None and all(key.isdecimal() for key in plan["total"])
 

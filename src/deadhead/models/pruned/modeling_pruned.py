@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
-from .layer_configs import PrunedConfig
+from .layer_configs import PrunedConfig, is_by_layer
+from .prefixes import keep_own_heads
 from .serving import serve
 from .shrinking import apply_plan
 
@@ -59,6 +60,12 @@ class PrunedModel:
         """Answer no: transformers' own code fills in the buffers of these models, those of custom code it skips."""
         return False
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute as transformers' class does; a cache may have been made for the dense model."""
+        if (cache := kwargs.get("past_key_values")) is not None and is_by_layer(self.config.head_plan):  # type: ignore[attr-defined]
+            keep_own_heads(self.config, cache)  # type: ignore[attr-defined]
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Some classes make their base model by AutoModel, which gives one of ours, cut already.
@@ -84,6 +91,7 @@ def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]
             "__annotations__": {"head_plan": "dict | None", "attention_outputs": "int"},
             "head_plan": None,
             "attention_outputs": 2,
+            "stock_type": stock.model_type,
             "model_type": TYPE_PREFIX + stock.model_type,
         }
         made: Any = type(name, (PrunedConfig, stock), fields)

@@ -182,7 +182,9 @@ class EmptyAttention(nn.Module):
         if cache is not None:
             nothing = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], 1))
             cache.update(nothing, nothing, self.layer_idx)
-        output = hidden[..., :0] if self.output_path is None else self.get_submodule(self.output_path)(hidden)
+        output = hidden[..., :0]
+        if self.output_path is not None:
+            output = self.get_submodule(self.output_path)(output)
         if not self.num_outputs:
             return output
         outputs = [output, *[None] * (abs(self.num_outputs) - 1)]
