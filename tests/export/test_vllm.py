@@ -31,7 +31,7 @@ needs_vllm = [
     pytest.mark.skipif(not _PYTHON.exists(), reason="there is no environment with vLLM (make vllm)"),
 ]
 # Types that vLLM runs by transformers' code, with fields that the smallest models need.
-_KINDS: dict[str, dict[str, Any]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 16},
     "qwen2": {},
@@ -62,7 +62,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Referen
     """Let one process read all models, as importing vLLM takes long."""
     folder = tmp_path_factory.mktemp("served")
     references, jobs = {}, []
-    for kind, fields in _KINDS.items():
+    for kind, fields in KINDS.items():
         model = emptied(kind, **fields)
         checkpoint.save(model, folder / kind)
         references[kind] = make_reference(model)
@@ -74,7 +74,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Referen
 class TestServed:
     pytestmark = needs_vllm
 
-    @pytest.mark.parametrize("kind", _KINDS)
+    @pytest.mark.parametrize("kind", KINDS)
     def test_layers_of_all_sizes_and_none(
         self, kind: str, answers: dict[str, tuple[Reference, dict[str, Any]]]
     ) -> None:
