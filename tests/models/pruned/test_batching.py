@@ -94,9 +94,8 @@ def test_the_cache_is_as_wide_as_the_widest_layer() -> None:
     model = uneven_model("llama", (0,), most=2)
     small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
     manager = model.init_continuous_batching(GenerationConfig(**GREEDY), small)
-    manager.warmup()
-    (allocator,) = manager.batch_processor.cache.cache_allocators.values()
-    assert allocator.num_key_value_heads == 2 < model.config.num_key_value_heads
+    assert manager.model.config.get_text_config().num_key_value_heads == 2 < model.config.num_key_value_heads
+    assert manager.model.config.hidden_size == model.config.hidden_size
     manager.destroy()
 
 
