@@ -240,23 +240,6 @@ def test_reasons_are_given_for_what_is_left_alone() -> None:
     assert len(refused) == 3 and "runs over all heads at once" in next(iter(refused.values()))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt2"])
-def test_every_way_of_generating_gives_the_same_tokens(model_type: str) -> None:
-    """Layers of different widths, the first without heads, in the caches and loops that transformers has."""
-    model, prompt = small_model(model_type).eval(), IDS[:1, :6]
-    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 2, "attention_mask": torch.ones_like(prompt)}
-    expected = model.generate(prompt, use_cache=False, **settings)
-    assistant = tiny_model(model_type, seed=8).eval()
-    ways: list[dict[str, Any]] = [
-        {},
-        {"cache_implementation": "static"},
-        {"assistant_model": assistant},
-        {"prompt_lookup_num_tokens": 2},
-    ]
-    for way in ways:
-        assert torch.equal(model.generate(prompt, **way, **settings), expected), way
-
-
 def test_copies_of_a_key_head_that_learnt_different_things_stay_with_their_queries() -> None:
     """Of two groups, one loses a query head: its rest and each of the other get a copy, which training then changes."""
     model: Any = tiny_model("llama", seed=7)

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
+from .batching import pad_layers
 from .layer_configs import PrunedConfig, is_by_layer
 from .prefixes import keep_own_heads
 from .serving import serve
@@ -73,6 +74,16 @@ class PrunedModel:
         if config.head_plan is not None and not is_cut:
             apply_plan(self, config.head_plan, config.attention_outputs)  # type: ignore[arg-type]
             serve(self, config)  # type: ignore[arg-type]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Make transformers' manager of batches, which `generate_batch` uses too, for layers that differ.
+
+        A token takes as much of its cache in every layer as in the one with most key/value heads, which may be as
+        much as in the dense model; that of `generate` takes only what each layer has.
+        """
+        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        pad_layers(manager, self)  # type: ignore[arg-type]
+        return manager
 
 
 def pruned_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:

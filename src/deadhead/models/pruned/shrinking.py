@@ -163,8 +163,9 @@ class LayerConfig:
 class EmptyAttention(nn.Module):
     """What an attention module without heads does: nothing, but that the cache goes on counting positions.
 
-    The module keeps its attributes and takes over this class. Transformers reads the length of the text so far from the
-    cache of the first layer, so an empty layer must go on adding to its own, with one number a position.
+    The module keeps its attributes and takes over a class made of this one and its own (see `_empty_class`).
+    Transformers reads the length of the text so far from the cache of the first layer, so an empty layer must go on
+    adding to its own, with one number a position.
     """
 
     # None in the part of an attention module in two, as BERT's, that leaves the projection to the other.
@@ -179,16 +180,59 @@ class EmptyAttention(nn.Module):
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
+        keys = hidden.shape[-2]
         if cache is not None:
-            nothing = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], 1))
-            cache.update(nothing, nothing, self.layer_idx)
+            nothing = hidden.new_zeros((hidden.shape[0], 1, hidden.shape[1], self._width_in(cache)))
+            keys = cache.update(nothing, nothing, self.layer_idx)[0].shape[-2]
         output = hidden[..., :0]
         if self.output_path is not None:
             output = self.get_submodule(self.output_path)(output)
         if not self.num_outputs:
             return output
-        outputs = [output, *[None] * (abs(self.num_outputs) - 1)]
+        # Some return weights only where they are asked for.
+        missing = max(abs(self.num_outputs), 2 if kwargs.get("output_attentions") else 1) - 1
+        outputs = [output, *[None] * missing]
+        if missing and self._returns_weights():
+            outputs[1] = hidden.new_zeros((*hidden.shape[:-2], 0, hidden.shape[-2], keys))
         return tuple(outputs) if self.num_outputs > 0 else outputs
+
+    def _width_in(self, cache: Cache) -> int:
+        """Return how many numbers a position takes: as few as the cache allows."""
+        layer: Any = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+        if isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.ndim == 4:
+            # Static caches are made before, as wide as a head.
+            return keys.shape[-1]
+        # Quantised caches take whole groups of numbers.
+        return getattr(cache.layers[0], "q_group_size", 1) if cache.layers else 1
+
+    def _returns_weights(self) -> bool:
+        """Tell whether the other layers return their attention weights, of which these have none: (B, 0, T, S).
+
+        Transformers lists what is no None, so that without them those of the layers above would move down.
+        """
+        return getattr(getattr(self, "config", None), "_attn_implementation", None) in (None, "eager")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the dense module's class instead of the one made of it, which is in no file."""
+        return _of_empty_class, (type(self).__mro__[2],), vars(self)
+
+
+_empty_classes: dict[type, type[EmptyAttention]] = {}
+
+
+def _empty_class(dense: type[nn.Module]) -> type[EmptyAttention]:
+    """Return the class of a module that has lost all heads, a subclass of the dense module's.
+
+    By that one transformers finds the modules whose attention weights it returns, one for each layer.
+    """
+    if dense not in _empty_classes:
+        _empty_classes[dense] = type(f"Empty{dense.__name__}", (EmptyAttention, dense), {"__module__": __name__})
+    return _empty_classes[dense]
+
+
+def _of_empty_class(dense: type[nn.Module]) -> EmptyAttention:
+    made = _empty_class(dense)
+    return made.__new__(made)
 
 
 def _empty(attention: Attention, outputs: int) -> None:
@@ -203,7 +247,9 @@ def _empty(attention: Attention, outputs: int) -> None:
     vars(inner).pop("forward", None)
     empty = typing.cast(EmptyAttention, inner)
     empty.layer_idx = layer_idx
-    empty.__class__ = EmptyAttention
+    empty.__class__ = _empty_class(type(inner))
     empty.output_path = attention.output_path if inner is module else None
     empty.num_outputs = outputs
+    # While a checkpoint loads, some types would initialise parameters of theirs, which are not there.
+    inner._is_hf_initialized = True  # type: ignore[assignment]
     module.is_emptied = True  # type: ignore[assignment]
