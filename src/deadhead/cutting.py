@@ -114,9 +114,10 @@ def _cut_once(
     cache_before = cache_values(layout, model, sites)
     detach(model)
     remove_units(sites, plan.units, factors)
-    require_same_function(model, expected)
     own_config(model)
+    # Before the check: what the configuration says from now on is read by the model's code.
     layout.record_plan(model, plan)
+    require_same_function(model, expected)
     return cache_values(layout, model, layout.sites(model, plan.unit)) / max(cache_before, 1) - 1
 
 

@@ -17,6 +17,7 @@ from deadhead.compensation.record import card_line
 from deadhead.disk.hub import is_name, quick
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name
+from deadhead.layouts.stock import why_not_stock
 from deadhead.measure.cost import model_cost
 
 # In every model card of ours; a folder without it is not overwritten.
@@ -83,6 +84,7 @@ def model_card(
         "",
         f'model = {auto}.from_pretrained("PATH"{how}',
         "```",
+        *(["", f"It has modelling code of its own, as {why}."] if (why := why_not_stock(model)) else []),
         "",
     ]
     return "\n".join(lines)
