@@ -144,7 +144,7 @@ def test_a_plan_that_cuts_nothing_leaves_the_class(tmp_path: Path) -> None:
 def test_classifiers_and_models_that_see(tmp_path: Path) -> None:
     config: Any = tiny_config("llama")
     config.num_labels = 3
-    text = {"num_key_value_heads": 2, **{name: 4 for name in ("num_attention_heads", "num_hidden_layers")}}
+    text = {"num_key_value_heads": 2, **dict.fromkeys(("num_attention_heads", "num_hidden_layers"), 4)}
     text |= {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48}
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     seeing = transformers.LlavaConfig(
