@@ -68,6 +68,8 @@ def take_stock_class(model: PreTrainedModel, sizes: Mapping[str, int]) -> None:
         setattr(text, DENSE_SIZES, dense | dense_sizes(text))
         for name, value in sizes.items():
             setattr(text, name, value)
+        # For the text model of a larger one, which can be loaded by itself.
+        text.head_plan = model.config.head_plan
     for name in ("auto_map", "attention_outputs"):
         vars(model.config).pop(name, None)
     model.config.__class__ = stock_class(type(model.config))
@@ -85,6 +87,8 @@ def take_own_class(model: PreTrainedModel) -> None:
             if name in _SIZES:
                 setattr(text, name, value)
         vars(text).pop(DENSE_SIZES, None)
+        if text is not model.config:
+            vars(text).pop("head_plan", None)
     config = model.config
     stock_model, stock_config = stock_class(type(model)), stock_class(type(config))
     config.auto_map = auto_map(stock_config)

@@ -7,6 +7,7 @@ names in `auto_map` are looked up in it, and imports torch and transformers only
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
@@ -58,6 +59,11 @@ class PrunedModel:
         return False
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        stock: Any = stock_class(type(self))
+        if config.sub_configs.get("text_config") is stock.config_class:
+            # Auto classes give the text model of some larger ones, which is then one by itself.
+            config = _text_config(config)
+            self.__class__ = pruned_class(stock)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Some classes make their base model by AutoModel, which gives one of ours, cut already.
         is_cut = any(isinstance(child, PrunedModel) for child in self.children())  # type: ignore[attr-defined]
@@ -169,7 +175,11 @@ def _model_class(auto: str, stock: type[PreTrainedConfig]) -> type[PreTrainedMod
     """Return the class that an Auto class of transformers has for a configuration class, or None."""
     listed = _names(_AUTO_NAMES[auto].get(stock.model_type))
     if listed:
-        return getattr(transformers, listed[0], None)
+        found = getattr(transformers, listed[0], None)
+        # A decision head has a configuration of its own, in files beside a dense model's weights, which a cut model has
+        # no more.
+        is_beside = bool(getattr(getattr(found, "config_class", None), "extra_config_files", ()))
+        return None if is_beside and found.config_class is not stock else found
     # Text models of larger ones (Mllama's, Emu3's) are listed under the larger model's type.
     every = {name for value in _AUTO_NAMES[auto].values() for name in _names(value)}
     try:
@@ -178,6 +188,16 @@ def _model_class(auto: str, stock: type[PreTrainedConfig]) -> type[PreTrainedMod
         return None
     declared = [getattr(modeling, name) for name in sorted(every) if hasattr(modeling, name)]
     return next((found for found in declared if found.config_class is stock), None)
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the text model in a cut model, cut as that is."""
+    text = copy.deepcopy(config.get_text_config())
+    stock = type(text)
+    text.__class__ = pruned_config_class(stock)
+    text.auto_map = auto_map(stock)
+    text.head_plan, text.attention_outputs = config.head_plan, config.attention_outputs
+    return text
 
 
 def _class_name(stock: type[PreTrainedModel], stock_config: type[PreTrainedConfig] | None) -> str:
