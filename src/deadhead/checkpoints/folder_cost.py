@@ -24,7 +24,7 @@ from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan, Unit
 
 _DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
-_CUT, DENSE_SIZES = "deadhead_", "dense_sizes"
+_CUT, _DENSE_SIZES = "deadhead_", "dense_sizes"
 
 
 class _Unfamiliar(Exception):
@@ -278,7 +278,7 @@ def _folder_cost(folder: Path, values: Mapping[str, Any], length: int | None) ->
     stock = kind[len(_CUT) :] if is_cut else kind
     if recorded is not None and stock in _KINDS and not is_cut and _KINDS[stock] is not _own:
         # A stock model that was cut has the dense one's numbers beside its own.
-        if not isinstance(sizes := values.get(DENSE_SIZES), dict):
+        if not isinstance(sizes := values.get(_DENSE_SIZES), dict):
             raise _Unfamiliar
         values = {**values, **sizes}
     has_others = any(name in values for name in ("quantization_config", "transformers_weights"))

@@ -99,7 +99,7 @@ def take_own_class(model: PreTrainedModel) -> None:
 
 def why_not_stock(model: PreTrainedModel) -> str | None:
     """Return a clause that says why a cut model has a class of ours; None if it has none, or need not have one."""
-    if not isinstance(model, PrunedModel):
+    if not isinstance(model, PrunedModel) or model.config.head_plan is None:
         return None
     try:
         stock_sizes(model, HeadPlan.from_dict(model.config.head_plan))

@@ -60,10 +60,11 @@ class PrunedModel:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         stock: Any = stock_class(type(self))
-        if config.sub_configs.get("text_config") is stock.config_class:
+        text: Any = config.sub_configs.get("text_config")
+        if text is not None and text is stock.config_class:
             # Auto classes give the text model of some larger ones, which is then one by itself.
             config = _text_config(config)
-            self.__class__ = pruned_class(stock)
+            self.__class__ = pruned_class(stock)  # type: ignore[assignment]
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Some classes make their base model by AutoModel, which gives one of ours, cut already.
         is_cut = any(isinstance(child, PrunedModel) for child in self.children())  # type: ignore[attr-defined]
@@ -175,19 +176,19 @@ def _model_class(auto: str, stock: type[PreTrainedConfig]) -> type[PreTrainedMod
     """Return the class that an Auto class of transformers has for a configuration class, or None."""
     listed = _names(_AUTO_NAMES[auto].get(stock.model_type))
     if listed:
-        found = getattr(transformers, listed[0], None)
-        # A decision head has a configuration of its own, in files beside a dense model's weights, which a cut model has
-        # no more.
-        is_beside = bool(getattr(getattr(found, "config_class", None), "extra_config_files", ()))
-        return None if is_beside and found.config_class is not stock else found
+        found: Any = getattr(transformers, listed[0], None)
+        declared = getattr(found, "config_class", None)
+        # A decision head is configured in files beside a dense model's weights, which a cut model has no more.
+        is_beside = declared is not stock and bool(getattr(declared, "extra_config_files", None))
+        return None if is_beside else found
     # Text models of larger ones (Mllama's, Emu3's) are listed under the larger model's type.
     every = {name for value in _AUTO_NAMES[auto].values() for name in _names(value)}
     try:
         modeling = importlib.import_module(stock.__module__.replace(".configuration_", ".modeling_"))
     except ImportError:
         return None
-    declared = [getattr(modeling, name) for name in sorted(every) if hasattr(modeling, name)]
-    return next((found for found in declared if found.config_class is stock), None)
+    candidates = [getattr(modeling, name) for name in sorted(every) if hasattr(modeling, name)]
+    return next((found for found in candidates if found.config_class is stock), None)
 
 
 def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
