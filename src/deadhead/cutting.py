@@ -20,6 +20,7 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Layout, Site, find_layout, head_columns, own_config
 from deadhead.layouts.inputs import made_inputs, run, runner
+from deadhead.models.pruned.modeling_pruned import stock_class
 from deadhead.modes import evaluating, free_memory, restored_on_failure, seeded, uncompiled
 from deadhead.plans.plan import HeadPlan, UnitKey
 
@@ -114,9 +115,10 @@ def _cut_once(
     cache_before = cache_values(layout, model, sites)
     detach(model)
     remove_units(sites, plan.units, factors)
-    require_same_function(model, expected)
     own_config(model)
+    # Before the check: what the configuration says from now on is read by the model's code.
     layout.record_plan(model, plan)
+    require_same_function(model, expected)
     return cache_values(layout, model, layout.sites(model, plan.unit)) / max(cache_before, 1) - 1
 
 
@@ -230,6 +232,8 @@ def require_same_function(model: PreTrainedModel, expected: Outputs, *, texts: i
     In half precision it may be 1.5 times as far from what the gated one gives in float32 as that one itself is, as root
     mean squares. One in float32 is judged in float64, if the gated one was run in that.
     """
+    # The model may have our classes already.
+    kind = stock_class(type(model.config)).model_type  # type: ignore[attr-defined]
     try:
         found = _check_outputs(model, texts)
     except (MemoryError, torch.OutOfMemoryError):
@@ -237,7 +241,7 @@ def require_same_function(model: PreTrainedModel, expected: Outputs, *, texts: i
     except Exception as error:  # a model's own code fails in many ways
         raise CutError(
             f"The model does not run any more with those heads cut off ({first_line(error.__cause__ or error)}); "
-            f"nothing was cut. Please report this model's type, {model.config.model_type!r}."
+            f"nothing was cut. Please report this model's type, {kind!r}."
         ) from error
     half = _half_precisions(model)
     if half and expected.precise is not None:
@@ -262,10 +266,10 @@ def require_same_function(model: PreTrainedModel, expected: Outputs, *, texts: i
     if not difference <= allowed:
         remedy = "Cut it in float32 and convert it, or report" if half else "Please report"
         is_float32 = not half and expected.precise is None and allowed == _TOLERANCE[torch.float32]
-        kind = _PerhapsRoundingError if is_float32 and difference <= _PERHAPS_ROUNDING else CutError
-        raise kind(
+        error_class = _PerhapsRoundingError if is_float32 and difference <= _PERHAPS_ROUNDING else CutError
+        raise error_class(
             f"The cut model's output differs from the model's with closed gates by {difference:.1e}, but at most "
-            f"{allowed:.0e} is allowed; nothing was cut. {remedy} this model's type, {model.config.model_type!r}."
+            f"{allowed:.0e} is allowed; nothing was cut. {remedy} this model's type, {kind!r}."
         )
 
 

@@ -41,10 +41,15 @@ def made(name: str) -> PreTrainedModel:
         text = _SIZES | {"num_key_value_heads": 2, "rope_scaling": rope, "bos_token_id": 1, "eos_token_id": 2}
         depth = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=depth, **special)
+    elif name.startswith("Qwen3_5"):
+        text = _SIZES | {"num_key_value_heads": 2, "head_dim": 4, "layer_types": ["full_attention"] * 2}
+        sight = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16}
+        config = transformers.Qwen3_5Config(text_config=text, vision_config=sight)
     elif name.startswith("DistilBert"):
         config = transformers.DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=4, hidden_dim=16)
     else:
-        config = kind.config_class(**_SIZES)
+        shared = {"num_key_value_heads": 2} if name.startswith("Qwen2") else {}
+        config = kind.config_class(**_SIZES, **shared)
     return kind(config).eval()  # type: ignore[no-any-return]
 
 

@@ -414,7 +414,7 @@ def test_a_cut_that_fails_puts_classes_and_configuration_back(monkeypatch: pytes
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("deadhead.layouts.hugging_face.pruned_class", fail)
+        patch.setattr("deadhead.layouts.stock.pruned_class", fail)
         with pytest.raises(MemoryError):
             cut(model, plan)
     assert_unchanged(model, before)

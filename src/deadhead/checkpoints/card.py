@@ -17,6 +17,7 @@ from deadhead.compensation.record import card_line
 from deadhead.disk.hub import is_name, quick
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import auto_name
+from deadhead.layouts.stock import why_not_stock
 from deadhead.measure.cost import model_cost
 
 # In every model card of ours; a folder without it is not overwritten.
@@ -60,8 +61,12 @@ def model_card(
         cut = f"{what} of this model were found dead and cut off by deadhead."
         about = "A model that deadhead has not cut." if plan is None else cut
     is_stock = type(model).__module__.startswith("transformers.")
-    how = ")" if is_stock else ", trust_remote_code=True)  # or import deadhead first"
     auto = auto_name(model)
+    code = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("PATH")']
+    if not is_stock and auto.startswith("Auto"):
+        code[-1] = f'model = {auto}.from_pretrained("PATH", trust_remote_code=True)  # or import deadhead first'
+    elif not is_stock:
+        code = ["import deadhead", "", 'model = deadhead.load("PATH")']
     front: dict[str, Any] = {**_origin(base), "library_name": "transformers", "tags": json.loads(f"[{TAG}]")}
     lines = [
         "---",
@@ -79,10 +84,9 @@ def model_card(
         *([f"- {card_line(noted)}"] if (noted := getattr(model.config, "compensation", None)) else []),
         "",
         "```python",
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("PATH"{how}',
+        *code,
         "```",
+        *(["", f"It has modelling code of its own, as {why}."] if (why := why_not_stock(model)) else []),
         "",
     ]
     return "\n".join(lines)

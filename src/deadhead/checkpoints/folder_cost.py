@@ -24,7 +24,7 @@ from deadhead.measure.costs import Cost
 from deadhead.plans.plan import HeadPlan, Unit
 
 _DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
-_CUT = "deadhead_"
+_CUT, _DENSE_SIZES = "deadhead_", "dense_sizes"
 
 
 class _Unfamiliar(Exception):
@@ -276,11 +276,15 @@ def _folder_cost(folder: Path, values: Mapping[str, Any], length: int | None) ->
     kind, recorded = str(values.get("model_type")), values.get("head_plan")
     is_cut = kind not in _KINDS and kind.startswith(_CUT)
     stock = kind[len(_CUT) :] if is_cut else kind
-    has_place = is_cut or _KINDS.get(stock) is _own
+    if recorded is not None and stock in _KINDS and not is_cut and _KINDS[stock] is not _own:
+        # A stock model that was cut has the dense one's numbers beside its own.
+        if not isinstance(sizes := values.get(_DENSE_SIZES), dict):
+            raise _Unfamiliar
+        values = {**values, **sizes}
     has_others = any(name in values for name in ("quantization_config", "transformers_weights"))
     has_others |= "dtype" in values and "torch_dtype" in values
-    # A plan is obeyed where the type is one that reads it, and there is one where the type says so.
-    if stock not in _KINDS or has_others or (is_cut if recorded is None else not has_place):
+    # There is a plan where the type says so.
+    if stock not in _KINDS or has_others or (is_cut and recorded is None):
         raise _Unfamiliar
     stored = read_stored(folder).tensors
     dtype, bytes_of_number = _DTYPES.get(values.get("dtype", values.get("torch_dtype", "float32")), ("", 0))

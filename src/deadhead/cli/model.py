@@ -61,6 +61,8 @@ def cut(
     )
     if done.why_in_memory is not None:
         console.print(f"It was cut in memory, as {escape(done.why_in_memory)}.")
+    if done.why_not_stock is not None:
+        console.print(f"It has modelling code of its own, as {escape(done.why_not_stock)}.")
 
 
 def inspect(

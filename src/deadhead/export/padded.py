@@ -19,17 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from deadhead.errors import UnsupportedModel
 from deadhead.layouts import find_layout
+from deadhead.layouts.stock import HEADS, KV_HEADS, UNITS, empty_model, head_widths, stock_values
 from deadhead.models import AllAttentionForCausalLM
 from deadhead.models.pruned.feed_forward import FeedForward, find_feed_forwards, rows_of_units
 from deadhead.models.pruned.modeling_pruned import PrunedModel, stock_class
 from deadhead.models.pruned.shrinking import Heads, heads_of, rows_of
 from deadhead.models.pruned.structure import Attention, Key, find_attentions
-
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
-_UNITS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-# What our own configurations have beside the stock ones' fields.
-_OURS = ("head_plan", "attention_outputs", "auto_map", "model_type", "architectures")
 
 
 @torch.no_grad()
@@ -49,8 +44,8 @@ def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     plan = find_layout(model).recorded_plan(model)
     if plan is None or not isinstance(model, PrunedModel):
         raise UnsupportedModel(
-            "Padding is for models that deadhead has cut, and this one is not: its checkpoint loads in every server "
-            "as it is."
+            "Padding is for models that deadhead has cut so that layers differ, and this one's do not: its checkpoint "
+            "loads in every server as it is."
         )
     source = {attention.key: attention for attention in find_attentions(model)[0]}
     blocks = {found.key: found for found in find_feed_forwards(model)}
@@ -75,11 +70,11 @@ def _candidates(
     """Yield stock models on the meta device, narrowest first, and whether each is as wide as the dense one."""
     stock: Any = stock_class(type(model))
     stock_config: Any = stock_class(type(model.config))
-    values = {key: value for key, value in model.config.to_dict().items() if key not in _OURS}
+    values = stock_values(model.config)
     repeat = math.gcd(*(found.num_heads // found.num_kv_heads for found in source.values())) or 1
     widest = max((found.num_heads // repeat for found in source.values()), default=1)
     units = max((found.width for found in blocks.values()), default=0)
-    dense_heads = next((values[name] for name in _HEADS if name in values), 0)
+    dense_heads = next((values[name] for name in HEADS if name in values), 0)
     forms: list[tuple[Any, Any, dict[str, Any]]] = [(stock, stock_config, {})]
     if (
         stock is LlamaForCausalLM
@@ -87,11 +82,10 @@ def _candidates(
         and not (values.get("attention_bias") or values.get("mlp_bias"))
     ):
         forms.append((MistralForCausalLM, MistralConfig, {"sliding_window": None}))
-    # Some configurations take a head's width though they do not name it.
-    widths: list[dict[str, Any]] = [{}, *({"head_dim": found.head_dim} for found in list(source.values())[:1])]
+    widths = head_widths(stock_config, list(source.values()))
     for count in range(widest, dense_heads // repeat + 1):
         changed = dict(values)
-        for names, number in ((_HEADS, count * repeat), (_KV_HEADS, count), (_UNITS, units)):
+        for names, number in ((HEADS, count * repeat), (KV_HEADS, count), (UNITS, units)):
             changed |= {name: number for name in names if name in changed and number}
         for (model_class, config_class, more), width in product(forms, widths):
             for probe in _probe(model_class, config_class, {**changed, **more, **width}):
@@ -103,8 +97,7 @@ def _candidates(
 def _probe(model_class: Any, config_class: Any, fields: dict[str, Any]) -> list[PreTrainedModel]:
     """Return a model with these sizes on the meta device, or none where its configuration does not take them."""
     try:
-        with torch.device("meta"):
-            return [model_class(config_class.from_dict(fields))]
+        return [empty_model(model_class, config_class, fields)]
     except Exception:  # each class has its own way to refuse
         return []
 

@@ -42,7 +42,7 @@ def feed_forward_sites(found: Sequence[FeedForward], recorded: UnitPlan | None) 
             output_path=layer.output_path,
             unit_dim=1,
             units=tuple(range(layer.dense_width) if recorded is None else recorded.kept[layer.key]),
-            total=layer.dense_width,
+            total=layer.dense_width if recorded is None else recorded.total[layer.key],
             is_hidden=True,
             feed_forward=layer,
         )

@@ -11,13 +11,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from deadhead.errors import UnsupportedModel
+from deadhead.errors import InputError, UnsupportedModel
 from deadhead.layouts.base import Layout, Selection, Site
 from deadhead.layouts.feed_forward import feed_forward_sites
+from deadhead.layouts.stock import NotStock, stock_sizes, take_own_class, take_stock_class
 from deadhead.models.pruned.feed_forward import find_feed_forwards
-from deadhead.models.pruned.modeling_pruned import auto_map, pruned_class, pruned_config_class, stock_class
-from deadhead.models.pruned.shrinking import Heads, heads_of, rows_of, shrink
-from deadhead.models.pruned.structure import Attention, emptied, find_attentions, layer_keys, text_stack
+from deadhead.models.pruned.modeling_pruned import stock_class
+from deadhead.models.pruned.shrinking import Heads, heads_of, hold_numbers, rows_of, shrink
+from deadhead.models.pruned.structure import Attention, Key, emptied, find_attentions, layer_keys, text_stack
 from deadhead.plans.plan import HeadPlan, Unit
 
 
@@ -96,6 +97,15 @@ def has_encoder_and_decoder(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_decoder() is not model
 
 
+def _require_recorded(layer: Key, what: str, recorded: tuple[int, int], found: tuple[int, int]) -> None:
+    """Check that a plan in a stock configuration, which nothing but deadhead reads, is that of the model's layer."""
+    if recorded != found:
+        raise InputError(
+            f"The head plan in the model's configuration keeps {recorded[0]} of {recorded[1]} {what} of layer {layer}, "
+            f"but there are {found[0]} of {found[1]}; restore the config.json that was written with the weights."
+        )
+
+
 class HuggingFaceLayout(Layout):
     """Heads of any model of transformers, found by `models.pruned.structure`."""
 
@@ -139,7 +149,10 @@ class HuggingFaceLayout(Layout):
         for path, owner in owners.items():
             attention = owner if isinstance(owner, Attention) else None
             total = owner.dense_heads[0 if unit == "head" else 1]
-            heads = tuple(range(total)) if plan is None else tuple(plan.kept[keys[path]])
+            heads = tuple(range(total)) if plan is None else tuple(plan.kept.get(keys[path], ()))
+            if plan is not None and plan.unit == unit:
+                now = 0 if attention is None else attention.num_heads if unit == "head" else attention.num_kv_heads
+                _require_recorded(keys[path], "heads", (len(heads), plan.total.get(keys[path], 0)), (now, total))
             width = 1 if attention is None else attention.head_dim * attention.num_heads // len(heads)
             sites.append(
                 HuggingFaceSite(
@@ -158,7 +171,12 @@ class HuggingFaceLayout(Layout):
     def hidden_sites(self, model: PreTrainedModel) -> list[Site]:
         """Return every feed-forward layer of the text stack that is not one of experts."""
         plan = self.recorded_plan(model)
-        return feed_forward_sites(find_feed_forwards(model), None if plan is None else plan.hidden_units)
+        found, units = find_feed_forwards(model), None if plan is None else plan.hidden_units
+        if units is not None:
+            for layer in found:
+                kept, total = units.kept.get(layer.key, ()), units.total.get(layer.key, 0)
+                _require_recorded(layer.key, "hidden units", (len(kept), total), (layer.width, total))
+        return feed_forward_sites(found, units)
 
     def keeps_cache(self, model: PreTrainedModel) -> bool:
         """Tell whether the text stack takes a cache. Encoders that can be decoders say which of the two they are."""
@@ -176,12 +194,19 @@ class HuggingFaceLayout(Layout):
                 )
 
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
-        """Give model and configuration our classes, in place, and write the plan under `head_plan`."""
+        """Write the plan under `head_plan` of the configuration, and give model and configuration their classes.
+
+        Those of transformers where its configuration can say what is left, else ours. This is decided at the cut rather
+        than at `deadhead.save`: so it is part of what the cut checks, a plain `save_pretrained` and a Trainer write the
+        same as `save`, and a model has the class in memory that it will have when it is loaded.
+        """
         self.require_reloadable(model)
-        config = model.config
-        stock_model, stock_config = stock_class(type(model)), stock_class(type(config))
-        config.auto_map = auto_map(stock_config)
-        config.__class__ = pruned_config_class(stock_config)
         super().record_plan(model, plan)
-        config.attention_outputs = next((m.num_outputs for m in model.modules() if hasattr(m, "num_outputs")), 2)
-        model.__class__ = pruned_class(stock_model, stock_config)
+        for attention in find_attentions(model)[0]:
+            hold_numbers(attention)
+        try:
+            sizes = stock_sizes(model, HeadPlan.from_dict(model.config.head_plan))
+        except NotStock:
+            take_own_class(model)
+        else:
+            take_stock_class(model, sizes)

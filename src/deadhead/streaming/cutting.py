@@ -26,6 +26,7 @@ from deadhead.disk.places import checked_path
 from deadhead.disk.reading import read_json
 from deadhead.disk.stored import INDEX_FILE, WEIGHTS_FILE, weights_size
 from deadhead.errors import CutError, InputError, typed
+from deadhead.layouts.stock import why_not_stock
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.modes import free_memory
@@ -57,6 +58,7 @@ class CheckpointCut:
         after: what the cut model costs.
         streamed: whether it was cut shard by shard.
         why_in_memory: why it was not, though it was large; None otherwise.
+        why_not_stock: why the cut model has modelling code of its own; None if it is one of transformers' own.
         read_bytes: bytes of the source's tensors.
         written_bytes: bytes of the new checkpoint's tensors.
     """
@@ -65,6 +67,7 @@ class CheckpointCut:
     after: Cost
     streamed: bool
     why_in_memory: str | None = None
+    why_not_stock: str | None = None
     read_bytes: int = 0
     written_bytes: int = 0
 
@@ -138,7 +141,13 @@ def cut_checkpoint(
     before = model_cost(network, unit=plan.unit)
     cut(network, plan)
     checkpoint.save(network, out, tokenizer=_tokenizer(folder), base=source)
-    return CheckpointCut(before=before, after=model_cost(network), streamed=False, why_in_memory=why)
+    return CheckpointCut(
+        before=before,
+        after=model_cost(network),
+        streamed=False,
+        why_in_memory=why,
+        why_not_stock=why_not_stock(network),
+    )
 
 
 def _is_large(folder: Path) -> bool:
@@ -175,6 +184,7 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
         before=planned.before,
         after=planned.after,
         streamed=True,
+        why_not_stock=why_not_stock(planned.model),
         read_bytes=planned.stored.nbytes,
         written_bytes=planned.written_bytes,
     )

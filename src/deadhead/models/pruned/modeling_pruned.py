@@ -7,6 +7,7 @@ names in `auto_map` are looked up in it, and imports torch and transformers only
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
@@ -68,6 +69,12 @@ class PrunedModel:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        stock: Any = stock_class(type(self))
+        text: Any = config.sub_configs.get("text_config")
+        if text is not None and text is stock.config_class:
+            # Auto classes give the text model of some larger ones, which is then one by itself.
+            config = _text_config(config)
+            self.__class__ = pruned_class(stock)  # type: ignore[assignment]
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Some classes make their base model by AutoModel, which gives one of ours, cut already.
         is_cut = any(isinstance(child, PrunedModel) for child in self.children())  # type: ignore[attr-defined]
@@ -192,15 +199,29 @@ def _model_class(auto: str, stock: type[PreTrainedConfig]) -> type[PreTrainedMod
     """Return the class that an Auto class of transformers has for a configuration class, or None."""
     listed = _names(_AUTO_NAMES[auto].get(stock.model_type))
     if listed:
-        return getattr(transformers, listed[0], None)
+        found: Any = getattr(transformers, listed[0], None)
+        declared = getattr(found, "config_class", None)
+        # A decision head is configured in files beside a dense model's weights, which a cut model has no more.
+        is_beside = declared is not stock and bool(getattr(declared, "extra_config_files", None))
+        return None if is_beside else found
     # Text models of larger ones (Mllama's, Emu3's) are listed under the larger model's type.
     every = {name for value in _AUTO_NAMES[auto].values() for name in _names(value)}
     try:
         modeling = importlib.import_module(stock.__module__.replace(".configuration_", ".modeling_"))
     except ImportError:
         return None
-    declared = [getattr(modeling, name) for name in sorted(every) if hasattr(modeling, name)]
-    return next((found for found in declared if found.config_class is stock), None)
+    candidates = [getattr(modeling, name) for name in sorted(every) if hasattr(modeling, name)]
+    return next((found for found in candidates if found.config_class is stock), None)
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the text model in a cut model, cut as that is."""
+    text = copy.deepcopy(config.get_text_config())
+    stock = type(text)
+    text.__class__ = pruned_config_class(stock)
+    text.auto_map = auto_map(stock)
+    text.head_plan, text.attention_outputs = config.head_plan, config.attention_outputs
+    return text
 
 
 def _class_name(stock: type[PreTrainedModel], stock_config: type[PreTrainedConfig] | None) -> str:

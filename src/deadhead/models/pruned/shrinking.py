@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,10 +88,17 @@ def shrink(attention: Attention, heads: Heads, outputs: int = 2) -> None:
         for name, (before, after) in numbers.items():
             if vars(owner).get(name) == before:
                 setattr(owner, name, after)
+    hold_numbers(replace(attention, num_heads=num_heads, num_kv_heads=num_kv_heads))
+
+
+def hold_numbers(attention: Attention) -> None:
+    """Let a module have its numbers of heads, present and dense, whatever its model's configuration will say."""
+    attention.module.dense_heads = attention.dense_heads  # type: ignore[assignment]
+    for owner in (attention.inner, attention.module):
         if "config" in vars(owner):
-            shared = owner.config.shared if isinstance(owner.config, LayerConfig) else owner.config
-            own = {name: num_kv_heads if is_kv else num_heads for name, is_kv in config_head_names(shared)}
-            vars(owner)["config"] = LayerConfig(shared, own)
+            shared: Any = owner.config.shared if isinstance(owner.config, LayerConfig) else owner.config
+            numbers = {False: attention.num_heads, True: attention.num_kv_heads}
+            vars(owner)["config"] = LayerConfig(shared, {n: numbers[is_kv] for n, is_kv in config_head_names(shared)})
 
 
 def apply_plan(model: nn.Module, plan: Mapping[str, Any], outputs: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -39,6 +39,8 @@ _CROSS = ("crossattention", "cross_attention", "encoder_attn", "cross_attn", "en
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+# Where the configuration of a cut model that is a stock one keeps the dense model's numbers, by their names there.
+DENSE_SIZES = "dense_sizes"
 _HEAD_WIDTHS = ("v_head_dim", "head_dim", "attention_head_size", "head_size")
 
 Key = int | str
@@ -71,12 +73,7 @@ class Attention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-
-    @property
-    def dense_heads(self) -> tuple[int, int]:
-        """H and G in the dense model, which `shrink` notes in the module before a cut."""
-        noted: Any = getattr(self.module, "dense_heads", (self.num_heads, self.num_kv_heads))
-        return int(noted[0]), int(noted[1])
+    dense_heads: tuple[int, int]  # H and G in the dense model
 
 
 def head_order(order: str, num_heads: int, num_kv_heads: int) -> list[tuple[str, int]]:
@@ -105,7 +102,8 @@ def find_attentions(model: nn.Module) -> tuple[list[Attention], dict[str, str]]:
     """
     found: list[tuple[str, Attention]] = []
     refused: dict[str, str] = {}
-    for path, module in text_stack(model).named_modules():
+    stack = text_stack(model)
+    for path, module in stack.named_modules():
         if any(part in _CROSS for part in path.split(".")):
             continue
         try:
@@ -116,7 +114,30 @@ def find_attentions(model: nn.Module) -> tuple[list[Attention], dict[str, str]]:
             if attention is not None:
                 found.append((path, attention))
     keys = layer_keys([path for path, _ in found] + list(emptied(model)) + list(refused))
-    return [replace(attention, key=keys[path]) for path, attention in found], refused
+    recorded = dense_sizes(getattr(stack, "config", None))
+    return [
+        replace(attention, key=keys[path], dense_heads=_dense_heads(attention, recorded)) for path, attention in found
+    ], refused
+
+
+def dense_sizes(config: Any) -> dict[str, int | None]:
+    """Return the numbers that the dense model's configuration had where a cut model's, a stock one, has others."""
+    found = getattr(config, DENSE_SIZES, None)
+    sizes = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in sizes if value is None or (type(value) is int and value > 0)}
+
+
+def _dense_heads(attention: Attention, recorded: Mapping[str, int | None]) -> tuple[int, int]:
+    """Return H and G in the dense model: as a stock configuration records them, or as `shrink` notes in a module."""
+    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
+    noted: Any = getattr(attention.module, "dense_heads", (num_heads, num_kv_heads))
+    dense = next((size for name in HEAD_COUNTS if (size := recorded.get(name))), None)
+    if dense is None:
+        return int(noted[0]), int(noted[1])
+    # Where it has no number for the latter, there is one for each query head, or one for all.
+    same = dense if num_kv_heads == num_heads else num_kv_heads
+    dense_kv = next((size for name in KV_HEAD_COUNTS if (size := recorded.get(name))), same)
+    return (dense, dense_kv) if dense % dense_kv == 0 else (int(noted[0]), int(noted[1]))
 
 
 def emptied(model: nn.Module) -> dict[str, nn.Module]:
@@ -176,7 +197,8 @@ def _describe(path: str, module: nn.Module) -> Attention | None:
         raise UnknownStructure("its keys and values are shared between layers")
     named = [Part(prefix + part.path, part.dim, part.order, part.per_token) for part in parts]
     named.append(Part(f"{output_path}.weight", output_dim(output, heads=True), "query", True))
-    return Attention(path, path, module, inner, output_path, tuple(named), num_heads, num_kv_heads, width // num_heads)
+    counts = num_heads, num_kv_heads
+    return Attention(path, path, module, inner, output_path, tuple(named), *counts, width // num_heads, counts)
 
 
 def _projections(inner: nn.Module) -> list[Part] | None:
