@@ -70,8 +70,8 @@ def require_servable(model: PreTrainedModel) -> None:
         reason = "transformers' code of it does not call attention in the way that vLLM can replace"
     elif model.config.model_type.removeprefix(TYPE_PREFIX) in _OTHER_FORMS:
         reason = "transformers' code of it takes attention's output in a form that vLLM does not give"
-    elif not all(key.isdecimal() for key in model.config.head_plan["total"]):
-        reason = "it has more than one stack of layers, and vLLM takes one number of heads for each layer's index"
+    elif not model.config.plans_layers:
+        reason = "it is not one stack of layers, and vLLM takes numbers of heads for each layer's index in one"
     else:
         return
     raise UnsupportedModel(f"{name} cannot be served by vLLM: {reason}.")

@@ -32,16 +32,24 @@ class PrunedConfig:
     @property
     def is_heterogeneous(self) -> bool:
         """Tell whether layers may have numbers of their own, by the plan or as the dense model's have."""
-        return is_by_layer(self.head_plan) or super().is_heterogeneous  # type: ignore[misc]
+        return self.plans_layers or super().is_heterogeneous  # type: ignore[misc]
+
+    @property
+    def plans_layers(self) -> bool:
+        """Tell whether there is a plan for this configuration's own layers, not those of a part, by their index."""
+        config: Any = self
+        plan = self.head_plan
+        return plan is not None and all(key.isdecimal() for key in plan["total"]) and config.get_text_config() is self
 
     @property
     def per_layer_config(self) -> Sequence[Any]:
         """Return the configuration of each layer, in order."""
         config: Any = self
-        dense: Sequence[Any] = [config] * config.num_hidden_layers
-        if _OWN in vars(self):
-            dense = super().per_layer_config  # type: ignore[misc]
-        if not is_by_layer(self.head_plan):
+        if _OWN in vars(self) or not self.plans_layers:
+            dense: Sequence[Any] = super().per_layer_config  # type: ignore[misc]
+        else:
+            dense = [config] * config.num_hidden_layers
+        if not self.plans_layers:
             return dense
         return [_of_layer(layer, str(index), self.head_plan) for index, layer in enumerate(map(copy.copy, dense))]
 
@@ -76,11 +84,6 @@ class PrunedConfig:
     def _update_heterogeneous_to_dict_output(self, values: dict[str, Any]) -> None:
         if _OWN in vars(self):
             super()._update_heterogeneous_to_dict_output(values)  # type: ignore[misc]
-
-
-def is_by_layer(plan: dict[str, Any] | None) -> bool:
-    """Tell whether a plan names layers by their index, as it does where a model has one stack of them."""
-    return plan is not None and all(key.isdecimal() for key in plan["total"])
 
 
 def _of_layer(layer: Any, key: str, plan: dict[str, Any] | None) -> Any:

@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto import modeling_auto
 
 from .batching import pad_layers
-from .layer_configs import PrunedConfig, is_by_layer
+from .layer_configs import PrunedConfig
 from .prefixes import keep_own_heads
 from .serving import serve
 from .shrinking import apply_plan
@@ -64,8 +64,9 @@ class PrunedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute as transformers' class does; a cache may have been made for the dense model."""
-        if (cache := kwargs.get("past_key_values")) is not None and is_by_layer(self.config.head_plan):  # type: ignore[attr-defined]
-            keep_own_heads(self.config, cache)  # type: ignore[attr-defined]
+        config: Any = self.config  # type: ignore[attr-defined]
+        if (cache := kwargs.get("past_key_values")) is not None and config.plans_layers:
+            keep_own_heads(config, cache)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
