@@ -2,7 +2,7 @@
 
 The models of `runtimes.py`, dense and cut, or two that are named. vLLM runs the dense one by code of its own, and by
 transformers' as it runs the cut one; the former is what people have, the latter says what the way costs. A batch of
-prompts is read, and a batch of short prompts is continued; each model in turn, in a process of its own, several times.
+prompts is read, and a batch of short prompts is continued; each model in turn, in one process after another.
 
     python benchmarks/serving.py [--quick] [--rounds N] [--models DENSE CUT] [--python .venv-vllm/bin/python]
 """
@@ -59,7 +59,7 @@ def main() -> None:
     """Save, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few repetitions")
-    parser.add_argument("--rounds", type=int, default=None, help="processes of each model (3; quick 1)")
+    parser.add_argument("--rounds", type=int, default=None, help="processes, all models in each (3; quick 1)")
     parser.add_argument("--models", type=Path, nargs=2, metavar=("DENSE", "CUT"), help="checkpoint folders")
     parser.add_argument("--python", type=Path, default=None, help="of an environment with vLLM")
     parser.add_argument("--batch", type=int, default=8, help="texts at once")
@@ -87,12 +87,15 @@ def main() -> None:
         paths = {name: Path(folder) / name for name in names}
         for name, model in models.items():
             checkpoint.save(model, paths[name])
+        asked = {
+            (name, code, kind): job(paths[name], code, vocabulary, batch=args.batch, repeats=repeats, **sizes)
+            for kind, sizes in work.items()
+            for name, code in runs
+        }
         for _ in range(rounds):
-            for kind, sizes in work.items():
-                for name, code in runs:
-                    asked = job(paths[name], code, vocabulary, batch=args.batch, repeats=repeats, **sizes)
-                    (found,), version = vllm.run(python, [asked])
-                    seconds.setdefault((name, code, kind), []).extend(found["seconds"])
+            found, version = vllm.run(python, list(asked.values()))
+            for key, each in zip(asked, found, strict=True):
+                seconds.setdefault(key, []).extend(each["seconds"])
     median = {key: statistics.median(values) for key, values in seconds.items()}
     flops = [costs[name].flops_per_token for name in names]
     console.print(machine())

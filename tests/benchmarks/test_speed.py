@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.vllm_python import VLLM_PYTHON, needs_vllm
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -118,3 +120,13 @@ def test_two_processes_send_what_they_learn(tmp_path: Path) -> None:
     assert two["same plan"] and two["apart"]["weights"] < 1e-4
     paper, llama = json.loads(found.read_text())["paper"]
     assert paper["gate bytes"] < 1e-5 * paper["gradient bytes"] and llama["gate bytes"] < 1e-6 * llama["gradient bytes"]
+
+
+@needs_vllm
+def test_serving_is_timed_dense_and_cut() -> None:
+    command = [sys.executable, "benchmarks/serving.py", "--quick", "--python", str(VLLM_PYTHON)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for row in ("dense, vLLM’s", "dense, transformers’", "cut, transformers’"):
+        assert f"│ {row} " in done.stdout
+    assert "FLOPs allow ×" in done.stdout

@@ -23,13 +23,8 @@ from tests.export.http import ask, free_port
 from tests.export.small import cut_model, dense_model
 from tests.random_models import tiny_model
 from tests.small_runs import write_prose
+from tests.vllm_python import VLLM_PYTHON, needs_vllm
 
-ROOT = Path(__file__).parents[2]
-_PYTHON = Path(os.environ.get(vllm.PYTHON) or ROOT / ".venv-vllm" / "bin" / "python")
-needs_vllm = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not _PYTHON.exists(), reason="there is no environment with vLLM (make vllm)"),
-]
 # Types that vLLM runs by transformers' code, with fields that the smallest models need.
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -67,12 +62,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Referen
         checkpoint.save(model, folder / kind)
         references[kind] = make_reference(model)
         jobs.append(vllm.likeliest_job(folder / kind, references[kind], "float32"))
-    found, _ = vllm.run(_PYTHON, jobs)
+    found, _ = vllm.run(VLLM_PYTHON, jobs)
     return {kind: (references[kind], each) for kind, each in zip(references, found, strict=True)}
 
 
 class TestServed:
-    pytestmark = needs_vllm
+    pytestmark = (pytest.mark.slow, needs_vllm)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_layers_of_all_sizes_and_none(
@@ -100,7 +95,7 @@ class TestServed:
             "enforce_eager": True,
         }
         job = {"path": str(tmp_path / "model"), "prompts": prompts, "max_tokens": 12, "likeliest": 0, "repeats": 1}
-        (found,), _ = vllm.run(_PYTHON, [{**job, "engine": engine}])
+        (found,), _ = vllm.run(VLLM_PYTHON, [{**job, "engine": engine}])
         for prompt, text in zip(prompts, found["texts"], strict=True):
             ids = torch.tensor([prompt])
             settings: Any = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
@@ -117,7 +112,7 @@ class TestServed:
         port = free_port()
         settings = {"--dtype": "float32", "--port": str(port), "--max-model-len": "64", "--served-model-name": "small"}
         # What `vllm serve` starts; that command asks for a package of the name vllm, and the one for CPUs has another.
-        command = [str(_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "model")]
+        command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "model")]
         command += ["--trust-remote-code", "--enforce-eager", *(part for pair in settings.items() for part in pair)]
         server = subprocess.Popen(
             command,
@@ -135,7 +130,7 @@ class TestServed:
 
     def test_export_says_how_near_it_comes(self, tmp_path: Path) -> None:
         model = emptied("llama")
-        result = deadhead.export_model(model, tmp_path / "out", to="vllm", python=_PYTHON)
+        result = deadhead.export_model(model, tmp_path / "out", to="vllm", python=VLLM_PYTHON)
         assert result.kind == "float32" and result.agreements[0].tokens_equal == 16
         assert result.agreements[0].runtime.startswith("vLLM 0.")
         reloaded = deadhead.load(tmp_path / "out")
@@ -144,7 +139,7 @@ class TestServed:
     def test_what_vllm_says_of_a_model_that_it_does_not_run(self, tmp_path: Path) -> None:
         model = cut_model("llama", hidden_size=64, head_dim=8)
         with pytest.raises(deadhead.errors.ExportError, match="vLLM could not run the model: .*head_dim=8"):
-            deadhead.export_model(model, tmp_path / "out", to="vllm", python=_PYTHON)
+            deadhead.export_model(model, tmp_path / "out", to="vllm", python=VLLM_PYTHON)
         assert not (tmp_path / "out").exists()
 
 
