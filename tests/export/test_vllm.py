@@ -66,9 +66,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Referen
     return {kind: (references[kind], each) for kind, each in zip(references, found, strict=True)}
 
 
+@pytest.mark.slow
+@needs_vllm
 class TestServed:
-    pytestmark = (pytest.mark.slow, needs_vllm)
-
     @pytest.mark.parametrize("kind", KINDS)
     def test_layers_of_all_sizes_and_none(
         self, kind: str, answers: dict[str, tuple[Reference, dict[str, Any]]]
