@@ -93,14 +93,16 @@ def quantised(source: Path, out: Path, scheme: str, group_size: int | None = Non
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     model = AutoModelForCausalLM.from_pretrained(source)
-    chosen, left, detail = preset_name_to_scheme(scheme, ["Linear"]), [_OUTPUT], scheme
     projections = _projections(model)
-    if chosen.weights.group_size is not None:
-        size = group_size or group_size_of(model)
-        chosen.weights.group_size = size
-        left += [path for path, module in projections.items() if module.in_features % size]
-        detail = f"{scheme}, groups of {size}, {len(left) - 1} of {len(projections)} left"
-    oneshot(model=model, recipe=QuantizationModifier(config_groups={"all": chosen}, ignore=left))
+    chosen, detail = preset_name_to_scheme(scheme, []), scheme
+    if chosen.weights.group_size is None:
+        chosen.targets = [*projections]
+    else:
+        size = chosen.weights.group_size = group_size or group_size_of(model)
+        chosen.targets = [path for path, module in projections.items() if not module.in_features % size]
+        detail += f", groups of {size}, {len(projections) - len(chosen.targets)} of {len(projections)} left"
+    # By path, not as every Linear: emptied ones would be among them, which other modifiers cannot calibrate.
+    oneshot(model=model, recipe=QuantizationModifier(config_groups={"all": chosen}))
     model.save_pretrained(out, save_compressed=True)
     return detail
 

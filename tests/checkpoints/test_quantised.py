@@ -134,5 +134,5 @@ def test_llm_compressor_quantises_cut_models(scheme: str, group_size: int | None
     assert 0 < (want - got).abs().max() < 0.5 * want.abs().max()
     assert type(loaded) is type(model)
     assert loaded.generate(ids, max_new_tokens=3).shape[1] <= 12
-    if scheme == "W8A8":
-        assert torch.allclose(deadhead.load(tmp_path / "small")(ids).logits, want, atol=0.2 * float(want.abs().max()))
+    again = deadhead.load(tmp_path / "small")(ids).logits
+    assert (want - again).abs().max() < 0.5 * want.abs().max()
