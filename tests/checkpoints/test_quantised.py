@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import deadhead
 from benchmarks._tiny_models import tiny_model
 from deadhead.checkpoints import checkpoint
 from deadhead.checkpoints.quantised import require_readable
 from deadhead.cli import execute
-from deadhead.errors import UnsupportedModel
+from deadhead.errors import InputError, UnsupportedModel
 from deadhead.layouts.refusals import require_plain
 
 # None of their packages is installed for the tests, and the last two are nobody's.
@@ -91,3 +92,47 @@ def test_what_is_not_quantised_is_left_alone() -> None:
     before = config.to_dict()
     require_readable(config, Path("model"))
     assert config.to_dict() == before
+
+
+def test_what_quantisers_write_of_emptied_projections_is_ignored(tmp_path: Path) -> None:
+    """They give an empty matrix codes and scales too, as compressed-tensors does; a bias is none of them."""
+    model = tiny_model("llama")
+    total = dict.fromkeys(range(3), 4)
+    deadhead.cut(model, deadhead.HeadPlan(kept={1: []}, total=total, unit="kv_group"))
+    deadhead.save(model, tmp_path / "model")
+    (tmp_path / "model" / "SHA256SUMS").unlink()
+    file = tmp_path / "model" / "model.safetensors"
+    written = load_file(file)
+    path = "model.layers.1.self_attn.o_proj"
+    written |= {
+        f"{path}.weight": torch.empty(64, 0, dtype=torch.int8),
+        f"{path}.weight_scale": torch.ones(64, 1),
+    }
+    save_file(written, file, {"format": "pt"})
+    read = deadhead.load(tmp_path / "model")
+    ids = torch.arange(9)[None]
+    assert torch.equal(read(ids).logits, model.eval()(ids).logits)
+    save_file(written | {f"{path}.bias": torch.ones(64)}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"unexpected tensor {path}\.bias"):
+        deadhead.load(tmp_path / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "group_size"), [("W8A8", None), ("W4A16", 16)])
+def test_llm_compressor_quantises_cut_models(scheme: str, group_size: int | None, tmp_path: Path) -> None:
+    pytest.importorskip("llmcompressor")
+    from benchmarks.quantised import quantised
+
+    model = tiny_model("llama")
+    plan = deadhead.HeadPlan(kept={0: [1, 2], 1: []}, total=dict.fromkeys(range(3), 4), unit="kv_group")
+    deadhead.cut(model, plan)
+    deadhead.save(model, tmp_path / "cut")
+    quantised(tmp_path / "cut", tmp_path / "small", scheme, group_size)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    ids = torch.arange(9)[None]
+    want, got = model.eval()(ids).logits, loaded(ids).logits
+    assert 0 < (want - got).abs().max() < 0.5 * want.abs().max()
+    assert type(loaded) is type(model)
+    assert loaded.generate(ids, max_new_tokens=3).shape[1] <= 12
+    again = deadhead.load(tmp_path / "small")(ids).logits
+    assert (want - again).abs().max() < 0.5 * want.abs().max()

@@ -21,11 +21,14 @@ from .layer_configs import PrunedConfig
 from .prefixes import keep_own_heads
 from .serving import serve
 from .shrinking import apply_plan
+from .structure import matrices_of_empty
 
 PREFIX = "Deadhead"
 TYPE_PREFIX = "deadhead_"
 # Between the names of a model's class and of a configuration's class that is not the one it declares.
 _OF = "__"
+# Attribute with the patterns of names in files that no part of the model has.
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
 # Bytes; torch allocates every tensor at a multiple of it.
 _ALIGNMENT = 64
 # A class that several Auto classes list is saved as that of the first.
@@ -81,6 +84,8 @@ class PrunedModel:
         is_cut = any(isinstance(child, PrunedModel) for child in self.children())  # type: ignore[attr-defined]
         if config.head_plan is not None and not is_cut:
             apply_plan(self, config.head_plan, config.attention_outputs)  # type: ignore[arg-type]
+            ignored = {*(getattr(self, _IGNORED) or ()), *matrices_of_empty(self)}  # type: ignore[arg-type]
+            setattr(self, _IGNORED, ignored)
             serve(self, config)  # type: ignore[arg-type]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

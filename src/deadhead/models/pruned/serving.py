@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .feed_forward import find_feed_forwards
 from .shrinking import EmptyAttention
-from .structure import EmptyLinear, OutputBias
+from .structure import EmptyLinear, OutputBias, matrices_of_empty
 
 _VLLM = "vllm"
 
@@ -22,8 +22,8 @@ def serve(model: nn.Module, config: Any) -> None:
     """Change a cut model's emptied layers, in place, where vLLM is about to run it; they compute what they did."""
     if not str(config._attn_implementation).startswith(_VLLM):
         return
-    # Of buffers that GPT-2's old files have; vLLM looks for such names within those of parameters too.
-    model._keys_to_ignore_on_load_unexpected = None  # type: ignore[assignment]
+    # Not those of buffers that GPT-2's old files have: vLLM looks for such names within those of parameters too.
+    model._keys_to_ignore_on_load_unexpected = matrices_of_empty(model) or None  # type: ignore[assignment]
     for feed_forward in find_feed_forwards(model):
         # Gates and what they multiply, in projections of their own.
         if not feed_forward.width and len(feed_forward.inputs) > 1:

@@ -390,3 +390,12 @@ class OutputBias(EmptyLinear):
         """Return the bias for every position of `hidden` (..., any), shape (..., D)."""
         output = hidden.new_zeros((*hidden.shape[:-1], self.out_features))
         return output if self.bias is None else output + self.bias
+
+
+def matrices_of_empty(model: nn.Module) -> set[str]:
+    """Return patterns of the names that a file may give to what belongs to matrices of emptied projections.
+
+    Quantisers give every Linear codes and scales, and write them, where there is nothing to quantise too.
+    """
+    paths = [path for path, module in model.named_modules() if isinstance(module, EmptyLinear)]
+    return {rf"(^|\.){re.escape(path)}\.(?!bias$)" for path in paths}
