@@ -153,7 +153,7 @@ def serve(rows: list[Row], python: Path, ids_NT: Tensor, repeats: int) -> None:
         reading = {"prompts": texts, "max_tokens": 1, "likeliest": 1}
         writing = {"prompts": texts[:1], "max_tokens": _STEPS, "likeliest": 0, "repeats": repeats}
         try:
-            read, written = (vllm.run(python, {**job, **asked}) for asked in (reading, writing))
+            (read, written), _ = vllm.run(python, [{**job, **asked} for asked in (reading, writing)])
         except ExportError as error:
             reason = str(error).partition("the model: ")[2].partition(";")[0]
             print(f"vLLM does not run {row.name}, {row.detail or row.scheme}: {reason}.", flush=True)
