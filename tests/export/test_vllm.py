@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,13 +166,22 @@ class TestRefused:
 
     def test_a_python_that_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = dense_model("llama")
-        with pytest.raises(InputError, match="The Python of an environment with vLLM was expected, but there is no"):
+        with pytest.raises(InputError, match="Python of an environment with vLLM .*none is no program"):
             deadhead.export_model(model, tmp_path / "out", to="vllm", python=tmp_path / "none")
         with pytest.raises(InputError, match="Another Python is for vllm only, not for padded"):
             deadhead.export_model(model, tmp_path / "out", to="padded", python=tmp_path / "none")
         monkeypatch.setenv(vllm.PYTHON, str(tmp_path / "named"))
-        with pytest.raises(InputError, match="no program at .*named"):
+        with pytest.raises(InputError, match="named is no program"):
             deadhead.export_model(model, tmp_path / "out", to="vllm")
+
+    def test_a_python_without_vllm(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="with vLLM was expected, but .* has no vLLM"):
+            deadhead.export_model(dense_model("llama"), tmp_path / "out", to="vllm", python=Path(sys.executable))
+        script = tmp_path / "script"
+        script.write_text("#!/nowhere/at/all\n")
+        script.chmod(0o755)
+        with pytest.raises(InputError, match="is no program that runs here"):
+            deadhead.export_model(dense_model("llama"), tmp_path / "out", to="vllm", python=script)
 
     def test_without_vllm_it_says_that_nothing_was_tried(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(vllm.PYTHON, raising=False)

@@ -28,6 +28,7 @@ PYTHON = "DEADHEAD_VLLM_PYTHON"
 
 # Types whose attention takes the shape of its output from that output itself; vLLM gives it flat.
 _OTHER_FORMS = ("gpt2",)
+_HAS_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
 # One process, without the network; as much memory for keys and values as a short text takes on a CPU (GiB).
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -41,13 +42,20 @@ def find_python(given: Path | None) -> Path | None:
     """Return the Python to run vLLM with: that given, that of the environment variable, this one; None without vLLM.
 
     Raises:
-        InputError: there is no program at the place that was given.
+        InputError: that given, or named, is no Python with vLLM.
     """
     named = given or (Path(os.environ[PYTHON]) if os.environ.get(PYTHON) else None)
     if named is None:
         return Path(sys.executable) if is_installed("vllm") else None
-    if not (named.is_file() and os.access(named, os.X_OK)):
-        raise InputError(f"The Python of an environment with vLLM was expected, but there is no program at {named}.")
+    try:
+        found = subprocess.run([str(named), "-c", _HAS_VLLM], capture_output=True)
+    except OSError as error:
+        raise InputError(
+            f"The Python of an environment with vLLM was expected, but {named} is no program that runs here "
+            f"({error.strerror})."
+        ) from error
+    if found.returncode:
+        raise InputError(f"The Python of an environment with vLLM was expected, but {named} has no vLLM.")
     return named.absolute()
 
 
@@ -64,14 +72,14 @@ def require_servable(model: PreTrainedModel) -> None:
         reason = "vLLM runs no models with an encoder and a decoder"
     elif not model.can_generate():
         reason = "it does not continue texts; only such models are checked there"
-    elif not isinstance(model, PrunedModel):
+    elif not isinstance(model, PrunedModel) or model.config.head_plan is None:
         return
     elif not type(model).is_backend_compatible():
         reason = "transformers' code of it does not call attention in the way that vLLM can replace"
     elif model.config.model_type.removeprefix(TYPE_PREFIX) in _OTHER_FORMS:
         reason = "transformers' code of it takes attention's output in a form that vLLM does not give"
     elif not model.config.plans_layers:
-        reason = "it is not one stack of layers, and vLLM takes numbers of heads for each layer's index in one"
+        reason = "its configuration cannot tell vLLM how many heads each layer has"
     else:
         return
     raise UnsupportedModel(f"{name} cannot be served by vLLM: {reason}.")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
+from benchmarks._tiny_models import tiny_model
+from deadhead.attaching import attach, detach
 from deadhead.checkpoints import checkpoint
+from deadhead.cutting import cut
 from deadhead.models.pruned.feed_forward import WIDTHS, find_feed_forwards
 from deadhead.models.pruned.structure import find_attentions, head_order
 from tests.export.small import cut_model
+from tests.random_models import difference
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt2", "gpt_neox")
 
@@ -45,3 +51,27 @@ def test_a_configuration_without_a_plan_is_one_for_all_layers() -> None:
     config = type(cut_model("llama").config)()
     assert not config.is_heterogeneous
     assert [layer.num_attention_heads for layer in config.per_layer_config] == [32] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "lfm3", "dots3_note_text", "llava", "gemma3", "mimo_v2_flash"])
+def test_layers_that_differ_without_a_plan_are_told_as_the_dense_model_tells_them(kind: str, tmp_path: Path) -> None:
+    """Or whose configuration is that of a larger model: they are cut, saved, loaded and run."""
+    try:
+        model: Any = tiny_model(kind)
+    except ValueError:
+        pytest.skip("this version of transformers does not have it")
+    gates = attach(model)
+    detach(model)
+    units = {key: tuple(heads) for key, heads in gates.choices.units.items()}
+    first = next(iter(units))
+    cut(model, gates.choices.plan_of({**units, first: units[first][:1]}))
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        settings: Any = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        continued = model.generate(ids, **settings)
+        model.config.validate()
+        checkpoint.save(model, tmp_path / "model")
+        loaded = checkpoint.load(tmp_path / "model")
+        assert difference(loaded(input_ids=ids).logits, expected) < 1e-5
+        assert torch.equal(loaded.generate(ids, **settings), continued)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from dataclasses import replace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from transformers import FalconConfig, FalconForCausalLM
 
 import deadhead
 from tests.export.small import dense_model
@@ -43,3 +46,47 @@ def test_a_prefix_of_the_dense_model_is_one_of_the_cut_model(kind: str, seed: in
         assert difference(prefixed(input_ids=IDS).logits, expected) < 1e-5
         assert difference(alone, expected) > 1e-3
         assert torch.equal(prefixed.generate(input_ids=IDS, **settings), continued)
+
+
+def test_a_prefix_with_as_many_copies_as_there_were_heads() -> None:
+    """Single query heads leave key/value heads to be kept twice: here as many as there were, but not those."""
+    model = dense_model("llama", **_SIZES)
+    prefixed: Any = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    prefixed.eval()
+    gates = deadhead.attach(model, unit="head")
+    plan = replace(gates.plan(), kept={**gates.plan().kept, 0: (0, 1, 2, 4)})
+    gates.set_plan(plan)
+    with torch.no_grad():
+        expected = prefixed(input_ids=IDS).logits
+        deadhead.detach(model)
+        deadhead.cut(model, plan)
+        assert difference(prefixed(input_ids=IDS).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("is_tuple", [False, True])
+def test_a_cache_of_its_own_is_left_as_it_is(is_tuple: bool) -> None:
+    """Falcon's keys are repeated for each query head, so a layer of fewer looks like the dense model's."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_kv_heads": 4}
+    config = FalconConfig(vocab_size=300, new_decoder_architecture=True, alibi=False, **sizes)
+    model: Any = FalconForCausalLM(config).eval()
+    plan = deadhead.attach(model).plan()
+    deadhead.detach(model)
+    deadhead.cut(model, replace(plan, kept={0: (0, 1), 1: (0, 1, 2)}))
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits[:, -1]
+        first = model(input_ids=IDS[:, :-1], use_cache=True, return_dict=not is_tuple)
+        found = model(input_ids=IDS[:, -1:], past_key_values=first[1]).logits[:, -1]
+    assert difference(found, expected) < 1e-5
+
+
+def test_a_text_that_the_dense_model_has_read_goes_on() -> None:
+    model = dense_model("llama")
+    gates = deadhead.attach(model)
+    plan = random_units(random.Random(1), gates, output_scale=False)
+    gates.set_plan(plan)
+    with torch.no_grad():
+        dense = model(input_ids=IDS[:, :6], use_cache=True).past_key_values
+        expected = model(input_ids=IDS[:, 6:], past_key_values=copy.deepcopy(dense)).logits
+        deadhead.detach(model)
+        deadhead.cut(model, plan)
+        assert difference(model(input_ids=IDS[:, 6:], past_key_values=dense).logits, expected) < 1e-5

@@ -6,7 +6,8 @@ The configuration itself keeps the dense model's numbers, which `head_plan` is a
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from .adapters import tell_peft
@@ -16,6 +17,7 @@ from .structure import config_head_names
 
 # Where a configuration of transformers keeps the numbers of layers that differ in the dense model.
 _OWN = "_heterogeneity_spec"
+_BUILDING = "_is_building_dense"
 
 
 class PrunedConfig:
@@ -30,28 +32,32 @@ class PrunedConfig:
     stock_type: ClassVar[str]
 
     @property
+    def plans_layers(self) -> bool:
+        """Tell whether the plan says how many heads each of the layers has of those that the configuration names.
+
+        It does not where the layers are those of a part, as in models that read images too, or differ in the dense
+        model.
+        """
+        config: Any = self
+        plan, values = self.head_plan, vars(self)
+        if plan is None or _OWN in values or _BUILDING in values or config.get_text_config() is not self:
+            return False
+        numbers = head_counts(config)
+        total = numbers.get(plan["unit"])
+        return all(key.isdecimal() and count == total for key, count in plan["total"].items())
+
+    @property
     def is_heterogeneous(self) -> bool:
         """Tell whether layers may have numbers of their own, by the plan or as the dense model's have."""
         return self.plans_layers or super().is_heterogeneous  # type: ignore[misc]
 
     @property
-    def plans_layers(self) -> bool:
-        """Tell whether there is a plan for this configuration's own layers, not those of a part, by their index."""
-        config: Any = self
-        plan = self.head_plan
-        return plan is not None and all(key.isdecimal() for key in plan["total"]) and config.get_text_config() is self
-
-    @property
     def per_layer_config(self) -> Sequence[Any]:
-        """Return the configuration of each layer, in order."""
-        config: Any = self
-        if _OWN in vars(self) or not self.plans_layers:
-            dense: Sequence[Any] = super().per_layer_config  # type: ignore[misc]
-        else:
-            dense = [config] * config.num_hidden_layers
+        """Return the configuration of each layer, in order; by the name of a kind of layer, the dense model's."""
         if not self.plans_layers:
+            dense: Sequence[Any] = super().per_layer_config  # type: ignore[misc]
             return dense
-        return [_of_layer(layer, str(index), self.head_plan) for index, layer in enumerate(map(copy.copy, dense))]
+        return _Layers(self)
 
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:
@@ -60,7 +66,7 @@ class PrunedConfig:
 
     @property
     def allow_global_per_layer_attribute_access(self) -> bool:
-        """Tell whether the dense model's numbers may be read for all layers, as transformers' classes do of ours."""
+        """Tell whether numbers may be read from the configuration itself: where the plan alone makes layers differ."""
         return _OWN not in vars(self) or super().allow_global_per_layer_attribute_access  # type: ignore[misc]
 
     @allow_global_per_layer_attribute_access.setter
@@ -75,35 +81,63 @@ class PrunedConfig:
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return values
 
-    def validate_architecture(self) -> None:
-        """Check the dense model's numbers; those of a cut layer need not divide its width."""
-        dense = copy.copy(self)
-        vars(dense)["head_plan"] = None
-        super(PrunedConfig, dense).validate_architecture()  # type: ignore[misc]
-
     def _update_heterogeneous_to_dict_output(self, values: dict[str, Any]) -> None:
         if _OWN in vars(self):
             super()._update_heterogeneous_to_dict_output(values)  # type: ignore[misc]
 
 
-def _of_layer(layer: Any, key: str, plan: dict[str, Any] | None) -> Any:
-    """Give a copy of the dense model's configuration the numbers of one layer, in place."""
-    assert plan is not None
-    vars(layer)["head_plan"] = None
-    names = list(config_head_names(layer))
-    numbers = {is_kv: getattr(layer, name) for name, is_kv in names}
-    if key in plan["total"] and False in numbers:
-        num_heads = numbers[False]
-        num_kv_heads = numbers.get(True, num_heads)
-        # Where it is not written, it follows from the number of heads, which is about to change.
-        if not getattr(layer, "head_dim", None):
-            layer.head_dim = layer.hidden_size // num_heads
-        heads = heads_of(plan["unit"], plan["kept"][key] or [0], num_heads, num_kv_heads)
-        for name, is_kv in names:
-            setattr(layer, name, len(heads.kv if is_kv else heads.queries))
-    if (units := hidden_units(plan).get(key)) is not None:
-        kept, total = units
-        for name in WIDTHS:
-            if getattr(layer, name, None) == total:
-                setattr(layer, name, len(kept))
-    return layer
+@contextmanager
+def building_dense(config: Any) -> Iterator[None]:
+    """Let a configuration tell the dense model's numbers only: some models ask it while they are made, before a cut."""
+    # One of ours may be made within another, with the same configuration.
+    is_within = _BUILDING in vars(config)
+    vars(config)[_BUILDING] = True
+    try:
+        yield
+    finally:
+        if not is_within:
+            del vars(config)[_BUILDING]
+
+
+def head_counts(config: Any) -> dict[str, int]:
+    """Return how many units a layer of the dense model has, by the unit of a plan, "head" and "kv_group"."""
+    numbers = {is_kv: getattr(config, name) for name, is_kv in config_head_names(config)}
+    if False not in numbers:
+        return {}
+    return {"head": numbers[False], "kv_group": numbers.get(True, numbers[False])}
+
+
+class _Layers(Sequence[Any]):
+    """The configurations of a cut model's layers, made as they are asked for."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __len__(self) -> int:
+        count: int = self._config.num_hidden_layers
+        return count
+
+    def __getitem__(self, index: Any) -> Any:
+        # Of a kind of layer, such as "full_attention": layers of one kind may differ, but not in the dense model.
+        if isinstance(index, str):
+            return self._config
+        found = range(len(self))[index]
+        return [self._layer(each) for each in found] if isinstance(index, slice) else self._layer(found)
+
+    def _layer(self, index: int) -> Any:
+        config, plan, key = copy.copy(self._config), self._config.head_plan, str(index)
+        vars(config)["head_plan"] = None
+        counts = head_counts(config)
+        if key in plan["total"]:
+            # Where it is not written, it follows from the number of heads, which is about to change.
+            if not getattr(config, "head_dim", None):
+                config.head_dim = config.hidden_size // counts["head"]
+            heads = heads_of(plan["unit"], plan["kept"][key] or [0], counts["head"], counts["kv_group"])
+            for name, is_kv in list(config_head_names(config)):
+                setattr(config, name, len(heads.kv if is_kv else heads.queries))
+        if (units := hidden_units(plan).get(key)) is not None:
+            kept, total = units
+            for name in WIDTHS:
+                if getattr(config, name, None) == total:
+                    setattr(config, name, len(kept))
+        return config

@@ -11,14 +11,15 @@ import copy
 import importlib
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
 from .batching import pad_layers
-from .layer_configs import PrunedConfig
-from .prefixes import keep_own_heads
+from .layer_configs import PrunedConfig, building_dense
+from .prefixes import keep_own_heads, mark_own
 from .serving import serve
 from .shrinking import apply_plan
 from .structure import matrices_of_empty
@@ -66,11 +67,14 @@ class PrunedModel:
         return False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute as transformers' class does; a cache may have been made for the dense model."""
-        config: Any = self.config  # type: ignore[attr-defined]
-        if (cache := kwargs.get("past_key_values")) is not None and config.plans_layers:
-            keep_own_heads(config, cache)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        """Compute as transformers' class does; a cache that it is given may have been made for the dense model."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if (cache := kwargs.get("past_key_values")) is not None:
+            keep_own_heads(self.config, cache)  # type: ignore[attr-defined]
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        mark_own(output)
+        return output
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         stock: Any = stock_class(type(self))
@@ -79,7 +83,8 @@ class PrunedModel:
             # Auto classes give the text model of some larger ones, which is then one by itself.
             config = _text_config(config)
             self.__class__ = pruned_class(stock)  # type: ignore[assignment]
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        with building_dense(config):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Some classes make their base model by AutoModel, which gives one of ours, cut already.
         is_cut = any(isinstance(child, PrunedModel) for child in self.children())  # type: ignore[attr-defined]
         if config.head_plan is not None and not is_cut:
