@@ -93,7 +93,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "comparing": (cutting, "require_same_function"),
     "a configuration of its own": (cutting, "own_config"),
     "recording": (HuggingFaceLayout, "record_plan"),
-    "a class": (importlib.import_module("deadhead.layouts.hugging_face"), "pruned_class"),
+    "a class": (importlib.import_module("deadhead.layouts.stock"), "pruned_class"),
     "counting the cache": (cutting, "cache_values"),
     "warning": (cutting, "warn_of_cache"),
     "compiled code": (torch.compiler, "reset"),

@@ -98,4 +98,4 @@ def _weights(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
         model.set_attn_implementation(before)
     if not found:
         raise InputError(f"Models of type {model.config.model_type} do not tell their attention weights.")
-    return [weights for weights in found if weights is not None]
+    return [weights for weights in found if weights is not None and weights.shape[1]]
