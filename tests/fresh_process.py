@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import deadhead.models
 
@@ -39,6 +41,32 @@ for path in sorted(path for path in folder.iterdir() if path.is_dir()):
     found[path.name + ".tokens"] = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
 save_file(found, out)
 """
+
+# As a server of stock models loads them: without deadhead, trusting no code. PATH → logits.
+_STOCK_SCRIPT = """
+import sys, torch
+sys.modules["deadhead"] = None  # importing it raises ImportError
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+found = {}
+for path in sys.argv[3:]:
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, local_files_only=True)
+    assert not any(info.values()), (path, info)
+    assert type(model).__module__.startswith("transformers.models."), type(model)
+    with torch.no_grad():
+        found[path] = model(input_ids=torch.load(sys.argv[1])).logits.contiguous()
+save_file(found, sys.argv[2])
+"""
+
+
+def stock_logits(paths: Iterable[Path], ids: Tensor, folder: Path) -> dict[str, Tensor]:
+    """Return by path the logits of stock models; their classes are transformers', and every tensor is theirs."""
+    torch.save(ids, folder / "ids.pt")
+    command = [sys.executable, "-I", "-c", _STOCK_SCRIPT, str(folder / "ids.pt"), str(folder / "out")]
+    command += map(str, paths)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "out")
 
 
 def in_a_fresh_process(folder: Path, how: str, work: Path) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deadhead
 from deadhead.plans.plan import HeadPlan
+from deadhead.plans.unit_plan import UnitPlan
 from tests.random_models import random_units, randomise
 
 SIZES: dict[str, Any] = {
@@ -60,3 +62,16 @@ def cut_by(kind: str, counts: list[int], **fields: Any) -> PreTrainedModel:
     kept = {layer: range(count) for layer, count in enumerate(counts)}
     plan = HeadPlan(kept=kept, total=dict.fromkeys(kept, 4), unit="kv_group")
     return deadhead.cut(copy.deepcopy(model), plan)
+
+
+def emptied(kind: str, **fields: Any) -> PreTrainedModel:
+    """Return a model of which the first and third layers lost all heads, the second all hidden units."""
+    # vLLM's attention on CPUs knows widths of heads from 32.
+    sizes = {"hidden_size": 256, "word_embed_proj_dim": 256, "vocab_size": 258, **fields}
+    model = dense_model(kind, **{name: value for name, value in sizes.items() if kind == "opt" or "proj" not in name})
+    plan = deadhead.attach(model).plan()
+    deadhead.detach(model)
+    kept = {0: [], 1: [0, 2], 2: [], 3: [1]}
+    units = {0: range(0, 128, 2), 1: [], 2: range(128), 3: range(96)}
+    hidden = UnitPlan(kept=units, total=dict.fromkeys(units, 128))
+    return deadhead.cut(model, dataclasses.replace(plan, kept=kept, hidden_units=hidden))

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import deadhead
 from deadhead.export.padded import pad_to_stock
 from tests.export.small import cut_by, cut_model, dense_model
+from tests.fresh_process import stock_logits
 from tests.random_models import difference, tiny_model
 
 _KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "phi3", "falcon")
-_SCRIPT = """
-import sys, torch
-sys.modules["deadhead"] = None  # importing it raises ImportError
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-found = {}
-for path in sys.argv[2:]:
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, local_files_only=True)
-    assert not any(info.values()), (path, info)
-    assert type(model).__module__.startswith("transformers.models."), type(model)
-    with torch.no_grad():
-        found[path] = model(input_ids=torch.arange(20)[None] * 7 % 300).logits.contiguous()
-save_file(found, sys.argv[1])
-"""
 
 
 @torch.no_grad()
@@ -75,11 +58,7 @@ def test_they_load_where_deadhead_is_not(tmp_path: Path) -> None:
         found = deadhead.export_model(model, paths[name], to="padded")
         assert found.agreements[0].logit_difference <= 1e-5
         assert not list(paths[name].glob("*.py"))
-    environment = {**os.environ, "PYTHONPATH": ""}
-    command = [sys.executable, "-I", "-c", _SCRIPT, str(tmp_path / "out"), *map(str, paths.values())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    loaded = load_file(tmp_path / "out")
+    loaded = stock_logits(paths.values(), torch.arange(20)[None] * 7 % 300, tmp_path)
     for name, model in models.items():
         assert torch.equal(loaded[str(paths[name])], _logits(pad_to_stock(model))), name
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 import deadhead
 from deadhead.checkpoints import checkpoint
@@ -19,9 +18,8 @@ from deadhead.data import load_text
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.export import vllm
 from deadhead.export.agreement import Reference, compare_likeliest, make_reference
-from deadhead.plans.unit_plan import UnitPlan
 from tests.export.http import ask, free_port
-from tests.export.small import cut_model, dense_model
+from tests.export.small import cut_model, dense_model, emptied
 from tests.random_models import tiny_model
 from tests.small_runs import write_prose
 from tests.vllm_python import VLLM_PYTHON, needs_vllm
@@ -37,20 +35,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "opt": {},
     "gpt_neox": {},
 }
-_WIDTH = 256
-
-
-def emptied(kind: str, **fields: Any) -> PreTrainedModel:
-    """Return a model of which the first and third layers lost all heads, the second all hidden units."""
-    # vLLM's attention on CPUs knows widths of heads from 32.
-    sizes = {"hidden_size": _WIDTH, "word_embed_proj_dim": _WIDTH, "vocab_size": 258, **fields}
-    model = dense_model(kind, **{name: value for name, value in sizes.items() if kind == "opt" or "proj" not in name})
-    plan = deadhead.attach(model).plan()
-    deadhead.detach(model)
-    kept = {0: [], 1: [0, 2], 2: [], 3: [1]}
-    units = {0: range(0, 128, 2), 1: [], 2: range(128), 3: range(96)}
-    hidden = UnitPlan(kept=units, total=dict.fromkeys(units, 128))
-    return deadhead.cut(model, replace(plan, kept=kept, hidden_units=hidden))
 
 
 @pytest.fixture(scope="module")

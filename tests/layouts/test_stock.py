@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,7 +11,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
@@ -25,25 +21,12 @@ from deadhead.checkpoints.folder_cost import folder_cost
 from deadhead.cli import execute
 from deadhead.layouts.stock import NotStock, why_not_stock
 from deadhead.plans.unit_plan import UnitPlan
+from tests.fresh_process import stock_logits
 from tests.random_models import assert_unchanged, difference, snapshot
 
 IDS = torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(1))
 # Of 8 query and 4 key/value heads, and 64 hidden units, in each of 3 layers.
 HEADS = {"head": ((0, 2, 5, 6), (1, 3, 4, 7), (0, 3, 4, 6)), "kv_group": ((0, 2), (1, 3), (2, 3))}
-_SCRIPT = """
-import sys, torch
-sys.modules["deadhead"] = None  # importing it raises ImportError
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-found = {}
-for path in sys.argv[3:]:
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, local_files_only=True)
-    assert not any(info.values()), (path, info)
-    assert type(model).__module__.startswith("transformers.models."), type(model)
-    with torch.no_grad():
-        found[path] = model(input_ids=torch.load(sys.argv[1])).logits.contiguous()
-save_file(found, sys.argv[2])
-"""
 
 
 def plan_of(model: Any, heads: Any = None, units: Any = None, unit: Any = "kv_group") -> HeadPlan:
@@ -268,14 +251,9 @@ def test_a_plan_that_is_not_the_stock_model_s_is_refused(path: Any, value: Any, 
 @pytest.mark.slow
 def test_they_load_where_deadhead_is_not_and_no_code_is_trusted(tmp_path: Path) -> None:
     models = {kind: tiny_model(kind, seed=7) for kind in ("llama", "qwen3", "gemma2", "mixtral")}
-    torch.save(IDS, tmp_path / "ids.pt")
     for kind, model in models.items():
         heads = [(1, 2)] * len(plan_of(model).kept)
         deadhead.save(deadhead.cut(model, plan_of(model, heads)), tmp_path / kind)
-    command = [sys.executable, "-I", "-c", _SCRIPT, str(tmp_path / "ids.pt"), str(tmp_path / "out")]
-    command += [str(tmp_path / kind) for kind in models]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "out")
+    found = stock_logits([tmp_path / kind for kind in models], IDS, tmp_path)
     for kind, model in models.items():
         assert torch.equal(found[str(tmp_path / kind)], logits(model)), kind

@@ -14,7 +14,7 @@ import torch
 import deadhead
 from deadhead.checkpoints import checkpoint
 from deadhead.models.pruned.modeling_pruned import PrunedModel
-from tests.export.test_vllm import emptied
+from tests.export.small import emptied
 from tests.random_models import difference
 
 IDS = torch.randint(3, 250, (2, 13), generator=torch.Generator().manual_seed(1))

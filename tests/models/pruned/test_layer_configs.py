@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from benchmarks._tiny_models import tiny_model
 from deadhead.attaching import attach, detach
@@ -53,13 +53,12 @@ def test_a_configuration_without_a_plan_is_one_for_all_layers() -> None:
     assert [layer.num_attention_heads for layer in config.per_layer_config] == [32] * config.num_hidden_layers
 
 
-@pytest.mark.parametrize("kind", ["gemma4_text", "lfm3", "dots3_note_text", "llava", "gemma3", "mimo_v2_flash"])
+@pytest.mark.parametrize("kind", ["gemma4_text", "lfm3", "dots3_note_text", "gemma3", "mimo_v2_flash"])
 def test_layers_that_differ_without_a_plan_are_told_as_the_dense_model_tells_them(kind: str, tmp_path: Path) -> None:
     """Or whose configuration is that of a larger model: they are cut, saved, loaded and run."""
-    try:
-        model: Any = tiny_model(kind)
-    except ValueError:
+    if kind not in CONFIG_MAPPING:
         pytest.skip("this version of transformers does not have it")
+    model: Any = tiny_model(kind)
     gates = attach(model)
     detach(model)
     units = {key: tuple(heads) for key, heads in gates.choices.units.items()}

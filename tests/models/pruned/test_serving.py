@@ -14,7 +14,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deadhead.models.pruned.serving import ServedEmptyAttention
-from tests.export.test_vllm import KINDS, emptied
+from tests.export.small import emptied
+from tests.export.test_vllm import KINDS
 from tests.random_models import difference
 
 IDS = torch.randint(3, 250, (2, 13), generator=torch.Generator().manual_seed(1))

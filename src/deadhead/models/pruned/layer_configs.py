@@ -107,6 +107,11 @@ def head_counts(config: Any) -> dict[str, int]:
     return {"head": numbers[False], "kv_group": numbers.get(True, numbers[False])}
 
 
+def head_width(config: Any) -> int:
+    """Return the width of a head of the dense model, which follows from their number where it is not written."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // head_counts(config)["head"])
+
+
 class _Layers(Sequence[Any]):
     """The configurations of a cut model's layers, made as they are asked for."""
 
@@ -131,7 +136,7 @@ class _Layers(Sequence[Any]):
         if key in plan["total"]:
             # Where it is not written, it follows from the number of heads, which is about to change.
             if not getattr(config, "head_dim", None):
-                config.head_dim = config.hidden_size // counts["head"]
+                config.head_dim = head_width(config)
             heads = heads_of(plan["unit"], plan["kept"][key] or [0], counts["head"], counts["kv_group"])
             for name, is_kv in list(config_head_names(config)):
                 setattr(config, name, len(heads.kv if is_kv else heads.queries))

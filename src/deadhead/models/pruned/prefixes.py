@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
-from .layer_configs import head_counts
+from .layer_configs import head_counts, head_width
 from .shrinking import heads_of
 
 # An attribute of caches that a cut model has written to, or been given before.
@@ -31,12 +31,12 @@ def keep_own_heads(config: Any, cache: Any) -> None:
     if not config.plans_layers:
         return
     counts = head_counts(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // counts["head"]
+    width = head_width(config)
     plan = config.head_plan
     for key, kept in plan["kept"].items():
         layer: Any = cache.layers[int(key)] if int(key) < len(cache.layers) else None
         keys = getattr(layer, "keys", None)
-        if keys is None or keys.ndim != 4 or keys.shape[1] != counts["kv_group"] or keys.shape[-1] != head_dim:
+        if keys is None or keys.ndim != 4 or keys.shape[1] != counts["kv_group"] or keys.shape[-1] != width:
             continue
         heads = list(heads_of(plan["unit"], kept, counts["head"], counts["kv_group"]).kv)
         if not heads:
