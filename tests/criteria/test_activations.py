@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deadhead.criteria.activations import flap, wanda
+from deadhead.criteria.reading import WholeReading
 from deadhead.criteria.scoring import score_heads
 from deadhead.layouts import Site
 from deadhead.plans.plan import Unit
@@ -38,7 +39,7 @@ def rows_of(model: Any, site: Site) -> Tensor:
 def test_wanda_is_the_weights_times_the_length_of_what_they_multiply(case: tuple[Any, Unit]) -> None:
     model, unit = case
     sites = sites_of(model, unit)
-    for site, scores in zip(sites, wanda(model, sites, scored_batches()), strict=True):
+    for site, scores in zip(sites, wanda(WholeReading(model, scored_batches()), sites), strict=True):
         rows, weight = rows_of(model, site), weight_of(site)
         expected = []
         for place in range(len(site.units)):
@@ -54,7 +55,7 @@ def test_wanda_is_the_weights_times_the_length_of_what_they_multiply(case: tuple
 def test_flap_is_the_standardised_fluctuation(case: tuple[Any, Unit]) -> None:
     model, unit = case
     sites = sites_of(model, unit)
-    for site, scores in zip(sites, flap(model, sites, scored_batches()), strict=True):
+    for site, scores in zip(sites, flap(WholeReading(model, scored_batches()), sites), strict=True):
         rows, weight = rows_of(model, site), weight_of(site)
         plain = []
         for column in range(rows.shape[1]):
@@ -77,9 +78,9 @@ def test_what_never_changes_has_no_fluctuation_but_a_length() -> None:
         for projection in (layer.gate_proj, layer.up_proj):
             projection.weight[5] = 0
     site = next(site for site in sites_of(model, "kv_group") if site.is_hidden)
-    (scores,) = flap(model, [site], scored_batches())
+    (scores,) = flap(WholeReading(model, scored_batches()), [site])
     assert int(scores.argmin()) == 5
-    (scores,) = wanda(model, [site], scored_batches())
+    (scores,) = wanda(WholeReading(model, scored_batches()), [site])
     assert float(scores[5]) == 0
 
 

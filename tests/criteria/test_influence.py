@@ -9,6 +9,7 @@ import torch
 
 import deadhead
 from deadhead.criteria.influence import influence
+from deadhead.criteria.reading import WholeReading
 from deadhead.criteria.scoring import score_heads
 from deadhead.measure.cost import counted_costs, model_cost
 from tests.criteria.models import STOCK, counted, llama, scored_batches, sites_of, streams, sublayer
@@ -19,7 +20,7 @@ def test_influence_is_how_far_the_stream_turns(name: str) -> None:
     make, unit = STOCK[name]
     model = make().double()
     sites = sites_of(model, unit)
-    for site, scores in zip(sites, influence(model, sites, scored_batches()), strict=True):
+    for site, scores in zip(sites, influence(WholeReading(model, scored_batches()), sites), strict=True):
         turned = []
         for batch in scored_batches():
             with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor
 import deadhead
 from deadhead.attaching import choices_of
 from deadhead.criteria.nested import NestedSublayer, resized
+from deadhead.criteria.reading import WholeReading
 from deadhead.criteria.second_order import measured
 from deadhead.layouts import find_layout, head_columns
 from deadhead.plans.plan import Unit
@@ -23,7 +24,7 @@ RIDGE = 0.1
 
 def moments_of(model: Any, unit: Unit) -> list[Tensor]:
     """The second moments of what each sublayer's output projection reads."""
-    found = measured(model, sites_of(model, unit), scored_batches(), with_gradients=False)
+    found = measured(WholeReading(model, scored_batches()), sites_of(model, unit), with_gradients=False)
     return [moments.inputs_nn / moments.count for moments in found]
 
 

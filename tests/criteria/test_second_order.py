@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import deadhead
+from deadhead.criteria.reading import WholeReading
 from deadhead.criteria.scoring import score_heads
 from deadhead.criteria.second_order import Moments, measured, removal, second_order, slopes
 from deadhead.errors import InputError
@@ -48,7 +49,7 @@ def test_moments_are_sums_over_the_tokens_that_count(name: str, with_gradients: 
     make, unit = STOCK[name]
     model = make().double().requires_grad_(not with_gradients)
     sites = sites_of(model, unit)
-    found = measured(model, sites, scored_batches(), with_gradients=with_gradients)
+    found = measured(WholeReading(model, scored_batches()), sites, with_gradients=with_gradients)
     for site, moments in zip(sites, found, strict=True):
         inputs_nn, gradients_DD, count = torch.zeros(()).double(), torch.zeros(()).double(), 0
         for batch in scored_batches():
@@ -109,7 +110,7 @@ def test_a_unit_that_a_smaller_scale_hides_is_removed_alike() -> None:
 def test_scores_ascend_in_the_order_of_removal_and_sum_to_what_is_lost(with_gradients: bool) -> None:
     model = llama().double()
     for site in sites_of(model, "kv_group"):
-        (moments,) = measured(model, [site], scored_batches(), with_gradients=with_gradients)
+        (moments,) = measured(WholeReading(model, scored_batches()), [site], with_gradients=with_gradients)
         scores = slopes(site, moments)
         if moments.gradients_DD is None:
             root = torch.eye(32, dtype=torch.float64)
@@ -148,7 +149,8 @@ def test_passes_for_some_sites_each_find_the_same(case: tuple[Any, Unit]) -> Non
     model, unit = case
     sites = sites_of(model, unit)
     whole, parts = (
-        second_order(model, sites, scored_batches(), with_gradients=True, most_bytes=most) for most in (10**9, 1)
+        second_order(WholeReading(model, scored_batches()), sites, with_gradients=True, most_bytes=most)
+        for most in (10**9, 1)
     )
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9)

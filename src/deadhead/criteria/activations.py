@@ -13,18 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from deadhead.attaching import output_squares
-from deadhead.criteria.reading import Batches, Reading, predicting
+from deadhead.criteria.reading import Reading, predicting
 from deadhead.gates.head_gate import relative_difference
 from deadhead.layouts import Site, head_columns
 
 
 @torch.no_grad()
-def output_differences(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
+def output_differences(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     """Return for each site the mean over batches of d_h², (H,)."""
-    reading = Reading(model)
     found = [torch.zeros(len(site.units)) for site in sites]
 
     def measure(scores: Tensor, site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -34,25 +32,25 @@ def output_differences(model: PreTrainedModel, sites: Sequence[Site], batches: B
     with ExitStack() as exits:
         for scores, site in zip(found, sites, strict=True):
             exits.enter_context(site.output.register_forward_pre_hook(partial(measure, scores, site)))
-        count = sum(1 for _ in reading.over(batches))
+        count = sum(1 for _ in reading.over())
     return [scores / count for scores in found]
 
 
-def wanda(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
+def wanda(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     """Return for each site Σ_j ‖W_O,j‖₁ ‖x_j‖₂ over a unit's columns j, over the site's mean, (H,).
 
     Wanda (Sun, Liu, Bair, Kolter 2023, arXiv 2306.11695, equation 1) for whole columns. It compares weights of one
     output alone; over the mean, sites compare.
     """
     found = []
-    for site, moments in zip(sites, _moments(model, sites, batches), strict=True):
+    for site, moments in zip(sites, _moments(reading, sites), strict=True):
         lengths_n = moments.squares.sqrt() * _columns(site).abs().sum(0)
         scores_H = _by_unit(site, lengths_n)
         found.append(scores_H / scores_H.mean().clamp(min=torch.finfo(torch.float64).tiny))
     return found
 
 
-def flap(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
+def flap(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     """Return for each site Var(x_j) ‖W_O,j‖², standardised over its columns j, and its mean over a unit's, (H,).
 
     FLAP (An, Zhao, Yu, Tang, Wang 2024, arXiv 2312.11983, equations 5 and 6). Its authors take the mean over a head's
@@ -62,7 +60,7 @@ def flap(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> lis
     and least squares after the cut do more.
     """
     found = []
-    for site, moments in zip(sites, _moments(model, sites, batches), strict=True):
+    for site, moments in zip(sites, _moments(reading, sites), strict=True):
         scores_n = moments.variance * _columns(site).square().sum(0)
         deviation = scores_n.std(correction=0)
         # Equals are as good as the mean.
@@ -109,14 +107,13 @@ class _Moments:
 
 
 @torch.no_grad()
-def _moments(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[_Moments]:
-    reading = Reading(model)
+def _moments(reading: Reading, sites: Sequence[Site]) -> list[_Moments]:
     found = [_Moments(len(site.units) * site.unit_dim) for site in sites]
     counts = torch.empty(0)
 
     def begin(inputs: Mapping[str, Tensor]) -> None:
         nonlocal counts
-        counts = predicting(model, inputs).flatten()
+        counts = predicting(reading.model, inputs).flatten()
 
     def measure(moments: _Moments, module: nn.Module, args: tuple[Any, ...]) -> None:
         moments.add(args[0].flatten(0, -2)[counts.to(args[0].device)])
@@ -124,6 +121,6 @@ def _moments(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) ->
     with ExitStack() as exits:
         for site, moments in zip(sites, found, strict=True):
             exits.enter_context(site.output.register_forward_pre_hook(partial(measure, moments)))
-        for _ in reading.over(batches, begin):
+        for _ in reading.over(begin):
             pass
     return found

@@ -10,28 +10,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 
-from deadhead.criteria.reading import Batches, Reading, predicting
+from deadhead.criteria.reading import Reading, predicting
 from deadhead.criteria.streams import Passage, watched
 from deadhead.layouts import Site
 
 
 @torch.no_grad()
-def influence(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
+def influence(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     """Return for each site the mean of 1 − cos(h before, h behind), shared out among its units, (H,).
 
     Block influence (Men et al. 2024, arXiv 2403.03853, equation 1), but of attention and feed-forward parts, not of
     layers. All units of a site score alike, so it goes whole before the next begins.
     """
-    reading = Reading(model)
     totals = {site.key: 0.0 for site in sites}
     tokens = 0
     counts_BT = torch.empty(0)
 
     def begin(inputs: Mapping[str, Tensor]) -> None:
         nonlocal counts_BT, tokens
-        counts_BT = predicting(model, inputs)
+        counts_BT = predicting(reading.model, inputs)
         tokens += int(counts_BT.sum())
 
     def visit(passage: Passage) -> None:
@@ -40,8 +38,8 @@ def influence(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -
         turned_BT = (after - before).square().sum(-1) / 2
         totals[passage.site.key] += float(turned_BT[counts_BT.to(turned_BT.device)].sum())
 
-    with watched(model, sites, visit):
-        for _ in reading.over(batches, begin):
+    with watched(reading.model, sites, visit):
+        for _ in reading.over(begin):
             pass
     return [
         torch.full((len(site.units),), totals[site.key] / max(tokens, 1) / len(site.units), dtype=torch.float64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,41 +14,58 @@ from deadhead.errors import InputError
 from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs, require_language_model
 from deadhead.modes import evaluating
 
+Begin = Callable[[Mapping[str, Tensor]], None]
 
-class Reading:
-    """Runs a language model over batches; made before anything hooks on to the model, which it first tries.
+
+class Reading(Protocol):
+    """Runs modules of a language model over a text while others watch them."""
+
+    model: PreTrainedModel
+
+    def over(self, begin: Begin = lambda inputs: None) -> Iterator[tuple[Any, Mapping[str, Tensor]]]:
+        """Run them over each batch, and yield what they made of it, and the batch, of which `begin` is told before.
+
+        Raises:
+            InputError: there is no batch.
+        """
+
+    def gradients(self, made: Any, of: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+        """Return the gradients of the sum of the losses of all `count` tokens that count, with respect to `of`."""
+
+
+class WholeReading:
+    """Runs a language model as a whole; made before anything hooks on to the model, which it first tries.
+
+    Batches are those that `score_heads` takes.
 
     Raises:
         UnsupportedModel: the model does not predict the next token.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Batches) -> None:
         require_language_model(model, "A criterion that looks at text")
-        self.model = model
+        self.model, self._batches = model, batches
         self.losses = SegmentLoss(model)
         self.losses.try_out()
 
-    def over(
-        self, batches: Batches, begin: Callable[[Mapping[str, Tensor]], None] = lambda inputs: None
-    ) -> Iterator[tuple[SegmentOutputs, Mapping[str, Tensor]]]:
-        """Run the model over batches, in evaluation mode, and yield each one's outputs and inputs.
-
-        Args:
-            batches: as `score_heads` takes them.
-            begin: is told each batch, on the model's device, before the model runs.
-
-        Raises:
-            InputError: there is no batch.
-        """
-        has_text = False
+    def over(self, begin: Begin = lambda inputs: None) -> Iterator[tuple[SegmentOutputs, Mapping[str, Tensor]]]:
+        """Run the model over the batches, on its device and in evaluation mode; see `Reading`."""
+        read = []
         with evaluating(self.model):
-            for batch in batches:
-                has_text = True
+            for batch in self._batches:
+                read.append(batch)
                 inputs = {name: value.to(self.model.device) for name, value in batch.items()}
                 begin(inputs)
                 yield self.losses(self.model, inputs), inputs
-        if not has_text:
+        if not read:
             raise InputError("This criterion looks at text, but no batch was given.")
+        # Whoever reads again gets the same, though they came one by one.
+        self._batches = read
+
+    def gradients(self, made: SegmentOutputs, of: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+        """Return the gradients of all tokens' losses; see `Reading`."""
+        # The loss is a mean over tokens; a position's gradient should not depend on how many there are.
+        return torch.autograd.grad(made.loss * count, of)
 
 
 def predicting(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

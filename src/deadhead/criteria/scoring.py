@@ -19,7 +19,7 @@ blocks compare by what is lost for what they cost. Where scores are an order alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,13 +27,14 @@ from transformers import PreTrainedModel
 from deadhead.attaching import choices_of, gates_of, has_blocks, unwrapped
 from deadhead.criteria import activations, weights
 from deadhead.criteria.influence import influence
-from deadhead.criteria.reading import Batches
+from deadhead.criteria.reading import Reading, WholeReading
 from deadhead.criteria.second_order import second_order
 from deadhead.criteria.taylor import taylor
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts import Site, find_layout
+from deadhead.measure.losses import Batches
 from deadhead.plans.blocks import Blocks
-from deadhead.plans.kinds import ONE_SHOT, STANDARDISED, OneShot
+from deadhead.plans.kinds import ONE_SHOT, READS_TEXT, STANDARDISED, OneShot
 from deadhead.plans.plan import Unit, UnitKey
 from deadhead.plans.scores import HeadScores
 
@@ -77,32 +78,56 @@ def score_heads(
     gates = gates_of(model)
     if gates is not None and not all(bool(gate.is_open.all()) for _, gate in gates):
         raise InputError("One-shot criteria score a model with all heads open, but some of its gates are closed.")
-    layout = find_layout(model)
-    unit = layout.choose_unit(model, unit, what="heads are cut by")
-    sites = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
-    there = [site for site in sites if site.units]
-    # Units one by one; blocks that do not fit are told of before any text is read.
-    choices, asked = choices_of(sites, unit, 1), choices_of(sites, unit, blocks)
-    if criterion not in ONE_SHOT:
-        raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
-    if criterion not in _OF_ANY_UNIT and any(site.output_path is None for site in there):
-        raise InputError(
-            f"Persistent vectors have no score by {criterion!r}, as a layer's output is no sum over them; "
-            "use 'taylor' or 'magnitude', or leave blocks out."
-        )
-    found = _scores(model, criterion, there, batches, seed) if there else []
-    by_row = {site.key: values for site, values in zip(there, found, strict=True) if values.dim() == 2}
-    values = {site.key: _total(values) for site, values in zip(there, found, strict=True)}
-    scores = HeadScores(scores=values, choices=choices)
+    scoring = Scoring(model, criterion, unit=unit, blocks=blocks)
+    reading = WholeReading(model, batches) if scoring.sites and criterion in READS_TEXT else None
+    return scoring.scores(scoring.of_units(scoring.sites, reading, seed))
 
-    def together(key: UnitKey, owner_F: Tensor) -> Tensor:
-        single = by_row.get(key, values[key])
-        sums = single.new_zeros(*single.shape[:-1], int(owner_F.max()) + 1).index_add(-1, owner_F, single)
-        return sums / owner_F.bincount() if criterion in STANDARDISED else _total(sums)
 
-    if isinstance(blocks, Mapping):
-        return scores.bundled(asked.hidden, together)
-    return scores.in_blocks(blocks, together)
+class Scoring:
+    """What is scored of a model, and how what each unit scores becomes the scores of what goes or stays together.
+
+    Args: as for `score_heads`, which also says what is raised.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, criterion: OneShot, *, unit: Unit | None, blocks: bool | int | Blocks
+    ) -> None:
+        layout = find_layout(model)
+        unit = layout.choose_unit(model, unit, what="heads are cut by")
+        sites = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
+        # Those that have units.
+        self.sites = [site for site in sites if site.units]
+        # Units one by one; blocks that do not fit are told of before any text is read.
+        self._choices, self._asked = choices_of(sites, unit, 1), choices_of(sites, unit, blocks)
+        self.criterion, self._blocks = criterion, blocks
+        if criterion not in ONE_SHOT:
+            raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
+        if criterion not in _OF_ANY_UNIT and any(site.output_path is None for site in self.sites):
+            raise InputError(
+                f"Persistent vectors have no score by {criterion!r}, as a layer's output is no sum over them; "
+                "use 'taylor' or 'magnitude', or leave blocks out."
+            )
+
+    def of_units(self, sites: Sequence[Site], reading: Reading | None, seed: int) -> dict[UnitKey, Tensor]:
+        """Return for some sites a score of each unit, (H,), or of each row of the text too, (R, H), on the CPU.
+
+        "random" is only the same if all sites are scored at once. Criteria that look at no text need no reading.
+        """
+        found = _scores(self.criterion, sites, reading, seed) if sites else []
+        return {site.key: values for site, values in zip(sites, found, strict=True)}
+
+    def scores(self, found: Mapping[UnitKey, Tensor]) -> HeadScores:
+        """Return the scores of heads and blocks, given those of all units."""
+        scores = HeadScores(scores={key: _total(values) for key, values in found.items()}, choices=self._choices)
+
+        def together(key: UnitKey, owner_F: Tensor) -> Tensor:
+            single = found[key]
+            sums = single.new_zeros(*single.shape[:-1], int(owner_F.max()) + 1).index_add(-1, owner_F, single)
+            return sums / owner_F.bincount() if self.criterion in STANDARDISED else _total(sums)
+
+        if isinstance(self._blocks, Mapping):
+            return scores.bundled(self._asked.hidden, together)
+        return scores.in_blocks(self._blocks, together)
 
 
 def _total(scores: Tensor) -> Tensor:
@@ -110,19 +135,19 @@ def _total(scores: Tensor) -> Tensor:
     return scores.abs().sum(0) if scores.dim() == 2 else scores
 
 
-def _scores(model: PreTrainedModel, criterion: OneShot, sites: list[Site], batches: Batches, seed: int) -> list[Tensor]:
-    """Return for each site a score of each of its units, (H,), or of each row too, (R, H), on the CPU."""
+def _scores(criterion: OneShot, sites: Sequence[Site], reading: Reading | None, seed: int) -> list[Tensor]:
     if criterion == "magnitude":
         return weights.magnitudes(sites)
     if criterion == "random":
         return weights.random(sites, seed)
+    assert reading is not None, "other criteria look at text"
     if criterion == "second-order" or criterion == "reconstruction":
-        return second_order(model, sites, batches, with_gradients=criterion == "second-order")
-    reading = {
+        return second_order(reading, sites, with_gradients=criterion == "second-order")
+    by_reading = {
         "taylor": taylor,
         "output-difference": activations.output_differences,
         "wanda": activations.wanda,
         "flap": activations.flap,
         "influence": influence,
     }
-    return reading[criterion](model, sites, batches)
+    return by_reading[criterion](reading, sites)

@@ -22,15 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deadhead.criteria.reading import Batches, Reading, predicting
+from deadhead.criteria.reading import Reading, predicting
 from deadhead.criteria.streams import Passage, watched
 from deadhead.layouts import Site, head_columns
-from deadhead.measure.losses import SegmentOutputs
 from deadhead.modes import free_memory
 from deadhead.plans.plan import UnitKey
 
@@ -54,9 +54,8 @@ class Moments:
 
 
 def second_order(
-    model: PreTrainedModel,
+    reading: Reading,
     sites: Sequence[Site],
-    batches: Batches,
     *,
     with_gradients: bool,
     most_bytes: int | None = None,
@@ -64,19 +63,15 @@ def second_order(
     """Return for each site the slopes of what its units cost, in the order in which they are best removed, (H,).
 
     Args:
-        model: a language model.
+        reading: once for as many sites as fit into memory.
         sites: with output projections.
-        batches: as `score_heads` takes them; read once for as many sites as fit into memory.
         with_gradients: whether outputs are weighed by the loss's gradients, in nats a token; else they all count alike,
             relative to the stream.
         most_bytes: what the moments of one pass may take; None takes a quarter of the memory that is free.
     """
     found: list[Tensor] = []
-    groups = [*_groups(model, sites, with_gradients, most_bytes)]
-    if len(groups) > 1:
-        batches = list(batches)
-    for group in groups:
-        for site, moments in zip(group, measured(model, group, batches, with_gradients=with_gradients), strict=True):
+    for group in _groups(reading.model, sites, with_gradients, most_bytes):
+        for site, moments in zip(group, measured(reading, group, with_gradients=with_gradients), strict=True):
             found.append(slopes(site, moments))
     return found
 
@@ -100,18 +95,12 @@ def _groups(
 
 
 def measured(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    batches: Batches,
-    *,
-    with_gradients: bool,
-    note: Callable[[SegmentOutputs], None] = lambda outputs: None,
+    reading: Reading, sites: Sequence[Site], *, with_gradients: bool, note: Callable[[Any], None] = lambda made: None
 ) -> list[Moments]:
     """Return the moments of some sites, from one pass over a text, forward and, with gradients, backward.
 
-    `note` is told what the model made of each batch.
+    `note` is told what was made of each batch.
     """
-    reading = Reading(model)
     found: dict[UnitKey, Moments] = {}
     for site in sites:
         width, inner = head_columns(site.output).shape
@@ -124,7 +113,7 @@ def measured(
 
     def begin(inputs: Mapping[str, Tensor]) -> None:
         nonlocal counts_BT
-        counts_BT = predicting(model, inputs)
+        counts_BT = predicting(reading.model, inputs)
 
     @torch.no_grad()
     def visit(passage: Passage) -> None:
@@ -145,14 +134,12 @@ def measured(
         for site in (sites if with_gradients else ())
     ]
     try:
-        with torch.set_grad_enabled(with_gradients), watched(model, sites, visit):
-            for result, _ in reading.over(batches, begin):
-                note(result)
+        with torch.set_grad_enabled(with_gradients), watched(reading.model, sites, visit):
+            for made, _ in reading.over(begin):
+                note(made)
                 if not with_gradients:
                     continue
-                # The loss is a mean over tokens; a position's gradient should not depend on how many there are.
-                total = result.loss * int(counts_BT.sum())
-                gradients = torch.autograd.grad(total, [outputs[site.key] for site in sites])
+                gradients = reading.gradients(made, [outputs[site.key] for site in sites], int(counts_BT.sum()))
                 for site, gradient in zip(sites, gradients, strict=True):
                     length_BT = lengths[site.key]
                     rows = (gradient.reshape(*length_BT.shape, -1).float() * length_BT[..., None]).flatten(0, 1)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from deadhead.attaching import choices_of, has_blocks
 from deadhead.criteria.nested import NestedSublayer, resized
-from deadhead.criteria.reading import predicting
+from deadhead.criteria.reading import WholeReading, predicting
 from deadhead.criteria.second_order import measured, slopes
 from deadhead.errors import InputError
 from deadhead.layouts import find_layout
@@ -109,7 +109,7 @@ class SizesCourse:
             self._dense.append(_kept(outputs.read))
             progress(len(self._dense), len(self._batches))
 
-        moments = measured(model, sites, self._batches, with_gradients=False, note=note)
+        moments = measured(WholeReading(model, self._batches), sites, with_gradients=False, note=note)
         values = {site.key: slopes(site, each) for site, each in zip(sites, moments, strict=True)}
 
         def together(key: UnitKey, owner_F: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from deadhead.criteria.reading import Batches, Reading
+from deadhead.criteria.reading import Reading
 from deadhead.layouts import Site
 
 
@@ -63,13 +62,12 @@ class _Mask(nn.Module):
             modules.update(before)
 
 
-def taylor(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> list[Tensor]:
+def taylor(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     """Return for each site ∂L / ∂ξ_h of every row, (R, H), L the mean loss of the row's tokens, as shares of a mean.
 
     Rows weigh by the tokens of theirs that count. A unit's score is the sum over rows of what there is, without its
     sign, and that of several units together the same of their sum: they may make up for each other.
     """
-    reading = Reading(model)
     found: list[list[Tensor]] = [[] for _ in sites]
     masks = [_Mask(site) for site in sites]
     total = 0
@@ -83,11 +81,11 @@ def taylor(model: PreTrainedModel, sites: Sequence[Site], batches: Batches) -> l
     with torch.enable_grad(), ExitStack() as exits:
         for mask in masks:
             exits.enter_context(mask.put_on())
-        for outputs, inputs in reading.over(batches, begin):
+        for made, inputs in reading.over(begin):
             # Nothing tells of a row's first token.
             weight = int(inputs["scored"][:, 1:].sum()) if "scored" in inputs else len(inputs["input_ids"])
             # The loss is a mean over the rows, so each row's own derivative is so many times as large.
-            derivatives = torch.autograd.grad(outputs.loss * weight, [mask.mask_BH for mask in masks])
+            derivatives = reading.gradients(made, [mask.mask_BH for mask in masks], weight)
             for rows, derivative_BH in zip(found, derivatives, strict=True):
                 rows.append(derivative_BH.float().cpu())
             total += weight
