@@ -11,7 +11,7 @@ from torch import Tensor
 
 import deadhead
 from deadhead.attaching import attach
-from deadhead.compensation import compensating, solving
+from deadhead.compensation import fitting, solving
 from deadhead.compensation.calibration import divided, held_out_loss
 from deadhead.compensation.compensating import compensate_from
 from deadhead.errors import InputError, UnsupportedModel
@@ -79,9 +79,9 @@ def test_layers_that_gain_nothing_are_left_alone_to_the_bit(monkeypatch: Any) ->
     dense = dense_model("llama")
     model = cut_by_hand(dense)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    choose = compensating.best_fit
+    choose = fitting.best_fit
     calls = iter(range(100))
-    monkeypatch.setattr(compensating, "best_fit", lambda *args: choose(*args) if next(calls) % 2 else None)
+    monkeypatch.setattr(fitting, "best_fit", lambda *args: choose(*args) if next(calls) % 2 else None)
     found = deadhead.compensate(model, dense, text_of(dense))
     assert found.kept
     fitted = {f"{layer.path}.weight" for layer in found.layers if layer.fitted}
@@ -96,8 +96,8 @@ def test_a_model_that_would_be_worse_is_left_alone_to_the_bit(monkeypatch: Any) 
     model = cut_by_hand(dense)
     before, config = snapshot(model), model.config.to_dict()
     parameters = dict(model.named_parameters())
-    install = compensating.install
-    monkeypatch.setattr(compensating, "install", lambda output, weight: install(output, -3 * weight))
+    install = fitting.install
+    monkeypatch.setattr(fitting, "install", lambda output, weight: install(output, -3 * weight))
     found = deadhead.compensate(model, dense, text_of(dense))
     assert not found.kept and found.after > found.before
     assert not any(layer.fitted for layer in found.layers) and all(layer.reason for layer in found.layers)
@@ -151,7 +151,7 @@ def test_massive_activations_do_not_ruin_a_model(monkeypatch: Any) -> None:
         return solving.Fit(weight_DN=fits[0], ridge=1e-5, share=0.0, before=1.0, after=0.0)
 
     add = solving.Moments.add
-    monkeypatch.setattr(compensating, "best_fit", plain_fit)
+    monkeypatch.setattr(fitting, "best_fit", plain_fit)
     monkeypatch.setattr(
         solving.Moments, "add", lambda self, x, targets, weight: add(self, x, targets, torch.ones_like(weight))
     )
@@ -172,7 +172,7 @@ def test_a_failure_leaves_the_model_as_it_was(kind: str, monkeypatch: Any) -> No
             raise KeyboardInterrupt
         return solving.best_fit(*args)
 
-    monkeypatch.setattr(compensating, "best_fit", fail)
+    monkeypatch.setattr(fitting, "best_fit", fail)
     with pytest.raises(KeyboardInterrupt):
         deadhead.compensate(model, dense, text_of(dense))
     assert_unchanged(model, states[0])

@@ -26,7 +26,9 @@ def passed(kind: str) -> Any:
     model = cut_by_hand(dense)
     calibration = divided(model, text_of(dense, rows=16))
     sublayers = find_sublayers(model, dense)
-    stream, other = (stream_of(each, calibration, layers_path(dense, sublayers)) for each in (model, dense))
+    stream, other = (
+        stream_of(each, calibration, layers_path(dense, [each.path for each in sublayers])) for each in (model, dense)
+    )
     within = [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[0])]
     return stream, dense, calibration, pass_dense(other, 0, within)
 
@@ -66,7 +68,7 @@ def test_an_uncut_model_has_no_error(kind: str) -> None:
     dense = dense_model(kind, torch.float64)
     calibration = divided(dense, text_of(dense, rows=16))
     sublayers = find_sublayers(dense, dense)
-    layers = layers_path(dense, sublayers)
+    layers = layers_path(dense, [each.path for each in sublayers])
     stream, other = stream_of(dense, calibration, layers), stream_of(dense, calibration, layers)
     for index, path in enumerate(stream.paths):
         within = [sublayer for sublayer in sublayers if sublayer.is_within(path)]
@@ -130,7 +132,9 @@ def test_padding_does_not_count() -> None:
     for each in (batches, other):
         calibration = divided(model, each)
         sublayers = find_sublayers(model, dense)
-        stream, second = (stream_of(m, calibration, layers_path(dense, sublayers)) for m in (model, dense))
+        stream, second = (
+            stream_of(m, calibration, layers_path(dense, [each.path for each in sublayers])) for m in (model, dense)
+        )
         found = pass_dense(second, 0, [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[0])])
         moments = CutLayer(stream, 0, found, dense, calibration).moments(0)
         assert moments is not None

@@ -17,7 +17,9 @@ from tests.random_models import assert_unchanged, difference, snapshot
 
 def stream(model: Any, dense: Any) -> Any:
     calibration = divided(model, text_of(dense, rows=8))
-    return stream_of(model, calibration, layers_path(dense, find_sublayers(model, dense))), calibration
+    return stream_of(
+        model, calibration, layers_path(dense, [each.path for each in find_sublayers(model, dense)])
+    ), calibration
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,14 +74,24 @@ def run_stack(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     return run(text_stack(model), {"input_ids": batch["input_ids"], "use_cache": False})[0]
 
 
-def held_out_loss(model: PreTrainedModel, calibration: Calibration) -> float:
-    """Return the mean negative log-likelihood of a held-out token."""
+def held_out_loss(
+    model: PreTrainedModel, calibration: Calibration, begin: Callable[[int, int], None] = lambda batch, row: None
+) -> float:
+    """Return the mean negative log-likelihood of a held-out token.
+
+    `begin` is told the index of each batch, and of the row in it from which on the model will run on some.
+    """
     loss = SegmentLoss(model)
+    loss.try_out()
     total = tokens = 0.0
     # The memory of a held-out batch is what comes before it.
-    pairs = zip(calibration.batches, calibration.is_held, strict=True)
-    for batch, is_held in pairs if calibration.has_memory else ((batch, True) for batch in calibration.held):
+    pairs = [*zip(calibration.batches, calibration.is_held, strict=True)]
+    pairs = pairs if calibration.has_memory else [(batch, True) for batch in calibration.held]
+    for index, (batch, is_held) in enumerate(pairs):
+        row = 0
         for part in [batch] if calibration.has_memory else _parts(batch, _MOST_LOGITS):
+            begin(index, row)
+            row += len(part["input_ids"])
             mean = loss(model, part).loss
             if is_held and (count := _scored(part, calibration.has_memory)):
                 total, tokens = total + float(mean) * count, tokens + count

@@ -6,28 +6,21 @@ For each projection W, with inputs x and targets y, tokens weighted by w: W ← 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from deadhead.attaching import gates_of, require_cuttable
 from deadhead.compensation.calibration import Calibration, distance, divided, held_out_loss, held_out_states
-from deadhead.compensation.gathering import CutLayer, pass_dense
-from deadhead.compensation.moments import Moments
-from deadhead.compensation.record import Compensation, FittedLayer
-from deadhead.compensation.solving import best_fit
+from deadhead.compensation.fitting import fit_layer
+from deadhead.compensation.record import Compensation, FittedLayer, taken_back
 from deadhead.compensation.streams import Stream, stream_of, whole_stream
-from deadhead.compensation.sublayers import Sublayer, find_sublayers, install, layers_path, projection
+from deadhead.compensation.sublayers import Sublayer, find_sublayers, layers_path
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts import own_config
 from deadhead.measure.losses import Batches
 from deadhead.modes import evaluating, restored_on_failure, seeded, uncompiled
-
-# A fit must take away this share of the target's power at least; less is rounding.
-_LEAST_GAIN = 1e-5
 
 
 @typed_but("model", "dense", "batches")
@@ -99,8 +92,7 @@ def compensate_from(
         if not kept:
             for output, parameters in old:
                 output._parameters.update(parameters)
-            why = "all fits together are not better on held-out text"
-            layers = [replace(layer, fitted=False, reason=why) if layer.fitted else layer for layer in layers]
+            layers = taken_back(layers)
         found = Compensation(
             layers=tuple(layers),
             measure=measure,
@@ -158,44 +150,28 @@ def _fit_all(
     stream, other = _streams(model, dense, sublayers, calibration)
     found: dict[str, FittedLayer] = {}
     tokens = (0, 0)
-    for index, path in enumerate(stream.paths):
-        within = [sublayer for sublayer in sublayers if sublayer.is_within(path)]
-        passed = pass_dense(other, index, within)
-        layer = CutLayer(stream, index, passed, dense, calibration)
-        for place, sublayer in enumerate(passed.order):
-            output = model.get_submodule(sublayer.path)
-            moments = layer.moments(place) if projection(output).numel() else None
-            found[sublayer.path] = _fitted(output, sublayer.path, moments)
-            if moments is not None:
-                tokens = moments[0].tokens, moments[1].tokens
-            progress(len(found), len(sublayers))
+    for index in range(len(stream.paths)):
+        report = partial(_add, progress, len(found), len(sublayers))
+        fits = fit_layer(stream, other, index, sublayers, calibration, report)
+        found |= fits.layers
+        tokens = fits.tokens or tokens
         if index + 1 < len(stream.paths):
-            layer.advance()
+            fits.advance()
         if consume and not stream.is_whole:
             other.release(index)
     never = [FittedLayer(path=s.path, fitted=False, reason="it did not run") for s in sublayers if s.path not in found]
     return [*found.values(), *never], tokens
 
 
+def _add(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
 def _streams(
     model: PreTrainedModel, dense: PreTrainedModel, sublayers: list[Sublayer], calibration: Calibration
 ) -> tuple[Stream, Stream]:
-    layers = layers_path(dense, sublayers)
+    layers = layers_path(dense, [sublayer.path for sublayer in sublayers])
     pair = stream_of(model, calibration, layers), stream_of(dense, calibration, layers)
     if any(stream.is_whole for stream in pair):
         pair = whole_stream(model, calibration), whole_stream(dense, calibration)
     return pair
-
-
-def _fitted(output: nn.Module, path: str, moments: tuple[Moments, Moments] | None) -> FittedLayer:
-    """Fit one projection, unless that would gain nothing."""
-    if moments is None:
-        return FittedLayer(path=path, fitted=False, reason="nothing is left of it that could be fitted")
-    fit = best_fit(*moments, projection(output))
-    if fit is None:
-        return FittedLayer(path=path, fitted=False, reason="no fit is better on held-out text")
-    if fit.before - fit.after < _LEAST_GAIN:
-        return FittedLayer(path=path, fitted=False, reason="there is nothing to gain", before=fit.before)
-    if not install(output, fit.weight_DN):
-        return FittedLayer(path=path, fitted=False, reason="its dtype cannot hold the fit", before=fit.before)
-    return FittedLayer(path=path, fitted=True, ridge=fit.ridge, share=fit.share, before=fit.before, after=fit.after)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -66,6 +66,12 @@ class Compensation:
             "fitted": sum(layer.fitted for layer in self.layers),
             "projections": len(self.layers),
         }
+
+
+def taken_back(layers: Sequence[FittedLayer]) -> list[FittedLayer]:
+    """Return what becomes of projections where all fits together are not better."""
+    why = "all fits together are not better on held-out text"
+    return [replace(layer, fitted=False, reason=why) if layer.fitted else layer for layer in layers]
 
 
 def card_line(noted: Mapping[str, Any]) -> str:

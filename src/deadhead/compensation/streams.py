@@ -8,7 +8,7 @@ Dimensions: B rows, T tokens, P tokens of memory, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from deadhead.compensation.calibration import Calibration, run_stack
 # How far layers run by themselves may be from the model as a whole, as root mean squares.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _TOLERANCE_HALF = 2e-2
+
+Form = Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Stream:
         calls: for each layer and batch.
         states: hidden states before the first layer, of each batch.
         begins: for each batch of a model with segment memory whether it has none; None for other models.
+        forms: for each layer what gives hidden states the form in which it returns them.
         is_whole: whether the stack as a whole is the only layer.
     """
 
@@ -65,10 +68,11 @@ class Stream:
         calls: list[list[Call]],
         states: list[Tensor | None],
         begins: list[bool] | None,
+        forms: Sequence[Form] = (),
         *,
         is_whole: bool = False,
     ) -> None:
-        self.model, self.layers, self.paths = model, layers, paths
+        self.model, self.layers, self.paths, self.forms = model, layers, paths, forms
         self.calls, self.states, self.begins, self.is_whole = calls, states, begins, is_whole
 
     def inputs(self, index: int) -> Iterator[tuple[list[Any], dict[str, Any]]]:
@@ -90,10 +94,41 @@ class Stream:
         layer = self.layers[index]
         self.states = [first(layer(*args, **kwargs)) for args, kwargs in self.inputs(index)]
 
+    def of(self, places: Sequence[int]) -> Stream:
+        """Return the stream of some of the batches alone, of a model without segment memory."""
+        calls = [[called[place] for place in places] for called in self.calls]
+        states = [self.states[place] for place in places]
+        return Stream(self.model, self.layers, self.paths, calls, states, None, self.forms)
+
+    @contextmanager
+    def ending(self) -> Iterator[Ending]:
+        """Let the model run as if its layers ended in given hidden states, while the block runs."""
+        ending = Ending()
+
+        def given(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                at = _hidden_at(args, kwargs)
+                hidden: Any = kwargs[at] if isinstance(at, str) else args[0]
+                if ending.states is not None and index + 1 == len(self.layers):
+                    hidden = ending.states[: len(hidden)]
+                return self.forms[index](hidden)
+
+            return forward
+
+        with _forwards(self.layers, given):
+            yield ending
+
     def release(self, index: int) -> None:
         """Forget a layer that was passed, in the model too."""
         self.layers[index], self.calls[index] = nn.Identity(), []
         self.model.set_submodule(self.paths[index], nn.Identity())
+
+
+@dataclass
+class Ending:
+    """The hidden states behind the last layer, of the rows that come at least; None: those that come in."""
+
+    states: Tensor | None = None
 
 
 def stream_of(model: PreTrainedModel, calibration: Calibration, layers: str | None) -> Stream:
@@ -144,7 +179,7 @@ def _layered(model: PreTrainedModel, calibration: Calibration, path: str) -> Str
     begins = [bool(batch["is_first"].any()) for batch in calibration.batches] if calibration.has_memory else None
     if begins is not None:
         begins[0] = True
-    stream = Stream(model, list(layers), paths, called, states, begins)
+    stream = Stream(model, list(layers), paths, called, states, begins, [_form(output) for output in outputs])
     return stream if _is_replayed(stream, outputs[-1]) else None
 
 
@@ -152,22 +187,36 @@ def _layered(model: PreTrainedModel, calibration: Calibration, path: str) -> Str
 def _idle(layers: tuple[nn.Module, ...], outputs: list[Any]) -> Iterator[list[tuple[int, Call, Tensor]]]:
     """Let layers return what they are given, in the form of these outputs, and note how they are called."""
     noted: list[tuple[int, Call, Tensor]] = []
-    before = [vars(layer).get("forward") for layer in layers]
 
     def idle(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             at = _hidden_at(args, kwargs)
             hidden: Any = kwargs[at] if isinstance(at, str) else args[0]
             noted.append((index, _call(args, kwargs, at), hidden))
-            output = outputs[index]
-            return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
+            return _form(outputs[index])(hidden)
 
         return forward
 
+    with _forwards(layers, idle):
+        yield noted
+
+
+def _form(output: Any) -> Form:
+    """Return what puts hidden states in the place of those in what a layer returned."""
+    if isinstance(output, Tensor):
+        return lambda hidden: hidden
+    kind, rest = type(output), output[1:]
+    return lambda hidden: kind([hidden, *rest])
+
+
+@contextmanager
+def _forwards(layers: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Let layers compute something else, made for each by its index, while the block runs."""
+    before = [vars(layer).get("forward") for layer in layers]
     try:
         for index, layer in enumerate(layers):
-            layer.forward = idle(index)
-        yield noted
+            layer.forward = make(index)
+        yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
             del layer.forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -85,9 +85,9 @@ def _outputs(output: nn.Module) -> int | None:
     return len(head_columns(output)) if isinstance(getattr(output, "weight", None), Tensor) else None
 
 
-def layers_path(model: nn.Module, sublayers: Sequence[Sublayer]) -> str | None:
-    """Return the path of the one list of layers that all sublayers lie in, or None if there is none."""
-    found = {_first_list(model, sublayer.path) for sublayer in sublayers}
+def layers_path(model: nn.Module, paths: Iterable[str]) -> str | None:
+    """Return the path of the one list of layers that all modules of these paths lie in, or None if there is none."""
+    found = {_first_list(model, path) for path in paths}
     return found.pop() if len(found) == 1 else None
 
 

@@ -44,10 +44,14 @@ class Keep:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One tensor of the new file: where it comes from, and what stays of it (None: all)."""
+    """One tensor of the new file: where it comes from, and what stays of it (None: all).
+
+    `fitted` has new values of what stays, and the file that they lie in.
+    """
 
     source: StoredTensor
     keep: Keep | None = None
+    fitted: tuple[Path, StoredTensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,6 +63,22 @@ class Piece:
     def nbytes(self) -> int:
         """Its new size in bytes."""
         return prod(self.shape) * self.source.torch_dtype.itemsize
+
+
+def read_piece(folder: Path, piece: Piece) -> Tensor:
+    """Return what stays of a tensor of a checkpoint in this folder.
+
+    Raises:
+        InputError: the file ended early.
+    """
+    values = torch.empty(piece.shape, dtype=piece.source.torch_dtype)
+    data, place = _bytes_of(values), 0
+    path = folder / piece.source.file
+    with path.open("rb", buffering=0) as file:
+        for part, _ in _parts(file, path, piece):
+            data[place : place + len(part)] = part
+            place += len(part)
+    return values
 
 
 class Stopped(Exception):
@@ -131,6 +151,12 @@ def send_to_disk(path: Path) -> None:
 
 def _parts(file: FileIO, path: Path, piece: Piece) -> Iterator[tuple[memoryview, int]]:
     """Yield the bytes of what is left of a tensor, and how many of the source's they took."""
+    if piece.fitted is not None:
+        path, stored = piece.fitted
+        with path.open("rb", buffering=0) as other:
+            # Of the source nothing is read.
+            yield from ((data, 0) for data, _ in _parts(other, path, Piece(source=stored)))
+        return
     tensor, keep = piece.source, piece.keep
 
     def read(offset: int, size: int) -> memoryview:

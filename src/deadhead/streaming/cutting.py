@@ -33,7 +33,7 @@ from deadhead.modes import free_memory
 from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import copy_pieces, send_to_disk
 from deadhead.streaming.layer_check import NotStreamable
-from deadhead.streaming.prepare import StreamedCut, prepare
+from deadhead.streaming.prepare import StreamedCut, open_stored, prepare
 
 MANIFEST_FILE = "cut.json"
 _LOCK_FILE = "lock"
@@ -166,13 +166,19 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
         raise InputError(f"{work} is left of a cut that was stopped; go on with resume (--resume), or delete it.")
     if resume and not work.is_dir():
         raise InputError(f"There is nothing to resume: {work}, where a stopped cut leaves its files, is not there.")
-    planned = prepare(source, plan)
+    planned = prepare(open_stored(source), plan)
+    # One layer is checked before anything is written: whether layers of this kind can be.
+    planned.check_one()
+    return write_cut(planned, source, out, work, resume=resume, progress=progress)
+
+
+def write_cut(
+    planned: StreamedCut, source: Path, out: Path, work: Path, *, resume: bool, progress: Progress
+) -> CheckpointCut:
+    """Write a cut of which one layer was checked, or go on with what a stopped one left in `work`."""
     tokenizer = _tokenizer(source)
     if planned.cache_growth:
-        warn_of_cache(planned.cache_growth, stacklevel=5)
-    # One layer is checked before anything is written: whether layers of this kind can be.
-    for place in sorted(planned.check.sites)[:1]:
-        planned.check.check(place)
+        warn_of_cache(planned.cache_growth, stacklevel=6)
     with no_space_is_input_error(out), _work_folder(work, planned, source) as manifest:
         if resume:
             remove_left_overs(out.parent, out.name)
@@ -253,6 +259,7 @@ def _identity(planned: StreamedCut, source: Path) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "plan": planned.plan.to_dict(),
+        "fitted": sorted(p.source.name for pieces in planned.pieces.values() for p in pieces if p.fitted),
         "source": {name: {"size": found.st_size, "mtime_ns": found.st_mtime_ns} for name, found in stats.items()},
     }
 

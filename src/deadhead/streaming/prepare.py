@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from deadhead.attaching import attach_for, is_gate
 from deadhead.checkpoints import checkpoint
+from deadhead.compensation.sublayers import layers_path
 from deadhead.cutting import cache_values, normal_plan, unit_factors
 from deadhead.disk.gguf import gguf_file
-from deadhead.disk.stored import StoredCheckpoint, read_stored
+from deadhead.disk.stored import StoredCheckpoint, read_header, read_stored
 from deadhead.gates.gates import HeadGates
 from deadhead.layouts import find_layout
 from deadhead.layouts.classes import model_class
@@ -26,8 +27,9 @@ from deadhead.measure.cost import cut_skeleton, model_cost, skeleton
 from deadhead.measure.costs import Cost
 from deadhead.models import OWN_TYPES
 from deadhead.plans.plan import HeadPlan
-from deadhead.streaming.copying import Keep, Piece
+from deadhead.streaming.copying import Keep, Piece, read_piece
 from deadhead.streaming.layer_check import LayerCheck, NotStreamable, stub
+from deadhead.streaming.resident import ResidentLayers
 
 # Buffers of older versions of transformers, which are worked out now.
 _IGNORED = (r"rotary_emb\.inv_freq$",)
@@ -57,9 +59,84 @@ class StreamedCut:
         """Bytes of all tensors of the new checkpoint."""
         return sum(piece.nbytes for pieces in self.pieces.values() for piece in pieces)
 
+    def check_one(self) -> None:
+        """Check one of the layers that lose something, if any does: whether layers of this kind can be checked."""
+        for place in sorted(self.check.sites)[:1]:
+            self.check.check(place)
 
-def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
-    """Work out a cut; raise NotStreamable if the checkpoint can only be cut in memory."""
+    def fitted(self, files: Mapping[str, Path], names: Mapping[str, str]) -> StreamedCut:
+        """Return the cut with new values for some tensors of what stays.
+
+        Args:
+            files: that have them, by the names of tensors in memory, under which they are there.
+            names: of tensors in files of the checkpoint, by those in memory.
+        """
+        there = {names[name]: (path, name) for name, path in files.items()}
+        headers = {path: {tensor.name: tensor for tensor in read_header(path)} for path in set(files.values())}
+
+        def with_values(piece: Piece) -> Piece:
+            if piece.source.name not in there:
+                return piece
+            path, name = there[piece.source.name]
+            return replace(piece, fitted=(path, headers[path][name]))
+
+        pieces = {file: tuple(map(with_values, found)) for file, found in self.pieces.items()}
+        return replace(self, pieces=pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A checkpoint that can be taken apart: its tensors lie in files, one by one, as in memory.
+
+    Args:
+        stored: its files.
+        config: its configuration.
+        dtype: that it is loaded in.
+        names: of tensors in files, by those in memory.
+    """
+
+    stored: StoredCheckpoint
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    names: Mapping[str, str]
+
+    def without_weights(self) -> PreTrainedModel:
+        """Return the model with stand-ins for all parameters, which take no memory; its buffers are real."""
+        return _empty_model(self.config, self.dtype)
+
+    def resident(self, model: PreTrainedModel, pieces: Mapping[str, Piece] | None = None) -> ResidentLayers:
+        """Return such a model, or what a cut left of it, with the weights of a layer at a time.
+
+        Args:
+            model: without weights.
+            pieces: what stays of each tensor, by its name in the files; None: all of all.
+        """
+        layout, tensors = find_layout(model), self.stored.tensors
+        paths = {id(module): path for path, module in model.named_modules()}
+        sites = layout.all_sites(model, layout.units(model)[0], hidden=True)
+        layers = layers_path(model, [f"{paths[id(site.module)]}." for site in sites])
+        if layers is None:
+            raise NotStreamable("its layers are not one list of layers of their own")
+
+        def read(name: str) -> Tensor | None:
+            there = self.names.get(name, "")
+            if pieces is not None:
+                return read_piece(self.stored.folder, pieces[there]) if there in pieces else None
+            return read_piece(self.stored.folder, Piece(source=tensors[there])) if there in tensors else None
+
+        return ResidentLayers(model, layers, read)
+
+    def resident_cut(self, planned: StreamedCut) -> ResidentLayers:
+        """Return the model that a cut leaves, with the weights of a layer at a time."""
+        model = self.without_weights()
+        model = cut_skeleton(find_layout(model), model, planned.plan)
+        _take_weights(model)
+        pieces = {piece.source.name: piece for found in planned.pieces.values() for piece in found}
+        return self.resident(model, pieces)
+
+
+def open_stored(source: Path) -> StoredModel:
+    """Read what a checkpoint says of itself; raise NotStreamable if it can only be had whole, in memory."""
     if gguf_file(source) is not None:
         raise NotStreamable("a GGUF file is read as a whole")
     stored = read_stored(source)
@@ -69,15 +146,24 @@ def prepare(source: Path, plan: HeadPlan) -> StreamedCut:
         raise NotStreamable(f"models of type {config.model_type!r} are cut in memory, as are quantised ones")
     try:
         dense = skeleton(config).to(dtype)  # type: ignore[arg-type]
-        # In float32 the check is as sharp as for a model of that precision.
-        model = _empty_model(config, torch.promote_types(dtype, torch.float32))
+        names = _stored_names(_empty_model(config, dtype))
+    except NotStreamable:
+        raise
     except Exception as error:  # each architecture has faults of its own
         raise NotStreamable(f"its configuration gives no model ({str(error).strip().partition(chr(10))[0]})") from error
     _require_stored(stored, dense, dtype)
+    return StoredModel(stored=stored, config=config, dtype=dtype, names=names)
+
+
+def prepare(opened: StoredModel, plan: HeadPlan) -> StreamedCut:
+    """Work out a cut; raise NotStreamable if the checkpoint can only be cut in memory."""
+    stored, names, dtype = opened.stored, opened.names, opened.dtype
+    dense = skeleton(opened.config).to(dtype)  # type: ignore[arg-type]
+    # In float32 the check is as sharp as for a model of that precision.
+    model = _empty_model(opened.config, torch.promote_types(dtype, torch.float32))
     layout = find_layout(model)
     gates = attach_for(model, plan)
     plan = normal_plan(gates, plan)
-    names = _stored_names(model)
     keeps = {names.get(name, name): keep for name, keep in _kept_parts(model, gates).items()}
     cut = cut_skeleton(layout, dense, plan)
     cut_shapes = _stored_shapes(cut)
@@ -109,13 +195,22 @@ def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     """Return a model on the CPU whose parameters are zeros that take no memory; its buffers are real."""
     with init_empty_weights(include_buffers=False):
         model = model_class(config)._from_config(config, dtype=dtype)
+    _take_weights(model)
+    # Made without memory, those that belong together have come apart.
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        path, _, last = name.rpartition(".")
+        model.get_submodule(path)._parameters[last] = model.get_parameter(source)
+    return model.eval()
+
+
+def _take_weights(model: PreTrainedModel) -> None:
+    """Put stand-ins in the place of all parameters."""
     stubs: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 # One for one, so that tied parameters stay tied.
                 module._parameters[name] = stubs.setdefault(id(parameter), stub(parameter))
-    return model.eval()
 
 
 def _stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -162,7 +162,7 @@ def run_single(
         out = checked_path(options.out).resolve()
         options = replace(options, out=out)
         work = checked_path(out.with_name(out.name + ".work"))
-        on_main(lambda: _check_places(out, work, model, resume=options.resume))
+        on_main(lambda: check_places(out, work, model, resume=options.resume))
         place = nullcontext(str(work))
     with place as folder, _gone_on_failure(Path(folder)), on_device(device):
         return _run(phase, recipe, model, data, options, Path(folder), cut=cut, known=known)
@@ -269,7 +269,8 @@ def _own_teacher(phase: Phase, model: Model) -> PreTrainedModel | str | Path | N
     return model if phase == "prune" and not isinstance(model, ModelRecipe) else None
 
 
-def _check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
+def check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
+    """Check that a phase's folders may be written, and that there is something to resume if and only if it is asked."""
     if isinstance(model, str | Path) and Path(model).resolve() == out:
         raise InputError(
             f"The checkpoint must not overwrite the model it is made of, {model}; choose another out (--out)."

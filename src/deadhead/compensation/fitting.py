@@ -1,0 +1,81 @@
+"""The projections of one layer, fitted one after the other: each on what those before it now give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from deadhead.compensation.calibration import Calibration
+from deadhead.compensation.gathering import CutLayer, pass_dense
+from deadhead.compensation.moments import Moments
+from deadhead.compensation.record import FittedLayer
+from deadhead.compensation.solving import best_fit
+from deadhead.compensation.streams import Stream
+from deadhead.compensation.sublayers import Sublayer, install, projection
+
+# A fit must take away this share of the target's power at least; less is rounding.
+_LEAST_GAIN = 1e-5
+
+
+@dataclass(frozen=True)
+class LayerFits:
+    """What became of a layer's projections.
+
+    Args:
+        layers: by their paths, in the order in which they run.
+        tokens: that were fitted to, and held out; None where nothing was gathered.
+        advance: lets the cut model's stream go on to the next layer.
+    """
+
+    layers: dict[str, FittedLayer]
+    tokens: tuple[int, int] | None
+    advance: Callable[[], None]
+
+
+def fit_layer(
+    stream: Stream,
+    dense: Stream,
+    index: int,
+    sublayers: Sequence[Sublayer],
+    calibration: Calibration,
+    report: Callable[[int], None] = lambda done: None,
+) -> LayerFits:
+    """Fit the projections of one layer of a cut model, in place; the dense model's stream goes on to the next.
+
+    Args:
+        stream: of the cut model, before the layer.
+        dense: of the dense model, before the layer.
+        index: of the layer.
+        sublayers: of the whole model.
+        calibration: the text.
+        report: called with how many of the layer's projections are done.
+    """
+    within = [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[index])]
+    passed = pass_dense(dense, index, within)
+    layer = CutLayer(stream, index, passed, dense.model, calibration)
+    found: dict[str, FittedLayer] = {}
+    tokens: tuple[int, int] | None = None
+    for place, sublayer in enumerate(passed.order):
+        output = stream.model.get_submodule(sublayer.path)
+        moments = layer.moments(place) if projection(output).numel() else None
+        found[sublayer.path] = _fitted(output, sublayer.path, moments)
+        if moments is not None:
+            tokens = moments[0].tokens, moments[1].tokens
+        report(place + 1)
+    return LayerFits(found, tokens, layer.advance)
+
+
+def _fitted(output: nn.Module, path: str, moments: tuple[Moments, Moments] | None) -> FittedLayer:
+    """Fit one projection, unless that would gain nothing."""
+    if moments is None:
+        return FittedLayer(path=path, fitted=False, reason="nothing is left of it that could be fitted")
+    fit = best_fit(*moments, projection(output))
+    if fit is None:
+        return FittedLayer(path=path, fitted=False, reason="no fit is better on held-out text")
+    if fit.before - fit.after < _LEAST_GAIN:
+        return FittedLayer(path=path, fitted=False, reason="there is nothing to gain", before=fit.before)
+    if not install(output, fit.weight_DN):
+        return FittedLayer(path=path, fitted=False, reason="its dtype cannot hold the fit", before=fit.before)
+    return FittedLayer(path=path, fitted=True, ridge=fit.ridge, share=fit.share, before=fit.before, after=fit.after)

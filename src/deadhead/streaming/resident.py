@@ -1,0 +1,97 @@
+"""Models without weights, of which one layer at a time gets its own while it is run: read from files as stored."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deadhead.streaming.layer_check import NotStreamable
+
+
+class ResidentLayers:
+    """Keeps the real weights of one layer of a model in memory: of the one that was run, or asked for, last.
+
+    What lies outside the layers gets its weights at once.
+
+    Args:
+        model: on the CPU, with stand-ins for all parameters.
+        path: of the list of its layers.
+        read: returns the values of a parameter or buffer by its name, or None where that is not stored.
+
+    Raises:
+        NotStreamable: a parameter is not stored under its name in memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, path: str, read: Callable[[str], Tensor | None]) -> None:
+        self.model, self.path, self._read = model, path, read
+        layers: Any = model.get_submodule(path)
+        self.layers: list[nn.Module] = list(layers)
+        self._resident: int | None = None
+        self._stand_ins: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for index, layer in enumerate(self.layers):
+            layer.forward = self._loading(index, layer.forward)
+        self._fill(self._rest())
+
+    def load(self, index: int) -> None:
+        """Read a layer's weights, if it does not have them; those of another go."""
+        if index != self._resident:
+            self.release()
+            self._stand_ins = self._fill(self.layers[index].named_modules(prefix=f"{self.path}.{index}"))
+            self._resident = index
+
+    def release(self) -> None:
+        """Let the weights of the layer go that has some."""
+        for module, name, parameter in self._stand_ins:
+            module._parameters[name] = parameter
+        self._stand_ins, self._resident = [], None
+
+    def _loading(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def loaded(*args: Any, **kwargs: Any) -> Any:
+            self.load(index)
+            return forward(*args, **kwargs)
+
+        return loaded
+
+    def _rest(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield all modules that are no part of a layer, by their paths."""
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        for path, module in self.model.named_modules():
+            if id(module) not in inside:
+                yield path, module
+
+    def _fill(self, modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Give modules their weights, those that are tied the same; return what stood in their places."""
+        before: list[tuple[nn.Module, str, nn.Parameter]] = []
+        names: dict[int, list[str]] = defaultdict(list)
+        for path, module in modules:
+            place = f"{path}." if path else ""
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    before.append((module, name, parameter))
+                    names[id(parameter)].append(place + name)
+            for name, buffer in module._buffers.items():
+                # What is not stored was made with the model.
+                if buffer is not None and (values := self._read(place + name)) is not None:
+                    module._buffers[name] = values
+        filled: dict[int, nn.Parameter] = {}
+        for module, name, parameter in before:
+            if id(parameter) not in filled:
+                values = self._values(names[id(parameter)], parameter)
+                filled[id(parameter)] = nn.Parameter(values, requires_grad=False)
+            module._parameters[name] = filled[id(parameter)]
+        return before
+
+    def _values(self, names: list[str], parameter: nn.Parameter) -> Tensor:
+        found = next((values for name in names if (values := self._read(name)) is not None), None)
+        if found is None and not parameter.numel():
+            return torch.zeros(parameter.shape, dtype=parameter.dtype)
+        if found is None or found.shape != parameter.shape:
+            raise NotStreamable(f"tensor {names[0]} has another name or shape in the file than in memory")
+        return found

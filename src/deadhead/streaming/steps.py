@@ -1,0 +1,81 @@
+"""What a pass over a model's layers has done, kept layer by layer, so that a stopped one goes on to the same end."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Streams = Mapping[str, Sequence[Tensor]]
+"""Hidden states of each batch, by the name of the stream."""
+
+
+class Steps:
+    """The steps of one pass, in a folder of its own: what each found, and the hidden states before the next.
+
+    Args:
+        folder: made if it is not there.
+        keeps_states: whether the states before every step stay, rather than those before the next alone.
+    """
+
+    def __init__(self, folder: Path, *, keeps_states: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._keeps_states = folder, keeps_states
+
+    @property
+    def done(self) -> int:
+        """How many steps are."""
+        count = 0
+        while self._found(count).exists():
+            count += 1
+        return count
+
+    def states(self, step: int) -> dict[str, list[Tensor]]:
+        """Return the hidden states that were kept before a step."""
+        streams: dict[str, list[Tensor]] = {}
+        with safe_open(self._states(step), framework="pt") as file:
+            for name in sorted(file.keys()):
+                streams.setdefault(name.partition(".")[0], []).append(file.get_tensor(name))
+        return streams
+
+    def found(self, step: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what a step found: tensors, and words about them."""
+        path = self._found(step)
+        with safe_open(path, framework="pt") as file:
+            words = dict(file.metadata() or {})
+        return load_file(path), words
+
+    def path(self, step: int) -> Path:
+        """Return the file of what a step found."""
+        return self._found(step)
+
+    def keep(self, step: int, found: Mapping[str, Tensor], words: Mapping[str, str], states: Streams) -> None:
+        """Keep what a step found, and the states behind it; only then does the step count as done."""
+        named = {f"{name}.{place:06}": state for name, each in states.items() for place, state in enumerate(each)}
+        _save(self._states(step + 1), named, {})
+        _save(self._found(step), found, words)
+        if not self._keeps_states:
+            self._states(step).unlink(missing_ok=True)
+
+    def _found(self, step: int) -> Path:
+        return self.folder / f"layer-{step:05}.safetensors"
+
+    def _states(self, step: int) -> Path:
+        return self.folder / f"states-{step:05}.safetensors"
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
+    """Write a file, whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=dict(words))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
