@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from deadhead.training.callbacks.sparsity import SparsityCallback as SparsityCallback
     from deadhead.training.runs.single import finetune as finetune
     from deadhead.training.runs.single import prune as prune
+    from deadhead.training.runs.streamed import prune_checkpoint as prune_checkpoint
     from deadhead.training.runs.sweeping import sweep as sweep
 
 __version__ = "0.1.0"
@@ -63,6 +64,7 @@ _NAMES = {
     "streaming.cutting": ("cut_checkpoint",),
     "training.callbacks.sparsity": ("SparsityCallback",),
     "training.runs.single": ("finetune", "prune"),
+    "training.runs.streamed": ("prune_checkpoint",),
     "training.runs.sweeping": ("sweep",),
 }
 """Modules, and the public names that they define."""

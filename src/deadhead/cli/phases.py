@@ -116,6 +116,9 @@ def prune(
         int, typer.Option(min=0, help="Steps in which the cut model learns from the dense one.  [default: 0]")
     ] = 0,
     fast: Fast = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Keep one layer of the model in memory at a time; ranks units.")
+    ] = False,
     settings: dict[str, Any],
     cut: Annotated[bool, typer.Option(help="Cut the dead heads, or keep the gates.  [default: cut]")] = True,
     teacher: Teacher = None,
@@ -142,7 +145,32 @@ def prune(
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
     text = section_of(base.data, settings)
     options: dict[str, Any] = {"resume": resume, "cut": cut, "teacher": teacher, "recover": recover}
+    if stream:
+        _prune_streamed(model, phase, text, out=out, seed=base.seed, **options, **shared)
+        return
     _run("prune", phase, out, model, text, base.seed, **options, **shared)
+
+
+def _prune_streamed(
+    model: Path,
+    phase: PruneRecipe,
+    text: DataRecipe,
+    *,
+    cut: bool,
+    quiet: bool,
+    as_json: bool,
+    report_to: list[str] | None,
+    **options: Any,
+) -> None:
+    if not cut:
+        raise InputError("--no-cut keeps the gates on, but with --stream there are none; leave one of the two out.")
+    load_torch(quiet or as_json, model, of_hub(text.source))
+    from deadhead.training.runs.options import Options
+    from deadhead.training.runs.streamed import run_streamed
+
+    with progress(quiet) as report:
+        result = run_streamed(model, text, phase, Options(progress=report, report_to=report_to or (), **options))
+    _show(options["out"], result.to_dict(), as_json=as_json)
 
 
 @takes_settings(DataRecipe, PhaseRecipe, Recipe, without=("tokenizer", "vocab_size"), also=shared_options)
@@ -264,8 +292,12 @@ def _run(
             options["announce"] = parts.extend
         given = Options(out=out, seed=seed, progress=report, report_to=report_to or (), **options)
         result = run_single(name, phase, model, text, given, cut=cut).to_dict()
-    if not leave():
-        return
+    if leave():
+        _show(out, result, as_json=as_json)
+
+
+def _show(out: Path, result: dict[str, Any], *, as_json: bool) -> None:
+    """Print what a phase did."""
     if as_json:
         print_json(result)
         return

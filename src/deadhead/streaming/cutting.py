@@ -33,7 +33,8 @@ from deadhead.modes import free_memory
 from deadhead.plans.plan import HeadPlan
 from deadhead.streaming.copying import copy_pieces, send_to_disk
 from deadhead.streaming.layer_check import NotStreamable
-from deadhead.streaming.prepare import StreamedCut, open_stored, prepare
+from deadhead.streaming.prepare import StreamedCut, prepare
+from deadhead.streaming.stored_model import open_stored
 
 MANIFEST_FILE = "cut.json"
 _LOCK_FILE = "lock"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from deadhead.streaming.layer_check import NotStreamable
 
 
+Read = Callable[[Iterable[str]], Mapping[str, Tensor]]
+
+
 class ResidentLayers:
     """Keeps the real weights of one layer of a model in memory: of the one that was run, or asked for, last.
 
@@ -22,13 +25,13 @@ class ResidentLayers:
     Args:
         model: on the CPU, with stand-ins for all parameters.
         path: of the list of its layers.
-        read: returns the values of a parameter or buffer by its name, or None where that is not stored.
+        read: returns those of some parameters and buffers that are stored, by their names.
 
     Raises:
         NotStreamable: a parameter is not stored under its name in memory.
     """
 
-    def __init__(self, model: PreTrainedModel, path: str, read: Callable[[str], Tensor | None]) -> None:
+    def __init__(self, model: PreTrainedModel, path: str, read: Read) -> None:
         self.model, self.path, self._read = model, path, read
         layers: Any = model.get_submodule(path)
         self.layers: list[nn.Module] = list(layers)
@@ -69,6 +72,7 @@ class ResidentLayers:
     def _fill(self, modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Give modules their weights, those that are tied the same; return what stood in their places."""
         before: list[tuple[nn.Module, str, nn.Parameter]] = []
+        buffers: list[tuple[nn.Module, str, str]] = []
         names: dict[int, list[str]] = defaultdict(list)
         for path, module in modules:
             place = f"{path}." if path else ""
@@ -76,22 +80,25 @@ class ResidentLayers:
                 if parameter is not None:
                     before.append((module, name, parameter))
                     names[id(parameter)].append(place + name)
-            for name, buffer in module._buffers.items():
-                # What is not stored was made with the model.
-                if buffer is not None and (values := self._read(place + name)) is not None:
-                    module._buffers[name] = values
+            buffers += [(module, name, place + name) for name in module._buffers]
+        found = self._read([*(name for each in names.values() for name in each), *(path for _, _, path in buffers)])
         filled: dict[int, nn.Parameter] = {}
         for module, name, parameter in before:
             if id(parameter) not in filled:
-                values = self._values(names[id(parameter)], parameter)
+                values = _values(names[id(parameter)], parameter, found)
                 filled[id(parameter)] = nn.Parameter(values, requires_grad=False)
             module._parameters[name] = filled[id(parameter)]
+        for module, name, path in buffers:
+            # What is not stored was made with the model.
+            if path in found:
+                module._buffers[name] = found[path]
         return before
 
-    def _values(self, names: list[str], parameter: nn.Parameter) -> Tensor:
-        found = next((values for name in names if (values := self._read(name)) is not None), None)
-        if found is None and not parameter.numel():
-            return torch.zeros(parameter.shape, dtype=parameter.dtype)
-        if found is None or found.shape != parameter.shape:
-            raise NotStreamable(f"tensor {names[0]} has another name or shape in the file than in memory")
-        return found
+
+def _values(names: Sequence[str], parameter: nn.Parameter, found: Mapping[str, Tensor]) -> Tensor:
+    values = next((found[name] for name in names if name in found), None)
+    if values is None and not parameter.numel():
+        return torch.zeros(parameter.shape, dtype=parameter.dtype)
+    if values is None or values.shape != parameter.shape:
+        raise NotStreamable(f"tensor {names[0]} has another name or shape in the file than in memory")
+    return values

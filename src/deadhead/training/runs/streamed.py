@@ -25,7 +25,8 @@ from deadhead.streaming.cutting import CheckpointCut, write_cut
 from deadhead.streaming.layer_check import NotStreamable
 from deadhead.streaming.layer_fits import fit_layers
 from deadhead.streaming.layer_scores import score_layers
-from deadhead.streaming.prepare import StoredModel, open_stored, prepare
+from deadhead.streaming.prepare import prepare
+from deadhead.streaming.stored_model import StoredModel, open_stored
 from deadhead.training.phases.choosing import asked_blocks, budget_costs, plan_of_scores, true_share
 from deadhead.training.phases.compensating import calibration_of
 from deadhead.training.phases.defaults import batches_of, segments
@@ -217,7 +218,7 @@ def _run(
     planned.check_one()
     compensation = None
     if calibration:
-        dense, cut = opened.resident(opened.without_weights()), opened.resident_cut(planned)
+        dense, cut = opened.resident(opened.without_weights()), planned.resident(opened)
         with flushing_denormals():
             compensation, files = fit_layers(dense, cut, calibration, work, progress=progress)
         planned = planned.fitted(files, opened.names)
