@@ -113,9 +113,13 @@ def test_what_a_projection_reads_is_its_own_also_if_the_model_learned_since_the_
         selected, itself = CutLayer(stream, 0, found, dense, calibration), CutLayer(stream, 0, run, dense, calibration)
         for earlier in range(place):
             selected.moments(earlier), itself.moments(earlier)
-        for mine, its in zip(selected.moments(place) or (), itself.moments(place) or (), strict=True):
-            assert torch.allclose(mine.xx_NN, its.xx_NN, rtol=1e-9)
-            assert torch.allclose(mine.yx_KDN, its.yx_KDN, rtol=1e-9)
+        (mine, held), (its, its_held) = selected.moments(place) or (), itself.moments(place) or ()
+        assert torch.allclose(mine.xx_NN, its.xx_NN, rtol=1e-9)
+        assert torch.allclose(mine.yx_KDN, its.yx_KDN, rtol=1e-9)
+        weights = projection(stream.model.get_submodule(sublayer.path))[None]
+        goal = torch.ones(len(mine.yy_KK), dtype=torch.float64) / len(mine.yy_KK)
+        errors = [each.errors(weights, torch.ones(1, 1, dtype=torch.float64), goal) for each in (held, its_held)]
+        assert torch.allclose(*errors, rtol=1e-6)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deadhead.compensation.moments import Moments
+from deadhead.compensation import solving
+from deadhead.compensation.moments import HeldRows, Moments
 from deadhead.compensation.solving import best_fit, ridge_fits
 
 N, D, R = 7, 5, 60
@@ -59,6 +60,40 @@ def test_an_error_is_that_of_the_tokens_themselves() -> None:
         given = x @ mixed[:, :N].T + mixed[:, N]
         expected = (w * (goal - given).square().sum(1)).sum() / (w * goal.square().sum(1)).sum()
         assert float(error) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("outputs", [slice(None), slice(None, None, 2)])
+def test_tokens_give_the_errors_that_their_moments_give(has_bias: bool, outputs: slice) -> None:
+    x, y, w = tokens(0)
+    rows = HeldRows(has_bias=has_bias)
+    for part in (slice(20), slice(20, None)):
+        rows.add(x[part], [y[part], y.flip(0)[part]], w[part])
+    sums = moments((x, [y, y.flip(0)], w), has_bias=has_bias)
+    weights = torch.randn(2, D, N + has_bias, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mixes = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 2.0]], dtype=torch.float64)
+    goal = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    mine, its = (each.errors(weights[:, outputs], mixes, goal, outputs) for each in (rows, sums))
+    assert rows.tokens == sums.tokens == R
+    # Of some outputs the errors of moments are so but for a factor and a constant.
+    if outputs == slice(None):
+        assert torch.allclose(mine, its, rtol=1e-9)
+    assert mine.argsort().tolist() == its.argsort().tolist()
+    steps = mine.diff() / its.diff()
+    assert torch.allclose(steps, steps[:1].expand(2))
+
+
+def test_ridge_and_target_are_chosen_by_some_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, y, w), (held_x, held_y, held_w) = tokens(0), tokens(5)
+    fitted, held = moments((x, [y], w), has_bias=True), moments((held_x, [held_y], held_w), has_bias=True)
+    weight = torch.zeros(D, N + 1, dtype=torch.float64)
+    whole = best_fit(fitted, held, weight)
+    monkeypatch.setattr(solving, "_JUDGES", 2)
+    some = best_fit(fitted, held, weight)
+    assert whole is not None and some is not None
+    fit = ridge_fits(fitted, weight, some.ridge)
+    assert fit is not None and torch.allclose(some.weight_DN, fit[0], atol=1e-9)
+    assert some.before == whole.before and some.after == pytest.approx(float(whole.after), rel=0.1)
 
 
 @pytest.mark.parametrize("width", [0, 1, 2, 3, 5, 8, 13])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ class Calibration:
     def held(self) -> list[dict[str, Tensor]]:
         """The batches that are held out."""
         return [batch for batch, is_held in zip(self.batches, self.is_held, strict=True) if is_held]
+
+    @property
+    def held_tokens(self) -> float:
+        """How many tokens are held out; infinite for what is no text."""
+        return sum(batch["input_ids"].numel() if "input_ids" in batch else math.inf for batch in self.held)
 
 
 def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Calibration:

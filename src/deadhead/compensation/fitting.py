@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
 
 from deadhead.compensation.calibration import Calibration
 from deadhead.compensation.gathering import CutLayer, pass_dense
-from deadhead.compensation.moments import Moments
+from deadhead.compensation.moments import HeldRows, Moments
 from deadhead.compensation.record import FittedLayer
 from deadhead.compensation.solving import best_fit
 from deadhead.compensation.streams import Stream
@@ -41,6 +42,8 @@ def fit_layer(
     sublayers: Sequence[Sublayer],
     calibration: Calibration,
     report: Callable[[int], None] = lambda done: None,
+    *,
+    needed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> LayerFits:
     """Fit the projections of one layer of a cut model, in place; the dense model's stream goes on to the next.
 
@@ -51,15 +54,19 @@ def fit_layer(
         sublayers: of the whole model.
         calibration: the text.
         report: called with how many of the layer's projections are done.
+        needed: while what it returns is entered, the dense layer's weights must be there; solving needs memory, not
+            them.
     """
     within = [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[index])]
-    passed = pass_dense(dense, index, within)
+    with needed():
+        passed = pass_dense(dense, index, within)
     layer = CutLayer(stream, index, passed, dense.model, calibration)
     found: dict[str, FittedLayer] = {}
     tokens: tuple[int, int] | None = None
     for place, sublayer in enumerate(passed.order):
         output = stream.model.get_submodule(sublayer.path)
-        moments = layer.moments(place) if projection(output).numel() else None
+        with needed():
+            moments = layer.moments(place) if projection(output).numel() else None
         found[sublayer.path] = _fitted(output, sublayer.path, moments)
         if moments is not None:
             tokens = moments[0].tokens, moments[1].tokens
@@ -67,7 +74,7 @@ def fit_layer(
     return LayerFits(found, tokens, layer.advance)
 
 
-def _fitted(output: nn.Module, path: str, moments: tuple[Moments, Moments] | None) -> FittedLayer:
+def _fitted(output: nn.Module, path: str, moments: tuple[Moments, Moments | HeldRows] | None) -> FittedLayer:
     """Fit one projection, unless that would gain nothing."""
     if moments is None:
         return FittedLayer(path=path, fitted=False, reason="nothing is left of it that could be fitted")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deadhead.compensation.calibration import Calibration
-from deadhead.compensation.moments import Moments
+from deadhead.compensation.moments import HeldRows, Moments
 from deadhead.compensation.streams import Stream, first, is_near
 from deadhead.compensation.sublayers import Sublayer, dense_in_place
 from deadhead.models.pruned.structure import OutputBias
@@ -100,7 +100,7 @@ class CutLayer:
         # What each projection so far reads, (R, N) a batch, where the layer adds up what they make of it.
         self._read: list[tuple[nn.Module, list[Tensor]]] = []
 
-    def moments(self, place: int) -> tuple[Moments, Moments] | None:
+    def moments(self, place: int) -> tuple[Moments, Moments | HeldRows] | None:
         """Return the moments of one projection, of the text to fit to and of what is held out.
 
         The first target is what the dense sublayer makes of the same input. Where the layer adds up what its sublayers
@@ -115,7 +115,7 @@ class CutLayer:
         output = self._stream.model.get_submodule(sublayer.path)
         has_bias = getattr(output, "bias", None) is not None
         residuals = self._passed.residuals
-        found: list[Moments] = []
+        fitted, held = None, None
         read: list[Tensor] = []
         for batch, seen in enumerate(self._seen(sublayer, output)):
             if seen is None:
@@ -131,14 +131,17 @@ class CutLayer:
                 targets.append((after - self._behind(batch)).flatten(0, -2))
                 square_R = after.square().sum(-1).flatten()
                 read.append(x_RN)
-            if not found:
+            if fitted is None or held is None:
                 sizes = x_RN.shape[1], y_RD.shape[1], len(targets)
-                found = [Moments(*sizes, has_bias=has_bias, device=y_RD.device) for _ in range(2)]
+                fitted = Moments(*sizes, has_bias=has_bias, device=y_RD.device)
+                is_few = self._calibration.held_tokens < x_RN.shape[1] and y_RD.device.type != "mps"
+                held = HeldRows(has_bias=has_bias) if is_few else Moments(*sizes, has_bias=has_bias, device=y_RD.device)
             weight_R = _is_text(self._calibration.batches[batch], square_R) / square_R.clamp(min=_TINY)
-            found[self._calibration.is_held[batch]].add(x_RN, targets, weight_R)
+            (held if self._calibration.is_held[batch] else fitted).add(x_RN, targets, weight_R)
         if read:
             self._read.append((output, read))
-        return found[0], found[1]
+        assert fitted is not None and held is not None, "there are batches of either kind"
+        return fitted, held
 
     def advance(self) -> None:
         """Let the cut model's stream go on to the next layer, by what the projections now make of what they read."""

@@ -13,12 +13,17 @@ from torch import Tensor
 _TINY = 1e-300
 # Blocks on the diagonal of a matrix of moments: four save three eighths of its FLOPs.
 _BLOCKS = 4
+# Outputs whose products with all inputs are made at once.
+_OUTPUTS = 1024
+# Numbers of Σ w y xᵀ whose sums are float64: a quarter of a gigabyte.
+_MOST_PRECISE = 1 << 25
 
 
 class Moments:
     """Σ w x xᵀ, Σ w y xᵀ and Σ w yᵀy over tokens: all that a least-squares fit, and its error on a text, depend on.
 
-    Products of a batch are float32 at least, their sums float64, so that the memory taken does not grow with the text.
+    Products of a batch are float32 at least, and their sums float64, but for Σ w y xᵀ of very large projections. The
+    memory taken does not grow with the text.
 
     Args:
         inputs: N without the constant.
@@ -33,33 +38,33 @@ class Moments:
         place = torch.device("cpu") if device.type == "mps" else device
         width = inputs + has_bias
         self.xx_NN = torch.zeros(width, width, dtype=torch.float64, device=place)
-        self.yx_KDN = torch.zeros(targets, outputs, width, dtype=torch.float64, device=place)
+        numbers = targets * outputs * width
+        products = torch.float64 if numbers <= _MOST_PRECISE else torch.float32
+        self.yx_KDN = torch.zeros(targets, outputs, width, dtype=products, device=place)
         self.yy_KK = torch.zeros(targets, targets, dtype=torch.float64, device=place)
         self.tokens = 0
 
     def add(self, x_RN: Tensor, targets: Sequence[Tensor], weight_R: Tensor) -> None:
         """Add some tokens: inputs (R, N) without the constant, for each target (R, D), and weights (R,)."""
-        wide = torch.promote_types(x_RN.dtype, torch.float32)
-        root_R1 = weight_R.to(wide).sqrt()[:, None]
-        x_RN = x_RN.to(wide) * root_R1
-        if self.has_bias:
-            x_RN = torch.cat([x_RN, root_R1], dim=1)
-        y_KRD = torch.stack([target.to(wide) * root_R1 for target in targets])
+        x_RN, y_KRD = _weighted(x_RN, targets, weight_R, has_bias=self.has_bias)
         _add_gram(self.xx_NN, x_RN)
-        self.yx_KDN += (y_KRD.transpose(1, 2) @ x_RN).to(self.yx_KDN)
+        for total_DN, y_RD in zip(self.yx_KDN, y_KRD, strict=True):
+            for total_dN, y_Rd in zip(total_DN.split(_OUTPUTS), y_RD.split(_OUTPUTS, dim=1), strict=True):
+                total_dN += (y_Rd.T @ x_RN).to(total_dN)
         self.yy_KK += torch.einsum("krd,lrd->kl", y_KRD, y_KRD).to(self.yy_KK)
         self.tokens += len(x_RN)
 
-    def errors(self, weights_LDN: Tensor, mixes_ML: Tensor, goal_K: Tensor) -> Tensor:
+    def errors(self, weights_LDN: Tensor, mixes_ML: Tensor, goal_K: Tensor, outputs: slice = slice(None)) -> Tensor:
         """Return Σ w ‖y − W x‖² over Σ w ‖y‖² for mixes W of some weights, (M,).
 
         Args:
             weights_LDN: float64.
             mixes_ML: how much of each weight is in each W.
             goal_K: how much of each target is in y; shares that sum to 1.
+            outputs: which of all D the weights give; the errors are then but for a constant.
         """
         total = goal_K @ self.yy_KK @ goal_K
-        goal_DN = torch.einsum("k,kdn->dn", goal_K, self.yx_KDN)
+        goal_DN = torch.einsum("k,kdn->dn", goal_K, self.yx_KDN[:, outputs].to(goal_K))
         across_L = torch.einsum("ldn,dn->l", weights_LDN, goal_DN)
         squares_LL = (weights_LDN @ self.xx_NN).flatten(1) @ weights_LDN.flatten(1).T
         lost_M = total - 2 * mixes_ML @ across_L + ((mixes_ML @ squares_LL) * mixes_ML).sum(-1)
@@ -69,6 +74,55 @@ class Moments:
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""
         return all(bool(values.isfinite().all()) for values in (self.xx_NN, self.yx_KDN, self.yy_KK))
+
+
+class HeldRows:
+    """What a weight's error on a text depends on, as `Moments` has it, for fewer tokens than inputs: the tokens.
+
+    They take less memory then, and errors less time.
+
+    Args:
+        has_bias: whether inputs end with a constant 1, whose column of the weight is the bias.
+    """
+
+    def __init__(self, *, has_bias: bool) -> None:
+        self._has_bias = has_bias
+        self._x: list[Tensor] = []
+        self._y: list[Tensor] = []
+        self.tokens = 0
+
+    def add(self, x_RN: Tensor, targets: Sequence[Tensor], weight_R: Tensor) -> None:
+        """Add some tokens; see `Moments.add`."""
+        x_RN, y_KRD = _weighted(x_RN, targets, weight_R, has_bias=self._has_bias)
+        self._x.append(x_RN)
+        self._y.append(y_KRD)
+        self.tokens += len(x_RN)
+
+    def errors(self, weights_LDN: Tensor, mixes_ML: Tensor, goal_K: Tensor, outputs: slice = slice(None)) -> Tensor:
+        """Return errors; see `Moments.errors`."""
+        lost_M, total = torch.zeros_like(mixes_ML[:, 0]), torch.zeros_like(goal_K[0])
+        for x_RN, y_KRD in zip(self._x, self._y, strict=True):
+            wanted_RD = torch.einsum("k,krd->rd", goal_K, y_KRD[..., outputs].to(goal_K))
+            given_LRD = x_RN.to(goal_K) @ weights_LDN.transpose(1, 2)
+            for place, mix_L in enumerate(mixes_ML):
+                lost_M[place] += (wanted_RD - torch.einsum("l,lrd->rd", mix_L, given_LRD)).square().sum()
+            total += wanted_RD.square().sum()
+        return lost_M / total.clamp(min=_TINY)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all numbers are."""
+        return all(bool(values.isfinite().all()) for values in (*self._x, *self._y))
+
+
+def _weighted(x_RN: Tensor, targets: Sequence[Tensor], weight_R: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Return inputs, with the constant where there is one, and targets (K, R, D), times the roots of the weights."""
+    wide = torch.promote_types(x_RN.dtype, torch.float32)
+    root_R1 = weight_R.to(wide).sqrt()[:, None]
+    x_RN = x_RN.to(wide) * root_R1
+    if has_bias:
+        x_RN = torch.cat([x_RN, root_R1], dim=1)
+    return x_RN, torch.stack([target.to(wide) * root_R1 for target in targets])
 
 
 def _add_gram(total_NN: Tensor, x_RN: Tensor) -> None:

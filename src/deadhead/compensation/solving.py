@@ -5,18 +5,20 @@ Dimensions: N inputs of the projection (and a constant 1 where it has a bias), D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deadhead.compensation.moments import Moments
+from deadhead.compensation.moments import HeldRows, Moments
 
 # Shares of the mean of diag C. The first is for what the inputs that are left can give exactly.
 RIDGES = (1e-5, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Shares of the last target in the mix.
 SHARES = (0.0, 0.5, 1.0)
+# Outputs by which ridge and target are chosen, at most.
+_JUDGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,25 +40,41 @@ class Fit:
     after: float
 
 
-def ridge_fits(moments: Moments, weight_DN: Tensor, ridge: float) -> Tensor | None:
+def ridge_fits(moments: Moments, weight_DN: Tensor, ridge: float, outputs: slice = slice(None)) -> Tensor | None:
     """Return (R_k + W Λ)(C + Λ)⁻¹ for each target k, (K, D, N); None where C + Λ cannot be inverted.
 
     Λ = ridge · mean diag C for the inputs, 0 for the constant: a bias is free, as if all were centred. The fit is drawn
-    to the weight that there is, not to 0.
+    to the weight that there is, not to 0. Of all outputs, some may be fitted alone.
     """
+    solve = _solver(moments, ridge)
+    return None if solve is None else solve(moments.yx_KDN[:, outputs], weight_DN[outputs])
+
+
+def _solver(moments: Moments, ridge: float) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return what solves for some outputs, given R_k, (K, D, N), and W, (D, N); None where that cannot be."""
     xx_NN = moments.xx_NN
     scale_N = torch.zeros(len(xx_NN), dtype=xx_NN.dtype, device=xx_NN.device)
     scale_N[: moments.inputs] = ridge * xx_NN.diagonal()[: moments.inputs].mean() if moments.inputs else 0.0
-    factor_NN, info = torch.linalg.cholesky_ex(xx_NN + scale_N.diag())
+    factor_NN = xx_NN.clone()
+    factor_NN.diagonal().add_(scale_N)
+    info = torch.empty((), dtype=torch.int32, device=xx_NN.device)
+    # In its own place: a large matrix is the most that a fit takes.
+    torch.linalg.cholesky_ex(factor_NN, out=(factor_NN, info))
     if bool(info):
         return None
-    wanted_KDN = moments.yx_KDN + weight_DN * scale_N
-    solved = torch.cholesky_solve(wanted_KDN.flatten(0, 1).T.contiguous(), factor_NN)
-    return solved.T.reshape(wanted_KDN.shape)
+
+    def solve(yx_KDN: Tensor, weight_DN: Tensor) -> Tensor:
+        wanted_KDN = yx_KDN + weight_DN * scale_N
+        solved = torch.cholesky_solve(wanted_KDN.flatten(0, 1).T.contiguous(), factor_NN)
+        return solved.T.reshape(wanted_KDN.shape)
+
+    return solve
 
 
-def best_fit(fitted: Moments, held: Moments, weight_DN: Tensor) -> Fit | None:
+def best_fit(fitted: Moments, held: Moments | HeldRows, weight_DN: Tensor) -> Fit | None:
     """Fit a projection to some tokens; choose ridge and target by its error on others.
+
+    Where there are many outputs, ridge and target are chosen by every so manieth of them.
 
     Args:
         fitted: moments of the tokens that are fitted to. Of two targets mixes are tried, and all are judged by their
@@ -72,20 +90,42 @@ def best_fit(fitted: Moments, held: Moments, weight_DN: Tensor) -> Fit | None:
     weight_DN = weight_DN.to(fitted.xx_NN)
     count = len(fitted.yy_KK)
     goal_K, mixes_MK = _mixes(count, (0.5,), weight_DN)[0], _mixes(count, SHARES, weight_DN)
-    before = float(held.errors(weight_DN[None], torch.ones_like(goal_K[:1, None]), goal_K))
-    best: Fit | None = None
+    itself_11 = torch.ones_like(goal_K[:1, None])
+    outputs = slice(None, None, -(-len(weight_DN) // _JUDGES))
+    before = float(held.errors(weight_DN[None, outputs], itself_11, goal_K, outputs))
+    best: tuple[float, float, int, Tensor] | None = None  # error, ridge, mix, weight
     for ridge in RIDGES:
-        fits_KDN = ridge_fits(fitted, weight_DN, ridge)
+        fits_KDN = ridge_fits(fitted, weight_DN, ridge, outputs)
         if fits_KDN is None:
             continue
-        errors_M = held.errors(fits_KDN, mixes_MK, goal_K)
+        errors_M = held.errors(fits_KDN, mixes_MK, goal_K, outputs)
         index = int(errors_M.argmin())
-        after = float(errors_M[index])
-        if after < (before if best is None else best.after):
+        if float(errors_M[index]) < (before if best is None else best[0]):
             found_DN = torch.einsum("k,kdn->dn", mixes_MK[index], fits_KDN)
-            share = SHARES[index] if count == 2 else 0.0
-            best = Fit(weight_DN=found_DN, ridge=ridge, share=share, before=before, after=after)
-    return best
+            best = float(errors_M[index]), ridge, index, found_DN
+    if best is None:
+        return None
+    after, ridge, index, found_DN = best
+    if len(found_DN) < len(weight_DN):
+        before = float(held.errors(weight_DN[None], itself_11, goal_K))
+        found_DN = _all_outputs(fitted, weight_DN, ridge, mixes_MK[index])
+        after = float(held.errors(found_DN[None], itself_11, goal_K))
+        if not after < before:
+            return None
+    share = SHARES[index] if count == 2 else 0.0
+    return Fit(weight_DN=found_DN, ridge=ridge, share=share, before=before, after=after)
+
+
+def _all_outputs(fitted: Moments, weight_DN: Tensor, ridge: float, mix_K: Tensor) -> Tensor:
+    """Return the fit of all outputs to a mix of the targets, (D, N), made some at a time."""
+    solve = _solver(fitted, ridge)
+    assert solve is not None, "this ridge was chosen"
+    found = []
+    for start in range(0, len(weight_DN), _JUDGES):
+        some = slice(start, start + _JUDGES)
+        yx_1DN = torch.einsum("k,kdn->dn", mix_K, fitted.yx_KDN[:, some].to(mix_K))[None]
+        found.append(solve(yx_1DN, weight_DN[some])[0])
+    return torch.cat(found)
 
 
 def _mixes(count: int, shares: Sequence[float], like: Tensor) -> Tensor:

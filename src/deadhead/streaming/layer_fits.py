@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from deadhead.compensation.calibration import Calibration, divided, held_out_loss
 from deadhead.compensation.fitting import fit_layer
 from deadhead.compensation.record import Compensation, FittedLayer, taken_back
-from deadhead.compensation.streams import Stream, stream_of
+from deadhead.compensation.streams import Stream
 from deadhead.compensation.sublayers import find_sublayers
 from deadhead.layouts import find_layout
 from deadhead.modes import seeded, uncompiled
@@ -54,8 +55,8 @@ def fit_layers(
     with uncompiled(), seeded():
         calibration = divided(dense.model, batches)
         with _outputs_of_emptied(dense.model, cut.model):
-            other = required_layered(stream_of(dense.model, calibration, dense.path))
-        stream = required_layered(stream_of(cut.model, calibration, cut.path))
+            other = required_layered(dense, calibration)
+        stream = required_layered(cut, calibration)
         sublayers = find_sublayers(cut.model, dense.model)
         held = [place for place, is_held in enumerate(calibration.is_held) if is_held]
         # What the cut model gives without any fit, for the text that is held out.
@@ -65,17 +66,17 @@ def fit_layers(
             for name, kept in steps.states(steps.done).items():
                 streams[name].states = list(kept)
         for index in range(steps.done, count):
-            dense.load(index)
             cut.load(index)
             plain.advance(index)
-            fits = fit_layer(stream, other, index, sublayers, calibration)
+            fits = fit_layer(stream, other, index, sublayers, calibration, needed=partial(dense.loaded, index))
             fits.advance()
             words = {"layers": json.dumps([asdict(layer) for layer in fits.layers.values()])}
             words["tokens"] = json.dumps(fits.tokens)
             states = {name: cast(list[Tensor], each.states) for name, each in streams.items()}
             steps.keep(index, _fitted(cut, fits.layers), words, states)
             progress("compensating layers", index + 1, count)
-        before, after = (_loss(each, calibration) for each in (plain, stream.of(held)))
+        with cut.outside():
+            before, after = (_loss(each, calibration) for each in (plain, stream.of(held)))
     return _gathered(steps, count, before, after)
 
 

@@ -154,7 +154,8 @@ def _backwards(
     if done:
         behind = steps.states(done)["gradient"]
     else:
-        behind = _gradients_at_the_end(stream, batches, forward.states(count)["dense"])
+        with model.outside():
+            behind = _gradients_at_the_end(stream, batches, forward.states(count)["dense"])
     for step in range(done, count):
         index = count - 1 - step
         model.load(index)
@@ -201,11 +202,13 @@ def layered_stream(model: ResidentLayers, batches: Sequence[Batch]) -> Stream:
     """
     given = [dict(batch) for batch in batches]
     calibration = Calibration(batches=given, is_held=[False] * len(given), has_memory=False)
-    return required_layered(stream_of(model.model, calibration, model.path))
+    return required_layered(model, calibration)
 
 
-def required_layered(stream: Stream) -> Stream:
-    """Return a stream, which must be one of single layers."""
+def required_layered(model: ResidentLayers, calibration: Calibration) -> Stream:
+    """Return a model's hidden states before the first layer; see `layered_stream`."""
+    with model.outside():
+        stream = stream_of(model.model, calibration, model.path)
     if stream.is_whole:
         raise NotStreamable("its layers do not compute by themselves what they do in the model")
     return stream

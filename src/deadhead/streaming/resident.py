@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -13,14 +14,13 @@ from transformers import PreTrainedModel
 
 from deadhead.streaming.layer_check import NotStreamable
 
-
 Read = Callable[[Iterable[str]], Mapping[str, Tensor]]
 
 
 class ResidentLayers:
     """Keeps the real weights of one layer of a model in memory: of the one that was run, or asked for, last.
 
-    What lies outside the layers gets its weights at once.
+    What lies outside the layers has its weights while `outside` runs.
 
     Args:
         model: on the CPU, with stand-ins for all parameters.
@@ -39,7 +39,6 @@ class ResidentLayers:
         self._stand_ins: list[tuple[nn.Module, str, nn.Parameter]] = []
         for index, layer in enumerate(self.layers):
             layer.forward = self._loading(index, layer.forward)
-        self._fill(self._rest())
 
     def load(self, index: int) -> None:
         """Read a layer's weights, if it does not have them; those of another go."""
@@ -50,9 +49,26 @@ class ResidentLayers:
 
     def release(self) -> None:
         """Let the weights of the layer go that has some."""
-        for module, name, parameter in self._stand_ins:
-            module._parameters[name] = parameter
+        _put_back(self._stand_ins)
         self._stand_ins, self._resident = [], None
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """Let a layer have its weights while the block runs, and no longer."""
+        self.load(index)
+        try:
+            yield
+        finally:
+            self.release()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Give what lies outside the layers, such as embeddings, its weights while the block runs."""
+        before = self._fill(self._rest())
+        try:
+            yield
+        finally:
+            _put_back(before)
 
     def _loading(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
@@ -93,6 +109,11 @@ class ResidentLayers:
             if path in found:
                 module._buffers[name] = found[path]
         return before
+
+
+def _put_back(stand_ins: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    for module, name, parameter in stand_ins:
+        module._parameters[name] = parameter
 
 
 def _values(names: Sequence[str], parameter: nn.Parameter, found: Mapping[str, Tensor]) -> Tensor:
