@@ -61,7 +61,7 @@ def _serve(address: str) -> None:
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "GPT2LMHeadModel", "Trainer"):
         getattr(transformers, name)
-    for name in ("attach", "cut", "cut_checkpoint", "load", "save", "prune"):
+    for name in ("attach", "cut", "cut_checkpoint", "load", "save", "prune", "prune_checkpoint"):
         getattr(deadhead, name)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Under another name until it listens, as whoever waits looks for the file.

@@ -108,6 +108,15 @@ _DOORS: dict[str, Callable[[Any, Path, Any], object]] = {
     "cut model": lambda m, f, v: deadhead.cut(v, plan_for(m)),
     "cut_checkpoint source": lambda m, f, v: deadhead.cut_checkpoint(v, plan_for(m), f / "o"),
     "cut_checkpoint plan": lambda m, f, v: deadhead.cut_checkpoint(f / "llama", v, f / "o"),
+    "prune_checkpoint source": lambda m, f, v: deadhead.prune_checkpoint(v, text(), out=f / "o", params=0.8, **_SMALL),
+    "prune_checkpoint data": lambda m, f, v: deadhead.prune_checkpoint(
+        f / "llama", v, out=f / "o", params=0.8, **_SMALL
+    ),
+    "prune_checkpoint out": lambda m, f, v: deadhead.prune_checkpoint(f / "llama", text(), out=v, params=2, **_SMALL),
+    "prune_checkpoint recipe": lambda m, f, v: deadhead.prune_checkpoint(f / "llama", text(), out=f / "o", recipe=v),
+    "prune_checkpoint seed": lambda m, f, v: deadhead.prune_checkpoint(
+        f / "llama", text(), out=f / "o", params=0.8, seed=v, **_SMALL
+    ),
     "load path": lambda m, f, v: deadhead.load(v),
     "load dtype": lambda m, f, v: deadhead.load(f / "llama", dtype=v),
     "load device": lambda m, f, v: deadhead.load(f / "llama", device=v),

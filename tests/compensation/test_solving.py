@@ -88,7 +88,7 @@ def test_ridge_and_target_are_chosen_by_some_outputs(monkeypatch: pytest.MonkeyP
     fitted, held = moments((x, [y], w), has_bias=True), moments((held_x, [held_y], held_w), has_bias=True)
     weight = torch.zeros(D, N + 1, dtype=torch.float64)
     whole = best_fit(fitted, held, weight)
-    monkeypatch.setattr(solving, "_JUDGES", 2)
+    monkeypatch.setattr(solving, "JUDGES", 2)
     some = best_fit(fitted, held, weight)
     assert whole is not None and some is not None
     fit = ridge_fits(fitted, weight, some.ridge)

@@ -18,7 +18,7 @@ RIDGES = (1e-5, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Shares of the last target in the mix.
 SHARES = (0.0, 0.5, 1.0)
 # Outputs by which ridge and target are chosen, at most.
-_JUDGES = 1024
+JUDGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def best_fit(fitted: Moments, held: Moments | HeldRows, weight_DN: Tensor) -> Fi
     count = len(fitted.yy_KK)
     goal_K, mixes_MK = _mixes(count, (0.5,), weight_DN)[0], _mixes(count, SHARES, weight_DN)
     itself_11 = torch.ones_like(goal_K[:1, None])
-    outputs = slice(None, None, -(-len(weight_DN) // _JUDGES))
+    outputs = slice(None, None, -(-len(weight_DN) // JUDGES))
     before = float(held.errors(weight_DN[None, outputs], itself_11, goal_K, outputs))
     best: tuple[float, float, int, Tensor] | None = None  # error, ridge, mix, weight
     for ridge in RIDGES:
@@ -121,8 +121,8 @@ def _all_outputs(fitted: Moments, weight_DN: Tensor, ridge: float, mix_K: Tensor
     solve = _solver(fitted, ridge)
     assert solve is not None, "this ridge was chosen"
     found = []
-    for start in range(0, len(weight_DN), _JUDGES):
-        some = slice(start, start + _JUDGES)
+    for start in range(0, len(weight_DN), JUDGES):
+        some = slice(start, start + JUDGES)
         yx_1DN = torch.einsum("k,kdn->dn", mix_K, fitted.yx_KDN[:, some].to(mix_K))[None]
         found.append(solve(yx_1DN, weight_DN[some])[0])
     return torch.cat(found)

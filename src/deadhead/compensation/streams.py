@@ -156,16 +156,22 @@ def _layered(model: PreTrainedModel, calibration: Calibration, path: str) -> Str
     names, layers = zip(*holder.named_children(), strict=True)
     paths = [f"{path}.{name}" for name in names]
     outputs: list[Any] = []
+    # One row is enough to compare by, where rows know nothing of each other.
+    tried = calibration.batches[0]
+    tried = tried if calibration.has_memory else {name: value[:1] for name, value in tried.items()}
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(lambda _, args, output: outputs.append(output)))
-        run_stack(model, calibration.batches[0])
+        run_stack(model, tried)
     if len(outputs) != len(layers):
         return None
+    forms = [_form(output) for output in outputs]
+    expected = first(outputs[-1])
+    outputs.clear()
     called: list[list[Call]] = [[] for _ in layers]
     states: list[Tensor | None] = []
-    with _idle(layers, outputs) as noted:
-        for batch in calibration.batches:
+    with _idle(layers, forms) as noted:
+        for batch in (tried, *calibration.batches):
             noted.clear()
             run_stack(model, batch)
             if [index for index, _, _ in noted] != [*range(len(layers))] or any(
@@ -176,16 +182,17 @@ def _layered(model: PreTrainedModel, calibration: Calibration, path: str) -> Str
                 called[index].append(call)
                 if not index:
                     states.append(hidden)
+    if not _is_replayed(layers, [calls.pop(0) for calls in called], states.pop(0), calibration, expected):
+        return None
     begins = [bool(batch["is_first"].any()) for batch in calibration.batches] if calibration.has_memory else None
     if begins is not None:
         begins[0] = True
-    stream = Stream(model, list(layers), paths, called, states, begins, [_form(output) for output in outputs])
-    return stream if _is_replayed(stream, outputs[-1]) else None
+    return Stream(model, list(layers), paths, called, states, begins, forms)
 
 
 @contextmanager
-def _idle(layers: tuple[nn.Module, ...], outputs: list[Any]) -> Iterator[list[tuple[int, Call, Tensor]]]:
-    """Let layers return what they are given, in the form of these outputs, and note how they are called."""
+def _idle(layers: Sequence[nn.Module], forms: Sequence[Form]) -> Iterator[list[tuple[int, Call, Tensor]]]:
+    """Let layers return what they are given, in their forms, and note how they are called."""
     noted: list[tuple[int, Call, Tensor]] = []
 
     def idle(index: int) -> Callable[..., Any]:
@@ -193,7 +200,7 @@ def _idle(layers: tuple[nn.Module, ...], outputs: list[Any]) -> Iterator[list[tu
             at = _hidden_at(args, kwargs)
             hidden: Any = kwargs[at] if isinstance(at, str) else args[0]
             noted.append((index, _call(args, kwargs, at), hidden))
-            return _form(outputs[index])(hidden)
+            return forms[index](hidden)
 
         return forward
 
@@ -236,15 +243,13 @@ def _hidden_at(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | 
     return "hidden_states" if isinstance(kwargs.get("hidden_states"), Tensor) else None
 
 
-def _is_replayed(stream: Stream, expected: Any) -> bool:
-    """Tell whether the layers, one after the other, give for the first batch what the whole model's last one gave."""
-    (hidden, *_), memory = stream.states, None
-    for layer, calls in zip(stream.layers, stream.calls, strict=True):
-        if stream.begins is not None:
-            memory = (calls[0].args[1],)
-        args, kwargs = calls[0].placed(hidden, memory)
+def _is_replayed(
+    layers: Sequence[nn.Module], calls: Sequence[Call], hidden: Tensor | None, calibration: Calibration, goal: Tensor
+) -> bool:
+    """Tell whether layers, one after the other, give for hidden states before the first what the whole model gave."""
+    for layer, call in zip(layers, calls, strict=True):
+        args, kwargs = call.placed(hidden, (call.args[1],) if calibration.has_memory else None)
         hidden = first(layer(*args, **kwargs))
-    goal = first(expected)
     return hidden is not None and hidden.shape == goal.shape and is_near(hidden, goal)
 
 

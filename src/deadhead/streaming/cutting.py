@@ -170,14 +170,13 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
     planned = prepare(open_stored(source), plan)
     # One layer is checked before anything is written: whether layers of this kind can be.
     planned.check_one()
-    return write_cut(planned, source, out, work, resume=resume, progress=progress)
+    return write_cut(planned, source, out, work, tokenizer=_tokenizer(source), resume=resume, progress=progress)
 
 
 def write_cut(
-    planned: StreamedCut, source: Path, out: Path, work: Path, *, resume: bool, progress: Progress
+    planned: StreamedCut, source: Path, out: Path, work: Path, *, tokenizer: Any, resume: bool, progress: Progress
 ) -> CheckpointCut:
     """Write a cut of which one layer was checked, or go on with what a stopped one left in `work`."""
-    tokenizer = _tokenizer(source)
     if planned.cache_growth:
         warn_of_cache(planned.cache_growth, stacklevel=6)
     with no_space_is_input_error(out), _work_folder(work, planned, source) as manifest:

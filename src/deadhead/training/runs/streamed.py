@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from deadhead.training.phases.choosing import asked_blocks, budget_costs, plan_o
 from deadhead.training.phases.compensating import calibration_of
 from deadhead.training.phases.defaults import batches_of, segments
 from deadhead.training.phases.ranking import for_cost
-from deadhead.training.processes import Progress, count, counted
+from deadhead.training.processes import count
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PruneRecipe
 from deadhead.training.runs.inputs import (
@@ -128,30 +130,42 @@ def prune_checkpoint(
 
 def run_streamed(source: Path, data: Data | None, recipe: PruneRecipe, options: Options) -> PrunedCheckpoint:
     """Do what `prune_checkpoint` does."""
-    recipe = _checked(source, data, recipe, options)
+    recipe = _checked(data, recipe, options)
     out = checked_path(Path(str(options.out))).resolve()
     work = checked_path(out.with_name(out.name + ".work"))
     check_places(out, work, source, resume=options.resume)
     require_ungated(source)
     try:
         opened = open_stored(source)
-        fresh = not work.exists()
-        with no_space_is_input_error(out):
-            work.mkdir(parents=True, exist_ok=True)
-            try:
-                return _locked(opened, source, data, recipe, options, out, work)
-            except BaseException as error:
-                # Of what was refused before anything was done nothing is left.
-                if fresh and not any(work.glob("*/layer-*")) and not isinstance(error, KeyboardInterrupt):
-                    shutil.rmtree(work, ignore_errors=True)
-                raise
+        with no_space_is_input_error(out), _work_folder(work):
+            done = _Pruning(opened=opened, source=source, recipe=recipe, options=options, out=out, work=work).run(data)
     except NotStreamable as error:
         raise InputError(
             f"{source} cannot be pruned layer by layer, as {error}; prune it in memory, without stream (--stream)."
         ) from error
+    shutil.rmtree(work, ignore_errors=True)
+    return done
 
 
-def _checked(source: Path, data: Data | None, recipe: PruneRecipe, options: Options) -> PruneRecipe:
+@contextmanager
+def _work_folder(work: Path) -> Iterator[None]:
+    """Hold a work folder for this process; where the block is refused before anything was done, it goes again."""
+    fresh = not work.exists()
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(work / _LOCK_FILE).acquire(timeout=0)
+    except (OSError, NotImplementedError):
+        raise InputError(f"Another process is pruning into {work}; let it finish, or stop it.") from None
+    with lock:
+        try:
+            yield
+        except BaseException as error:
+            if fresh and not any(work.glob("*/layer-*")) and not isinstance(error, KeyboardInterrupt):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _checked(data: Data | None, recipe: PruneRecipe, options: Options) -> PruneRecipe:
     """Return the recipe with a criterion; refuse what goes with training or with a model in memory alone."""
     recipe = changed(recipe, criterion=FAST) if recipe.criterion is None else recipe
     if recipe.criterion not in ONE_SHOT:
@@ -172,122 +186,91 @@ def _checked(source: Path, data: Data | None, recipe: PruneRecipe, options: Opti
     return recipe
 
 
-def _locked(
-    opened: StoredModel,
-    source: Path,
-    data: Data | None,
-    recipe: PruneRecipe,
-    options: Options,
-    out: Path,
-    work: Path,
-) -> PrunedCheckpoint:
-    try:
-        lock = FileLock(work / _LOCK_FILE).acquire(timeout=0)
-    except (OSError, NotImplementedError):
-        raise InputError(f"Another process is pruning into {work}; let it finish, or stop it.") from None
-    with lock:
-        pruned = _run(opened, source, data, recipe, options, out, work)
-    shutil.rmtree(work, ignore_errors=True)
-    return pruned
+@dataclass(frozen=True, kw_only=True)
+class _Pruning:
+    """One pruning: of a checkpoint that was opened, by a recipe with a criterion, into a place."""
 
+    opened: StoredModel
+    source: Path
+    recipe: PruneRecipe
+    options: Options
+    out: Path
+    work: Path
 
-def _run(
-    opened: StoredModel,
-    source: Path,
-    data: Data | None,
-    recipe: PruneRecipe,
-    options: Options,
-    out: Path,
-    work: Path,
-) -> PrunedCheckpoint:
-    model = opened.without_weights()
-    require_trainable(model, recipe)
-    budget_costs(model, recipe)
-    tell: Progress = options.progress or (lambda *_: None)
-    text = _text(model, source, data, recipe, options, work, tell)
-    keep_settings(work, _settings(opened, source, recipe, options, text))
+    def run(self, data: Data | None) -> PrunedCheckpoint:
+        """Choose, compensate and cut, or go on with it."""
+        recipe, seed = self.recipe, self.options.seed
+        model = self.opened.without_weights()
+        require_trainable(model, recipe)
+        # A budget that cannot be reached, and a text that is too short, are told before anything is done.
+        budget_costs(model, recipe)
+        text = self._text(model, data)
+        keep_settings(self.work, self._settings(text))
+        calibration = calibration_of(model, text.train, recipe, seed=seed)
+        plan = self._plan(model, text)
+        planned = prepare(self.opened, plan)
+        planned.check_one()
+        compensation = None
+        if calibration:
+            dense, cut = self.opened.resident(self.opened.without_weights()), planned.resident(self.opened)
+            compensation, files = fit_layers(dense, cut, calibration, self.work, progress=self._tell)
+            planned = planned.fitted(files, self.opened.names)
+            if compensation.kept:
+                config: Any = planned.model.config
+                config.compensation = compensation.to_dict() | {"text": f"text {text.sha256[:12]}"}
+        where = self.source, self.out, self.work / "cut"
+        how: dict[str, Any] = {"tokenizer": text.tokenizer, "resume": self.options.resume, "progress": self._tell}
+        done = write_cut(planned, *where, **how)
+        assert recipe.budget is not None, "a ranking has one"
+        reached = recipe.budget.reached(true_share(model, recipe, plan))
+        budget = {**recipe.budget.words, "reached": reached}
+        return PrunedCheckpoint(plan=planned.plan, budget=budget, cut=done, compensation=compensation)
 
-    def progress(name: str, done: int, total: int) -> None:
-        tell(name, done, total, {})
+    def _tell(self, name: str, done: int, total: int) -> None:
+        if self.options.progress is not None:
+            self.options.progress(name, done, total, {})
 
-    calibration = calibration_of(model, text.train, recipe, seed=options.seed)
-    plan = _plan(opened, model, text, recipe, options, work, progress)
-    assert recipe.budget is not None
-    reached = {**recipe.budget.words, "reached": recipe.budget.reached(true_share(model, recipe, plan))}
-    planned = prepare(opened, plan)
-    planned.check_one()
-    compensation = None
-    if calibration:
-        dense, cut = opened.resident(opened.without_weights()), planned.resident(opened)
+    def _text(self, model: PreTrainedModel, data: Data | None) -> Text:
+        """Return the text, none where units are ranked without one and none was given."""
+        tokenizer_of = self.options.tokenizer or self.source
+        if is_without_text(model, data, self.recipe):
+            return Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of))
+        text = read_data(
+            data,
+            self.work,
+            model_type=model.config.model_type,
+            tokenizer_of=tokenizer_of,
+            progress=partial(self._tell, "reading text, kB"),
+        )
+        segments(model, text.train, self.recipe, rows=self.recipe.batch_size)
+        return text
+
+    def _settings(self, text: Text) -> dict[str, Any]:
+        """Return what a pruning that is resumed must have been begun with."""
+        stats = {name: (self.source / name).stat() for name in (*self.opened.stored.files, "config.json")}
+        return {
+            "phase": "prune layer by layer",
+            "recipe": self.recipe.model_dump(),
+            "seed": self.options.seed,
+            "sha256": text.sha256,
+            "source": {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()},
+        }
+
+    def _plan(self, model: PreTrainedModel, text: Text) -> HeadPlan:
+        """Return the plan, kept from before or chosen now."""
+        recipe, seed, path = self.recipe, self.options.seed, self.work / _PLAN_FILE
+        if path.exists():
+            return HeadPlan.from_json(path)
+        batches: list[dict[str, Tensor]] = []
+        if recipe.criterion in READS_TEXT:
+            batches = [*islice(batches_of(model, text.train, recipe, seed=seed), recipe.steps)]
+        dense = self.opened.resident(self.opened.without_weights())
+        asked: Any = recipe.criterion
+        scoring = Scoring(dense.model, asked, unit=recipe.unit, blocks=asked_blocks(recipe, dense.model))
         with flushing_denormals():
-            compensation, files = fit_layers(dense, cut, calibration, work, progress=progress)
-        planned = planned.fitted(files, opened.names)
-        if compensation.kept:
-            model_config: Any = planned.model.config
-            model_config.compensation = compensation.to_dict() | {"text": f"text {text.sha256[:12]}"}
-        del dense, cut
-    done = write_cut(planned, source, out, work / "cut", resume=options.resume, progress=progress)
-    return PrunedCheckpoint(plan=planned.plan, budget=reached, cut=done, compensation=compensation)
-
-
-def _text(
-    model: PreTrainedModel,
-    source: Path,
-    data: Data | None,
-    recipe: PruneRecipe,
-    options: Options,
-    work: Path,
-    progress: Progress,
-) -> Text:
-    """Return the text, none where units are ranked without one and none was given."""
-    tokenizer_of = options.tokenizer or source
-    if is_without_text(model, data, recipe):
-        return Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of))
-    text = read_data(
-        data,
-        work,
-        model_type=model.config.model_type,
-        tokenizer_of=tokenizer_of,
-        progress=counted(progress, "reading text, kB"),
-    )
-    # A text that is too short is told before anything is done.
-    segments(model, text.train, recipe, rows=recipe.batch_size)
-    return text
-
-
-def _settings(opened: StoredModel, source: Path, recipe: PruneRecipe, options: Options, text: Text) -> dict[str, Any]:
-    """Return what a pruning that is resumed must have been begun with."""
-    stats = {name: (source / name).stat() for name in (*opened.stored.files, "config.json")}
-    return {
-        "phase": "prune layer by layer",
-        "recipe": recipe.model_dump(),
-        "seed": options.seed,
-        "sha256": text.sha256,
-        "source": {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()},
-    }
-
-
-def _plan(
-    opened: StoredModel,
-    model: PreTrainedModel,
-    text: Text,
-    recipe: PruneRecipe,
-    options: Options,
-    work: Path,
-    progress: Callable[[str, int, int], None],
-) -> HeadPlan:
-    """Return the plan, kept from before or chosen now."""
-    path = work / _PLAN_FILE
-    if path.exists():
-        return HeadPlan.from_json(path)
-    batches: list[dict[str, Tensor]] = []
-    if recipe.criterion in READS_TEXT:
-        batches = [*islice(batches_of(model, text.train, recipe, seed=options.seed), recipe.steps)]
-    dense = opened.resident(opened.without_weights())
-    asked: Any = recipe.criterion
-    scoring = Scoring(dense.model, asked, unit=recipe.unit, blocks=asked_blocks(recipe, dense.model))
-    with flushing_denormals():
-        scores = score_layers(dense, scoring, batches, work, seed=options.seed, progress=progress)
-    plan, _ = plan_of_scores(model, for_cost(model, scores, recipe), recipe)
-    plan.to_json(path)
-    return plan
+            scores = score_layers(dense, scoring, batches, self.work, seed=seed, progress=self._tell)
+        plan, _ = plan_of_scores(model, for_cost(model, scores, recipe), recipe)
+        plan.to_json(path)
+        # The hidden states before every layer, where they were needed, take as much room as the model.
+        shutil.rmtree(self.work / "forward", ignore_errors=True)
+        return plan
