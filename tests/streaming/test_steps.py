@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deadhead.errors import InputError
 from deadhead.streaming import steps as module
 from deadhead.streaming.steps import Steps
 
@@ -56,3 +57,11 @@ def test_a_step_that_was_stopped_while_it_was_kept_does_not_count(
     assert steps.done == 1
     assert float(steps.states(1)["dense"][0][0, 0]) == 1.0
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_file_is_told_of(tmp_path: Path) -> None:
+    steps = Steps(tmp_path / "out.work" / "pass")
+    steps.keep(0, {"a": torch.ones(3)}, {}, _states(1.0))
+    steps.path(0).write_bytes(b"x")
+    with pytest.raises(InputError, match="left, is damaged .*; delete .*out.work and begin anew"):
+        steps.found(0)

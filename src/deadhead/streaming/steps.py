@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from deadhead.errors import InputError, first_line
 
 Streams = Mapping[str, Sequence[Tensor]]
 """Hidden states of each batch, by the name of the stream."""
@@ -38,17 +42,15 @@ class Steps:
     def states(self, step: int) -> dict[str, list[Tensor]]:
         """Return the hidden states that were kept before a step."""
         streams: dict[str, list[Tensor]] = {}
-        with safe_open(self._states(step), framework="pt") as file:
+        with _opened(self._states(step)) as file:
             for name in sorted(file.keys()):
                 streams.setdefault(name.partition(".")[0], []).append(file.get_tensor(name))
         return streams
 
     def found(self, step: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what a step found: tensors, and words about them."""
-        path = self._found(step)
-        with safe_open(path, framework="pt") as file:
-            words = dict(file.metadata() or {})
-        return load_file(path), words
+        with _opened(self._found(step)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
     def path(self, step: int) -> Path:
         """Return the file of what a step found."""
@@ -67,6 +69,19 @@ class Steps:
 
     def _states(self, step: int) -> Path:
         return self.folder / f"states-{step:05}.safetensors"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file that was kept; an InputError says that it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}, which a pruning that was stopped has left, is damaged ({first_line(error)}); delete "
+            f"{path.parents[1]} and begin anew."
+        ) from error
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:

@@ -118,8 +118,10 @@ def open_stored(source: Path) -> StoredModel:
     """Read what a checkpoint says of itself; raise NotStreamable if it can only be had whole, in memory."""
     if gguf_file(source) is not None:
         raise NotStreamable("a GGUF file is read as a whole")
-    stored = read_stored(source)
     config = checkpoint.load_config(source)
+    if not source.is_dir():
+        raise NotStreamable(f"it is no folder on this machine (hf download {source} --local-dir FOLDER makes one)")
+    stored = read_stored(source)
     dtype = _load_dtype(config, stored)
     if config.model_type in OWN_TYPES or hasattr(config, "quantization_config"):
         raise NotStreamable(f"models of type {config.model_type!r} are cut in memory, as are quantised ones")

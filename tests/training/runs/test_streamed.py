@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import deadhead
+from benchmarks._kills import before_changes
 from benchmarks._tiny_models import CAUSAL_TYPES, scramble, tiny_model
 from deadhead import InputError
 from deadhead.cli import execute
@@ -156,6 +159,40 @@ def test_stopped_at_every_layer_and_resumed(criterion: str, sources: Path, tmp_p
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.slow
+def test_killed_before_a_change_and_resumed(sources: Path, tmp_path: Path) -> None:
+    """Of files and folders, by SIGKILL, every time a little later: the same files in the end."""
+
+    def in_a_child(out: Path, *, resume: bool, kill_at: int | None) -> int:
+        process = os.fork()
+        if process == 0:
+            try:
+                torch.set_num_threads(1)
+
+                def act(count: int) -> None:
+                    if count == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                before_changes(out.parent, act)
+                how = {**_HOW, "criterion": "wanda", "params": 0.7, "resume": resume}
+                prune_checkpoint(sources / "llama", stream(2000), out=out, **how)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+    (tmp_path / "whole").mkdir()
+    assert in_a_child(tmp_path / "whole" / "out", resume=False, kill_at=None) == 0
+    (tmp_path / "killed").mkdir()
+    out, kills, kill_at = tmp_path / "killed" / "out", 0, 3
+    while code := in_a_child(out, resume=out.with_name("out.work").exists(), kill_at=kill_at):
+        assert code == -signal.SIGKILL
+        kills, kill_at = kills + 1, kill_at + 7
+    assert kills > 5
+    assert tree(out) == tree(tmp_path / "whole" / "out")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
 def test_other_settings_are_not_resumed(sources: Path, tmp_path: Path) -> None:
     how = {**_HOW, "criterion": "flap", "out": tmp_path / "out"}
 
@@ -217,6 +254,8 @@ def test_texts_and_models_that_do_not_do(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must not overwrite the model"):
         prune_checkpoint(sources / "llama", stream(2000), out=sources / "llama", **how)
     assert not out.exists() and not (tmp_path / "out.work").exists()
+    with pytest.raises(InputError, match="nowhere"):
+        prune_checkpoint(tmp_path / "nowhere", stream(2000), out=out, **how)
     ours = save_small_model(tmp_path / "ours", write_prose(tmp_path))
     with pytest.raises(InputError, match="cannot be pruned layer by layer, as models of type .*; prune it in memory"):
         prune_checkpoint(ours, stream(2000), out=out, sparsity=0.5, criterion="magnitude")
