@@ -57,9 +57,28 @@ def test_shares_and_what_is_reached_are_in_the_budgets_own_terms(kind: Any, valu
     assert budget.reached(share) == value
 
 
+def test_memory_is_in_bytes_once_it_is_known_what_the_model_takes() -> None:
+    budget = Budget(kind="memory", value=3.0 * 2**30, whole=4.0 * 2**30)
+    assert (budget.share, budget.reached(0.5)) == (0.75, 2.0 * 2**30)
+    assert budget.words == {"kind": "memory", "asked": 3.0 * 2**30}
+    costs = UnitCosts(fixed=3.5 * 2**30, tables={UnitKey("head", 0): torch.tensor([0.0, 0.5 * 2**30])})
+    with pytest.raises(InputError, match="budget memory 3.000 GiB cannot be reached: without .* be at 3.500 GiB"):
+        budget.require_reachable(costs, has_blocks=True)
+    with pytest.raises(InputError, match="budget memory 4.000 GiB leaves nothing to prune: the model takes 4.000 GiB"):
+        Budget(kind="memory", value=4.0 * 2**30, whole=4.0 * 2**30).require_reachable(costs, has_blocks=True)
+
+
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [("sparsity", 1.0), ("sparsity", -0.1), ("params", 0.0), ("flops", 1.01), ("kv_cache", math.nan), ("speedup", 0.9)],
+    [
+        ("sparsity", 1.0),
+        ("sparsity", -0.1),
+        ("params", 0.0),
+        ("flops", 1.01),
+        ("kv_cache", math.nan),
+        ("speedup", 0.9),
+        ("memory", 0.0),
+    ],
 )
 def test_values_out_of_range_are_refused(kind: Any, value: float) -> None:
     with pytest.raises(InputError, match=f"budget of {kind} must be"):
@@ -69,7 +88,7 @@ def test_values_out_of_range_are_refused(kind: Any, value: float) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Budget(kind="memory", value=0.5), "A budget's kind must be .*'params'.*, but 'memory' came"),  # type: ignore[arg-type]
+        (lambda: Budget(kind="bytes", value=0.5), "A budget's kind must be .*'params'.*, but 'bytes' came"),  # type: ignore[arg-type]
         (lambda: Budget(kind="params", value="a"), "A budget's value must be float, but 'a' came"),  # type: ignore[arg-type]
         (lambda: Budget(kind="params", value=True), "A budget's value must be float, but True came"),
         (lambda: BudgetTarget("params", 0.5), "BudgetTarget takes costs as UnitCosts, but 'params' came"),  # type: ignore[arg-type]

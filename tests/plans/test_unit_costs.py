@@ -37,10 +37,10 @@ def test_totals_interpolation_slopes_and_what_a_unit_saves() -> None:
     assert UnitCosts(fixed=2.0, tables={}).total == UnitCosts(fixed=2.0, tables={}).of({}) == 2.0
 
 
-@pytest.mark.parametrize("kind", ["params", "flops", "kv_cache"])
+@pytest.mark.parametrize("kind", ["params", "flops", "kv_cache", "memory"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "bert", "deepseek_v3", "own", "transformer-xl"])
 def test_the_sum_over_layers_is_what_is_counted_of_the_cut_model(
-    model_type: str, kind: Literal["params", "flops", "kv_cache"]
+    model_type: str, kind: Literal["params", "flops", "kv_cache", "memory"]
 ) -> None:
     model: Any
     if model_type == "own":
@@ -62,8 +62,9 @@ def test_the_sum_over_layers_is_what_is_counted_of_the_cut_model(
         model = tiny_model(model_type)
     gates = deadhead.attach(model, blocks=True)
     deadhead.detach(model)
-    costs = counted_costs(model, kind, unit=gates.unit, hidden=gates.choices.has_blocks, length=40)
-    whole = cost_of_kind(model_cost(model, length=40), kind)
+    costs = counted_costs(model, kind, unit=gates.unit, hidden=gates.choices.has_blocks, length=40, texts=3)
+    how = {"itemsize": 4, "texts": 3}
+    whole = cost_of_kind(model_cost(model, length=40), kind, **how)
     assert costs.total == pytest.approx(whole)
     assert costs.fixed >= 0
     draw = random.Random(1)
@@ -71,7 +72,7 @@ def test_the_sum_over_layers_is_what_is_counted_of_the_cut_model(
         kept = {
             key: tuple(draw.sample(units, draw.randint(1, len(units)))) for key, units in gates.choices.units.items()
         }
-        counted = cost_of_kind(model_cost(model, gates.choices.plan_of(kept), length=40), kind)
+        counted = cost_of_kind(model_cost(model, gates.choices.plan_of(kept), length=40), kind, **how)
         # Persistent vectors are of a head and of a block, so that no sum over the two is exact.
         error = 0.15 if model_type == "own" and kind != "kv_cache" else 1e-6
         assert costs.of({key: len(units) for key, units in kept.items()}) == pytest.approx(counted, rel=error)

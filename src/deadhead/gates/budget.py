@@ -14,6 +14,7 @@ from deadhead.errors import InputError, require_fields, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.penalty import Target, Weighting, unit_weights
 from deadhead.plans.kinds import BudgetKind, Of
+from deadhead.plans.memory_sizes import size_text
 from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
@@ -34,17 +35,20 @@ class Budget:
 
     kind: BudgetKind  # all parameters, FLOPs of a token, bytes of a text's cache, measured speedup, or heads' sparsity
     # The share of the dense model's that may be left, in (0, 1]; of "sparsity" the share that goes, in [0, 1); of
-    # "speedup" how many times as fast the model is to be, from 1.
+    # "speedup" how many times as fast the model is to be, from 1; of "memory" bytes.
     value: float
     # Of which parameters "params" is a share: all, or those of the Transformer's blocks, without embeddings and output
     # layer.
     of: Of = "all"
+    # What the dense model takes, in bytes, of "memory" alone; None where it is not known yet.
+    whole: float | None = None
 
     def __post_init__(self) -> None:
         require_fields(self, "A budget's ")
         fits, rule = {
             "sparsity": (0 <= self.value < 1, "at least 0 and below 1"),
             "speedup": (1 <= self.value <= 1000, "at least 1"),
+            "memory": (self.value > 0, "above 0"),
         }.get(self.kind, (0 < self.value <= 1, "above 0 and at most 1, as a share of the dense model's"))
         if not fits:
             raise InputError(f"A budget of {self.kind} must be {rule}, but it is {self.value}.")
@@ -61,12 +65,16 @@ class Budget:
     @property
     def share(self) -> float:
         """The share of the dense model's cost that may be left, in (0, 1]."""
+        if self.kind == "memory":
+            assert self.whole is not None, "what the model takes is counted first"
+            return self.value / self.whole
         return {"sparsity": 1.0 - self.value, "speedup": 1.0 / self.value}.get(self.kind, self.value)
 
     def reached(self, share: float) -> float:
         """Return what a model reaches of the budget, in the budget's own terms, given the share of the cost left."""
         speedup = 1.0 / share if share else math.inf
-        return {"sparsity": 1.0 - share, "speedup": speedup}.get(self.kind, share)
+        found = {"sparsity": 1.0 - share, "speedup": speedup, "memory": share * (self.whole or 0.0)}
+        return found.get(self.kind, share)
 
     def require_reachable(self, costs: UnitCosts, *, has_blocks: bool) -> None:
         """Check that the model without any unit costs no more than may be left; the InputError says what can be had."""
@@ -74,9 +82,17 @@ class Budget:
         if self.share < least:
             what = "heads and blocks" if has_blocks else "heads"
             hint = "" if has_blocks or self.kind in ("sparsity", "kv_cache") else " (or add blocks)"
+            asked, reached = f"{self.value:g}", f"{self.reached(least):.3f}"
+            if self.kind == "memory":
+                asked, reached = size_text(self.value), size_text(self.reached(least))
             raise InputError(
-                f"The budget {self.kind} {self.value:g} cannot be reached: without any {what} the model would be at "
-                f"{self.reached(least):.3f}; ask for less{hint}."
+                f"The budget {self.kind} {asked} cannot be reached: without any {what} the model would be at "
+                f"{reached}; ask for less{hint}."
+            )
+        if self.kind == "memory" and self.share >= 1:
+            raise InputError(
+                f"The budget memory {size_text(self.value)} leaves nothing to prune: the model takes "
+                f"{size_text(self.whole or 0.0)}; ask for less memory."
             )
 
 

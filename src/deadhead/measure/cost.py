@@ -23,6 +23,8 @@ from deadhead.plans.kinds import Of
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
+Counted = Literal["params", "flops", "kv_cache", "memory"]
+
 
 @typed
 def model_cost(
@@ -114,18 +116,19 @@ def _other_flops(model: PreTrainedModel, counted: set[int]) -> float:
 
 def counted_costs(
     model: PreTrainedModel,
-    kind: Literal["params", "flops", "kv_cache"],
+    kind: Counted,
     *,
     unit: Unit,
     hidden: bool = False,
     length: int | None = None,
     of: Of = "all",
+    texts: int = 1,
 ) -> UnitCosts:
-    """Return what the units of a model cost in parameters, FLOPs a token or cache values, as a sum over layers.
+    """Return what the units of a model cost in parameters, FLOPs a token, or bytes of cache or memory, layer by layer.
 
     Of single query heads that share keys and values, and of heads that share persistent vectors, the mean: `model_cost`
-    with a plan counts exactly. `hidden` says whether hidden units are units too, `of` which parameters are counted (see
-    `cost_of_kind`).
+    with a plan counts exactly. `hidden` says whether hidden units are units too, `of` which parameters are counted, and
+    `texts` how many have a cache in memory (see `cost_of_kind`).
 
     Raises:
         InputError: the cache is asked for of a model that keeps none.
@@ -141,19 +144,23 @@ def counted_costs(
     # Of numbers that heads and hidden units both own, persistent vectors, half counts for either, as of their FLOPs.
     shares = {"persistent": 0.5} if any(count > 1 for count in owners.values()) else {}
     tables: dict[UnitKey, Tensor] = {}
+    keeps_cache = layout.keeps_cache(model)
     present = 0.0
     for site in sites:
         found = parameters[site.key]
         if kind == "kv_cache":
             whole = float(site.cache_values(length) * model.dtype.itemsize)
-        elif kind == "params":
+        elif kind == "params" or kind == "memory":
             whole = sum(parameter.numel() / owners[id(parameter)] for parameter, _ in found)
+            if kind == "memory":
+                whole = model.dtype.itemsize * (whole + texts * site.cache_values(length) * keeps_cache)
         else:
             whole = sum(2.0 * parameter.numel() for parameter, per_token in found if per_token)
             whole += sum(flops * shares.get(name, 1) for name, flops in site.context_flops(length).items())
         present += whole
         tables[site.key] = torch.arange(len(site.units) + 1, dtype=torch.float64) * (whole / len(site.units))
-    return UnitCosts(fixed=cost_of_kind(cost, kind, of) - present, tables=tables)
+    total = cost_of_kind(cost, kind, of, itemsize=model.dtype.itemsize, texts=texts)
+    return UnitCosts(fixed=total - present, tables=tables)
 
 
 def require_cache(model: PreTrainedModel) -> None:
@@ -165,10 +172,16 @@ def require_cache(model: PreTrainedModel) -> None:
         )
 
 
-def cost_of_kind(cost: Cost, kind: Literal["params", "flops", "kv_cache"], of: Of = "all") -> float:
-    """Return one of the numbers of a cost; of "blocks" the parameters without embeddings and output layer."""
+def cost_of_kind(cost: Cost, kind: Counted, of: Of = "all", *, itemsize: int = 0, texts: int = 1) -> float:
+    """Return one of the numbers of a cost.
+
+    Of "blocks" the parameters are those without embeddings and output layer; "memory" is bytes of the weights, of so
+    many a number, and of the cache of so many texts.
+    """
     parameters = cost.parameters - (cost.embedding_parameters if of == "blocks" else 0)
-    return float({"params": parameters, "flops": cost.flops_per_token, "kv_cache": cost.kv_cache_bytes}[kind])
+    memory = itemsize * cost.parameters + texts * cost.kv_cache_bytes
+    found = {"params": parameters, "flops": cost.flops_per_token, "kv_cache": cost.kv_cache_bytes, "memory": memory}
+    return float(found[kind])
 
 
 def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, length: int | None = None) -> Cost:

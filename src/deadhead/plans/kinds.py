@@ -17,6 +17,7 @@ FAST: OneShot = "reconstruction"
 Criterion = Literal["gates", "topk", "sizes", OneShot]
 # Those whose scores are an order of all units, but no loss: none that is shared out among units, or divided by a cost.
 STANDARDISED: tuple[OneShot, ...] = ("wanda", "flap", "random")
-BudgetKind = Literal["sparsity", "params", "flops", "kv_cache", "speedup"]
+# Shares of the dense model's; of memory the bytes themselves.
+BudgetKind = Literal["sparsity", "params", "flops", "kv_cache", "memory", "speedup"]
 Of = Literal["all", "blocks"]
 BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)

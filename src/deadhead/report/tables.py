@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from deadhead.plans.memory_sizes import size_text
 from deadhead.training.runs.summary import STAGES
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> st
     if kind == "speedup":
         return f"Asked for {asked:g} times the speed; {'predicted' if predicted else 'measured'} {reached:.3f} times."
     verb = "would be" if predicted else "are"
+    if kind == "memory":
+        took = "would be" if predicted else "is"
+        return f"Asked for {size_text(asked)} of memory; what is left {took} {size_text(reached)}."
     if kind == "sparsity":
         return f"Asked to cut {asked:.1%} of the heads; {reached:.1%} {verb} gone."
     what = "parameters of the blocks" if budget.get("of") == "blocks" else _LEFT_OF[kind]

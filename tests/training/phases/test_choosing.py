@@ -175,3 +175,21 @@ def test_a_share_of_the_blocks_leaves_embeddings_and_output_layer_out() -> None:
         recipe_of(flops=0.7, of="blocks")
     with pytest.raises(InputError, match="Only a budget of params can be of the blocks' parameters"):
         Budget(kind="flops", value=0.7, of="blocks")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_memory_is_weights_and_the_cache_of_some_texts(name: str) -> None:
+    model = MODELS[name]()
+    before = model_cost(model, length=12)
+    whole = 4 * before.parameters + 3 * before.kv_cache_bytes
+    asked = round(0.8 * whole)
+    recipe = recipe_of(**row(name), memory=f"{asked}B", criterion="magnitude", budget_batch_size=3)
+    pruned = deadhead.prune(model, None, recipe=recipe, compensate=False)
+    after = pruned.costs.after
+    cache = model_cost(model, length=12).kv_cache_bytes
+    assert pruned.budget == {"kind": "memory", "asked": asked, "reached": 4 * after.parameters + 3 * cache}
+    assert 0.95 * asked < pruned.budget["reached"] <= asked
+    with pytest.raises(InputError, match="leaves nothing to prune"):
+        deadhead.prune(MODELS[name](), None, recipe=recipe_of(**row(name), memory="1GiB", criterion="magnitude"))
+    with pytest.raises(InputError, match="memory 0.001 MiB cannot be reached"):
+        deadhead.prune(MODELS[name](), None, recipe=recipe_of(**row(name), memory="1kB", criterion="magnitude"))

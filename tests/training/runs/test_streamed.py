@@ -90,7 +90,7 @@ def test_layers_without_heads_and_without_hidden_units(kind: str, sources: Path,
     assert any(found.cut.after.heads)
 
 
-@pytest.mark.parametrize("how", [{"sparsity": 0.5}, {"kv_cache": 0.5, "of": "all"}, {"flops": 0.7, "of": "all"}])
+@pytest.mark.parametrize("how", [{"sparsity": 0.5}, {"kv_cache": 0.5}, {"flops": 0.7}, {"memory": "90kB"}])
 def test_other_budgets(how: dict[str, Any], sources: Path, tmp_path: Path) -> None:
     _require_same(sources / "llama", tmp_path, criterion="wanda", **{"of": "all", **how})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,9 @@ def budget_costs(
         latency = latency or measure_budget_latency(model, recipe)
         costs = latency.costs()
     else:
-        length = budget_length(model, recipe)
-        costs = counted_costs(model, budget.kind, unit=unit, hidden=blocks is not False, length=length, of=budget.of)
+        how: dict[str, Any] = {"length": budget_length(model, recipe), "texts": recipe.budget_batch_size}
+        costs = counted_costs(model, budget.kind, unit=unit, hidden=blocks is not False, of=budget.of, **how)
+        budget = replace(budget, whole=costs.total) if budget.kind == "memory" else budget
     budget.require_reachable(costs, has_blocks=blocks is not False)
     return budget, costs
 
@@ -151,13 +153,12 @@ def plan_of_scores(
     Where nothing is timed, the model may be on any device. A speedup may be what a given latency predicts, rather than
     measured. A budget that cannot be reached is refused.
     """
-    budget = recipe.budget
-    assert budget is not None, "a recipe without budget ranks nothing"
+    assert recipe.budget is not None, "a recipe without budget ranks nothing"
     found = budget_costs(model, recipe, latency=latency)
     if found is None:
-        plan = scores.plan(budget.value, ranking=recipe.ranking)
+        plan = scores.plan(recipe.budget.value, ranking=recipe.ranking)
         return plan, true_share(model, recipe, plan)
-    costs = found[1]
+    budget, costs = found
 
     def share_left(plan: HeadPlan) -> float:
         if predicted and budget.kind == "speedup" and latency is not None:
@@ -194,7 +195,18 @@ def true_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan, *, t
         found = budget_costs(model, recipe)
         assert found is not None
         total = found[1].total
-    return cost_of_kind(model_cost(model, plan, length=length), budget.kind, budget.of) / total
+    cost = model_cost(model, plan, length=length)
+    how = {"itemsize": model.dtype.itemsize, "texts": recipe.budget_batch_size}
+    return cost_of_kind(cost, budget.kind, budget.of, **how) / total
+
+
+def reached(model: PreTrainedModel, recipe: PruneRecipe, share: float) -> float:
+    """Return what a recipe's budget reaches, in its own terms, where a share of the model's cost is left."""
+    budget = recipe.budget
+    assert budget is not None
+    if budget.kind == "memory" and (found := budget_costs(model, recipe)) is not None:
+        budget = found[0]
+    return budget.reached(share)
 
 
 def close_to_budget(
@@ -222,7 +234,7 @@ def close_to_budget(
         if budget.kind == "speedup":
             # Of several measurements the best was taken; what is reported is another.
             share = true_share(model, recipe, plan)
-        return plan, budget.reached(share)
+        return plan, reached(model, recipe, share)
 
     plan, found = on_main(choose)
     if plan != gates.plan():

@@ -94,7 +94,7 @@ def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:
     """Tell whether blocks have gates: as the recipe says, else where heads alone would leave most of the cost."""
     if phase.blocks is not None or phase.block_size is not None:
         return phase.blocks is not False
-    asked = phase.budget is not None and phase.budget.kind in ("params", "flops", "speedup")
+    asked = phase.budget is not None and phase.budget.kind in ("params", "flops", "memory", "speedup")
     has_own_blocks = model.config.model_type != AllAttentionConfig.model_type
     return asked and has_own_blocks and bool(find_layout(model).hidden_sites(model))
 

@@ -30,7 +30,14 @@ from deadhead.training.callbacks.reporting import require_trackers, tensorboard_
 from deadhead.training.callbacks.sparsity import SparsityCallback
 from deadhead.training.callbacks.stopping import Stopping
 from deadhead.training.phases.checkpoints import checkpoint_step, checkpoints, last_checkpoint
-from deadhead.training.phases.choosing import attach_gates, budget_costs, close_to_budget, gate_config, true_share
+from deadhead.training.phases.choosing import (
+    attach_gates,
+    budget_costs,
+    close_to_budget,
+    gate_config,
+    reached,
+    true_share,
+)
 from deadhead.training.phases.defaults import segments, with_defaults
 from deadhead.training.phases.distillation import Distillation, require_same_vocabulary
 from deadhead.training.phases.learning import checkpoint_activations, learner
@@ -149,13 +156,12 @@ def choose_units(
     """
     budget = recipe.budget
     if recipe.is_ranked:
-        assert budget is not None
         where: dict[str, Any] = {"seed": run.seed, "first_segment": run.first_segment, "latency": run.latency}
         plan = plan or on_main(lambda: rank(model, text, recipe, **where, progress=run.progress))
         # Not those that would learn: a ranking's blocks are of units of like scores.
         gates = attach_for(model, plan)
         chosen = plan
-        found: float | None = on_main(lambda: budget.reached(true_share(model, recipe, chosen)))
+        found: float | None = on_main(lambda: reached(model, recipe, true_share(model, recipe, chosen)))
     else:
         start = None if recipe.start_from is None else _start(model, text, recipe, run)
         gates = attach_gates(model, recipe, run.seed, None if start is None else start.blocks)

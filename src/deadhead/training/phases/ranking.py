@@ -95,7 +95,8 @@ def rank_each(
             f"The criterion {recipe.criterion} trains gates; use deadhead.training.train with gates attached."
         )
     assert recipe.budget is not None, "a recipe without budget ranks nothing"
-    recipes = [changed(recipe, **{recipe.budget.kind: value}) for value in values]
+    kind = recipe.budget.kind
+    recipes = [changed(recipe, **{kind: f"{value:.0f}B" if kind == "memory" else value}) for value in values]
     if recipe.criterion == "sizes":
         yield from _each_by_sizes(
             model, text, recipes, after, seed=seed, first_segment=first_segment, latency=latency, progress=progress

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from deadhead.plans.kinds import BUDGET_KINDS, ONE_SHOT, Criterion, Of, OneShot, Ranking
+from deadhead.plans.memory_sizes import in_bytes
 from deadhead.plans.plan import Unit
 from deadhead.training.recipes.fields import sentence, setting
 
@@ -193,6 +194,13 @@ class PruneRecipe(PhaseRecipe):
     )
     flops: float | None = _left("Budget: the share of a token's FLOPs that is left.")
     kv_cache: float | None = _left("Budget: the share of the key/value cache that is left.")
+    memory: str | None = _optional(
+        "Budget: the memory that weights, as they are loaded, and the cache of `budget_batch_size` texts of "
+        "`budget_length` tokens may take, such as 4GiB or 500MB.",
+        unit="size",
+        first=True,
+        max_length=40,
+    )
     speedup: float | None = _optional(
         "Budget: how many times as fast the model is to be on this machine.", first=True, ge=1, le=1000
     )
@@ -288,12 +296,22 @@ class PruneRecipe(PhaseRecipe):
         from deadhead.gates.budget import Budget  # needs torch
 
         given = [(kind, value) for kind in BUDGET_KINDS if (value := getattr(self, kind)) is not None]
+        if given and given[0][0] == "memory":
+            return Budget(kind="memory", value=float(in_bytes(given[0][1])))
         return Budget(kind=given[0][0], value=given[0][1], of=self.of) if given else None
 
     @property
     def training_steps(self) -> int:
         """Steps of the optimizer that the phase makes: none where units are only ranked."""
         return 0 if self.is_ranked else self.steps
+
+    @field_validator("memory")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        try:
+            return value if value is None or in_bytes(value) else None
+        except ValueError as error:
+            raise PydanticCustomError("size", str(error)) from None
 
     @model_validator(mode="after")
     def _looks_at_few_batches(self) -> PruneRecipe:

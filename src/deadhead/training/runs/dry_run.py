@@ -20,7 +20,7 @@ from deadhead.measure.costs import Cost
 from deadhead.measure.latency import Latency
 from deadhead.plans.plan import HeadPlan
 from deadhead.plans.scores import HeadScores
-from deadhead.training.phases.choosing import asked_blocks, attach_gates, budget_length, plan_of_scores
+from deadhead.training.phases.choosing import asked_blocks, attach_gates, budget_length, plan_of_scores, reached
 from deadhead.training.phases.defaults import segment_length
 from deadhead.training.phases.learning import learner
 from deadhead.training.recipes.recipe import PruneRecipe
@@ -100,7 +100,7 @@ def dry_run(model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | N
         even = {key: -(torch.arange(count) + 0.5) / max(count, 1) for key, count in choices.counts.items()}
         scores = HeadScores(scores=even, choices=choices)
         plans["pruned"], share = plan_of_scores(model, scores, recipe, latency=latency, predicted=True)
-        found = recipe.budget.reached(share)
+        found = reached(model, recipe, share)
     return DryRun(
         length=length,
         unit=unit,

@@ -29,7 +29,7 @@ from deadhead.streaming.layer_fits import fit_layers
 from deadhead.streaming.layer_scores import score_layers
 from deadhead.streaming.prepare import prepare
 from deadhead.streaming.stored_model import StoredModel, open_stored
-from deadhead.training.phases.choosing import asked_blocks, budget_costs, plan_of_scores, true_share
+from deadhead.training.phases.choosing import asked_blocks, budget_costs, plan_of_scores, reached, true_share
 from deadhead.training.phases.compensating import calibration_of
 from deadhead.training.phases.defaults import batches_of, segments
 from deadhead.training.phases.ranking import for_cost
@@ -222,8 +222,7 @@ class _Pruning:
         how: dict[str, Any] = {"tokenizer": text.tokenizer, "resume": self.options.resume, "progress": self._tell}
         done = write_cut(planned, *where, **how)
         assert recipe.budget is not None, "a ranking has one"
-        reached = recipe.budget.reached(true_share(model, recipe, plan))
-        budget = {**recipe.budget.words, "reached": reached}
+        budget = {**recipe.budget.words, "reached": reached(model, recipe, true_share(model, recipe, plan))}
         return PrunedCheckpoint(plan=planned.plan, budget=budget, cut=done, compensation=compensation)
 
     def _tell(self, name: str, done: int, total: int) -> None:

@@ -52,8 +52,8 @@ class _Data(_Part):
 class _Budget(_Part):
     kind: BudgetKind
     of: Of = "all"
-    asked: float = Field(ge=0, le=1000)
-    reached: float = Field(ge=0, le=1e6)
+    asked: float = Field(ge=0, le=1e18)
+    reached: float = Field(ge=0, le=1e18)
 
 
 class _Summary(TypedDict, total=False):

@@ -45,6 +45,8 @@ _PLANS, _WORK = "plans.json", "work"
 # The work that is timed, and how often.
 _ROWS, _LENGTH, _REPEATS = 4, 128, 7
 _MOST_LOSS = 1e6
+# Budgets of which several values make a picture: all but bytes.
+SWEPT: tuple[BudgetKind, ...] = tuple(kind for kind in BUDGET_KINDS if kind != "memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +111,10 @@ def sweep(
         UnsupportedModel: the model has no heads that could be cut.
         DivergenceError: a recovery diverged.
     """
-    given: dict[BudgetKind, Any] = {kind: settings.pop(kind) for kind in BUDGET_KINDS if kind in settings}
+    given: dict[BudgetKind, Any] = {kind: settings.pop(kind) for kind in SWEPT if kind in settings}
     if len(given) != 1:
         raise InputError(
-            f"One budget with several values was expected, of {', '.join(BUDGET_KINDS)}, as in params=[0.9, 0.8], but "
+            f"One budget with several values was expected, of {', '.join(SWEPT)}, as in params=[0.9, 0.8], but "
             f"{' and '.join(given) + ' were' if given else 'none was'} given."
         )
     ((kind, values),) = given.items()
