@@ -85,7 +85,7 @@ def held_out_loss(
 ) -> float:
     """Return the mean negative log-likelihood of a held-out token.
 
-    `begin` is told the index of each batch, and of the row in it from which on the model will run on some.
+    `begin` is told, before the model runs on some rows of a batch, its index and that of the first of the rows.
     """
     loss = SegmentLoss(model)
     loss.try_out()

@@ -74,7 +74,7 @@ def _solver(moments: Moments, ridge: float) -> Callable[[Tensor, Tensor], Tensor
 def best_fit(fitted: Moments, held: Moments | HeldRows, weight_DN: Tensor) -> Fit | None:
     """Fit a projection to some tokens; choose ridge and target by its error on others.
 
-    Where there are many outputs, ridge and target are chosen by every so manieth of them.
+    Where there are many outputs, ridge and target are chosen by every n-th of them.
 
     Args:
         fitted: moments of the tokens that are fitted to. Of two targets mixes are tried, and all are judged by their
