@@ -137,6 +137,8 @@ def prune(
     take_fast(fast, settings)
     base = begun(shared.pop("recipe"), settings)
     phase = section_of(base.prune, settings)
+    if stream and phase.criterion is None:
+        phase = changed(phase, criterion=FAST)
     if dry_run:
         how = {name: shared[name] for name in ("device", "dtype", "quiet", "as_json")}
         _dry_run(model, phase, section_of(base.data, settings), recover, cut=cut, **how)

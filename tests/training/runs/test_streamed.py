@@ -275,5 +275,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert tree(tmp_path / "out") == tree(tmp_path / "other")
     assert execute([*command, "--out", str(tmp_path / "other"), "--resume"]) == 2
     assert "There is nothing to resume" in capsys.readouterr().err
+    assert execute([*command, "--dry-run"]) == 0
+    assert "rank units by reconstruction" in capsys.readouterr().out
     assert execute([*command, "--out", str(tmp_path / "other"), "--no-cut"]) == 2
     assert "with --stream there are none" in capsys.readouterr().err
