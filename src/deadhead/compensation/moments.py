@@ -73,7 +73,7 @@ class Moments:
     @property
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""
-        return all(bool(values.isfinite().all()) for values in (self.xx_NN, self.yx_KDN, self.yy_KK))
+        return all(map(_is_finite, (self.xx_NN, self.yx_KDN, self.yy_KK)))
 
 
 class HeldRows:
@@ -112,7 +112,12 @@ class HeldRows:
     @property
     def is_finite(self) -> bool:
         """Whether all numbers are."""
-        return all(bool(values.isfinite().all()) for values in (*self._x, *self._y))
+        return all(map(_is_finite, (*self._x, *self._y)))
+
+
+def _is_finite(values: Tensor) -> bool:
+    # What is not finite makes a sum so; the sum needs no other tensor of this size.
+    return bool(values.sum(dtype=torch.float64).isfinite())
 
 
 def _weighted(x_RN: Tensor, targets: Sequence[Tensor], weight_R: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor]:

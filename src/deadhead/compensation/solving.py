@@ -55,17 +55,18 @@ def _solver(moments: Moments, ridge: float) -> Callable[[Tensor, Tensor], Tensor
     xx_NN = moments.xx_NN
     scale_N = torch.zeros(len(xx_NN), dtype=xx_NN.dtype, device=xx_NN.device)
     scale_N[: moments.inputs] = ridge * xx_NN.diagonal()[: moments.inputs].mean() if moments.inputs else 0.0
-    factor_NN = xx_NN.clone()
+    # In its own place, column by column as LAPACK has it, so that no copy is made: nothing else in a fit is as large.
+    factor_NN = xx_NN.clone().T
     factor_NN.diagonal().add_(scale_N)
     info = torch.empty((), dtype=torch.int32, device=xx_NN.device)
-    # In its own place: a large matrix is the most that a fit takes.
     torch.linalg.cholesky_ex(factor_NN, out=(factor_NN, info))
     if bool(info):
         return None
 
     def solve(yx_KDN: Tensor, weight_DN: Tensor) -> Tensor:
         wanted_KDN = yx_KDN + weight_DN * scale_N
-        solved = torch.cholesky_solve(wanted_KDN.flatten(0, 1).T.contiguous(), factor_NN)
+        half = torch.linalg.solve_triangular(factor_NN, wanted_KDN.flatten(0, 1).T, upper=False)
+        solved = torch.linalg.solve_triangular(factor_NN.T, half, upper=True)
         return solved.T.reshape(wanted_KDN.shape)
 
     return solve
@@ -120,12 +121,12 @@ def _all_outputs(fitted: Moments, weight_DN: Tensor, ridge: float, mix_K: Tensor
     """Return the fit of all outputs to a mix of the targets, (D, N), made some at a time."""
     solve = _solver(fitted, ridge)
     assert solve is not None, "this ridge was chosen"
-    found = []
+    found_DN = torch.empty_like(weight_DN)
     for start in range(0, len(weight_DN), JUDGES):
         some = slice(start, start + JUDGES)
         yx_1DN = torch.einsum("k,kdn->dn", mix_K, fitted.yx_KDN[:, some].to(mix_K))[None]
-        found.append(solve(yx_1DN, weight_DN[some])[0])
-    return torch.cat(found)
+        found_DN[some] = solve(yx_1DN, weight_DN[some])[0]
+    return found_DN
 
 
 def _mixes(count: int, shares: Sequence[float], like: Tensor) -> Tensor:
