@@ -75,6 +75,7 @@ def fit_layers(
             states = {name: cast(list[Tensor], each.states) for name, each in streams.items()}
             steps.keep(index, _fitted(cut, fits.layers), words, states)
             progress("compensating layers", index + 1, count)
+        cut.release()
         with cut.outside():
             before, after = (_loss(each, calibration) for each in (plain, stream.of(held)))
     return _gathered(steps, count, before, after)

@@ -268,6 +268,7 @@ class _Pruning:
         scoring = Scoring(dense.model, asked, unit=recipe.unit, blocks=asked_blocks(recipe, dense.model))
         with flushing_denormals():
             scores = score_layers(dense, scoring, batches, self.work, seed=seed, progress=self._tell)
+        dense.release()
         plan, _ = plan_of_scores(model, for_cost(model, scores, recipe), recipe)
         plan.to_json(path)
         # The hidden states before every layer, where they were needed, take as much room as the model.
