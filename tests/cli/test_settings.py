@@ -21,11 +21,13 @@ _FIRST = (
         "--resume",
         "--recover",
         "--fast",
+        "--stream",
         "--data",
         "--sparsity",
         "--params",
         "--flops",
         "--kv-cache",
+        "--memory",
     ),
     *("--speedup", "--l0", "--criterion", "--freeze-weights", "--steps", "--batch-size", "--learning-rate"),
     *("--lora-rank", "--distill", "--help"),
@@ -70,9 +72,10 @@ def test_every_field_is_an_option(
     options = {option_name(name, field) for section in sections for name, field in section.model_fields.items()}
     expected = (options | {"--seed"}) - without - {""}
     own = {"--out", "--model", "--resume", "--recipe", "--report-to", "--json", "--help", "--device", "--dtype"}
-    own |= {"prune": {"--cut", "--dry-run", "--teacher", "--recover", "--fast"}, "finetune": {"--teacher"}}.get(
-        command, set()
-    )
+    own |= {
+        "prune": {"--cut", "--dry-run", "--teacher", "--recover", "--fast", "--stream"},
+        "finetune": {"--teacher"},
+    }.get(command, set())
     assert set(re.findall(r"^  (--[a-z0-9-]+)", _help(command, capsys), re.MULTILINE)) == expected | own
 
 
