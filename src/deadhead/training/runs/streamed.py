@@ -19,7 +19,7 @@ from deadhead.compensation.record import Compensation
 from deadhead.criteria.scoring import Scoring
 from deadhead.disk.files import no_space_is_input_error
 from deadhead.disk.places import checked_path
-from deadhead.errors import InputError, typed_but
+from deadhead.errors import InputError, typed
 from deadhead.modes import flushing_denormals
 from deadhead.plans.kinds import FAST, ONE_SHOT, READS_TEXT
 from deadhead.plans.plan import HeadPlan
@@ -93,7 +93,7 @@ class PrunedCheckpoint:
         return found if self.compensation is None else {**found, "compensation": self.compensation.to_dict()}
 
 
-@typed_but("data")
+@typed
 def prune_checkpoint(
     source: str | Path,
     data: Data | None = None,
