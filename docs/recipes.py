@@ -34,7 +34,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`[model]`", "", ModelRecipe),
     ("`[data]`", "", DataRecipe),
     ("`[train]`, `[prune]`, `[finetune]`", "", PhaseRecipe),
-    ("`[prune]` only", "At most one budget: sparsity, params, flops, kv_cache or speedup.", PruneRecipe),
+    ("`[prune]` only", "At most one budget: sparsity, params, flops, kv_cache, memory or speedup.", PruneRecipe),
     ("`[[published]]`", "One table for each published model; only `deadhead inspect` reads them.", PublishedModel),
 )
 

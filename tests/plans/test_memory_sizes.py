@@ -18,6 +18,7 @@ from deadhead.plans.memory_sizes import in_bytes, size_text
         ("2KB", 2000),
         ("1 TiB", 2**40),
         (" 3MiB ", 3 * 2**20),
+        ("5000000000000000B", 5000 * 10**12),
     ],
 )
 def test_sizes_are_read(size: str, count: int) -> None:

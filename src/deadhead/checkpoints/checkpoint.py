@@ -124,6 +124,22 @@ def save_beside(
     write_text(path / "README.md", model_card(model, base, **card))
 
 
+def require_no_model(work: Path, source: Path | None) -> None:
+    """Check that the folder of unfinished work, which goes at the end, is not, and does not hold, a model.
+
+    Raises:
+        InputError: it is the model that is read, the model lies in it, or it holds another.
+    """
+    place = None if source is None else source.resolve()
+    if place is not None and (place == work or work in place.parents):
+        raise InputError(
+            f"{source} is the model, and would be removed: {work} is where unfinished work is kept; choose another out "
+            "(--out)."
+        )
+    if (work / "config.json").exists():
+        raise InputError(f"{work}, where unfinished work is kept, holds a model; choose another out (--out).")
+
+
 def require_ours_or_free(path: Path) -> None:
     """Check that a checkpoint may be written to `path`: nothing is there, or a checkpoint that deadhead wrote.
 

@@ -139,6 +139,10 @@ def prune(
     phase = section_of(base.prune, settings)
     if stream and phase.criterion is None:
         phase = changed(phase, criterion=FAST)
+    if stream and not cut:
+        raise InputError("--no-cut keeps the gates on, but with --stream there are none; leave one of the two out.")
+    if dry_run and stream:
+        _require_streamable(phase, section_of(base.data, settings), recover=recover, teacher=teacher, **shared)
     if dry_run:
         how = {name: shared[name] for name in ("device", "dtype", "quiet", "as_json")}
         _dry_run(model, phase, section_of(base.data, settings), recover, cut=cut, **how)
@@ -146,11 +150,22 @@ def prune(
     if out is None:
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
     text = section_of(base.data, settings)
-    options: dict[str, Any] = {"resume": resume, "cut": cut, "teacher": teacher, "recover": recover}
+    options: dict[str, Any] = {"resume": resume, "teacher": teacher, "recover": recover}
     if stream:
         _prune_streamed(model, phase, text, out=out, seed=base.seed, **options, **shared)
         return
+    options["cut"] = cut
     _run("prune", phase, out, model, text, base.seed, **options, **shared)
+
+
+def _require_streamable(
+    phase: PruneRecipe, text: DataRecipe, *, quiet: bool, as_json: bool, report_to: list[str] | None, **options: Any
+) -> None:
+    load_torch(quiet or as_json)
+    from deadhead.training.runs.options import Options
+    from deadhead.training.runs.streamed import streamable
+
+    streamable(text, phase, Options(report_to=report_to or (), **options))
 
 
 def _prune_streamed(
@@ -158,14 +173,11 @@ def _prune_streamed(
     phase: PruneRecipe,
     text: DataRecipe,
     *,
-    cut: bool,
     quiet: bool,
     as_json: bool,
     report_to: list[str] | None,
     **options: Any,
 ) -> None:
-    if not cut:
-        raise InputError("--no-cut keeps the gates on, but with --stream there are none; leave one of the two out.")
     load_torch(quiet or as_json, model, of_hub(text.source))
     from deadhead.training.runs.options import Options
     from deadhead.training.runs.streamed import run_streamed

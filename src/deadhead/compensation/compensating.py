@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from deadhead.attaching import gates_of, require_cuttable
 from deadhead.compensation.calibration import Calibration, distance, divided, held_out_loss, held_out_states
-from deadhead.compensation.fitting import fit_layer
+from deadhead.compensation.fitting import fit_layer, never_run
 from deadhead.compensation.record import Compensation, FittedLayer, taken_back
 from deadhead.compensation.streams import Stream, stream_of, whole_stream
 from deadhead.compensation.sublayers import Sublayer, find_sublayers, layers_path
@@ -159,8 +159,7 @@ def _fit_all(
             fits.advance()
         if consume and not stream.is_whole:
             other.release(index)
-    never = [FittedLayer(path=s.path, fitted=False, reason="it did not run") for s in sublayers if s.path not in found]
-    return [*found.values(), *never], tokens
+    return [*found.values(), *never_run(sublayers, found)], tokens
 
 
 def _add(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -72,6 +72,11 @@ def fit_layer(
             tokens = moments[0].tokens, moments[1].tokens
         report(place + 1)
     return LayerFits(found, tokens, layer.advance)
+
+
+def never_run(sublayers: Iterable[Sublayer], run: Collection[str]) -> list[FittedLayer]:
+    """Return what becomes of projections that no layer ran, given the paths of those that one did."""
+    return [FittedLayer(path=s.path, fitted=False, reason="it did not run") for s in sublayers if s.path not in run]
 
 
 def _fitted(output: nn.Module, path: str, moments: tuple[Moments, Moments | HeldRows] | None) -> FittedLayer:

@@ -7,7 +7,7 @@ import re
 _UNITS = {"B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("kMGT", 1)}
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([kKMGT]?B|[kKMGT]iB)?")
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,6})?) ?([kKMGT]?B|[kKMGT]iB)?")
 
 
 def in_bytes(size: str) -> int:

@@ -163,6 +163,7 @@ def _tokenizer(source: Path) -> Any:
 def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress: Progress) -> CheckpointCut:
     out = out.resolve()
     work = out.with_name(out.name + ".work")
+    checkpoint.require_no_model(work, source)
     if work.exists() and not resume:
         raise InputError(f"{work} is left of a cut that was stopped; go on with resume (--resume), or delete it.")
     if resume and not work.is_dir():

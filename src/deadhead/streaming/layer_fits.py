@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deadhead.compensation.calibration import Calibration, divided, held_out_loss
-from deadhead.compensation.fitting import fit_layer
+from deadhead.compensation.fitting import fit_layer, never_run
 from deadhead.compensation.record import Compensation, FittedLayer, taken_back
 from deadhead.compensation.streams import Stream
-from deadhead.compensation.sublayers import find_sublayers
+from deadhead.compensation.sublayers import Sublayer, find_sublayers
 from deadhead.layouts import find_layout
 from deadhead.modes import seeded, uncompiled
 from deadhead.streaming.layer_scores import Batch, required_layered
@@ -78,7 +78,7 @@ def fit_layers(
         cut.release()
         with cut.outside():
             before, after = (_loss(each, calibration) for each in (plain, stream.of(held)))
-    return _gathered(steps, count, before, after)
+    return _gathered(steps, count, sublayers, before, after)
 
 
 @contextmanager
@@ -118,7 +118,9 @@ def _loss(stream: Stream, calibration: Calibration) -> float:
         return held_out_loss(stream.model, calibration, begin)
 
 
-def _gathered(steps: Steps, count: int, before: float, after: float) -> tuple[Compensation, dict[str, Path]]:
+def _gathered(
+    steps: Steps, count: int, sublayers: Sequence[Sublayer], before: float, after: float
+) -> tuple[Compensation, dict[str, Path]]:
     """Return what all steps found."""
     layers: list[FittedLayer] = []
     tokens = (0, 0)
@@ -128,6 +130,7 @@ def _gathered(steps: Steps, count: int, before: float, after: float) -> tuple[Co
         layers += [FittedLayer(**layer) for layer in json.loads(words["layers"])]
         tokens = tuple(json.loads(words["tokens"]) or tokens)
         fitted |= dict.fromkeys(values, steps.path(step))
+    layers += never_run(sublayers, {layer.path for layer in layers})
     kept = after < before
     if not kept:
         layers, fitted = taken_back(layers), {}

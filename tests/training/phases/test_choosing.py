@@ -193,3 +193,9 @@ def test_memory_is_weights_and_the_cache_of_some_texts(name: str) -> None:
         deadhead.prune(MODELS[name](), None, recipe=recipe_of(**row(name), memory="1GiB", criterion="magnitude"))
     with pytest.raises(InputError, match="memory 0.001 MiB cannot be reached"):
         deadhead.prune(MODELS[name](), None, recipe=recipe_of(**row(name), memory="1kB", criterion="magnitude"))
+
+
+def test_memory_may_be_a_number_of_bytes() -> None:
+    assert recipe_of(memory=700_000, criterion="flap").budget == Budget(kind="memory", value=700_000.0)
+    with pytest.raises(ValidationError, match="a size such as 4GiB or 500MB was expected"):
+        recipe_of(memory="much", criterion="flap")

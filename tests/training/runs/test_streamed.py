@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,44 @@ def test_refusals(how: dict[str, Any], expected: str, sources: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_lies_where_work_is_kept_is_not_lost(sources: Path, tmp_path: Path) -> None:
+    """In memory, layer by layer, and cut by a plan."""
+    shutil.copytree(sources / "llama", tmp_path / "x.work")
+    shutil.copytree(sources / "llama", tmp_path / "y.work" / "model")
+    before = tree(tmp_path)
+    how = {**_HOW, "params": 0.7, "criterion": "flap"}
+    plan = deadhead.HeadPlan.keep_all(dict.fromkeys(range(3), 4), unit="kv_group")
+    for out, source in (("x", tmp_path / "x.work"), ("y", tmp_path / "y.work" / "model"), ("x", sources / "llama")):
+        what = "is the model, and would be removed|where unfinished work is kept, holds a model"
+        for resume in (False, True):
+            with pytest.raises(InputError, match=what):
+                prune_checkpoint(source, stream(2000), out=tmp_path / out, resume=resume, **how)
+            with pytest.raises(InputError, match=what):
+                deadhead.prune(source, stream(2000), out=tmp_path / out, resume=resume, **how)
+            with pytest.raises(InputError, match=what):
+                deadhead.cut_checkpoint(source, plan, tmp_path / out, stream=True, resume=resume)
+    assert tree(tmp_path) == before
+
+
+def test_a_source_that_is_changed_meanwhile_is_told_of(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "llama", tmp_path / "source")
+
+    def change(name: str, done: int, total: int, logs: dict[str, Any]) -> None:
+        if name == "compensating layers" and done == total:
+            os.utime(tmp_path / "source" / "config.json", (0, 0))
+
+    how = {**_HOW, "params": 0.7, "criterion": "flap", "progress": change}
+    with pytest.raises(InputError, match="were changed while they were pruned"):
+        prune_checkpoint(tmp_path / "source", stream(2000), out=tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no /proc here")
+def test_a_place_where_nothing_can_be_made(sources: Path) -> None:
+    with pytest.raises(InputError, match="/proc/x.work cannot be written: nothing can be made there"):
+        prune_checkpoint(sources / "llama", stream(2000), out="/proc/x", params=0.7, criterion="flap")
+
+
 def test_texts_and_models_that_do_not_do(sources: Path, tmp_path: Path) -> None:
     out, how = tmp_path / "out", {**_HOW, "params": 0.7}
     with pytest.raises(InputError, match="The text that a model writes itself needs it in memory"):
@@ -277,5 +316,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "There is nothing to resume" in capsys.readouterr().err
     assert execute([*command, "--dry-run"]) == 0
     assert "rank units by reconstruction" in capsys.readouterr().out
+    for more in (["--criterion", "gates"], ["--recover", "3"], ["--dtype", "float16"], ["--no-cut"]):
+        assert execute([*command, "--dry-run", *more]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     assert execute([*command, "--out", str(tmp_path / "other"), "--no-cut"]) == 2
     assert "with --stream there are none" in capsys.readouterr().err

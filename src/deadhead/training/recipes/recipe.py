@@ -217,7 +217,8 @@ class PruneRecipe(PhaseRecipe):
         "each sublayer stays, by batches of 4 rows unless stated; others rank heads without training, from `steps` "
         "batches (8 unless stated).",
         unset="sizes where deadhead prune is given a language model that is not deadhead's own, and a budget of "
-        "params, flops, kv_cache or speedup, but nothing that only gates or training need; else, and in a run, gates",
+        "params, flops, kv_cache, memory or speedup, but nothing that only gates or training need; else, and in a run, "
+        "gates",
         first=True,
     )
     freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)
@@ -239,7 +240,7 @@ class PruneRecipe(PhaseRecipe):
     budget_workload: Literal["prefill", "decode", "train"] = setting("prefill", "The work that `speedup` makes faster.")
     blocks: bool | None = _optional(
         "Choose among hidden units of feed-forward layers, or persistent vectors, too.",
-        unset="on with params, flops and speedup where there are such layers, off otherwise",
+        unset="on with params, flops, memory and speedup where there are such layers, off otherwise",
     )
     block_size: int | None = _count(
         None,
@@ -305,6 +306,11 @@ class PruneRecipe(PhaseRecipe):
         """Steps of the optimizer that the phase makes: none where units are only ranked."""
         return 0 if self.is_ranked else self.steps
 
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _may_be_a_number(cls, value: Any) -> Any:
+        return f"{value}B" if isinstance(value, int) and not isinstance(value, bool) else value
+
     @field_validator("memory")
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
@@ -344,7 +350,7 @@ class PruneRecipe(PhaseRecipe):
         if given == ["sparsity"] and self.criterion == "sizes":
             raise PydanticCustomError(
                 "budgets",
-                "The criterion sizes learns by what units cost, so it goes with params, flops, kv_cache or "
+                "The criterion sizes learns by what units cost, so it goes with params, flops, kv_cache, memory or "
                 "speedup, not with sparsity",
             )
         if self.of != "all" and given != ["params"]:

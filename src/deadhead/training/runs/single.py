@@ -276,6 +276,7 @@ def check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
             f"The checkpoint must not overwrite the model it is made of, {model}; choose another out (--out)."
         )
     checkpoint.require_ours_or_free(out)
+    checkpoint.require_no_model(work, Path(model) if isinstance(model, str | Path) else None)
     if work.exists() and not resume:
         raise InputError(f"{work} is left of a phase that was stopped; go on with resume (--resume), or delete it.")
     if resume and not work.exists():

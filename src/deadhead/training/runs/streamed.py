@@ -130,7 +130,7 @@ def prune_checkpoint(
 
 def run_streamed(source: Path, data: Data | None, recipe: PruneRecipe, options: Options) -> PrunedCheckpoint:
     """Do what `prune_checkpoint` does."""
-    recipe = _checked(data, recipe, options)
+    recipe = streamable(data, recipe, options)
     out = checked_path(Path(str(options.out))).resolve()
     work = checked_path(out.with_name(out.name + ".work"))
     check_places(out, work, source, resume=options.resume)
@@ -151,7 +151,8 @@ def run_streamed(source: Path, data: Data | None, recipe: PruneRecipe, options: 
 def _work_folder(work: Path) -> Iterator[None]:
     """Hold a work folder for this process; where the block is refused before anything was done, it goes again."""
     fresh = not work.exists()
-    work.mkdir(parents=True, exist_ok=True)
+    with no_space_is_input_error(work):
+        work.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(work / _LOCK_FILE).acquire(timeout=0)
     except (OSError, NotImplementedError):
@@ -165,7 +166,7 @@ def _work_folder(work: Path) -> Iterator[None]:
             raise
 
 
-def _checked(data: Data | None, recipe: PruneRecipe, options: Options) -> PruneRecipe:
+def streamable(data: Data | None, recipe: PruneRecipe, options: Options) -> PruneRecipe:
     """Return the recipe with a criterion; refuse what goes with training or with a model in memory alone."""
     recipe = changed(recipe, criterion=FAST) if recipe.criterion is None else recipe
     if recipe.criterion not in ONE_SHOT:
@@ -205,7 +206,8 @@ class _Pruning:
         # A budget that cannot be reached, and a text that is too short, are told before anything is done.
         budget_costs(model, recipe)
         text = self._text(model, data)
-        keep_settings(self.work, self._settings(text))
+        settings = self._settings(text)
+        keep_settings(self.work, settings)
         calibration = calibration_of(model, text.train, recipe, seed=seed)
         plan = self._plan(model, text)
         planned = prepare(self.opened, plan)
@@ -218,6 +220,8 @@ class _Pruning:
             if compensation.kept:
                 config: Any = planned.model.config
                 config.compensation = compensation.to_dict() | {"text": f"text {text.sha256[:12]}"}
+        if self._settings(text) != settings:
+            raise InputError(f"The weights in {self.source} were changed while they were pruned; prune them again.")
         where = self.source, self.out, self.work / "cut"
         how: dict[str, Any] = {"tokenizer": text.tokenizer, "resume": self.options.resume, "progress": self._tell}
         done = write_cut(planned, *where, **how)
