@@ -137,19 +137,17 @@ def prune(
     take_fast(fast, settings)
     base = begun(shared.pop("recipe"), settings)
     phase = section_of(base.prune, settings)
-    if stream and phase.criterion is None:
-        phase = changed(phase, criterion=FAST)
+    text = section_of(base.data, settings)
     if stream and not cut:
         raise InputError("--no-cut keeps the gates on, but with --stream there are none; leave one of the two out.")
-    if dry_run and stream:
-        _require_streamable(phase, section_of(base.data, settings), recover=recover, teacher=teacher, **shared)
     if dry_run:
+        if stream:
+            phase = _streamable(phase, text, recover=recover, teacher=teacher, **shared)
         how = {name: shared[name] for name in ("device", "dtype", "quiet", "as_json")}
-        _dry_run(model, phase, section_of(base.data, settings), recover, cut=cut, **how)
+        _dry_run(model, phase, text, recover, cut=cut, **how)
         return
     if out is None:
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
-    text = section_of(base.data, settings)
     options: dict[str, Any] = {"resume": resume, "teacher": teacher, "recover": recover}
     if stream:
         _prune_streamed(model, phase, text, out=out, seed=base.seed, **options, **shared)
@@ -158,14 +156,15 @@ def prune(
     _run("prune", phase, out, model, text, base.seed, **options, **shared)
 
 
-def _require_streamable(
+def _streamable(
     phase: PruneRecipe, text: DataRecipe, *, quiet: bool, as_json: bool, report_to: list[str] | None, **options: Any
-) -> None:
+) -> PruneRecipe:
+    """Return the recipe that --stream goes by, or refuse what it refuses."""
     load_torch(quiet or as_json)
     from deadhead.training.runs.options import Options
     from deadhead.training.runs.streamed import streamable
 
-    streamable(text, phase, Options(report_to=report_to or (), **options))
+    return streamable(text, phase, Options(report_to=report_to or (), **options))
 
 
 def _prune_streamed(

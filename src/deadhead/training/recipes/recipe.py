@@ -315,9 +315,11 @@ class PruneRecipe(PhaseRecipe):
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
         try:
-            return value if value is None or in_bytes(value) else None
+            if value is not None:
+                in_bytes(value)
         except ValueError as error:
             raise PydanticCustomError("size", str(error)) from None
+        return value
 
     @model_validator(mode="after")
     def _looks_at_few_batches(self) -> PruneRecipe:
