@@ -62,7 +62,8 @@ def tensors(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield prefix + "self_attn.q_proj.weight", (width, width)
         yield prefix + "self_attn.v_proj.weight", (grouped, width)
     yield "model.norm.weight", (width,)
-    yield "lm_head.weight", (config.vocab_size, width)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, width)
 
 
 def size_of(config: LlamaConfig) -> int:

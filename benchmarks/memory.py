@@ -1,34 +1,71 @@
-"""Does training take the memory that `training_memory` says it will?
+"""Does pruning take the memory that `training_memory` and `part_memory` say it will?
 
-Each row trains gates on a CPU. Measured is the peak of what tensors hold, by torch's profiler. A process takes more, as
-libraries and its allocator need some.
+Each row trains gates on a CPU or, with `--parts`, ranks units, fits what is left, or recovers. Measured is the peak of
+what tensors hold, by torch's profiler. A process takes more, as libraries and its allocator need some.
 
     python benchmarks/memory.py [--quick] [--json FILE]
+    python benchmarks/memory.py --parts [--sizes 135M 500M …] [--only flap …] [--dtype bfloat16] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+import deadhead
 from deadhead.data import TokenStream
 from deadhead.measure.cost import skeleton
+from deadhead.plans.kinds import ONE_SHOT, READS_TEXT
 from deadhead.training import PhaseRun, PruneRecipe, attach_gates, train
-from deadhead.training.runs.dry_run import TrainingMemory, training_memory
+from deadhead.training.phases.choosing import asked_choices, even_plan
+from deadhead.training.phases.compensating import Compensating, calibration_of, dense_copy
+from deadhead.training.phases.defaults import recovery
+from deadhead.training.phases.ranking import rank
+from deadhead.training.runs.part_memory import (
+    fitting_memory,
+    pruned_skeleton,
+    ranking_memory,
+    recovery_memory,
+    weight_bytes,
+)
+from deadhead.training.runs.training_memory import TrainingMemory, training_memory
+
+
+def _llama(width: int, hidden: int, layers: int, heads: int, groups: int, words: int) -> dict[str, int]:
+    shape = {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers, "vocab_size": words}
+    return {**shape, "num_attention_heads": heads, "num_key_value_heads": groups}
+
 
 MODELS = ("Llama", "GPT-2", "All-attention")
 # Layers, width, words, rows, tokens of a row.
 SHAPES = ((4, 256, 4096, 8, 256), (2, 128, 1024, 4, 64))
+# Models in the manner of Llama, by about how many parameters they have.
+SIZES = {
+    "tiny": _llama(256, 704, 4, 8, 4, 4096),
+    "135M": _llama(576, 1536, 30, 9, 3, 49152),
+    "360M": _llama(960, 2560, 32, 15, 5, 49152),
+    "500M": _llama(896, 4864, 24, 14, 2, 151936),
+    "1.2B": _llama(2048, 8192, 16, 32, 8, 128256),
+    "1.5B": _llama(1536, 8960, 28, 12, 2, 151936),
+}
+PARTS = (*READS_TEXT, "sizes", "fit", "recover", "recover with LoRA")
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"gradient_checkpointing": True},
@@ -50,24 +87,95 @@ def configuration(model: str, layers: int, width: int, words: int, length: int) 
     return AutoConfig.for_model("deadhead_all_attention", **sizes, **lengths, attention_dropout=0.1)
 
 
+def peak_of(work: Callable[[], object]) -> int:
+    """Return the most bytes that tensors hold while something is done, beside those that were there before."""
+    # What was there before must not go away meanwhile.
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    results: Any = profiler.profiler
+    calls = (event for event in results.kineto_results.events() if event.name() == "[memory]")
+    changes = torch.tensor([event.nbytes() for event in sorted(calls, key=lambda event: event.start_ns())])
+    return int(changes.cumsum(0).max())
+
+
 def compare(
     model: str, layers: int, width: int, words: int, rows: int, length: int, **settings: Any
 ) -> tuple[TrainingMemory, int]:
     """Train gates for two steps, and return what the formula says, and the measured peak in bytes."""
     config = configuration(model, layers, width, words, length)
     recipe = PruneRecipe(steps=2, batch_size=rows, sequence_length=length, sparsity=0.5, blocks=False, **settings)
-    tokens = np.random.default_rng(0).integers(words, size=3 * rows * length + 1).astype(np.uint16)
-    text = TokenStream(tokens=tokens, num_bytes=len(tokens), num_words=len(tokens))
+    text = drawn(words, 3 * rows * length)
     formula = training_memory(skeleton(config), recipe)
-    # What was there before must not go away meanwhile.
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def work() -> None:
         made = AutoModelForCausalLM.from_config(config)
         train(made, text, recipe, PhaseRun(gates=attach_gates(made, recipe)))
-    results: Any = profiler.profiler
-    calls = (event for event in results.kineto_results.events() if event.name() == "[memory]")
-    changes = torch.tensor([event.nbytes() for event in sorted(calls, key=lambda event: event.start_ns())])
-    return formula, int(changes.cumsum(0).max())
+
+    return formula, peak_of(work)
+
+
+def drawn(words: int, count: int) -> TokenStream:
+    """Return a text of random tokens."""
+    tokens = np.random.default_rng(0).integers(words, size=count + 1).astype(np.uint16 if words < 2**16 else np.uint32)
+    return TokenStream(tokens=tokens, num_bytes=len(tokens), num_words=len(tokens))
+
+
+def compare_part(
+    part: str, config: PreTrainedConfig, dtype: torch.dtype, *, rows: int = 4, length: int = 256, fitted: int = 64
+) -> tuple[int, int]:
+    """Do one part of pruning a model, and return what the formula says, and the measured peak, in bytes.
+
+    Args:
+        part: a criterion that ranks units, "sizes", "fit", "recover" or "recover with LoRA".
+        config: of the model, whose weights are random.
+        dtype: of its weights.
+        rows: of a batch.
+        length: of a row.
+        fitted: rows that compensation reads.
+    """
+    config.dtype = dtype
+    criterion = part if part == "sizes" or part in ONE_SHOT else "magnitude"
+    how: dict[str, Any] = {"lora_rank": 16} if part.endswith("LoRA") else {}
+    recipe = PruneRecipe(params=0.8, criterion=criterion, steps=3, batch_size=rows, sequence_length=length, **how)
+    recipe = recipe.model_copy(update={"compensate_rows": fitted})
+    text = drawn(config.get_text_config().vocab_size, max(3 * rows, fitted) * length)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # What the measurement finds there already.
+    there = weight_bytes(model)
+    empty = skeleton(config).to(dtype)
+    if criterion == part:
+        return ranking_memory(empty, recipe), there + peak_of(lambda: rank(model, text, recipe))
+    plan, _ = even_plan(model, asked_choices(model, recipe), recipe)
+    pruned = pruned_skeleton(empty, recipe)
+    if part == "fit":
+        batches = calibration_of(model, text, recipe, seed=0)
+
+        def fit() -> None:
+            dense = dense_copy(model, recipe)
+            deadhead.cut(model, plan)
+            Compensating(dense, batches, "random").of(model, lambda *_: None)
+
+        return fitting_memory(empty, pruned, recipe), there + peak_of(fit)
+    teacher = copy.deepcopy(model)
+    deadhead.cut(model, plan)
+    there = weight_bytes(model) + weight_bytes(teacher)
+    phase = recovery(recipe, 2, model)
+    found = peak_of(lambda: train(model, text, phase, PhaseRun(teacher=teacher)))
+    return recovery_memory(empty, pruned, phase), there + found
+
+
+def compare_parts(sizes: Sequence[str], parts: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Return for each size and part what the formula says, and what was measured, each in a process of its own."""
+    found = []
+    for size in sizes:
+        for part in parts:
+            config = LlamaConfig(**SIZES[size], tie_word_embeddings=True)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                formula, measured = process.submit(compare_part, part, config, dtype).result()
+            found.append({"size": size, "part": part, "formula": formula, "measured": measured})
+            print(json.dumps(found[-1]), file=sys.stderr)
+    return found
 
 
 def main() -> None:
@@ -75,7 +183,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smaller shape alone")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--parts", action="store_true", help="of pruning, instead of gates that learn")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["135M"], help="of the models of --parts")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="which parts")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights, for --parts")
     options = parser.parse_args()
+    if options.parts:
+        found = compare_parts(["tiny"] if options.quick else options.sizes, options.only, getattr(torch, options.dtype))
+        table = Table(
+            "model", "part", "formula", "measured", "ratio", title=f"GB of tensors, {options.dtype}", box=None
+        )
+        for one in found:
+            sizes = (f"{one['formula'] / 1e9:.2f}", f"{one['measured'] / 1e9:.2f}")
+            table.add_row(one["size"], one["part"], *sizes, f"{one['formula'] / one['measured']:.2f}")
+        Console(width=120).print(table)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        return
     table = Table(title="MB of tensors", box=None)
     for name in ("model", "layers, width, words, rows, tokens", "settings"):
         table.add_column(name)

@@ -73,6 +73,19 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter learn while the block runs, so that nothing is kept for gradients of theirs."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def uncompiled() -> Iterator[None]:
     """Run models that were compiled as if they were not while the block runs."""
     with torch.compiler.set_stance("force_eager"):

@@ -124,7 +124,8 @@ def test_what_will_be_done_and_how_long_it_takes(
     assert all(part["seconds"] >= 0 for part in found["parts"]) and (found["memory"] is None) == ("gates" not in first)
     output = command(*call)
     assert output.rstrip().endswith("in all on this machine, besides reading the text and measuring on it.")
-    assert f"To do: {first} (less than a minute), {_FIT} (less than a minute), then recover" in output
+    one = re.escape(f"To do: {first}") + r" \(less than a minute, [0-9.]+ [MG]B of memory\), " + re.escape(_FIT)
+    assert re.search(one + r" \(less than a minute, [0-9.]+ [MG]B of memory\), then recover", output)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +160,16 @@ def test_what_cannot_be_had_is_refused(
     assert re.search(message, error), error
     assert error.count("\n") == 1 and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["--dry-run", "", "--stream --criterion flap", "--stream --criterion flap --dry-run"])
+def test_what_would_take_too_much_memory_is_refused(
+    how: str, given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = f"prune --model {given / 'llama'} --data {given / 'prose.txt'} --out {tmp_path / 'out'} --params 0.7 {how}"
+    assert execute([*line.split(), "--max-memory", "20kB", "--quiet"]) == 2
+    error = capfd.readouterr().err
+    assert re.fullmatch(r".*takes about .* of memory, more than the max_memory of 0.019 MiB; .*\.\n", error), error
+    assert not list(tmp_path.iterdir())
+    assert execute([*line.split(), "--max-memory", "some"]) == 2
+    assert "a size such as 4GiB or 500MB was expected, but 'some' was given" in capfd.readouterr().err

@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 from deadhead.cli import execute
 from deadhead.measure.cost import skeleton
 from deadhead.training.recipes.recipe import PruneRecipe
-from deadhead.training.runs.dry_run import training_memory
+from deadhead.training.runs.training_memory import training_memory
 from tests.conftest import ROOT
 
 

@@ -22,6 +22,7 @@ _FIRST = (
         "--recover",
         "--fast",
         "--stream",
+        "--max-memory",
         "--data",
         "--sparsity",
         "--params",
@@ -73,7 +74,7 @@ def test_every_field_is_an_option(
     expected = (options | {"--seed"}) - without - {""}
     own = {"--out", "--model", "--resume", "--recipe", "--report-to", "--json", "--help", "--device", "--dtype"}
     own |= {
-        "prune": {"--cut", "--dry-run", "--teacher", "--recover", "--fast", "--stream"},
+        "prune": {"--cut", "--dry-run", "--teacher", "--recover", "--fast", "--stream", "--max-memory"},
         "finetune": {"--teacher"},
     }.get(command, set())
     assert set(re.findall(r"^  (--[a-z0-9-]+)", _help(command, capsys), re.MULTILINE)) == expected | own

@@ -268,7 +268,7 @@ def _layouts_table(costs: list[tuple[str, Cost]]) -> Table:
 def _training_memory(config: PreTrainedConfig, how: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Return the memory of training by what learns, as far as it can be had of this model and here."""
     from deadhead.measure.cost import skeleton
-    from deadhead.training.runs.dry_run import training_memory
+    from deadhead.training.runs.training_memory import training_memory
 
     recipe = changed(PruneRecipe(blocks=False), **how)
     modes: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 16}, "frozen": {"freeze_weights": True}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -119,6 +118,9 @@ def prune(
     stream: Annotated[
         bool, typer.Option("--stream", help="Keep one layer of the model in memory at a time; ranks units.")
     ] = False,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Refuse beforehand what would take more memory than this, such as 24GiB.")
+    ] = None,
     settings: dict[str, Any],
     cut: Annotated[bool, typer.Option(help="Cut the dead heads, or keep the gates.  [default: cut]")] = True,
     teacher: Teacher = None,
@@ -142,13 +144,13 @@ def prune(
         raise InputError("--no-cut keeps the gates on, but with --stream there are none; leave one of the two out.")
     if dry_run:
         if stream:
-            phase = _streamable(phase, text, recover=recover, teacher=teacher, **shared)
+            phase = _streamable(phase, text, recover=recover, teacher=teacher, max_memory=max_memory, **shared)
         how = {name: shared[name] for name in ("device", "dtype", "quiet", "as_json")}
-        _dry_run(model, phase, text, recover, cut=cut, **how)
+        _dry_run(model, phase, text, recover, max_memory, cut=cut, streamed=stream, **how)
         return
     if out is None:
         raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
-    options: dict[str, Any] = {"resume": resume, "teacher": teacher, "recover": recover}
+    options: dict[str, Any] = {"resume": resume, "teacher": teacher, "recover": recover, "max_memory": max_memory}
     if stream:
         _prune_streamed(model, phase, text, out=out, seed=base.seed, **options, **shared)
         return
@@ -181,8 +183,11 @@ def _prune_streamed(
     from deadhead.training.runs.options import Options
     from deadhead.training.runs.streamed import run_streamed
 
+    parts: list[Part] = []
     with progress(quiet) as report:
-        result = run_streamed(model, text, phase, Options(progress=report, report_to=report_to or (), **options))
+        told = announcing(report, parts)
+        given = Options(progress=told, announce=parts.extend, report_to=report_to or (), **options)
+        result = run_streamed(model, text, phase, given)
     _show(options["out"], result.to_dict(), as_json=as_json)
 
 
@@ -207,8 +212,10 @@ def _dry_run(
     phase: PruneRecipe,
     text: DataRecipe,
     recover: int,
+    max_memory: str | None,
     *,
     cut: bool,
+    streamed: bool,
     device: str | None,
     dtype: str | None,
     quiet: bool,
@@ -221,11 +228,12 @@ def _dry_run(
     from deadhead.training.phases.choosing import measure_budget_latency
     from deadhead.training.phases.defaults import with_criterion
     from deadhead.training.runs.dry_run import dry_run
-    from deadhead.training.runs.forecast import forecast
+    from deadhead.training.runs.forecast import forecast, require_memory
     from deadhead.training.runs.inputs import load_ungated, require_trainable, require_ungated
+    from deadhead.training.runs.options import Options
     from deadhead.training.runs.self_text import is_self
 
-    writes = is_self(text)
+    writes, most = is_self(text), Options(max_memory=max_memory).max_memory
     place = None if device is None else checkpoint.named_device(device)
     latency = None
     is_timed = phase.budget is not None and phase.budget.kind == "speedup"
@@ -243,13 +251,16 @@ def _dry_run(
     parts = []
     if network.can_generate():
         with on_device(place):
-            parts = forecast(network, phase, recover=recover, cut=cut, writes=writes)
+            parts = forecast(network, phase, recover=recover, cut=cut, writes=writes, streamed=streamed)
+    if not as_json:
+        console.print(dry_run_table(result, phase))
+        if parts:
+            console.print(forecast_sentence(parts), markup=False)
+    if most is not None:
+        require_memory(parts, int(most))
     if as_json:
-        print_json(result.to_dict() | {"parts": [asdict(part) for part in parts]})
-        return
-    console.print(dry_run_table(result, phase))
-    if parts:
-        console.print(forecast_sentence(parts), markup=False)
+        told = [{"what": part.what, "seconds": part.seconds, "memory": part.memory} for part in parts]
+        print_json(result.to_dict() | {"parts": told})
 
 
 def announcing(report: Report, parts: list[Part]) -> Report:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from deadhead.errors import InputError
 from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs, require_language_model
-from deadhead.modes import evaluating
+from deadhead.modes import evaluating, frozen
 
 Begin = Callable[[Mapping[str, Tensor]], None]
 
@@ -51,7 +51,7 @@ class WholeReading:
     def over(self, begin: Begin = lambda inputs: None) -> Iterator[tuple[SegmentOutputs, Mapping[str, Tensor]]]:
         """Run the model over the batches, on its device and in evaluation mode; see `Reading`."""
         read = []
-        with evaluating(self.model):
+        with evaluating(self.model), frozen(self.model):
             for batch in self._batches:
                 read.append(batch)
                 inputs = {name: value.to(self.model.device) for name, value in batch.items()}

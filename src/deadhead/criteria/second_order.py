@@ -164,7 +164,9 @@ def slopes(site: Site, moments: Moments, *, ridge: float = RIDGE) -> Tensor:
         # ½ tr(Wᵀ G W …) is a sum of squares of G^½ W / √2, which is updated as W is.
         values, vectors = torch.linalg.eigh(gradients_DD / count)
         weight = (values.clamp(min=0) / 2).sqrt()[:, None] * (vectors.T @ weight)
-    order, costs = removal(weight, inputs_nn / count, site.unit_dim, ridge=ridge)
+    # Nothing else here is as large: what is no longer needed goes.
+    inputs_nn = inputs_nn / count
+    order, costs = removal(weight, inputs_nn, site.unit_dim, ridge=ridge)
     hull = _convex(costs)
     # Within a straight piece of the hull too, units go in their order.
     hull *= 1 + 1e-9 * torch.arange(len(hull), dtype=hull.dtype)
@@ -195,9 +197,11 @@ def removal(
     sizes_n = inputs_nn.diagonal().clamp(min=0).sqrt()
     weight_Dn = weight_Dn * sizes_n
     scale_n = torch.where(sizes_n > 0, 1 / sizes_n, 0)
-    damped_nn = scale_n[:, None] * inputs_nn * scale_n
-    damped_nn.diagonal()[:] = 1 + ridge
-    inverse_nn = torch.cholesky_inverse(torch.linalg.cholesky(damped_nn))
+    inverse_nn = scale_n[:, None] * inputs_nn
+    inverse_nn *= scale_n
+    inverse_nn.diagonal()[:] = 1 + ridge
+    inverse_nn = torch.linalg.cholesky(inverse_nn)
+    inverse_nn = torch.cholesky_inverse(inverse_nn)
     left = torch.arange(len(sizes_n) // width, device=weight_Dn.device)
     at_once = max(1, -(-len(left) // steps))
     order, costs = [], []
@@ -216,7 +220,8 @@ def removal(
         order.append(left[going])
         costs.append(together * shares)
         weight_Dn = weight_Dn[:, stay_S] - (across_SR @ solved_RD).T
-        inverse_nn = inverse_nn[stay_S[:, None], stay_S] - across_SR @ solve(block_RR, across_SR.T)
+        inverse_nn = inverse_nn[stay_S[:, None], stay_S]
+        inverse_nn -= across_SR @ solve(block_RR, across_SR.T)
         left = left[staying]
     return torch.cat(order).cpu(), torch.cat(costs).cpu()
 

@@ -15,8 +15,7 @@ The function is a stand-in: afterwards the model is cut as it is, and compensate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
@@ -34,7 +33,7 @@ from deadhead.layouts.refusals import require_gradients
 from deadhead.measure.divergence import divergence
 from deadhead.measure.last_states import LastStates
 from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs
-from deadhead.modes import evaluating, uncompiled
+from deadhead.modes import evaluating, frozen, uncompiled
 from deadhead.plans.plan import Unit, UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
@@ -202,7 +201,7 @@ def _gradients(
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     counts_BT = predicting(model, inputs)
     leaves = [torch.tensor(sizes[key], dtype=torch.float64, requires_grad=True) for key in nested]
-    with _frozen(model), evaluating(model), uncompiled(), torch.enable_grad(), resized([*nested.values()], leaves):
+    with frozen(model), evaluating(model), uncompiled(), torch.enable_grad(), resized([*nested.values()], leaves):
         outputs = losses(model, inputs)
 
         def lost(states_ND: Tensor, dense_ND: Tensor) -> Tensor:
@@ -214,19 +213,6 @@ def _gradients(
         total = outputs.read.sums(lost, counts_BT, dense_BTD)[0] / counts_BT.sum()
         found = torch.autograd.grad(total, leaves)
     return float(total.detach()), dict(zip(nested, map(float, found), strict=True))
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Let no parameter learn while the block runs."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 class _Descent:

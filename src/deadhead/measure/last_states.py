@@ -172,7 +172,8 @@ class StateReader:
         def read(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             found.update(kind=type(output), states=output.last_hidden_state)
-            found["first"] = output.last_hidden_state = output.last_hidden_state[:, :1]
+            # Of a slice, in half precision on a CPU, a linear layer would copy its weight for each row.
+            found["first"] = output.last_hidden_state = output.last_hidden_state[:, :1].contiguous()
             return output
 
         with _replaced(vars(stack), "forward", read):

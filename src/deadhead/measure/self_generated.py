@@ -40,6 +40,13 @@ _ROWS = {"cpu": 64}
 _MOST_ROWS, _MOST_BYTES = 256, 2 * 10**9
 
 
+def rows_at_once(model: PreTrainedModel, length: int, device: torch.device) -> tuple[int, int]:
+    """Return how many rows a model writes side by side on a device, and the bytes of their keys and values."""
+    each = model_cost(model, length=length).kv_cache_bytes
+    rows = max(1, min(_ROWS.get(device.type, _MOST_ROWS), _MOST_BYTES // max(each, 1)))
+    return rows, rows * each
+
+
 @typed
 def write_text(
     model: PreTrainedModel,
@@ -95,8 +102,7 @@ def write_text(
             f"but a length of {length} (--sequence-length) came; choose a longer one."
         )
     draws = torch.Generator().manual_seed(seed)
-    each = model_cost(model, length=length).kv_cache_bytes
-    at_once = max(1, min(_ROWS.get(model.device.type, _MOST_ROWS), _MOST_BYTES // max(each, 1)))
+    at_once, _ = rows_at_once(model, length, model.device)
     written: list[Tensor] = []
     with evaluating(model), plain_generation(model), torch.inference_mode():
         for start in range(0, rows, at_once):

@@ -35,8 +35,8 @@ def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> st
 
 
 def forecast_sentence(parts: Sequence[Part]) -> str:
-    """Return what pruning will do, one thing after the other, and how long it may take."""
-    *first, last = [f"{part.what} ({_duration(part.seconds)})" for part in parts]
+    """Return what pruning will do, one thing after the other, how long it may take, and in how much memory."""
+    *first, last = [f"{part.what} ({_duration(part.seconds)}, {_size(part.memory)} of memory)" for part in parts]
     doing = f"{', '.join(first)}, then {last}" if first else last
     total = _duration(sum(part.seconds for part in parts))
     return f"To do: {doing}; {total} in all on this machine, besides reading the text and measuring on it."

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from deadhead.attaching import attach, unwrapped
+from deadhead.attaching import attach, choices_of, has_blocks, unwrapped
 from deadhead.cutting import pruned_copy
 from deadhead.gates.budget import Budget, plan_within
 from deadhead.gates.gates import HeadGates
@@ -19,6 +20,7 @@ from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import bench
 from deadhead.modes import best_device
 from deadhead.plans.blocks import Blocks
+from deadhead.plans.choices import Choices
 from deadhead.plans.plan import HeadPlan, Unit
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
@@ -48,6 +50,12 @@ def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> G
 def asked_blocks(recipe: PruneRecipe, model: PreTrainedModel) -> bool | int:
     """Return what `deadhead.attach` is to be told of blocks for a recipe: none, any, or their size."""
     return (recipe.block_size or True) if with_defaults(recipe, model).blocks else False
+
+
+def asked_choices(model: PreTrainedModel, recipe: PruneRecipe) -> Choices:
+    """Return what a recipe lets go or stay of a model, which may be on the meta device."""
+    layout, unit, blocks = find_layout(model), _unit(model, recipe), asked_blocks(recipe, model)
+    return choices_of(layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks)), unit, blocks)
 
 
 def attach_gates(model: PreTrainedModel, recipe: PruneRecipe, seed: int = 0, blocks: Blocks | None = None) -> HeadGates:
@@ -207,6 +215,17 @@ def reached(model: PreTrainedModel, recipe: PruneRecipe, share: float) -> float:
     if budget.kind == "memory" and (found := budget_costs(model, recipe)) is not None:
         budget = found[0]
     return budget.reached(share)
+
+
+def even_plan(
+    model: PreTrainedModel, choices: Choices, recipe: PruneRecipe, *, latency: Latency | None = None
+) -> tuple[HeadPlan, float]:
+    """Return a plan that meets a recipe's budget by taking the same share of every layer, and what it leaves.
+
+    It stands for the one that will be found; the last units of each layer go.
+    """
+    even = {key: -(torch.arange(count) + 0.5) / max(count, 1) for key, count in choices.counts.items()}
+    return plan_of_scores(model, HeadScores(scores=even, choices=choices), recipe, latency=latency, predicted=True)
 
 
 def close_to_budget(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from deadhead.training.phases.defaults import with_criterion
 from deadhead.training.phases.distillation import require_same_vocabulary
 from deadhead.training.processes import Progress, counted
 from deadhead.training.recipes.recipe import ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.runs.forecast import Part, forecast
+from deadhead.training.runs.forecast import Part, forecast, require_memory
 from deadhead.training.runs.inputs import (
     NO_TEXT,
     Data,
@@ -38,12 +39,25 @@ Model = PreTrainedModel | str | Path | ModelRecipe
 """In memory, a checkpoint's folder, its name on the hub, or the sizes of a fresh one."""
 
 
-def once(announce: Callable[[Sequence[Part]], None] | None) -> Callable[[Sequence[Part]], None] | None:
-    """Return what passes on the first announcement alone: who writes a text has announced all the rest."""
-    if announce is None:
-        return None
-    first = [announce]
-    return lambda parts: first.pop()(parts) if first else None
+def announcing_once(options: Options) -> Options:
+    """Return options that check the memory that pruning takes, if it may not take all, before they announce the parts.
+
+    They do so for the first parts alone: who writes a text has announced all the rest.
+    """
+    if options.announce is None and options.max_memory is None:
+        return options
+    told: list[bool] = []
+
+    def announce(parts: Sequence[Part]) -> None:
+        if told:
+            return
+        told.append(True)
+        if options.max_memory is not None:
+            require_memory(parts, int(options.max_memory))
+        if options.announce is not None:
+            options.announce(parts)
+
+    return replace(options, announce=announce)
 
 
 def begin(

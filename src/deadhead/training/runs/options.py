@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deadhead.errors import InputError, require_fields
+from deadhead.plans.memory_sizes import in_bytes
 from deadhead.training.processes import Progress
 from deadhead.training.runs.forecast import Part
 
@@ -31,6 +32,8 @@ class Options:
         device: where to run, such as "cpu"; None: the accelerator there is.
         dtype: of the weights of a model that is loaded, such as "bfloat16"; None: as they were saved.
         evaluation_tokens: tokens of the validation text to measure on; None: all.
+        max_memory: what `deadhead.prune` may take of memory, in bytes or as "24GiB"; where the estimate for one of its
+            parts is more, it is refused before it begins. None: as much as there is.
 
     Raises:
         InputError: the seed, or a number of steps or tokens, is out of range.
@@ -48,11 +51,17 @@ class Options:
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
     evaluation_tokens: int | None = None
+    max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", (self.report_to,))
         require_fields(self)
+        if self.max_memory is not None:
+            try:
+                object.__setattr__(self, "max_memory", in_bytes(f"{self.max_memory}"))
+            except ValueError as error:
+                raise InputError(f"max_memory: {error}, but {self.max_memory!r} was given.") from None
         for name, least in (("recover", 0), ("seed", 0), ("evaluation_tokens", 2)):
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)

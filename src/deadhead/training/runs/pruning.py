@@ -7,8 +7,9 @@ from there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from deadhead.training.phases.choosing import latency_in
 from deadhead.training.phases.compensating import Compensating, calibration_of, dense_copy
 from deadhead.training.phases.defaults import recovery
 from deadhead.training.phases.phase import PhaseRun, choose_units, train
-from deadhead.training.processes import is_main, on_main
+from deadhead.training.processes import on_main
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
-from deadhead.training.runs.forecast import forecast
+from deadhead.training.runs.forecast import Part, forecast
 from deadhead.training.runs.inputs import Text, teacher_of
 from deadhead.training.runs.options import Options
 
@@ -80,10 +81,8 @@ def prune_in_place(
     """
     recovers = cut and options.recover > 0
     is_resumed = recovers and (work / CUT).is_dir()
-    if options.announce is not None and is_main() and model.can_generate():
-        parts = forecast(model, recipe, recover=options.recover, cut=cut)
-        # What was done is not done again.
-        options.announce(parts[-1:] if is_resumed else parts)
+    if options.announce is not None and model.can_generate():
+        on_main(partial(_announce, options.announce, model, recipe, options.recover, cut=cut, is_resumed=is_resumed))
     if is_resumed:
         dense = copy.deepcopy(model)
         found = _restore(model, work / CUT)
@@ -114,6 +113,20 @@ def prune_in_place(
     found["unrecovered"] = on_main(lambda: measured("evaluating the cut"))
     _recover(model, dense, text, recovery(recipe, options.recover, model), run, options, work / RECOVERY)
     return found
+
+
+def _announce(
+    announce: Callable[[Sequence[Part]], None],
+    model: PreTrainedModel,
+    recipe: PruneRecipe,
+    recover: int,
+    *,
+    cut: bool,
+    is_resumed: bool,
+) -> None:
+    parts = forecast(model, recipe, recover=recover, cut=cut)
+    # What was done is not done again.
+    announce(parts[-1:] if is_resumed else parts)
 
 
 def _recover(

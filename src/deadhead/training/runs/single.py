@@ -33,7 +33,7 @@ from deadhead.training.phases.rolling_back import rolled_back
 from deadhead.training.processes import count, counted, is_main, on_main, told
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import DataRecipe, ModelRecipe, PhaseRecipe, PruneRecipe
-from deadhead.training.runs.beginning import Model, Phase, base_of, begin, once
+from deadhead.training.runs.beginning import Model, Phase, announcing_once, base_of, begin
 from deadhead.training.runs.inputs import NO_TEXT, Data, Text, teacher_of
 from deadhead.training.runs.options import Options
 from deadhead.training.runs.pruning import CUT, RECOVERY, Known, prune_in_place
@@ -148,6 +148,8 @@ def run_single(
         require_extra("peft", "peft", what="LoRA")
     if options.recover and (not isinstance(recipe, PruneRecipe) or not cut):
         raise InputError("recover is for a model that is cut by deadhead.prune; leave it out.")
+    if options.max_memory is not None and not isinstance(recipe, PruneRecipe):
+        raise InputError("max_memory is for deadhead.prune, of whose parts the memory is estimated; leave it out.")
     if options.teacher is not None and not options.recover:
         require_weight(recipe.distill)
     if options.dtype is not None and not isinstance(model, str | Path):
@@ -197,7 +199,7 @@ def _run(
     known: Known | None,
 ) -> Trained:
     progress = told(options.progress)
-    options = replace(options, announce=once(options.announce))
+    options = announcing_once(options)
     network, text, recipe = begin(phase, model, data, options, work, progress, recipe, cut=cut)
     if options.out is not None:
         on_main(lambda: keep_settings(work, _settings(phase, recipe, model, data, options, text) | {"cut": cut}))

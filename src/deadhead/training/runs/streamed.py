@@ -36,6 +36,8 @@ from deadhead.training.phases.ranking import for_cost
 from deadhead.training.processes import count
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PruneRecipe
+from deadhead.training.runs.beginning import announcing_once
+from deadhead.training.runs.forecast import forecast
 from deadhead.training.runs.inputs import (
     NO_TEXT,
     Data,
@@ -116,7 +118,8 @@ def prune_checkpoint(
         out: the new folder; a checkpoint of ours that is there already is replaced as a whole.
         recipe: settings that are not given by themselves; None: the defaults. Without a criterion units are ranked by
             "reconstruction".
-        settings: fields of `PruneRecipe` and, of `Options`, `tokenizer`, `seed`, `resume` and `progress`.
+        settings: fields of `PruneRecipe` and, of `Options`, `tokenizer`, `seed`, `resume`, `progress`, `announce`
+            and `max_memory`.
 
     Raises:
         InputError: something given cannot be used, the checkpoint is damaged or can only be pruned in memory, or there
@@ -130,7 +133,7 @@ def prune_checkpoint(
 
 def run_streamed(source: Path, data: Data | None, recipe: PruneRecipe, options: Options) -> PrunedCheckpoint:
     """Do what `prune_checkpoint` does."""
-    recipe = streamable(data, recipe, options)
+    recipe, options = streamable(data, recipe, options), announcing_once(options)
     out = checked_path(Path(str(options.out))).resolve()
     work = checked_path(out.with_name(out.name + ".work"))
     check_places(out, work, source, resume=options.resume)
@@ -208,6 +211,8 @@ class _Pruning:
         text = self._text(model, data)
         settings = self._settings(text)
         keep_settings(self.work, settings)
+        if self.options.announce is not None:
+            self.options.announce(forecast(model, recipe, streamed=True))
         calibration = calibration_of(model, text.train, recipe, seed=seed)
         plan = self._plan(model, text)
         planned = prepare(self.opened, plan)

@@ -31,7 +31,7 @@ from deadhead.training.phases.ranking import rank_each
 from deadhead.training.processes import count, counted, told
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PruneRecipe
-from deadhead.training.runs.beginning import begin, once
+from deadhead.training.runs.beginning import announcing_once, begin
 from deadhead.training.runs.forecast import forecast
 from deadhead.training.runs.inputs import Data
 from deadhead.training.runs.options import Options
@@ -202,7 +202,7 @@ class _Sweeping:
     ) -> None:
         self._out, self._options, self._progress = out, options, told(options.progress)
         budgets = len(recipes)
-        options = replace(options, announce=once(options.announce))
+        options = announcing_once(options)
         where = (options, out / _WORK, self._progress)
         self._dense, self._text, first = begin("prune", model, data, *where, recipes[0], cut=True, budgets=budgets)
         assert isinstance(first, PruneRecipe)

@@ -14,7 +14,7 @@ from benchmarks.memory import MODELS, compare, configuration
 from deadhead.errors import InputError, UnsupportedModel
 from deadhead.measure.cost import skeleton
 from deadhead.training.recipes.recipe import PruneRecipe
-from deadhead.training.runs.dry_run import TrainingMemory, training_memory
+from deadhead.training.runs.training_memory import TrainingMemory, training_memory
 from tests.random_models import tiny_config
 
 # Not the benchmark's, by which the formula was made.
