@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from deadhead.report.tables import stages_table, verdict
+from deadhead.report.tables import forecast_sentence, stages_table, verdict
+from deadhead.training.runs.forecast import Part
 
 
 def _stage(heads: list[int], **changes: float) -> dict[str, Any]:
@@ -94,3 +95,16 @@ def test_equal_perplexity_is_neither_above_nor_below() -> None:
     summary["finetuned"] = {**summary["finetuned"], "perplexity": 10.5}
     assert "below" not in verdict(summary)
     assert "above" not in verdict(summary)
+
+
+def test_a_part_that_needs_more_memory_than_there_is_says_what_needs_less() -> None:
+    parts = [
+        Part(what="rank units", seconds=30, memory=3 * 10**9, remedy="stream"),
+        Part(what="recover", seconds=7200, memory=9 * 10**9, remedy="give a lora_rank"),
+    ]
+    enough = forecast_sentence(parts, 10 * 10**9)
+    told = "To do: rank units (less than a minute, 3.00 GB of memory), then recover (about 2.0 h, 9.00 GB of memory);"
+    assert enough.startswith(told) and "free" not in enough
+    assert forecast_sentence(parts, 8 * 10**9) == (
+        f"{enough} Only 8.00 GB of memory are free; to need less, give a lora_rank."
+    )

@@ -223,7 +223,7 @@ def _dry_run(
 ) -> None:
     load_torch(quiet or as_json, model)
     from deadhead.checkpoints import checkpoint
-    from deadhead.modes import on_device
+    from deadhead.modes import best_device, free_memory, on_device
     from deadhead.report.tables import dry_run_table, forecast_sentence
     from deadhead.training.phases.choosing import measure_budget_latency
     from deadhead.training.phases.defaults import with_criterion
@@ -248,14 +248,15 @@ def _dry_run(
     elif dtype is not None:
         network.to(checkpoint.named_dtype(dtype))  # type: ignore[arg-type]
     result = dry_run(network, phase, latency=latency)
-    parts = []
+    parts, free = [], 0
     if network.can_generate():
         with on_device(place):
             parts = forecast(network, phase, recover=recover, cut=cut, writes=writes, streamed=streamed)
+            free = free_memory(best_device())
     if not as_json:
         console.print(dry_run_table(result, phase))
         if parts:
-            console.print(forecast_sentence(parts), markup=False)
+            console.print(forecast_sentence(parts, free), markup=False)
     if most is not None:
         require_memory(parts, int(most))
     if as_json:
@@ -268,11 +269,12 @@ def announcing(report: Report, parts: list[Part]) -> Report:
 
     Until something was done, the phase may still be refused, in one sentence.
     """
+    from deadhead.modes import best_device, free_memory
     from deadhead.report.tables import forecast_sentence
 
     def told(name: str, done: int, total: int, logs: dict[str, Any]) -> None:
         if parts:
-            errors.print(forecast_sentence(parts), markup=False)
+            errors.print(forecast_sentence(parts, free_memory(best_device())), markup=False)
             parts.clear()
         report(name, done, total, logs)
 

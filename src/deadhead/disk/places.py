@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deadhead.errors import InputError
@@ -26,6 +28,20 @@ def checked_path(path: str | Path) -> Path:
     if whole > _MOST:
         raise _refusal(path, f"it is too long: {whole:,} bytes, where {_MOST:,} are the most")
     return Path(path)
+
+
+@contextmanager
+def empty_parents_gone(place: Path) -> Iterator[None]:
+    """Remove the folders above a place that the block made, if it fails and has left nothing in them."""
+    made = [folder for folder in place.parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            # There is something in it, or it was not made.
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _refusal(path: str | Path, why: str) -> InputError:

@@ -34,12 +34,21 @@ def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> st
     return f"Asked to leave {asked:.1%} of the {what}; {reached:.2%} {verb} left."
 
 
-def forecast_sentence(parts: Sequence[Part]) -> str:
-    """Return what pruning will do, one thing after the other, how long it may take, and in how much memory."""
+def forecast_sentence(parts: Sequence[Part], free: int) -> str:
+    """Return what pruning will do, one thing after the other, how long it may take, and in how much memory.
+
+    Args:
+        parts: of it.
+        free: bytes of memory that can still be had.
+    """
     *first, last = [f"{part.what} ({_duration(part.seconds)}, {_size(part.memory)} of memory)" for part in parts]
     doing = f"{', '.join(first)}, then {last}" if first else last
     total = _duration(sum(part.seconds for part in parts))
-    return f"To do: {doing}; {total} in all on this machine, besides reading the text and measuring on it."
+    told = f"To do: {doing}; {total} in all on this machine, besides reading the text and measuring on it."
+    largest = max(parts, key=lambda part: part.memory)
+    if largest.memory > free:
+        told += f" Only {_size(free)} of memory are free; to need less, {largest.remedy}."
+    return told
 
 
 def _duration(seconds: float) -> str:

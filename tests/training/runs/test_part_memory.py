@@ -77,12 +77,12 @@ def test_what_would_take_too_much_is_refused_before_anything_is_done(tmp_path: P
     save_small_llama(tmp_path / "llama", write_prose(tmp_path))
     before, there = weights(tmp_path / "llama"), tree(tmp_path)
     how: dict[str, Any] = {**_HOW, "sequence_length": 24, "criterion": "flap", "compensate_rows": 8}
-    text, out = stream(2000), tmp_path / "out"
+    text, out = stream(2000), tmp_path / "new" / "folders" / "out"
     needed = max(part.memory for part in forecast(deadhead.load(tmp_path / "llama"), PruneRecipe(**how)))
     for prune in (deadhead.prune, deadhead.prune_checkpoint):
         with pytest.raises(InputError, match="takes about .* of memory, more than the max_memory of 0.010 MiB; .*"):
             prune(tmp_path / "llama", text, out=out, max_memory="10kB", **how)
-        assert tree(tmp_path) == there
+        assert tree(tmp_path) == there and not (tmp_path / "new").exists()
     model = deadhead.load(tmp_path / "llama")
     with pytest.raises(InputError, match="max_memory"):
         deadhead.prune(model, text, max_memory=needed // 2, **how)

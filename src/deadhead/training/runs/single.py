@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from deadhead.checkpoints import checkpoint
 from deadhead.disk.files import remove_left_overs, write_json
-from deadhead.disk.places import checked_path
+from deadhead.disk.places import checked_path, empty_parents_gone
 from deadhead.disk.reading import read_json
 from deadhead.errors import InputError, require_extra, typed
 from deadhead.layouts import find_layout
@@ -166,7 +166,7 @@ def run_single(
         work = checked_path(out.with_name(out.name + ".work"))
         on_main(lambda: check_places(out, work, model, resume=options.resume))
         place = nullcontext(str(work))
-    with place as folder, _gone_on_failure(Path(folder)), on_device(device):
+    with place as folder, empty_parents_gone(Path(folder)), _gone_on_failure(Path(folder)), on_device(device):
         return _run(phase, recipe, model, data, options, Path(folder), cut=cut, known=known)
 
 

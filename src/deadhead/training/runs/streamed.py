@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from deadhead.compensation.record import Compensation
 from deadhead.criteria.scoring import Scoring
 from deadhead.disk.files import no_space_is_input_error
-from deadhead.disk.places import checked_path
+from deadhead.disk.places import checked_path, empty_parents_gone
 from deadhead.errors import InputError, typed
 from deadhead.modes import flushing_denormals
 from deadhead.plans.kinds import FAST, ONE_SHOT, READS_TEXT
@@ -140,7 +140,7 @@ def run_streamed(source: Path, data: Data | None, recipe: PruneRecipe, options: 
     require_ungated(source)
     try:
         opened = open_stored(source)
-        with no_space_is_input_error(out), _work_folder(work):
+        with no_space_is_input_error(out), empty_parents_gone(work), _work_folder(work):
             done = _Pruning(opened=opened, source=source, recipe=recipe, options=options, out=out, work=work).run(data)
     except NotStreamable as error:
         raise InputError(
