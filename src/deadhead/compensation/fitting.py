@@ -67,9 +67,14 @@ def fit_layer(
         output = stream.model.get_submodule(sublayer.path)
         with needed():
             moments = layer.moments(place) if projection(output).numel() else None
-        found[sublayer.path] = _fitted(output, sublayer.path, moments)
+        if passed.residuals is not None:
+            # Nothing reads it again.
+            passed.residuals[place].clear()
         if moments is not None:
             tokens = moments[0].tokens, moments[1].tokens
+        found[sublayer.path] = _fitted(output, sublayer.path, moments)
+        # They are large, and those of the next projection are gathered first and named then.
+        del moments
         report(place + 1)
     return LayerFits(found, tokens, layer.advance)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 _TINY = 1e-300
 # Blocks on the diagonal of a matrix of moments: four save three eighths of its FLOPs.
 _BLOCKS = 4
-# Outputs whose products with all inputs are made at once.
+# Outputs, or inputs, whose products with all inputs are made, or made float64, at once.
 _OUTPUTS = 1024
 # Numbers of Σ w y xᵀ whose sums are float64: a quarter of a gigabyte.
 _MOST_PRECISE = 1 << 25
@@ -58,15 +58,20 @@ class Moments:
         """Return Σ w ‖y − W x‖² over Σ w ‖y‖² for mixes W of some weights, (M,).
 
         Args:
-            weights_LDN: float64.
+            weights_LDN: of any type; products are float64.
             mixes_ML: how much of each weight is in each W.
             goal_K: how much of each target is in y; shares that sum to 1.
             outputs: which of all D the weights give; the errors are then but for a constant.
         """
         total = goal_K @ self.yy_KK @ goal_K
-        goal_DN = torch.einsum("k,kdn->dn", goal_K, self.yx_KDN[:, outputs].to(goal_K))
-        across_L = torch.einsum("ldn,dn->l", weights_LDN, goal_DN)
-        squares_LL = (weights_LDN @ self.xx_NN).flatten(1) @ weights_LDN.flatten(1).T
+        across_L = goal_K.new_zeros(len(weights_LDN))
+        squares_LL = goal_K.new_zeros(len(weights_LDN), len(weights_LDN))
+        yx_KDN = self.yx_KDN[:, outputs]
+        for some_LdN, yx_KdN in zip(weights_LDN.split(_OUTPUTS, dim=1), yx_KDN.split(_OUTPUTS, dim=1), strict=True):
+            weights_LdN = some_LdN.to(goal_K)
+            goal_dN = torch.einsum("k,kdn->dn", goal_K, yx_KdN.to(goal_K))
+            across_L += torch.einsum("ldn,dn->l", weights_LdN, goal_dN)
+            squares_LL += (weights_LdN @ self.xx_NN).flatten(1) @ weights_LdN.flatten(1).T
         lost_M = total - 2 * mixes_ML @ across_L + ((mixes_ML @ squares_LL) * mixes_ML).sum(-1)
         return lost_M / total.clamp(min=_TINY)
 
@@ -102,11 +107,13 @@ class HeldRows:
         """Return errors; see `Moments.errors`."""
         lost_M, total = torch.zeros_like(mixes_ML[:, 0]), torch.zeros_like(goal_K[0])
         for x_RN, y_KRD in zip(self._x, self._y, strict=True):
-            wanted_RD = torch.einsum("k,krd->rd", goal_K, y_KRD[..., outputs].to(goal_K))
-            given_LRD = x_RN.to(goal_K) @ weights_LDN.transpose(1, 2)
-            for place, mix_L in enumerate(mixes_ML):
-                lost_M[place] += (wanted_RD - torch.einsum("l,lrd->rd", mix_L, given_LRD)).square().sum()
-            total += wanted_RD.square().sum()
+            x_RN, y_KRD = x_RN.to(goal_K), y_KRD[..., outputs]
+            for weights_LdN, y_KRd in zip(weights_LDN.split(_OUTPUTS, 1), y_KRD.split(_OUTPUTS, 2), strict=True):
+                wanted_Rd = torch.einsum("k,krd->rd", goal_K, y_KRd.to(goal_K))
+                given_LRd = x_RN @ weights_LdN.to(goal_K).transpose(1, 2)
+                for place, mix_L in enumerate(mixes_ML):
+                    lost_M[place] += (wanted_Rd - torch.einsum("l,lrd->rd", mix_L, given_LRd)).square().sum()
+                total += wanted_Rd.square().sum()
         return lost_M / total.clamp(min=_TINY)
 
     @property
@@ -116,8 +123,8 @@ class HeldRows:
 
 
 def _is_finite(values: Tensor) -> bool:
-    # What is not finite makes a sum so; the sum needs no other tensor of this size.
-    return bool(values.sum(dtype=torch.float64).isfinite())
+    # What is not finite makes a sum so; for a float64 sum torch makes a float64 copy of what it sums.
+    return all(bool(part.sum(dtype=torch.float64).isfinite()) for part in values.flatten(0, -2).split(_OUTPUTS))
 
 
 def _weighted(x_RN: Tensor, targets: Sequence[Tensor], weight_R: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor]:
@@ -136,6 +143,8 @@ def _add_gram(total_NN: Tensor, x_RN: Tensor) -> None:
     step = max(1, -(-width // _BLOCKS))
     for start in range(0, width, step):
         rows, right = slice(start, start + step), slice(start + step, width)
-        product = (x_RN[:, rows].T @ x_RN[:, start:]).to(total_NN)
-        total_NN[rows, start:] += product
-        total_NN[right, rows] += product[:, step:].T
+        for place, part in enumerate((x_RN[:, rows].T @ x_RN[:, start:]).split(_OUTPUTS)):
+            at = slice(start + place * _OUTPUTS, start + place * _OUTPUTS + len(part))
+            part = part.to(total_NN)
+            total_NN[at, start:] += part
+            total_NN[right, at] += part[:, step:].T

@@ -5,12 +5,14 @@ Dimensions: N inputs of the projection (and a constant 1 where it has a bias), D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deadhead.compensation.factoring import factored
 from deadhead.compensation.moments import HeldRows, Moments
 
 # Shares of the mean of diag C. The first is for what the inputs that are left can give exactly.
@@ -26,7 +28,7 @@ class Fit:
     """A projection that was fitted.
 
     Args:
-        weight_DN: float64, the bias its last column where there is one.
+        weight_DN: float64, or float32 of a smaller type's many outputs; the bias its last column where there is one.
         ridge: λ, as a share of the mean of diag C.
         share: how much of the target was the second one.
         before: held-out error of the projection as it was; see `Moments.error`.
@@ -46,30 +48,27 @@ def ridge_fits(moments: Moments, weight_DN: Tensor, ridge: float, outputs: slice
     Λ = ridge · mean diag C for the inputs, 0 for the constant: a bias is free, as if all were centred. The fit is drawn
     to the weight that there is, not to 0. Of all outputs, some may be fitted alone.
     """
-    solve = _solver(moments, ridge)
-    return None if solve is None else solve(moments.yx_KDN[:, outputs], weight_DN[outputs])
+    with _solver(moments, ridge) as solve:
+        return None if solve is None else solve(moments.yx_KDN[:, outputs], weight_DN[outputs])
 
 
-def _solver(moments: Moments, ridge: float) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return what solves for some outputs, given R_k, (K, D, N), and W, (D, N); None where that cannot be."""
+@contextmanager
+def _solver(moments: Moments, ridge: float) -> Iterator[Callable[[Tensor, Tensor], Tensor] | None]:
+    """Yield what solves for some outputs, given R_k, (K, D, N), and W, (D, N); None where that cannot be.
+
+    Meanwhile C lies in ruins; see `factored`.
+    """
     xx_NN = moments.xx_NN
     scale_N = torch.zeros(len(xx_NN), dtype=xx_NN.dtype, device=xx_NN.device)
     scale_N[: moments.inputs] = ridge * xx_NN.diagonal()[: moments.inputs].mean() if moments.inputs else 0.0
-    # In its own place, column by column as LAPACK has it, so that no copy is made: nothing else in a fit is as large.
-    factor_NN = xx_NN.clone().T
-    factor_NN.diagonal().add_(scale_N)
-    info = torch.empty((), dtype=torch.int32, device=xx_NN.device)
-    torch.linalg.cholesky_ex(factor_NN, out=(factor_NN, info))
-    if bool(info):
-        return None
+    with factored(xx_NN, scale_N) as solve:
 
-    def solve(yx_KDN: Tensor, weight_DN: Tensor) -> Tensor:
-        wanted_KDN = yx_KDN + weight_DN * scale_N
-        half = torch.linalg.solve_triangular(factor_NN, wanted_KDN.flatten(0, 1).T, upper=False)
-        solved = torch.linalg.solve_triangular(factor_NN.T, half, upper=True)
-        return solved.T.reshape(wanted_KDN.shape)
+        def fits(yx_KDN: Tensor, weight_DN: Tensor) -> Tensor:
+            assert solve is not None, "this ridge can be used"
+            wanted_KDN = yx_KDN + weight_DN.to(xx_NN) * scale_N
+            return solve(wanted_KDN.flatten(0, 1)).reshape(wanted_KDN.shape)
 
-    return solve
+        yield None if solve is None else fits
 
 
 def best_fit(fitted: Moments, held: Moments | HeldRows, weight_DN: Tensor) -> Fit | None:
@@ -88,9 +87,8 @@ def best_fit(fitted: Moments, held: Moments | HeldRows, weight_DN: Tensor) -> Fi
     """
     if not (fitted.is_finite and held.is_finite):
         return None
-    weight_DN = weight_DN.to(fitted.xx_NN)
     count = len(fitted.yy_KK)
-    goal_K, mixes_MK = _mixes(count, (0.5,), weight_DN)[0], _mixes(count, SHARES, weight_DN)
+    goal_K, mixes_MK = _mixes(count, (0.5,), fitted.xx_NN)[0], _mixes(count, SHARES, fitted.xx_NN)
     itself_11 = torch.ones_like(goal_K[:1, None])
     outputs = slice(None, None, -(-len(weight_DN) // JUDGES))
     before = float(held.errors(weight_DN[None, outputs], itself_11, goal_K, outputs))
@@ -119,13 +117,13 @@ def best_fit(fitted: Moments, held: Moments | HeldRows, weight_DN: Tensor) -> Fi
 
 def _all_outputs(fitted: Moments, weight_DN: Tensor, ridge: float, mix_K: Tensor) -> Tensor:
     """Return the fit of all outputs to a mix of the targets, (D, N), made some at a time."""
-    solve = _solver(fitted, ridge)
-    assert solve is not None, "this ridge was chosen"
-    found_DN = torch.empty_like(weight_DN)
-    for start in range(0, len(weight_DN), JUDGES):
-        some = slice(start, start + JUDGES)
-        yx_1DN = torch.einsum("k,kdn->dn", mix_K, fitted.yx_KDN[:, some].to(mix_K))[None]
-        found_DN[some] = solve(yx_1DN, weight_DN[some])[0]
+    found_DN = weight_DN.new_empty(weight_DN.shape, dtype=torch.promote_types(weight_DN.dtype, torch.float32))
+    with _solver(fitted, ridge) as solve:
+        assert solve is not None, "this ridge was chosen"
+        for start in range(0, len(weight_DN), JUDGES):
+            some = slice(start, start + JUDGES)
+            yx_1DN = torch.einsum("k,kdn->dn", mix_K, fitted.yx_KDN[:, some].to(mix_K))[None]
+            found_DN[some] = solve(yx_1DN, weight_DN[some])[0]
     return found_DN
 
 

@@ -111,11 +111,13 @@ def dense_in_place(model: nn.Module, dense: nn.Module, sublayer: Sublayer) -> It
 
 
 def projection(output: nn.Module) -> Tensor:
-    """Return the weight of an output projection (D, N) in float64, its bias, if it has one, as the last column."""
+    """Return the weight of an output projection (D, N), its bias, if it has one, as the last column."""
     bias = getattr(output, "bias", None)
     columns = [] if isinstance(output, OutputBias) else [head_columns(output).detach()]
     columns += [] if bias is None else [bias.detach()[:, None]]
-    return torch.cat(columns, dim=1).double() if columns else torch.empty(0, 0)
+    if len(columns) == 1:
+        return columns[0]
+    return torch.cat(columns, dim=1) if columns else torch.empty(0, 0)
 
 
 def install(output: nn.Module, weight_DN: Tensor) -> bool:
