@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deadhead.data.shares import ALONE, Shares
 from deadhead.errors import InputError
 from deadhead.layouts.inputs import run, runner
 from deadhead.measure.losses import SegmentLoss
@@ -23,25 +25,33 @@ _MOST_TOKENS, _MOST_LOGITS = 1024, 256
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Batches in the order of the text, and for each whether it is held out."""
+    """What a process reads of a text: batches in its order, and for each whether it is held out.
+
+    Args:
+        batches: of this process.
+        is_held: for each of them.
+        has_memory: whether the model has segment memory.
+        held_tokens: how many tokens are held out, by all processes; infinite for what is no text.
+        shares: of the processes that read the text together.
+    """
 
     batches: list[dict[str, Tensor]]
     is_held: list[bool]
     has_memory: bool
+    held_tokens: float = 0.0
+    shares: Shares = ALONE
 
     @property
     def held(self) -> list[dict[str, Tensor]]:
         """The batches that are held out."""
         return [batch for batch, is_held in zip(self.batches, self.is_held, strict=True) if is_held]
 
-    @property
-    def held_tokens(self) -> float:
-        """How many tokens are held out; infinite for what is no text."""
-        return sum(batch["input_ids"].numel() if "input_ids" in batch else math.inf for batch in self.held)
 
-
-def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Calibration:
+def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], shares: Shares = ALONE) -> Calibration:
     """Hold out every eighth row of some batches, or, of a model with segment memory, every eighth batch.
+
+    Which rows they are does not depend on the processes. Each process reads its share of what there is; it reads
+    everything for a model with segment memory, and where there is too little for each to have some.
 
     Raises:
         InputError: there are fewer than two of them.
@@ -51,7 +61,7 @@ def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
     is_held: list[bool] = []
     row = 0
     for given in batches:
-        batch = {name: value.to(model.device) for name, value in given.items()}
+        batch = dict(given)
         if has_memory:
             found.append(batch)
             is_held.append(len(found) % _HELD_OUT_OF == 2)
@@ -59,7 +69,7 @@ def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
         rows = torch.arange(row, row + len(next(iter(batch.values()))))
         row += len(rows)
         for part in (False, True):
-            of_part = ((rows % _HELD_OUT_OF == 1) == part).nonzero().flatten().to(model.device)
+            of_part = ((rows % _HELD_OUT_OF == 1) == part).nonzero().flatten().to(next(iter(batch.values())).device)
             if len(of_part):
                 parts = [*_parts({name: value[of_part] for name, value in batch.items()}, _MOST_TOKENS)]
                 found += parts
@@ -70,7 +80,20 @@ def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
             f"Compensation fits to some {what} and is judged on others, so at least 2 are needed, but "
             f"{len(found) if has_memory else row} came."
         )
-    return Calibration(batches=found, is_held=is_held, has_memory=has_memory)
+    sizes = [batch["input_ids"].numel() if "input_ids" in batch else math.inf for batch in found]
+    if has_memory or len(found) < shares.count:
+        shares = shares.undivided()
+    dealing = shares.dealing()
+    # What is no text counts alike.
+    is_own = [dealing.is_own(int(size) if size < math.inf else 1) for size in sizes]
+    own = [{name: value.to(model.device) for name, value in batch.items()} for batch in compress(found, is_own)]
+    return Calibration(
+        batches=own,
+        is_held=[*compress(is_held, is_own)],
+        has_memory=has_memory,
+        held_tokens=sum(compress(sizes, is_held)),
+        shares=shares,
+    )
 
 
 def run_stack(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
@@ -101,7 +124,9 @@ def held_out_loss(
             mean = loss(model, part).loss
             if is_held and (count := _scored(part, calibration.has_memory)):
                 total, tokens = total + float(mean) * count, tokens + count
-    return total / max(tokens, 1)
+    sums = torch.tensor([total, tokens], dtype=torch.float64)
+    calibration.shares.total(sums)
+    return float(sums[0] / sums[1].clamp(min=1))
 
 
 def held_out_states(model: PreTrainedModel, calibration: Calibration) -> list[Tensor]:
@@ -109,10 +134,12 @@ def held_out_states(model: PreTrainedModel, calibration: Calibration) -> list[Te
     return [run_stack(model, batch).float() for batch in calibration.held]
 
 
-def distance(states: list[Tensor], goal: list[Tensor]) -> float:
-    """Return Σ ‖h − g‖² over Σ ‖g‖²."""
+def distance(states: list[Tensor], goal: list[Tensor], shares: Shares = ALONE) -> float:
+    """Return Σ ‖h − g‖² over Σ ‖g‖² of the states of all processes."""
     lost = sum(float((h - g.to(h)).square().sum()) for h, g in zip(states, goal, strict=True))
-    return lost / max(sum(float(g.square().sum()) for g in goal), 1e-30)
+    sums = torch.tensor([lost, sum(float(g.square().sum()) for g in goal)], dtype=torch.float64)
+    shares.total(sums)
+    return float(sums[0] / sums[1].clamp(min=1e-30))
 
 
 def _parts(batch: dict[str, Tensor], most: int) -> Iterable[dict[str, Tensor]]:

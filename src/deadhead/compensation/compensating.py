@@ -17,6 +17,7 @@ from deadhead.compensation.fitting import fit_layer, never_run
 from deadhead.compensation.record import Compensation, FittedLayer, taken_back
 from deadhead.compensation.streams import Stream, stream_of, whole_stream
 from deadhead.compensation.sublayers import Sublayer, find_sublayers, layers_path
+from deadhead.data.shares import ALONE, Shares
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts import own_config
 from deadhead.measure.losses import Batches
@@ -68,8 +69,13 @@ def compensate_from(
     text: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     consume: bool,
+    shares: Shares = ALONE,
 ) -> Compensation:
-    """Do as `compensate` does; with `consume` layers of the dense model are freed once they have been passed."""
+    """Do as `compensate` does; with `consume` layers of the dense model are freed once they have been passed.
+
+    Where several processes compensate the same model together, each runs it on its share of the batches, and all get
+    the weights that the main one fits.
+    """
     _require_pair(model, dense)
     sublayers = find_sublayers(model, dense)
     # What is made under torch.inference_mode() could never learn.
@@ -82,7 +88,7 @@ def compensate_from(
         seeded(),
         torch.autocast(model.device.type, enabled=False),
     ):
-        calibration = divided(model, batches)
+        calibration = divided(model, batches, shares)
         error, measure = _judge(model, dense, calibration)
         before = error()
         old = [(model.get_submodule(each.path), dict(model.get_submodule(each.path)._parameters)) for each in sublayers]
@@ -130,11 +136,12 @@ def _require_pair(model: PreTrainedModel, dense: PreTrainedModel) -> None:
 
 
 def _judge(model: PreTrainedModel, dense: PreTrainedModel, calibration: Calibration) -> tuple[Callable[[], float], str]:
-    """Return what measures how far off the model is on held-out text now, and what it is called."""
+    """Return what measures how far off the model is on held-out text now, in all processes, and what it is called."""
+    shares = calibration.shares
     if model.can_generate():
-        return partial(held_out_loss, model, calibration), "loss"
+        return (lambda: shares.agreed(held_out_loss(model, calibration))), "loss"
     goal = held_out_states(dense, calibration)
-    return (lambda: distance(held_out_states(model, calibration), goal)), "distance"
+    return (lambda: shares.agreed(distance(held_out_states(model, calibration), goal, shares))), "distance"
 
 
 def _fit_all(
@@ -171,6 +178,6 @@ def _streams(
 ) -> tuple[Stream, Stream]:
     layers = layers_path(dense, [sublayer.path for sublayer in sublayers])
     pair = stream_of(model, calibration, layers), stream_of(dense, calibration, layers)
-    if any(stream.is_whole for stream in pair):
+    if calibration.shares.any(any(stream.is_whole for stream in pair)):
         pair = whole_stream(model, calibration), whole_stream(dense, calibration)
     return pair

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -12,9 +12,10 @@ from deadhead.compensation.calibration import Calibration
 from deadhead.compensation.gathering import CutLayer, pass_dense
 from deadhead.compensation.moments import HeldRows, Moments
 from deadhead.compensation.record import FittedLayer
-from deadhead.compensation.solving import best_fit
+from deadhead.compensation.solving import Fit, best_fit
 from deadhead.compensation.streams import Stream
 from deadhead.compensation.sublayers import Sublayer, install, projection
+from deadhead.data.shares import Shares
 
 # A fit must take away this share of the target's power at least; less is rounding.
 _LEAST_GAIN = 1e-5
@@ -59,7 +60,7 @@ def fit_layer(
     """
     within = [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[index])]
     with needed():
-        passed = pass_dense(dense, index, within)
+        passed = pass_dense(dense, index, within, calibration.shares)
     layer = CutLayer(stream, index, passed, dense.model, calibration)
     found: dict[str, FittedLayer] = {}
     tokens: tuple[int, int] | None = None
@@ -72,7 +73,7 @@ def fit_layer(
             passed.residuals[place].clear()
         if moments is not None:
             tokens = moments[0].tokens, moments[1].tokens
-        found[sublayer.path] = _fitted(output, sublayer.path, moments)
+        found[sublayer.path] = _fitted(output, sublayer.path, moments, calibration.shares)
         # They are large, and those of the next projection are gathered first and named then.
         del moments
         report(place + 1)
@@ -84,11 +85,19 @@ def never_run(sublayers: Iterable[Sublayer], run: Collection[str]) -> list[Fitte
     return [FittedLayer(path=s.path, fitted=False, reason="it did not run") for s in sublayers if s.path not in run]
 
 
-def _fitted(output: nn.Module, path: str, moments: tuple[Moments, Moments | HeldRows] | None) -> FittedLayer:
-    """Fit one projection, unless that would gain nothing."""
+def _on_cpu(fit: Fit | None) -> Fit | None:
+    # Other processes know no tensor on this one's GPU.
+    return None if fit is None else replace(fit, weight_DN=fit.weight_DN.cpu())
+
+
+def _fitted(
+    output: nn.Module, path: str, moments: tuple[Moments, Moments | HeldRows] | None, shares: Shares
+) -> FittedLayer:
+    """Fit one projection, unless that would gain nothing; all processes get the main one's fit, to the bit."""
     if moments is None:
         return FittedLayer(path=path, fitted=False, reason="nothing is left of it that could be fitted")
-    fit = best_fit(*moments, projection(output))
+    fitted, held = moments
+    fit = shares.of_main(lambda: _on_cpu(best_fit(fitted, held, projection(output))))
     if fit is None:
         return FittedLayer(path=path, fitted=False, reason="no fit is better on held-out text")
     if fit.before - fit.after < _LEAST_GAIN:

@@ -18,6 +18,7 @@ from deadhead.compensation.calibration import Calibration
 from deadhead.compensation.moments import HeldRows, Moments
 from deadhead.compensation.streams import Stream, first, is_near
 from deadhead.compensation.sublayers import Sublayer, dense_in_place
+from deadhead.data.shares import ALONE, Shares
 from deadhead.models.pruned.structure import OutputBias
 
 _TINY = 1e-30
@@ -37,8 +38,11 @@ class Passed:
     residuals: list[list[Tensor]] | None
 
 
-def pass_dense(stream: Stream, index: int, sublayers: Sequence[Sublayer]) -> Passed:
-    """Run a layer of the dense model on all batches, so that its stream goes on to the next; look at its sublayers."""
+def pass_dense(stream: Stream, index: int, sublayers: Sequence[Sublayer], shares: Shares = ALONE) -> Passed:
+    """Run a layer of the dense model on all batches, so that its stream goes on to the next; look at its sublayers.
+
+    Where `shares` of the text are in several processes, all come to the same.
+    """
     order: list[Sublayer] = []
     states: list[Tensor | None] = []
     residuals: list[list[Tensor]] | None = None if stream.is_whole else [[] for _ in sublayers]
@@ -69,7 +73,8 @@ def pass_dense(stream: Stream, index: int, sublayers: Sequence[Sublayer]) -> Pas
         for kept, value in zip(residuals, [*behind[:-1], state], strict=True):
             kept.append(value)
     stream.states = states if not stream.is_whole else stream.states
-    return Passed([*dict.fromkeys(order)], residuals)
+    residuals = None if shares.any(residuals is None) else residuals
+    return Passed(shares.agreed([*dict.fromkeys(order)]), residuals)
 
 
 def _noting(run: list[tuple[Sublayer, Tensor]], sublayer: Sublayer) -> Callable[..., None]:
@@ -106,11 +111,22 @@ class CutLayer:
         The first target is what the dense sublayer makes of the same input. Where the layer adds up what its sublayers
         give, the second is what the dense model's residual stream has behind it, but for what the cut model's has
         before. A token counts 1 / ‖h‖², h that dense residual: a norm follows, so only a relative error matters.
-        Elsewhere it counts by what the sublayer gives. None is returned where the projection was not run.
+        Elsewhere it counts by what the sublayer gives. None is returned where the projection was not run. Tokens are
+        those of all processes that share the text.
 
         Args:
             place: of its sublayer in the order in which they run; those before it are done.
         """
+        found = self._own_moments(place)
+        shares = self._calibration.shares
+        if shares.any(found is None) or found is None:
+            return None
+        for each in found:
+            each.add_others(shares)
+        return found
+
+    def _own_moments(self, place: int) -> tuple[Moments, Moments | HeldRows] | None:
+        """Return the moments of the tokens that this process reads."""
         sublayer = self._passed.order[place]
         output = self._stream.model.get_submodule(sublayer.path)
         has_bias = getattr(output, "bias", None) is not None
@@ -136,11 +152,13 @@ class CutLayer:
                 fitted = Moments(*sizes, has_bias=has_bias, device=y_RD.device)
                 is_few = self._calibration.held_tokens < x_RN.shape[1] and y_RD.device.type != "mps"
                 held = HeldRows(has_bias=has_bias) if is_few else Moments(*sizes, has_bias=has_bias, device=y_RD.device)
+                # All that are held out may be other processes'.
+                held.add(x_RN[:0], [target_RD[:0] for target_RD in targets], square_R[:0])
             weight_R = _is_text(self._calibration.batches[batch], square_R) / square_R.clamp(min=_TINY)
             (held if self._calibration.is_held[batch] else fitted).add(x_RN, targets, weight_R)
         if read:
             self._read.append((output, read))
-        assert fitted is not None and held is not None, "there are batches of either kind"
+        assert fitted is not None and held is not None, "each process has a batch"
         return fitted, held
 
     def advance(self) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deadhead.data.shares import Shares
+
 _TINY = 1e-300
 # Blocks on the diagonal of a matrix of moments: four save three eighths of its FLOPs.
 _BLOCKS = 4
@@ -53,6 +55,12 @@ class Moments:
                 total_dN += (y_Rd.T @ x_RN).to(total_dN)
         self.yy_KK += torch.einsum("krd,lrd->kl", y_KRD, y_KRD).to(self.yy_KK)
         self.tokens += len(x_RN)
+
+    def add_others(self, shares: Shares) -> None:
+        """Add the tokens of the other processes."""
+        tokens = torch.tensor(self.tokens)
+        shares.total(tokens, self.xx_NN, self.yx_KDN, self.yy_KK)
+        self.tokens = int(tokens)
 
     def errors(self, weights_LDN: Tensor, mixes_ML: Tensor, goal_K: Tensor, outputs: slice = slice(None)) -> Tensor:
         """Return Σ w ‖y − W x‖² over Σ w ‖y‖² for mixes W of some weights, (M,).
@@ -102,6 +110,13 @@ class HeldRows:
         self._x.append(x_RN)
         self._y.append(y_KRD)
         self.tokens += len(x_RN)
+
+    def add_others(self, shares: Shares) -> None:
+        """Add the tokens of the other processes; `add` was called before, if with no token."""
+        if shares.count > 1:
+            self._x = [shares.joined(torch.cat(self._x))]
+            self._y = [shares.joined(torch.cat(self._y, dim=1).transpose(0, 1)).transpose(0, 1)]
+            self.tokens = len(self._x[0])
 
     def errors(self, weights_LDN: Tensor, mixes_ML: Tensor, goal_K: Tensor, outputs: slice = slice(None)) -> Tensor:
         """Return errors; see `Moments.errors`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deadhead.attaching import output_squares
 from deadhead.criteria.reading import Reading, predicting
+from deadhead.data.shares import Shares
 from deadhead.gates.head_gate import relative_difference
 from deadhead.layouts import Site, head_columns
 
@@ -24,6 +25,7 @@ from deadhead.layouts import Site, head_columns
 def output_differences(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     """Return for each site the mean over batches of d_h², (H,)."""
     found = [torch.zeros(len(site.units)) for site in sites]
+    count = torch.zeros((), dtype=torch.int64)
 
     def measure(scores: Tensor, site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
         heads_RHE = args[0].reshape(-1, len(site.units), site.unit_dim)
@@ -32,7 +34,8 @@ def output_differences(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     with ExitStack() as exits:
         for scores, site in zip(found, sites, strict=True):
             exits.enter_context(site.output.register_forward_pre_hook(partial(measure, scores, site)))
-        count = sum(1 for _ in reading.over())
+        count += sum(1 for _ in reading.over())
+    reading.shares.total(count, *found)
     return [scores / count for scores in found]
 
 
@@ -87,14 +90,27 @@ class _Moments:
 
     def add(self, rows_Rn: Tensor) -> None:
         """Add rows; batch by batch, so that no difference of large sums is taken."""
-        count = len(rows_Rn)
-        if not count:
-            return
-        variance, mean = (part.cpu().double() for part in torch.var_mean(rows_Rn.float(), 0, correction=0))
+        if count := len(rows_Rn):
+            variance, mean = (part.cpu().double() for part in torch.var_mean(rows_Rn.float(), 0, correction=0))
+            self._merge(count, mean, variance * count)
+
+    def _merge(self, count: int, mean: Tensor, spread: Tensor) -> None:
         away, total = mean - self.mean, self.count + count
-        self.spread += variance * count + away.square() * self.count * count / total
+        self.spread += spread + away.square() * self.count * count / total
         self.mean += away * count / total
         self.count = total
+
+    def of_all(self, shares: Shares) -> _Moments:
+        """Return the moments of the rows of all processes."""
+        if shares.count == 1:
+            return self
+        found = _Moments(len(self.mean))
+        parts = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.spread])
+        for part in shares.joined(parts[None]):
+            count, mean, spread = part.tensor_split([1, 1 + len(self.mean)])
+            if count:
+                found._merge(int(count), mean, spread)
+        return found
 
     @property
     def variance(self) -> Tensor:
@@ -123,4 +139,4 @@ def _moments(reading: Reading, sites: Sequence[Site]) -> list[_Moments]:
             exits.enter_context(site.output.register_forward_pre_hook(partial(measure, moments)))
         for _ in reading.over(begin):
             pass
-    return found
+    return [moments.of_all(reading.shares) for moments in found]

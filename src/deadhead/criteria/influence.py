@@ -23,14 +23,14 @@ def influence(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     Block influence (Men et al. 2024, arXiv 2403.03853, equation 1), but of attention and feed-forward parts, not of
     layers. All units of a site score alike, so it goes whole before the next begins.
     """
-    totals = {site.key: 0.0 for site in sites}
-    tokens = 0
+    totals = {site.key: torch.zeros((), dtype=torch.float64) for site in sites}
+    tokens = torch.zeros((), dtype=torch.int64)
     counts_BT = torch.empty(0)
 
     def begin(inputs: Mapping[str, Tensor]) -> None:
-        nonlocal counts_BT, tokens
+        nonlocal counts_BT
         counts_BT = predicting(reading.model, inputs)
-        tokens += int(counts_BT.sum())
+        tokens.add_(int(counts_BT.sum()))
 
     def visit(passage: Passage) -> None:
         # 1 − cos as ½ ‖â − b̂‖², which is exact for small angles too.
@@ -41,7 +41,5 @@ def influence(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
     with watched(reading.model, sites, visit):
         for _ in reading.over(begin):
             pass
-    return [
-        torch.full((len(site.units),), totals[site.key] / max(tokens, 1) / len(site.units), dtype=torch.float64)
-        for site in sites
-    ]
+    reading.shares.total(tokens, *totals.values())
+    return [(totals[site.key] / tokens.clamp(min=1) / len(site.units)).expand(len(site.units)) for site in sites]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from deadhead.data.shares import ALONE, Shares
 from deadhead.errors import InputError
 from deadhead.measure.losses import Batches, SegmentLoss, SegmentOutputs, require_language_model
 from deadhead.modes import evaluating, frozen
@@ -18,15 +19,20 @@ Begin = Callable[[Mapping[str, Tensor]], None]
 
 
 class Reading(Protocol):
-    """Runs modules of a language model over a text while others watch them."""
+    """Runs modules of a language model over a text while others watch them.
+
+    Where processes share the text out, a reading is over this one's batches; whoever sums up over them lets `shares`
+    add that up afterwards, in every process.
+    """
 
     model: PreTrainedModel
+    shares: Shares
 
     def over(self, begin: Begin = lambda inputs: None) -> Iterator[tuple[Any, Mapping[str, Tensor]]]:
         """Run them over each batch, and yield what they made of it, and the batch, of which `begin` is told before.
 
         Raises:
-            InputError: there is no batch.
+            InputError: there is no batch, in any process.
         """
 
     def gradients(self, made: Any, of: Sequence[Tensor], count: int) -> Sequence[Tensor]:
@@ -36,15 +42,20 @@ class Reading(Protocol):
 class WholeReading:
     """Runs a language model as a whole; made before anything hooks on to the model, which it first tries.
 
-    Batches are those that `score_heads` takes.
+    Args:
+        model: it.
+        batches: those that `score_heads` takes, the same in every process.
+        shares: which of them this process reads.
 
     Raises:
         UnsupportedModel: the model does not predict the next token.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Batches) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Batches, shares: Shares = ALONE) -> None:
         require_language_model(model, "A criterion that looks at text")
-        self.model, self._batches = model, batches
+        self.model, self.shares = model, shares
+        # Those that others read are passed over.
+        self._batches: Iterable[tuple[Mapping[str, Tensor], bool]] = _dealt(batches, shares)
         self.losses = SegmentLoss(model)
         self.losses.try_out()
 
@@ -52,8 +63,10 @@ class WholeReading:
         """Run the model over the batches, on its device and in evaluation mode; see `Reading`."""
         read = []
         with evaluating(self.model), frozen(self.model):
-            for batch in self._batches:
-                read.append(batch)
+            for batch, is_own in self._batches:
+                read.append((batch, is_own))
+                if not is_own:
+                    continue
                 inputs = {name: value.to(self.model.device) for name, value in batch.items()}
                 begin(inputs)
                 yield self.losses(self.model, inputs), inputs
@@ -66,6 +79,11 @@ class WholeReading:
         """Return the gradients of all tokens' losses; see `Reading`."""
         # The loss is a mean over tokens; a position's gradient should not depend on how many there are.
         return torch.autograd.grad(made.loss * count, of)
+
+
+def _dealt(batches: Batches, shares: Shares) -> Iterator[tuple[Mapping[str, Tensor], bool]]:
+    dealing = shares.dealing()
+    return ((batch, dealing.is_own(batch["input_ids"].numel())) for batch in batches)
 
 
 def predicting(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

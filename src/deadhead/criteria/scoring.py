@@ -30,6 +30,7 @@ from deadhead.criteria.influence import influence
 from deadhead.criteria.reading import Reading, WholeReading
 from deadhead.criteria.second_order import second_order
 from deadhead.criteria.taylor import taylor
+from deadhead.data.shares import ALONE, Shares
 from deadhead.errors import InputError, typed_but
 from deadhead.layouts import Site, find_layout
 from deadhead.measure.losses import Batches
@@ -51,6 +52,7 @@ def score_heads(
     unit: Unit | None = None,
     blocks: bool | int | Blocks = False,
     seed: int = 0,
+    shares: Shares = ALONE,
 ) -> HeadScores:
     """Score every head of a model by a one-shot criterion, and blocks of hidden units if asked.
 
@@ -65,6 +67,7 @@ def score_heads(
         unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
         blocks: whether hidden units are scored too, or how many make a block, or by layer the units of each block.
         seed: of "random".
+        shares: which of the batches this process reads, where several score the same model together.
 
     Returns:
         The scores; `.plan(sparsity)` drops the lowest.
@@ -79,7 +82,7 @@ def score_heads(
     if gates is not None and not all(bool(gate.is_open.all()) for _, gate in gates):
         raise InputError("One-shot criteria score a model with all heads open, but some of its gates are closed.")
     scoring = Scoring(model, criterion, unit=unit, blocks=blocks)
-    reading = WholeReading(model, batches) if scoring.sites and criterion in READS_TEXT else None
+    reading = WholeReading(model, batches, shares) if scoring.sites and criterion in READS_TEXT else None
     return scoring.scores(scoring.of_units(scoring.sites, reading, seed))
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deadhead.criteria.reading import Reading, predicting
 from deadhead.criteria.streams import Passage, watched
@@ -70,16 +69,28 @@ def second_order(
         most_bytes: what the moments of one pass may take; None takes a quarter of the memory that is free.
     """
     found: list[Tensor] = []
-    for group in _groups(reading.model, sites, with_gradients, most_bytes):
-        for site, moments in zip(group, measured(reading, group, with_gradients=with_gradients), strict=True):
-            found.append(slopes(site, moments))
+    most = _most_bytes(reading) if most_bytes is None else most_bytes
+    shares = reading.shares
+    for group in _groups(sites, with_gradients, most):
+        moments = measured(reading, group, with_gradients=with_gradients)
+        own = [torch.zeros(len(site.units), dtype=torch.float64) for site in group]
+        for place in range(shares.index, len(group), shares.count):
+            own[place] = slopes(group[place], moments[place])
+        # Each was found by one process.
+        shares.total(*own)
+        found += own
     return found
 
 
-def _groups(
-    model: PreTrainedModel, sites: Sequence[Site], with_gradients: bool, most_bytes: int | None
-) -> Iterator[list[Site]]:
-    most = _SHARE * free_memory(model.device) if most_bytes is None else most_bytes
+def _most_bytes(reading: Reading) -> float:
+    """Return what the moments of one pass may take, the same in all processes."""
+    device, shares = reading.model.device, reading.shares
+    least = float(shares.joined(torch.tensor([free_memory(device)])).min())
+    # Processes on the CPU have one memory.
+    return _SHARE * least / (shares.count if device.type == "cpu" else 1)
+
+
+def _groups(sites: Sequence[Site], with_gradients: bool, most: float) -> Iterator[list[Site]]:
     group: list[Site] = []
     taken = 0
     for site in sites:
@@ -99,7 +110,7 @@ def measured(
 ) -> list[Moments]:
     """Return the moments of some sites, from one pass over a text, forward and, with gradients, backward.
 
-    `note` is told what was made of each batch.
+    `note` is told what was made of each batch that this process reads.
     """
     found: dict[UnitKey, Moments] = {}
     for site in sites:
@@ -149,6 +160,10 @@ def measured(
     finally:
         for hook in hooks:
             hook.remove()
+    for moments in found.values():
+        count = torch.tensor(moments.count)
+        reading.shares.total(count, moments.inputs_nn, *[m for m in [moments.gradients_DD] if m is not None])
+        moments.count = int(count)
     return [found[site.key] for site in sites]
 
 

@@ -89,4 +89,9 @@ def taylor(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
             for rows, derivative_BH in zip(found, derivatives, strict=True):
                 rows.append(derivative_BH.float().cpu())
             total += weight
-    return [torch.cat(rows) / total for rows in found]
+    counted = torch.tensor(total)
+    reading.shares.total(counted)
+    # A process may have had none.
+    empty = [torch.empty(0, len(site.units)) for site in sites]
+    joined = [reading.shares.joined(torch.cat([none, *rows])) for none, rows in zip(empty, found, strict=True)]
+    return [rows / counted for rows in joined]

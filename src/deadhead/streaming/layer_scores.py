@@ -17,6 +17,7 @@ from deadhead.compensation.calibration import Calibration
 from deadhead.compensation.streams import Stream, first, stream_of
 from deadhead.criteria.reading import Begin
 from deadhead.criteria.scoring import Scoring
+from deadhead.data.shares import ALONE
 from deadhead.layouts import Site
 from deadhead.measure.losses import SegmentLoss
 from deadhead.modes import uncompiled
@@ -44,7 +45,7 @@ class LayerReading:
     """
 
     def __init__(self, stream: Stream, index: int, batches: Sequence[Batch], behind: Sequence[Tensor] | None) -> None:
-        self.model, self.batches = stream.model, batches
+        self.model, self.batches, self.shares = stream.model, batches, ALONE
         self._stream, self._index, self._behind = stream, index, behind
         self._at = 0
         # For each batch: the hidden states behind the layer, and the gradient before it.

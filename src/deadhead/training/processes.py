@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list
-from torch.distributed import PrefixStore, TCPStore
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore, all_reduce
 from transformers import TrainingArguments
 
+from deadhead.data.shares import ALONE, Shares
 from deadhead.errors import DivergenceError, FailedElsewhere, InputError
 from deadhead.modes import best_device
 
@@ -85,6 +87,81 @@ def on_main(work: Callable[[], _T]) -> _T:
     if failure is not None:
         raise failure from FailedElsewhere("The main process failed.")
     return result
+
+
+def together(work: Callable[[Shares], _T]) -> _T:
+    """Return in all processes what `work` returns in the main one; all run it, each with its share of a text.
+
+    What the work does after the text is read must not depend on the process, but by its `Shares`. It returns what
+    `on_main` could.
+
+    Raises:
+        InputError, DivergenceError: as `work` raises them in any process, in all.
+        FailedElsewhere: in the others, if `work` raises anything else.
+    """
+    if count() == 1:
+        return work(ALONE)
+    shares = _Together()
+    try:
+        return shares.agreed(work(shares))
+    except Exception as error:
+        shares.tell(error)
+        raise
+
+
+class _Together(Shares):
+    """The shares of the processes that are connected.
+
+    Before anything is exchanged, each says whether it has come so far, so that none waits for one that failed.
+    """
+
+    def __init__(self) -> None:
+        state = _state()
+        self.count, self.index, self._device = state.num_processes, state.process_index, state.device
+        self._is_over = False
+
+    def total(self, *sums: Tensor) -> None:
+        self._meet(None)
+        for values in sums:
+            # The backend may know the tensors of one device only.
+            here = values.to(self._device).contiguous()
+            all_reduce(here)
+            if here is not values:
+                values.copy_(here)
+
+    def of_main(self, work: Callable[[], _T]) -> _T:
+        values: list[Any] = [work() if self.index == 0 else None]
+        self._meet(None)
+        broadcast_object_list(values)
+        found: _T = values[0]
+        return found
+
+    def undivided(self) -> Shares:
+        return _Undivided(self)
+
+    def tell(self, error: Exception) -> None:
+        """Tell the others that this process failed, unless they know: another has failed before."""
+        if not self._is_over:
+            known = isinstance(error, (InputError, DivergenceError))
+            self._meet(error if known else FailedElsewhere("Another process failed."))
+
+    def _meet(self, failure: Exception | None) -> None:
+        # Nor is anything exchanged if the connection breaks here.
+        self._is_over = True
+        others = [each for each in gather_object([failure]) if each is not None]
+        if failure is None and others:
+            raise others[0] from FailedElsewhere("Another process failed.")
+        self._is_over = failure is not None
+
+
+class _Undivided(Shares):
+    """Of several processes, each of which reads everything."""
+
+    def __init__(self, others: Shares) -> None:
+        self._others = others
+
+    def of_main(self, work: Callable[[], _T]) -> _T:
+        return self._others.of_main(work)
 
 
 def main_first(work: Callable[[], _T]) -> _T:

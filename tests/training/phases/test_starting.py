@@ -66,7 +66,7 @@ def test_a_phase_that_goes_on_has_the_blocks_that_it_began_with(tmp_path: Path, 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("units were scored anew, which another machine would do otherwise")
 
-    monkeypatch.setattr(starting, "score", never)
+    monkeypatch.setattr(starting, "score_together", never)
     gates, _ = choose_units(MODELS["llama"](), TEXT, recipe, PhaseRun(folder=tmp_path / "killed", resume=True))
     assert gates.choices.members == whole.choices.members
     for (_, gate), (_, expected) in zip(gates, whole, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from deadhead.compensation.record import Compensation
 from deadhead.data import TokenStream
 from deadhead.errors import InputError
 from deadhead.training.phases.defaults import batches_of, with_defaults
-from deadhead.training.processes import Progress, counted
+from deadhead.training.processes import Progress, counted, together
 from deadhead.training.recipes.recipe import PruneRecipe
 
 
@@ -27,10 +28,11 @@ class Compensating:
     text: str
 
     def of(self, model: PreTrainedModel, progress: Progress, *, consume: bool = True) -> Compensation:
-        """Compensate a model that was cut; every process does the same. With `consume` nothing is left of the dense."""
+        """Compensate a model that was cut, in all processes together. With `consume` nothing is left of the dense."""
         self.dense.to(model.device)  # type: ignore[arg-type]
         report = counted(progress, "compensating")
-        return compensate_from(model, self.dense, self.batches, text=self.text, progress=report, consume=consume)
+        how: dict[str, Any] = {"text": self.text, "progress": report, "consume": consume}
+        return together(lambda shares: compensate_from(model, self.dense, self.batches, **how, shares=shares))
 
 
 def calibration_of(

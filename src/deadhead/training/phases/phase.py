@@ -41,7 +41,7 @@ from deadhead.training.phases.choosing import (
 from deadhead.training.phases.defaults import segments, with_defaults
 from deadhead.training.phases.distillation import Distillation, require_same_vocabulary
 from deadhead.training.phases.learning import checkpoint_activations, learner
-from deadhead.training.phases.ranking import rank
+from deadhead.training.phases.ranking import rank_together
 from deadhead.training.phases.rolling_back import roll_back, smaller_step
 from deadhead.training.phases.starting import Start, start_of
 from deadhead.training.phases.trainer import LanguageModelTrainer, training_arguments
@@ -157,7 +157,7 @@ def choose_units(
     budget = recipe.budget
     if recipe.is_ranked:
         where: dict[str, Any] = {"seed": run.seed, "first_segment": run.first_segment, "latency": run.latency}
-        plan = plan or on_main(lambda: rank(model, text, recipe, **where, progress=run.progress))
+        plan = plan or rank_together(model, text, recipe, **where, progress=run.progress)
         # Not those that would learn: a ranking's blocks are of units of like scores.
         gates = attach_for(model, plan)
         chosen = plan
@@ -298,18 +298,16 @@ def _recipe_of_gates(model: PreTrainedModel, recipe: PhaseRecipe, gates: HeadGat
 
 
 def _start(model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, run: PhaseRun) -> Start:
-    return on_main(
-        lambda: start_of(
-            model,
-            text,
-            recipe,
-            seed=run.seed,
-            first_segment=run.first_segment,
-            latency=run.latency,
-            folder=None if run.folder is None else Path(run.folder),
-            resume=run.resume,
-            progress=run.progress,
-        )
+    return start_of(
+        model,
+        text,
+        recipe,
+        seed=run.seed,
+        first_segment=run.first_segment,
+        latency=run.latency,
+        folder=None if run.folder is None else Path(run.folder),
+        resume=run.resume,
+        progress=run.progress,
     )
 
 

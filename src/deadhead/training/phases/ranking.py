@@ -14,6 +14,7 @@ from deadhead.attaching import gates_of
 from deadhead.criteria.scoring import score_heads
 from deadhead.criteria.sizes import SizesCourse
 from deadhead.data import TokenStream
+from deadhead.data.shares import ALONE, Shares
 from deadhead.errors import InputError
 from deadhead.measure.latency import Latency
 from deadhead.modes import best_device, flushing_denormals
@@ -23,7 +24,7 @@ from deadhead.plans.plan import HeadPlan
 from deadhead.plans.scores import HeadScores
 from deadhead.training.phases.choosing import asked_blocks, budget_costs, plan_of_scores
 from deadhead.training.phases.defaults import batches_of
-from deadhead.training.processes import Progress, counted
+from deadhead.training.processes import Progress, counted, on_main, together
 from deadhead.training.recipes.reading import changed
 from deadhead.training.recipes.recipe import PruneRecipe
 
@@ -104,7 +105,11 @@ def rank_each(
         return
     scores = score(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
     for asked in recipes:
-        yield plan_of_scores(model, for_cost(model, scores, asked, latency=latency), asked, latency=latency)[0]
+        yield _plan(model, scores, asked, latency)
+
+
+def _plan(model: PreTrainedModel, scores: HeadScores, recipe: PruneRecipe, latency: Latency | None) -> HeadPlan:
+    return plan_of_scores(model, for_cost(model, scores, recipe, latency=latency), recipe, latency=latency)[0]
 
 
 def _each_by_sizes(
@@ -187,8 +192,12 @@ def score(
     seed: int,
     first_segment: int,
     progress: Progress,
+    shares: Shares = ALONE,
 ) -> HeadScores:
-    """Score heads by the recipe's one-shot criterion, or the one that gates begin to lean by."""
+    """Score heads by the recipe's one-shot criterion, or the one that gates begin to lean by.
+
+    Where several processes score the same model together, each reads its share of the text.
+    """
     criterion, count = _look(recipe)
     batches: Iterable[dict[str, Tensor]] = ()
     if criterion in READS_TEXT:
@@ -201,4 +210,45 @@ def score(
         blocks: bool | int | Blocks = asked_blocks(recipe, model)
         if gates is not None:
             blocks = gates.choices.has_blocks and {key.layer: found for key, found in gates.choices.hidden.items()}
-        return score_heads(model, criterion, batches, unit=unit, blocks=blocks, seed=seed)
+        return score_heads(model, criterion, batches, unit=unit, blocks=blocks, seed=seed, shares=shares)
+
+
+def score_together(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int,
+    first_segment: int,
+    progress: Progress,
+) -> HeadScores:
+    """Score heads as `score` does, for all processes that train together, which all call this.
+
+    Each reads its share of the text, unless there is none to share out: a model with segment memory reads every batch
+    behind the one before, which only the main process does.
+    """
+    where: dict[str, Any] = {"seed": seed, "first_segment": first_segment, "progress": progress}
+    if _look(recipe)[0] in READS_TEXT and not hasattr(model.config, "memory_length"):
+        return together(lambda shares: score(model, text, recipe, **where, shares=shares))
+    return on_main(lambda: score(model, text, recipe, **where))
+
+
+def rank_together(
+    model: PreTrainedModel,
+    text: TokenStream,
+    recipe: PruneRecipe,
+    *,
+    seed: int,
+    first_segment: int,
+    latency: Latency | None,
+    progress: Progress,
+) -> HeadPlan:
+    """Choose the units that stay as `rank` does, for all processes that train together, which all call this.
+
+    Scores are those of `score_together`; sizes are learned by the main process alone.
+    """
+    where: dict[str, Any] = {"seed": seed, "first_segment": first_segment, "progress": progress}
+    if recipe.criterion == "sizes":
+        return on_main(lambda: rank(model, text, recipe, latency=latency, **where))
+    scores = score_together(model, text, recipe, **where)
+    return on_main(lambda: _plan(model, scores, recipe, latency))

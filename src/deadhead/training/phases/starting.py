@@ -18,8 +18,8 @@ from deadhead.plans.blocks import Blocks
 from deadhead.plans.plan import UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_plan import layer_key
-from deadhead.training.phases.ranking import for_cost, score
-from deadhead.training.processes import Progress
+from deadhead.training.phases.ranking import for_cost, score_together
+from deadhead.training.processes import Progress, on_main
 from deadhead.training.recipes.recipe import PruneRecipe
 
 _START_FILE = "start.json"
@@ -57,7 +57,7 @@ def start_of(
     resume: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Start:
-    """Score a model's units by the criterion that the gates of a recipe begin to lean by.
+    """Score a model's units by the criterion that the gates of a recipe begin to lean by; all processes call this.
 
     Without gates there, hidden units of like scores are put into blocks; gates that are there keep theirs.
 
@@ -73,10 +73,14 @@ def start_of(
         progress: told how much of the text is read.
     """
     path = None if folder is None else folder / _START_FILE
-    if resume and path is not None and path.exists():
-        return _read(path)
-    scores = score(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
-    scores = for_cost(model, scores, recipe, latency=latency)
+    if (kept := on_main(lambda: _read(path) if resume and path is not None and path.exists() else None)) is not None:
+        return kept
+    scores = score_together(model, text, recipe, seed=seed, first_segment=first_segment, progress=progress)
+    return on_main(lambda: _noted(for_cost(model, scores, recipe, latency=latency), path))
+
+
+def _noted(scores: HeadScores, path: Path | None) -> Start:
+    """Return where gates begin by some scores, and keep it."""
     blocks = {key.layer: members for key, members in scores.choices.hidden.items()}
     start = Start(scores={key: values.double() for key, values in scores.scores.items()}, blocks=blocks)
     # What is not finite is told when gates lean by it.
