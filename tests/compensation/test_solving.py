@@ -9,6 +9,8 @@ from torch import Tensor
 from deadhead.compensation import solving
 from deadhead.compensation.moments import HeldRows, Moments
 from deadhead.compensation.solving import best_fit, ridge_fits
+from deadhead.data.shares import Shares
+from tests.threads import shared_by
 
 N, D, R = 7, 5, 60
 
@@ -81,6 +83,36 @@ def test_tokens_give_the_errors_that_their_moments_give(has_bias: bool, outputs:
     assert mine.argsort().tolist() == its.argsort().tolist()
     steps = mine.diff() / its.diff()
     assert torch.allclose(steps, steps[:1].expand(2))
+
+
+@pytest.mark.parametrize("kind", [Moments, HeldRows])
+@pytest.mark.parametrize("sizes", [[25, 35], [60, 0, 0], [0, 17, 1, 42]])
+def test_tokens_of_parts_give_the_errors_and_the_fit_of_the_whole(kind: type, sizes: list[int]) -> None:
+    x, y, w = tokens(0)
+    parts = [*zip(x.split(sizes), y.split(sizes), w.split(sizes), strict=True)]
+
+    def part(shares: Shares) -> Moments | HeldRows:
+        some_x, some_y, some_w = parts[shares.index]
+        given = (some_x, [some_y, some_y.cos()], some_w)
+        found = moments(given, has_bias=True) if kind is Moments else HeldRows(has_bias=True)
+        if isinstance(found, HeldRows):
+            found.add(*given)
+        found.add_others(shares)
+        return found
+
+    whole = moments((x, [y, y.cos()], w), has_bias=True)
+    weights = torch.randn(2, D, N + 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mixes = torch.tensor([[1.0, 0.0], [0.3, 0.7]], dtype=torch.float64)
+    goal = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    found = shared_by(len(sizes), part)
+    for each in found:
+        assert each.tokens == R and each.is_finite
+        errors = each.errors(weights, mixes, goal)
+        assert torch.allclose(errors, whole.errors(weights, mixes, goal), rtol=1e-9)
+        assert torch.equal(errors, found[0].errors(weights, mixes, goal))
+        if isinstance(each, Moments):
+            fits, expected = (ridge_fits(one, weights[0], 0.1) for one in (each, whole))
+            assert fits is not None and expected is not None and torch.allclose(fits, expected, rtol=1e-9)
 
 
 def test_ridge_and_target_are_chosen_by_some_outputs(monkeypatch: pytest.MonkeyPatch) -> None:

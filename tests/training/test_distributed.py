@@ -16,14 +16,9 @@ from deadhead import InputError
 from deadhead.training import Run
 from deadhead.training.recipes.reading import load_recipe, to_toml
 from tests.small_runs import assert_same_tensors, metrics, small_recipe, weights, write_prose
+from tests.training.launching import launch
 
 pytestmark = pytest.mark.slow
-
-
-def _launch(place: Path, *program: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *program], cwd=place, env=environment, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(place: Path) -> subprocess.CompletedProcess[str]:
     """Return what `torchrun -m deadhead run` said."""
-    return _launch(place, "-m", "deadhead", "run", "whole.toml", "--out", "whole")
+    return launch(place, "-m", "deadhead", "run", "whole.toml", "--out", "whole")
 
 
 def test_a_run_of_two_processes(place: Path, whole: subprocess.CompletedProcess[str]) -> None:
@@ -119,7 +114,7 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
     dense model of one run is where another begins, whose heads are ranked; and a phase runs on its own.
     """
     (place / "killed.py").write_text(_KILLED)
-    result = _launch(place, "killed.py")
+    result = launch(place, "killed.py")
     # The launcher would wait half a minute for one that does not end, and gloo for hours.
     assert result.returncode == 1 and time.time() - float((place / "killed.at").read_text()) < 25
     said = [line for line in result.stderr.splitlines() if line.startswith("deadhead: ")]
@@ -127,7 +122,7 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
     assert said[0].endswith("; whole checkpoints are kept, and --resume goes on from the last.")
     assert "Error: [" not in result.stderr  # gloo's, in a traceback of ours
     (place / "stopped.py").write_text(_STOPPED)
-    result = _launch(place, "stopped.py")
+    result = launch(place, "stopped.py")
     assert result.returncode == 0, result.stderr[-3000:]
     for name in ("dense", "gated", "pruned"):
         assert_same_tensors(weights(place / "stopped" / name), weights(place / "whole" / name))
@@ -152,7 +147,7 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
 )
 def test_bad_input_ends_all_processes(place: Path, program: tuple[str, ...], sentence: str) -> None:
     """At once, with one sentence, and the code for bad input."""
-    result = _launch(place, "-m", "deadhead", *program)
+    result = launch(place, "-m", "deadhead", *program)
     # The launcher waits half a minute for one that does not heed SIGTERM.
     assert "forcefully" not in result.stderr and "exitcode  : -9" not in result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("deadhead: ")]
@@ -175,7 +170,7 @@ cli.main()
 
 def test_bad_input_of_one_process_ends_the_other(place: Path) -> None:
     (place / "alone.py").write_text(_ALONE)
-    result = _launch(place, "alone.py")
+    result = launch(place, "alone.py")
     said = [line for line in result.stderr.splitlines() if line.startswith("deadhead: ")]
     assert len(said) == 1 and "nosuch.toml" in said[0]
     assert "failed (exitcode: 2) local_rank: 1" in result.stderr

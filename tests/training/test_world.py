@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,21 +10,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import deadhead
+from tests.training.launching import launch
 from tests.training.world import run
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 # Float32 sums in another order. Gates are of size 2, and move by up to 0.3 a step.
 _TOLERANCE = {"gates": 2e-5, "weights": 1e-5, "difference": 1e-5, "noise": 1e-6}
 
 
 def _of_several(count: int, folder: Path, *, few: bool) -> list[dict[str, Tensor]]:
     """Return what each of several processes found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command += ["-m", "tests.training.world", str(folder), *(["few"] if few else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = launch(folder, "-m", "tests.training.world", str(folder), *(["few"] if few else []), count=count)
     assert done.returncode == 0, done.stderr[-3000:]
     return [load_file(folder / f"rank{rank} of {count}.safetensors") for rank in range(count)]
 
