@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from deadhead.data.shares import Shares
+from deadhead.data.shares import ALONE, Shares
 
 _T = TypeVar("_T")
 
@@ -29,6 +29,9 @@ class _Thread(Shares):
     def of_main(self, work: Callable[[], _T]) -> _T:
         found: _T = self._exchanged(work() if self.index == 0 else None)[0]
         return found
+
+    def undivided(self) -> Shares:
+        return ALONE
 
     def _exchanged(self, value: Any) -> list[Any]:
         self._given[self.index] = value

@@ -122,6 +122,19 @@ def test_two_processes_send_what_they_learn(tmp_path: Path) -> None:
     assert paper["gate bytes"] < 1e-5 * paper["gradient bytes"] and llama["gate bytes"] < 1e-6 * llama["gradient bytes"]
 
 
+@pytest.mark.full
+def test_two_processes_share_a_text_out(tmp_path: Path) -> None:
+    """Each has less to do than one alone, but for what reads no text."""
+    found = tmp_path / "sharing.json"
+    command = [sys.executable, "benchmarks/sharing.py", "--quick", "--json", str(found)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (alone,), both = json.loads(found.read_text()).values()
+    for name in ("taylor", "compensation"):
+        assert f"│ {name} " in done.stdout
+        assert max(each[name]["cpu"] for each in both) < alone[name]["cpu"]
+
+
 @needs_vllm
 def test_serving_is_timed_dense_and_cut() -> None:
     command = [sys.executable, "benchmarks/serving.py", "--quick", "--python", str(VLLM_PYTHON)]

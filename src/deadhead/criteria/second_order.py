@@ -66,7 +66,8 @@ def second_order(
         sites: with output projections.
         with_gradients: whether outputs are weighed by the loss's gradients, in nats a token; else they all count alike,
             relative to the stream.
-        most_bytes: what the moments of one pass may take; None takes a quarter of the memory that is free.
+        most_bytes: what the moments of one pass may take, the same in all processes that share the text; None takes a
+            quarter of the memory that is free.
     """
     found: list[Tensor] = []
     most = _most_bytes(reading) if most_bytes is None else most_bytes
