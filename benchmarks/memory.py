@@ -150,13 +150,11 @@ def compare_part(
     pruned = pruned_skeleton(empty, recipe)
     if part == "fit":
         batches = calibration_of(model, text, recipe, seed=0)
-
-        def fit() -> None:
-            dense = dense_copy(model, recipe)
-            deadhead.cut(model, plan)
-            Compensating(dense, batches, "random").of(model, lambda *_: None)
-
-        return fitting_memory(empty, pruned, recipe), there + peak_of(fit)
+        dense = dense_copy(model, recipe)
+        deadhead.cut(model, plan)
+        there = sum(each.nbytes for each in {*model.parameters(), *dense.parameters()})
+        fitting = Compensating(dense, batches, "random")
+        return fitting_memory(empty, pruned, recipe), there + peak_of(lambda: fitting.of(model, lambda *_: None))
     teacher = copy.deepcopy(model)
     deadhead.cut(model, plan)
     there = weight_bytes(model) + weight_bytes(teacher)
