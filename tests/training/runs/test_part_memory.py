@@ -57,6 +57,17 @@ def test_what_grows_and_what_saves() -> None:
     assert gates[0] > gates[1]
 
 
+@pytest.mark.parametrize(
+    "budget", [{"memory": "6MB"}, {"flops": 0.7}, {"kv_cache": 0.5}, {"sparsity": 0.5}, {"speedup": 1.3}], ids=str
+)
+def test_every_budget_has_an_estimate(budget: dict[str, Any]) -> None:
+    for criterion in ("sizes", "flap", "gates"):
+        if criterion != "sizes" or "sparsity" not in budget:
+            settings = {"params": None, "of": "all", **budget, "criterion": criterion}
+            parts = _parts(_llama(), recover=2, **settings)
+            assert all(part.memory > 0 for part in parts) and len(parts) == 3
+
+
 def test_layer_by_layer_a_model_may_have_any_number_of_layers() -> None:
     few, many = (_llama(num_hidden_layers=layers) for layers in (4, 40))
     for criterion in ("flap", "reconstruction", "magnitude"):

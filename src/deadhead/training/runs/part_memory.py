@@ -20,7 +20,7 @@ from deadhead.measure.cost import cut_skeleton, model_cost
 from deadhead.measure.self_generated import rows_at_once
 from deadhead.modes import best_device, free_memory
 from deadhead.plans.kinds import READS_TEXT
-from deadhead.training.phases.choosing import asked_blocks, asked_choices, even_plan
+from deadhead.training.phases.choosing import asked_blocks, asked_choices, budget_costs, even_plan
 from deadhead.training.phases.defaults import segment_length
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 from deadhead.training.runs.training_memory import activations, training_memory
@@ -159,6 +159,16 @@ def streamed_fitting_memory(model: PreTrainedModel, pruned: PreTrainedModel, rec
     return max(outside, layer) + cut_layer + _fitting(model, pruned, recipe)
 
 
+def _share(model: PreTrainedModel, recipe: PruneRecipe) -> float:
+    """Return what share of the dense model's cost may be left."""
+    budget = recipe.budget
+    if budget is not None and budget.kind == "memory":
+        found = budget_costs(model, recipe)
+        assert found is not None, "bytes are counted"
+        budget = found[0]
+    return 1.0 if budget is None else budget.share
+
+
 def _layer_and_outside(model: PreTrainedModel) -> tuple[int, int]:
     """Return how many bytes a model's largest layer has, and what is outside of layers."""
     layers: dict[str, int] = {}
@@ -243,7 +253,7 @@ def _sizes(model: PreTrainedModel, recipe: PruneRecipe, shapes: Sequence[tuple[i
     states = 2 * recipe.steps * tokens * most_D
     gathered = sum(4 * n**2 for _, n in shapes)
     nested = sum(4 * (n**2 + n * D) for D, n in shapes)
-    share = 1.0 if recipe.budget is None else recipe.budget.share
+    share = _share(model, recipe)
     size = model.dtype.itemsize
     # Of each projection fits of three sizes, two that one lies between, and that; of the others what is left.
     fits = sum(5 * share * D * n * size for D, n in shapes)
