@@ -185,8 +185,10 @@ def _prune_streamed(
 
     parts: list[Part] = []
     with progress(quiet) as report:
-        told = announcing(report, parts)
-        given = Options(progress=told, announce=parts.extend, report_to=report_to or (), **options)
+        if not (quiet or as_json):
+            report = announcing(report, parts)
+            options["announce"] = parts.extend
+        given = Options(progress=report, report_to=report_to or (), **options)
         result = run_streamed(model, text, phase, given)
     _show(options["out"], result.to_dict(), as_json=as_json)
 
@@ -228,7 +230,7 @@ def _dry_run(
     from deadhead.training.phases.choosing import measure_budget_latency
     from deadhead.training.phases.defaults import with_criterion
     from deadhead.training.runs.dry_run import dry_run
-    from deadhead.training.runs.forecast import forecast, require_memory
+    from deadhead.training.runs.forecast import forecast, require_estimated, require_memory
     from deadhead.training.runs.inputs import load_ungated, require_trainable, require_ungated
     from deadhead.training.runs.options import Options
     from deadhead.training.runs.self_text import is_self
@@ -258,6 +260,7 @@ def _dry_run(
         if parts:
             console.print(forecast_sentence(parts, free), markup=False)
     if most is not None:
+        require_estimated(network)
         require_memory(parts, int(most))
     if as_json:
         told = [{"what": part.what, "seconds": part.seconds, "memory": part.memory} for part in parts]

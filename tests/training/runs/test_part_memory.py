@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
 import deadhead
 from benchmarks.memory import SIZES, compare_part
@@ -20,6 +20,13 @@ from deadhead.training.runs.part_memory import ranking_memory, weight_bytes
 from tests.small_runs import save_small_llama, stream, tree, weights, write_prose
 
 _HOW: dict[str, Any] = {"params": 0.8, "of": "blocks", "steps": 3, "batch_size": 4, "sequence_length": 64}
+_SMALL_BERT: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _FAST = ("flap", "reconstruction", "fit", "recover with LoRA")
 
 
@@ -102,6 +109,9 @@ def test_what_would_take_too_much_is_refused_before_anything_is_done(tmp_path: P
     assert pruned.costs.after.parameters < pruned.costs.before.parameters
     with pytest.raises(InputError, match="max_memory: a size such as 4GiB or 500MB was expected, but 'lots' was given"):
         deadhead.prune(model, text, max_memory="lots", **how)
+    encoder = BertForSequenceClassification(BertConfig(**_SMALL_BERT))
+    with pytest.raises(InputError, match="that predict the next token, but BertForSequenceClassification does not"):
+        deadhead.prune(encoder, criterion="magnitude", sparsity=0.5, max_memory="4GiB")
     with pytest.raises(InputError, match="max_memory is for deadhead.prune"):
         deadhead.finetune(model, text, max_memory="4GiB", steps=1)
 

@@ -129,6 +129,15 @@ def forecast(
     return parts
 
 
+def require_estimated(model: PreTrainedModel) -> None:
+    """Check that the memory of pruning a model is estimated, where it may not take all; InputError if it is not."""
+    if not model.can_generate():
+        raise InputError(
+            f"The memory of pruning is estimated for models that predict the next token, but {type(model).__name__} "
+            "does not; leave max_memory out."
+        )
+
+
 def require_memory(parts: Sequence[Part], most: int) -> None:
     """Check that no part of pruning takes more memory than it may; InputError if one does."""
     for part in parts:

@@ -29,7 +29,7 @@ from deadhead.training.phases.defaults import recovery
 from deadhead.training.phases.phase import PhaseRun, choose_units, train
 from deadhead.training.processes import on_main
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
-from deadhead.training.runs.forecast import Part, forecast
+from deadhead.training.runs.forecast import Part, forecast, require_estimated
 from deadhead.training.runs.inputs import Text, teacher_of
 from deadhead.training.runs.options import Options
 
@@ -81,6 +81,8 @@ def prune_in_place(
     """
     recovers = cut and options.recover > 0
     is_resumed = recovers and (work / CUT).is_dir()
+    if options.max_memory is not None:
+        require_estimated(model)
     if options.announce is not None and model.can_generate():
         on_main(partial(_announce, options.announce, model, recipe, options.recover, cut=cut, is_resumed=is_resumed))
     if is_resumed:
