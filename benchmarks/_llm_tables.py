@@ -17,6 +17,20 @@ from benchmarks.llm import METHODS, OTHERS
 DENSE = "dense"
 # What is compared with the best of others; named before anything was measured.
 OURS = "sizes"
+# Ours first, and of ours the default.
+ORDER = (OURS, *(method for method in METHODS if method != OURS), *OTHERS)
+# What a reader sees, where it is not "deadhead, NAME".
+NAMES = {
+    DENSE: "dense",
+    OURS: "deadhead, learned sizes (default)",
+    "flap-as-shipped": "FLAP",
+    "flap+grail": "FLAP + GRAIL",
+    "wanda-sp": "Wanda-sp",
+    "llm-pruner": "LLM-Pruner",
+    "llm-pruner-everywhere": "LLM-Pruner, all layers",
+    "torch-pruning": "Torch-Pruning",
+    "whole-layers": "whole layers by influence",
+}
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -66,12 +80,16 @@ def table(found: dict[Cell, dict[str, Any]]) -> str:
         group = (heads_only, share, recovered)
         here = {cell: each for cell, each in found.items() if (cell.heads_only, -cell.share, cell.recovered) == group}
         left = f"{-share:.0%} of the {'groups of heads' if heads_only else 'blocks’ parameters'} left"
-        lines += [f"### {_label(left, recovered)}", "", *_rows(here, dense), ""]
+        lines += [f"### {left}{_recovery(recovered)}", "", *_rows(here, dense), ""]
     return "\n".join(lines)
 
 
-def _label(name: str, recovered: int) -> str:
-    return name + f", {recovered} steps of recovery" * bool(recovered)
+def _label(method: str, recovered: int = 0) -> str:
+    return NAMES.get(method, f"deadhead, {method}") + _recovery(recovered)
+
+
+def _recovery(steps: int) -> str:
+    return f", {steps} steps of recovery" * bool(steps)
 
 
 def _rows(here: dict[Cell, dict[str, Any]], dense: dict[str, Any]) -> list[str]:
@@ -86,9 +104,9 @@ def _rows(here: dict[Cell, dict[str, Any]], dense: dict[str, Any]) -> list[str]:
         "peak with the model, GB",
     )
     rows = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1), _row("dense", dense, dense)]
-    for method in (*METHODS, *OTHERS):
+    for method in ORDER:
         mine = sorted(cell for cell in here if cell.method == method)
-        rows += [_row(method + f", draw {cell.draw + 1}" * (len(mine) > 1), here[cell], dense) for cell in mine]
+        rows += [_row(_label(method) + f", draw {cell.draw + 1}" * (len(mine) > 1), here[cell], dense) for cell in mine]
     others = [each for cell, each in here.items() if cell.method in OTHERS and cell.draw == 0]
     ours = next((each for cell, each in here.items() if cell.method == OURS and cell.draw == 0), None)
     if ours is not None and others:
@@ -97,9 +115,9 @@ def _rows(here: dict[Cell, dict[str, Any]], dense: dict[str, Any]) -> list[str]:
         own, other, none = (perplexity(each["losses"]["wikitext2"]) for each in (ours, best, dense))
         rows += [
             "",
-            f"On the same rows of WikiText-2 {OURS} and {best['method']}, the best of others there, are {mean:+.3f} ± "
-            f"{error:.3f} nats a token apart; the excess over dense is {own - none:.1f} against {other - none:.1f}, "
-            f"{(own - none) / (other - none) - 1:+.0%}.",
+            f"On the same rows of WikiText-2, learned sizes and {_label(best['method'])}, the best of the others here, "
+            f"are {mean:+.3f} ± {error:.3f} nats a token apart. The excess over dense is {own - none:.1f} against "
+            f"{other - none:.1f}, {(own - none) / (other - none) - 1:+.0%}.",
         ]
     return rows
 
@@ -125,8 +143,8 @@ def short_table(found: dict[Cell, dict[str, Any]]) -> str:
     titles = [f"{1 - share:.0%} gone" for share in shares] + [f"BLiMP, {1 - shares[0]:.0%} gone"]
     lines = ["| perplexity of WikiText-2 | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
     lines.append(_short_row("dense", [dense] * len(shares), dense))
-    for method in (*METHODS, *OTHERS):
-        for steps in sorted({cell.recovered for cell in plain if cell.method == method}, reverse=True):
+    for steps in sorted({cell.recovered for cell in plain}):
+        for method in ORDER:
             mine = [found.get(Cell(method=method, share=share, recovered=steps)) for share in shares]
             if any(mine):
                 lines.append(_short_row(_label(method, steps), mine, mine[0]))
@@ -148,19 +166,21 @@ def draw(found: dict[Cell, dict[str, Any]], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
     none = perplexity(found[Cell(method=DENSE)]["losses"]["wikitext2"])
-    lines = {(cell.method, cell.recovered) for cell in found if not cell.heads_only and cell.method != DENSE}
-    order = [*METHODS, *OTHERS]
-    for method, steps in sorted(lines, key=lambda line: (order.index(line[0]), -line[1])):
-        mine = sorted(
-            (1 - cell.share, perplexity(each["losses"]["wikitext2"]))
-            for cell, each in found.items()
-            if (cell.method, cell.recovered, cell.heads_only, cell.draw) == (method, steps, False, 0)
-        )
-        places, values = zip((0.0, none), *mine, strict=True)
-        is_ours = method in METHODS
-        look = {"label": _label(method, steps), "linewidth": 1 + is_ours}
-        axes.plot([100 * place for place in places], values, "o-" if is_ours else "s--", **look)
-    axes.set(xlabel="of the blocks' parameters gone, %", ylabel="perplexity of WikiText-2's test text", yscale="log")
+    plain = [cell for cell in found if not cell.heads_only and not cell.draw and cell.method != DENSE]
+    for method in sorted({cell.method for cell in plain}, key=ORDER.index):
+        color = axes.plot([], [], "o-" if method in METHODS else "s--", label=_label(method))[0].get_color()
+        for steps in sorted({cell.recovered for cell in plain if cell.method == method}):
+            mine = sorted(
+                (100 * (1 - cell.share), perplexity(found[cell]["losses"]["wikitext2"]))
+                for cell in plain
+                if (cell.method, cell.recovered) == (method, steps)
+            )
+            places, values = zip(*mine if steps else [(0.0, none), *mine], strict=True)
+            look: dict[str, Any] = {"color": color, "linewidth": 1 + (method in METHODS)}
+            if steps:
+                look |= {"markerfacecolor": "white", "linestyle": ":", "label": _label(method, steps)}
+            axes.plot(places, values, ("o-" if method in METHODS else "s--")[: 1 if steps else None], **look)
+    axes.set(xlabel="share of the blocks' parameters removed, %", ylabel="perplexity, WikiText-2 test", yscale="log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())

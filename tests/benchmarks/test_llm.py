@@ -48,13 +48,14 @@ def test_the_table_has_every_kind_of_cell() -> None:
         "### 50% of the groups of heads left",
     ]
     long, short = done.stdout.split("| perplexity of")
-    rows = [line.split()[1] for line in long.splitlines() if line.startswith("| ")]
+    sizes = "deadhead, learned sizes (default)"
+    rows = [line.split(" | ")[0][2:] for line in long.splitlines() if line.startswith("| ")]
     assert [name for name in rows if name != "method"] == [
-        *("dense", "sizes", "wanda-sp", "dense", "sizes", "dense", "taylor")
+        *("dense", sizes, "Wanda-sp", "dense", sizes, "dense", "deadhead, taylor")
     ]
-    assert "On the same rows of WikiText-2 sizes and wanda-sp, the best of others there, are " in long
+    assert "On the same rows of WikiText-2, learned sizes and Wanda-sp, the best of the others here, are " in long
     assert [line.split(" | ")[0][2:] for line in short.splitlines()[2:] if line.startswith("|")] == [
-        *("dense", "sizes, 2 steps of recovery", "sizes", "wanda-sp")
+        *("dense", sizes, "Wanda-sp", f"{sizes}, 2 steps of recovery")
     ]
 
 
