@@ -56,7 +56,7 @@ def open_times(page: Path, repeats: int, launch: dict[str, Any]) -> dict[str, fl
             tab.goto(page.as_uri())
             tab.wait_for_selector("html[data-ready]", state="attached")
             times["loaded"].append(time.perf_counter() - begin)
-            tab.wait_for_selector("[data-chart=training] .drawing")
+            tab.wait_for_selector("[data-chart=training] .drawing .mark", state="attached")
             times["first chart"].append(time.perf_counter() - begin)
             context.close()
         browser.close()

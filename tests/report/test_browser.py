@@ -47,7 +47,7 @@ def _see_all(page: Page) -> None:
     """Let every chart be drawn."""
     for place in page.locator("figure").all():
         place.scroll_into_view_if_needed()
-        place.locator(".drawing").first.wait_for()
+        place.locator(".drawing .mark, .note").first.wait_for(state="attached")
 
 
 def _counts(page: Page, where: str = ".map") -> list[str]:
@@ -127,11 +127,11 @@ def test_clicks_and_keys_choose_a_head(written: Path, page: Page) -> None:
     assert str(page.text_content(".chosen-text")).startswith("Chosen: layer 0, head 3:")
     layer = page.locator('[data-chart="layer"]')
     layer.scroll_into_view_if_needed()
-    layer.locator(".drawing").first.wait_for()
+    layer.locator(".drawing .mark").first.wait_for(state="attached")
     assert "Layer 0" in str(layer.locator("figcaption").text_content())
     attention = page.locator('[data-chart="attention"]')
     attention.scroll_into_view_if_needed()
-    attention.locator(".drawing").first.wait_for()
+    attention.locator(".drawing .mark").first.wait_for(state="attached")
     assert attention.locator(".plot").get_attribute("aria-label") == "Attention pattern of layer 0, head 3"
     # One cell of the map takes the tab key, as in any grid.
     assert page.locator('.map .cell[tabindex="0"]').count() == 1
@@ -151,6 +151,16 @@ def test_numbers_can_be_read_as_tables(small_run: Path, written: Path, page: Pag
     assert "expected to be open" in str(page.text_content("#tip"))
     page.focus('[data-term="gate"]')
     assert "trainable switch" in str(page.text_content("#tip"))
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_nothing_moves_while_charts_are_drawn(width: int, written: Path, page: Page) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    _open(page, written)
+    assert page.locator(".drawing .mark").count() < page.locator("figure").count()
+    height = page.evaluate("document.documentElement.scrollHeight")
+    _see_all(page)
+    assert page.evaluate("document.documentElement.scrollHeight") == height
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
@@ -260,7 +270,7 @@ def test_live(small_run: Path, watched: tuple[Path, str], page: Page, tmp_path: 
     second.locator(".state", has_text="training with gates: step 2 of 5").wait_for()
     assert second.locator(".map .cell").count() == 8
     assert second.locator(".moment").text_content() == "step 2"
-    second.locator('[data-chart="training"] .drawing').first.wait_for()
+    second.locator('[data-chart="training"] .drawing .mark').first.wait_for(state="attached")
 
     _try_heads(first, page, small_run, tmp_path)
     assert second.locator(".trial").is_hidden(), "there is no model yet"

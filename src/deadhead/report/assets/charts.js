@@ -27,15 +27,16 @@ function trainingChart(facts) {
   }
   const closed = { colour: COLOURS.cut, format: share };
   const panels = [
-    { title: 'loss, nats', series: curves('loss', 'loss') },
+    { title: 'loss, nats per token', series: curves('loss', 'loss') },
     { title: 'validation perplexity', series: perplexities, y: { log: isWide(perplexities) },
       labels: stages.map((stage, place) => ({ x: whole[place].steps, y: whole[place].perplexity, text: STAGES[stage], above: stage === 'cut' || stage === 'finetuned' })) },
-    { title: 'L0', series: curves('l0', 'L0', { colour: COLOURS.extra }) },
-    { title: 'λ', series: curves('lambda', 'λ', { colour: COLOURS.extra, when: (phase) => phase.scalars.lambda[1].some((value) => value) }) },
-    { title: 'closed', y: { zero: true, format: share }, series: [
+    { title: 'L0, expected number of open gates', series: curves('l0', 'L0', { colour: COLOURS.extra }) },
+    { title: 'λ, nats per token for each open head', series: curves('lambda', 'λ', { colour: COLOURS.extra, when: (phase) => phase.scalars.lambda[1].some((value) => value) }) },
+    { title: facts.phases.some((phase) => phase.scalars.budget) ? 'share of gates closed, share of the budget’s cost left' : 'share of gates closed',
+      y: { zero: true, format: share }, series: [
       ...curves('sparsity', 'heads closed', { ...closed, legend: 'heads closed' }),
       ...curves('block_sparsity', 'blocks closed', { ...closed, dash: 'dotted', legend: 'blocks closed' }),
-      ...curves('budget', 'of the budget’s cost left', { colour: COLOURS.extra, dash: 'dashdot', format: share, legend: 'of the budget’s cost left' })] },
+      ...curves('budget', 'budget’s cost left', { colour: COLOURS.extra, dash: 'dashdot', format: share, legend: 'budget’s cost left' })] },
   ].filter((panel) => panel.series.length);
   const begins = facts.phases.filter((phase) => !phase.name.startsWith('control') && phase.steps);
   for (const [place, panel] of panels.entries()) {
@@ -76,7 +77,7 @@ function gatesChart(facts, open) {
   const at = (row, frame) => rows[row].values[frame * rows[row].layer.total + rows[row].index];
   const name = (row) => `layer ${rows[row].layer.layer}, ${rows[row].layer.what} ${rows[row].index}`;
   const ticks = shown.map((layer) => [rows.findIndex((row) => row.layer === layer) + 0.5, `${layer.what === 'block' ? 'blocks ' : ''}${layer.layer}`]);
-  const panels = rows.length ? [{ title: 'layer', x: { range: [0, steps.length], ticks: stepTicks(steps), name: 'step of the phase with gates' },
+  const panels = rows.length ? [{ title: 'layer, a row for each gate', x: { range: [0, steps.length], ticks: stepTicks(steps), name: 'step of the phase with gates' },
     y: { range: [rows.length, 0], ticks }, cells: { rows: rows.length, columns: steps.length, at,
       say: (row, frame) => `${name(row)}\nstep ${number.format(steps[frame])}: open in ${share(at(row, frame) / 255)} of the draws` } }] : [];
   return { panels, panelHeight: Math.min(520, Math.max(110, 9 * rows.length)), note: 'No gate has been logged yet.',
@@ -99,7 +100,7 @@ function layerChart(facts, open, chosen) {
       legend: stays ? 'stays' : 'cut', symbol: steps.length === 1 ? 'circle' : '',
       say: (frame) => `${layer.what} ${index}, step ${number.format(steps[frame])}\nopen in ${share(y[frame])} of the draws` };
   });
-  return { panels: [{ title: 'open', series, x: { name: 'step of the phase with gates' }, y: { range: [-0.03, 1.03], format: share } }], panelHeight: 170,
+  return { panels: [{ title: 'open probability', series, x: { name: 'step of the phase with gates' }, y: { range: [-0.03, 1.03], format: share } }], panelHeight: 170,
     say: `Open probability of each ${layer.what} of layer ${layer.layer}`,
     caption: `Layer ${layer.layer}: solid stays, dashed is cut, thick is the one chosen.`,
     table: [`Layer ${layer.layer}`, ['step', ...series.map((_, index) => `${layer.what} ${index}`)], steps.map((step, frame) => [step, ...series.map((one) => one.y[frame])])] };
@@ -182,7 +183,7 @@ function attentionChart(facts, patterns, chosen) {
     const begin = found.heads.indexOf(head) * tokens.length * columns.length;
     const at = (row, column) => weights[begin + row * columns.length + column];
     const ticks = (names) => names.map((token, place) => [place + 0.5, token]);
-    return { title: `layer ${layer.layer}, head ${head}`, x: { range: [0, columns.length], ticks: ticks(columns), turned: below, name: 'is read' },
+    return { title: `layer ${layer.layer}, head ${head}`, x: { range: [0, columns.length], ticks: ticks(columns), turned: below, name: 'rows: the token that reads; columns: the token that is read' },
       y: { range: [tokens.length, 0], ticks: ticks(tokens) }, cells: { rows: tokens.length, columns: columns.length, at,
         say: (row, column) => `${tokens[row]} reads ${columns[column]}\n${share(at(row, column) / 255)}` } };
   });

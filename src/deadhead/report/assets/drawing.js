@@ -53,8 +53,10 @@ function makeAxis(asked, values, from, to) {
       high = Math.max(high, warp(value));
     }
     if (low > high) [low, high] = [0, 1];
+    const fromZero = asked.zero && low >= 0;
+    if (fromZero) low = 0;
     const room = (high - low || Math.abs(high) || 1) * 0.04;
-    low = asked.zero && low >= 0 ? 0 : low - room;
+    if (!fromZero) low -= room;
     high += room;
   }
   const at = (value) => from + (warp(value) - low) / (high - low) * (to - from);
@@ -194,17 +196,16 @@ function legendOf(chart) {
 }
 
 /**
- * Draw a chart into an element, as wide as that is.
+ * Put a chart's legend and its empty drawing into an element, so that it is as high as it will be once it is drawn.
  * @param {HTMLElement} place
- * @param {object} chart its `panels`, their height, the `margin` around them, how many stand side by side (`perRow`), and
- *   whether they share the axis below them (`sharedX`); where there are none, `note`
- * @param {(row: number) => void} pick called with the row of cells that is clicked
+ * @param {object} chart as for drawChart
+ * @returns the empty drawing and the places in it, or null where there is only a note
  */
-function drawChart(place, chart, pick) {
+function outlineChart(place, chart) {
   if (!chart.panels.length) {
     place.replaceChildren(shape('svg', { class: 'drawing', viewBox: '0 0 600 60' }),
       element('p', { className: 'note' }, chart.note));
-    return;
+    return null;
   }
   const { left = 56, right = 14, top = 24, bottom = 40 } = chart.margin || {};
   const width = place.clientWidth || 600;
@@ -213,13 +214,32 @@ function drawChart(place, chart, pick) {
   const gap = chart.sharedX ? 28 : top + bottom;
   const height = top + rows * chart.panelHeight + (rows - 1) * gap + bottom;
   const each = (width - left - right - 12 * (perRow - 1)) / perRow;
-  const sharedX = chart.sharedX ? chart.panels.flatMap((panel) => panel.series.flatMap((one) => one.x)) : null;
   const drawing = shape('svg', { class: 'drawing', viewBox: `0 0 ${width} ${height}` });
+  place.replaceChildren(legendOf(chart), drawing);
+  const boxes = chart.panels.map((_, number) => {
+    const [row, column] = [Math.floor(number / perRow), number % perRow];
+    return { left: left + column * (each + 12), top: top + row * (chart.panelHeight + gap), width: each, height: chart.panelHeight,
+      shown: { x: !chart.sharedX || row === rows - 1, y: column === 0 } };
+  });
+  return { drawing, boxes, width };
+}
+
+/**
+ * Draw a chart into an element, as wide as that is.
+ * @param {HTMLElement} place
+ * @param {object} chart its `panels`, their height, the `margin` around them, how many stand side by side (`perRow`), and
+ *   whether they share the axis below them (`sharedX`); where there are none, `note`
+ * @param {(row: number) => void} pick called with the row of cells that is clicked
+ */
+function drawChart(place, chart, pick) {
+  const outline = outlineChart(place, chart);
+  if (!outline) return;
+  const { drawing, boxes, width } = outline;
+  const sharedX = chart.sharedX ? chart.panels.flatMap((panel) => [...panel.series.flatMap((one) => one.x), ...(panel.rules || [])]) : null;
   const colour = getComputedStyle(place).getPropertyValue('--kept').trim();
   const finders = chart.panels.map((panel, number) => {
-    const [row, column] = [Math.floor(number / perRow), number % perRow];
-    const box = { left: left + column * (each + 12), top: top + row * (chart.panelHeight + gap), width: each, height: chart.panelHeight };
-    return { box, find: drawPanel(drawing, panel, box, { x: !chart.sharedX || row === rows - 1, y: column === 0 }, sharedX, colour) };
+    const box = boxes[number];
+    return { box, find: drawPanel(drawing, panel, box, box.shown, sharedX, colour) };
   });
   const mark = shape('rect', { class: 'mark', rx: chart.panels[0].cells ? 0 : 6, visibility: 'hidden' });
   drawing.append(mark);
@@ -243,5 +263,5 @@ function drawChart(place, chart, pick) {
   };
   for (const kind of ['pointermove', 'pointerdown', 'pointerleave']) drawing.addEventListener(kind, point);
   if (pick) drawing.addEventListener('click', (event) => { const spot = found(event); if (spot) pick(spot.row); });
-  place.replaceChildren(legendOf(chart), drawing, readout);
+  place.append(readout);
 }

@@ -31,20 +31,36 @@ class Figure {
     this.details.addEventListener('toggle', () => this.fill());
     this.caption = element('figcaption');
     place.replaceChildren(this.caption, this.plot, this.details);
-    new ResizeObserver(() => { if (this.chart && this.plot.clientWidth !== this.width) this.paint(); }).observe(this.plot);
+    new ResizeObserver(() => {
+      if (!this.chart || this.plot.clientWidth === this.width) return;
+      if (waiting.has(this.place)) this.outline(); else this.paint();
+    }).observe(this.plot);
   }
 
-  /** Draw what `make` returns, now or when it comes into view. */
+  /** Draw what `make` returns, now or when it comes into view; its room is kept from the beginning, so that nothing moves. */
   draw(make) {
+    if (!this.chart?.panels.length) {
+      this.take(make());
+      this.outline();
+    }
     waiting.set(this.place, () => {
-      this.chart = make();
-      this.plot.setAttribute('aria-label', this.chart.say);
-      this.caption.textContent = this.chart.caption || '';
+      this.take(make());
       this.paint();
       this.fill();
     });
     seen.unobserve(this.place);
     seen.observe(this.place);
+  }
+
+  take(chart) {
+    this.chart = chart;
+    this.plot.setAttribute('aria-label', chart.say);
+    this.caption.textContent = chart.caption || '';
+  }
+
+  outline() {
+    this.width = this.plot.clientWidth;
+    outlineChart(this.plot, this.chart);
   }
 
   paint() {
