@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,31 @@ def test_other_settings_are_not_resumed(sources: Path, tmp_path: Path) -> None:
         prune_checkpoint(sources / "llama", stream(2000), params=0.6, resume=True, **how)
     with pytest.raises(InputError, match="left of a phase with other settings, another text"):
         prune_checkpoint(sources / "llama", stream(2000, seed=1), params=0.7, resume=True, **how)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda path: path.unlink(), r"is left of a phase, but its settings\.json is missing; delete .* to begin anew"),
+        (lambda path: path.write_text("{"), r"is not JSON.*; delete .* to begin anew"),
+    ],
+)
+def test_work_without_its_settings_is_not_resumed(
+    damage: Callable[[Path], object], expected: str, sources: Path, tmp_path: Path
+) -> None:
+    how = {**_HOW, "criterion": "flap", "params": 0.7, "out": tmp_path / "out"}
+
+    def stop(name: str, done: int, *_: Any) -> None:
+        if done > 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(sources / "llama", stream(2000), progress=stop, **how)
+    damage(tmp_path / "out.work" / "settings.json")
+    kept = tree(tmp_path / "out.work")
+    with pytest.raises(InputError, match=expected):
+        prune_checkpoint(sources / "llama", stream(2000), resume=True, **how)
+    assert tree(tmp_path / "out.work") == kept
 
 
 def test_fits_that_are_not_better_are_taken_back(

@@ -42,6 +42,8 @@ from deadhead.training.runs.self_text import FILE
 from deadhead.training.runs.summary import METRICS_FILE
 
 SETTINGS_FILE = "settings.json"
+# What a phase leaves once it has settings: checkpoints, a cut model, scores and fits of layers.
+_BEGUN = ("checkpoints/*", f"{RECOVERY}/*", CUT, "*/layer-*")
 
 _P = TypeVar("_P", bound=PhaseRecipe)
 
@@ -317,9 +319,17 @@ def _named(model: PreTrainedModel | str | Path) -> str:
 def keep_settings(work: Path, settings: dict[str, Any]) -> None:
     """Write a phase's settings beside its checkpoints, or check that it goes on with those it began with."""
     path = work / SETTINGS_FILE
+    anew = f"delete {work} to begin anew"
     if not path.exists():
+        if any(any(work.glob(pattern)) for pattern in _BEGUN):
+            raise InputError(f"{work} is left of a phase, but its {SETTINGS_FILE} is missing; {anew}.")
         write_json(path, settings)
-    elif read_json(path, what="list of a phase's settings") != settings:
+        return
+    try:
+        found = read_json(path, what="list of a phase's settings")
+    except InputError as error:
+        raise InputError(f"{str(error).removesuffix('.')}; {anew}.") from error
+    if found != settings:
         raise InputError(
             f"{work} is left of a phase with other settings, another text or another number of processes; resume with "
             "those, or delete it."
