@@ -21,8 +21,11 @@ from deadhead.models.pruned.structure import keep_rows, output_dim, weight_of, w
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_plan import Layer
 
-# Names of gates in a module.
-HEAD_GATE, BLOCK_GATE = "head_gate", "block_gate"
+HEAD_GATE = "head_gate"
+"""Name, in a module, of the gates of its heads."""
+
+BLOCK_GATE = "block_gate"
+"""Name, in a module, of the gates of its blocks of hidden units."""
 
 
 @dataclass(frozen=True, kw_only=True)
