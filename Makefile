@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: anew help install llama-cpp vllm browser demo demo-llm test test-slow test-full test-transformers lint bench wheel clean
+.PHONY: anew help install llama-cpp vllm browser demo demo-llm test test-slow test-full test-transformers lint docs bench wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
@@ -100,10 +100,13 @@ test-transformers: $(TRANSFORMERS_TESTS) ## run transformers' own model tests on
 	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(TRANSFORMERS_TESTS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -o addopts=--import-mode=importlib -W ignore \
 		tests/models/test_transformers_common.py $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## check style, format, docstrings of all that is public, and types
+lint: $(INSTALLED) docs ## check style, format, docstrings of all that is public, types, and the links of the pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED) ## build the documentation's site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(INSTALLED) ## run the programs in benchmarks/ in their quick form (BENCH_ARGS= for the long one)
 	@set -e; for program in benchmarks/[!_]*.py; do \

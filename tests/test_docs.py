@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,8 +48,8 @@ def test_commands_run(name: str, tmp_path: Path, programs: Path) -> None:
     is_forked = name not in _IN_PROCESSES
     environment = _environment(programs) if is_forked else _environment()
     blocks = _blocks(ROOT / name)
-    if name not in ("docs/method.md", "docs/architectures.md"):
-        assert blocks, f"{name} has no commands, or the test does not find them"
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert len(blocks) == len(re.findall(r"^ *```(?:bash|python)", text, re.MULTILINE)), f"{name}: not all are found"
     if name == "README.md":
         (tmp_path / "json-source").symlink_to(json_source)  # what _FEWER puts in place of the standard library
     for language, code in blocks:
@@ -124,3 +127,86 @@ def test_links_lead_somewhere(path: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert ((ROOT / path).parent / target).exists(), f"{path} links to {target}"
+
+
+def _build_site(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of a copy of the repository as `make docs` does."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)],
+        cwd=root,
+        env=_environment() | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+class _Addresses(HTMLParser):
+    """Collects what a browser loads with a page, but for the pages that it links to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "link" and values.get("rel") not in ("canonical", "next", "prev"):
+            self.found.append(values.get("href") or "")
+        if tag != "a":
+            self.found += [value for name in ("src", "srcset", "data", "poster") if (value := values.get(name))]
+
+
+@pytest.mark.slow
+def test_the_site_needs_no_other_host(tmp_path: Path) -> None:
+    """It builds without a warning; no page and no style sheet names another host for what a browser loads."""
+    built = _build_site(ROOT, tmp_path / "site")
+    assert built.returncode == 0, built.stderr
+    pages = {path.relative_to(tmp_path / "site").as_posix(): path for path in (tmp_path / "site").rglob("*.html")}
+    assert {"index.html", "cli.html", "api/prune.html", "contributing.html", "changelog.html"} <= pages.keys()
+    for name, path in pages.items():
+        text = path.read_text(encoding="utf-8")
+        addresses = _Addresses()
+        addresses.feed(text)
+        assert any(address.endswith(".js") for address in addresses.found), f"{name}: the test finds no script"
+        styles = re.findall(r"url\(([^)]*)\)|@import ([^;]*)", text)
+        outside = [one for one in (*addresses.found, *map("".join, styles)) if re.match(r"[\"']?(https?:)?//", one)]
+        assert not outside, f"{name} loads {outside}"
+        assert "arithmatex" not in text, f"{name} has an equation that is not MathML"
+    for path in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"(url\(|@import )[\"']?(https?:)?//", path.read_text(encoding="utf-8")), path
+    assert "<math" in pages["how_it_works.html"].read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_mistakes_fail_the_build_of_the_site(tmp_path: Path) -> None:
+    """Broken anchors, lists that are none, names that no page shows, and those without a docstring."""
+    for name in ("docs", "src"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def change(name: str, old: str, new: str) -> None:
+        path = tmp_path / name
+        text = path.read_text(encoding="utf-8")
+        assert text.count(old) == 1, name
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    change("docs/which.md", "# Which option?\n", "# Which option?\n\n[nowhere](index.md#nowhere)\n\n- one\n  - two\n")
+    change("docs/api/gates.md", "::: deadhead.gates_of\n", "")
+    change("src/deadhead/attaching.py", '    """Take the gates off; ', '    b"""Take the gates off; ')
+    built = _build_site(tmp_path, tmp_path / "site")
+    assert built.returncode == 1
+    for sentence in (
+        "does not contain an anchor '#nowhere'",
+        "indent the items of a list in a list by four spaces:   - two",
+        "deadhead.gates_of is public, but no page in docs/api shows it",
+        "deadhead.detach has no docstring",
+    ):
+        assert sentence in built.stderr, built.stderr
+    assert built.stderr.count("WARNING") == 4, built.stderr
+
+
+def test_the_picture_of_the_pipeline_is_current() -> None:
+    """If it is not, `python docs/pipeline.py` draws it."""
+    drawn = runpy.run_path(str(ROOT / "docs" / "pipeline.py"))
+    assert drawn["PICTURE"].read_text(encoding="utf-8") == drawn["picture"]()

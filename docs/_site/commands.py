@@ -13,8 +13,6 @@ import typer
 from deadhead.cli.app import app
 
 _PAGE = "cli.md"
-# "Rows of a batch.  [default: 16; at least 1]"
-_DEFAULT = re.compile(r"\s*\[default: (?P<default>.*?)(?P<limits>; .*)?\]", re.DOTALL)
 _OPTION = re.compile(r"(?<![\w`-])--?[a-z][\w-]*")
 
 
@@ -32,15 +30,9 @@ class _Tables:
 
     def write_dl(self, rows: Sequence[tuple[str, str]], *_: Any) -> None:
         """Write one table."""
-        lines = ["| | what it does | default |", "|---|---|---|"]
-        for names, text in rows:
-            found = _DEFAULT.search(text)
-            default = found["default"] if found else ""
-            if found:
-                limits = f" [{found['limits'].removeprefix('; ')}]" if found["limits"] else ""
-                text = text[: found.start()] + limits + text[found.end() :]
-            lines.append(f"| {_code(names)} | {_prose(text)} | {_prose(default)} |")
-        self.parts.append("\n".join(lines))
+        self.parts.append(
+            "\n".join(["| | |", "|---|---|", *(f"| {_code(names)} | {_prose(text)} |" for names, text in rows)])
+        )
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -66,7 +58,8 @@ def _section(group: Any, parent: Any, name: str) -> Iterator[str]:
 
 
 def _code(text: str) -> str:
-    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
+    words = html.escape(text).replace("|", "&#124;").split(" / ")
+    return " / ".join(f'<code class="option">{word}</code>' for word in words)
 
 
 def _prose(text: str) -> str:
