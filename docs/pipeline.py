@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 
 PICTURE = Path(__file__).with_suffix(".svg")
 
@@ -15,9 +16,10 @@ _STEPS = (
     ("Recover", "train the small model to predict as the dense one does", "with --recover N"),
     ("Export", "write it for llama.cpp, ONNX Runtime or OpenVINO", "deadhead export"),
 )
-_WIDTH, _ROW, _BOX, _HEIGHT, _MARGIN = 720, 86, 190, 58, 12
+_WIDTH, _ROW, _BOX, _HEIGHT, _MARGIN = 540, 94, 170, 66, 12
+_LETTERS = 36
 # Boxes of steps that always run, and of those that do not. Both are seen on light and on dark grounds.
-_ALWAYS, _OPTIONAL, _PANEL, _INK, _LINE = "#3f51b5", "#00796b", "#f5f6fb", "#22252f", "#8a90a6"
+_ALWAYS, _OPTIONAL, _PANEL, _INK, _NOTE, _LINE = "#3f51b5", "#00796b", "#f5f6fb", "#22252f", "#5a6078", "#8a90a6"
 
 
 def picture() -> str:
@@ -38,10 +40,12 @@ def picture() -> str:
         colour = _ALWAYS if when == "always" else _OPTIONAL
         parts += [
             f'<rect x="{_MARGIN}" y="{top}" width="{_BOX}" height="{_HEIGHT}" rx="6" fill="{colour}"/>',
-            _text(middle, top + 37, name, size=24, colour="white", more='text-anchor="middle"'),
-            _text(_MARGIN + _BOX + 18, top + 26, what, size=17.5, colour=_INK),
-            _text(_MARGIN + _BOX + 18, top + 49, when, size=15.5, colour="#5a6078"),
+            _text(middle, top + 41, name, size=24, colour="white", more='text-anchor="middle"'),
         ]
+        lines = [(line, 18, _INK) for line in wrap(what, _LETTERS)] + [(when, 16, _NOTE)]
+        first = top + _HEIGHT / 2 + 6 - 11 * (len(lines) - 1)
+        for index, (line, size, ink) in enumerate(lines):
+            parts.append(_text(_MARGIN + _BOX + 16, first + 22 * index, line, size=size, colour=ink))
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -25,14 +25,12 @@ class _Tables:
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Write what follows under a heading."""
-        self.parts.append(f"**{name}**")
+        self.parts.append(f"| {name} | |\n|---|---|")
         yield
 
     def write_dl(self, rows: Sequence[tuple[str, str]], *_: Any) -> None:
-        """Write one table."""
-        self.parts.append(
-            "\n".join(["| | |", "|---|---|", *(f"| {_code(names)} | {_prose(text)} |" for names, text in rows)])
-        )
+        """Write the rows of one section."""
+        self.parts[-1] += "".join(f"\n| {_code(names)} | {_prose(text)} |" for names, text in rows)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -58,8 +56,10 @@ def _section(group: Any, parent: Any, name: str) -> Iterator[str]:
 
 
 def _code(text: str) -> str:
-    words = html.escape(text).replace("|", "&#124;").split(" / ")
-    return " / ".join(f'<code class="option">{word}</code>' for word in words)
+    """Return an option's names, and what it takes, as code; a table may break between them."""
+    names, _, takes = html.escape(text).replace("|", "&#124;").partition(" &lt;")
+    parts = [f'<code class="option">{name}</code>' for name in names.split(" / ")]
+    return " / ".join(parts) + (f" <code>&lt;{takes}</code>" if takes else "")
 
 
 def _prose(text: str) -> str:
