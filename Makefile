@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: anew help install llama-cpp vllm browser demo demo-llm test test-slow test-full test-transformers lint docs bench wheel clean
+.PHONY: anew help install llama-cpp vllm browser demo demo-llm test test-slow test-full test-transformers lint docs bench release-check wheel clean
 
 help: ## list these targets
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS=…]'
@@ -112,6 +112,9 @@ bench: $(INSTALLED) ## run the programs in benchmarks/ in their quick form (BENC
 	@set -e; for program in benchmarks/[!_]*.py; do \
 		[ -e "$$program" ] || { echo 'There is no program in benchmarks/.' >&2; exit 1; }; \
 		echo "== $$program $(BENCH_ARGS)"; $(BIN)/python "$$program" $(BENCH_ARGS); done
+
+release-check: $(INSTALLED) ## build a release, install it into empty environments, and run the README there (PIP_ARGS)
+	@$(BIN)/python tests/release_check.py --pip-args '$(PIP_ARGS)'
 
 wheel: $(INSTALLED) ## build a source distribution and a wheel in dist/
 	@rm -rf build

@@ -28,8 +28,23 @@ _IN_PROCESSES = ("README.md", "docs/distributed.md")
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def _blocks(path: Path) -> list[tuple[str, str]]:
-    return _BLOCK.findall(path.read_text(encoding="utf-8"))
+def runnable_blocks(name: str, folder: Path) -> list[tuple[str, str]]:
+    """Return language and code of the blocks of a document that can run here, for a folder that is made ready."""
+    is_readme = name == "README.md"
+    if is_readme:
+        # What _FEWER puts in place of the standard library.
+        (folder / "json-source").symlink_to(Path(__import__("json").__path__[0]))
+    found = []
+    for language, code in _BLOCK.findall((ROOT / name).read_text(encoding="utf-8")):
+        if language == "bash" and re.search(r"^make ", code, re.MULTILINE):
+            continue  # the two commands of the README: `make test` is what runs this
+        # The one is built by `make llama-cpp` only, the other wants an environment of its own.
+        if any(library in code and find_spec(library) is None for library in ("llama_cpp", "llmcompressor")):
+            continue
+        for pattern, replacement in _FEWER if is_readme else ():
+            code = re.sub(pattern, replacement, code)
+        found.append((language, code))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +59,12 @@ def programs() -> Iterator[Path]:
 @pytest.mark.parametrize("name", _DOCUMENTS)
 def test_commands_run(name: str, tmp_path: Path, programs: Path) -> None:
     """Run each block; one that fails shows what it printed."""
-    json_source = Path(__import__("json").__path__[0])
     is_forked = name not in _IN_PROCESSES
     environment = _environment(programs) if is_forked else _environment()
-    blocks = _blocks(ROOT / name)
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert len(blocks) == len(re.findall(r"^ *```(?:bash|python)", text, re.MULTILINE)), f"{name}: not all are found"
-    if name == "README.md":
-        (tmp_path / "json-source").symlink_to(json_source)  # what _FEWER puts in place of the standard library
-    for language, code in blocks:
-        if language == "bash" and re.search(r"^make ", code, re.MULTILINE):
-            continue  # the two commands of the README: `make test` is what runs this
-        # The one is built by `make llama-cpp` only, the other wants an environment of its own.
-        if any(library in code and find_spec(library) is None for library in ("llama_cpp", "llmcompressor")):
-            continue
-        if name == "README.md":
-            for pattern, replacement in _FEWER:
-                code = re.sub(pattern, replacement, code)
+    found = len(_BLOCK.findall(text))
+    assert found == len(re.findall(r"^ *```(?:bash|python)", text, re.MULTILINE)), f"{name}: not all are found"
+    for language, code in runnable_blocks(name, tmp_path):
         python = [str(programs / "run-python")] if is_forked else [sys.executable, "-c"]
         command = ["bash", "-e", "-c", code] if language == "bash" else [*python, code]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
@@ -86,7 +90,7 @@ wait $first && wait $second
 @pytest.mark.full
 def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path: Path) -> None:
     """Two launchers on this machine find each other, train together, and do so again with the same line."""
-    script, *others = [code for _, code in _blocks(ROOT / "docs" / "distributed.md") if "#SBATCH" in code]
+    script, *others = [code for _, code in runnable_blocks("docs/distributed.md", tmp_path) if "#SBATCH" in code]
     assert not others
     for name, stand_in in (("srun", _SRUN), ("scontrol", "#!/bin/bash\necho localhost\n")):
         (tmp_path / name).write_text(stand_in)

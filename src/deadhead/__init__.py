@@ -11,6 +11,7 @@ as theirs. A name is loaded when it is first used, and the Auto classes of trans
 transformers is imported.
 """
 
+import logging
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
     from deadhead.training.runs.streamed import prune_checkpoint as prune_checkpoint
     from deadhead.training.runs.sweeping import sweep as sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+# A library leaves it to programs whether and where its messages are shown.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _NAMES = {
     "attaching": ("attach", "detach", "gates_of"),

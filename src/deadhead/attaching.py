@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -23,6 +24,8 @@ from deadhead.modes import restored_on_failure
 from deadhead.plans.blocks import Blocks, choose_block_size, owners, runs
 from deadhead.plans.choices import Choices
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
+
+_log = logging.getLogger(__name__)
 
 _GATE_NAMES = (HEAD_GATE, BLOCK_GATE)
 _GATES_ATTRIBUTE = "_deadhead_gates"
@@ -161,6 +164,7 @@ def attach(
         # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
         text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
         setattr(model, _GATES_ATTRIBUTE, head_gates)
+    _log.info("attached %d gates to %s", sum(choices.counts[site.key] for site in there), type(model).__name__)
     return head_gates
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deadhead.attaching import attach_for, detach, gates_of, is_gate, rehang, require_cuttable
-from deadhead.errors import CutError, InputError, first_line, typed_but
+from deadhead.errors import CutError, InputError, RunWarning, first_line, typed_but
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
 from deadhead.layouts import Layout, Site, find_layout, head_columns, own_config
@@ -23,6 +24,8 @@ from deadhead.layouts.inputs import made_inputs, run, runner
 from deadhead.models.pruned.modeling_pruned import stock_class
 from deadhead.modes import evaluating, free_memory, restored_on_failure, seeded, uncompiled
 from deadhead.plans.plan import HeadPlan, UnitKey
+
+_log = logging.getLogger(__name__)
 
 # max|Δ| / max|reference| that the invariant allows, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
@@ -60,7 +63,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
         CutError: the cut model computed something else; the model was put back as it was.
 
     Warns:
-        UserWarning: the key/value cache grows, as single query heads are cut out of groups that share keys and values.
+        RunWarning: the key/value cache grows, as single query heads are cut out of groups that share keys and values.
     """
     if not isinstance(plan, HeadPlan):
         raise InputError(f"A deadhead.HeadPlan was expected, but a {type(plan).__name__} came; gates.plan() makes one.")
@@ -78,6 +81,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             gates = attach_for(detach(model), plan)
         before = gates.state_dict(), gates.config
         try:
+            before_cut = model.num_parameters()
             growth = _cut(model, layout, gates, plan)
             if growth > 0:
                 warn_of_cache(growth, stacklevel=4)
@@ -87,6 +91,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
                 gate.config = gates.config.for_gate(of_blocks=key.kind == "block")
             gates.load_state_dict(state)
             raise
+    _log.info("cut %s, checked: %d of %d parameters are left", type(model).__name__, model.num_parameters(), before_cut)
     return model
 
 
@@ -127,6 +132,7 @@ def warn_of_cache(growth: float, *, stacklevel: int) -> None:
     warnings.warn(
         f"The key/value cache grows by {growth:.0%}: where groups are left with different numbers of query heads, "
         "their keys and values are repeated. Plans of whole groups (unit 'kv_group') keep it small.",
+        RunWarning,
         stacklevel=stacklevel,
     )
 

@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from benchmarks._tiny_models import VOCABULARY, scramble, tiny_config, tiny_model
 from deadhead.attaching import attach, detach, gates_of
 from deadhead.cutting import cut
-from deadhead.errors import CutError, InputError, UnsupportedModel
+from deadhead.errors import CutError, InputError, RunWarning, UnsupportedModel
 from deadhead.gates.hard_concrete import GateConfig
 from deadhead.layouts import find_layout
 from deadhead.layouts.hugging_face import HuggingFaceLayout
@@ -332,7 +332,7 @@ def test_ragged_groups_repeat_keys_and_values_and_say_so() -> None:
     assert (attention.q_proj.out_features, attention.k_proj.out_features) == (3 * 8, 3 * 8)
     assert torch.equal(attention.k_proj.weight[:8], attention.k_proj.weight[8:16])
     ragged = HeadPlan(kept={0: (0, 1, 2), 1: (0, 1, 2, 3, 4, 5, 6)}, total=plan.total, unit="head")
-    with pytest.warns(UserWarning, match="key/value cache grows by"):
+    with pytest.warns(RunWarning, match="key/value cache grows by"):
         cut(model, ragged)
 
 

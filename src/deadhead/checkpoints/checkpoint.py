@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from deadhead.layouts import find_layout
 from deadhead.layouts.classes import model_class
 from deadhead.layouts.refusals import require_model, require_untied, require_weights
 from deadhead.measure.cost import skeleton
+
+_log = logging.getLogger(__name__)
 
 # What decides what a model computes; people may edit the rest.
 _VERIFIED = {".safetensors", ".json", ".model", ".txt"}
@@ -109,6 +112,7 @@ def save(
                 shutil.copy2(file, folder / file.name)
         save_beside(model, folder, tokenizer, base, metrics=metrics, about=about)
         write_checksums(folder)
+    _log.info("saved %s to %s", type(model).__name__, path)
 
 
 def save_beside(
@@ -275,6 +279,7 @@ def _load(
                 f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}."
             )
     model.eval()
+    _log.info("loaded %s from %s", type(model).__name__, path)
     return model if device is None else model.to(device), bool(of_gates)  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ For each projection W, with inputs x and targets y, tokens weighted by w: W ← 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -22,6 +23,8 @@ from deadhead.errors import InputError, typed_but
 from deadhead.layouts import own_config
 from deadhead.measure.losses import Batches
 from deadhead.modes import evaluating, restored_on_failure, seeded, uncompiled
+
+_log = logging.getLogger(__name__)
 
 
 @typed_but("model", "dense", "batches")
@@ -112,6 +115,10 @@ def compensate_from(
             own_config(model)
             about = {} if text is None else {"text": text}
             model.config.compensation = found.to_dict() | about
+    for layer in found.layers:
+        _log.debug("%s: %s", layer.path, "fitted" if layer.fitted else f"not fitted: {layer.reason}")
+    what = "compensated" if kept else "compensation was taken back"
+    _log.info("%s: held-out %s %.4g, was %.4g, on %d tokens", what, found.measure, after, before, found.held_out)
     return found
 
 

@@ -19,6 +19,7 @@ blocks compare by what is lost for what they cost. Where scores are an order alo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -38,6 +39,8 @@ from deadhead.plans.blocks import Blocks
 from deadhead.plans.kinds import ONE_SHOT, READS_TEXT, STANDARDISED, OneShot
 from deadhead.plans.plan import Unit, UnitKey
 from deadhead.plans.scores import HeadScores
+
+_log = logging.getLogger(__name__)
 
 # Those that need no output projection to look at.
 _OF_ANY_UNIT = ("magnitude", "taylor", "random")
@@ -83,6 +86,7 @@ def score_heads(
         raise InputError("One-shot criteria score a model with all heads open, but some of its gates are closed.")
     scoring = Scoring(model, criterion, unit=unit, blocks=blocks)
     reading = WholeReading(model, batches, shares) if scoring.sites and criterion in READS_TEXT else None
+    _log.info("scoring units of %d modules by %s", len(scoring.sites), criterion)
     return scoring.scores(scoring.of_units(scoring.sites, reading, seed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,8 @@ from deadhead.export.gguf_tokenizer import TEXTS, read_tokenizer
 from deadhead.export.padded import pad_to_stock
 from deadhead.models.pruned.modeling_pruned import TYPE_PREFIX, PrunedModel, stock_class
 from deadhead.modes import evaluating
+
+_log = logging.getLogger(__name__)
 
 FORMATS = ("gguf", "onnx", "openvino", "padded", "vllm")
 # Checkpoints of transformers, which have the precision that the model has.
@@ -113,6 +116,7 @@ def export_model(
                 place.mkdir()
                 exported = writers.get(to, partial(_flat, to=to))(model, out, place, tokenizer, base)
             place.rename(out)
+    _log.info("exported %s to %s: %s", type(model).__name__, out, exported.unchecked or "checked in its runtime")
     return exported
 
 

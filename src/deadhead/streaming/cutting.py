@@ -109,7 +109,7 @@ def cut_checkpoint(
         CutError: the cut model computes something else; nothing was left behind.
 
     Warns:
-        UserWarning: as `cut` does.
+        RunWarning: as `cut` does.
     """
     folder, out = checked_path(source), checked_path(out)
     if out.resolve() == folder.resolve():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Sequence, Sized
@@ -47,6 +48,8 @@ from deadhead.training.phases.starting import Start, start_of
 from deadhead.training.phases.trainer import LanguageModelTrainer, training_arguments
 from deadhead.training.processes import Progress, on_main, require_data_parallel
 from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
+
+_log = logging.getLogger(__name__)
 
 # Settings that the callback of gates has under the same names, however is said how much goes.
 _OF_GATES = {"gate_lr", "weighting", "track_difference"}
@@ -131,7 +134,9 @@ def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: P
     with restored_on_failure(model):
         for resume in (run.resume, True):
             try:
+                _log.info("phase %s: training for %d steps", run.phase, recipe.training_steps)
                 _attempt(model, text, recipe, run, folder, resume=resume)
+                _log.info("phase %s: done", run.phase)
                 return model
             except DivergenceError as error:
                 # It raises if the phase has rolled back before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ from deadhead.training.runs.inputs import (
 from deadhead.training.runs.options import Options
 from deadhead.training.runs.self_text import is_self
 from deadhead.training.runs.single import check_places, divided, keep_settings
+
+_log = logging.getLogger(__name__)
 
 _PLAN_FILE, _LOCK_FILE = "plan.json", "lock"
 # Of `Options`, what there is no use for: nothing is trained, measured or moved.
@@ -230,6 +233,7 @@ class _Pruning:
         where = self.source, self.out, self.work / "cut"
         how: dict[str, Any] = {"tokenizer": text.tokenizer, "resume": self.options.resume, "progress": self._tell}
         done = write_cut(planned, *where, **how)
+        _log.info("pruned %s layer by layer to %s", self.source, self.out)
         assert recipe.budget is not None, "a ranking has one"
         budget = {**recipe.budget.words, "reached": reached(model, recipe, true_share(model, recipe, plan))}
         return PrunedCheckpoint(plan=planned.plan, budget=budget, cut=done, compensation=compensation)
