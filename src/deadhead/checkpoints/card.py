@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from deadhead.compensation.record import card_line
 from deadhead.disk.hub import is_name, quick
 from deadhead.layouts import find_layout
+from deadhead.layouts.base import TAGS
 from deadhead.layouts.classes import auto_name
 from deadhead.layouts.stock import why_not_stock
 from deadhead.measure.cost import model_cost
 
 # In every model card of ours; a folder without it is not overwritten.
-TAG = '"deadhead", "pruned-attention-heads"'
+TAG = json.dumps(TAGS).strip("[]")
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 # What of the base model's card stays true of the cut model.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
@@ -67,7 +68,9 @@ def model_card(
         code[-1] = f'model = {auto}.from_pretrained("PATH", trust_remote_code=True)  # or import deadhead first'
     elif not is_stock:
         code = ["import deadhead", "", 'model = deadhead.load("PATH")']
-    front: dict[str, Any] = {**_origin(base), "library_name": "transformers", "tags": json.loads(f"[{TAG}]")}
+    front: dict[str, Any] = {**_origin(base), "library_name": "transformers", "tags": [*TAGS]}
+    if auto == "AutoModelForCausalLM":
+        front["pipeline_tag"] = "text-generation"
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),

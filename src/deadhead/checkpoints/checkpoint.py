@@ -41,6 +41,7 @@ from deadhead.errors import InputError, first_line, typed
 from deadhead.gates.gates import HeadGates
 from deadhead.gates.sharding import require_whole
 from deadhead.layouts import find_layout
+from deadhead.layouts.base import TAGS
 from deadhead.layouts.classes import model_class
 from deadhead.layouts.refusals import require_model, require_untied, require_weights
 from deadhead.measure.cost import skeleton
@@ -279,6 +280,8 @@ def _load(
                 f"The weights in {path} are not those of its configuration: {problem[:-5]} tensor {first}."
             )
     model.eval()
+    if getattr(model.config, "head_plan", None) is not None:
+        model.add_model_tags([*TAGS])
     _log.info("loaded %s from %s", type(model).__name__, path)
     return model if device is None else model.to(device), bool(of_gates)  # type: ignore[arg-type]
 

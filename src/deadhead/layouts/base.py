@@ -27,6 +27,9 @@ HEAD_GATE = "head_gate"
 BLOCK_GATE = "block_gate"
 """Name, in a module, of the gates of its blocks of hidden units."""
 
+TAGS = ("deadhead", "pruned-attention-heads")
+"""Tags of cut models on the Hugging Face hub and in model cards."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -172,6 +175,7 @@ class Layout(ABC):
         if plan.hidden_units is None and before is not None:
             plan = replace(plan, hidden_units=before.hidden_units)
         model.config.head_plan = plan.to_dict()
+        model.add_model_tags([*TAGS])
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
         """Return the plan the model was cut by, which is its configuration's `head_plan`; None for a dense model.
