@@ -1,7 +1,7 @@
-"""What the speed benchmarks share: shapes, a textbook implementation, the floor, and fair timing.
+"""Shared parts of the speed benchmarks: shapes, a textbook implementation, the floor, and fair timing.
 
-Dimensions: B batch, T queries, M memory, S context = M + T, W window = M + 1, H heads, D width, E head width,
-N persistent vectors.
+Dimensions: B batch, T queries, M memory, S context = M + T, W window = M + 1, H heads, D width, E head width, N
+persistent vectors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The browser of this machine in which pages are opened."""
+"""The browser of this machine that opens pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage to the files that deadhead parses itself, and what must come of it: a value or one sentence, nothing else."""
+"""Damage to the files that deadhead parses itself. Reading one gives a value or one sentence, nothing else."""
 
 from __future__ import annotations
 

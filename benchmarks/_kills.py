@@ -1,4 +1,4 @@
-"""Real runs in child processes that are killed at a chosen moment, and what differs from a run that was not."""
+"""Real runs in child processes that are killed at a chosen moment, compared with a run that was not killed."""
 
 from __future__ import annotations
 

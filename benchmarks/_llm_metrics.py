@@ -1,4 +1,4 @@
-"""What a real language model is worth: losses of rows of texts, and pairs of sentences of BLiMP by lm-eval."""
+"""Quality of a real language model: losses of rows of texts, and pairs of sentences of BLiMP by lm-eval."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""What others ship for pruning language models, made anew from their papers' formulas behind deadhead's plans and cut.
+"""Pruning methods that others ship for language models, reimplemented on top of deadhead's plans and cut.
 
-Each function prunes a model, in place, to a share of its blocks' parameters, and returns it. Nothing is trained, and
-nothing of deadhead chooses or compensates: it counts what is left, cuts, and checks the cut. What every method shares:
+Each function prunes a model in place to a share of its blocks' parameters, and returns it. Nothing is trained. deadhead
+chooses and compensates nothing: it counts what is left, cuts, and checks the cut. All methods share these rules:
 
-- The calibration text is the one that is given, where authors take rows of C4 or WikiText-2 of their own.
-- A share is of the blocks' parameters, counted, and the next below it that the method can reach.
-- Query heads that share keys and values stand or fall together, unless the method says otherwise.
+- The calibration text is the one that is given. Authors take rows of C4 or WikiText-2 of their own.
+- A share is of the blocks' parameters. The result is the nearest share at or below it that the method can reach.
+- Query heads that share keys and values stay or go together, unless the method says otherwise.
 
 Dimensions: B rows, T tokens, R tokens of a batch or of all, D model width, n inputs of an output projection, H units of
-a site (groups of heads, or hidden units).
+a site (KV groups, or hidden units).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the table of a real language model says: cells, as they are kept, in Markdown and as a picture.
+"""Tables of a real language model: measured cells, in Markdown and as a picture.
 
-`benchmarks/llm_table.py` measures them.
+`benchmarks/llm_table.py` measures the cells.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The real language model that can be had from PyPI."""
+"""The real language model that PyPI has as a package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps over many short trainings: a process a core, nothing kept in memory, so that a stopped one goes on."""
+"""Sweeps over many short trainings: one process per core, results in files, so that a stopped sweep continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Torch-Pruning 1.6.1, told to remove attention heads and nothing else."""
+"""Torch-Pruning 1.6.1, set up to remove attention heads and nothing else."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""How near do exported models come to PyTorch, in each runtime and for each type of weights?
+"""How closely do exported models agree with PyTorch, in each runtime and for each type of weights?
 
-Small models of every family, all their weights random, are cut by random plans of heads and blocks, exported in every
-way there is, and the largest difference of logits and the fewest equal greedy tokens printed. Random weights are the
-worst case: nothing has learned to keep their logits apart.
+Small models of every family, with random weights, are cut by random plans of heads and blocks, and exported in every
+way. The program prints the largest difference of logits and the fewest equal greedy tokens. Random weights are
+the worst case, because nothing has trained their logits apart.
 
     python benchmarks/agreement.py [--quick] [--plans N]
     python benchmarks/agreement.py --types onnx|padded [TYPE …]
 
-tries every type of language model that transformers has instead, or those named, in one form.
+The second form tries every type of language model in transformers, or the types you name, in one export format.
 """
 
 from __future__ import annotations
@@ -124,10 +124,14 @@ def try_types(form: str, kinds: list[str]) -> None:
 def main() -> None:
     """Cut, export, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", choices=("onnx", "padded"), help="try every type of transformers in this form")
-    parser.add_argument("kinds", metavar="TYPE", nargs="*", help="of --types: those to try, by default all")
+    parser.add_argument(
+        "--types", choices=("onnx", "padded"), help="try every type of transformers in this export format"
+    )
+    parser.add_argument("kinds", metavar="TYPE", nargs="*", help="the types to try with --types (default: all)")
     parser.add_argument("--quick", action="store_true", help="two families, one plan each")
-    parser.add_argument("--plans", type=int, default=None, help="of each family (8; quick 1); the first is traced too")
+    parser.add_argument(
+        "--plans", type=int, default=None, help="plans of each family (8; quick 1); the first is traced too"
+    )
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,9 +1,13 @@
 """How near is the evaluation of All-attention layers to the time of their matrix products alone?
 
-Runs the layers of a stack over one segment after a memory of the same length, in turn within one run: ours with keys
-and values of the memory cached; a textbook implementation of the same layers; the floor, their products in memory that
-is there already; and the softmax alone, which the floor leaves out. Checks that ours and the textbook agree. Peak
-memory is that of a fresh process.
+Runs the layers of a stack over one segment after a memory of the same length, interleaved within one run:
+
+- ours, with keys and values of the memory cached;
+- a textbook implementation of the same layers;
+- the floor: their products, into memory that is already allocated;
+- the softmax alone, which the floor leaves out.
+
+Checks that ours and the textbook agree. Peak memory is that of a fresh process.
 
     python benchmarks/attention.py [--quick] [--json FILE]
 """

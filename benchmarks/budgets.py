@@ -1,14 +1,14 @@
-"""Budgets: what was asked for against what was reached, and what it cost in perplexity.
+"""Budgets asked for against budgets reached, and their cost in perplexity.
 
 Three small language models (our All-attention Transformer, a GPT-2, a Llama with grouped queries) are trained once on
-the Python standard library's source as bytes and kept. For each budget gates are trained under it, the model is cut and
-fine-tuned. "Reached" is counted on the cut model, and for a speedup measured anew afterwards, interleaved with the
-dense model. --table prints what is there; --layers compares heads alone, blocks alone and both at equal FLOPs.
+the source of the Python standard library as bytes, and kept. For each budget, gates are trained under it, and the model
+is cut and fine-tuned. "Reached" is counted on the cut model. A speedup is measured again afterwards, interleaved with
+the dense model. --table prints the results so far; --layers compares heads alone, blocks alone and both at equal FLOPs.
 
     python benchmarks/budgets.py [--quick] [--out DIR] [--models …] [--budgets params=0.5 …] [--table]
 
-Every point is a file in DIR/points, so a sweep that was stopped goes on where it was. Speedups are measured with
-nothing else running, after all other points.
+Every point is a file in DIR/points, so a stopped sweep continues where it was. Speedups are measured after all other
+points, with nothing else running.
 """
 
 from __future__ import annotations
@@ -272,12 +272,16 @@ def main() -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps of two budgets, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path("runs/budgets"), help="where models and points are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/budgets"), help="folder for models and points")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="KIND=VALUE, with ' heads' or ' both' behind")
-    parser.add_argument("--layers", action="store_true", help="heads alone and both, at equal FLOPs, of gpt2 and llama")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="KIND=VALUE, followed by ' heads' or ' both'")
+    parser.add_argument(
+        "--layers",
+        action="store_true",
+        help="compare heads alone, blocks alone and both at equal FLOPs, for gpt2 and llama",
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, with one thread each")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the results so far")
     options = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as temporary:

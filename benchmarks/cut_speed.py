@@ -1,9 +1,9 @@
-"""Does a cut model get as much faster as the FLOPs that were removed allow?
+"""Does a cut model get as much faster as the removed FLOPs allow?
 
-Times dense and cut models in turn within one run, for shares of heads kept: whole All-attention models, and the
-attention modules of a 12-layer Llama with grouped queries (its feed-forward layers are not cut, so they are left out).
-Prints medians, speedups and efficiency (measured speedup ÷ speedup the FLOPs allow). Decoding with one text is bound
-by reading weights and by the calls themselves rather than by FLOPs.
+Times dense and cut models, interleaved within one run, for several shares of heads kept: whole All-attention models,
+and the attention modules of a 12-layer Llama with grouped queries (without its feed-forward layers, which are not cut).
+Prints medians, speedups and efficiency (measured speedup ÷ speedup that the FLOPs allow). Decoding with one text is
+bound by reading weights and by the calls themselves rather than by FLOPs.
 
     python benchmarks/cut_speed.py [--quick] [--json FILE]
 """

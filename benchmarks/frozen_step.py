@@ -1,9 +1,14 @@
-"""What does a step cost in which gates learn on frozen weights, against what it cannot do without?
+"""How long does a step take in which gates learn on frozen weights, compared with what it cannot do without?
 
-In one process, each in turn: forward and backward of a language model to its activations alone, under the text's own
-loss (the floor); the same with gates that are all open, or half of them, on the dense model's distribution; the dense
-model's own forward pass, which is a part of the latter. A Llama of the sizes of SmolLM2-135M with random weights, or
-`--model`, reads four rows of 256 tokens. Memory is what a fresh process takes beyond the loaded model.
+Measures in one process, interleaved:
+
+- the floor: forward and backward of a language model to its activations alone, under the text's own loss;
+- a step with all gates open, on the dense model's distribution;
+- the same with half of the gates open;
+- the dense model's own forward pass, which is a part of both steps.
+
+The model is a Llama of SmolLM2-135M's sizes with random weights, or `--model`. It reads four rows of 256 tokens. Memory
+is what a fresh process takes beyond the loaded model.
 
     python benchmarks/frozen_step.py [--quick] [--model FOLDER_OR_FILE.gguf]
 """
@@ -113,7 +118,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, few repetitions")
-    parser.add_argument("--model", help="take the steps of this model")
+    parser.add_argument("--model", help="measure the steps of this model")
     options = parser.parse_args()
     seconds = medians(steps(options.model, options.quick), 3 if options.quick else 7)
     table = Table(title=f"steps of 4 × {LENGTH} tokens, float32: {machine()}")

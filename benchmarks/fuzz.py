@@ -1,8 +1,8 @@
-"""Files that deadhead parses itself, damaged at random and read: each gives a value or one sentence, nothing else.
+"""Read randomly damaged copies of the files that deadhead parses: each gives a value or one sentence, nothing else.
 
-Recipes, plans, gates, metrics, summaries, latencies, checksums, configurations, shards and their index. Bits flip,
-bytes go, come and are cut off, values of JSON become others. What is neither a value nor a sentence, or takes seconds,
-is printed with the bytes that did it, and the exit code is 1.
+The files are recipes, plans, gates, metrics, summaries, latencies, checksums, configurations, shards and their index.
+Bits flip; bytes are removed, added and cut off; values of JSON become others. If a file gives neither a value nor a
+sentence, or takes seconds, the program prints its bytes and exits with 1.
 
     python benchmarks/fuzz.py [--files N] [--seed N] [--only KIND] [--quick]
 """
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=5000, help="damaged files of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="kinds whose name begins so")
+    parser.add_argument("--only", default="", help="only kinds whose name begins with this")
     parser.add_argument("--quick", action="store_true", help="200 files of each kind")
     arguments = parser.parse_args()
     count = 200 if arguments.quick else arguments.files

@@ -1,12 +1,12 @@
-"""What do gates take that learn alone on a large model, weights mapped from files and activations computed again?
+"""How much memory and time do gates take on a large model, with mapped weights and recomputed activations?
 
-Writes a Llama of random bfloat16 weights (the shapes of Llama-3.2-1B and 3B), and trains gates on heads and hidden
-units for a few steps on random tokens, with `freeze_weights` and `gradient_checkpointing`, in a process of its own.
-What is mapped from files the system may drop and read again; what is not is memory that must be there. Both are counted
-beyond what the libraries take.
+Writes a Llama of random bfloat16 weights (the shapes of Llama-3.2-1B and 3B). Then trains gates alone, on heads and
+hidden units, for a few steps on random tokens, with `freeze_weights` and `gradient_checkpointing`, in a process of its
+own. The system may drop memory that is mapped from files and read it again; all other memory must be there. Both are
+counted beyond what the libraries take.
 
-The floor of a step are its matrix products over this machine's speed in one large product of that precision: forward,
-forward again, and the gradients of what goes in, but not those of weights.
+The floor of a step is its matrix products at this machine's speed in one large product of that precision: forward,
+forward again, and the gradients of inputs, but not those of weights.
 
     python benchmarks/gates_without_room.py [--sizes 1B 3B] [--steps N] [--rows N] [--folder DIR] [--json FILE]
 """
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1B", "3B"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written")
+    parser.add_argument("--folder", type=Path, help="folder for checkpoints")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = []

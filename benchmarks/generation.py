@@ -1,10 +1,10 @@
 """How near is generating a token to the time of reading the weights once?
 
-Generates token by token after a context that fills the memory, in turn within one run: a dense All-attention model and
-cut ones, for batches of 1, 4 and 16. The floor is the time in which this machine moves as many bytes as the weights
-have, at the bandwidth of a plain copy (bytes read and bytes written) in the same run. `generate` is transformers' own
-loop around the same steps. For larger batches the products themselves take longer than reading: their floor is the
-time of the products alone.
+Generates token by token after a context that fills the memory, interleaved within one run: a dense All-attention model
+and cut ones, for batches of 1, 4 and 16. The floor is the time in which this machine moves as many bytes as the weights
+have, at the bandwidth of a plain copy in the same run (bytes read and bytes written). `generate` is transformers' own
+loop around the same steps. For larger batches the products take longer than reading, so the time of the products alone
+is their floor.
 
     python benchmarks/generation.py [--quick] [--json FILE]
 """

@@ -1,7 +1,7 @@
-"""Runs that are killed again and again, at random moments and before chosen changes to files, and resumed.
+"""Kill runs at random moments and before chosen changes to files, resume them, and compare the results.
 
-Each run of train, gates, cut, fine-tuning and control is real and small. It ends in the same weights, plan, metrics and
-summary as the one that was left alone, bit for bit, or the difference is printed and the exit code is 1.
+Each run is small and real: train, gates, cut, fine-tuning and control. It must end with the same weights, plan, metrics
+and summary as a run that was left alone, bit for bit. Otherwise the program prints the difference and exits with 1.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from transformers.utils import logging
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs at random moments")
-    parser.add_argument("--changes", type=int, default=0, help="runs killed before a chosen change; 0: every change")
-    parser.add_argument("--signals", type=int, default=20, help="SIGINTs and SIGTERMs at random moments")
+    parser.add_argument("--kills", type=int, default=100, help="number of SIGKILLs at random moments")
+    parser.add_argument(
+        "--changes",
+        type=int,
+        default=0,
+        help="number of runs killed before a chosen change to a file; 0: before every change",
+    )
+    parser.add_argument("--signals", type=int, default=20, help="number of SIGINTs and SIGTERMs at random moments")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few of each")
     arguments = parser.parse_args()

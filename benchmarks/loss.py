@@ -1,12 +1,14 @@
-"""What does a loss cost whose logits are made a chunk at a time, in time and in memory?
+"""What does a loss cost in time and memory if its logits are computed a chunk at a time?
 
-Three tables, each measured in turn within one run:
+Three tables, each measured interleaved within one run:
 
 1. the output layer alone, forward and backward: all logits at once, in chunks, PyTorch's own `linear_cross_entropy`
-   where there is one, and the floor (the three products of logits and both gradients, in memory that is there already);
-2. forward and backward of a whole model: a Llama of the sizes of SmolLM2-135M with random weights, or `--model`, with
-   the peak memory of a fresh process;
-3. the same of a model of some hundreds of words, whose logits are few: both ways are one, and as fast.
+   where there is one, and the floor (the three products of logits and both gradients, into memory that is already
+   allocated);
+2. forward and backward of a whole model, with the peak memory of a fresh process: a Llama of SmolLM2-135M's sizes with
+   random weights, or `--model`;
+3. the same for a model with a vocabulary of some hundreds, which has few logits: both ways are the same, and equally
+   fast.
 
     python benchmarks/loss.py [--quick] [--model FOLDER_OR_FILE.gguf] [--json FILE]
 """
@@ -150,7 +152,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few tokens, few repetitions")
-    parser.add_argument("--model", help="take the steps of this model")
+    parser.add_argument("--model", help="measure the steps of this model")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
     console, repeats, rows = Console(width=120), 3 if options.quick else 7, 2 if options.quick else 8

@@ -1,7 +1,8 @@
-"""Does pruning take the memory that `training_memory` and `part_memory` say it will?
+"""Does pruning take as much memory as `training_memory` and `part_memory` estimate?
 
-Each row trains gates on a CPU or, with `--parts`, ranks units, fits what is left, or recovers. Measured is the peak of
-what tensors hold, by torch's profiler. A process takes more, as libraries and its allocator need some.
+Each row trains gates on a CPU or, with `--parts`, ranks units, fits what is left, or recovers. The measured value is
+the peak of memory that tensors hold, by torch's profiler. A process takes more, because libraries and its allocator
+need some.
 
     python benchmarks/memory.py [--quick] [--json FILE]
     python benchmarks/memory.py --parts [--sizes 135M 500M …] [--only flap …] [--dtype bfloat16] [--quick] [--json FILE]
@@ -179,12 +180,12 @@ def compare_parts(sizes: Sequence[str], parts: Sequence[str], dtype: torch.dtype
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smaller shape alone")
+    parser.add_argument("--quick", action="store_true", help="the smaller shape only")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--parts", action="store_true", help="of pruning, instead of gates that learn")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["135M"], help="of the models of --parts")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="which parts")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights, for --parts")
+    parser.add_argument("--parts", action="store_true", help="measure the parts of pruning, instead of training gates")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["135M"], help="sizes of the models, for --parts")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the weights, for --parts")
     options = parser.parse_args()
     if options.parts:
         found = compare_parts(["tiny"] if options.quick else options.sizes, options.only, getattr(torch, options.dtype))

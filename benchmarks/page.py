@@ -1,4 +1,4 @@
-"""How large a run's page is and how long a browser takes to open it, with every one of 50,000 steps logged."""
+"""Measure the size of a run's page with all of 50,000 steps logged, and the time a browser takes to open it."""
 
 from __future__ import annotations
 

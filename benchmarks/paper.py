@@ -1,13 +1,13 @@
-"""The paper's experiments on a machine without a GPU: its curve, its ablation of the stabilisers, small from scratch.
+"""The paper's experiments without a GPU: its curve, its ablation of the stabilisers, and small models from scratch.
 
-A dense All-attention Transformer and a dense Transformer-XL of as many parameters are trained for each seed and kept.
-Each is then pruned at several λ as the paper does it, cut, and fine-tuned; the dense model is trained for as many
-steps on. What is measured of each is the perplexity of the test text a token, with the fewest parameters at which.
+For each seed, a dense All-attention Transformer and a dense Transformer-XL with as many parameters are trained and
+kept. Each is then pruned at several λ as in the paper, cut, and fine-tuned. The dense model is trained for as many more
+steps. The program measures each model's perplexity per token of the test text, and its parameters.
 
     python benchmarks/paper.py [--quick] [--data FILE] [--out DIR] [--figures DIR] [--seeds 0 1 2] [--l0 …] [--ways …]
 
-Every point is a file in DIR/points, so a sweep that was stopped goes on where it was; --table measures nothing and
-prints what is there. Points of other settings (shape, steps, text) are not mixed in.
+Every point is a file in DIR/points, so a stopped sweep continues where it was. --table measures nothing and prints the
+results so far. Points of other settings (shape, steps, text) are left out.
 """
 
 from __future__ import annotations
@@ -197,17 +197,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that it works")
     parser.add_argument("--data", default="stdlib", help="a text file, a directory, 'stdlib', or hf:NAME[:CONFIG]")
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="small")
-    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="where models and points are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder for models and points")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--l0", nargs="+", type=float, help="λ, of all curves")
+    parser.add_argument("--l0", nargs="+", type=float, help="λ of the points, for all curves")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     for name, value in vars(Budget()).items():
         what = "tokens measured" if name == "tokens" else f"steps of the phase {name}"
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{what} ({value})")
-    parser.add_argument("--jobs", type=int, help="processes: as many as cores, or one where there is a GPU")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
-    parser.add_argument("--figures", type=Path, help="draw to this folder")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core, or one with a GPU)")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the results so far")
+    parser.add_argument("--figures", type=Path, help="draw figures to this folder")
     options = parser.parse_args()
     console = Console()
     cores = os.cpu_count() or 1

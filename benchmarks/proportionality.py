@@ -1,9 +1,9 @@
-"""Does a Llama get as much faster as the FLOPs that were removed allow, with heads alone, blocks alone, or both?
+"""Does a Llama get as much faster as the removed FLOPs allow, with heads alone, blocks alone, or both cut?
 
-Cutting heads leaves the feed-forward layers, most of the cost, as they are; with blocks of their hidden units the cost
-of a whole layer falls. Times a Llama-like model with grouped queries, whole, dense and cut in turn within one run, and
-prints for each what share of parameters and FLOPs is left, the measured speedup, the speedup that the FLOPs allow, and
-their ratio, the efficiency.
+Cutting heads leaves the feed-forward layers, which are most of the cost. Cutting blocks of their hidden units lowers
+the cost of whole layers. The program times a whole Llama-like model with grouped queries, dense and cut, interleaved
+within one run. For each cut it prints the share of parameters and FLOPs left, the measured speedup, the speedup that
+the FLOPs allow, and their ratio, the efficiency.
 
     python benchmarks/proportionality.py [--quick] [--repeats N] [--json FILE]
 """
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few repetitions")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
     sizes = QUICK if args.quick else LLAMA
     model = build(sizes)

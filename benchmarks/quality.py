@@ -1,15 +1,15 @@
-"""Quality at equal size: learned gates against what people would pick instead, side by side.
+"""Quality at equal size: learned gates beside the methods that people would use instead.
 
-For each of three small language models (our All-attention Transformer, a GPT-2, a Llama with grouped queries), trained
-once on the Python standard library's source as bytes and kept, for each sparsity and seed: heads are chosen in every
-way there is, the model is cut, measured, fine-tuned and measured again. All methods spend the same number of
-steps after the dense training: gates learn in some of them, a one-shot criterion leaves all of them to the
-fine-tuning, a small model from scratch has those of the dense training too. Settings were chosen on the validation
-text; the figures are of the test text.
+Three small language models (our All-attention Transformer, a GPT-2, a Llama with grouped queries) are trained once on
+the source of the Python standard library as bytes, and kept. For each sparsity and seed, heads are chosen by every
+method, and the model is cut, measured, fine-tuned and measured again. All methods spend the same number of steps after
+the dense training: gates learn in some of them, and a one-shot criterion leaves all of them to fine-tuning. A small
+model from scratch has the steps of the dense training too. Settings were chosen on the validation text; the figures are
+of the test text.
 
     python benchmarks/quality.py [--quick] [--out DIR] [--figure FILE] [--models …] [--methods …] [--seeds 0 1 2]
 
-Every point is a file in DIR/points, so a sweep that was stopped goes on where it was; --table prints what is there.
+Every point is a file in DIR/points, so a stopped sweep continues where it was; --table prints the results so far.
 """
 
 from __future__ import annotations
@@ -236,15 +236,17 @@ def main() -> None:
     """Measure what is missing, print the table, draw what was asked for."""
     parser = argparse.ArgumentParser(description="Quality at equal size, by ways to choose heads.")
     parser.add_argument("--quick", action="store_true", help="a few steps of two methods, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="where models and points are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder for models and points")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
-    parser.add_argument("--split", choices=("test", "valid"), default="test", help="of the figures in the table")
-    parser.add_argument("--figure", type=Path, help="draw to this file (.png or .svg)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, with one thread each")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the results so far")
+    parser.add_argument(
+        "--split", choices=("test", "valid"), default="test", help="split of the text that the table reports"
+    )
+    parser.add_argument("--figure", type=Path, help="draw the figure to this file (.png or .svg)")
     options = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,11 +1,13 @@
-"""Cut and then quantised, as models are deployed: what is left of size, perplexity and speed at 8 and 4 bits.
+"""Size, perplexity and speed of models that are cut and then quantised to 8 and 4 bits, as in deployment.
 
-Every checkpoint is quantised by llm-compressor, rounded to nearest without calibration: W8A8 has weights of 8 bits, by
-row, and rounds what they multiply to 8 bits, token by token; W4A16 has weights of 4 bits, by groups of one row.
-Embeddings and the output layer stay as they are. Transformers makes plain numbers of the weights again when the model
-first runs, so its times tell of no quantisation; vLLM, where DEADHEAD_VLLM_PYTHON names a Python that has it, computes
-with the codes. "Allowed" is how many times as fast the bytes on disk would let a decoding step be as that of the first
-checkpoint: it reads each of them once, where embeddings and output layer are one.
+llm-compressor quantises every checkpoint, rounding to nearest without calibration. W8A8 has weights of 8 bits, by row,
+and rounds their inputs to 8 bits, token by token. W4A16 has weights of 4 bits, by groups of one row. Embeddings and the
+output layer stay as they are.
+
+Transformers turns the weights back into plain numbers when the model first runs, so its times show no effect of
+quantisation. vLLM computes with the codes; it is measured if DEADHEAD_VLLM_PYTHON names a Python that has it. "Allowed"
+is the speedup of a decoding step over that of the first checkpoint that the bytes on disk allow: a step reads each byte
+once, where embeddings and output layer are one.
 
     python benchmarks/quantised.py DENSE CUT … --text wikitext2-test.txt [--rows N] [--repeats N] [--threads N]
     python benchmarks/quantised.py --quick      # a tiny random model, dense and cut
@@ -187,9 +189,9 @@ def main() -> None:
     """Quantise, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="*", help="checkpoint folders, the dense one first")
-    parser.add_argument("--text", type=Path, help="text that perplexity is measured on")
-    parser.add_argument("--rows", type=int, default=24, help=f"of {LENGTH} tokens")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions that count")
+    parser.add_argument("--text", type=Path, help="text to measure perplexity on")
+    parser.add_argument("--rows", type=int, default=24, help=f"rows of {LENGTH} tokens")
+    parser.add_argument("--repeats", type=int, default=5, help="measured repetitions")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="a tiny random model")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Walk transformers' causal language models: which can be gated, cut, reloaded and generate, and why not the others.
+"""Find which of transformers' causal language models can be gated, cut, reloaded and generate, and why others cannot.
 
     python benchmarks/registry.py [TYPE …] [--quick] [--markdown docs/architectures.md]
 
-For every type a tiny random model is built; a random plan of heads, and of feed-forward blocks where it has any, that
-empties the first layer is cut; and four things are asked: does the gated model compute what the cut one does (whole,
-cached, left-padded), is the removal visible at all, does the saved model reload bit for bit, and does it generate the
-same tokens.
+For every type, the program builds a tiny random model and cuts it by a random plan of heads, and of feed-forward blocks
+if it has any, that empties the first layer. It checks that the gated model computes what the cut model does (whole,
+cached, left-padded), that the removal changes the outputs at all, that the saved model reloads bit for bit, and that it
+generates the same tokens.
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ def _markdown(outcomes: list[Outcome], counts: Counter[str]) -> str:
 def main() -> None:
     """Run the walk and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", help="model types; all of the registry by default")
+    parser.add_argument("types", nargs="*", help="model types (default: the whole registry)")
     parser.add_argument("--quick", action="store_true", help="a handful of types")
-    parser.add_argument("--seeds", type=int, default=1, help="random models and plans for each type")
+    parser.add_argument("--seeds", type=int, default=1, help="number of random models and plans for each type")
     parser.add_argument("--markdown", type=Path, help="write the table into this file, between its markers")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each type")
     args = parser.parse_args()

@@ -1,8 +1,9 @@
 """Is a pruned model faster where models are served? PyTorch, ONNX Runtime, OpenVINO and llama.cpp.
 
-A Llama-like model, dense and cut by a plan that leaves other numbers of heads and hidden units in each layer, or two
-models that are named, are exported for each runtime that is installed; then prefill and decoding of one text are timed,
-all of them in turn, on as many threads. "Allowed" is the ratio of their FLOPs, efficiency what of it was reached.
+The models are a dense Llama-like model and one that is cut by a plan with different numbers of heads and hidden units
+in each layer, or two models that you name. They are exported for each installed runtime. Then prefill and decoding of
+one text are timed, interleaved, with the same number of threads. "Allowed" is the ratio of their FLOPs; efficiency is
+the part of it that was reached.
 
     python benchmarks/runtimes.py [--quick] [--repeats N] [--threads N] [--models DENSE CUT] [--only RUNTIME …]
 """
@@ -112,11 +113,15 @@ def main() -> None:
     """Export, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few repetitions")
-    parser.add_argument("--repeats", type=int, default=None, help="repetitions that count (12; quick 2)")
+    parser.add_argument("--repeats", type=int, default=None, help="measured repetitions (12; quick 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--models", type=Path, nargs=2, metavar=("DENSE", "CUT"), help="folders or GGUF files")
+    parser.add_argument(
+        "--models", type=Path, nargs=2, metavar=("DENSE", "CUT"), help="two models: folders or GGUF files"
+    )
     parser.add_argument("--only", nargs="+", choices=RUNTIMES, default=RUNTIMES)
-    parser.add_argument("--types", nargs="+", choices=GGUF_TYPES, default=GGUF_TYPES, help="of llama.cpp's weights")
+    parser.add_argument(
+        "--types", nargs="+", choices=GGUF_TYPES, default=GGUF_TYPES, help="types of llama.cpp's weights"
+    )
     parser.add_argument("--length", type=int, default=None, help="tokens of the prompt (256; quick 16)")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()

@@ -1,10 +1,10 @@
-"""Is a change one that changes no number? Seeded runs of two revisions, compared bit for bit.
+"""Does a change leave all numbers the same? Compares seeded runs of two revisions bit for bit.
 
     python benchmarks/same_bits.py REVISION        # against the files of this checkout as they are now
 
 The same commands train, prune, cut and fine-tune small models of four architectures, by gates and by criteria, once
 with the code of each revision. Weights, gates, plans and every logged number must be the same. Both revisions must know
-the options used below; both run on the same libraries, in one thread.
+the options used below, and both run with the same libraries, in one thread.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Several processes against one: what is learned, what is sent, and on paper how far that goes.
+"""Compare training in several processes with one: what is learned and sent, and an estimate for many GPUs.
 
 Measured here, with gloo on a CPU: a small Llama trains gates on the source of Python's json package, with the same
 batch over 1, 2 and 4 processes. Bytes are counted in DDP's communication hook, which sees every gradient that is
-reduced, and in calls of all_reduce for all else: losses, heads' output differences (one step in ten), whether to stop.
-Times of more processes than cores say nothing of a cluster, and are shown as what they are.
+reduced, and in calls of all_reduce for everything else: losses, heads' output differences (one step in ten), and the
+decision to stop. Times of more processes than cores say nothing about a cluster, and are marked as such.
 
-On paper: a ring sends 2 (N - 1) / N times the gradients' bytes through each GPU's link. Within a node that is NVLink,
-between nodes the GPUs' share of the network; the slower of the two holds. Efficiency is compute / (compute + sending),
-with nothing of the sending hidden behind the backward pass, so it is a floor, if the assumed rates hold.
+Estimated: a ring sends 2 (N - 1) / N times the gradients' bytes through each GPU's link. Within a node that is NVLink,
+and between nodes the GPUs' share of the network; the slower of the two counts. Efficiency is compute / (compute +
+sending), with no sending hidden behind the backward pass, so it is a lower bound if the assumed rates hold.
 
     python benchmarks/scaling.py [--quick] [--json FILE]
 """
@@ -202,12 +202,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps, and 1 and 2 processes only")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--nodes", type=int, default=8, help="machines (8)")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each (8)")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step for each GPU (16384)")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each machine (8)")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens a step for each GPU (16384)")
     parser.add_argument("--tflops", type=float, default=400, help="TFLOP/s that a GPU reaches (400: an H100, bfloat16)")
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s of a GPU within its node (450)")
     parser.add_argument("--network", type=float, default=400, help="Gbit/s between nodes for each GPU (400)")
-    parser.add_argument("--bytes", type=int, default=4, help="of a gradient as it is sent (4: float32)")
+    parser.add_argument("--bytes", type=int, default=4, help="bytes of a gradient when it is sent (4: float32)")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

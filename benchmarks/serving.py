@@ -1,8 +1,9 @@
-"""Is a pruned model faster where many are served at once? vLLM, with the checkpoint as it lies.
+"""Is a pruned model faster in vLLM, which serves many texts at once, with the checkpoint as it is on disk?
 
-The models of `runtimes.py`, dense and cut, or two that are named. vLLM runs the dense one by code of its own, and by
-transformers' as it runs the cut one; the former is what people have, the latter says what the way costs. A batch of
-prompts is read, and a batch of short prompts is continued; each model in turn, in one process after another.
+The models are those of `runtimes.py`, dense and cut, or two that you name. vLLM runs the dense model by its own code,
+and by transformers' code as it runs the cut one. The first is what people use; the second shows the cost of that route.
+vLLM reads a batch of prompts, and continues a batch of short prompts. The models run in turn, one process after
+another.
 
     python benchmarks/serving.py [--quick] [--rounds N] [--models DENSE CUT] [--python .venv-vllm/bin/python]
 """
@@ -59,10 +60,10 @@ def main() -> None:
     """Save, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few repetitions")
-    parser.add_argument("--rounds", type=int, default=None, help="processes, all models in each (3; quick 1)")
-    parser.add_argument("--models", type=Path, nargs=2, metavar=("DENSE", "CUT"), help="checkpoint folders")
-    parser.add_argument("--python", type=Path, default=None, help="of an environment with vLLM")
-    parser.add_argument("--batch", type=int, default=8, help="texts at once")
+    parser.add_argument("--rounds", type=int, default=None, help="number of rounds; each runs every model (3; quick 1)")
+    parser.add_argument("--models", type=Path, nargs=2, metavar=("DENSE", "CUT"), help="two checkpoint folders")
+    parser.add_argument("--python", type=Path, default=None, help="Python of an environment with vLLM")
+    parser.add_argument("--batch", type=int, default=8, help="texts served at once")
     args = parser.parse_args()
     console = Console(width=110)
     python = vllm.find_python(args.python)

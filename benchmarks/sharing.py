@@ -1,8 +1,8 @@
-"""The time that it takes to rank units, and to compensate, with one process and with two that share the text out.
+"""How long do ranking and compensation take with one process, and with two that share the text?
 
-A small Llama of random weights, random tokens, one thread for each process, gloo. Where two processes have no two cores
-to themselves, wall-clock time says little; the CPU time of each process says what it had to do. The floor is a
-criterion that reads no text: two processes gain nothing there.
+A small Llama with random weights reads random tokens, with one thread for each process and gloo. If two processes do
+not have two cores to themselves, wall-clock time says little; the CPU time of each process shows its work. The floor is
+a criterion that reads no text: two processes gain nothing there.
 
     python benchmarks/sharing.py [--quick] [--json FILE]
 """

@@ -1,7 +1,7 @@
-"""How long until a command answers, and how much of it is torch and transformers?
+"""How long does a command take to answer, and how much of that is torch and transformers?
 
-Starts each command as a process of its own, in turn within one run. The floors are processes that do nothing, and that
-import torch and the part of transformers that models are made of, and then stop as the command line does.
+Starts each command in a process of its own, interleaved within one run. The floors are a process that does nothing, and
+processes that import torch and the part of transformers that models need, and then end as the command line does.
 
     python benchmarks/startup.py [--quick] [--json FILE]
 """

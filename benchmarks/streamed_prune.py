@@ -1,13 +1,13 @@
-"""Is a checkpoint larger than memory pruned in little memory, and how near to what has to be computed?
+"""Is a checkpoint larger than memory pruned in little memory, and how near to the time of the necessary computation?
 
-Writes a Llama of random bfloat16 weights in shards (7 billion parameters, 13.5 GB; `--layers` fewer of its layers), and
-prunes it layer by layer to 80 % of its blocks' parameters, on random tokens, in a process of its own of which the peak
-is measured. The floor is what has to be computed over this machine's speed in one large product of that precision, and
-what has to be read and written at the speed of a copy:
+Writes a Llama of random bfloat16 weights in shards (7 billion parameters, 13.5 GB; `--layers` writes fewer of its
+layers). Prunes it layer by layer to 80 % of its blocks' parameters, on random tokens, in a process of its own, and
+measures the peak of that process. The floor is the necessary computation at this machine's speed in one large product
+of that precision, and the necessary reading and writing at the speed of a copy:
 
 - for the scores, the forward pass of the text;
-- for compensation, that pass again, the cut model's, the moments of what output projections read and should give, each
-  pair once, and their solutions.
+- for compensation, that pass again, the cut model's pass, the moments of what output projections read and should give,
+  each pair once, and the solutions.
 
     python benchmarks/streamed_prune.py [--layers N] [--tokens N] [--criteria flap …] [--compensate] [--folder DIR]
 """
@@ -160,11 +160,11 @@ def main() -> None:
         prune(Path(source), Path(out), criterion, int(tokens), compensate=bool(int(compensate)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, help="of the 32")
+    parser.add_argument("--layers", type=int, help="layers to write, of the 32")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--criteria", nargs="+", default=["flap"])
-    parser.add_argument("--compensate", action="store_true", help="also with compensation")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
+    parser.add_argument("--compensate", action="store_true", help="also compensate")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoint")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="a checkpoint of 0.2 GB and 1,024 tokens")
     options = parser.parse_args()

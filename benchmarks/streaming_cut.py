@@ -1,20 +1,18 @@
-"""Is a checkpoint larger than memory cut in little memory, near the speed of copying it, and after kills as without?
+"""Is a checkpoint larger than memory cut in little memory, nearly as fast as a copy, and the same after kills?
 
-Writes a Llama of random bfloat16 weights in shards (7 billion parameters, 13.5 GB), and by a random plan
-cuts it with `deadhead cut`, in a process whose data may take 2 GiB. In turn with that the checkpoint is
-copied on the same disk, by `cp`. Both begin with nothing of the source in the page cache, and end when all is on the
-disk.
-Then:
+Writes a Llama of random bfloat16 weights in shards (7 billion parameters, 13.5 GB). Cuts it by a random plan with
+`deadhead cut`, in a process whose data may take 2 GiB. In turn with that, `cp` copies the checkpoint on the same disk.
+Both begin with nothing of the source in the page cache, and end when everything is on the disk. Then:
 
 - every new file is hashed and compared with SHA256SUMS;
-- every new tensor is compared with the rows and columns of the source's that the plan keeps, read by safetensors;
-- the cut is killed by SIGKILL at random moments, resumed, and the hashes are compared.
+- every new tensor is compared with the rows and columns of the source that the plan keeps, read by safetensors;
+- the cut is killed by SIGKILL at random moments and resumed, and the hashes are compared.
 
-Last it prints what the same would read, write and hold for the shape of a Llama of 70 billion parameters.
+Finally it prints what the same would read, write and hold for the shape of a Llama of 70 billion parameters.
 
     python benchmarks/streaming_cut.py [--repeats N] [--kills N] [--folder DIR] [--seed N] [--json FILE] [--quick]
 
-Three times the checkpoint's size must be free in the folder, by default that for temporary files.
+The folder needs free space for three times the checkpoint's size. By default it is the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -180,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="a checkpoint of 0.2 GB")

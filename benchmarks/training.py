@@ -1,13 +1,13 @@
 """How near is a training step of All-attention layers to the time of its matrix products, and what do gates cost?
 
-Three tables, each measured in turn within one run, as ratios of medians:
+Three tables, each measured interleaved within one run, as ratios of medians:
 
 1. forward and backward of a stack of layers with the paper's dropouts: ours, a textbook implementation of the same
-   layers, and the floor (the products of forward and backward, in memory that is there already), with the peak memory
-   of a fresh process, and the gradients' largest difference without dropout;
+   layers, and the floor (the products of forward and backward, into memory that is already allocated), with the peak
+   memory of a fresh process, and the largest difference of gradients without dropout;
 2. a whole step of the language model with the optimizer: without gates, with all gates open, with a share of the gates
    settled shut (their heads are skipped), and with the same heads cut;
-3. the same in bfloat16 (autocast, as the Trainer does it).
+3. the same in bfloat16 (autocast, as in the Trainer).
 
     python benchmarks/training.py [--quick] [--json FILE]
 """

@@ -1,11 +1,11 @@
-"""Which units go of a real language model: by rankings, and by gates and sizes that `benchmarks/llm.py` has learned.
+"""Show which units of a real language model go: by rankings, and by gates and sizes of `benchmarks/llm.py`.
 
     python benchmarks/which_units.py --valid wikitext2-valid.txt [--share 0.8] [--picture docs/llm_units.png]
 
-It prints Markdown: for each pair of a method and a criterion, the chance that a unit that stayed scores above one that
-went (0.5 if they have nothing to do with each other, 1 if they choose alike); and of the key/value groups with the
-strongest induction heads (a head's mean attention from a random token that was read before to the one behind its first
-place), how many stayed. The picture shows what each method leaves of each layer.
+It prints Markdown. For each pair of a method and a criterion, it prints the chance that a unit that stayed scores above
+a unit that went: 0.5 if the two are unrelated, 1 if they choose alike. Of the KV groups with the strongest induction
+heads, it prints how many stayed. The strength of a head is its mean attention from a random token that occurred before
+to the token after its first occurrence. The picture shows what each method leaves of each layer.
 """
 
 from __future__ import annotations
@@ -161,11 +161,13 @@ def draw(plans: Mapping[str, HeadPlan], path: Path, share: float) -> None:
 
 def main() -> None:
     """Print the tables, and draw the picture if asked."""
-    parser = argparse.ArgumentParser(description="Which units of a real language model go.")
-    parser.add_argument("--out", type=Path, default=Path("runs/llm"), help="where benchmarks/llm.py kept its points")
+    parser = argparse.ArgumentParser(description="Show which units of a real language model go.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/llm"), help="folder in which benchmarks/llm.py kept its points"
+    )
     parser.add_argument("--valid", type=Path, required=True, help="text that criteria read")
-    parser.add_argument("--share", type=float, default=0.8, help="of the blocks' parameters that is left")
-    parser.add_argument("--picture", type=Path, help="where to draw what is left of each layer")
+    parser.add_argument("--share", type=float, default=0.8, help="share of the blocks' parameters left")
+    parser.add_argument("--picture", type=Path, help="draw what is left of each layer to this file")
     options = parser.parse_args()
     folder = prepared(None, options.out)
     model, rows = deadhead.load(folder), rows_of(options.valid, folder, 0, ROWS)
