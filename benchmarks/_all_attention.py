@@ -132,7 +132,7 @@ class TextbookLayer(nn.Module):
 
 
 class Floor:
-    """The matrix products of a stack of layers, in memory that is there already, and nothing else.
+    """The matrix products of a stack of layers, into memory that is already allocated, and nothing else.
 
     Args:
         shape: the stack.
@@ -196,7 +196,7 @@ class Floor:
 class Softmax:
     """The softmax over as many scores as a stack of layers has, in a buffer that stays in the cache, and nothing else.
 
-    It is no product, so the floor leaves it out, but no implementation can.
+    It is not a product, so the floor leaves it out, but no implementation can.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
@@ -214,14 +214,14 @@ class Softmax:
 def medians(
     runs: Mapping[str, Callable[[], Any]], repeats: int, prepare: Mapping[str, Callable[[], Any]] | None = None
 ) -> dict[str, float]:
-    """Return the median seconds of each, all run in turn and each time in another order.
+    """Return the median seconds of each run. All runs are interleaved, each time in another order.
 
-    So noise hits all of them alike, and so does what the one before leaves in caches and in the heap.
+    Noise then affects all of them alike, and so does what the previous run leaves in caches and in the heap.
 
     Args:
         runs: what is timed.
-        repeats: how often, after a first time that does not count.
-        prepare: what comes before each time, untimed.
+        repeats: number of measured repetitions, after one that is not counted.
+        prepare: called before each repetition, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     draw = random.Random(0)
@@ -237,13 +237,13 @@ def medians(
 
 
 def peak_megabytes(function: Callable[..., Any], *arguments: Any) -> float:
-    """Return how far the memory of a fresh process rises while it runs a function."""
+    """Return the growth of a fresh process's memory while it runs a function."""
     rise: float = in_fresh_process(_rise, function, arguments)
     return rise
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a process that has done nothing before, whose memory is its own."""
+    """Run a function in a fresh process, whose memory is its own, and return its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -255,7 +255,7 @@ def _rise(function: Callable[..., Any], arguments: Sequence[Any]) -> float:
 
 
 def status(field: str) -> int:
-    """Return a number of kilobytes that Linux tells of this process, such as VmHWM."""
+    """Return a number of kilobytes that Linux reports for this process, such as VmHWM."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -268,7 +268,7 @@ def no_gradients() -> Iterator[None]:
 
 
 def machine() -> str:
-    """Say what this was measured on."""
+    """Describe this machine."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -12,6 +12,6 @@ MISSING = "There is no Chromium here; on Debian `make browser` installs it."
 
 
 def launch_options() -> dict[str, Any] | None:
-    """Return what Playwright is to launch Chromium with, or None if there is none here."""
+    """Return Playwright's options for launching Chromium, or None if Chromium is not installed."""
     found = next((path for name in _NAMES if (path := shutil.which(name))), None)
     return None if found is None else {"executable_path": found, "args": _ARGUMENTS}

@@ -60,12 +60,12 @@ _SLOW = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A file that is damaged, and the reader that meets it.
+    """A file to damage, and the function that reads it.
 
     Args:
         name: of the kind of file.
-        path: of the file; what it holds at first is good.
-        read: reads it and looks at what came of it.
+        path: of the file, which is valid at first.
+        read: reads the file and checks the result.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Target:
 
 
 def targets(place: Path) -> Iterator[Target]:
-    """Write good files into a folder, and yield how they are read."""
+    """Write valid files into a folder, and yield a target for each."""
     recipe = place / "recipe.toml"
     recipe.write_text(to_toml(Recipe()))
     yield Target(name="recipe", path=recipe, read=lambda: to_toml(load_recipe(recipe)))
@@ -188,7 +188,7 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def _changed_value(value: Any, draw: random.Random) -> Any:
-    """Return a JSON value in which one that is somewhere inside is another, is gone or stands there twice."""
+    """Return a copy of a JSON value in which one inner value is changed, removed or doubled."""
     places = list(_places(value))
     if not places:
         return draw.choice(_ODD)
@@ -216,11 +216,11 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 @dataclass
 class Outcome:
-    """What came of damaging one file again and again.
+    """The results of damaging one file repeatedly.
 
     Args:
-        read: files that were read all the same.
-        refused: those that gave a sentence.
+        read: number of damaged files that were still read.
+        refused: number of files that gave a sentence.
         faults: what was neither, as text, with the bytes; nothing is among them that took long for no reason.
         slowest: seconds of the slowest.
     """

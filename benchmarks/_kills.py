@@ -94,16 +94,16 @@ def attempt(
     fill: Path | None = None,
     count_in: Path | None = None,
 ) -> int:
-    """Begin a run, or go on with it, in a child process; return its exit code, negative for a signal.
+    """Start or resume a run in a child process; return its exit code, which is negative for a signal.
 
     Args:
         recipe: the run's.
         folder: of the run.
-        at_change: the signal comes before so many changes to files below `folder` were made.
-        after: the signal comes after so many seconds.
+        at_change: number of the change to files below `folder` before which the signal is sent.
+        after: seconds after which the signal is sent.
         number: the signal.
-        fill: with `at_change`, no signal comes, but this file grows until its disk is full.
-        count_in: gets the number of changes, if the run comes to its end.
+        fill: with `at_change`, no signal is sent; instead this file grows until its disk is full.
+        count_in: receives the number of changes, if the run ends normally.
     """
     process = os.fork()
     if process == 0:
@@ -157,7 +157,7 @@ def _run(
 def before_changes(folder: Path, act: Callable[[int], None]) -> None:
     """From now on, call `act` before each change that this process makes to files below `folder`, with its number.
 
-    There is no way back, so it is for child processes.
+    This cannot be undone, so call it only in child processes.
     """
     changes, root = 0, str(folder)
 
@@ -189,7 +189,7 @@ def fill_disk(path: Path) -> None:
 
 @contextmanager
 def small_disk(folder: Path, *, megabytes: int = 16) -> Iterator[Path | None]:
-    """Yield `folder` with a file system of its own in memory; None where such cannot be mounted."""
+    """Yield `folder` with its own file system in memory, or None if none can be mounted."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
@@ -202,7 +202,7 @@ def small_disk(folder: Path, *, megabytes: int = 16) -> Iterator[Path | None]:
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
-    """Return what of a run differs from that of another, timing aside: files, tensors, lines, numbers."""
+    """Return the differences between two runs, except for times: files, tensors, lines, numbers."""
     found = []
     files, expected = (
         {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} for run in (folder, whole)

@@ -42,7 +42,7 @@ def perplexity(losses: Sequence[float]) -> float:
 
 
 def difference(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Return how far the losses of the same rows are below others, in the mean, and the standard error of that."""
+    """Return by how much losses are below others of the same rows, as mean and standard error."""
     apart = [other - own for own, other in zip(losses, others, strict=True)]
     return mean(apart), stdev(apart) / math.sqrt(len(apart))
 
@@ -50,7 +50,7 @@ def difference(losses: Sequence[float], others: Sequence[float]) -> tuple[float,
 def blimp(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, paradigms: Sequence[Path], pairs: int
 ) -> dict[str, float]:
-    """Return the share of so many pairs of each paradigm, a file of BLiMP, that a model is right about, by its name."""
+    """Return by paradigm (a file of BLiMP) the share of its first `pairs` pairs that a model gets right."""
     with TemporaryDirectory() as folder:
         for path in paradigms:
             task = _PAIRS.format(name=path.stem, data=path.resolve())

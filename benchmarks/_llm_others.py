@@ -55,7 +55,7 @@ def flap(model: PreTrainedModel, batches: Batches, share: float) -> PreTrainedMo
 
 
 def flap_grail(model: PreTrainedModel, batches: Batches, share: float) -> PreTrainedModel:
-    """FLAP's choice with GRAIL's least squares (Tang, Wang, Thiele, Saukh 2026, arXiv 2602.23795) in the bias's place.
+    """FLAP's choice with GRAIL's least squares (Tang, Wang, Thiele, Saukh 2026, arXiv 2602.23795) instead of a bias.
 
     Kept: from layer to layer, on what the pruned and mended layers before it give, the inputs X of each output
     projection with all its units there are rebuilt from those that stay, S, by ridge regression over all tokens alike:
@@ -154,7 +154,7 @@ def torch_pruning(model: PreTrainedModel, batches: Batches, share: float) -> Pre
 def whole_layers(model: PreTrainedModel, batches: Batches, share: float) -> PreTrainedModel:
     """ShortGPT (Men et al. 2024, arXiv 2403.03853): whole layers with the least block influence go.
 
-    Kept: a layer's influence is the mean over tokens of 1 − cos(h before it, h behind it), in the dense model.
+    Kept: a layer's influence is the mean over tokens of 1 − cos(h before it, h after it), in the dense model.
     Adapted: as many layers as are nearest to the share; what is left of one is its norms, which nothing reads.
     """
     influence = _influence(model, batches)
@@ -175,7 +175,7 @@ SHIPPED: dict[str, Callable[[PreTrainedModel, Batches, float], PreTrainedModel]]
 
 
 class _Sums(Protocol):
-    """What is gathered of the inputs of an output projection."""
+    """Sums over the inputs of an output projection."""
 
     def add(self, rows_Rn: Tensor) -> None:
         """Add some tokens' inputs."""
@@ -256,7 +256,7 @@ def _lost(site: Site, plan: HeadPlan, moments: _Moments) -> Tensor:
 
 @torch.no_grad()
 def _rebuild(site: Site, kept: tuple[int, ...], products_nn: Tensor) -> None:
-    """Let a projection, with 0 for the inputs of all but some units, give what is nearest to what it gave."""
+    """Fit a projection that reads only some units (0 for the others) to its former outputs."""
     columns_Dn = head_columns(site.output)
     rows = site.rows(kept)
     within = products_nn[rows][:, rows]
@@ -279,7 +279,7 @@ def _coupled(site: Site) -> Tensor:
 
 @torch.no_grad()
 def _influence(model: PreTrainedModel, batches: Batches) -> Tensor:
-    """Return of each layer the mean over tokens of 1 − cos(h before it, h behind it)."""
+    """Return for each layer the mean over tokens of 1 − cos(h before it, h after it)."""
     stream = _stream(model, batches)
     found = []
     for index in range(len(stream.layers)):
@@ -307,7 +307,7 @@ def _gradients(model: PreTrainedModel, batches: Batches) -> Iterator[None]:
 def _in_turn(
     model: PreTrainedModel, sites: Sequence[Site], batches: Batches, sums: Callable[[int], S]
 ) -> Iterator[list[tuple[Site, S]]]:
-    """Yield layer by layer its sites, and what is gathered of them on what the layers before it give by then."""
+    """Yield for each layer its sites with their sums, gathered on the outputs of the pruned layers before it."""
     stream = _stream(model, batches)
     for index, layer in enumerate(stream.layers):
         here = [site for site in sites if site.layer == index]
@@ -333,7 +333,7 @@ def _stream(model: PreTrainedModel, batches: Batches) -> Stream:
 
 @contextmanager
 def _watching(sites: Sequence[Site], found: Mapping[UnitKey, S]) -> Iterator[None]:
-    """Add what output projections read, while the block runs, to their sums."""
+    """While the block runs, add what output projections read to their sums."""
 
     def add(sums: S, module: nn.Module, args: tuple[Any, ...]) -> None:
         sums.add(args[0].flatten(0, -2))
@@ -368,7 +368,7 @@ def _plan(model: PreTrainedModel, kept: Mapping[UnitKey, Sequence[int]]) -> Head
 
 
 def _fewest(model: PreTrainedModel, share: float, plan: Callable[[int], HeadPlan]) -> int:
-    """Return the least number whose plan leaves no more than a share of the blocks' parameters."""
+    """Return the smallest number whose plan leaves at most a share of the blocks' parameters."""
     limit = share * cost_of_kind(model_cost(model), "params", "blocks")
     most = max(len(site.units) for site in _sites(model))
     low, high = 0, most + 1
@@ -384,7 +384,7 @@ def _fewest(model: PreTrainedModel, share: float, plan: Callable[[int], HeadPlan
 
 
 def _best(scores_H: Tensor, gone: int) -> tuple[int, ...]:
-    """Return the units that stay when so many with the lowest scores go."""
+    """Return the units that stay when the `gone` units with the lowest scores go."""
     return tuple(sorted(scores_H.argsort(stable=True)[gone:].tolist()))
 
 

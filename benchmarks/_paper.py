@@ -62,10 +62,10 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way to come to a model of some size.
+    """A way to make a model of some size.
 
     Args:
-        kind: "dense" trains the dense model for as many steps as all others in all; "pruned" trains gates on it, cuts
+        kind: "dense" trains the dense model for as many steps as the others in total; "pruned" trains gates on it, cuts
             and fine-tunes; "scratch" trains a model with fewer heads from the beginning.
         options: fields of `PruneRecipe` that differ from the paper's.
         what: what it is, in a few words, for the tables.
@@ -171,7 +171,7 @@ def train_dense(
 
 
 def prune_recipe(shape: Shape, budget: Budget, way: Way, l0: float) -> PruneRecipe:
-    """Return the gates' phase as the paper has it, but for what `way` changes.
+    """Return the gates' phase as in the paper, except for what `way` changes.
 
     Gates learn in the model's Adam, ten times as fast; λ rises over the first quarter of the phase.
     """
@@ -200,7 +200,7 @@ def measure_point(
 ) -> dict[str, Any]:
     """Make a model in one way and measure it.
 
-    `amount` is λ, or the number of heads a layer of a model from scratch; it is of no account to the dense one.
+    `amount` is λ, or the number of heads a layer of a model from scratch; the dense model ignores it.
 
     Returns:
         `heads` a layer, `sparsity`, `parameters` without embeddings, perplexities of the test text a token `gated`
@@ -251,7 +251,7 @@ def _perplexity(model: PreTrainedModel, text: TokenizedCorpus, budget: Budget) -
 
 
 def settings(shape: Shape, budget: Budget, way: Way) -> dict[str, Any]:
-    """Return what a point depends on beside its name; one of other settings is measured anew."""
+    """Return what a point depends on besides its name. A point with other settings is measured again."""
     return {
         "version": _VERSION,
         "shape": asdict(shape),
@@ -262,5 +262,5 @@ def settings(shape: Shape, budget: Budget, way: Way) -> dict[str, Any]:
 
 
 def dense_settings(shape: Shape, budget: Budget, sha256: str) -> dict[str, Any]:
-    """Return what a dense model depends on beside its architecture and seed."""
+    """Return what a dense model depends on besides its architecture and seed."""
     return {"version": _VERSION, "shape": asdict(shape), "steps": budget.dense, "text": sha256}

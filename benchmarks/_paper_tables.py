@@ -23,10 +23,10 @@ def select(found: Points, architecture: str, way: str) -> list[dict[str, Any]]:
 
 
 def interpolated(found: Points, architecture: str, seed: int, key: str, at: float, way: str = "paper") -> float | None:
-    """Return the perplexity that a seed's curve of pruned models, its dense one included, has at `key` = `at`.
+    """Return the perplexity at `key` = `at` on a seed's curve of pruned models and its dense model.
 
-    Between two points the logarithm of the perplexity is taken for linear; beyond the curve's ends there is none. A
-    pruned model that lost no head stands aside for the dense one.
+    The logarithm of the perplexity is linear between two points; beyond the ends of the curve there is no value. The
+    dense model replaces a pruned model that lost no head.
     """
     pruned = [p for p in select(found, architecture, way) if p["sparsity"] > 0]
     here = [p for p in (*select(found, architecture, "dense"), *pruned) if p["seed"] == seed]
@@ -43,7 +43,7 @@ def seeds(found: Points) -> list[int]:
 
 
 def spread(values: Iterable[float | None], form: str = ".3f") -> str:
-    """Write mean and standard deviation of the values that are there, and how many if not three."""
+    """Write the mean and standard deviation of the values that exist, and their number if it is not three."""
     here = [value for value in values if value is not None]
     if not here:
         return "–"
@@ -61,7 +61,7 @@ def _above(value: float | None, reference: float | None) -> float | None:
 
 
 def curve_table(found: Points) -> str:
-    """By architecture and λ: how many heads go, what is left, what it costs."""
+    """By architecture and λ: heads removed, parameters left, perplexities."""
     lines = [
         "| | λ | heads gone, % | parameters, thousand | gates closed | fine-tuned | above dense, % |",
         "|---|---|---|---|---|---|---|",
@@ -129,7 +129,7 @@ def equal_quality(found: Points) -> str:
 
 
 def ablation_table(found: Points) -> str:
-    """By way to prune and λ: sparsity, perplexity, and how far it lies above the paper's way at the same sparsity."""
+    """By way to prune and λ: sparsity, perplexity, and its excess over the paper's way at the same sparsity."""
     lines = [
         "| gates | λ | heads gone, % | gates closed | fine-tuned | against all three, at equal sparsity, % |",
         "|---|---|---|---|---|---|",
@@ -174,7 +174,7 @@ def scratch_table(found: Points) -> str:
 
 
 def same_function(found: Points) -> str:
-    """How far the cut moved the perplexity, at most: models with closed gates and cut models compute the same."""
+    """The largest change of perplexity by a cut: models with closed gates and cut models compute the same."""
     differences = [abs(p["cut"] / p["gated"] - 1) for p in found if p["cut"] is not None]
     if not differences:
         return "No model was cut yet."

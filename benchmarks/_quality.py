@@ -30,9 +30,9 @@ class Budget:
 
     Args:
         dense: steps of the dense model before anything is pruned.
-        after: steps from there to the end, whatever a method does with them.
-        gates: of these, steps in which gates learn, for methods that have any.
-        looked_at: batches that one-shot criteria look at.
+        after: steps from there to the end, which a method uses in its own way.
+        gates: of these, steps in which gates learn, for methods with gates.
+        looked_at: batches that one-shot criteria read.
         tokens: of each split that is measured.
     """
 
@@ -54,7 +54,7 @@ class Method:
         distill: weight of the dense model's distribution in the loss, while gates learn and in the fine-tuning.
         compensate: whether output projections are fitted to the dense model right after the cut.
         options: further fields of `PruneRecipe`.
-        rank: a sweep that is cut short has the methods of the lowest rank first.
+        rank: a sweep measures methods of lower rank first.
     """
 
     kind: Kind
@@ -295,6 +295,6 @@ def _heads(model: PreTrainedModel) -> list[int]:
 
 
 def settings(budget: Budget, method: Method) -> dict[str, Any]:
-    """Return what a point depends on beside its name; one of other settings is measured anew."""
+    """Return what a point depends on besides its name. A point with other settings is measured again."""
     how = {name: value for name, value in asdict(method).items() if name != "rank"}
     return {"version": _VERSION, "budget": asdict(budget), "how": how}

@@ -30,10 +30,10 @@ def run_all(
     threads: int = 1,
     calls_each: int | None = None,
 ) -> None:
-    """Call `function` with each of `calls` in `jobs` processes, in order, and say how far it is.
+    """Call `function` with each of `calls` in `jobs` processes, in order, and show progress.
 
-    A process a core is best where the models gain little from two; with one job `threads` may be more. `calls_each` is
-    how many calls a process serves before another takes its place; 1 lets each see its own peak of memory.
+    One process per core is best if models gain little from two cores. With one job, `threads` may be more. `calls_each`
+    is the number of calls that a process serves before it is replaced; with 1, each call sees its own peak of memory.
     """
     if not calls:
         return

@@ -133,7 +133,7 @@ def _tiny(kind: type[PreTrainedConfig], exceptions: dict[str, Any]) -> PreTraine
 
 
 def _few(values: list[Any], layers: int) -> list[Any]:
-    """Return one entry of each kind there is, then the commonest of attention, as many as there are layers."""
+    """Return one entry of each kind, followed by the most common attention kind, one entry for each layer."""
     kinds = list(dict.fromkeys(str(value) for value in values))
     picked = [next(value for value in values if str(value) == kind) for kind in kinds][:layers]
     while len(picked) < layers:
@@ -142,7 +142,7 @@ def _few(values: list[Any], layers: int) -> list[Any]:
 
 
 def scramble(model: nn.Module, seed: int) -> None:
-    """Give every parameter random values, biases, norms and sinks included, so that none can be wrong unseen."""
+    """Give every parameter random values, biases, norms and sinks included, so that a mistake in any of them shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -92,7 +92,7 @@ def exports(model: PreTrainedModel, folder: Path, *, traced: bool) -> Iterator[t
 
 
 def outcome(kind: str, form: str) -> str:
-    """Return what became of a tiny model of a type, cut by a random plan: "works", or why not."""
+    """Cut a tiny model of a type by a random plan, and return "works" or the reason why not."""
     try:
         model = tiny_model(kind)
         gates = deadhead.attach(model)
@@ -110,7 +110,7 @@ def outcome(kind: str, form: str) -> str:
 
 
 def try_types(form: str, kinds: list[str]) -> None:
-    """Print every type and its outcome, and how many have which."""
+    """Print every type with its outcome, and the number of types for each outcome."""
     # Some types build models of many gigabytes, whatever sizes they are given.
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     counts: Counter[str] = Counter()

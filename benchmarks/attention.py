@@ -64,7 +64,7 @@ class Evaluation:
 
     @torch.inference_mode()
     def ours(self) -> Tensor:
-        """Return what our layers make of the segment."""
+        """Return the outputs of our layers for the segment."""
         hidden = self.hidden
         for layer in self.layers:
             hidden, _ = layer(hidden, None, self.positions, None, past_key_values=self.cache)
@@ -72,7 +72,7 @@ class Evaluation:
 
     @torch.inference_mode()
     def plainly(self) -> Tensor:
-        """Return what the textbook's make of it."""
+        """Return the outputs of the textbook's layers."""
         hidden = self.hidden
         for layer, memory in zip(self.textbook, self.memories, strict=True):
             hidden = layer(hidden, memory, self.positions)

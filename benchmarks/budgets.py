@@ -107,7 +107,7 @@ def _text(out: Path) -> tuple[TokenizedCorpus, int]:
 
 
 def train_dense(name: str, steps: Steps, out: Path) -> None:
-    """Train a dense model and keep it, with its perplexity after as many further steps as pruned ones have."""
+    """Train and keep a dense model, and record its perplexity after as many more steps as pruned models take."""
     text, vocab_size = _text(out)
     model = fresh(name, vocab_size)
     rate = 2e-3 if name == "all-attention" else 1e-3
@@ -206,7 +206,7 @@ def _is_measured(path: Path, steps: Steps) -> bool:
 
 
 def sweep(models: Sequence[str], budgets: Sequence[str], steps: Steps, out: Path, jobs: int, console: Console) -> None:
-    """Train the dense models that are missing, then measure the points that are; those that are timed last, alone."""
+    """Train the missing dense models, then measure the missing points; timed points come last, one at a time."""
     (out / "points").mkdir(parents=True, exist_ok=True)
     _text(out)
     dense = [(name, steps, out) for name in models if not (out / f"dense-{name}.json").exists()]
@@ -223,7 +223,7 @@ def sweep(models: Sequence[str], budgets: Sequence[str], steps: Steps, out: Path
 
 
 def table(out: Path) -> str:
-    """Return Markdown: by model and budget, asked, reached, what is left, and the perplexity against the dense one."""
+    """Return Markdown: by model and budget, what was asked, reached and left, and perplexity against dense."""
     points = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "points").glob("*.json"))]
     lines = []
     for name in MODELS:
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument(
         "--layers",
         action="store_true",
-        help="compare heads alone, blocks alone and both at equal FLOPs, for gpt2 and llama",
+        help="measure heads alone and both, at equal FLOPs, for gpt2 and llama",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, with one thread each")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the results so far")

@@ -34,7 +34,7 @@ _QUICK = (
 
 
 def run(program: str, *arguments: str | Path) -> None:
-    """Print a command and run it, deadhead or a file with a program; leave with its exit code if it fails."""
+    """Print and run a command of deadhead or a Python file; exit with its exit code if it fails."""
     words = [program, *map(str, arguments)]
     python = [sys.executable, *(["-m"] if program == "deadhead" else [])]
     print(f"\n$ {shlex.join(words if program == 'deadhead' else ['python', *words])}", flush=True)

@@ -62,7 +62,7 @@ class Floor:
 
 
 class Gated:
-    """The same, and the gates' gradients of the distance from the dense model; a share of the gates is shut."""
+    """The same, with gradients of the gates for the distance from the dense model; a share of the gates is shut."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, shut: float) -> None:
         self.model = model.requires_grad_(False)
@@ -91,7 +91,7 @@ class Gated:
 
 
 def steps(source: str | None, small: bool) -> dict[str, Callable[[], None]]:
-    """Return what is timed; each has a model of its own, as gates hang on theirs."""
+    """Return what is timed. Each has a model of its own, because gates are attached to it."""
     model, *others = (build(source, small=small) for _ in range(3))
     ids = torch.randint(model.config.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(0))
     gated = Gated(others[0], ids, 0.0)
@@ -104,7 +104,7 @@ def steps(source: str | None, small: bool) -> dict[str, Callable[[], None]]:
 
 
 def rise(source: str | None, small: bool, is_gated: bool) -> float:
-    """Return how far the memory of this process, a fresh one, rises beyond the loaded model in two steps, in MB."""
+    """Return the growth of this fresh process's memory beyond the loaded model in two steps, in MB."""
     model = build(source, small=small)
     ids = torch.randint(model.config.vocab_size, (4, LENGTH))
     before = status("VmRSS")

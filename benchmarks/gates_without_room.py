@@ -64,9 +64,9 @@ class Trained:
     Args:
         size: of the model.
         weights: bytes of its weights.
-        mapped: the most bytes of files that were in memory.
-        private: the most bytes of other memory.
-        formula: what `training_memory` says is held besides the weights.
+        mapped: peak of bytes of mapped files in memory.
+        private: peak of bytes of other memory.
+        formula: the estimate of `training_memory` of what is held besides the weights.
         step: median seconds of a step, the first left out.
         floor: seconds that a step's matrix products would take.
     """
@@ -87,7 +87,7 @@ def asked(steps: int, rows: int) -> PruneRecipe:
 
 
 def train(source: Path, steps: int, rows: int) -> None:
-    """Train, in the process that is measured, and print when steps ended and the most memory that was held."""
+    """Train in the process that is measured, and print the times of steps and the memory peak."""
     libraries, ends, over = _resident(), [], threading.Event()
     most = dict(libraries)
 
@@ -110,13 +110,13 @@ def train(source: Path, steps: int, rows: int) -> None:
 
 
 def _resident() -> dict[str, int]:
-    """Return the bytes of this process that are in memory: of files, and others."""
+    """Return the bytes of this process in memory: of mapped files, and all others."""
     lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(value.split()[0]) * 1024 for name, _, value in lines if name in ("RssAnon", "RssFile")}
 
 
 def measure(size: str, steps: int, rows: int, folder: Path | None) -> Trained:
-    """Train in a child, from a checkpoint that is written before."""
+    """Train in a child process, from a checkpoint that is written first."""
     config = SIZES[size]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         source = Path(temporary) / "source"

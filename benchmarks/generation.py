@@ -35,7 +35,7 @@ COPIED_BYTES = 2**28
 
 
 class Generation:
-    """One token after another, with the keys and values before them in a cache."""
+    """Token-by-token generation with keys and values in a cache."""
 
     def __init__(self, model: deadhead.models.AllAttentionForCausalLM, batch: int) -> None:
         self.model = model.eval()
@@ -51,7 +51,7 @@ class Generation:
             self.model(input_ids=self.ids[:, -1:], past_key_values=self.cache, use_cache=True)
 
     def generate(self) -> Tensor:
-        """Let transformers' own loop generate as many."""
+        """Generate as many tokens by transformers' own loop."""
         prompt = self.ids[:, :1]
         return self.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0

@@ -38,7 +38,7 @@ QUICK = {**SIZES, "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 3
 
 
 def random_plan(gates: deadhead.HeadGates, draw: random.Random) -> deadhead.HeadPlan:
-    """Return a plan that keeps about a third, half or two thirds of the units, more here and less there."""
+    """Return a plan that keeps about a third, half or two thirds of the units, with different shares in each layer."""
     share = draw.choice([1 / 3, 1 / 2, 2 / 3])
     kept = {}
     for key, units in gates.choices.units.items():

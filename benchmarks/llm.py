@@ -70,18 +70,18 @@ OTHERS = tuple(SHIPPED)
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all points of a sweep have in common.
+    """The settings of all points of a sweep.
 
     Args:
         model: folder of the dense model, with its tokenizer.
-        valid, test: texts; without `test` none is reported.
+        valid, test: texts; without `test`, no perplexity of a test text is reported.
         scored: rows that rankings read.
         fitted: rows that compensation reads, of which an eighth is held out, and that gates and sizes learn from.
-        chosen: rows of the validation text that methods are compared on, behind the first `fitted`.
+        chosen: rows of the validation text, after the first `fitted`, on which methods are compared.
         tested: rows of the test text.
-        steps: of gates, half as many of sizes; four rows each.
+        steps: steps of gates, of four rows each; sizes take half as many.
         block_size: hidden units that go or stay together.
-        neighbours: whether they are neighbours in the model as it came, not units of like scores.
+        neighbours: whether a block has neighbours in the model instead of units with similar scores.
     """
 
     model: Path
@@ -98,7 +98,7 @@ class Setting:
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Point:
-    """One measurement: so much of the blocks left, chosen by a criterion; or of the groups of heads alone."""
+    """One measurement: a criterion, and the share left of the blocks' parameters or of the KV groups alone."""
 
     share: float
     criterion: str
@@ -106,12 +106,12 @@ class Point:
 
     @property
     def file(self) -> str:
-        """Its name in the folder of points."""
+        """Name of the point's file."""
         return f"{self.criterion}-{round(100 * self.share)}{'-heads' * self.heads_only}.json"
 
 
 def rows_of(path: Path, folder: Path, first: int, count: int) -> Tensor:
-    """Return rows of a text's tokens, (count, 256), from a row on."""
+    """Return rows of a text's tokens, (count, 256), starting at a given row."""
     tokens = (first + count) * LENGTH
     # A tokenizer takes a hundred times the memory of its text; no token of a language is that long on average.
     text = path.read_text(encoding="utf-8")[: 8 * tokens]
@@ -141,7 +141,7 @@ def copied(length: int, vocabulary: int, rows: int = 8) -> Tensor:
 
 @torch.no_grad()
 def copying(model: PreTrainedModel, length: int = 64) -> float:
-    """Return the loss of a random token that was read before, behind the same one: what induction heads are for."""
+    """Return the loss on a random token that occurred before, after the same token: induction heads predict it."""
     ids = copied(length, model.config.vocab_size)
     logits = model.eval()(input_ids=ids, use_cache=False).logits[:, length:-1]
     return float(cross_entropy(logits.flatten(0, 1).float(), ids[:, length + 1 :].flatten()))
@@ -161,7 +161,7 @@ def recipe_of(point: Point, setting: Setting) -> PruneRecipe:
 
 
 def choose(model: PreTrainedModel, point: Point, rows: Tensor, setting: Setting) -> HeadPlan:
-    """Return the plan that a criterion makes of a budget, as `deadhead prune` does."""
+    """Return a criterion's plan for a budget, as `deadhead prune` makes it."""
     recipe = recipe_of(point, setting)
     if point.criterion in LEARNED:
         text = TokenStream(tokens=rows[: setting.fitted].flatten().numpy(), num_bytes=1, num_words=1)
@@ -225,7 +225,7 @@ def measure(point: Point, setting: Setting, out: Path) -> None:
 def _prune(
     model: PreTrainedModel, point: Point, calibration: Tensor, setting: Setting, note: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, str | None]]:
-    """Choose, cut and compensate; return the seconds of each, and by path why a projection was left alone."""
+    """Choose, cut and compensate. Return the seconds of each, and by path why a projection was not fitted."""
     dense = dense_copy(model, recipe_of(point, setting))
     begun = time.perf_counter()
     plan = choose(model, point, calibration, setting)
@@ -242,7 +242,7 @@ def _prune(
 
 
 def peak() -> int:
-    """Return the most memory that this process has had, in bytes."""
+    """Return the memory peak of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -260,7 +260,7 @@ def sweep(todo: Sequence[Point], setting: Setting, out: Path, console: Console) 
 
 
 def table(out: Path) -> str:
-    """Return Markdown: by criterion and share, perplexity after the cut → with compensation, if it is ours."""
+    """Return Markdown: by criterion and share, perplexity after the cut → after compensation (for ours)."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "points").glob("*.json"))]
     lines = []
     for split in ("valid", "test"):
@@ -290,7 +290,7 @@ def _cell(perplexities: dict[str, dict[str, float]], split: str) -> str:
 
 
 def prepared(model: Path | None, out: Path) -> Path:
-    """Return the folder of the dense model, made of the package's GGUF file if none is given."""
+    """Return the folder of the dense model, made from the package's GGUF file if none is given."""
     if model is not None:
         return model
     folder = out / "dense"
@@ -301,7 +301,7 @@ def prepared(model: Path | None, out: Path) -> Path:
 
 
 def tiny(out: Path) -> Setting:
-    """Return a sweep of seconds: a tiny random model on a text of its own."""
+    """Return the setting of a sweep that takes seconds: a tiny random model with a text of its own."""
     from deadhead.data.tokenizer import byte_tokenizer
 
     torch.manual_seed(0)

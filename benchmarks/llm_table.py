@@ -84,17 +84,17 @@ UNREAD = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What is read and measured; sizes are in rows of 256 tokens, but for `long`, of 1,024.
+    """What is read and measured. Sizes are in rows of 256 tokens, except `long`, in rows of 1,024.
 
     Args:
         model: folder of the dense model, with its tokenizer.
         corpora: folder of the texts.
         pairs: folder of BLiMP's paradigms; None leaves them out.
-        fitted: rows of a draw; rankings, and others' that take gradients, read the first `scored`.
+        fitted: rows of a draw; rankings, and others' methods that use gradients, read the first `scored`.
         apart: rows from one draw to the next.
-        steps: of gates and of sizes, four rows each.
+        steps: steps of gates and of sizes, of four rows each.
         paired: pairs of each paradigm.
-        models: where pruned models are kept that may recover.
+        models: folder for pruned models, which may recover later.
     """
 
     model: Path
@@ -112,11 +112,11 @@ class Texts:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """What all cells of a table have in common."""
+        """The numbers that all cells of a table have in common."""
         return {name: value for name, value in asdict(self).items() if isinstance(value, int)}
 
     def kept(self, cell: Cell) -> Path:
-        """Return where the pruned model of a cell is kept, before any recovery."""
+        """Return the folder of a cell's pruned model, before any recovery."""
         return self.models / replace(cell, recovered=0).name
 
     def valid(self, first: int, count: int) -> Tensor:
@@ -133,7 +133,7 @@ class Texts:
 
 
 def read(model: PreTrainedModel, texts: Texts) -> dict[str, Any]:
-    """Return what a model is worth: losses of rows by text, and BLiMP's shares by paradigm."""
+    """Return a model's measurements: losses of rows by text, and BLiMP's shares by paradigm."""
     test = texts.corpora / "wikitext2-test.txt"
     rows = {
         "wikitext2": rows_of(test, texts.model, 0, texts.tested),
@@ -149,7 +149,7 @@ def read(model: PreTrainedModel, texts: Texts) -> dict[str, Any]:
 
 
 def prune(model: PreTrainedModel, cell: Cell, texts: Texts) -> None:
-    """Prune a model in place, as a cell says."""
+    """Prune a model in place by a cell's method and size."""
     rows = texts.valid(cell.draw * texts.apart, texts.fitted)
     if cell.method in OTHERS:
         SHIPPED[cell.method](model, batches(rows[: texts.scored] if cell.method in BY_GRADIENTS else rows), cell.share)
@@ -170,7 +170,7 @@ def prune(model: PreTrainedModel, cell: Cell, texts: Texts) -> None:
 
 
 def recover(model: PreTrainedModel, dense: PreTrainedModel, cell: Cell, texts: Texts) -> None:
-    """Let a pruned model learn from the dense one, in place: every other row is of the books."""
+    """Train a pruned model on the dense model's distribution, in place; every other row is from the books."""
     count, most = 2 * cell.recovered, min(ROWS, 2 * cell.recovered)
     wiki = texts.valid(0, most).repeat(-(-count // most), 1)[:count]
     books = rows_of(texts.books(unread=False), texts.model, 0, count)
@@ -216,7 +216,7 @@ def is_measured(cell: Cell, texts: Texts, results: Path) -> bool:
 
 
 def _quick(folder: Path) -> tuple[Texts, list[Cell]]:
-    """Return what takes seconds: a tiny random model, texts and pairs of its own."""
+    """Return a setup that takes seconds: a tiny random model with texts and pairs of its own."""
     setting = tiny(folder)
     letters = setting.valid.read_text(encoding="utf-8")
     for name, times in (("wikitext2-valid", 1), ("wikitext2-test", 1), ("books", 4)):

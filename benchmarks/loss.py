@@ -54,7 +54,7 @@ WAYS = {"at once": 2**62, "in chunks": chunks.AT_ONCE}
 
 @contextmanager
 def way(name: str) -> Iterator[None]:
-    """Compute losses one way or the other while the block runs."""
+    """While the block runs, compute losses in one of the two ways."""
     chunks.AT_ONCE = WAYS[name]
     try:
         yield
@@ -118,7 +118,7 @@ def build(source: str | None, *, small: bool = False) -> PreTrainedModel:
 
 
 class Step:
-    """Forward and backward, into gradients that are there already."""
+    """Forward and backward, into gradients that are already allocated."""
 
     def __init__(self, model: PreTrainedModel, rows: int) -> None:
         self.model = model
@@ -132,7 +132,7 @@ class Step:
 
 
 def run_once(source: str | None, rows: int, name: str) -> None:
-    """Take two steps, for their peak memory: in the second one gradients are there."""
+    """Take two steps, for their peak memory: in the second step gradients are already allocated."""
     step = Step(build(source), rows)
     for _ in range(2):
         step(name)

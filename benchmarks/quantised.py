@@ -53,7 +53,7 @@ _STEPS = 16
 
 @dataclass
 class Row:
-    """What is measured of one checkpoint."""
+    """The measurements of one checkpoint."""
 
     name: str
     scheme: str
@@ -66,18 +66,18 @@ class Row:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights on disk."""
+        """Bytes of the weights on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
 def group_size_of(model: nn.Module) -> int:
-    """Return the largest size of groups that divides the rows of all projections, or of as many as any does."""
+    """Return the largest group size that divides the rows of all projections, or of as many as possible."""
     widths = [found.in_features for found in _projections(model).values()]
     return max(GROUP_SIZES, key=lambda size: (sum(width % size == 0 for width in widths), size))
 
 
 def _projections(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return by path what is quantised: every Linear that has numbers, but the output layer."""
+    """Return the quantised modules by path: every Linear with weights, except the output layer."""
     return {
         path: module
         for path, module in model.named_modules()
@@ -86,9 +86,10 @@ def _projections(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantised(source: Path, out: Path, scheme: str, group_size: int | None = None) -> str:
-    """Write a checkpoint with quantised weights; return what it was quantised by and how many projections were not.
+    """Write a checkpoint with quantised weights; return its scheme and the number of projections left unquantised.
 
-    Those stay whose rows the groups do not divide: by `group_size`, or of the size that fits most.
+    Projections stay as they are if the groups do not divide their rows: groups of `group_size`, or of the size that
+    divides most projections.
     """
     from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor import oneshot
@@ -122,7 +123,7 @@ def prepared(sources: Sequence[Path], out: Path) -> list[Row]:
 
 
 def measure(rows: list[Row], ids_NT: Tensor, repeats: int) -> None:
-    """Note perplexities, and times of all checkpoints in turn, in transformers."""
+    """Record perplexities and interleaved times of all checkpoints in transformers."""
     models: list[PreTrainedModel] = []
     for row in rows:
         model = AutoModelForCausalLM.from_pretrained(row.folder).eval()
@@ -147,7 +148,7 @@ def _times(model: PreTrainedModel, ids_1T: Tensor) -> tuple[float, float]:
 
 
 def serve(rows: list[Row], python: Path, ids_NT: Tensor, repeats: int) -> None:
-    """Note perplexities in vLLM, and the tokens/s of one prompt and its answer, or why it does not run a checkpoint."""
+    """Record perplexities in vLLM and the tokens/s of one prompt and its answer, or why vLLM cannot run it."""
     texts = ids_NT.tolist()
     settings = {"dtype": "float32", "max_model_len": LENGTH + _STEPS + 1, "enforce_eager": True}
     for row in rows:

@@ -43,18 +43,18 @@ _MEMORY = 16 << 30
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came of one type.
+    """The result for one type.
 
     Args:
         model_type: transformers' name.
         state: "works", "refused" (one sentence, nothing changed), "wrong", or "not built".
-        unit: what a gate opens and closes.
+        unit: the unit that a gate opens and closes.
         layers: layers whose heads can be pruned.
         block_layers: feed-forward layers whose hidden units can.
         difference: max|Δ| / max|reference| of the cut model's logits.
         reloads: whether the saved model's logits are the same bits.
         generates: whether greedy tokens from the cache are the same.
-        reason: why not.
+        reason: why the type does not work.
     """
 
     model_type: str

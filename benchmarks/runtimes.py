@@ -166,7 +166,7 @@ def _exported(
     runtimes: Sequence[str],
     types: Sequence[str],
 ) -> tuple[dict[tuple[str, str], tuple[Prefill, Step]], dict[tuple[str, str], int]]:
-    """Export every model for every runtime; return what runs them, and bytes on disk."""
+    """Export every model for every runtime; return functions that run them, and bytes on disk."""
     runs: dict[tuple[str, str], tuple[Prefill, Step]] = {}
     sizes: dict[tuple[str, str], int] = {}
     for name, model in models.items():
@@ -191,7 +191,7 @@ def _exported(
 def _time(
     runs: dict[tuple[str, str], tuple[Prefill, Step]], length: int, steps: int, repeats: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """Return the medians of prefill and of all decoding steps, in seconds, each run's in turn."""
+    """Return the median seconds of prefill and of all decoding steps, with all runs interleaved."""
     ids_T = np.random.default_rng(0).integers(0, 500, length)
     found: dict[tuple[str, str], tuple[list[float], list[float]]] = {key: ([], []) for key in runs}
     for repetition in range(repeats + 1):

@@ -116,7 +116,7 @@ def git(*arguments: str) -> None:
 
 
 def results(tree: Path, folder: Path) -> dict[str, str]:
-    """Run all commands with the code in `tree`; return what each left, by name: a hash, or a logged number."""
+    """Run all commands with the code in `tree`; return their results by name: a hash, or a logged number."""
     folder.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     library = Path(json.__file__).parent

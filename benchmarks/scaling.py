@@ -33,7 +33,7 @@ ROWS, LENGTH, VOCABULARY = 8, 32, 256
 
 
 def measure(folder: Path, steps: int) -> None:
-    """Train in this process, one of however many the launcher started, and write what came of it."""
+    """Train in this process, one of those that the launcher started, and write the results."""
     import numpy as np
     import torch
     from _all_attention import machine
@@ -150,7 +150,7 @@ def measured(counts: list[int], steps: int) -> list[dict[str, Any]]:
 
 
 def on_paper(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each model: parameters, gates, and how several GPUs would share the work."""
+    """Return a row for each model: parameters, gates, and the estimate for several GPUs."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -33,7 +33,7 @@ OWN, TRANSFORMERS = "vllm", "transformers"
 
 
 def job(path: Path, code: str, vocabulary: int, *, batch: int, prompt: int, tokens: int, repeats: int) -> Any:
-    """Return the job of continuing a batch of random prompts by so many tokens."""
+    """Return the job of continuing a batch of random prompts by a number of tokens."""
     draw = random.Random(0)
     prompts = [[draw.randrange(vocabulary) for _ in range(prompt)] for _ in range(batch)]
     engine = {

@@ -29,7 +29,7 @@ CRITERIA = ("magnitude", "taylor", "flap", "reconstruction", "second-order")
 
 
 def measure(folder: Path, batches: int) -> None:
-    """Time everything in this process, one of however many the launcher started; all begin together."""
+    """Time everything in this process, one of those that the launcher started; all begin together."""
     import numpy as np
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -70,7 +70,7 @@ def measure(folder: Path, batches: int) -> None:
 
 
 def run(batches: int) -> dict[str, list[dict[str, Any]]]:
-    """Measure with one process and with two; return what each process found."""
+    """Measure with one process and with two; return each process's times."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ _COMMAND = "from deadhead.cli import main; main()"
 
 
 def write_model(folder: Path) -> None:
-    """Write Llama 3's 8B, whose weights are holes in a file: they take no room, and nobody reads them."""
+    """Write Llama 3's 8B with weights that are holes in a file: they take no room, and nothing reads them."""
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,

@@ -51,11 +51,11 @@ class Pruned:
     """One run.
 
     Args:
-        seconds: it took, the start of Python included.
-        scoring: of these, until the last layer had its scores.
-        compensating: of these, until the last layer was fitted.
+        seconds: of the run, including the start of Python.
+        scoring: seconds until the last layer had its scores.
+        compensating: seconds until the last layer was fitted.
         peak_bytes: the most memory that the process held.
-        floor: seconds that what has to be computed, read and written would take.
+        floor: seconds of the necessary computation, reading and writing.
     """
 
     criterion: str
@@ -68,7 +68,7 @@ class Pruned:
 
 
 def prune(source: Path, out: Path, criterion: str, tokens: int, *, compensate: bool) -> None:
-    """Prune, in the process that is measured, and print when its parts ended."""
+    """Prune in the process that is measured, and print when each part ended."""
     begun, ends = time.perf_counter(), {}
 
     def progress(name: str, done: int, total: int, logs: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def prune(source: Path, out: Path, criterion: str, tokens: int, *, compensate: b
 
 
 def measure(source: Path, config: LlamaConfig, criterion: str, tokens: int, *, compensate: bool) -> Pruned:
-    """Prune in a child, from a source that is not in the page cache."""
+    """Prune in a child process, from a source that is not in the page cache."""
     forget(source)
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         given = [_CHILD, str(source), str(Path(folder) / "out"), criterion, str(tokens), str(int(compensate))]
@@ -135,7 +135,7 @@ def copy_speed(folder: Path) -> float:
 
 
 def floor(config: LlamaConfig, tokens: int, folder: Path, *, compensate: bool) -> float:
-    """Return the seconds that all that has to be done would take at this machine's speeds."""
+    """Return the seconds of everything that must be done, at this machine's speeds."""
     width, hidden, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     inside = 4 * width**2 + 3 * width * hidden
     forward = 2.0 * inside * tokens * layers

@@ -57,9 +57,9 @@ class Timing:
     """One cut or copy.
 
     Args:
-        seconds: it took.
+        seconds: of wall-clock time.
         cpu_seconds: of all cores.
-        peak_bytes: the most memory that the process held, files that are mapped included.
+        peak_bytes: memory peak of the process, mapped files included.
     """
 
     seconds: float
@@ -84,7 +84,7 @@ def forget(folder: Path) -> None:
 
 
 def timed(command: list[str], source: Path, limit: int | None = None) -> Timing:
-    """Run a command to its end and return what it took."""
+    """Run a command to its end and return its timing."""
     forget(source)
     confine = (lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))) if limit else None
     start = time.perf_counter()
@@ -113,12 +113,12 @@ def cut_command(source: Path, plan: Path, out: Path, *more: str) -> list[str]:
 
 
 def wrong_files(folder: Path) -> list[str]:
-    """Return the files whose hash is not that of the list."""
+    """Return the files whose hash differs from the list's."""
     return [name for name, digest in read_checksums(folder).items() if sha256_of(folder / name) != digest]
 
 
 def wrong_tensors(config: LlamaConfig, plan: HeadPlan, source: Path, target: Path) -> tuple[int, list[str]]:
-    """Return how many tensors the new checkpoint has, and which of them are not what the plan keeps of the source's."""
+    """Return the number of new tensors, and those that differ from what the plan keeps of the source's tensors."""
     count, wrong = 0, []
     size = config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // config.num_key_value_heads
@@ -158,7 +158,7 @@ def killed(command: list[str], resumed: list[str], work: Path, after: float) -> 
 
 
 def on_paper(config: LlamaConfig, plan: HeadPlan) -> dict[str, float]:
-    """Return bytes that a cut reads and writes, and about the most memory it takes."""
+    """Return the bytes that a cut reads and writes, and its approximate memory peak."""
     size = config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // config.num_key_value_heads
     gone = sum(plan.total[layer] - len(kept) for layer, kept in plan.kept.items())
@@ -192,7 +192,7 @@ def main() -> None:
 
 
 def measured(folder: Path, config: LlamaConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the checkpoint, copy it, cut it, and return all that is printed."""
+    """Write the checkpoint, copy it, cut it, and return everything to print."""
     source, plan_file, copied, out = (folder / name for name in ("source", "plan.json", "copied", "out"))
     write_checkpoint(source, config, shard=(32 << 20) if arguments.quick else (1 << 30))
     plan = draw_plan(config, arguments.seed)

@@ -69,7 +69,7 @@ class Layers:
         return hidden
 
     def step(self, run: Callable[[Tensor], Tensor]) -> None:
-        """Run forward and backward, into fresh gradients, as a step does after `zero_grad`."""
+        """Run forward and backward into fresh gradients, as in a step after `zero_grad`."""
         self.model.zero_grad()
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             output = run(self.hidden.requires_grad_())

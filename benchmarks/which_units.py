@@ -41,7 +41,7 @@ COLOURS = {"gates": "#0072b2", "sizes": "#e69f00", "reconstruction": "#009e73", 
 
 
 def learned_plans(folder: Path, share: float) -> dict[str, HeadPlan]:
-    """Return the plans of a share of the blocks that were learned, by method."""
+    """Return the learned plans for a share of the blocks, by method."""
     found: dict[str, HeadPlan] = {}
     for method in LEARNED:
         path = folder / "points" / Point(share=share, criterion=method).file
@@ -51,7 +51,7 @@ def learned_plans(folder: Path, share: float) -> dict[str, HeadPlan]:
 
 
 def chance_above(stayed: Tensor, gone: Tensor) -> float:
-    """Return the chance that one of some numbers is above one of others, ties counting half."""
+    """Return the chance that one of `stayed` is above one of `gone`; ties count half."""
     ordered = gone.sort().values
     below = torch.searchsorted(ordered, stayed, right=False).double()
     alike = torch.searchsorted(ordered, stayed, right=True).double() - below
@@ -96,7 +96,7 @@ def induction(folder: Path) -> dict[UnitKey, Tensor]:
 
 
 def table(plans: Mapping[str, HeadPlan], scores: Mapping[str, Mapping[UnitKey, Tensor]]) -> str:
-    """Return Markdown: how much stayed, and how far that is what criteria say."""
+    """Return Markdown: the shares that stayed, and their agreement with criteria."""
     lines = [
         "| stayed by | left: groups, hidden units | " + " | ".join(f"`{name}`" for name in scores) + " |",
         "|---|---|" + "---|" * len(scores),
