@@ -195,7 +195,11 @@ def test_mistakes_fail_the_build_of_the_site(tmp_path: Path) -> None:
         assert text.count(old) == 1, name
         path.write_text(text.replace(old, new), encoding="utf-8")
 
-    change("docs/which.md", "# Which option?\n", "# Which option?\n\n[nowhere](index.md#nowhere)\n\n- one\n  - two\n")
+    change(
+        "docs/which.md",
+        "# Which option?\n",
+        "# Which option?\n\n[nowhere](index.md#nowhere)\n\n- one\n  - two\n\nText:\n- three\n",
+    )
     change("docs/api/gates.md", "::: deadhead.gates_of\n", "")
     change("src/deadhead/attaching.py", '    """Take the gates off; ', '    b"""Take the gates off; ')
     built = _build_site(tmp_path, tmp_path / "site")
@@ -203,11 +207,12 @@ def test_mistakes_fail_the_build_of_the_site(tmp_path: Path) -> None:
     for sentence in (
         "does not contain an anchor '#nowhere'",
         "indent the items of a list in a list by four spaces:   - two",
+        "leave an empty line before this item of a list: - three",
         "deadhead.gates_of is public, but no page in docs/api shows it",
         "deadhead.detach has no docstring",
     ):
         assert sentence in built.stderr, built.stderr
-    assert built.stderr.count("WARNING") == 4, built.stderr
+    assert built.stderr.count("WARNING") == 5, built.stderr
 
 
 def test_the_picture_of_the_pipeline_is_current() -> None:

@@ -24,4 +24,6 @@ def _mathml(found: re.Match[str], place: str) -> str:
     if "\\" in mathml:
         # A command that the converter does not know stays as it is.
         raise PluginError(f"{place}: this equation has a command that latex2mathml does not know: {latex}")
+    # Browsers would draw the bars of a norm as high as the line, one lower than the other.
+    mathml = mathml.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
     return mathml if found["tag"] == "span" else f'<div class="equation">{mathml}</div>'
