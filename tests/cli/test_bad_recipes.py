@@ -174,7 +174,7 @@ def test_what_the_model_shows_is_said_before_it_is_trained(
 def test_a_dense_phase_has_no_teacher(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    case = Case("run r.toml --out {out}", r"\[train\] has no teacher yet", recipe(train={"distill": 0.5}))
+    case = Case("run r.toml --out {out}", r"\[train\] has no teacher to learn from", recipe(train={"distill": 0.5}))
     require_one_sentence(case, given, tmp_path, monkeypatch, capfd)
 
 

@@ -125,7 +125,7 @@ def test_what_will_be_done_and_how_long_it_takes(
     assert [part["what"] for part in found["parts"]] == [first, _FIT, f"recover in 5 steps of {rows} × 128 tokens"]
     assert all(part["seconds"] >= 0 for part in found["parts"]) and (found["memory"] is None) == ("gates" not in first)
     output = command(*call)
-    assert output.rstrip().endswith("in all on this machine, besides reading the text and measuring on it.")
+    assert output.rstrip().endswith("in total on this machine, without reading the text and measuring on it.")
     one = re.escape(f"To do: {first}") + r" \(less than a minute, [0-9.]+ [MG]B of memory\), " + re.escape(_FIT)
     assert re.search(one + r" \(less than a minute, [0-9.]+ [MG]B of memory\), then recover", output)
 

@@ -152,7 +152,7 @@ def test_a_command_says_what_it_will_do(given: Path, tmp_path: Path, capfd: pyte
     assert execute([str(word) for word in (*words, "--recover", 1, "--out", tmp_path / "out")]) == 0
     shown = capfd.readouterr()
     assert "To do: learn the sizes of layers' parts in" in shown.err and "then recover in 1 steps of" in shown.err
-    assert "Before it recovered: perplexity" in shown.out
+    assert "Before recovery: perplexity" in shown.out
     assert execute([str(word) for word in (*words, "--quiet", "--out", tmp_path / "quiet")]) == 0
     assert "To do:" not in capfd.readouterr().err
 
@@ -170,7 +170,7 @@ def test_what_is_measured_has_its_gates_on(given: Path, tmp_path: Path, capfd: p
         capfd.readouterr()
         assert execute(["eval", str(folder), "--data", str(given / "prose.txt"), "--limit", "200", "--json"]) == 0
         output, errors = capfd.readouterr()
-        assert ("has gates, which are on here: " in errors) == (folder != given / "model")
+        assert ("has gates, which stay on here: " in errors) == (folder != given / "model")
         found.append(json.loads(output)["perplexity"])
     assert found[0] == found[1] != found[2]
 

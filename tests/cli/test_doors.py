@@ -18,7 +18,7 @@ from tests.cli.cases import Case, require_one_sentence, write
 from tests.small_runs import tree
 
 _LOSS = "needs a model that predicts the next token, but BertForSequenceClassification has no such loss"
-_TEXT = "the default, stdlib, is for deadhead's own models only; name one with data (--data), a text file, a directory"
+_TEXT = "name one with data (--data): a text file, a directory, stdlib (the default of deadhead's own models only)"
 _LLAMA = "../given/llama"
 _QUICK = "--data ../given/prose.txt --steps 1 --batch-size 2 --out o"
 
@@ -149,6 +149,6 @@ def test_a_tracker_without_a_login(given: Path, tmp_path: Path, monkeypatch: pyt
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(wandb, "login", lambda prompt=True, verify=True: False)
     monkeypatch.setattr(wandb.setup().settings, "mode", "online")
-    with pytest.raises(deadhead.InputError, match="nobody is logged in to it here"):
+    with pytest.raises(deadhead.InputError, match="wandb is not logged in here"):
         deadhead.prune(given / "llama", given / "prose.txt", report_to="wandb", out=tmp_path / "o")
     assert tree(tmp_path) == {}

@@ -93,9 +93,9 @@ _CASES = {
     "run out is not ours": Case("run r.toml --out d", "not written by deadhead", two(recipe(), folder_of("d"))),
     "demo out is not ours": Case("demo --out d", "not written by deadhead", folder_of("d")),
     "a run that was begun": Case(
-        "run r.toml --out d", "go on with resume", two(recipe(), folder_of("d", "recipe.toml"))
+        "run r.toml --out d", "continue it with resume", two(recipe(), folder_of("d", "recipe.toml"))
     ),
-    "a phase that was stopped": Case(_TRAIN.replace("{out}", "d"), "d.work is left of", folder_of("d.work")),
+    "a phase that was stopped": Case(_TRAIN.replace("{out}", "d"), "d.work is left from", folder_of("d.work")),
     # Recipes.
     "missing recipe": Case("run none.toml --out {out}", "there is no such file"),
     "recipe is a folder": Case("run . --out {out}", "cannot be read as text"),

@@ -89,7 +89,7 @@ def test_gates_that_are_still_on(given: Path, tmp_path: Path, capsys: pytest.Cap
     save_gates(deadhead.attach(deadhead.load(folder)), folder)
     command = ["export", str(folder), "--to", "onnx", "--out", str(tmp_path / "out")]
     for how in (
-        "deadhead.load_gated gives model and gates",
+        "deadhead.load_gated returns model and gates",
         f"deadhead cut {folder} --plan {folder / 'head_plan.json'}",
     ):
         assert execute(command) == 2

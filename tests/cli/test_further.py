@@ -73,10 +73,10 @@ def test_replies_of_one_model(given: Path, same: Path, command: Command) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--task-limit", "3"), "--task-limit is for the tasks of --tasks, but none are named"),
-        (("--tasks", "a,,b"), "Names of tasks were expected for --tasks, with commas between them, but 'a,,b' came"),
-        (("--reference", "{model}"), "--reference names another model for --replies to compare with"),
-        (("--replies", "--reference", "{llama}"), "--reference names another model for --replies"),
+        (("--task-limit", "3"), "--task-limit is for the tasks of --tasks, but none were given"),
+        (("--tasks", "a,,b"), "--tasks takes names of tasks with commas between them, but got 'a,,b'"),
+        (("--reference", "{model}"), "--reference names another model that --replies compares with"),
+        (("--replies", "--reference", "{llama}"), "--reference names another model that --replies"),
         (("--replies", "--reference", "nowhere"), "nowhere"),
         ((), "A text was expected for a model of type llama"),
     ],

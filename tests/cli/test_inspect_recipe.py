@@ -48,7 +48,7 @@ def test_the_papers_recipe(show: Any) -> None:
     assert lines[1].split() == ["dense", "16", "×", "8", "0%", "54.67M", "54.54M", "110.15M", "53.80M"]
     assert lines[2].split() == ["43", "%", "gone", "43%", "≈31.21M", "≈31.09M", "≈62.79M", "30.70M"]
     assert lines[5].split()[4:] == ["5254344444443333", "54%", "25.27M", "25.14M", "50.77M"]
-    assert "without the output layer" in text and "≈ no numbers of heads are stated" in text
+    assert "without the output layer" in text and "≈ the authors state no numbers of heads" in text
     result = json.loads(show(_PAPER, "--json"))
     assert (result["recipe"], result["vocab_size"], result["length"]) == ("paper", None, 192)
     assert [model["interpolated"] for model in result["models"]] == [False, True, False, False, False]
@@ -92,7 +92,7 @@ def test_heads_of_a_checkpoint(given: Path, show: Any) -> None:
 
 def test_what_is_refused(given: Path, tmp_path: Path, refused: Any) -> None:
     assert "A recipe was expected at none.toml" in refused("none.toml")
-    assert "must be whole numbers with commas between, one a layer, but is '4;4'" in refused(_PAPER, "--heads", "4;4")
+    assert "takes whole numbers with commas between, one a layer, but got '4;4'" in refused(_PAPER, "--heads", "4;4")
     assert "must be 16 numbers" in refused(_PAPER, "--heads", "4,4")
     assert "must be 2 numbers" in refused(given / "model", "--heads", "4,4,4")
     assert "at most [4, 4], but are [5, 4]" in refused(given / "model", "--heads", "5,4")

@@ -110,4 +110,4 @@ def test_what_is_refused(given: Path, inspect: Any) -> None:
     assert "leave out --training" in errors
     code, text, errors = inspect(given / "llama", "--training", "--sequence-length", 100_000)
     assert (code, text, errors.count("\n")) == (2, "", 1)
-    assert "positions, but a sequence_length of 100000 was asked for" in errors
+    assert "positions, but got a sequence_length of 100000" in errors

@@ -47,7 +47,7 @@ def test_replies_stand_in_the_table_and_on_the_page(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "One budget with several values was expected, of --params"),
+        ((), "One budget with several values was expected (--params"),
         (("--params", "0.9", "--flops", "0.8"), "but --params and --flops were given"),
         (("--params", "0.9;0.8"), "takes numbers with commas between them"),
         (("--kv-cache", "0.9", "--max-loss", "much"), "--max-loss takes a share, as in 5%"),

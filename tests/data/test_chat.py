@@ -212,7 +212,7 @@ def test_the_template_for_tools_is_taken_where_there_are_some(tmp_path: Path) ->
             [{"messages": [{"role": "user", "content": "a"}], "tools": "[{"}],
             PLAIN,
             {},
-            r"A list of tools was expected in row 0 .*, but '\[\{' came",
+            r"A list of tools was expected in row 0 .*, but got '\[\{'",
         ),
         ([{"text": "a"}], PLAIN, {}, "chat_template is for conversations"),
         ([{"text": "a"}], None, {"answers_only": True}, "answers_only is for conversations"),
@@ -254,5 +254,5 @@ def test_a_slow_tokenizer_cannot_tell_answers_apart(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("deadhead.data.encoders._backend", lambda tokenizer: None)
     source, file = write(tmp_path, SHAPES["messages"])
     tokenizer: PreTrainedTokenizerFast = framed_tokenizer("none")
-    with pytest.raises(InputError, match="by a fast tokenizer"):
+    with pytest.raises(InputError, match="needs a fast tokenizer"):
         load_text(source, tokenizer=tokenizer, chat_template=file, answers_only=True)

@@ -64,7 +64,7 @@ def test_a_missing_split_is_taken_from_training(tmp_path: Path) -> None:
 def test_one_split_can_be_picked(tmp_path: Path) -> None:
     source = saved(tmp_path / "d", train={"text": ["t"]}, extra={"text": ["e"] * 100})
     assert set(open_corpus(source, split="extra").documents("train")) == {"e"}
-    with pytest.raises(InputError, match=r"\(extra, train\), but 'test' came"):
+    with pytest.raises(InputError, match=r"\(extra, train\), but got 'test'"):
         open_corpus(source, split="test")
     unnamed = saved(tmp_path / "u", en={"text": ["e"]}, de={"text": ["d"]})
     with pytest.raises(InputError, match="it has de, en; choose one with split"):

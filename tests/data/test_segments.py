@@ -80,7 +80,7 @@ def test_rows_begin_with_the_prefix_and_cover_the_text_once(prefix: tuple[int, .
 
 
 def test_a_row_that_the_prefix_fills_is_refused() -> None:
-    with pytest.raises(InputError, match=r"longer than the 2 tokens .*\(--sequence-length\) of 2 came"):
+    with pytest.raises(InputError, match=r"longer than the 2 tokens .*\(--sequence-length\) of 2; choose"):
         RowDataset(np.arange(100), length=2, prefix=(7, 8))
 
 
@@ -96,7 +96,7 @@ def test_rows_without_a_token_that_counts_are_left_out(prefix: tuple[int, ...]) 
     assert [item["input_ids"][item["scored"]].tolist() for item in items] == chosen
     with pytest.raises(IndexError):
         rows[len(rows)]
-    with pytest.raises(InputError, match="Answers were expected in the text"):
+    with pytest.raises(InputError, match="expects answers in the text"):
         RowDataset(np.arange(50), length=4, prefix=prefix, scored=np.zeros(50, dtype=np.bool_))
 
 
@@ -114,11 +114,11 @@ def test_tokens_are_whole_numbers_in_one_row(tokens: np.ndarray) -> None:
         lambda: SegmentDataset(tokens, rows=1, segment_length=4),
         lambda: TokenStream(tokens=tokens, num_bytes=9, num_words=9),
     ):
-        with pytest.raises(InputError, match="Tokens were expected as whole numbers in one row"):
+        with pytest.raises(InputError, match="Tokens were expected as a one-dimensional array of whole numbers"):
             made()
 
 
 def test_what_counts_is_a_truth_value_for_each_token() -> None:
     for scored in (np.ones(9), np.ones(8) > 0):
-        with pytest.raises(InputError, match="A truth value for each of 9 tokens was expected as scored"):
+        with pytest.raises(InputError, match="scored must hold a bool for each of the 9 tokens"):
             RowDataset(np.arange(9), length=4, scored=scored)

@@ -158,7 +158,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("kind", "size", "words"),
     [
-        ("char", None, r"\(byte, bpe, word\), but 'char' came"),
+        ("char", None, r"\(byte, bpe, word\), but got 'char'"),
         ("byte", 300, "has 257 tokens"),
         ("bpe", 257, "at least 258"),
         ("word", 2, "at least 3"),

@@ -89,7 +89,7 @@ def test_commands_take_it(file: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     assert command.json("eval", out, "--data", text)["perplexity"] > 1
     plan = out / "head_plan.json"
     assert execute(["cut", str(file), "--plan", str(plan), "--stream", "--out", str(tmp_path / "no")]) == 2
-    assert "cannot be cut shard by shard, as a GGUF file is read as a whole" in capfd.readouterr().err
+    assert "cannot be cut shard by shard, because a GGUF file is read as a whole" in capfd.readouterr().err
     command.json("cut", file.parent, "--plan", plan, "--out", tmp_path / "other")
     assert (tmp_path / "other" / "tokenizer.json").exists()
 

@@ -142,7 +142,7 @@ def test_a_taken_port_is_said(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(InputError, match=r"cannot be had \(.*\); choose another with --port"):
+        with pytest.raises(InputError, match=r"cannot be used \(.*\); choose another with --port"):
             serve([_watched(folder)], port=taken.getsockname()[1], ready=lambda _: None)
 
 

@@ -106,5 +106,5 @@ def test_a_part_that_needs_more_memory_than_there_is_says_what_needs_less() -> N
     told = "To do: rank units (less than a minute, 3.00 GB of memory), then recover (about 2.0 h, 9.00 GB of memory);"
     assert enough.startswith(told) and "free" not in enough
     assert forecast_sentence(parts, 8 * 10**9) == (
-        f"{enough} Only 8.00 GB of memory are free; to need less, give a lora_rank."
+        f"{enough} Only 8.00 GB of memory are free; to use less, give a lora_rank."
     )

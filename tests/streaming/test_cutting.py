@@ -81,7 +81,7 @@ def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             cut_checkpoint(source, plan, tmp_path / "out", stream=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(
-        InputError, match="is left of a cut that was stopped; go on with resume \\(--resume\\), or delete it"
+        InputError, match="is left from a stopped cut; continue it with resume \\(--resume\\), or delete it"
     ):
         cut_checkpoint(source, plan, tmp_path / "out", stream=True)
     # A damaged shard of those that were done is found by its hash and made anew.

@@ -22,11 +22,11 @@ _FEW = ("falcon", "gemma2", "gpt_oss", "mixtral", "opt", "phi3", "deepseek_v3", 
 # A part of the reason why a type is not streamed; gemma3n's layers share keys and values, hy_v4's hand on more than
 # hidden states.
 _IN_MEMORY = {
-    "gemma3n_text": "does not run alone",
+    "gemma3n_text": "cannot be run alone",
     "git": "more than one stack of layers",
-    "hrm_text": "lies in files otherwise than in memory",
-    "hy_v4": "does not run alone",
-    "phi4_multimodal": "more than one stack of layers|not one of a list of layers",
+    "hrm_text": "in another form than in memory",
+    "hy_v4": "cannot be run alone",
+    "phi4_multimodal": "more than one stack of layers|not a separate entry of a list of layers",
 }
 # transformers itself gives one row of the embeddings another value than the file has.
 _LOADED_OTHERWISE = ("youtu",)
@@ -70,6 +70,6 @@ def test_every_architecture_as_in_memory(model_type: str, seed: int, tmp_path: P
     if model_type not in _IN_MEMORY:
         _require_same(tmp_path, plan)
         return
-    with pytest.raises(InputError, match=f"cannot be cut shard by shard, as .*({_IN_MEMORY[model_type]})"):
+    with pytest.raises(InputError, match=f"cannot be cut shard by shard, because .*({_IN_MEMORY[model_type]})"):
         _require_same(tmp_path, plan)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "in memory"}

@@ -119,7 +119,7 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
     assert result.returncode == 1 and time.time() - float((place / "killed.at").read_text()) < 25
     said = [line for line in result.stderr.splitlines() if line.startswith("deadhead: ")]
     assert len(said) == 1
-    assert said[0].endswith("; whole checkpoints are kept, and --resume goes on from the last.")
+    assert said[0].endswith("; complete checkpoints are kept, and --resume continues from the last one.")
     assert "Error: [" not in result.stderr  # gloo's, in a traceback of ours
     (place / "stopped.py").write_text(_STOPPED)
     result = launch(place, "stopped.py")
@@ -132,7 +132,7 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
     assert_same_tensors(weights(place / "ranked" / "dense"), weights(place / "whole" / "dense"))
     assert len(json.loads((place / "ranked" / "summary.json").read_text())["cut"]["heads"]) == 2
     assert deadhead.model_cost(deadhead.load(place / "single")).heads == ends[0]["single"]["heads"]
-    with pytest.raises(InputError, match="began with a number of processes of 2, and goes on with as many, but now"):
+    with pytest.raises(InputError, match="was started with 2 process(es), but resumed with 1"):
         Run.start(load_recipe(place / "whole.toml"), place / "stopped", resume=True).execute()
 
 

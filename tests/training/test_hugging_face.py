@@ -222,7 +222,7 @@ def test_defaults_of_pretrained_models() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (_prune(sequence_length=512), "The model has 256 positions, but a sequence_length of 512 was asked for"),
+        (_prune(sequence_length=512), "The model has 256 positions, but got a sequence_length of 512"),
         (_prune(lora_rank=4, freeze_weights=True), "leave out one of the two"),
         (_prune(distill=0.5), "distill asks for a teacher"),
     ],

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 130 interrupted, 143 terminated.
+"""The command line. Exit codes: 0 done, 2 bad input (one sentence), 1 a bug of ours, 130 interrupted, 143 terminated.
 
 Commands import what they need when they run: torch and transformers take seconds, and help and wrong options need
 neither.
@@ -18,7 +18,7 @@ from typing import Any
 _LONGEST_SENTENCE = 2000
 # What is wrong with a place that was named, and not with the program.
 _OF_PLACES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO)
-_RESUMABLE = "whole checkpoints are kept, and --resume goes on from the last"
+_RESUMABLE = "complete checkpoints are kept, and --resume continues from the last one"
 # Seconds that a process waits before it says what went wrong: a launcher ends the others within one of the first end.
 _WAIT_OF_MAIN, _WAIT_OF_OTHERS = 2.0, 4.0
 
@@ -89,9 +89,9 @@ def _execute(arguments: list[str]) -> int:
         if hasattr(error, "format_message"):
             return _fail(error.format_message().rstrip("."), 2, error)
         if isinstance(error, OSError) and error.filename and error.errno in _OF_PLACES:
-            return _fail(f"{error.filename} cannot be used: {error.strerror}; choose another place", 2, error)
+            return _fail(f"{error.filename} cannot be used: {error.strerror}; choose another path", 2, error)
         if _is_out_of_memory(error):
-            return _fail("The memory of this machine is too small for that; ask for fewer rows or tokens", 2, error)
+            return _fail("This machine has too little memory for that; use fewer rows or tokens", 2, error)
         if _speaks(error, _WAIT_OF_MAIN):
             raise
         return 1
@@ -104,7 +104,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _show(message: Warning, *_: Any) -> None:
-    """Print a warning that is meant for the user, once where several processes train together."""
+    """Print a warning that is meant for the user; only the main process of several prints it."""
     from deadhead.errors import RunWarning
 
     if isinstance(message, RunWarning) and os.environ.get("RANK", "0") == "0":
@@ -119,17 +119,18 @@ def _fail(sentence: str, code: int, error: BaseException) -> int:
 
 
 def _one_line(sentence: str) -> str:
-    """Return a sentence as a terminal may show it: names and values in it are others', and may hold anything."""
+    """Return a sentence that is safe for a terminal: names and values in it come from outside and may hold anything."""
     plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in sentence)
     return plain if len(plain) <= _LONGEST_SENTENCE else f"{plain[: _LONGEST_SENTENCE - 100]} … {plain[-90:]}"
 
 
 def _speaks(error: BaseException, wait_of_main: float = 0.0) -> bool:
-    """Return whether this process is to say what went wrong: of several that train together one does.
+    """Return whether this process reports the error: of several processes that train together, one does.
 
-    One fault often fails all of them, and those that wait for a process that is gone fail too. The launcher sends
-    SIGTERM to the others once one has ended, so that who has waited here (the main process less long than the others)
-    is the first to speak. A SystemExit in the meantime means that another one ended; `error` is its cause.
+    One fault often fails all of them, and those that wait for a process that is gone fail too. Each process waits here
+    before it reports, the main process for a shorter time than the others. The launcher sends SIGTERM to the others
+    when the first process ends, so only that one reports. A SystemExit while this one waits means that another process
+    has ended; `error` becomes its cause.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True

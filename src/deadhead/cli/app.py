@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""The application that joins all commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Find the dead heads of a Transformer language model and cut them off."""

@@ -1,4 +1,4 @@
-"""`deadhead compare`: models side by side, what they cost, what they are worth on a text and how alike they are."""
+"""`deadhead compare`: the cost of several models, their quality on a text, and how similar they are."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def compare(
         typer.Argument(help="Checkpoint folders, GGUF files, or names on the hub; the first is the reference."),
     ],
     on: On = "valid",
-    limit: Annotated[int, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = 20_000,
+    limit: Annotated[int, typer.Option(min=1, max=10**15, help="Score at most this many tokens.")] = 20_000,
     batch_size: Rows = 8,
     window: Window = None,
     replies: WithReplies = False,
@@ -47,11 +47,11 @@ def compare(
     settings: dict[str, Any],
     **shared: Any,
 ) -> None:
-    """Set models side by side: size, FLOPs, perplexity, speed, and how near each is to the first.
+    """Compare models: size, FLOPs, perplexity, speed, and how close each one is to the first.
 
-    KL is how far what a model expects next is from what the first one expects, in nats a token; below it stands how
-    often both hold the same token to be the likeliest; both again on the first one's replies, with --replies. All
-    models are in memory at once.
+    KL is how far a model's distribution of the next token is from that of the first model, in nats a token; the row
+    below it is how often both models predict the same token. With --replies, both are also measured on the first
+    model's replies. All models are in memory at once.
     """
     names = [str(model) for model in models]
     if len(set(names)) < max(len(names), 2):
@@ -129,7 +129,7 @@ def _likeness(
     batch_size: int,
     window: int | None,
 ) -> Likeness | None:
-    """Compare a model with the first; None where the two read the text as other tokens, or other rows."""
+    """Compare a model with the first; return None if the two read the text as different tokens or rows."""
     from deadhead.measure.likeness import likeness
     from deadhead.training.phases.defaults import batches_of, segment_length
 
@@ -150,7 +150,7 @@ def _likeness(
 
 
 def _table(found: dict[str, dict[str, Any]], *, is_text_read: bool) -> Table:
-    """Return a table with a column for each model: several fit beside each other, their names folded."""
+    """Return a table with a column for each model; long names are folded, so that several columns fit."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in found:

@@ -1,4 +1,4 @@
-"""What the commands share: the console, progress bars, options, and how errors leave."""
+"""What the commands share: the console, progress bars, options, and the output of errors."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ ReportTo = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="Where to run, such as cpu or cuda; by default the accelerator there is.")
+    str | None, typer.Option(help="Device to run on, such as cpu or cuda; by default the accelerator, if any.")
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Load the weights as this; by default as they were saved."),
+    typer.Option(help="Dtype to load the weights in; by default the one they were saved in."),
 ]
 
 
@@ -56,7 +56,7 @@ def _bars(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """Yield a function that shows progress with rate and time left; silent with `quiet` or without a terminal."""
+    """Yield a function that shows progress with rate and remaining time; silent with `quiet` or without a terminal."""
     if quiet or not errors.is_terminal:
         yield lambda *_: None
         return
@@ -75,9 +75,9 @@ def progress(quiet: bool) -> Iterator[Report]:
 
 @contextmanager
 def bytes_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function that shows how many bytes are done, with rate and time left; silent as `progress` is.
+    """Yield a function that shows how many bytes are done, with rate and remaining time; silent as `progress` is.
 
-    What is named "checking" is shown beside the bytes, as a count.
+    The step named "checking" is shown as a count next to the bytes.
     """
     if quiet or not errors.is_terminal:
         yield lambda *_: None
@@ -95,14 +95,14 @@ def bytes_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def working(what: str) -> AbstractContextManager[object]:
-    """Show that something goes on whose end cannot be told; silent without a terminal."""
+    """Show that work of unknown length is in progress; silent without a terminal."""
     return errors.status(escape(what)) if errors.is_terminal else nullcontext()
 
 
 def load_torch(quiet: bool, *names: Path | str | None) -> None:
-    """Import what commands with a model need, which takes seconds, and say so; silent as `progress` is.
+    """Import what commands with a model need, and show that this takes seconds; silent as `progress` is.
 
-    Before that the models and data sets (hf:NAME) that a command names are looked for, so that a no comes at once.
+    First, look for the models and data sets (hf:NAME) that the command names, so that a wrong name is refused at once.
     """
     from deadhead.disk.hub import require_had
 
@@ -118,7 +118,7 @@ def load_torch(quiet: bool, *names: Path | str | None) -> None:
 
 
 def of_hub(source: str | None) -> str | None:
-    """Return a text's source if it is a data set of the hub; None for others, which need no looking for."""
+    """Return the source of a text if it is a data set of the hub, which has to be looked for; otherwise None."""
     return source if source is not None and source.startswith("hf:") else None
 
 

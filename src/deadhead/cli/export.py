@@ -1,4 +1,4 @@
-"""`deadhead export`: a checkpoint as llama.cpp, ONNX Runtime, OpenVINO or vLLM take it, or a stock one."""
+"""`deadhead export`: a checkpoint for llama.cpp, ONNX Runtime, OpenVINO or vLLM, or one of the stock architecture."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def export(
         Literal["gguf", "onnx", "openvino", "padded", "vllm"],
         typer.Option(
             help="gguf: a file for llama.cpp; onnx, openvino: a folder with the cache as inputs and outputs; vllm: the "
-            "checkpoint as it is, tried in vLLM; padded: a checkpoint of the stock architecture, for servers that take "
-            "no other."
+            "unchanged checkpoint, tested in vLLM; padded: a checkpoint of the stock architecture, for servers that "
+            "accept no other."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The new file (gguf) or folder.")],
@@ -28,7 +28,7 @@ def export(
         str | None,
         typer.Option(
             "--type",
-            help="Of gguf: f32, f16 (the default), bf16, q8_0, or one of llama.cpp's quantiser, such as q4_k_m.",
+            help="For gguf: f32, f16 (the default), bf16, q8_0, or a type of llama.cpp's quantiser, such as q4_k_m.",
         ),
     ] = None,
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into the file, or beside it.")] = True,
@@ -37,13 +37,13 @@ def export(
         Path | None,
         typer.Option(
             metavar="PROGRAM",
-            help="Of vllm: the Python of an environment that has vLLM, such as .venv-vllm/bin/python. Without it: that "
-            "which DEADHEAD_VLLM_PYTHON names, or this one.",
+            help="For vllm: the Python of an environment that has vLLM, such as .venv-vllm/bin/python; by default the "
+            "one that DEADHEAD_VLLM_PYTHON names, or this one.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export a model, and check in the runtime that it computes what it does in PyTorch."""
+    """Export a model, and check in the runtime that it computes the same as in PyTorch."""
     load_torch(as_json, model)
     import torch
 
@@ -54,11 +54,11 @@ def export(
 
     if model.is_dir() and has_gates(model):
         plan = model / "head_plan.json"
-        how = f"deadhead cut {model} --plan {plan}" if plan.exists() else "deadhead.load_gated gives model and gates"
+        how = f"deadhead cut {model} --plan {plan}" if plan.exists() else "deadhead.load_gated returns model and gates"
         raise InputError(f"The checkpoint {model} has gates that are still on; cut it first: {how}.")
     is_checkpoint = to in ("padded", "vllm")
     if dtype is not None and not is_checkpoint:
-        raise InputError("--dtype is of a checkpoint (padded, vllm); the precision of other files is their --type.")
+        raise InputError("--dtype is for checkpoints (padded, vllm); set the precision of other files with --type.")
     kind = None if kind is None else kind.lower()
     require_exportable(out, to=to, kind=kind, python=python)
     network = checkpoint.load(model, dtype=dtype if is_checkpoint else torch.float32)

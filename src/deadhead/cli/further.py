@@ -1,4 +1,4 @@
-"""What `deadhead eval` and `compare` measure besides perplexity, if asked to: replies, and tasks of lm-eval."""
+"""What `deadhead eval` and `compare` measure besides perplexity on request: replies, and tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from deadhead.measure.tasks import Tasks, TaskScore
     from deadhead.training.processes import Progress
 
-_UNREAD = "Without --data no text is then read."
+_UNREAD = "A text is then read only if --data names one."
 
 WithReplies = Annotated[
     bool,
     typer.Option(
         "--replies",
-        help=f"Also let it reply to 50 prompts, 200 tokens at most, and measure how much it repeats itself. {_UNREAD}",
+        help=f"Also have it reply to 50 prompts, 200 tokens at most, and measure how much it repeats itself. {_UNREAD}",
     ),
 ]
-Show = Annotated[int, typer.Option(min=0, max=50, metavar="N", help="Print N of the prompts with the replies.")]
+Show = Annotated[int, typer.Option(min=0, max=50, metavar="N", help="Print the first N prompts with the replies.")]
 TaskNames = Annotated[
     list[str] | None,
     typer.Option(
         "--tasks",
         metavar="NAMES",
-        help="Also run tasks of lm-eval: names with commas between them, such as hellaswag,blimp_*, or YAML files, or "
-        f"folders of them; may be repeated. {_UNREAD}",
+        help="Also run tasks of lm-eval: names with commas between them, such as hellaswag,blimp_*, or YAML files or "
+        f"folders of such files; may be repeated. {_UNREAD}",
     ),
 ]
 TaskLimit = Annotated[
-    int | None, typer.Option(min=1, max=10**9, metavar="N", help="Run so many examples of each task at most.")
+    int | None, typer.Option(min=1, max=10**9, metavar="N", help="Run at most N examples of each task.")
 ]
 
 
@@ -56,7 +56,7 @@ class Further:
     tasks: Mapping[str, tuple[TaskScore, ...]] = field(default_factory=dict)
 
     def values(self, name: str) -> dict[str, Any]:
-        """Return what was measured of a model, as JSON has it."""
+        """Return the measurements of a model in the form that JSON output has."""
         found: dict[str, Any] = {}
         if (replies := self.replies.get(name)) is not None:
             # The first is not compared with itself.
@@ -70,7 +70,7 @@ class Further:
         return found
 
     def shown(self, count: int) -> list[dict[str, Any]]:
-        """Return the first prompts, each with what every model replied; a model that had no room for it is left out."""
+        """Return the first prompts, each with the models' replies; a model without room for a reply is left out."""
         texts: dict[str, dict[str, str]] = {}
         for name, replies in self.replies.items():
             for reply in replies.replies:
@@ -80,13 +80,13 @@ class Further:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be measured besides perplexity.
+    """What the options ask to measure besides perplexity.
 
     Args:
-        replies: whether models reply.
-        show: how many replies are printed.
-        tasks: as they were given.
-        limit: examples of each task at most.
+        replies: whether models reply to prompts.
+        show: number of prompts that are printed with their replies.
+        tasks: names of the tasks, as they were given.
+        limit: the most examples of each task; None for all.
     """
 
     replies: bool
@@ -95,12 +95,12 @@ class Asked:
     limit: int | None
 
     def is_text_read(self, settings: Mapping[str, Any]) -> bool:
-        """Tell whether a text is scored too: one that is named, or the default where nothing else is asked for."""
+        """Return whether a text is scored too: one that is named, or the default if nothing else is asked for."""
         return "source" in settings or not (self.replies or self.tasks)
 
     @contextmanager
     def ready(self, *, quiet: bool) -> Iterator[Callable[..., Further]]:
-        """Yield what measures models, having found the tasks."""
+        """Find the tasks, and yield the function that measures models."""
         with ExitStack() as stack:
             tasks: Tasks | None = None
             if self.tasks:
@@ -118,7 +118,7 @@ class Asked:
         batch_size: int = 8,
         unscored: str | None = None,
     ) -> Further:
-        """Measure models by name, the first of which is the reference; one may not be scored on tasks."""
+        """Measure models by name; the first is the reference, and the one named `unscored` runs no tasks."""
         from deadhead.data import load_tokenizer
         from deadhead.measure.replies import compare_replies
         from deadhead.measure.tasks import run_tasks
@@ -145,13 +145,14 @@ class Asked:
 
 
 def asked(replies: bool, show: int, tasks: Sequence[str] | None, limit: int | None) -> Asked:
-    """Return what is asked for by the options; InputError where they do not fit together, or lm-eval is not there."""
+    """Return what the options ask for; raise InputError if they contradict each other or lm-eval is not installed."""
     if limit is not None and not tasks:
-        raise InputError("--task-limit is for the tasks of --tasks, but none are named; name some, or leave it out.")
+        raise InputError("--task-limit is for the tasks of --tasks, but none were given; name some, or leave it out.")
     names = [name.strip() for each in tasks or () for name in each.split(",")]
     if not all(names):
         raise InputError(
-            f"Names of tasks were expected for --tasks, with commas between them, but {','.join(tasks or ())!r} came."
+            f"--tasks takes names of tasks with commas between them, but got {','.join(tasks or ())!r}; leave no name "
+            "empty."
         )
     if names:
         require_extra("eval", "lm_eval", what="--tasks")
@@ -179,7 +180,7 @@ def rows(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[str
 
 
 def print_replies(found: Further, count: int) -> None:
-    """Print prompts, each with the replies of all models below it."""
+    """Print the first prompts, each followed by the replies of all models."""
     for each in found.shown(count):
         console.print(f"\n[bold]{escape(each['prompt'])}[/bold]")
         for name, text in each["replies"].items():
@@ -187,7 +188,7 @@ def print_replies(found: Further, count: int) -> None:
 
 
 def print_tasks(scores: Sequence[TaskScore]) -> None:
-    """Print what a model scores on tasks."""
+    """Print the scores of a model on tasks."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column, side in (("task", "left"), ("metric", "left"), ("value", "right"), ("± stderr", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`deadhead eval`, `generate` and `bench`: what a model is worth and how fast it is."""
+"""`deadhead eval`, `generate` and `bench`: how good and how fast a model is."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-On = Annotated[Literal["train", "valid", "test"], typer.Option(help="Which part of the text.")]
-Rows = Annotated[int, typer.Option(min=1, max=2**20, help="Rows read side by side.")]
+On = Annotated[Literal["train", "valid", "test"], typer.Option(help="The split of the text to score.")]
+Rows = Annotated[int, typer.Option(min=1, max=2**20, help="Rows in a batch.")]
 Window = Annotated[
-    int | None, typer.Option(min=2, max=2**24, help="Tokens seen at once by a model without memory (512).")
+    int | None, typer.Option(min=2, max=2**24, help="Tokens that a model without memory sees at once (512).")
 ]
 
 
 def load_measured(path: Path, device: str | None, dtype: str | None) -> PreTrainedModel:
-    """Load a model to be measured; one that was saved with gates on has them, and a line says so."""
+    """Load a model to measure; if it was saved with gates on, keep them on and print a line that says so."""
     from deadhead.checkpoints import checkpoint
     from deadhead.checkpoints.declared import has_gates
     from deadhead.checkpoints.gate_files import has_gates_among_weights
@@ -52,14 +52,14 @@ def load_measured(path: Path, device: str | None, dtype: str | None) -> PreTrain
         return checkpoint.load(path, device=device, dtype=dtype)
     model, gates = checkpoint.load_gated(path, device=device, dtype=dtype)
     errors.print(
-        f"{escape(str(path))} has gates, which are on here: {gates.sparsity:.1%} of its heads are closed, not cut; "
-        "deadhead.load gives the ungated model of a folder that deadhead wrote."
+        f"{escape(str(path))} has gates, which stay on here: {gates.sparsity:.1%} of its heads are closed, not cut; "
+        "deadhead.load returns the model without gates, if deadhead wrote the folder."
     )
     return model
 
 
 def require_scored(path: Path, settings: dict[str, Any], *, is_text_read: bool) -> PreTrainedModel:
-    """Check that a model can be scored, on the text that is asked for if one is; return it without its weights."""
+    """Check that a model can be scored on the text, if one is read, and return the model without its weights."""
     from deadhead.checkpoints.checkpoint import load_skeleton
     from deadhead.measure.losses import require_language_model
     from deadhead.training.runs.inputs import require_default_text
@@ -72,20 +72,20 @@ def require_scored(path: Path, settings: dict[str, Any], *, is_text_read: bool) 
 
 
 def shared_options(device: Device = None, dtype: Dtype = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Has the options that `evaluate` and `compare` take besides those of the text."""
+    """Declare the options that `evaluate` and `compare` share, besides those of the text."""
 
 
 @takes_settings(DataRecipe, without=("tokenizer", "vocab_size"), also=shared_options)
 def evaluate(
     model: Model,
     on: On = "valid",
-    limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score only so many tokens.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=10**15, help="Score at most this many tokens.")] = None,
     batch_size: Rows = 8,
     window: Window = None,
     replies: WithReplies = False,
     reference: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL", help="With --replies: how near it is to this model, on this one's replies."),
+        typer.Option(metavar="MODEL", help="With --replies: how close it is to this model, on this model's replies."),
     ] = None,
     show: Show = 0,
     tasks: TaskNames = None,
@@ -94,12 +94,12 @@ def evaluate(
     settings: dict[str, Any],
     **shared: Any,
 ) -> None:
-    """Measure perplexity and bits per byte on a text, every token scored once; or replies, or tasks."""
+    """Measure perplexity and bits per byte on a text, with every token scored once; or replies, or tasks."""
     quiet, as_json = shared["quiet"], shared["as_json"]
     text_of = changed(DataRecipe(), **settings)
     further = asked(replies, show, tasks, task_limit)
     if reference is not None and (not further.replies or reference == model):
-        raise InputError("--reference names another model for --replies to compare with; give both, or leave it out.")
+        raise InputError("--reference names another model that --replies compares with; give both, or leave it out.")
     load_torch(quiet or as_json, model, reference, of_hub(settings.get("source")))
     from deadhead.data import load_text, load_tokenizer
     from deadhead.measure.evaluation import evaluate as measure
@@ -152,10 +152,10 @@ def evaluate(
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "def ",
+    prompt: Annotated[str, typer.Option(help="Beginning of the text.")] = "def ",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**24)] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 picks the most likely token.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Random seed.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -183,13 +183,13 @@ def bench(
     dense: Annotated[Path | None, typer.Option(help="The model to compare with.")] = None,
     workload: Annotated[Literal["prefill", "decode", "train"], typer.Option()] = "prefill",
     batch_size: Annotated[int, typer.Option(min=1, max=2**20)] = 8,
-    length: Annotated[int, typer.Option(min=1, max=2**24, help="Tokens of each text.")] = 128,
+    length: Annotated[int, typer.Option(min=1, max=2**24, help="Tokens in each text.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, max=10**6)] = 10,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time a model, or a pruned and a dense one in turn, and compare with what the removed FLOPs allow."""
+    """Time a model, or a pruned and a dense one in turn, and compare the speedup with what the removed FLOPs allow."""
     load_torch(as_json, model, dense)
     from deadhead.checkpoints.checkpoint import load_skeleton
     from deadhead.layouts.inputs import positions_read

@@ -32,17 +32,17 @@ def cut(
         bool | None,
         typer.Option(
             "--stream/--in-memory",
-            help="Go shard by shard, never holding more than a layer, or load the model; by default the first where a "
-            "checkpoint is in shards or of 2 GiB or more.",
+            help="Cut shard by shard with at most one layer in memory, or load the model; by default shard by shard if "
+            "the checkpoint is in shards or has 2 GiB or more.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped cut left in OUT.work.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped cut from OUT.work.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a model by a head plan that was made elsewhere."""
+    """Cut a model by an existing head plan."""
     head_plan = HeadPlan.from_json(plan)
     load_torch(quiet or as_json, model)
     from deadhead.streaming.cutting import cut_checkpoint
@@ -60,9 +60,9 @@ def cut(
         f"{done.before.flops_per_token:,.0f} → {done.after.flops_per_token:,.0f} FLOPs a token"
     )
     if done.why_in_memory is not None:
-        console.print(f"It was cut in memory, as {escape(done.why_in_memory)}.")
+        console.print(f"It was cut in memory, because {escape(done.why_in_memory)}.")
     if done.why_not_stock is not None:
-        console.print(f"It has modelling code of its own, as {escape(done.why_not_stock)}.")
+        console.print(f"It has modelling code of its own, because {escape(done.why_not_stock)}.")
 
 
 def inspect(
@@ -74,44 +74,44 @@ def inspect(
         ),
     ],
     length: Annotated[
-        int | None, typer.Option(min=1, max=2**24, help="Positions before the token that is counted.")
+        int | None, typer.Option(min=1, max=2**24, help="Positions before the token whose cost is counted.")
     ] = None,
     heads: Annotated[
         list[str] | None,
         typer.Option(
             metavar="N,N,…",
-            help="Also count it with the first so many heads of each layer, one number a layer; may be repeated.",
+            help="Also count it with only the first heads of each layer: a number a layer, as 4,2,3; may be repeated.",
         ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, max=2**24, help="Of a recipe: tokens of its vocabulary.")
+        int | None, typer.Option(min=1, max=2**24, help="For a recipe: size of its vocabulary.")
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="Also count it once this head plan is applied.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Also count it with this head plan applied.")] = None,
     latency: Annotated[
-        Path | None, typer.Option(help="With --plan: predict the speed by the latency.json of a --speedup.")
+        Path | None, typer.Option(help="With --plan: predict the speed from the latency.json of a --speedup.")
     ] = None,
     training: Annotated[
-        bool, typer.Option("--training", help="Also show the memory that training gates on it takes.")
+        bool, typer.Option("--training", help="Also show the memory that it takes to train gates on it.")
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=2**20, help="Of --training: rows of a batch, by default 8.")
+        int | None, typer.Option(min=1, max=2**20, help="With --training: rows in a batch, by default 8.")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(min=2, max=2**24, help="Of --training: tokens of a row, by default 256.")
+        int | None, typer.Option(min=2, max=2**24, help="With --training: tokens in a row, by default 256.")
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Of --training: layers run again in the backward pass.")
+        bool, typer.Option("--gradient-checkpointing", help="With --training: recompute layers in the backward pass.")
     ] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Of --training: mixed precision.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="With --training: mixed precision.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show layers × heads, parameters, FLOPs and key/value cache, without loading the weights.
+    """Show layers × heads, parameters, FLOPs and key/value cache without loading the weights.
 
-    Of a recipe, show what its model will cost, beside what others have published of that shape.
+    For a recipe, show what its model will cost, next to the published numbers for models of that shape.
     """
     layouts = [_numbers(text) for text in heads or []]
     if latency is not None and plan is None:
-        raise InputError("--latency predicts the speed of a plan's model; name the plan with --plan.")
+        raise InputError("--latency predicts the speed of the model that a plan leaves; give the plan with --plan.")
     of_training = {
         "--batch-size": batch_size,
         "--sequence-length": sequence_length,
@@ -120,18 +120,18 @@ def inspect(
     }
     unused = [option for option, value in of_training.items() if value is not None]
     if unused and not training:
-        raise InputError(f"{unused[0]} is of the memory of training; ask for that with --training, or leave it out.")
+        raise InputError(f"{unused[0]} is for the memory of training; add --training, or leave {unused[0]} out.")
     batch_size = batch_size or 8
     if model.suffix == ".toml":
         if plan is not None:
-            raise InputError("A recipe's model is not there yet for a plan to be applied to; leave out --plan.")
+            raise InputError("--plan needs a model, but a recipe's model does not exist yet; leave out --plan.")
         if training:
-            raise InputError("The memory of training is counted of a model, not of a recipe; leave out --training.")
+            raise InputError("--training counts the memory of a model, but got a recipe; leave out --training.")
         load_torch(as_json)
         _inspect_recipe(model, length, layouts, vocab_size, as_json)
         return
     if vocab_size is not None:
-        raise InputError("A checkpoint has its own vocabulary, --vocab-size is for recipes; leave it out.")
+        raise InputError("--vocab-size is for recipes, but a checkpoint has its own vocabulary; leave it out.")
     from deadhead.checkpoints.declared import has_gates
     from deadhead.checkpoints.folder_cost import folder_cost
 
@@ -166,21 +166,21 @@ def inspect(
         console.print(_layouts_table([("as it is", cost), *others]))
     if latency is not None:
         speedup = asked["predicted_speedup"]
-        console.print(f"predicted speed by {escape(str(latency))}: {speedup:.2f} times that of the model as it is")
+        console.print(f"speed predicted from {escape(str(latency))}: {speedup:.2f} times that of the model as it is")
     if training:
         console.print(_memory_table(asked["training_memory"]))
         console.print(
-            f"Memory of training gates on {batch_size} rows at a time, GB, within about 25 %: total is the most at any "
-            "time, less than the sum. It is what tensors hold; a process takes more, as its allocator wastes some."
+            f"Memory in GB to train gates on {batch_size} rows at a time, within about 25 %. The total is the peak, "
+            "less than the sum. Only tensors are counted; a process takes more, because its allocator wastes some."
         )
     if is_gated:
-        console.print("The checkpoint was saved with gates on; deadhead.load_gated gives model and gates.")
+        console.print("The checkpoint was saved with gates on; deadhead.load_gated returns the model and its gates.")
 
 
 def _costs(
     config: PreTrainedConfig, length: int | None, layouts: list[list[int]], plan: Path | None
 ) -> tuple[tuple[Cost, HeadPlan | None], list[tuple[str, Cost]]]:
-    """Return a model's cost and the plan that it was cut by, and its costs with other heads, by the option for them."""
+    """Return a model's cost with the plan it was cut by, and its costs with other heads by the option naming them."""
     from deadhead.measure.cost import config_cost, first_heads
 
     plans = [("--heads", first_heads(config, counts)) for counts in layouts]
@@ -207,10 +207,10 @@ def _inspect_recipe(
     console.print(_recipe_table(costs))
     console.print("Parameters are without embeddings and output layer; stated: as the models' authors count them.")
     if any(cost.heads is None for cost in costs):
-        console.print("≈ no numbers of heads are stated: in between, by the share of the heads that is gone.")
-    unknown = "without the output layer (its words are counted in the text, or say --vocab-size)"
+        console.print("≈ the authors state no numbers of heads: interpolated by the share of the heads that is gone.")
+    unknown = "without the output layer (its size is known only from the text; give it with --vocab-size)"
     part = unknown if tokens is None else f"with an output layer of {tokens:,} tokens"
-    console.print(f"FLOPs are of a token with {positions:,} before it, {part}.")
+    console.print(f"FLOPs are those of one token with {positions:,} tokens before it, {part}.")
 
 
 def _recipe_table(costs: list[ShapeCost]) -> Table:
@@ -238,14 +238,14 @@ def _cost_table(cost: Cost) -> Table:
         "heads": f"{sum(cost.heads)} of {sum(cost.total_heads)}",
         "parameters": f"{cost.parameters:,}",
         "  without embeddings and output layer": f"{cost.parameters - cost.embedding_parameters:,}",
-        "  of the heads, which go with them": f"{cost.attention_parameters:,}",
+        "  of the heads, removed with them": f"{cost.attention_parameters:,}",
         "FLOPs a token": f"{cost.flops_per_token:,.0f}",
         "  of the heads": f"{cost.attention_flops_per_token:,.0f}",
         "key/value cache a text, bytes": f"{cost.kv_cache_bytes:,}" if cost.kv_cache_bytes else "–",
     }
     if cost.total_hidden_units:
         rows["hidden units"] = f"{sum(cost.hidden_units):,} of {sum(cost.total_hidden_units):,}"
-        rows["  of the hidden units, which go with them"] = f"{cost.hidden_parameters:,}"
+        rows["  of the hidden units, removed with them"] = f"{cost.hidden_parameters:,}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -266,7 +266,7 @@ def _layouts_table(costs: list[tuple[str, Cost]]) -> Table:
 
 
 def _training_memory(config: PreTrainedConfig, how: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Return the memory of training by what learns, as far as it can be had of this model and here."""
+    """Return the memory of training for each choice of what learns that this model and this environment allow."""
     from deadhead.measure.cost import skeleton
     from deadhead.training.runs.training_memory import training_memory
 
@@ -297,7 +297,7 @@ def _table(*columns: str) -> Table:
 
 
 def _heads(counts: list[int]) -> str:
-    """Write heads a layer in few characters: digits side by side where each number is one."""
+    """Write the heads of each layer in few characters: without separators if each number is a single digit."""
     if len(set(counts)) == 1:
         return f"{len(counts)} × {counts[0]}"
     return ("" if max(counts) < 10 else " ").join(map(str, counts))
@@ -313,4 +313,4 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise InputError(f"--heads must be whole numbers with commas between, one a layer, but is {text!r}.") from None
+        raise InputError(f"--heads takes whole numbers with commas between, one a layer, but got {text!r}.") from None

@@ -45,13 +45,13 @@ RequiredModel = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")]
 RecipeOption = Annotated[Path | None, typer.Option(help="Take settings that are not given here from this recipe.")]
 Teacher = Annotated[Path | None, typer.Option(help="The model to distil from: a folder, or a name on the hub.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.work.")]
 
 Fast = Annotated[bool, typer.Option("--fast", help=f"Rank by --criterion {FAST}: nothing is learned before the cut.")]
 
 
 def take_fast(fast: bool, settings: dict[str, Any]) -> None:
-    """Put the criterion that --fast stands for among the settings, if it was given; another beside it is refused."""
+    """Add the criterion that --fast stands for to the settings, if it was given; refuse another criterion with it."""
     if not fast:
         return
     if settings.get("criterion") not in (None, FAST):
@@ -67,7 +67,7 @@ def shared_options(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Has the options of all phases, which take them as `shared`."""
+    """Declare the options that all phases share and take as `shared`."""
 
 
 @takes_settings(
@@ -81,7 +81,7 @@ def shared_options(
 def train(
     out: Out, model: ModelOption = None, resume: Resume = False, *, settings: dict[str, Any], **shared: Any
 ) -> None:
-    """Train a dense All-attention Transformer or Transformer-XL from scratch, or go on with a model."""
+    """Train a dense All-attention Transformer or Transformer-XL from scratch, or train a model further."""
     base = begun(shared.pop("recipe"), settings)
     given = base.model
     if model is None and given.from_ is not None:
@@ -108,7 +108,7 @@ def prune(
     *,
     model: RequiredModel,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be left and what memory training would take.")
+        bool, typer.Option("--dry-run", help="Only show what would be left and how much memory training would take.")
     ] = False,
     resume: Resume = False,
     recover: Annotated[
@@ -116,23 +116,23 @@ def prune(
     ] = 0,
     fast: Fast = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Keep one layer of the model in memory at a time; ranks units.")
+        bool, typer.Option("--stream", help="Keep one layer of the model in memory at a time; units are ranked.")
     ] = False,
     max_memory: Annotated[
-        str | None, typer.Option(help="Refuse beforehand what would take more memory than this, such as 24GiB.")
+        str | None, typer.Option(help="Refuse before the start what would take more memory than this, such as 24GiB.")
     ] = None,
     settings: dict[str, Any],
     cut: Annotated[bool, typer.Option(help="Cut the dead heads, or keep the gates.  [default: cut]")] = True,
     teacher: Teacher = None,
     **shared: Any,
 ) -> None:
-    """Choose the heads and hidden units of a model that matter least, and cut them off.
+    """Find the heads and hidden units of a model that matter least, and cut them off.
 
-    How much goes is asked for by one budget, in shares of the model as it is, or learned under --l0.
+    One budget says how much to cut, in shares of the model as it is; with --l0, training finds how much.
 
-    By default a pretrained language model's layers learn how much of each stays, without training a weight; what is
-    left is fitted to the dense model after the cut. Gates are trained for a share of heads, or where an option of
-    theirs is given.
+    By default, the sizes of a pretrained language model's layers are learned without training a weight, and what is
+    left is fitted to the dense model after the cut. Gates are trained if the budget is a share of heads, or if an
+    option of theirs is given.
 
     The teacher of --distill and --recover is the model itself, unless --teacher names another.
     """
@@ -141,7 +141,7 @@ def prune(
     phase = section_of(base.prune, settings)
     text = section_of(base.data, settings)
     if stream and not cut:
-        raise InputError("--no-cut keeps the gates on, but with --stream there are none; leave one of the two out.")
+        raise InputError("--no-cut keeps gates on, but --stream uses none; leave out one of the two.")
     if dry_run:
         if stream:
             phase = _streamable(phase, text, recover=recover, teacher=teacher, max_memory=max_memory, **shared)
@@ -149,7 +149,7 @@ def prune(
         _dry_run(model, phase, text, recover, max_memory, cut=cut, streamed=stream, **how)
         return
     if out is None:
-        raise InputError("A place for the pruned model is missing; give it with --out, or ask for --dry-run.")
+        raise InputError("A folder for the pruned model was expected, but none was given; add --out, or --dry-run.")
     options: dict[str, Any] = {"resume": resume, "teacher": teacher, "recover": recover, "max_memory": max_memory}
     if stream:
         _prune_streamed(model, phase, text, out=out, seed=base.seed, **options, **shared)
@@ -161,7 +161,7 @@ def prune(
 def _streamable(
     phase: PruneRecipe, text: DataRecipe, *, quiet: bool, as_json: bool, report_to: list[str] | None, **options: Any
 ) -> PruneRecipe:
-    """Return the recipe that --stream goes by, or refuse what it refuses."""
+    """Return the recipe for --stream, or refuse options that it does not allow."""
     load_torch(quiet or as_json)
     from deadhead.training.runs.options import Options
     from deadhead.training.runs.streamed import streamable
@@ -203,7 +203,7 @@ def finetune(
     teacher: Teacher = None,
     **shared: Any,
 ) -> None:
-    """Train a cut model on, to recover what the cut cost."""
+    """Train a cut model further, to recover what the cut cost."""
     base = begun(shared.pop("recipe"), settings)
     text, phase = section_of(base.data, settings), section_of(base.finetune, settings)
     _run("finetune", phase, out, model, text, base.seed, resume=resume, teacher=teacher, **shared)
@@ -268,9 +268,9 @@ def _dry_run(
 
 
 def announcing(report: Report, parts: list[Part]) -> Report:
-    """Return what reports progress, and says before the first of it what pruning will do, once that is known.
+    """Return a progress function that first prints what pruning will do, as soon as that is known.
 
-    Until something was done, the phase may still be refused, in one sentence.
+    It prints nothing before the first step, because the phase may still be refused until then.
     """
     from deadhead.modes import best_device, free_memory
     from deadhead.report.tables import forecast_sentence
@@ -285,12 +285,12 @@ def announcing(report: Report, parts: list[Part]) -> Report:
 
 
 def begun(recipe: Path | None, settings: dict[str, Any]) -> Recipe:
-    """Return a recipe that was named, or the defaults, with the settings of a run that were given."""
+    """Return the recipe in a file, or the default one, with the settings of a run that were given."""
     return section_of(Recipe() if recipe is None else load_recipe(recipe), settings)
 
 
 def section_of(section: _S, settings: dict[str, Any]) -> _S:
-    """Return a section of a recipe with those of the settings that are its own."""
+    """Return a section of a recipe with the given settings that belong to it."""
     return changed(section, **{name: value for name, value in settings.items() if name in type(section).model_fields})
 
 
@@ -326,7 +326,7 @@ def _run(
 
 
 def _show(out: Path, result: dict[str, Any], *, as_json: bool) -> None:
-    """Print what a phase did."""
+    """Print the result of a phase."""
     if as_json:
         print_json(result)
         return
@@ -340,7 +340,7 @@ def _show(out: Path, result: dict[str, Any], *, as_json: bool) -> None:
         f"{worth.format_map(result)}"
     )
     if "unrecovered_perplexity" in result:
-        console.print(f"Before it recovered: perplexity {result['unrecovered_perplexity']:.3f}.")
+        console.print(f"Before recovery: perplexity {result['unrecovered_perplexity']:.3f}.")
     if "compensation" in result:
         from deadhead.compensation.record import card_line
 

@@ -1,4 +1,4 @@
-"""`deadhead report` and `deadhead watch`: a run's page, afterwards and live."""
+"""`deadhead report` and `deadhead watch`: the page of a run, as a file and live."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deadhead.errors import require_extra
 from deadhead.training.recipes.reading import changed
 
 _RUN = "A run's folder, or a checkpoint that deadhead prune, train or finetune wrote."
-Sentence = Annotated[str | None, typer.Option(help="What attention is shown on.")]
+Sentence = Annotated[str | None, typer.Option(help="The sentence whose attention is shown.")]
 
 
 def report(
@@ -25,15 +25,15 @@ def report(
         typer.Option(
             "--with",
             metavar="RUN",
-            help="A run to compare with, may be repeated; by default those beside RUN, on the same text.",
+            help="A run to compare with, may be repeated; by default the runs beside RUN on the same text.",
         ),
     ] = None,
     sentence: Sentence = None,
-    attention: Annotated[bool, typer.Option(help="Show where heads look, which loads the models once.")] = True,
+    attention: Annotated[bool, typer.Option(help="Show where heads attend, which loads the models once.")] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's page: one HTML file that opens from disk and needs no network."""
+    """Write the page of a run: one HTML file that opens from disk and needs no network."""
     from deadhead.report.writing import report_run
 
     with progress(quiet) as show:
@@ -50,24 +50,24 @@ def report(
         return
     console.print(f"{escape(str(found.path))}: {found.bytes / 1e6:.1f} MB, for a browser.")
     if attention and found.lacks:
-        console.print(f"It shows no attention: {escape(found.lacks)}")
+        console.print(f"The page shows no attention: {escape(found.lacks)}")
 
 
 def watch(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help=_RUN)],
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of the page; by default 6007, or any free one.")
+        int | None, typer.Option(min=1, max=65535, help="Port of the page; by default 6007, or any free one.")
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     data: Annotated[
-        str | None, typer.Option(help="The text to try heads on; by default the run's own, else 'stdlib'.")
+        str | None, typer.Option(help="The text to try heads on; by default that of the run, else 'stdlib'.")
     ] = None,
     tokens: Annotated[
         int, typer.Option(min=2, max=10**9, help="Held-out tokens that are scored at each click.")
     ] = 2048,
     sentence: Sentence = None,
 ) -> None:
-    """Serve the page of one or more runs live, on this machine alone, with heads to switch off and on."""
+    """Serve a live page of one or more runs, on this machine only, where heads can be switched off and on."""
     require_extra("report", "starlette", "uvicorn", what="The live page")
     load_torch(quiet=False)
     from deadhead.report.server import WatchedRun, serve
@@ -85,7 +85,7 @@ def watch(
         watched.append(WatchedRun(folder, trial, sentence=shown, prompt=sample_prompt(text.source)))
 
     def ready(address: str) -> None:
-        console.print(f"{escape(address)}\nThe page is there until Ctrl-C; nobody can open it without the token.")
+        console.print(f"{escape(address)}\nThe page is served until Ctrl-C; it does not open without the token.")
         if open_it:
             typer.launch(address)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deadhead.training.processes import Progress
     from deadhead.training.recipes.recipe import Recipe
 
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")]
 Steps = Annotated[float | None, typer.Option(min=0.001, max=1000, help="Multiply every phase's steps by this.")]
 
 
@@ -34,14 +34,14 @@ def demo(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the whole story on the Python standard library's own source, in minutes on two cores."""
+    """Train, prune and fine-tune a small model on the Python standard library's source, in minutes on two cores."""
     text = (importlib.resources.files("deadhead.recipes") / "demo.toml").read_text(encoding="utf-8")
     recipe = _scaled(parse_recipe(text, name="demo"), scale_steps)
     _execute(recipe, out, report_to or (), resume=resume, quiet=quiet, as_json=as_json)
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to do.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe to run.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
     resume: Resume = False,
     scale_steps: Steps = None,
@@ -76,7 +76,7 @@ def _scaled(recipe: Recipe, factor: float | None) -> Recipe:
 
 
 def _with_whole(report: Progress, recipe: Recipe) -> Progress:
-    """Return a progress function that also reports the steps of all phases, whose time left is that of the run."""
+    """Return a progress function that also reports the steps of all phases, and so shows the run's remaining time."""
     steps = recipe.planned_steps
     *starts, total = accumulate(steps.values(), initial=0)
     before = dict(zip(steps, starts, strict=True))

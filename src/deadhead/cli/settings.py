@@ -1,4 +1,4 @@
-"""Options made of the fields of recipes, and help that shows the ones that people need first before the others."""
+"""Options made from the fields of recipes, and help that shows the options that people need first before the others."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Command = Callable[..., None]
 
 
 class PhaseCommand(TyperCommand):
-    """A command whose help lists its further settings under a heading of their own."""
+    """A command whose help lists further settings under a separate heading."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options under their headings. Fields say their defaults and bounds themselves."""
+        """Write the options under their headings. The help of a field already states its default and bounds."""
         for heading in (None, _FURTHER):
             options = [one for one in self.get_params(ctx) if getattr(one, "rich_help_panel", None) == heading]
             rows = [
@@ -40,15 +40,16 @@ class PhaseCommand(TyperCommand):
 
 
 def takes_settings(*sections: type[BaseModel], without: tuple[str, ...], also: Command) -> Callable[[Command], Command]:
-    """Give a command an option for each field of these sections of a recipe that has one.
+    """Return a decorator that gives a command an option for each field of sections of a recipe.
 
-    The command's argument `settings` is what was given, by the fields' names. Options that stand before `settings` in
-    the command's signature are shown first, with the fields that people need first; those after it, among the others.
+    The command gets the values that were given as `settings`, by the fields' names. Help lists options that come before
+    `settings` in the command's signature first, with the fields that people need first, and options that come after
+    `settings` with the other fields.
 
     Args:
-        sections: of a recipe; what a section does not inherit comes first.
-        without: names of fields that the command does without.
-        also: has further options, in place of the command's `**` argument.
+        sections: sections of a recipe; the fields that a section does not inherit come first.
+        without: names of fields that get no option.
+        also: a function whose options the command gets too, in place of its `**` argument.
     """
     named = [pair for section in sections for pair in own_fields(section).items()]
     named += [pair for section in sections for pair in section.model_fields.items() if pair not in named]
@@ -84,7 +85,7 @@ def takes_settings(*sections: type[BaseModel], without: tuple[str, ...], also: C
 
 
 def _with_options(text: str, fields: Mapping[str, FieldInfo]) -> str:
-    """Return what a field says of others by their options: `steps` and gate_lr are --steps and --gate-lr."""
+    """Replace the names of fields in a text by their options: `steps` and gate_lr become --steps and --gate-lr."""
 
     def option(found: re.Match[str]) -> str:
         name = found[0].strip("`")
@@ -94,7 +95,7 @@ def _with_options(text: str, fields: Mapping[str, FieldInfo]) -> str:
 
 
 def _parameter(name: str, field: FieldInfo, fields: Mapping[str, FieldInfo]) -> inspect.Parameter:
-    """Return the parameter of a command that stands for a field; None is what was not given."""
+    """Return the parameter of a command for a field; its value is None if the option is not given."""
     option, values = option_name(name, field), kind(field)
     is_number = values in (int, float)
     limits = known_bounds(field) if is_number else {}

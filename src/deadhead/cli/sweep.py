@@ -1,4 +1,4 @@
-"""`deadhead sweep`: a model pruned to several budgets, so that one can choose among them."""
+"""`deadhead sweep`: a model pruned to several budgets, to choose one of the results."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ PAGE_FILE = "sweep.html"
     also=shared_options,
 )
 def sweep(
-    out: Annotated[Path, typer.Option(help="Folder to make, of the pruned models, sweep.json and sweep.html.")],
+    out: Annotated[Path, typer.Option(help="Folder to create for the pruned models, sweep.json and sweep.html.")],
     *,
     model: RequiredModel,
     params: Annotated[
-        str | None, typer.Option(metavar="SHARES", help="Shares of the parameters that are left, as 0.9,0.8,0.7.")
+        str | None, typer.Option(metavar="SHARES", help="Shares of the parameters to keep, as 0.9,0.8,0.7.")
     ] = None,
-    flops: Annotated[str | None, typer.Option(metavar="SHARES", help="Of a token's FLOPs, likewise.")] = None,
-    kv_cache: Annotated[str | None, typer.Option(metavar="SHARES", help="Of the key/value cache, likewise.")] = None,
+    flops: Annotated[str | None, typer.Option(metavar="SHARES", help="Shares of a token's FLOPs to keep.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(metavar="SHARES", help="Shares of the KV cache to keep.")] = None,
     sparsity: Annotated[
-        str | None, typer.Option(metavar="SHARES", help="Shares of the heads that go, as 0.1,0.25,0.5.")
+        str | None, typer.Option(metavar="SHARES", help="Shares of the heads to cut, as 0.1,0.25,0.5.")
     ] = None,
     speedup: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="How many times as fast as the model, as 1.1,1.25,1.5.")
+        str | None, typer.Option(metavar="NUMBERS", help="Speedups over the given model, as 1.1,1.25,1.5.")
     ] = None,
     max_loss: Annotated[
         str | None,
-        typer.Option(metavar="SHARE", help="Pick the smallest model whose perplexity is at most so much higher: 5%."),
+        typer.Option(metavar="SHARE", help="Pick the smallest model whose perplexity rises by at most this, as 5%."),
     ] = None,
     recover: Annotated[
         int, typer.Option(min=0, help="Steps in which each cut model learns from the dense one.  [default: 0]")
@@ -63,26 +63,26 @@ def sweep(
         bool,
         typer.Option(
             "--replies",
-            help="Also let each model reply to 50 prompts, 200 tokens at most; compare it with the dense one on those.",
+            help="Also have each model reply to 50 prompts, 200 tokens at most; compare it with the dense one on them.",
         ),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in OUT.")] = False,
     fast: Fast = False,
     settings: dict[str, Any],
     teacher: Teacher = None,
     **shared: Any,
 ) -> None:
-    """Prune a model to several budgets, and show what each costs and is worth.
+    """Prune a model to several budgets, and show the cost and quality of each result.
 
-    Text is looked at once for all of them. Each pruned model is a checkpoint in OUT. By default layers' sizes are
-    learned, as by deadhead prune; where they cannot be, units are ranked by taylor.
+    Units are scored once for all budgets. Each pruned model is a checkpoint in OUT. By default, the sizes of layers
+    are learned, as in deadhead prune; where they cannot be learned, units are ranked by taylor.
     """
     given = {"params": params, "flops": flops, "kv_cache": kv_cache, "sparsity": sparsity, "speedup": speedup}
     asked = {kind: value for kind, value in given.items() if value is not None}
     if len(asked) != 1:
         options = ", ".join(_option(kind) for kind in given)
         came = " and ".join(map(_option, asked)) + " were" if asked else "none was"
-        raise InputError(f"One budget with several values was expected, of {options}, but {came} given.")
+        raise InputError(f"One budget with several values was expected ({options}), but {came} given; give one.")
     ((kind, text_of_values),) = asked.items()
     values = _numbers(kind, text_of_values)
     tolerated = None if max_loss is None else _share(max_loss)
@@ -134,19 +134,19 @@ def _option(kind: str) -> str:
 
 
 def _numbers(kind: str, text: str) -> list[float]:
-    """Return the values of a budget that stand in a list with commas."""
+    """Return the values of a budget from a comma-separated list."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"{_option(kind)} takes numbers with commas between them, as in 0.9,0.8,0.7, but it is {text!r}."
+            f"{_option(kind)} takes numbers with commas between them, as in 0.9,0.8,0.7, but got {text!r}."
         ) from None
 
 
 def _share(text: str) -> float:
-    """Return a share that is written as such, or in per cent."""
+    """Return a share that is written as a number, or in per cent."""
     try:
         value = float(text.removesuffix("%"))
     except ValueError:
-        raise InputError(f"--max-loss takes a share, as in 5% or 0.05, but it is {text!r}.") from None
+        raise InputError(f"--max-loss takes a share, as in 5% or 0.05, but got {text!r}.") from None
     return value / 100 if text.endswith("%") else value

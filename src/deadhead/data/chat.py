@@ -74,7 +74,7 @@ class Chat:
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InputError(
-                    f"Messages with a role and a content were expected in {label}, but {str(message)[:60]!r} came."
+                    f"Messages with a role and a content were expected in {label}, but got {str(message)[:60]!r}."
                 )
         # Where messages have other fields than their neighbours, data sets say that these are null.
         plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
@@ -116,8 +116,9 @@ class Chat:
                 after = self._render(messages[: index + 1], talk)
                 if not (text.startswith(before) and text.startswith(after) and len(before) <= len(after)):
                     raise InputError(
-                        f"The chat template writes {talk.label} otherwise than its beginning, so its answers cannot be "
-                        "told apart; mark them in the template with {% generation %}, or learn from all of the text."
+                        f"The chat template writes the beginning of {talk.label} otherwise than within the whole, so "
+                        "its answers cannot be told apart; mark them in the template with {% generation %}, or leave "
+                        "answers_only out."
                     )
                 found.append((len(before), len(after)))
         return tuple(found)

@@ -43,7 +43,7 @@ class Corpus:
             InputError: there is no such split, or the text can't be read.
         """
         if split not in self.readers:
-            raise InputError(f"A split was expected ({', '.join(SPLITS)}), but {split!r} came.")
+            raise InputError(f"A split was expected ({', '.join(SPLITS)}), but got {split!r}.")
         return self.readers[split]()
 
     def documents(self, split: str) -> Iterator[str]:
@@ -113,16 +113,16 @@ def open_corpus(
     if not (valid_share >= 0 and test_share >= 0 and valid_share + test_share < 1):
         raise InputError(
             "Shares for valid and test of at least 0 and together less than 1 were expected, "
-            f"but {valid_share} and {test_share} came."
+            f"but got {valid_share} and {test_share}."
         )
     source = str(source)
     if not source:
-        raise InputError("A text file, a directory, stdlib or hf:NAME was expected, but nothing came.")
+        raise InputError("A text file, a directory, stdlib or hf:NAME was expected, but got nothing.")
     if source == "self":
         hint = "; the file of that name is ./self" if Path(source).exists() else ""
         raise InputError(
-            "A text file, a directory, stdlib or hf:NAME was expected, but self came, which is text that deadhead "
-            f"prune lets the model write before it prunes it: there is none to read{hint}."
+            "A text file, a directory, stdlib or hf:NAME was expected, but got self, which is text that deadhead prune "
+            f"has the model write before it prunes the model: there is none to read{hint}."
         )
     is_named = source.startswith("hf:")
     _refuse("split", split if not is_named else None, "data sets, hf:NAME", source)
@@ -149,7 +149,7 @@ def open_corpus(
 
 def _refuse(option: str, value: str | None, what: str, source: str) -> None:
     if value is not None:
-        raise InputError(f"{option} is for {what}, but {source} came; leave {option} out.")
+        raise InputError(f"{option} is for {what}, but got {source}; leave {option} out.")
 
 
 def _divided(part: _Part, valid_share: float, test_share: float) -> dict[str, _Part]:

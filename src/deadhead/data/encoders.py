@@ -54,8 +54,8 @@ class Encoder:
         """Return the ids of a text, and the characters where each begins and ends."""
         if self._backend is None:
             raise InputError(
-                "Answers are told apart by a fast tokenizer, but this one is slow; learn from all of the text, without "
-                "answers_only."
+                "answers_only needs a fast tokenizer, but got a slow one; leave answers_only out to learn from the "
+                "whole text."
             )
         encoding = self._backend.encode(text, add_special_tokens=False)
         places = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)

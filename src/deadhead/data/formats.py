@@ -86,7 +86,7 @@ def _opened(path: Path, packing: str) -> BinaryIO:
 
 
 def _damaged(path: Path, packing: str) -> InputError:
-    return InputError(f"A whole {packing} file was expected, but {path} is damaged or cut short; bring it again.")
+    return InputError(f"A complete {packing} file was expected, but {path} is damaged or truncated; get it again.")
 
 
 def is_packed(path: Path) -> bool:
@@ -160,5 +160,5 @@ def refuse_looks(found: Found) -> InputError:
     """Return what is said of a file that looks like rows, but is not named like them."""
     return InputError(
         f"Text was expected in {found.label}, but it looks like JSON; choose data_format (--data-format) json to read "
-        "its fields, or text to read it as it stands."
+        "its fields, or text to read it as plain text."
     )

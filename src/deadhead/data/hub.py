@@ -28,7 +28,7 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
     require_extra("data", "datasets", what=source)
     name, _, config = source.removeprefix("hf:").partition(":")
     if not name or ":" in config or source.endswith(":"):
-        raise InputError(f"hf:NAME or hf:NAME:CONFIG was expected, but {source!r} came.")
+        raise InputError(f"hf:NAME or hf:NAME:CONFIG was expected, but got {source!r}.")
     require_had(name, kind="dataset")
     is_saved = any((checked_path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     loaded = _load(source, name, config or None, is_saved=is_saved)
@@ -36,7 +36,7 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
     names = ", ".join(sorted(loaded))
     if split is not None:
         if split not in loaded:
-            raise InputError(f"A split of {source} was expected ({names}), but {split!r} came.")
+            raise InputError(f"A split of {source} was expected ({names}), but got {split!r}.")
         own = {"train": loaded[split]}
     else:
         # The first name that is there counts, so it is written last.

@@ -100,21 +100,21 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
     if not groups:
         first = min(files, key=lambda file: file.relative_to(path).as_posix())
         raise InputError(
-            f"Text files were expected below {path}, but of its {len(files)} files none is UTF-8 text that isn't "
-            f"empty, {first.name} for one; name a directory with text files."
+            f"Text files were expected below {path}, but none of its {len(files)} files, such as {first.name}, holds "
+            "UTF-8 text; name a directory with text files."
         )
     chosen = max(groups, key=lambda name: sum(each.size for each in groups[name]))
     others = [each.found.label for name, group in groups.items() if name != chosen for each in group]
     if others:
         warnings.warn(
-            f"{path} is read as {chosen}; {len(others)} of its files hold another format and are left out, "
-            f"{Path(others[0]).name} for one (choose with data_format).",
+            f"{path} is read as {chosen}; {len(others)} of its files have another format and are left out, such as "
+            f"{Path(others[0]).name} (choose with data_format).",
             RunWarning,
             stacklevel=2,
         )
     if lost:
         warnings.warn(
-            f"{len(lost)} of the files below {path} hold no UTF-8 text and are left out, {lost[0].name} for one; "
+            f"{len(lost)} of the files below {path} hold no UTF-8 text and are left out, such as {lost[0].name}; "
             "convert them to UTF-8 if they are text in another encoding.",
             RunWarning,
             stacklevel=2,
@@ -254,4 +254,4 @@ def _missing(path: Path) -> str:
         names += os.listdir(path.parent)
     near = difflib.get_close_matches(path.name, names, n=1)
     hint = f"did you mean {path.parent / near[0]}?" if near else "check the path."
-    return f"A text file, a directory, stdlib or hf:NAME was expected, but there is no {path}; {hint}"
+    return f"A text file, a directory, stdlib or hf:NAME was expected, but {path} does not exist; {hint}"

@@ -19,8 +19,8 @@ def require_ids(tokens: np.ndarray) -> None:
     """
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise InputError(
-            f"Tokens were expected as whole numbers in one row, but an array of {tokens.dtype} with the shape "
-            f"{tokens.shape} came."
+            f"Tokens were expected as a one-dimensional array of whole numbers, but got an array of {tokens.dtype} "
+            f"with the shape {tokens.shape}."
         )
 
 
@@ -47,7 +47,7 @@ class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
         if rows < 1 or segment_length < 1:
             raise InputError(
                 "At least 1 row and a segment_length of at least 1 were expected, "
-                f"but {rows} rows and a segment_length of {segment_length} came."
+                f"but got {rows} rows and a segment_length of {segment_length}."
             )
         needed = rows * segment_length + 1  # each token has a next one for its label
         if len(tokens) < needed:
@@ -100,13 +100,13 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         require_ids(tokens)
         if scored is not None and (scored.dtype != np.bool_ or scored.shape != tokens.shape):
             raise InputError(
-                f"A truth value for each of {len(tokens)} tokens was expected as scored, but an array of "
-                f"{scored.dtype} with the shape {scored.shape} came."
+                f"scored must hold a bool for each of the {len(tokens)} tokens, but got an array of {scored.dtype} "
+                f"with the shape {scored.shape}."
             )
         if len(prefix) >= length:
             raise InputError(
-                f"Rows longer than the {len(prefix)} tokens that the tokenizer puts before a text were expected, but a "
-                f"sequence_length (--sequence-length) of {length} came; choose a longer one."
+                f"Rows longer than the {len(prefix)} tokens that the tokenizer puts before a text were expected, but "
+                f"got a sequence_length (--sequence-length) of {length}; choose a longer one."
             )
         if len(tokens) <= length - len(prefix):
             raise InputError(
@@ -124,8 +124,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
             self._rows = np.flatnonzero(self._scored_RT[:, 0 if prefix else 1 :].any(axis=1)).tolist()
             if not self._rows:
                 raise InputError(
-                    "Answers were expected in the text, as answers_only asks for, but it has none; use more "
-                    "conversations, or leave answers_only out."
+                    "answers_only expects answers in the text, but it has none; use more conversations, or leave "
+                    "answers_only out."
                 )
 
     def __len__(self) -> int:

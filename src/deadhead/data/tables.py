@@ -132,8 +132,8 @@ def rows_of(
     name_one = "name one with text_column (--text-column)"
     if is_csv and not columns:
         raise InputError(
-            f"A column named text was expected in {source}, but its first line names {others}; {name_one}, or put a "
-            "line of names before that one if it is none."
+            f"A column named text was expected in {source}, but its first line names {others}; {name_one}, or, if that "
+            "line holds data, put a line of names before it."
         )
     if not columns or columns[0] not in kinds:
         what = "A column of strings (text, or the only one) or of messages (messages, or prompt and completion)"
@@ -143,7 +143,7 @@ def rows_of(
     if not all(kinds[name] for name in columns):
         raise InputError(
             f"Strings or lists of messages were expected in column {columns[0]} of {source}, but it holds "
-            f"{_held(dataset.features[columns[0]])}; make strings of them{others and f', or {name_one} of {others}'}."
+            f"{_held(dataset.features[columns[0]])}; make them strings{others and f', or {name_one} of {others}'}."
         )
     if kinds[columns[0]] == "string" and len(columns) == 1:
         return Rows(dataset, columns, source, None, holds)
@@ -229,13 +229,13 @@ def file_rows(
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError) or "in UTF-8" in str(cause):
             raise InputError(
-                f"UTF-8 text was expected in {source}, but it is in another encoding; convert it to UTF-8."
+                f"UTF-8 text was expected in {source}, but it has another encoding; convert it to UTF-8."
             ) from error
         reason = first_line(cause)[:100]
         reason = "it has no rows" if "corresponds to no data" in reason else reason
         raise InputError(
-            f"{kind.upper()} was expected in {source}, but it could not be read: {reason}; mend it, or read it as it "
-            "stands with data_format text."
+            f"{kind.upper()} was expected in {source}, but it could not be read: {reason}; repair it, or read it as "
+            "plain text with data_format text."
         ) from error
     rows = {
         split: rows_of(part, source, text_column=text_column, chat=chat, holds=place, is_csv=kind == "csv")

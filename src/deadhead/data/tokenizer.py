@@ -58,16 +58,14 @@ def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None)
     if kind == "byte":
         if vocab_size not in (None, _BYTES + 1):
             raise InputError(
-                f"A byte tokenizer has {_BYTES + 1} tokens, but vocab_size {vocab_size} came; leave vocab_size out."
+                f"A byte tokenizer has {_BYTES + 1} tokens, but got vocab_size {vocab_size}; leave vocab_size out."
             )
         return byte_tokenizer()
     if kind not in KINDS:
-        raise InputError(f"A kind of tokenizer was expected ({', '.join(KINDS)}), but {kind!r} came.")
+        raise InputError(f"A kind of tokenizer was expected ({', '.join(KINDS)}), but got {kind!r}.")
     least = _BYTES + 2 if kind == "bpe" else 3
     if vocab_size is not None and vocab_size < least:
-        raise InputError(
-            f"A vocab_size of at least {least} was expected for a {kind} tokenizer, but {vocab_size} came."
-        )
+        raise InputError(f"A vocab_size of at least {least} was expected for a {kind} tokenizer, but got {vocab_size}.")
     if kind == "bpe":
         return _wrapped(_bpe(corpus, _BPE_VOCABULARY if vocab_size is None else vocab_size))
     return _wrapped(_word(corpus, vocab_size), unk_token=UNK)
@@ -99,8 +97,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     files = [file for file in Path(path).glob("*") if file.name.startswith(_NAMES)]
     if Path(path).is_dir() and not files:
         raise InputError(
-            f"A tokenizer was expected at {path}, but it has no files of one, such as tokenizer.json; save it there: "
-            "tokenizer.save_pretrained(path)."
+            f"A tokenizer was expected at {path}, but there are no files of one, such as tokenizer.json; save it "
+            "there: tokenizer.save_pretrained(path)."
         )
     require_had(path)
     for file in files:
@@ -116,7 +114,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"A tokenizer was expected at {path}, but it could not be loaded: {first_line(error)}."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise InputError(f"A tokenizer was expected at {path}, but {type(tokenizer).__name__} came; check the folder.")
+        raise InputError(f"A tokenizer was expected at {path}, but got {type(tokenizer).__name__}; check the folder.")
     if type(tokenizer) is PreTrainedTokenizerFast and tokenizer.split_special_tokens and tokenizer.eos_token == EOS:
         tokenizer.__class__ = TokenizersBackend
     for noted in _LOADED_BY:
@@ -172,9 +170,7 @@ def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
         counts.update(text.split())
         counts[EOS] += text.count("\n")
     if not any(word not in (EOS, UNK) for word in counts):
-        raise InputError(
-            f"Words were expected in the text for training of {corpus.name}, but it has none; use more text."
-        )
+        raise InputError(f"Words were expected in the training text of {corpus.name}, but it has none; use more text.")
     words = sorted((word for word in counts if word not in (EOS, UNK)), key=lambda word: (-counts[word], word))
     kept = words if vocab_size is None else words[: vocab_size - 2]
     counts[UNK] += sum(counts[word] for word in words[len(kept) :])

@@ -20,8 +20,8 @@ def tools_of(value: Any, label: str) -> list[Any] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise InputError(
-            f"A list of tools was expected in {label}, but {str(value)[:60]!r} came; each is an object that describes "
-            "one, in a list or in its JSON text."
+            f"A list of tools was expected in {label}, but got {str(value)[:60]!r}; give a list of objects that each "
+            "describe a tool, or the JSON text of one."
         )
     return tools
 

@@ -69,7 +69,7 @@ def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     # A layer without heads has nothing to tell.
     sites = [site for site in all_sites if site.units]
     if len(sites) != len(attentions):
-        raise InputError(f"Models of type {model.config.model_type} do not tell the attention of all their layers.")
+        raise InputError(f"Models of type {model.config.model_type} do not return the attention of all their layers.")
     for site, found in zip(sites, attentions, strict=True):
         weights_HTK = found[0].float()
         if weights_HTK.shape[-1] > length:
@@ -97,5 +97,5 @@ def _weights(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     finally:
         model.set_attn_implementation(before)
     if not found:
-        raise InputError(f"Models of type {model.config.model_type} do not tell their attention weights.")
+        raise InputError(f"Models of type {model.config.model_type} do not return their attention weights.")
     return [weights for weights in found if weights is not None and weights.shape[1]]

@@ -66,7 +66,7 @@ class RunFacts:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise InputError(f"The folder of a run was expected at {folder}, but there is none.")
+            raise InputError(f"The folder of a run was expected at {folder}, but it does not exist; check the path.")
         if not any((folder / name).is_file() for name in (RECIPE_FILE, METRICS_FILE)):
             raise InputError(
                 f"{folder} is not the folder of a run: it has neither {RECIPE_FILE} nor {METRICS_FILE}; name one that "

@@ -79,7 +79,7 @@ def _guard(token: str) -> DispatchFunction:
             given = given or request.query_params.get("token", "")
         if not secrets.compare_digest(given.encode(), token.encode()):
             return PlainTextResponse(
-                "This page needs the token that stands in the address that deadhead watch printed.", status_code=403
+                "This page needs the token; open the address that deadhead watch printed.", status_code=403
             )
         response = await answer(request)
         response.headers.update(
@@ -163,7 +163,7 @@ def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
 
 def _numbered(runs: Sequence[WatchedRun], number: str) -> WatchedRun:
     if not number.isascii() or not number.isdigit() or len(number) > 6 or int(number) >= len(runs):
-        raise InputError(f"The page has {len(runs)} runs, numbered from 0, but run {number!r} was asked for.")
+        raise InputError(f"The page has {len(runs)} runs, numbered from 0, but got run {number!r}.")
     return runs[int(number)]
 
 
@@ -184,7 +184,7 @@ def serve(runs: Sequence[WatchedRun], *, port: int | None, ready: Callable[[str]
         except OSError as error:
             if port is not None:
                 raise InputError(
-                    f"Port {port} cannot be had ({error.strerror}); choose another with --port, or leave it out."
+                    f"Port {port} cannot be used ({error.strerror}); choose another with --port, or leave it out."
                 ) from None
             listening.bind(("127.0.0.1", 0))
         listening.listen()

@@ -85,16 +85,18 @@ def _picked_sentence(found: Mapping[str, Any]) -> str:
     """Return which point is the smallest within the loss that is tolerated; nothing where nothing was said of it."""
     if found["max_loss"] is None:
         return ""
-    most = f"at most {found['max_loss']:.1%} more perplexity than the dense model"
-    return f"None has {most}." if found["picked"] is None else f"The smallest with {most}: {found['picked']:g}."
+    most = f"a perplexity at most {found['max_loss']:.1%} above the dense model's"
+    return (
+        f"No model has {most}." if found["picked"] is None else f"The smallest model with {most}: {found['picked']:g}."
+    )
 
 
 def sweep_table(found: Mapping[str, Any], place: str) -> Table:
     """Return what several budgets leave of a model: what it costs, how fast it is and what it is worth."""
     lines = [
         _picked_sentence(found),
-        f"The numbers in names are of {_budget_of(found)}.",
-        f"The models and their page lie in {escape(place)}.",
+        f"The number in each name refers to {_budget_of(found)}.",
+        f"The models and their page are in {escape(place)}.",
     ]
     return _table(_NAMES, [cells for cells, _ in _point_rows(found)], "\n".join(filter(None, lines)))
 
@@ -117,8 +119,9 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
 def _replies_sentence(found: Mapping[str, Any]) -> str:
     """Return what the columns of replies are."""
     return (
-        f"KL, in nats a token, and how often both hold the same token to be the likeliest: on the dense model's "
-        f"{found['dense']['replies']['count']} replies. Repetition: 4-grams that a reply had before, in each one's own."
+        f"KL, in nats a token, and how often both models predict the same token: on the dense model's "
+        f"{found['dense']['replies']['count']} replies. Repetition: 4-grams that occurred before in the same reply, in "
+        "each model's own replies."
     )
 
 
@@ -132,7 +135,7 @@ def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Seq
     charts = [
         _chart(found, measured, [point["parameters"] / 1e6 for point in measured], "parameters, millions"),
         _chart(found, measured, [point["flops_per_token"] / 1e6 for point in measured], "FLOPs a token, millions"),
-        _chart(found, measured, [point["speedup"] for point in measured], "times the dense model's speed, measured"),
+        _chart(found, measured, [point["speedup"] for point in measured], "speedup over the dense model, measured"),
     ]
     return rendered(
         "sweep.html",

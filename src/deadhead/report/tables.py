@@ -44,10 +44,10 @@ def forecast_sentence(parts: Sequence[Part], free: int) -> str:
     *first, last = [f"{part.what} ({_duration(part.seconds)}, {_size(part.memory)} of memory)" for part in parts]
     doing = f"{', '.join(first)}, then {last}" if first else last
     total = _duration(sum(part.seconds for part in parts))
-    told = f"To do: {doing}; {total} in all on this machine, besides reading the text and measuring on it."
+    told = f"To do: {doing}; {total} in total on this machine, without reading the text and measuring on it."
     largest = max(parts, key=lambda part: part.memory)
     if largest.memory > free:
-        told += f" Only {_size(free)} of memory are free; to need less, {largest.remedy}."
+        told += f" Only {_size(free)} of memory are free; to use less, {largest.remedy}."
     return told
 
 
@@ -80,7 +80,7 @@ def stages_table(summary: Mapping[str, Any]) -> Table:
         )
     captions = []
     if "control" in summary:
-        captions.append("control: the dense model, trained for as many steps in all as the pruned one")
+        captions.append("control: the dense model, trained for as many steps in total as the pruned one")
     if any(summary.get(stage, {}).get("hidden_units") for stage in STAGES):
         captions.append("heads | hidden units or persistent vectors, each one number a layer")
     table.caption = "; ".join(captions) or None

@@ -89,7 +89,9 @@ class Trial:
         Of a key that is not named in `kept` all units are on.
         """
         if len(prompt) > _LONGEST_PROMPT:
-            raise InputError(f"The prompt has {len(prompt)} characters, but at most {_LONGEST_PROMPT} are taken.")
+            raise InputError(
+                f"A prompt of at most {_LONGEST_PROMPT} characters was expected, but got {len(prompt)}; shorten it."
+            )
         with self._lock:
             loaded = self._load(name)
             gates = loaded.gates
@@ -115,7 +117,7 @@ class Trial:
             return self._loaded
         folder = self.models.get(name)
         if folder is None:
-            raise InputError(f"There is no model {name!r} here; there are: {', '.join(self.models) or 'none yet'}.")
+            raise InputError(f"There is no model {name!r} here; choose one of: {', '.join(self.models) or 'none yet'}.")
         self._loaded = None
         if has_gates(folder):
             model, gates = checkpoint.load_gated(folder)
@@ -164,7 +166,7 @@ def _units(choices: Choices, asked: Mapping[UnitKey, Sequence[int]]) -> dict[Uni
             blocks = choices.members[key]
             if not isinstance(places, list) or not all(is_count(place) and place < len(blocks) for place in places):
                 raise InputError(
-                    f"The blocks that stay of layer {key.layer} must be a list of numbers below {len(blocks)}."
+                    f"The blocks to keep in layer {key.layer} must be a list of numbers below {len(blocks)}."
                 )
             found[key] = [unit for place in places for unit in blocks[place]]
     return found

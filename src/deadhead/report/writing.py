@@ -70,7 +70,7 @@ def report_run(
     folder = checked_path(run)
     path = folder / REPORT_FILE if path is None else checked_path(path)
     if path.is_dir():
-        raise InputError(f"The page is one file, but {path} is a folder; name a file.")
+        raise InputError(f"A file was expected for the page, but {path} is a folder; name a file.")
     facts = RunFacts(folder)
     facts.update()
     points = sibling_points(facts, None if others is None else [checked_path(other) for other in others])

@@ -114,13 +114,15 @@ def cut_checkpoint(
     folder, out = checked_path(source), checked_path(out)
     if out.resolve() == folder.resolve():
         raise InputError(
-            f"The cut model must not overwrite the model it is made of, {source}; choose another out (--out)."
+            f"The cut model must not overwrite the model it is made from, {source}; choose another out (--out)."
         )
     checkpoint.require_ours_or_free(out)
     why: str | None = None
     if device is not None or dtype is not None:
         if stream:
-            raise InputError("A device and a dtype are for a cut in memory; leave them out, or do not stream.")
+            raise InputError(
+                "device and dtype are for a cut in memory, but stream was asked for too; leave out one of the two."
+            )
         stream = False
     if stream or (stream is None and _is_large(folder)):
         try:
@@ -128,15 +130,17 @@ def cut_checkpoint(
         except NotStreamable as error:
             why = str(error)
         if stream:
-            raise InputError(f"{source} cannot be cut shard by shard, as {why}; cut it in memory.")
+            raise InputError(f"{source} cannot be cut shard by shard, because {why}; cut it in memory.")
     if resume:
-        raise InputError("There is nothing to resume: a cut in memory leaves nothing when it is stopped.")
+        raise InputError(
+            "There is nothing to resume, because a stopped cut in memory leaves nothing; leave resume (--resume) out."
+        )
     needed, free = weights_size(folder), free_memory(torch.device("cpu"))
     if needed > free:
-        reason = f" It cannot be cut shard by shard, as {why}." if why else ""
+        reason = f" (it cannot be cut shard by shard, because {why})" if why else ""
         raise InputError(
-            f"Cutting {source} in memory takes {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; use a larger "
-            f"machine.{reason}"
+            f"Cutting {source} in memory takes {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; use a machine "
+            f"with more memory{reason}."
         )
     network = checkpoint.load(source, device=device, dtype=dtype)
     before = model_cost(network, unit=plan.unit)
@@ -165,9 +169,9 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
     work = out.with_name(out.name + ".work")
     checkpoint.require_no_model(work, source)
     if work.exists() and not resume:
-        raise InputError(f"{work} is left of a cut that was stopped; go on with resume (--resume), or delete it.")
+        raise InputError(f"{work} is left from a stopped cut; continue it with resume (--resume), or delete it.")
     if resume and not work.is_dir():
-        raise InputError(f"There is nothing to resume: {work}, where a stopped cut leaves its files, is not there.")
+        raise InputError(f"There is nothing to resume: {work}, where a stopped cut leaves its files, does not exist.")
     planned = prepare(open_stored(source), plan)
     # One layer is checked before anything is written: whether layers of this kind can be.
     planned.check_one()
@@ -214,7 +218,7 @@ class _Manifest:
         finished = values.pop("finished", None) if isinstance(values, dict) else None
         if not isinstance(finished, dict) or values != self.identity:
             raise InputError(
-                f"{self.work} is left of a cut by another plan, or of a model that was changed since; resume with "
+                f"{self.work} is left from a cut by another plan, or of a model that was changed since; resume with "
                 "those, or delete it."
             )
         for entry in self.work.iterdir():
@@ -271,7 +275,7 @@ def _require_room(out: Path, planned: StreamedCut, manifest: _Manifest) -> None:
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(
-            f"No space is left on the device for {out}: it needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
+            f"The device has too little space for {out}: it needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
             "free; free some and try again."
         )
 
@@ -324,7 +328,7 @@ def _publish(planned: StreamedCut, manifest: _Manifest, source: Path, tokenizer:
     if emptied:
         model.config.attention_outputs = int(emptied[0].num_outputs)
     if _identity(planned, source)["source"] != manifest.identity["source"]:
-        raise InputError(f"The weights in {source} were changed while they were cut; cut them again.")
+        raise InputError(f"The weights in {source} were changed during the cut; cut them again.")
     if model.can_generate() and (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source), local_files_only=True)
     with replaced_folder(out) as folder:

@@ -73,7 +73,7 @@ class LayerCheck:
             found = [path for path, module in modules if module is site.module]
             match = re.fullmatch(r"(.*?)\.?\b(\d+)(?:\..*)?", found[0]) if len(found) == 1 else None
             if match is None:
-                raise NotStreamable(f"its layer {site.layer} is not one of a list of layers of their own")
+                raise NotStreamable(f"its layer {site.layer} is not a separate entry of a list of layers")
             containers.add(match[1])
             self.sites.setdefault(int(match[2]), []).append(site)
         if len(containers) > 1:
@@ -131,7 +131,7 @@ class LayerCheck:
         finally:
             handle.remove()
         kind = self.model.config.model_type
-        raise NotStreamable(f"a layer of a model of type {kind!r} does not run alone, to be checked") from failure
+        raise NotStreamable(f"a layer of a model of type {kind!r} cannot be run alone to check it") from failure
 
     def _fill(self, layer: nn.Module, sites: Sequence[Site]) -> None:
         """Load what is cut of a layer, and what is small; the rest gives zeros."""
@@ -167,7 +167,7 @@ class LayerCheck:
         if found is not None and found.shape == tuple(parameter.shape):
             self.stored.read_into(found, values)
         elif parameter.numel() > _SMALL:
-            raise NotStreamable(f"tensor {path}.{name} has another name or shape in the file")
+            raise NotStreamable(f"tensor {path}.{name} has another name or shape in the file than in memory")
         module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
     def _fill_rest(self, stack: nn.Module) -> None:
@@ -176,7 +176,7 @@ class LayerCheck:
         embeddings: Any = cast(Any, stack).get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
         path = next((path for path, module in stack.named_modules() if module is embeddings), "")
         if not path or not isinstance(embeddings, nn.Embedding):
-            raise NotStreamable("the embeddings of its text are not found")
+            raise NotStreamable("its text embeddings were not found")
         self._load_all(module for module in stack.modules() if id(module) not in inside and module is not embeddings)
         parent, _, name = path.rpartition(".")
         setattr(stack.get_submodule(parent), name, _HiddenStates(embeddings))
@@ -217,7 +217,7 @@ class _HandOn(_StandIn):
         values = [*args, *kwargs.values()]
         hidden = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
         if hidden is None:
-            raise TypeError("No hidden states came; they were handed on in a form that is not this model's.")
+            raise TypeError("No hidden states were found: they were passed on in a form that this model does not use.")
         cache: Any = next((value for value in values if isinstance(value, Cache)), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache

@@ -211,7 +211,7 @@ def required_layered(model: ResidentLayers, calibration: Calibration) -> Stream:
     with model.outside():
         stream = stream_of(model.model, calibration, model.path)
     if stream.is_whole:
-        raise NotStreamable("its layers do not compute by themselves what they do in the model")
+        raise NotStreamable("its layers compute something else alone than within the model")
     return stream
 
 
@@ -221,7 +221,7 @@ def _by_layer(model: ResidentLayers, sites: Sequence[Site]) -> list[list[Site]]:
     found: list[list[Site]] = [[] for _ in model.layers]
     for site in sites:
         if id(site.module) not in owner:
-            raise NotStreamable(f"its layer {site.layer} is not one of a list of layers of their own")
+            raise NotStreamable(f"its layer {site.layer} is not a separate entry of a list of layers")
         found[owner[id(site.module)]].append(site)
     return found
 

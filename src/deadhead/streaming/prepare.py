@@ -92,13 +92,13 @@ def prepare(opened: StoredModel, plan: HeadPlan) -> StreamedCut:
     cut = cut_skeleton(layout, dense, plan)
     cut_shapes = stored_shapes(cut)
     if not cut_shapes.keys() <= stored.tensors.keys() or not keeps.keys() <= cut_shapes.keys():
-        raise NotStreamable("what is cut of it lies in files otherwise than in memory")
+        raise NotStreamable("the tensors to cut are stored in files in another form than in memory")
     pieces: dict[str, tuple[Piece, ...]] = {}
     for file, tensors in stored.files.items():
         found = tuple(Piece(source=t, keep=keeps.get(t.name)) for t in tensors if t.name in cut_shapes)
         for piece in found:
             if piece.shape != cut_shapes[piece.source.name]:
-                raise NotStreamable(f"tensor {piece.source.name} does not become what the cut model asks for")
+                raise NotStreamable(f"tensor {piece.source.name} does not get the shape that the cut model has")
         if found:
             pieces[file] = found
     before = cache_values(layout, dense, layout.sites(dense, plan.unit))

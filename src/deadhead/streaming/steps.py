@@ -79,8 +79,8 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path}, which a pruning that was stopped has left, is damaged ({first_line(error)}); delete "
-            f"{path.parents[1]} and begin anew."
+            f"{path}, which a stopped pruning left, is damaged ({first_line(error)}); delete {path.parents[1]} and "
+            "start again."
         ) from error
 
 

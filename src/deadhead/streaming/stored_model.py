@@ -74,7 +74,7 @@ class StoredModel:
         sites = layout.all_sites(model, layout.units(model)[0], hidden=True)
         layers = layers_path(model, [f"{paths[id(site.module)]}." for site in sites])
         if layers is None:
-            raise NotStreamable("its layers are not one list of layers of their own")
+            raise NotStreamable("its layers are not in one list")
         if pieces is None:
             pieces = {name: Piece(source=tensor) for name, tensor in self.stored.tensors.items()}
         return ResidentLayers(model, layers, lambda names: self._read(names, pieces))
@@ -120,11 +120,11 @@ def open_stored(source: Path) -> StoredModel:
         raise NotStreamable("a GGUF file is read as a whole")
     config = checkpoint.load_config(source)
     if not source.is_dir():
-        raise NotStreamable(f"it is no folder on this machine (hf download {source} --local-dir FOLDER makes one)")
+        raise NotStreamable(f"it is not a folder on this machine (hf download {source} --local-dir FOLDER makes one)")
     stored = read_stored(source)
     dtype = _load_dtype(config, stored)
     if config.model_type in OWN_TYPES or hasattr(config, "quantization_config"):
-        raise NotStreamable(f"models of type {config.model_type!r} are cut in memory, as are quantised ones")
+        raise NotStreamable(f"models of type {config.model_type!r}, like quantised ones, are cut in memory only")
     try:
         dense = skeleton(config).to(dtype)  # type: ignore[arg-type]
         opened = StoredModel(stored=stored, config=config, dtype=dtype, names={})
@@ -132,7 +132,9 @@ def open_stored(source: Path) -> StoredModel:
     except NotStreamable:
         raise
     except Exception as error:  # each architecture has faults of its own
-        raise NotStreamable(f"its configuration gives no model ({str(error).strip().partition(chr(10))[0]})") from error
+        raise NotStreamable(
+            f"no model can be built from its configuration ({str(error).strip().partition(chr(10))[0]})"
+        ) from error
     _require_stored(stored, dense, dtype)
     return replace(opened, names=names)
 
@@ -191,7 +193,9 @@ def _require_stored(stored: StoredCheckpoint, model: PreTrainedModel, dtype: tor
     if missing or extra:
         names = ", ".join(sorted(missing | extra)[:2])
         also = " (two names of one tensor)" if extra and extra <= tied.keys() else ""
-        raise NotStreamable(f"its tensors are not stored under the names they are saved by, such as {names}{also}")
+        raise NotStreamable(
+            f"its tensors are not stored under the names that the model saves them under, such as {names}{also}"
+        )
     for name, shape in shapes.items():
         stored_dtype = found[name].torch_dtype
         if found[name].shape != shape:

@@ -181,7 +181,7 @@ def require_supported(args: TrainingArguments) -> None:
     plugin = AcceleratorState._shared_state.get("fsdp_plugin")
     if kind == DistributedType.FSDP and plugin is not None and plugin.fsdp_version != 2:
         raise InputError(
-            "Under the first FSDP a process has flat pieces of parameters, in which gates cannot be told apart; "
+            "FSDP1 gives a process flat pieces of parameters, in which gates cannot be told apart; "
             'use FSDP2: fsdp_config={"version": 2}, or accelerate launch --fsdp_version 2.'
         )
     if kind == DistributedType.MEGATRON_LM:
@@ -199,7 +199,7 @@ def require_data_parallel() -> None:
         if os.environ.get(name, "").lower() in ("1", "true"):
             raise InputError(
                 f"deadhead's own commands train data-parallel, but the launcher asks for {what}; start them with "
-                "torchrun, or put SparsityCallback into a Trainer script of your own, which FSDP2 may shard."
+                "torchrun, or use SparsityCallback in your own Trainer script, which FSDP2 may shard."
             )
 
 
@@ -230,8 +230,8 @@ def _state() -> PartialState:
         ) from error
     if state.num_processes == 1:
         raise InputError(
-            f"WORLD_SIZE says that {_launched()} processes train together, but this device knows no way to connect "
-            "them; train with one process, and unset WORLD_SIZE."
+            f"WORLD_SIZE says that {_launched()} processes train together, but torch cannot connect them on this "
+            "device; train with one process, and unset WORLD_SIZE."
         )
     return state
 

@@ -47,7 +47,7 @@ def test_a_checkpoint_without_gates_is_not_resumed_with_them(model_type: str, sh
         (folder / "model.safetensors").unlink()
         trained.save_pretrained(folder, max_shard_size="20KB")
     trainer = _trainer(tmp_path, *_gated(model_type))
-    with pytest.raises(InputError, match="The weights that came have no gates, .* before the Trainer is") as caught:
+    with pytest.raises(InputError, match="The weights to load have no gates, .* before the Trainer is") as caught:
         trainer.train(resume_from_checkpoint=str(folder))
     assert len(str(caught.value)) <= 300
 
@@ -55,7 +55,7 @@ def test_a_checkpoint_without_gates_is_not_resumed_with_them(model_type: str, sh
 def test_a_checkpoint_with_gates_is_not_resumed_without_them(tmp_path: Path) -> None:
     _trainer(tmp_path, *_gated("llama")).train()
     trainer = _trainer(tmp_path, tiny_model("llama"), deadhead.SparsityCallback(sparsity=0.5))
-    with pytest.raises(InputError, match="The weights that came have gates, .*; attach them") as caught:
+    with pytest.raises(InputError, match="The weights to load have gates, .*; before you resume, attach") as caught:
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(str(caught.value)) <= 300
 

@@ -240,7 +240,9 @@ def test_a_budget_is_not_made_anew(tmp_path: Path) -> None:
     target = BudgetTarget(counted_costs(model, "kv_cache", unit=gates.unit), 0.5)
     arguments = {"save_strategy": "steps", "save_steps": 4}
     _train(tmp_path, arguments=arguments, budget=target)
-    with pytest.raises(InputError, match="restore_callback_states_from_checkpoint cannot make anew; leave that out"):
+    with pytest.raises(
+        InputError, match="restore_callback_states_from_checkpoint cannot rebuild; leave that argument out"
+    ):
         arguments["restore_callback_states_from_checkpoint"] = True
         _train(tmp_path, resume=4, arguments=arguments, budget=target)
 
@@ -387,10 +389,10 @@ def _without_gates(folder: Path) -> Trainer:
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        (_of_another_model, "attach the gates to the very model .* SparsityCallback is given none"),
-        (_after_the_cut, "model was cut, and deadhead.cut takes the gates off; to train it on make a new Trainer"),
-        (_after_the_cut_of_adapters, "model was cut, and deadhead.cut takes the gates off"),
-        (_with_other_gates, "attach the gates to the very model .* before the Trainer makes its optimizer"),
+        (_of_another_model, "attach the gates to the same model .* give SparsityCallback no gates"),
+        (_after_the_cut, "model was cut, and deadhead.cut removes the gates; to train it further, make a new Trainer"),
+        (_after_the_cut_of_adapters, "model was cut, and deadhead.cut removes the gates"),
+        (_with_other_gates, "attach the gates to the same model .* before the Trainer makes its optimizer"),
         (_after_detaching, "The Trainer's model has no gates; attach them with deadhead.attach"),
         (_without_gates, "The Trainer's model has no gates; attach them with deadhead.attach"),
     ],

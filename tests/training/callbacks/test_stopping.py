@@ -161,7 +161,7 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixt
         code, word = signals[number]
         output, errors = process.communicate(timeout=60)
         assert process.returncode == code, errors
-        assert errors == f"deadhead: {word}; whole checkpoints are kept, and --resume goes on from the last.\n"
+        assert errors == f"deadhead: {word}; complete checkpoints are kept, and --resume continues from the last one.\n"
         assert output == ""
         run = tmp_path / number.name
         checkpoint = last_checkpoint(run / "checkpoints" / "train")

@@ -141,6 +141,6 @@ def test_gates_are_among_what_is_known_to_be_whole(
 
 def test_checkpoints_of_an_earlier_training_are_not_written_over(killed: Path) -> None:
     before = [path.stat().st_mtime_ns for path in checkpoints(killed / "checkpoints")]
-    with pytest.raises(InputError, match="holds checkpoints of an earlier training; go on with resume=True"):
+    with pytest.raises(InputError, match="holds checkpoints of an earlier training; continue it with resume=True"):
         run_phase(killed, _RECIPE)
     assert [path.stat().st_mtime_ns for path in checkpoints(killed / "checkpoints")] == before

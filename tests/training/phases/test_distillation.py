@@ -181,5 +181,5 @@ def test_an_adaptive_softmax_has_no_distribution_to_teach() -> None:
 
 
 def test_a_teacher_without_weight_is_refused() -> None:
-    with pytest.raises(InputError, match="the weight of what it says, distill, is 0"):
+    with pytest.raises(InputError, match="its weight in the loss, distill, is 0"):
         train(tiny_model("llama"), _TEXT, _recipe(distill=0.0), PhaseRun(teacher=tiny_model("llama")))

@@ -181,6 +181,7 @@ def test_gates_that_peft_froze_are_said(tmp_path: Path) -> None:
     rows: Any = [{"input_ids": _IDS[0], "labels": _IDS[0]}] * 8
     trainer = Trainer(model=wrapped, args=arguments, train_dataset=rows, callbacks=[deadhead.SparsityCallback(gates)])
     with pytest.raises(
-        InputError, match="gates of layer 0 are frozen .*; freeze weights, or wrap them by PEFT, before deadhead.attach"
+        InputError,
+        match="gates of layer 0 are frozen .*; freeze weights, or wrap the model with PEFT, before deadhead.attach",
     ):
         trainer.train()

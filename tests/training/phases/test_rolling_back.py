@@ -22,7 +22,7 @@ from tests.small_runs import Killed, assert_same_tensors, metrics, small_recipe,
 
 def test_it_rolls_back_once_with_half_the_rate(tmp_path: Path) -> None:
     recipe = phase_recipe(steps=6, save_every=2, learning_rate=2e-3)
-    with pytest.warns(RunWarning, match="At step 4 the loss is nan; going on from the checkpoint of step 2"):
+    with pytest.warns(RunWarning, match="At step 4 the loss is nan; continuing from the checkpoint of step 2"):
         run_phase(tmp_path / "sick", recipe, callbacks=(At(3, poison, times=1),))
     rates = [line["learning_rate"] for line in metrics(tmp_path / "sick")]
     assert rates == pytest.approx([2e-3] * 2 + [1e-3] * 4)
@@ -47,7 +47,7 @@ def test_it_rolls_back_once_with_half_the_rate(tmp_path: Path) -> None:
 def test_a_phase_killed_after_it_rolled_back_goes_on_with_the_smaller_step(kill: int, tmp_path: Path) -> None:
     """Whether before its next checkpoint, when the old one is taken again, or after it."""
     recipe = prune_recipe(steps=6, save_every=2, schedule="cosine")
-    with pytest.warns(RunWarning, match="going on from the checkpoint of step 2"):
+    with pytest.warns(RunWarning, match="continuing from the checkpoint of step 2"):
         run_phase(tmp_path / "whole", recipe, callbacks=(At(3, poison, times=1),))
     passed = []
 
@@ -58,7 +58,7 @@ def test_a_phase_killed_after_it_rolled_back_goes_on_with_the_smaller_step(kill:
         elif kill == 3:
             raise Killed
 
-    with pytest.warns(RunWarning, match="going on from the checkpoint of step 2"):
+    with pytest.warns(RunWarning, match="continuing from the checkpoint of step 2"):
         run_phase(tmp_path / "killed", recipe, kill=5, callbacks=(At(3, poison_then_kill),))
     run_phase(tmp_path / "killed", recipe, resume=True)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
@@ -72,7 +72,7 @@ def test_the_second_time_it_stops(tmp_path: Path) -> None:
     message = str(caught.value)
     checkpoint = tmp_path / "checkpoints" / "checkpoint-2"
     assert message.startswith(f"Training stopped at step 4: the loss is nan; the last good checkpoint is {checkpoint}.")
-    assert message.endswith("It had rolled back from step 4 before, to go on with 0.5 times the learning rate.")
+    assert message.endswith("It had already rolled back from step 4 and continued with 0.5 times the learning rate.")
     assert "\n" not in message
     # Nothing half-written: the whole checkpoint, and a line for each step that was done.
     assert last_checkpoint(tmp_path / "checkpoints") == checkpoint
@@ -106,7 +106,7 @@ def test_an_exploding_gradient_is_found_before_the_step(tmp_path: Path) -> None:
         return gradient * float("inf") if calls == 4 else gradient
 
     model.model.norm.weight.register_hook(explode)
-    with pytest.warns(RunWarning, match="At step 4 the gradient norm is (nan|inf); going on from .* step 2"):
+    with pytest.warns(RunWarning, match="At step 4 the gradient norm is (nan|inf); continuing from .* step 2"):
         train(model, TEXT, phase_recipe(save_every=2), PhaseRun(folder=tmp_path))
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 

@@ -329,7 +329,7 @@ def test_progress_is_told_of_every_step(tmp_path: Path) -> None:
 def test_gates_need_aprune_recipe() -> None:
     model = tiny_model()
     gates = deadhead.attach(model)
-    with pytest.raises(InputError, match="A phase with gates needs a prune recipe"):
+    with pytest.raises(InputError, match="A phase with gates needs a PruneRecipe"):
         train(model, TEXT, phase_recipe(), PhaseRun(gates=gates))
 
 

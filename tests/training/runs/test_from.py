@@ -99,7 +99,7 @@ def test_another_model_by_now_is_refused(place: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[0] += 1
     model.save_pretrained(tmp_path / "llama")
-    with pytest.raises(InputError, match="is not the one that this run began with"):
+    with pytest.raises(InputError, match="has other weights than when this run started"):
         Run.start(recipe, tmp_path / "run", resume=True).execute()
 
 

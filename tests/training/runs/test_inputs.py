@@ -31,11 +31,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing", "there is no such folder; run the recipe that trains it first, or leave dense out"),
+        ("missing", "there is no such folder; first run the recipe that trains it, or leave dense out"),
         ("empty", "model configuration was expected"),
         ("llama", "must be one of deadhead's own .* but its model type is 'llama'; name others in"),
-        ("cut", "heads of that one are cut already"),
-        ("wide", r"makes hidden_size 32, but the dense model in .*wide has 64; give the recipe the \[model\] of"),
+        ("cut", "heads of that model are already cut"),
+        ("wide", r"sets hidden_size to 32, but the dense model in .*wide has 64; copy the \[model\] of"),
         ("transformer_xl", "num_persistent 8, but the dense model in .* has 0"),
     ],
 )

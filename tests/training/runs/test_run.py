@@ -212,7 +212,7 @@ def test_another_recipe_is_not_resumed(whole: Path, recipe: Recipe) -> None:
 
 
 def test_a_run_is_not_begun_over_another(whole: Path, recipe: Recipe) -> None:
-    with pytest.raises(InputError, match="holds a run already; go on with resume"):
+    with pytest.raises(InputError, match="holds a run already; continue it with resume"):
         Run.start(recipe, whole)
 
 

@@ -164,7 +164,7 @@ def test_how_much_is_written(place: Path) -> None:
 def test_a_teacher_writes_for_a_model_that_was_pruned(place: Path, written: list[torch.Tensor]) -> None:
     pruned = deadhead.prune(place / "llama", criterion="magnitude", sparsity=0.5)
     common: dict[str, Any] = {"steps": 2, "batch_size": 2, "sequence_length": 16, "tokenizer": pruned.tokenizer}
-    with pytest.raises(InputError, match="own text teaches it nothing"):
+    with pytest.raises(InputError, match="learns nothing from its own text"):
         deadhead.finetune(pruned.model, "self", **common)
     deadhead.finetune(pruned.model, "self", teacher=place / "llama", distill=0.5, **common)
     dense = deadhead.load(place / "llama")
@@ -173,7 +173,7 @@ def test_a_teacher_writes_for_a_model_that_was_pruned(place: Path, written: list
 
 def test_who_has_nobody_to_write_it(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="self came, which is text that deadhead prune lets the model write"):
+    with pytest.raises(InputError, match="got self, which is text that deadhead prune has the model write"):
         load_text("self")
     for file in ("self", "./self"):
         Path("self").write_text("a few words of a text\n" * 20)
@@ -181,9 +181,9 @@ def test_who_has_nobody_to_write_it(place: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(InputError, match=r"; the file of that name is \./self"):
         load_text("self")
     assert isinstance(load_text("./self")[0], TokenizedCorpus)
-    with pytest.raises(InputError, match="own text teaches it nothing"):
+    with pytest.raises(InputError, match="learns nothing from its own text"):
         run_single("train", PhaseRecipe(), place / "ours", "self", Options())
-    with pytest.raises(InputError, match="self came"):
+    with pytest.raises(InputError, match="got self"):
         Run.start(Recipe.model_validate({"data": {"source": "self"}}), tmp_path / "run").execute()
     nowhere = deadhead.load(place / "llama")
     nowhere.name_or_path = nowhere.config._name_or_path = ""

@@ -126,7 +126,7 @@ def test_device_and_dtype(place: Path) -> None:
         ("llama", {"data": "prose", "sparsity": 0.5, "dtype": "int8"}, "A dtype was expected .*'int8'"),
         ("memory", {"data": "prose", "sparsity": 0.5, "dtype": "bfloat16"}, "for a model that is loaded"),
         ("memory", {"data": "prose", "sparsity": 0.5}, "A tokenizer is needed to read .*tokenizer="),
-        ("memory", {"data": "prose", "sparsity": 0.5, "resume": True}, "nothing to resume without out"),
+        ("memory", {"data": "prose", "sparsity": 0.5, "resume": True}, "resume needs out"),
     ],
 )
 def test_one_sentence(place: Path, model: str, arguments: dict[str, Any], message: str) -> None:

@@ -152,7 +152,7 @@ def test_stopped_at_every_layer_and_resumed(criterion: str, sources: Path, tmp_p
             prune(tmp_path / "out", resume=attempt > 0, stop_at=1)
         done += [what for what in told if "layers" in what[0]]
         assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="left of a phase that was stopped; go on with resume"):
+    with pytest.raises(InputError, match="left from a stopped phase; continue it with resume"):
         prune(tmp_path / "out", resume=False, stop_at=None)
     prune(tmp_path / "out", resume=True, stop_at=None)
     done += [what for what in told if "layers" in what[0]]
@@ -250,11 +250,14 @@ def test_fits_that_are_not_better_are_taken_back(
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ({"criterion": "gates"}, "The criterion gates learns on the model as a whole; layer by layer units are ranked"),
-        ({"criterion": "sizes"}, "The criterion sizes learns on the model as a whole"),
-        ({"speedup": 1.5, "params": None}, "A speedup is measured on the model as a whole"),
-        ({"recover": 3}, "recover is for pruning in memory, as layer by layer nothing is trained"),
-        ({"dtype": "float16"}, "dtype is for pruning in memory, as layer by layer weights stay as they were saved"),
+        ({"criterion": "gates"}, "The criterion gates needs the whole model in memory; layer by layer, choose one of"),
+        ({"criterion": "sizes"}, "The criterion sizes needs the whole model in memory"),
+        ({"speedup": 1.5, "params": None}, "A speedup is measured on the whole model in memory"),
+        ({"recover": 3}, "recover is for pruning in memory, because layer by layer nothing is trained"),
+        (
+            {"dtype": "float16"},
+            "dtype is for pruning in memory, because layer by layer weights stay as they were saved",
+        ),
         ({"params": 0.01, "of": "all"}, "cannot be reached"),
         ({"sequence_length": 5000}, "positions"),
         ({"params": None}, "budget"),
@@ -297,7 +300,7 @@ def test_a_source_that_is_changed_meanwhile_is_told_of(sources: Path, tmp_path: 
             os.utime(tmp_path / "source" / "config.json", (0, 0))
 
     how = {**_HOW, "params": 0.7, "criterion": "flap", "progress": change}
-    with pytest.raises(InputError, match="were changed while they were pruned"):
+    with pytest.raises(InputError, match="were changed during the pruning"):
         prune_checkpoint(tmp_path / "source", stream(2000), out=tmp_path / "out", **how)
     assert not (tmp_path / "out").exists()
 
@@ -310,7 +313,7 @@ def test_a_place_where_nothing_can_be_made(sources: Path) -> None:
 
 def test_texts_and_models_that_do_not_do(sources: Path, tmp_path: Path) -> None:
     out, how = tmp_path / "out", {**_HOW, "params": 0.7}
-    with pytest.raises(InputError, match="The text that a model writes itself needs it in memory"):
+    with pytest.raises(InputError, match="To write its own text a model must be in memory"):
         prune_checkpoint(sources / "llama", "self", out=out, **how)
     with pytest.raises(InputError, match="A text was expected for a model of type llama, but none was given"):
         prune_checkpoint(sources / "llama", out=out, **how)
@@ -346,4 +349,4 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert execute([*command, "--dry-run", *more]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert execute([*command, "--out", str(tmp_path / "other"), "--no-cut"]) == 2
-    assert "with --stream there are none" in capsys.readouterr().err
+    assert "--stream uses none" in capsys.readouterr().err

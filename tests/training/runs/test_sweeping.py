@@ -99,7 +99,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same(place: Path, tmp_path: Path
 
     with pytest.raises(Killed):
         _sweep(place, tmp_path / "killed", progress=kill, **settings)
-    with pytest.raises(InputError, match="is there already; go on with resume"):
+    with pytest.raises(InputError, match="exists already; continue with resume"):
         _sweep(place, tmp_path / "killed", **settings)
     with pytest.raises(InputError, match="other settings"):
         _sweep(place, tmp_path / "killed", resume=True, seed=5, **settings)
@@ -211,13 +211,13 @@ def test_models_of_deadheads_own_are_ranked_by_taylor(place: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"params": None}, r"in \[0.9, 0.8\], but it is None"),
-        ({"params": 0.8}, r"in \[0.9, 0.8\], but it is 0.8"),
-        ({"params": []}, r"in \[0.9, 0.8\], but it is \[\]"),
+        ({"params": None}, r"in \[0.9, 0.8\], but got None"),
+        ({"params": 0.8}, r"in \[0.9, 0.8\], but got 0.8"),
+        ({"params": []}, r"in \[0.9, 0.8\], but got \[\]"),
         ({"params": [0.9, True]}, "must be a list of numbers"),
         ({"params": [0.9, 1.5]}, "1.5"),
         ({"flops": [0.9]}, "but params and flops were given"),
-        ({"criterion": "gates"}, "gates trains for one; choose another"),
+        ({"criterion": "gates"}, "gates trains for one budget; choose another"),
         ({"max_loss": -0.1}, "share of at least 0"),
         ({"resume": True}, "There is nothing to resume"),
         ({"params": [0.8, 0.01], "of": "all"}, "cannot be reached"),

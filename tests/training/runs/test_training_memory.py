@@ -118,7 +118,7 @@ def test_a_model_stays_as_it_is() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(InputError, match="has 64 positions, but a sequence_length of 65"):
+    with pytest.raises(InputError, match="has 64 positions, but got a sequence_length of 65"):
         _memory(_llama(), sequence_length=65)
     with pytest.raises(InputError, match="reads segments of 6 tokens"):
         _memory(skeleton(tiny_config(segment_length=6)), sequence_length=8)

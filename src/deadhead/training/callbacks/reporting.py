@@ -88,7 +88,9 @@ def require_trackers(names: Sequence[str]) -> None:
     known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
     for name in names:
         if name not in known:
-            raise InputError(f"transformers reports to {', '.join(known)}, but {name!r} was asked for.")
+            raise InputError(
+                f"A tracker that transformers reports to was expected ({', '.join(known)}), but got {name!r}."
+            )
         if name == "tensorboard":
             require_extra("tensorboard", "tensorboard", what="Reporting to tensorboard")
         elif name not in installed:
@@ -106,7 +108,7 @@ def _require_wandb() -> None:
     is_online = wandb.setup().settings.mode in ("online", "shared")
     if can_be_asked and is_online and not wandb.login(prompt=False, verify=False):
         raise InputError(
-            "Reporting to wandb was asked for, but nobody is logged in to it here; run wandb login, or set "
+            "Reporting to wandb was asked for, but wandb is not logged in here; run wandb login, or set "
             "WANDB_MODE=offline to keep its files on this machine."
         )
 

@@ -32,15 +32,15 @@ class SameGates:
         has_gates = any(map(is_gate, names))
         if not has_gates and any(map(is_gate, keys.unexpected_keys)):
             raise InputError(
-                "The weights that came have gates, but the Trainer's model has none; attach them with deadhead.attach, "
-                "as they were attached when the checkpoint was written, before it is resumed."
+                "The weights to load have gates, but the Trainer's model has none; before you resume, attach gates "
+                "with deadhead.attach as they were attached when the checkpoint was written."
             )
         self._came |= names.keys() - set(keys.missing_keys)
         # A tied weight has several names, and comes by one.
         came = {names[name] for name in self._came & names.keys()}
         if has_gates and came == {parameter for name, parameter in names.items() if not is_gate(name)}:
             raise InputError(
-                "The weights that came have no gates, but the Trainer's model has; a checkpoint that was written "
-                "without gates cannot be resumed with them: load its weights, and attach gates, before the Trainer is "
-                "made, and train anew."
+                "The weights to load have no gates, but the Trainer's model has; a checkpoint that was written without "
+                "gates cannot be resumed with them: load its weights and attach gates before the Trainer is made, and "
+                "start a new training."
             )

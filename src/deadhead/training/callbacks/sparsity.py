@@ -101,28 +101,28 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.given = {name: value.item() if hasattr(value, "item") else value for name, value in given.items()}
         if isinstance(budget, str) and budget == BudgetTarget.__name__:
             raise InputError(
-                "budget must be a BudgetTarget, which restore_callback_states_from_checkpoint cannot make anew; leave "
-                "that out: SparsityCallback goes on from a checkpoint without it."
+                "budget must be a BudgetTarget, which restore_callback_states_from_checkpoint cannot rebuild; leave "
+                "that argument out: SparsityCallback resumes from a checkpoint without it."
             )
         require_type(budget, BudgetTarget | None, "SparsityCallback takes budget as")
         if l0 is not None and not 0 <= l0 < math.inf:
-            raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but it is {l0}.")
+            raise InputError(f"l0 (λ of the sparsity loss) must be a number that is not negative, but got {l0}.")
         if gate_lr is not None and not 0 <= gate_lr < math.inf:
-            raise InputError(f"gate_lr must be a number that is not negative, or None, but it is {gate_lr}.")
+            raise InputError(f"gate_lr must be a number that is not negative, or None, but got {gate_lr}.")
         require_steps("warmup_steps", warmup_steps)
         if sparsity is not None and budget is not None:
-            raise InputError("sparsity and budget both say how much is to go; give one of the two.")
+            raise InputError("sparsity and budget both say how much to close; give one of the two.")
         given |= {"ranking": None if ranking == "global" else ranking, "exact": exact or None}
         for name in ("l0", "warmup_steps"):
             if given[name] is not None and (sparsity is not None or budget is not None):
                 what = "budget" if sparsity is None else "sparsity"
                 raise InputError(
-                    f"{name} is for training that finds how much goes, but {what} says it; give one of them."
+                    f"{name} is for training that finds how much to close, but {what} says it; give one of them."
                 )
         for name in ("ramp_steps", "ranking", "exact"):
             if given[name] is not None and sparsity is None:
                 raise InputError(
-                    f"{name} says how the share of a target sparsity goes; give sparsity too, or leave it out."
+                    f"{name} says how a target sparsity is reached; give sparsity too, or leave {name} out."
                 )
         self.l0 = 0.01 if l0 is None else l0
         self.warmup_steps = warmup_steps
@@ -142,7 +142,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def _take(self, gates: HeadGates, steps: int = 1) -> None:
         """Begin to train these gates, for so many steps."""
         if self.target is not None and self.target.exact and not gates.config.hard:
-            raise InputError("exact draws need hard gates, which are open or closed; soft ones are partly open.")
+            raise InputError(
+                "exact draws need hard gates, which are open or closed, but got soft ones, which are partly open; "
+                "leave exact out."
+            )
         self.gates = gates
         self.optimizer = None if self.gate_lr == 0 else GateOptimizer(gates, self.gate_lr or default_rate(steps))
         if self.tracks_difference:
@@ -189,7 +192,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         require_gradients(kwargs["model"], "SparsityCallback's gates")
         # A training has one state for all callbacks, and the next has another.
         if hasattr(state, _HAS_BEGUN):
-            raise InputError("The Trainer has two SparsityCallbacks, which would both move its gates; give it one.")
+            raise InputError(
+                "One SparsityCallback was expected, but the Trainer has two, which would both move its gates; give it "
+                "one."
+            )
         setattr(state, _HAS_BEGUN, True)
         self._take(self._gates_in(kwargs["model"]), state.max_steps)
         if self.target is not None:
@@ -203,14 +209,14 @@ class SparsityCallback(TrainerCallback, ExportableState):
         for layer, gate in self.gates:
             if not gate.log_alpha_bias.requires_grad:
                 raise InputError(
-                    f"The gates of layer {layer} are frozen (requires_grad is False); freeze weights, or wrap them "
-                    "by PEFT, before deadhead.attach, and make the Trainer afterwards."
+                    f"The gates of layer {layer} are frozen (requires_grad is False); freeze weights, or wrap the "
+                    "model with PEFT, before deadhead.attach, and make the Trainer afterwards."
                 )
             if id(gate.log_alpha_bias) not in trained or gate not in held:
                 raise InputError(
-                    f"The gates of layer {layer} are not among the parameters that the optimizer trains of this model; "
-                    "attach the gates to the very model that the Trainer gets, after PEFT has wrapped it and before "
-                    "the Trainer makes its optimizer (with model_init in there, and SparsityCallback is given none)."
+                    f"The gates of layer {layer} are not among the parameters that the optimizer trains; attach the "
+                    "gates to the same model that the Trainer gets, after PEFT has wrapped it and before the Trainer "
+                    "makes its optimizer (with model_init: inside it, and give SparsityCallback no gates)."
                 )
 
     def _gates_in(self, model: nn.Module) -> HeadGates:
@@ -219,12 +225,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if found is None and not any(gate in modules for _, gate in self.gates):
             if getattr(getattr(model, "config", None), "head_plan", None) is not None:
                 raise InputError(
-                    "The Trainer's model was cut, and deadhead.cut takes the gates off; to train it on make a new "
-                    "Trainer without SparsityCallback, to prune more attach gates to it first."
+                    "The Trainer's model was cut, and deadhead.cut removes the gates; to train it further, make a new "
+                    "Trainer without SparsityCallback; to prune more, attach gates to it first."
                 )
             raise InputError(
-                "The Trainer's model has no gates; attach them with deadhead.attach before the Trainer gets it, or in "
-                "its model_init."
+                "The Trainer's model has no gates; attach them with deadhead.attach before you make the Trainer, or "
+                "in its model_init."
             )
         return found if self.finds_gates and found is not None else self.gates
 
@@ -260,7 +266,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Add λ(t) · ∂L0 to the gates' gradients, after clipping, and let their optimizer step."""
         if state.global_step == 0 and all(gate.log_alpha_bias.grad is None for _, gate in self.gates):
             raise InputError(
-                "No gradient of the loss reached the gates; train the model they were attached to, not a copy."
+                "No gradient of the loss reached the gates; train the model that they are attached to, not a copy."
             )
         warmup = min(1000, steps_within(None, state.max_steps)) if self.warmup_steps is None else self.warmup_steps
         self.strength = self.l0 * linear_warmup(state.global_step, warmup) if self.target is None else 0.0
@@ -305,7 +311,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             # The weights are loaded, but adapters come without gates, and FSDP2's gates have been copied before.
             state = TrainerState.load_from_json(str(best))
             self.restore(state)
-            end, hint = "The best model is of", "; eval_delay lets later models alone be compared"
+            end, hint = "The best model is that of", "; with eval_delay only later models are compared"
         if self.target is None:
             return
         if is_best and state.global_step >= self.target.ramp_steps:

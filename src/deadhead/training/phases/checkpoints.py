@@ -57,7 +57,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
         if changed is None:
             return folder
         warnings.warn(
-            f"The checkpoint {folder} is damaged: {changed} is not what was written there; it is passed over.",
+            f"The checkpoint {folder} is damaged: {changed} is not what was written there; the checkpoint is skipped.",
             RunWarning,
             stacklevel=2,
         )
@@ -76,7 +76,7 @@ def require_tensors(checkpoint: Path) -> None:
         except Exception as error:  # damaged files end in many kinds of errors
             raise InputError(
                 f"{path} is damaged or holds more than tensors and plain values, and reading that could run any code; "
-                f"delete {checkpoint}, and an earlier checkpoint is taken, or the phase begins anew."
+                f"delete {checkpoint}, then the phase continues from an earlier checkpoint, or starts again."
             ) from error
 
 

@@ -52,8 +52,8 @@ def calibration_of(
     rows = len(batches) if hasattr(model.config, "memory_length") else sum(len(b["input_ids"]) for b in batches)
     if rows < 2 and recipe.compensate:
         raise InputError(
-            "compensate fits to one part of a text and is judged on another, but the text has fewer than two rows of "
-            "them; give it more text, or leave compensate out."
+            "compensate fits to one part of a text and is measured on another, but the text has fewer than two rows; "
+            "use more text, or leave compensate out."
         )
     return batches if rows >= 2 else []
 

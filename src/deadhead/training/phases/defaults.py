@@ -109,13 +109,13 @@ def segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
     if hasattr(model.config, "memory_length"):
         if recipe.sequence_length not in (None, model.config.segment_length):
             raise InputError(
-                f"This model reads segments of {model.config.segment_length} tokens, so a sequence_length of "
-                f"{recipe.sequence_length} cannot be had; leave it out."
+                f"This model reads segments of {model.config.segment_length} tokens, but got a sequence_length of "
+                f"{recipe.sequence_length}; leave it out."
             )
         return int(model.config.segment_length)
     most, length = max_positions(model), row_length(model, recipe)
     if most is not None and length > most:
-        raise InputError(f"The model has {most} positions, but a sequence_length of {length} was asked for.")
+        raise InputError(f"The model has {most} positions, but got a sequence_length of {length}; use a shorter one.")
     return length
 
 
@@ -130,8 +130,8 @@ def segments(
     if hasattr(model.config, "memory_length"):
         if text.scored is not None:
             raise InputError(
-                "answers_only is for models without segment memory, but this one reads all of the text in order; leave "
-                "it out."
+                "answers_only is for models without segment memory, but this model reads the whole text in order; "
+                "leave it out."
             )
         return SegmentDataset(text.tokens, rows=rows, segment_length=length, first_segment=first_segment)
     # Without memory the rows of a batch need not go on where those of the last one ended.

@@ -38,7 +38,9 @@ def require_same_vocabulary(teacher: PreTrainedModel, model: PreTrainedModel) ->
 def require_weight(weight: float) -> None:
     """Check that what a teacher says counts; InputError if its weight, α, is 0."""
     if not weight:
-        raise InputError("A teacher was given, but the weight of what it says, distill, is 0; set it, say to 0.5.")
+        raise InputError(
+            "A teacher was given, but its weight in the loss, distill, is 0; set distill, to 0.5 for instance."
+        )
 
 
 class Distillation:

@@ -27,8 +27,8 @@ def _in_float32(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Hold weights in float32 while the block runs: in bfloat16 a small step is rounded away."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
-            "All weights of the model are frozen, so nothing would learn; set requires_grad of those that are to, or "
-            "train adapters with lora_rank."
+            "All weights of the model are frozen, so nothing would learn; set requires_grad of the weights to train, "
+            "or train adapters with lora_rank."
         )
     precisions = {name: parameter.dtype for name, parameter in model.named_parameters()}
     try:
@@ -66,8 +66,8 @@ def lora(model: PreTrainedModel, rank: int) -> Iterator[nn.Module]:
 
     if hasattr(model.config, "memory_length"):
         raise InputError(
-            "LoRA is for pretrained models of transformers; deadhead's own read their projections' weights directly, "
-            "so leave the LoRA rank out."
+            "LoRA is for pretrained models of transformers, but this is one of deadhead's own, which read the weights "
+            "of their projections directly; leave the LoRA rank out."
         )
     # GPT-2's layers keep their weights transposed, and PEFT wants to be told.
     transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())

@@ -127,7 +127,8 @@ def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: P
     folder = Path(run.folder)
     if not run.resume and checkpoints(folder):
         raise InputError(
-            f"{folder} holds checkpoints of an earlier training; go on with resume=True, or choose another folder."
+            f"{folder} holds checkpoints of an earlier training; continue it with resume=True, or choose another "
+            "folder."
         )
     _require_what_is_asked_for(model, recipe, run)
     recipe = with_defaults(recipe, model)
@@ -187,7 +188,9 @@ def _require_what_is_asked_for(model: PreTrainedModel, recipe: PhaseRecipe, run:
     require_trackers(run.report_to)
     require_data_parallel()
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights and recipe.lora_rank:
-        raise InputError("With frozen weights only gates learn, so a LoRA rank has no use; leave out one of the two.")
+        raise InputError(
+            "With frozen weights only gates learn, but a LoRA rank was given too; leave out one of the two."
+        )
 
 
 def _attempt(
@@ -281,7 +284,7 @@ def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> li
 def _recipe_of_gates(model: PreTrainedModel, recipe: PhaseRecipe, gates: HeadGates, seed: int) -> PruneRecipe:
     """Return the recipe if it is of a phase with gates, and with gates as those that are attached."""
     if not isinstance(recipe, PruneRecipe):
-        raise InputError("A phase with gates needs a prune recipe, which says how they learn.")
+        raise InputError("A phase with gates needs a PruneRecipe, which says how they learn; give one as recipe.")
     if recipe.is_ranked:
         raise InputError(
             f"The criterion {recipe.criterion} ranks heads and trains no gates; use deadhead.training.rank."

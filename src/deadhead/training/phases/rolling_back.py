@@ -36,8 +36,8 @@ def roll_back(folder: Path, error: DivergenceError) -> None:
     before = rolled_back(folder)
     if before is not None:
         raise DivergenceError(
-            f"{error} It had rolled back from step {before['step']} before, to go on with {before['factor']} times the "
-            "learning rate."
+            f"{error} It had already rolled back from step {before['step']} and continued with {before['factor']} "
+            "times the learning rate."
         ) from error
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
@@ -45,8 +45,8 @@ def roll_back(folder: Path, error: DivergenceError) -> None:
     to_step = checkpoint_step(checkpoint)
     write_json(folder / _FILE, {"step": error.step, "to_step": to_step, "reason": error.reason, "factor": FACTOR})
     warnings.warn(
-        f"At step {error.step} the {error.reason}; going on from the checkpoint of step {to_step} with {FACTOR} times "
-        "the learning rate.",
+        f"At step {error.step} the {error.reason}; continuing from the checkpoint of step {to_step} with {FACTOR} "
+        "times the learning rate.",
         RunWarning,
         stacklevel=2,
     )

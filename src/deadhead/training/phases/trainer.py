@@ -46,7 +46,7 @@ def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name
     The seed is that of dropout, and of the order of texts for a model without segment memory.
     """
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise InputError("The recipe asks for bf16, which this GPU does not have; leave it out.")
+        raise InputError("The recipe asks for bf16, but this GPU does not support it; leave it out.")
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
@@ -71,8 +71,8 @@ def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name
     )
     if args.n_gpu > 1:
         raise InputError(
-            f"Training in one process would spread batches over {args.n_gpu} GPUs and mix up the segments' memories; "
-            "start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
+            f"One GPU per process was expected, but there are {args.n_gpu}, and batches spread over them would mix up "
+            "the segments' memories; start one process a GPU with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
         )
     return args
 
@@ -262,8 +262,8 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
             self._load_rank_state(load_file(path))
         except (OSError, KeyError, SafetensorError) as error:
             raise InputError(
-                f"The checkpoint {checkpoint} cannot be resumed from: {path.name} is missing or not what was expected; "
-                "delete the checkpoint, and an earlier one is taken, or the phase begins anew."
+                f"The checkpoint {checkpoint} cannot be resumed: {path.name} is missing or not what was expected; "
+                "delete the checkpoint, then the phase continues from an earlier one, or starts again."
             ) from error
         if checkpoint_step(checkpoint) >= self.args.max_steps:
             # All steps are done; transformers would do one more.

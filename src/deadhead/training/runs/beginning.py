@@ -103,7 +103,9 @@ def begin(
                 RunWarning(f"{type(network).__name__} has no loss on a text, so data is not read."), stacklevel=2
             )
         if options.recover:
-            raise InputError("recover learns from a text, but there is none; leave it out.")
+            raise InputError(
+                "recover learns from a text, but none was given; give one with data (--data), or leave recover out."
+            )
         return network, Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of)), recipe
     if network is not None and is_self(data):
         where = (tokenizer_of, options, work, progress)
@@ -118,7 +120,7 @@ def begin(
     )
     if isinstance(model, ModelRecipe):
         if text.tokenizer is None:
-            raise InputError("A fresh model is made for a tokenizer's tokens, but none was given; give it a text.")
+            raise InputError("A new model needs a tokenizer, but none was given; give a text to make one from.")
         network = build_model(model, text.tokenizer, seed=options.seed)
     assert network is not None
     return network, text, recipe

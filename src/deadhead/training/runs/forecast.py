@@ -133,8 +133,8 @@ def require_estimated(model: PreTrainedModel) -> None:
     """Check that the memory of pruning a model is estimated, where it may not take all; InputError if it is not."""
     if not model.can_generate():
         raise InputError(
-            f"The memory of pruning is estimated for models that predict the next token, but {type(model).__name__} "
-            "does not; leave max_memory out."
+            f"max_memory is for models that predict the next token, whose memory is estimated, but "
+            f"{type(model).__name__} does not; leave max_memory out."
         )
 
 

@@ -96,9 +96,9 @@ def require_default_text(model_type: str | None) -> None:
     """Check that a model of this type, or one that is yet to be made, learns from the default text, stdlib."""
     if model_type is not None and model_type not in OWN_TYPES:
         raise InputError(
-            f"A text was expected for a model of type {model_type}, but none was given: the default, stdlib, is for "
-            "deadhead's own models only; name one with data (--data), a text file, a directory, stdlib, "
-            "hf:NAME[:CONFIG], or, to prune by what the model writes, self."
+            f"A text was expected for a model of type {model_type}, but none was given; name one with data (--data): a "
+            "text file, a directory, stdlib (the default of deadhead's own models only), hf:NAME[:CONFIG], or self, "
+            "to prune with text that the model writes."
         )
 
 
@@ -130,7 +130,7 @@ def require_ungated(path: str | Path) -> None:
     """Check that a checkpoint was not saved with its gates on."""
     if has_gates(path):
         raise InputError(
-            f"The checkpoint {path} has gates that are still on, and would lose them here; cut it first: "
+            f"The checkpoint {path} has gates that are still on and would be lost here; cut it first: "
             "model, gates = deadhead.load_gated(path); deadhead.cut(model, gates.plan())."
         )
 
@@ -144,7 +144,7 @@ def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
     """
     if gates_of(unwrapped(model)) is not None:
         raise InputError(
-            "The model has gates already, and the phase attaches its own or none; take them off with "
+            "The model has gates already, but the phase attaches its own or none; remove them with "
             "deadhead.detach(model), or cut by them with deadhead.cut(model, gates.plan())."
         )
     layout = find_layout(unwrapped(model))
@@ -202,8 +202,8 @@ def read_data(
         checked_path(recipe.source)
         if tokenizer_of is None and model_type is not None:
             raise InputError(
-                f"A tokenizer is needed to read {recipe.source}, but this model does not say where its own lies; give "
-                "it with tokenizer=, or give the text in tokens."
+                f"A tokenizer is needed to read {recipe.source}, but the one of this model is not known; give it with "
+                "tokenizer=, or give the text in tokens."
             )
         data, tokenizer = prepare_text(recipe, folder, tokenizer_of=tokenizer_of, progress=progress)
     else:
@@ -254,20 +254,20 @@ def dense_folder(path: str) -> Path:
     folder = checked_path(path)
     if not folder.is_dir():
         raise InputError(
-            f"The recipe begins from the dense model in {path}, but there is no such folder; run the recipe that "
-            "trains it first, or leave dense out."
+            f"The recipe starts from the dense model in {path}, but there is no such folder; first run the recipe that "
+            "trains it, or leave dense out."
         )
     config = read_object(folder / "config.json", what="model configuration")
     kind = config.get("model_type")
     if kind not in OWN_TYPES:
         raise InputError(
-            f"The recipe begins from the dense model in {path}, which must be one of deadhead's own "
+            f"The recipe starts from the dense model in {path}, which must be one of deadhead's own "
             f"({', '.join(sorted(OWN_TYPES))}), but its model type is {kind!r}; name others in [model] from."
         )
     if config.get("head_plan") is not None:
         raise InputError(
-            f"The recipe begins from the dense model in {path}, but heads of that one are cut already; name the "
-            "dense model that it was made of."
+            f"The recipe starts from the dense model in {path}, but heads of that model are already cut; name the "
+            "dense model that it was made from."
         )
     return folder
 
@@ -289,8 +289,8 @@ def require_same_training(recipe: Path, train: PhaseRecipe, sha256: str) -> None
     for what, is_same in same.items():
         if not is_same:
             raise InputError(
-                f"The dense model that the recipe begins from was trained with another {what} (so say {recipe} and "
-                f"{SUMMARY_FILE} beside it); use the same, or leave dense out."
+                f"The dense model that the recipe starts from was trained with another {what} (according to {recipe} "
+                f"and {SUMMARY_FILE} beside it); use the same, or leave dense out."
             )
 
 
@@ -300,8 +300,8 @@ def load_dense(path: str, expected: PreTrainedConfig) -> PreTrainedModel:
     for name, value in expected.to_dict().items():
         if name not in _NOT_COMPARED and (found := getattr(model.config, name, None)) != value:
             raise InputError(
-                f"The recipe's [model] makes {name} {value!r}, but the dense model in {path} has {found!r}; give the "
-                "recipe the [model] of the one that trained it."
+                f"The recipe's [model] sets {name} to {value!r}, but the dense model in {path} has {found!r}; copy the "
+                "[model] of the recipe that trained it."
             )
     return model
 
@@ -319,8 +319,7 @@ def require_fitting(recipe: Recipe, config: PreTrainedConfig, text: TokenStream)
             pass
     if recipe.dense_phase is not None and recipe.dense_phase.distill:
         raise InputError(
-            "[train] has no teacher yet that it could learn from, as the dense model is what it makes; leave its "
-            "distill out."
+            "[train] has no teacher to learn from, because it makes the dense model itself; leave its distill out."
         )
     attach_gates(model, recipe.prune)
     if recipe.prune.budget is not None and recipe.prune.budget.kind != "speedup":
@@ -348,4 +347,6 @@ def teacher_of(
         return load_ungated(teacher)
     if isinstance(teacher, PreTrainedModel):
         return teacher
-    raise InputError("distill asks for a teacher to learn from; name one as teacher, say the dense model.")
+    raise InputError(
+        "distill needs a teacher to learn from, but none was given; name one as teacher, for instance the dense model."
+    )

@@ -66,4 +66,6 @@ class Options:
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             if not (is_whole and least <= value < 2**31) and not (value is None and name == "evaluation_tokens"):
-                raise InputError(f"{name} must be a whole number of at least {least} and below 2^31, but is {value!r}.")
+                raise InputError(
+                    f"{name} must be a whole number of at least {least} and below 2^31, but got {value!r}."
+                )

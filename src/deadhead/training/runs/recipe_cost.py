@@ -53,7 +53,8 @@ def recipe_costs(
     """
     if recipe.model.from_ is not None:
         raise InputError(
-            f"The recipe's model is {recipe.model.from_}, which costs what deadhead inspect {recipe.model.from_} says."
+            f"The recipe names its model, {recipe.model.from_}; see its cost with deadhead inspect "
+            f"{recipe.model.from_}."
         )
     tokens = vocab_size or expected_vocabulary(recipe.data)
     # Embeddings and output layer are left out of what is said without a vocabulary; the smallest that the model takes.

@@ -34,8 +34,8 @@ def kept_replies(out: Path) -> dict[str, tuple[Reply, ...]]:
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(
-            f"A list of models' replies was expected in {path}, but its {place} is not; delete it, and they are "
-            "written anew."
+            f"A list of models' replies was expected in {path}, but its {place} is not; delete it, then they are "
+            "written again."
         ) from None
 
 

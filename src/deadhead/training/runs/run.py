@@ -111,7 +111,7 @@ class Run:
             return True
         if not resume:
             raise InputError(
-                f"{folder} holds a run already; go on with resume (--resume), or choose another folder (--out)."
+                f"{folder} holds a run already; continue it with resume (--resume), or choose another folder (--out)."
             )
         # What others have published changes nothing in a run.
         begun, asked = (r.model_copy(update={"published": []}) for r in (load_recipe(folder / RECIPE_FILE), recipe))
@@ -224,8 +224,8 @@ class Run:
         model = checkpoint.load(str(self.recipe.model.from_))
         if fingerprint(model) != self.summary()["model"]["sha256"]:
             raise InputError(
-                f"The model {self.recipe.model.from_} is not the one that this run began with: its weights are others; "
-                "bring it back, or begin a new run in another folder."
+                f"The model {self.recipe.model.from_} has other weights than when this run started; restore the model, "
+                "or start a new run in another folder."
             )
         return model
 
@@ -236,15 +236,15 @@ class Run:
         before = summary.get("data", {}).get("sha256", text.sha256)
         if before != text.sha256:
             raise InputError(
-                f"The text {source} is not the one this run began with (its hash was {before[:12]}… and is "
-                f"{text.sha256[:12]}…); begin a new run in another folder, or bring the old text back."
+                f"The text {source} is not the one that this run started with (its hash was {before[:12]}… and is now "
+                f"{text.sha256[:12]}…); restore the old text, or start a new run in another folder."
             )
         # Runs of earlier versions had one process.
         begun = summary.get("processes", 1) if "data" in summary else processes
         if begun != processes:
             raise InputError(
-                f"This run began with a number of processes of {begun}, and goes on with as many, but now it is "
-                f"{processes}: each process reads rows of the text of its own."
+                f"This run was started with {begun} process(es), but resumed with {processes}; resume it with {begun}, "
+                "because each process reads its own rows of the text."
             )
         data = {"source": source, "sha256": text.sha256, "tokens": len(text.splits["train"].tokens)}
         versions = {
@@ -260,8 +260,8 @@ class Run:
         """Check that head_plan.json is what the gates learned: a changed digit would cut other heads."""
         if plan != gates.plan():
             raise InputError(
-                f"{self.folder / checkpoint.PLAN_FILE} is not the plan of the gates in {self.folder / 'gated'}; it was "
-                "changed or is damaged: restore it. A plan of your own is for deadhead cut."
+                f"{self.folder / checkpoint.PLAN_FILE} is not the plan of the gates in {self.folder / 'gated'}, "
+                "because it was changed or is damaged; restore it, or apply your own plan with deadhead cut."
             )
 
     def _choose_units(self, model: PreTrainedModel) -> HeadGates:

@@ -54,7 +54,7 @@ def is_self(data: Data | Text | None) -> bool:
     for name, value in data.reading.items():
         if value:
             raise InputError(
-                f"{name} is for a text that is read, but {SELF} is what the model writes; leave {name} out."
+                f"{name} is for a text that is read, but {SELF} is text that the model writes; leave {name} out."
             )
     return True
 
@@ -63,8 +63,8 @@ def require_writer(phase: str, teacher: PreTrainedModel | str | Path | None) -> 
     """Check that there is somebody to write a text for a phase: the model while it is whole, or else its teacher."""
     if phase == "train" or (phase == "finetune" and teacher is None):
         raise InputError(
-            f"{SELF} is text that a model writes before it is pruned, as a model's own text teaches it nothing; name "
-            "a text file, a directory, stdlib or hf:NAME, or the teacher that is to write it (--teacher, with "
+            f"{SELF} is text that a model writes before it is pruned, but a model learns nothing from its own text; "
+            "name a text file, a directory, stdlib or hf:NAME, or a teacher to write the text (--teacher, with "
             "--distill)."
         )
 
@@ -117,8 +117,8 @@ def self_text(
     """
     if tokenizer is None:
         raise InputError(
-            f"A tokenizer is needed to write a text ({SELF}), but this model does not say where its own lies; give it "
-            "with tokenizer=."
+            f"A tokenizer is needed to write a text ({SELF}), but the one of this model is not known; give it with "
+            "tokenizer=."
         )
     prefix = () if hasattr(model.config, "memory_length") else text_frame(tokenizer)[0]
     learned, measured = rows_to_write(model, recipe, recover=recover)
@@ -160,7 +160,7 @@ def self_text(
 
 def _kept(path: Path, asked: dict[str, Any]) -> np.ndarray:
     """Return the tokens that were kept, if they are whole and what is asked for."""
-    damaged = InputError(f"The text in {path} is damaged; delete {path.parent}, and begin again without resume.")
+    damaged = InputError(f"The text in {path} is damaged; delete {path.parent}, and start again without resume.")
     try:
         with safe_open(path, "np") as file:
             noted, tokens = file.metadata() or {}, file.get_tensor("tokens")

@@ -115,8 +115,8 @@ def divided(recipe: _P | None, kind: type[_P], settings: dict[str, Any]) -> tupl
     """Return the recipe that was given, or the defaults, with the settings that are its own, and the others."""
     if recipe is not None and type(recipe) is not kind:
         raise InputError(
-            f"The recipe of this phase must be a {kind.__name__} of deadhead.training, but a {type(recipe).__name__} "
-            "was given."
+            f"The recipe of this phase must be a {kind.__name__} of deadhead.training, but got a "
+            f"{type(recipe).__name__}."
         )
     options = {field.name for field in fields(Options)}
     others = {name: settings.pop(name) for name in options & settings.keys()}
@@ -151,7 +151,7 @@ def run_single(
     if options.recover and (not isinstance(recipe, PruneRecipe) or not cut):
         raise InputError("recover is for a model that is cut by deadhead.prune; leave it out.")
     if options.max_memory is not None and not isinstance(recipe, PruneRecipe):
-        raise InputError("max_memory is for deadhead.prune, of whose parts the memory is estimated; leave it out.")
+        raise InputError("max_memory is for deadhead.prune, whose memory is estimated; leave it out.")
     if options.teacher is not None and not options.recover:
         require_weight(recipe.distill)
     if options.dtype is not None and not isinstance(model, str | Path):
@@ -159,7 +159,10 @@ def run_single(
     device = None if options.device is None else checkpoint.named_device(options.device)
     if options.out is None:
         if options.resume:
-            raise InputError("There is nothing to resume without out, beside which a stopped phase leaves its work.")
+            raise InputError(
+                "resume needs out, beside which a stopped phase leaves its work, but none was given; give out, or "
+                "leave resume out."
+            )
         recipe = recipe.model_copy(update={"save_every": 0})
         place: Any = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     else:
@@ -282,10 +285,10 @@ def check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
     checkpoint.require_ours_or_free(out)
     checkpoint.require_no_model(work, Path(model) if isinstance(model, str | Path) else None)
     if work.exists() and not resume:
-        raise InputError(f"{work} is left of a phase that was stopped; go on with resume (--resume), or delete it.")
+        raise InputError(f"{work} is left from a stopped phase; continue it with resume (--resume), or delete it.")
     if resume and not work.exists():
         raise InputError(
-            f"There is nothing to resume: {work}, where a stopped phase leaves its checkpoints, is not there."
+            f"There is nothing to resume: {work}, where a stopped phase leaves its checkpoints, does not exist."
         )
     if resume:
         remove_left_overs(out.parent, out.name)
@@ -331,6 +334,6 @@ def keep_settings(work: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"{str(error).removesuffix('.')}; {anew}.") from error
     if found != settings:
         raise InputError(
-            f"{work} is left of a phase with other settings, another text or another number of processes; resume with "
-            "those, or delete it."
+            f"{work} is left from a phase with other settings, another text or another number of processes; resume "
+            "with those, or delete it."
         )

@@ -61,7 +61,7 @@ _NOT_STREAMED = {
     "teacher": "nothing is learned from a teacher",
     "recover": "nothing is trained",
     "report_to": "nothing is trained",
-    "device": "layers are run on the CPU",
+    "device": "layers run on the CPU",
     "dtype": "weights stay as they were saved",
     "evaluation_tokens": "the model is not measured",
 }
@@ -147,7 +147,7 @@ def run_streamed(source: Path, data: Data | None, recipe: PruneRecipe, options: 
             done = _Pruning(opened=opened, source=source, recipe=recipe, options=options, out=out, work=work).run(data)
     except NotStreamable as error:
         raise InputError(
-            f"{source} cannot be pruned layer by layer, as {error}; prune it in memory, without stream (--stream)."
+            f"{source} cannot be pruned layer by layer, because {error}; prune it in memory, without stream (--stream)."
         ) from error
     shutil.rmtree(work, ignore_errors=True)
     return done
@@ -177,19 +177,22 @@ def streamable(data: Data | None, recipe: PruneRecipe, options: Options) -> Prun
     recipe = changed(recipe, criterion=FAST) if recipe.criterion is None else recipe
     if recipe.criterion not in ONE_SHOT:
         raise InputError(
-            f"The criterion {recipe.criterion} learns on the model as a whole; layer by layer units are ranked by one "
-            f"of {', '.join(ONE_SHOT)}."
+            f"The criterion {recipe.criterion} needs the whole model in memory; layer by layer, choose one of "
+            f"{', '.join(ONE_SHOT)}."
         )
     if recipe.budget is not None and recipe.budget.kind == "speedup":
-        raise InputError("A speedup is measured on the model as a whole; layer by layer ask for params or flops.")
+        raise InputError("A speedup is measured on the whole model in memory; layer by layer, ask for params or flops.")
     defaults = Options()
     for name, why in _NOT_STREAMED.items():
         if getattr(options, name) != getattr(defaults, name):
-            raise InputError(f"{name} is for pruning in memory, as layer by layer {why}; leave it out.")
+            raise InputError(f"{name} is for pruning in memory, because layer by layer {why}; leave it out.")
     if is_self(data):
-        raise InputError("The text that a model writes itself needs it in memory; name a text with data (--data).")
+        raise InputError(
+            "To write its own text a model must be in memory, but here it is read layer by layer; name a text with "
+            "data (--data)."
+        )
     if count() > 1:
-        raise InputError("Layer by layer one process prunes, but several were started; start one.")
+        raise InputError("Pruning layer by layer takes one process, but several were started; start one.")
     return recipe
 
 
@@ -229,7 +232,7 @@ class _Pruning:
                 config: Any = planned.model.config
                 config.compensation = compensation.to_dict() | {"text": f"text {text.sha256[:12]}"}
         if self._settings(text) != settings:
-            raise InputError(f"The weights in {self.source} were changed while they were pruned; prune them again.")
+            raise InputError(f"The weights in {self.source} were changed during the pruning; prune them again.")
         where = self.source, self.out, self.work / "cut"
         how: dict[str, Any] = {"tokenizer": text.tokenizer, "resume": self.options.resume, "progress": self._tell}
         done = write_cut(planned, *where, **how)

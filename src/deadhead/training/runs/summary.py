@@ -81,8 +81,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     checksum = values.pop(_CHECKSUM, None)
     if checksum is not None and checksum != _checksum(values):
         raise InputError(
-            f"The summary of a run {path} is not what was written: it is damaged, or was edited; restore it, or take "
-            f'its "{_CHECKSUM}" out if what it says now is right.'
+            f"The summary of a run {path} is not what was written: it is damaged or was edited; restore it, or remove "
+            f'its "{_CHECKSUM}" if its contents are right.'
         )
     try:
         TypeAdapter(_Summary).validate_python(values)

@@ -114,8 +114,8 @@ def sweep(
     given: dict[BudgetKind, Any] = {kind: settings.pop(kind) for kind in SWEPT if kind in settings}
     if len(given) != 1:
         raise InputError(
-            f"One budget with several values was expected, of {', '.join(SWEPT)}, as in params=[0.9, 0.8], but "
-            f"{' and '.join(given) + ' were' if given else 'none was'} given."
+            f"One budget with several values was expected ({', '.join(SWEPT)}), as in params=[0.9, 0.8], but "
+            f"{' and '.join(given) + ' were' if given else 'none was'} given; give one."
         )
     ((kind, values),) = given.items()
     ordered = _ordered(kind, values)
@@ -127,7 +127,7 @@ def _ordered(kind: BudgetKind, values: Any) -> list[float]:
     """Return a budget's values, the one that leaves most first."""
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
     if not is_list or not values or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        raise InputError(f"A sweep's {kind} must be a list of numbers, as in [0.9, 0.8], but it is {values!r}.")
+        raise InputError(f"A sweep's {kind} must be a list of numbers, as in [0.9, 0.8], but got {values!r}.")
     return sorted(map(float, set(values)), reverse=kind not in ("sparsity", "speedup"))
 
 
@@ -144,16 +144,16 @@ def run_sweep(
     """Prune a model to several values of a recipe's budget, the one that leaves most first; see `sweep`."""
     assert recipe.budget is not None
     if max_loss is not None and not 0 <= max_loss < _MOST_LOSS:
-        raise InputError(f"The loss that is tolerated must be a share of at least 0, as 0.05 is, but it is {max_loss}.")
+        raise InputError(f"max_loss must be a share of at least 0, such as 0.05, but got {max_loss}.")
     if recipe.criterion in ("gates", "topk"):
         raise InputError(
-            f"A sweep ranks units, or learns sizes, for all budgets at once, but {recipe.criterion} trains for one; "
-            "choose another criterion, or prune once for each budget."
+            f"A sweep ranks units, or learns sizes, for all budgets at once, but {recipe.criterion} trains for one "
+            "budget; choose another criterion, or prune once for each budget."
         )
     if count() > 1:
-        raise InputError("A sweep runs in one process; start it without a launcher.")
+        raise InputError("A sweep runs in one process, but several were started; start it without a launcher.")
     if options.out is None:
-        raise InputError("A sweep keeps its models in a folder, but none was named; name one with out (--out).")
+        raise InputError("A folder for the sweep's models was expected, but none was given; name one with out (--out).")
     # Values out of range are told of before anything is loaded.
     recipes = [changed(recipe, **{recipe.budget.kind: value}) for value in values]
     out = checked_path(options.out).resolve()
@@ -171,11 +171,13 @@ def run_sweep(
 
 def _require_place(out: Path, model: PreTrainedModel | str | Path, *, resume: bool) -> None:
     if isinstance(model, str | Path) and Path(model).resolve() == out:
-        raise InputError(f"The sweep must not be written over the model it is made of, {model}; choose another out.")
+        raise InputError(
+            f"The sweep must not overwrite the model it is made from, {model}; choose another out (--out)."
+        )
     if resume and not (out / SETTINGS_FILE).is_file():
-        raise InputError(f"There is nothing to resume: {out} holds no sweep that was stopped.")
+        raise InputError(f"There is nothing to resume: {out} holds no stopped sweep.")
     if not resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} is there already; go on with resume (--resume), or choose another place.")
+        raise InputError(f"{out} exists already; continue with resume (--resume), or choose another folder (--out).")
 
 
 class _Sweeping:
