@@ -1,6 +1,6 @@
 """Training on transformers' Trainer: recipes, phases, the sparsity callback, whole runs, and a phase in one call.
 
-A name is loaded when it is first used: recipes and the command line's help need no torch.
+Names are loaded on first use, so recipes and the help of the command line need no torch.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""Several processes of one training, as torchrun or `accelerate launch` start them: which is main, and who does what.
+"""Several processes of one training, started by torchrun or `accelerate launch`: which one is main, and who does what.
 
-All of them train. What is done once, such as writing a folder or measuring a model, the main process does while the
-others wait, and if it fails there, all of them fail. With one process everything here comes down to a plain call.
+All processes train. Work that is done once, such as writing a folder or measuring a model, is done by the main process
+while the others wait; if it fails, all of them fail. With one process, everything here is a plain call.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ _PATIENCE = timedelta(hours=6)
 _T = TypeVar("_T")
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
-"""Told of the name of what goes on, how much is done, how much there is, and the last numbers."""
+"""Called with the name of the current work, how much is done, how much there is in total, and the last numbers."""
 
 
 def count() -> int:
-    """Return how many processes train together; they are connected first, if there are several.
+    """Return how many processes train together; if there are several, connect them first.
 
-    Here and below an InputError is raised where the environment says that there are several, but they cannot connect.
+    This function and those below raise InputError if the environment says that there are several processes, but they
+    cannot connect.
     """
     return 1 if _launched() == 1 else _state().num_processes
 
@@ -50,23 +51,23 @@ def is_main() -> bool:
 
 
 def told(progress: Progress | None) -> Progress:
-    """Return whom to tell what goes on: nobody but in the main process."""
+    """Return the progress function in the main process, and one that does nothing in the others."""
     return progress if progress is not None and is_main() else lambda *_: None
 
 
 def counted(progress: Progress, name: str) -> Callable[[int, int], None]:
-    """Return what tells how much is done of something, and how much there is."""
+    """Return a function that reports progress under `name`, given how much is done and how much there is in total."""
     return lambda done, total: progress(name, done, total, {})
 
 
 def on_main(work: Callable[[], _T]) -> _T:
-    """Return in all processes what `work` returns in the main one, which alone runs it while the others wait.
+    """Run `work` in the main process while the others wait, and return its result in all processes.
 
-    It returns something small that can be pickled, without tensors on a GPU.
+    The result must be small and picklable, without tensors on a GPU.
 
     Raises:
-        InputError, DivergenceError: as `work` raises them, in all processes.
-        FailedElsewhere: in the others, if `work` raises anything else.
+        InputError, DivergenceError: in all processes, if `work` raises them.
+        FailedElsewhere: in the other processes, if `work` raises anything else.
     """
     if count() == 1:
         return work()
@@ -90,14 +91,14 @@ def on_main(work: Callable[[], _T]) -> _T:
 
 
 def together(work: Callable[[Shares], _T]) -> _T:
-    """Return in all processes what `work` returns in the main one; all run it, each with its share of a text.
+    """Run `work` in all processes, each with its share of a text, and return the main one's result in all of them.
 
-    What the work does after the text is read must not depend on the process, but by its `Shares`. It returns what
-    `on_main` could.
+    After it has read the text, `work` may depend on the process only through its `Shares`. Its result must be one that
+    `on_main` could return.
 
     Raises:
-        InputError, DivergenceError: as `work` raises them in any process, in all.
-        FailedElsewhere: in the others, if `work` raises anything else.
+        InputError, DivergenceError: in all processes, if `work` raises them in any process.
+        FailedElsewhere: in the other processes, if `work` raises anything else.
     """
     if count() == 1:
         return work(ALONE)
@@ -112,7 +113,7 @@ def together(work: Callable[[Shares], _T]) -> _T:
 class _Together(Shares):
     """The shares of the processes that are connected.
 
-    Before anything is exchanged, each says whether it has come so far, so that none waits for one that failed.
+    Before any exchange, each process tells the others whether it got this far, so that none waits for a failed one.
     """
 
     def __init__(self) -> None:
@@ -140,7 +141,7 @@ class _Together(Shares):
         return _Undivided(self)
 
     def tell(self, error: Exception) -> None:
-        """Tell the others that this process failed, unless they know: another has failed before."""
+        """Tell the others that this process failed, unless another process failed before."""
         if not self._is_over:
             known = isinstance(error, (InputError, DivergenceError))
             self._meet(error if known else FailedElsewhere("Another process failed."))
@@ -155,7 +156,7 @@ class _Together(Shares):
 
 
 class _Undivided(Shares):
-    """Of several processes, each of which reads everything."""
+    """The shares of several processes, each of which reads everything."""
 
     def __init__(self, others: Shares) -> None:
         self._others = others
@@ -165,14 +166,14 @@ class _Undivided(Shares):
 
 
 def main_first(work: Callable[[], _T]) -> _T:
-    """Return what `work` returns here; the main process runs it first, so that the others find what it wrote."""
+    """Run `work` first in the main process, then in the others, which find what it wrote; return its local result."""
     done: list[_T] = []
     on_main(lambda: done.append(work()))
     return done[0] if done else work()
 
 
 def require_supported(args: TrainingArguments) -> None:
-    """Check that gates can learn under the engine that a Trainer uses."""
+    """Check that gates can learn under the engine that a Trainer uses; raise InputError if not."""
     kind = PartialState._shared_state.get("distributed_type", DistributedType.NO)
     if args.deepspeed is not None or kind == DistributedType.DEEPSPEED:
         raise InputError(
@@ -194,7 +195,7 @@ def require_supported(args: TrainingArguments) -> None:
 
 
 def require_data_parallel() -> None:
-    """Check that a phase of deadhead's own keeps whole models in all processes, as they are cut afterwards."""
+    """Check that every process of a phase of deadhead's own holds the whole model, because it is cut afterwards."""
     for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(name, "").lower() in ("1", "true"):
             raise InputError(
@@ -204,7 +205,7 @@ def require_data_parallel() -> None:
 
 
 def leave() -> bool:
-    """Take leave of the other processes, at the end of the program; return whether this is the main one."""
+    """Disconnect from the other processes at the end of the program; return whether this is the main one."""
     main = is_main()
     if _launched() > 1:
         _state().destroy_process_group()
@@ -212,7 +213,7 @@ def leave() -> bool:
 
 
 def _launched() -> int:
-    """Return how many processes the launcher says it started."""
+    """Return how many processes the launcher started, according to the environment."""
     value = os.environ.get("WORLD_SIZE", "1")
     return max(1, int(value)) if value.isdigit() else 1
 
@@ -238,9 +239,9 @@ def _state() -> PartialState:
 
 @contextmanager
 def _ended_at_once() -> Iterator[None]:
-    """Let SIGTERM end this process while it connects, which it does before it writes anything.
+    """Let SIGTERM end this process at once while it connects, before it has written anything.
 
-    Python runs no handler while torch waits for another process, and that one may have ended by bad input.
+    Python runs no signal handler while torch waits for another process, which may have ended because of bad input.
     """
     if torch.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
         yield
@@ -253,9 +254,10 @@ def _ended_at_once() -> Iterator[None]:
 
 
 def _own_store() -> dict[str, Any]:
-    """Return where processes that the launcher has started again find one another; {} for the first time.
+    """Return settings by which processes that the launcher restarted find one another; {} at the first start.
 
-    torchrun gives them the store of those that failed, addresses and all, and one that looks up an old address waits.
+    torchrun gives them the store of the failed processes, with their addresses, and a process that looks up an old
+    address waits.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or torch.distributed.is_initialized():

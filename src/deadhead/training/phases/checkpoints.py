@@ -1,4 +1,4 @@
-"""The checkpoints that a phase leaves on its way: which there are, which are whole, and which one to go on from."""
+"""The checkpoints that a phase writes while it trains: which exist, which are complete, and which one to resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deadhead.errors import InputError, RunWarning
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders in `output_dir`, whole or not, oldest first."""
+    """Return the checkpoint folders in `output_dir`, complete or not, oldest first."""
     found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
     return sorted(found, key=checkpoint_step)
 
@@ -25,15 +25,15 @@ _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the step that a checkpoint's folder is named by."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def finish_checkpoint(checkpoint: Path, *, keep: int) -> None:
-    """Note that all of a checkpoint is there, and let others go but for the newest, `keep` of them with this one.
+    """Mark a checkpoint as complete, and delete older ones so that `keep` remain, this one included.
 
-    The list of its files' hashes comes last: a checkpoint without it was cut short, and goes. So do newer ones, which
-    must be damaged: from a whole one training would have gone on.
+    The list of its files' hashes is written last: a checkpoint without it was interrupted, and is deleted. Newer
+    checkpoints are deleted too: they must be damaged, because training would have resumed from a complete one.
     """
     write_checksums(checkpoint)
     others = [path for path in checkpoints(checkpoint.parent) if path != checkpoint]
@@ -46,7 +46,7 @@ def finish_checkpoint(checkpoint: Path, *, keep: int) -> None:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint in `output_dir` whose files are all there as they were written, or None."""
+    """Return the newest checkpoint in `output_dir` whose files are all unchanged since they were written, or None."""
     for folder in reversed(checkpoints(output_dir)):
         if not _is_finished(folder):
             continue
@@ -65,9 +65,10 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def require_tensors(checkpoint: Path) -> None:
-    """Check that what transformers keeps in torch's own format is tensors and plain values: others could run any code.
+    """Check that files in torch's own format hold only tensors and plain values: anything else could run code.
 
-    Its hashes may have been written anew by whoever changed it. Nothing of a pickle but its list of types is run.
+    Hashes do not protect from this: whoever changed a file may have rewritten them. Only the pickle's list of types is
+    read; nothing in it is run.
     """
     for path in sorted(path for ending in _TORCH_FILES for path in checkpoint.glob(ending)):
         try:
@@ -81,7 +82,7 @@ def require_tensors(checkpoint: Path) -> None:
 
 
 def newest_finished(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint in `output_dir` that was written to its end, without reading it, or None."""
+    """Return the newest checkpoint in `output_dir` that was written completely, or None; its files are not read."""
     return next((folder for folder in reversed(checkpoints(output_dir)) if _is_finished(folder)), None)
 
 

@@ -1,4 +1,4 @@
-"""Which units stay: the gates that a recipe asks for, its budget, and the plan of scores that meets it."""
+"""Which units stay: the gates that a recipe asks for, its budget, and the plan that meets the budget by scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SPEED_SLACK = 0.015
 
 
 def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> GateConfig:
-    """Return the gates' constants that a recipe asks for; what it leaves open depends on the model."""
+    """Return the constants of the gates that a recipe asks for; those that it leaves open depend on the model."""
     filled = with_defaults(recipe, model)
     assert filled.gate_lr_scale is not None and filled.output_scale is not None
     return GateConfig(
@@ -48,27 +48,27 @@ def gate_config(recipe: PruneRecipe, model: PreTrainedModel, seed: int = 0) -> G
 
 
 def asked_blocks(recipe: PruneRecipe, model: PreTrainedModel) -> bool | int:
-    """Return what `deadhead.attach` is to be told of blocks for a recipe: none, any, or their size."""
+    """Return the argument `blocks` of `deadhead.attach` for a recipe: none, any, or their size."""
     return (recipe.block_size or True) if with_defaults(recipe, model).blocks else False
 
 
 def asked_choices(model: PreTrainedModel, recipe: PruneRecipe) -> Choices:
-    """Return what a recipe lets go or stay of a model, which may be on the meta device."""
+    """Return the units of a model that a recipe lets go or stay; the model may be on the meta device."""
     layout, unit, blocks = find_layout(model), _unit(model, recipe), asked_blocks(recipe, model)
     return choices_of(layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks)), unit, blocks)
 
 
 def attach_gates(model: PreTrainedModel, recipe: PruneRecipe, seed: int = 0, blocks: Blocks | None = None) -> HeadGates:
-    """Attach the gates that a recipe asks for; what it leaves open depends on the model.
+    """Attach the gates that a recipe asks for; settings that it leaves open depend on the model.
 
     Args:
-        model: without gates.
-        recipe: unit, blocks and the gates' constants.
-        seed: of the gates' noise.
-        blocks: the hidden units of each gate, where the recipe asks for gates on them; None takes neighbours.
+        model: a model without gates.
+        recipe: gives the unit, the blocks and the constants of the gates.
+        seed: seed of the gates' noise.
+        blocks: the hidden units of each gate, if the recipe asks for gates on them; None groups neighbours.
 
     Raises:
-        UnsupportedModel: there is no head that could be pruned, or no block.
+        UnsupportedModel: the model has no head, or no block, that could be pruned.
         InputError: the model has gates already, or the blocks do not fit its layers.
     """
     asked: bool | int | Blocks = asked_blocks(recipe, model)
@@ -78,7 +78,7 @@ def attach_gates(model: PreTrainedModel, recipe: PruneRecipe, seed: int = 0, blo
 
 
 def budget_length(model: PreTrainedModel, recipe: PruneRecipe) -> int:
-    """Return the length of text at which a recipe's budget counts FLOPs, cache and time."""
+    """Return the length of text, in tokens, at which a recipe's budget counts FLOPs, cache and time."""
     if recipe.budget_length is not None:
         return recipe.budget_length
     if hasattr(model.config, "memory_length"):
@@ -89,15 +89,15 @@ def budget_length(model: PreTrainedModel, recipe: PruneRecipe) -> int:
 def measure_budget_latency(
     model: PreTrainedModel, recipe: PruneRecipe, progress: Progress = lambda *_: None
 ) -> Latency:
-    """Measure how a model's time depends on its units, in the way that a recipe's speedup is meant."""
+    """Measure how the time of a model depends on its units, for the workload that a recipe's speedup means."""
     model.to(best_device())  # type: ignore[arg-type]
     return measure_latency(model, **_measured(model, recipe), progress=counted(progress, "measuring latency"))
 
 
 def latency_in(folder: Path, model: PreTrainedModel, recipe: PruneRecipe, progress: Progress) -> Latency | None:
-    """Return what a recipe's speedup needs to know of a model's time, kept in a folder or measured and kept there now.
+    """Return the latency that a recipe's speedup needs: read it from a folder, or measure it and keep it there.
 
-    None is returned where its budget is no speedup.
+    Return None if the budget is not a speedup.
     """
     if recipe.budget is None or recipe.budget.kind != "speedup":
         return None
@@ -123,10 +123,10 @@ def _measured(model: PreTrainedModel, recipe: PruneRecipe) -> dict[str, Any]:
 def budget_costs(
     model: PreTrainedModel, recipe: PruneRecipe, *, latency: Latency | None = None
 ) -> tuple[Budget, UnitCosts] | None:
-    """Return a recipe's budget, if it has one that is no share of heads, and what a model's units cost in its terms.
+    """Return a recipe's budget and the costs of a model's units in its terms; a share of heads is not such a budget.
 
-    The model may have gates. A speedup needs its latency on this machine; None measures it. A budget that cannot be
-    reached is refused.
+    The model may have gates. A speedup needs the model's latency on this machine; None measures it. A budget that
+    cannot be reached is refused.
     """
     budget = recipe.budget
     if budget is None or budget.kind == "sparsity":
@@ -156,9 +156,9 @@ def plan_of_scores(
     latency: Latency | None = None,
     predicted: bool = False,
 ) -> tuple[HeadPlan, float]:
-    """Return the plan that keeps the units with the highest scores within a recipe's budget, and its share of the cost.
+    """Return the plan that keeps the highest-scored units within a recipe's budget, and its share of the cost.
 
-    Where nothing is timed, the model may be on any device. A speedup may be what a given latency predicts, rather than
+    If nothing is timed, the model may be on any device. A speedup may be predicted by a given latency instead of being
     measured. A budget that cannot be reached is refused.
     """
     assert recipe.budget is not None, "a recipe without budget ranks nothing"
@@ -178,9 +178,9 @@ def plan_of_scores(
 
 
 def true_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan, *, total: float | None = None) -> float:
-    """Return what share of the model's cost its cut self has, counted exactly or measured, in a budget's terms.
+    """Return the share of a model's cost that the cut model has, in a budget's terms, counted exactly or measured.
 
-    `total` is what the model costs, if that is known and counted; None counts it.
+    `total` is the counted cost of the model, if it is known; None counts it.
     """
     budget = recipe.budget
     assert budget is not None
@@ -209,7 +209,7 @@ def true_share(model: PreTrainedModel, recipe: PruneRecipe, plan: HeadPlan, *, t
 
 
 def reached(model: PreTrainedModel, recipe: PruneRecipe, share: float) -> float:
-    """Return what a recipe's budget reaches, in its own terms, where a share of the model's cost is left."""
+    """Return the value of a recipe's budget, in its own terms, that a remaining share of the model's cost reaches."""
     budget = recipe.budget
     assert budget is not None
     if budget.kind == "memory" and (found := budget_costs(model, recipe)) is not None:
@@ -220,9 +220,9 @@ def reached(model: PreTrainedModel, recipe: PruneRecipe, share: float) -> float:
 def even_plan(
     model: PreTrainedModel, choices: Choices, recipe: PruneRecipe, *, latency: Latency | None = None
 ) -> tuple[HeadPlan, float]:
-    """Return a plan that meets a recipe's budget by taking the same share of every layer, and what it leaves.
+    """Return a plan that meets a recipe's budget by removing the same share from every layer, and what it leaves.
 
-    It stands for the one that will be found; the last units of each layer go.
+    It is an example of the plan that will be found; it removes the last units of each layer.
     """
     even = {key: -(torch.arange(count) + 0.5) / max(count, 1) for key, count in choices.counts.items()}
     return plan_of_scores(model, HeadScores(scores=even, choices=choices), recipe, latency=latency, predicted=True)
@@ -231,18 +231,18 @@ def even_plan(
 def close_to_budget(
     model: PreTrainedModel, gates: HeadGates, recipe: PruneRecipe, *, latency: Latency | None = None
 ) -> float | None:
-    """Close trained gates, those with the smallest log_alpha, until a recipe's budget is met exactly.
+    """Close trained gates, the smallest log_alpha first, until a recipe's budget is met exactly.
 
-    Draws meet it in expectation; some gates may still be undecided.
+    Without this, draws meet the budget in expectation only, and some gates may still be undecided.
 
     Args:
-        model: with the gates.
-        gates: trained.
-        recipe: what they were trained for.
+        model: the model with the gates.
+        gates: the trained gates.
+        recipe: the recipe that they were trained by.
         latency: as for `budget_costs`.
 
     Returns:
-        What the plan reaches, in the budget's own terms, measured or counted; None for a recipe without budget.
+        The value that the plan reaches, in the budget's own terms, measured or counted; None without a budget.
     """
     budget = recipe.budget
     if budget is None:

@@ -1,4 +1,4 @@
-"""Compensation as a recipe asks for it: the dense model that is kept for it, and the rows of text."""
+"""Compensation as a recipe asks for it: the dense model that it keeps, and the rows of text."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from deadhead.training.recipes.recipe import PruneRecipe
 
 @dataclass(frozen=True)
 class Compensating:
-    """What compensation needs beside the cut model: the dense one, and text."""
+    """What compensation needs besides the cut model: the dense model and text."""
 
     dense: PreTrainedModel
     batches: list[dict[str, Tensor]]
     text: str
 
     def of(self, model: PreTrainedModel, progress: Progress, *, consume: bool = True) -> Compensation:
-        """Compensate a model that was cut, in all processes together. With `consume` nothing is left of the dense."""
+        """Compensate a cut model, in all processes together; `consume` frees the dense model on the way."""
         self.dense.to(model.device)  # type: ignore[arg-type]
         report = counted(progress, "compensating")
         how: dict[str, Any] = {"text": self.text, "progress": report, "consume": consume}
@@ -38,10 +38,10 @@ class Compensating:
 def calibration_of(
     model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, *, seed: int
 ) -> list[dict[str, Tensor]]:
-    """Return the batches that a model is compensated on, none where the recipe, or its default, asks for nothing.
+    """Return the batches to compensate a model on; none if the recipe, or its default, asks for no compensation.
 
     Raises:
-        InputError: the recipe asks for compensation, but there is no text, or too little.
+        InputError: the recipe asks for compensation, but there is no text or too little of it.
     """
     if not with_defaults(recipe, model).compensate:
         return []
@@ -59,6 +59,6 @@ def calibration_of(
 
 
 def dense_copy(model: PreTrainedModel, recipe: PruneRecipe) -> PreTrainedModel:
-    """Return a copy of a model that is about to be pruned; weights that the phase does not train are shared with it."""
+    """Copy a model that is about to be pruned; the copy shares the weights that the phase does not train."""
     is_trained = not (recipe.is_ranked or recipe.freeze_weights)
     return copy.deepcopy(model, {} if is_trained else {id(parameter): parameter for parameter in model.parameters()})

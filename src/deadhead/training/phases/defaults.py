@@ -1,4 +1,4 @@
-"""What a phase's recipe leaves to the model, filled in: rates, scales, blocks, and the rows of text that it reads."""
+"""Defaults that depend on the model: rates, scales, blocks, and the rows of text that a phase reads."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _P = TypeVar("_P", bound=PhaseRecipe)
 
 
 def with_defaults(phase: _P, model: PreTrainedModel) -> _P:
-    """Return a phase's recipe with what it leaves to the model filled in.
+    """Return a phase's recipe with the settings filled in that it leaves to the model.
 
-    Deadhead's own models are trained from scratch, with the paper's output scale. Others come pretrained: the weights
-    take small steps, the gates do not for that, and what is left of a layer is not scaled up.
+    Deadhead's own models are trained from scratch, with the paper's output scale. Other models are pretrained: their
+    weights take small steps while the gates take normal ones, and the rest of a cut layer is not scaled up.
     """
     ours = model.config.model_type in OWN_TYPES
     rate = phase.learning_rate or (2e-3 if ours else 5e-5)
@@ -62,9 +62,9 @@ def with_criterion(recipe: PruneRecipe, model: PreTrainedModel, *, recovers: boo
     """Return a recipe with a criterion, if it leaves that to the model: sizes or gates.
 
     Args:
-        recipe: of a phase on its own.
-        model: that it is for; its weights are no matter.
-        recovers: whether the phase goes on with training after the cut, so that what only training needs is for that.
+        recipe: the recipe of a single phase.
+        model: the model of the phase; its weights do not matter.
+        recovers: whether the phase trains after the cut; settings for training alone are then meant for that.
     """
     if recipe.criterion is not None:
         return recipe
@@ -76,7 +76,7 @@ def with_criterion(recipe: PruneRecipe, model: PreTrainedModel, *, recovers: boo
 
 
 def recovery(recipe: PruneRecipe, steps: int, model: PreTrainedModel) -> PhaseRecipe:
-    """Return the recipe by which a pruned model recovers: as the phase's own says, else by a recovery's defaults."""
+    """Return the recipe of a pruned model's recovery: the settings of the phase, with the defaults of a recovery."""
     is_pretrained = model.config.model_type not in OWN_TYPES
     defaults = {
         "learning_rate": _RECOVERY_RATE if is_pretrained and not recipe.lora_rank else None,
@@ -91,7 +91,7 @@ def recovery(recipe: PruneRecipe, steps: int, model: PreTrainedModel) -> PhaseRe
 
 
 def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:
-    """Tell whether blocks have gates: as the recipe says, else where heads alone would leave most of the cost."""
+    """Return whether blocks get gates: as the recipe says, by default if heads alone would leave most of the cost."""
     if phase.blocks is not None or phase.block_size is not None:
         return phase.blocks is not False
     asked = phase.budget is not None and phase.budget.kind in ("params", "flops", "memory", "speedup")
@@ -100,12 +100,12 @@ def _has_blocks(phase: PruneRecipe, model: PreTrainedModel) -> bool:
 
 
 def row_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
-    """Return the tokens of a row of a model without segment memory."""
+    """Return the number of tokens in a row of a model without segment memory."""
     return recipe.sequence_length or min(_ROW, max_positions(model) or _ROW)
 
 
 def segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
-    """Return the tokens of a row, if the model can read as many."""
+    """Return the number of tokens in a row; raise InputError if the model cannot read as many."""
     if hasattr(model.config, "memory_length"):
         if recipe.sequence_length not in (None, model.config.segment_length):
             raise InputError(
@@ -122,9 +122,9 @@ def segment_length(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
 def segments(
     model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, *, rows: int, first_segment: int = 0
 ) -> Dataset[Any]:
-    """Return what a phase reads of a text: rows that go on where they ended, or rows in any order.
+    """Return the data set that a phase reads: rows that continue from batch to batch, or independent rows.
 
-    So many rows are read side by side, on all processes; `first_segment` is that of `PhaseRun`.
+    `rows` is the number of rows in a batch over all processes; `first_segment` is that of `PhaseRun`.
     """
     length = segment_length(model, recipe)
     if hasattr(model.config, "memory_length"):
@@ -141,7 +141,7 @@ def segments(
 def batches_of(
     model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, *, seed: int, first_segment: int = 0
 ) -> Iterable[dict[str, Tensor]]:
-    """Return batches of a text as a phase reads it: in the order of the text for a model with memory, else shuffled."""
+    """Return batches as a phase reads them: in the order of the text for a model with memory, otherwise shuffled."""
     dataset = segments(model, text, recipe, rows=recipe.batch_size, first_segment=first_segment)
     in_order = hasattr(model.config, "memory_length")
     generator = torch.Generator().manual_seed(seed)

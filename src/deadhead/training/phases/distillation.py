@@ -1,4 +1,4 @@
-"""Distillation: a model learns from the output distribution of another, the teacher, beside the text itself.
+"""Distillation: a model learns from the output distribution of a teacher, besides the text itself.
 
     loss = (1 − α) · NLL + α · T² · KL(softmax(teacher / T) ‖ softmax(model / T)),
 
@@ -21,11 +21,11 @@ from deadhead.measure.losses import SegmentOutputs, require_language_model
 
 
 def require_same_vocabulary(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Check that a teacher reads the tokens of a model and gives each of them a probability.
+    """Check that a teacher reads the same tokens as a model and gives each of them a probability.
 
     Raises:
-        InputError: it has another number of tokens.
-        UnsupportedModel: it predicts no next token.
+        InputError: the teacher has another number of tokens.
+        UnsupportedModel: the teacher does not predict the next token.
     """
     require_language_model(teacher, "Distillation")
     theirs, ours = (one.config.get_text_config().vocab_size for one in (teacher, model))
@@ -36,7 +36,7 @@ def require_same_vocabulary(teacher: PreTrainedModel, model: PreTrainedModel) ->
 
 
 def require_weight(weight: float) -> None:
-    """Check that what a teacher says counts; InputError if its weight, α, is 0."""
+    """Check that the weight α of a teacher is not 0; raise InputError if it is."""
     if not weight:
         raise InputError(
             "A teacher was given, but its weight in the loss, distill, is 0; set distill, to 0.5 for instance."
@@ -44,7 +44,7 @@ def require_weight(weight: float) -> None:
 
 
 class Distillation:
-    """The teacher, of the same vocabulary, and what it says of each batch; α is `weight`, in (0, 1]."""
+    """A teacher of the same vocabulary, and the loss against it; α is `weight`, in (0, 1]."""
 
     def __init__(self, teacher: PreTrainedModel, *, weight: float, temperature: float) -> None:
         require_weight(weight)
@@ -58,9 +58,9 @@ class Distillation:
         self.batches = 0
 
     def loss(self, student: SegmentOutputs, inputs: dict[str, Any]) -> Tensor:
-        """Return the mixed loss of a batch, 0-dimensional, of what the model made of it.
+        """Return the mixed loss of a batch, a 0-dimensional tensor, from the model's output.
 
-        The batch has `input_ids`, and `is_first` where rows begin anew; there may be `scored`, whether a token counts.
+        The batch has `input_ids`, `is_first` (which rows begin anew) and optionally `scored` (which tokens count).
         """
         teacher = self._read(inputs)
         if student.read.is_adaptive or teacher.is_adaptive:

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints hold no weights while these are frozen."""
+"""A Trainer whose checkpoints leave out frozen weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from deadhead.attaching import is_gate
 
 
 class FrozenWeightsTrainer(Trainer):
-    """transformers' Trainer, but its checkpoints leave out the weights while nothing but gates learns.
+    """transformers' Trainer, with checkpoints that leave out the weights while only gates learn.
 
-    Such a checkpoint is of some kilobytes: gates, optimizer, buffers, and what else a Trainer goes on from. It is
-    resumed, bit for bit, with the model that training began with. `save_model` writes all weights as ever, and so do
-    checkpoints of any other training, those under FSDP, and those that go to the hub. As the first of two bases it does
+    Such a checkpoint has some kilobytes: gates, optimizer, buffers, and whatever else a Trainer needs to resume.
+    Training resumes from it, bit for bit, with the model that it started with. `save_model` still writes all weights,
+    and so do checkpoints of any other training, under FSDP, and for the hub. As the first of two bases, the class does
     the same for other Trainers: ``class Mine(FrozenWeightsTrainer, SFTTrainer)``.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model, or for a checkpoint what of it can have changed."""
+        """Write the model; for a checkpoint, only the parts that can have changed."""
         if not _internal_call or output_dir is None or self.args.push_to_hub or not self._only_gates_learn():
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:

@@ -1,4 +1,4 @@
-"""What learns in a phase, the weights, adapters or the gates alone, and how its activations are kept."""
+"""What learns in a phase (weights, adapters or gates alone), and how activations are kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deadhead.training.recipes.recipe import PhaseRecipe, PruneRecipe
 
 
 def learner(model: PreTrainedModel, recipe: PhaseRecipe) -> AbstractContextManager[nn.Module]:
-    """Return what learns while the block runs: the gates alone, adapters, or the weights."""
+    """Return the context in which only the gates, the adapters, or the weights learn."""
     if isinstance(recipe, PruneRecipe) and recipe.freeze_weights:
         return _only_gates_learn(model)
     return lora(model, recipe.lora_rank) if recipe.lora_rank else _in_float32(model)
@@ -24,7 +24,7 @@ def learner(model: PreTrainedModel, recipe: PhaseRecipe) -> AbstractContextManag
 
 @contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Hold weights in float32 while the block runs: in bfloat16 a small step is rounded away."""
+    """Hold weights in float32 while the block runs, because bfloat16 rounds small steps away."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             "All weights of the model are frozen, so nothing would learn; set requires_grad of the weights to train, "
@@ -56,10 +56,10 @@ def _only_gates_learn(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def lora(model: PreTrainedModel, rank: int) -> Iterator[nn.Module]:
-    """Yield PEFT's wrapper of `model` with LoRA adapters on every linear layer; merge them when the block ends well.
+    """Yield PEFT's wrapper of `model` with LoRA adapters on every linear layer; merge them if the block succeeds.
 
-    Gates stay trainable and see the adapters' output too. Models with segment memory, whose layers adapters would miss,
-    are refused.
+    Gates stay trainable and also multiply the adapters' output. Models with segment memory are refused, because
+    adapters would miss their layers.
     """
     require_extra("peft", "peft", what="LoRA")
     import peft

@@ -57,25 +57,25 @@ _OF_GATES = {"gate_lr", "weighting", "track_difference"}
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseRun:
-    """What `train` is given beside a model, a text and a recipe.
+    """Arguments of `train` besides the model, the text and the recipe.
 
     Args:
-        folder: where checkpoints go; None keeps none.
-        phase: its name in the metrics.
-        seed: of dropout and of LoRA adapters (data order is the text's own).
-        first_segment: where in the text to begin, in segments read of each row before.
-        gates: trained under the sparsity loss that the recipe describes.
-        start: where gates begin, for a recipe with `start_from`; None scores the units that they stand for.
-        latency: of this model on this machine, for a recipe with a speedup; None measures it.
-        teacher: the model to distil from, with the weight that the recipe's `distill` gives it.
-        callbacks: further callbacks, called after ours.
-        metrics: metrics.jsonl, or None.
-        tensorboard: where TensorBoard events go, or None.
-        report_to: trackers that the numbers go to through transformers' integrations, such as "wandb".
-        run_name: what the trackers call the run.
+        folder: folder of the checkpoints; None writes none.
+        phase: name of the phase in the metrics.
+        seed: seed of dropout and of LoRA adapters (the order of data does not depend on it).
+        first_segment: where in the text to begin: the number of segments of each row that were read before.
+        gates: gates to train under the sparsity loss that the recipe describes.
+        start: initial state of the gates, for a recipe with `start_from`; None scores their units.
+        latency: latency of this model on this machine, for a recipe with a speedup; None measures it.
+        teacher: the model to distil from, with the weight that the recipe's `distill` sets.
+        callbacks: further callbacks, called after deadhead's.
+        metrics: path of metrics.jsonl, or None.
+        tensorboard: folder of TensorBoard events, or None.
+        report_to: trackers to report to through transformers' integrations, such as "wandb".
+        run_name: name of the run in the trackers.
         valid: the validation text, for a recipe with `eval_every`.
-        progress: told of every step, by the phase's name, and of units being scored.
-        resume: go on from the newest whole checkpoint in `folder`, if there is one.
+        progress: called at every step with the phase's name, and while units are scored.
+        resume: continue from the newest complete checkpoint in `folder`, if there is one.
     """
 
     folder: str | Path | None = None
@@ -100,25 +100,25 @@ _ALONE = PhaseRun()
 
 
 def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: PhaseRun = _ALONE) -> PreTrainedModel:
-    """Train `model` in place for one phase; it ends in evaluation mode. If it fails, weights stay as far as they came.
+    """Train `model` in place for one phase and leave it in evaluation mode. After a failure it keeps its last weights.
 
-    On Ctrl-C or SIGTERM the step is finished and a checkpoint saved before the signal takes effect. After a loss or a
-    gradient that is not finite, the phase goes on from its last checkpoint with half the learning rate, once.
+    On Ctrl-C or SIGTERM, the step is finished and a checkpoint is saved before the signal takes effect. If a loss or a
+    gradient is not finite, the phase continues from its last checkpoint with half the learning rate, once.
 
     Args:
-        model: with gates attached if `run` has some.
+        model: the model to train, with gates attached if `run` has gates.
         text: the training text.
         recipe: steps, batch, optimizer; a `PruneRecipe` for a phase with gates.
-        run: where checkpoints and numbers go, gates, teacher, seed.
+        run: folders of checkpoints and metrics, gates, teacher, seed.
 
     Raises:
-        InputError: the text is too short, something is asked for that is not there (bf16, PEFT, a teacher), settings
-            do not go together, or the folder has checkpoints but `resume` was not asked for.
-        DivergenceError: the loss or the gradient is not finite, and there is no checkpoint to roll back to, or it
-            happened again.
+        InputError: the text is too short, something that the recipe needs is missing (bf16, PEFT, a teacher), settings
+            contradict each other, or the folder has checkpoints but `resume` is False.
+        DivergenceError: the loss or the gradient is not finite, and there is no checkpoint to roll back to, or the
+            phase rolled back before.
 
     Warns:
-        RunWarning: a checkpoint is damaged and passed over, or the phase rolled back.
+        RunWarning: a damaged checkpoint is skipped, or the phase rolled back.
     """
     if run.folder is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -148,17 +148,17 @@ def train(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: P
 def choose_units(
     model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, run: PhaseRun, plan: HeadPlan | None = None
 ) -> tuple[HeadGates, dict[str, Any] | None]:
-    """Attach gates and close those of the units that go: they learn which, or units are ranked.
+    """Attach gates and close those of the units to remove, which the gates learn or a ranking chooses.
 
     Args:
-        model: without gates.
-        text: that they are chosen by.
-        recipe: with a criterion.
-        run: for a phase of gates.
-        plan: what such a ranking has chosen, if that is known.
+        model: a model without gates.
+        text: the text to choose units by.
+        recipe: a recipe with a criterion.
+        run: arguments of a phase with gates.
+        plan: the plan that a ranking chose before, if it is known.
 
     Returns:
-        The gates, and the recipe's budget with what was asked for and reached; None without a budget.
+        The gates, and the recipe's budget with the values asked for and reached; None without a budget.
     """
     budget = recipe.budget
     if recipe.is_ranked:
@@ -177,7 +177,7 @@ def choose_units(
 
 
 def _require_what_is_asked_for(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> None:
-    """Check that what a recipe asks for was given and is installed, and that its settings go together."""
+    """Check that whatever a recipe needs is given and installed, and that its settings do not contradict each other."""
     require_language_model(model, "Training on a text")
     if run.teacher is not None:
         require_same_vocabulary(run.teacher, model)
@@ -196,7 +196,7 @@ def _require_what_is_asked_for(model: PreTrainedModel, recipe: PhaseRecipe, run:
 def _attempt(
     model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: PhaseRun, folder: Path, *, resume: bool
 ) -> None:
-    """Train for one phase, from its start or the newest whole checkpoint in `folder`, by a recipe that is filled in.
+    """Train for one phase by a recipe without open settings, from the start or the newest complete checkpoint.
 
     The model ends in evaluation mode, whatever happens.
     """
@@ -259,7 +259,7 @@ def _attempt(
 
 
 def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> list[TrainerCallback]:
-    """Return what trains the gates, validates and logs."""
+    """Return the callbacks that train the gates, validate and log."""
     found: list[TrainerCallback] = []
     if run.gates is not None:
         prune = _recipe_of_gates(model, recipe, run.gates, run.seed)
@@ -282,7 +282,7 @@ def _callbacks(model: PreTrainedModel, recipe: PhaseRecipe, run: PhaseRun) -> li
 
 
 def _recipe_of_gates(model: PreTrainedModel, recipe: PhaseRecipe, gates: HeadGates, seed: int) -> PruneRecipe:
-    """Return the recipe if it is of a phase with gates, and with gates as those that are attached."""
+    """Return the recipe as a PruneRecipe, after checking that it describes the gates that are attached."""
     if not isinstance(recipe, PruneRecipe):
         raise InputError("A phase with gates needs a PruneRecipe, which says how they learn; give one as recipe.")
     if recipe.is_ranked:
@@ -320,7 +320,7 @@ def _start(model: PreTrainedModel, text: TokenStream, recipe: PruneRecipe, run: 
 
 
 def _lean_gates(model: PreTrainedModel, text: TokenStream, recipe: PhaseRecipe, run: PhaseRun) -> None:
-    """Let gates begin in the order of a criterion's scores, where the recipe asks for it."""
+    """Initialise gates in the order of a criterion's scores, if the recipe asks for it."""
     if run.gates is not None and isinstance(recipe, PruneRecipe) and recipe.start_from is not None:
         start = _start(model, text, recipe, run) if run.start is None else run.start
         start.lean(run.gates)

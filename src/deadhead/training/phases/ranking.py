@@ -1,4 +1,4 @@
-"""Units that are ranked: by a one-shot criterion, or by sizes that are learned, for one budget or for several."""
+"""Ranking of units by a one-shot criterion or by learned sizes, for one budget or for several."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def rank(
     latency: Latency | None = None,
     progress: Progress = lambda *_: None,
 ) -> HeadPlan:
-    """Choose the units that stay by a one-shot criterion, or by learned sizes; the model is not changed.
+    """Choose the units that stay by a one-shot criterion or by learned sizes; the model is not changed.
 
-    Where the budget is not a share of heads, those go that score least for what they cost; by scores that compare with
-    their own layer's, those that score least until the budget is met.
+    If the budget is not a share of heads, the units with the lowest score for their cost are removed. For scores that
+    compare only within a layer, the units with the lowest scores are removed until the budget is met.
 
     Args:
-        model: without gates.
-        text: `recipe.steps` batches of it are looked at by the criteria that look at text; sizes learn from each.
-        recipe: with such a criterion and a budget.
-        seed: of the choice of batches (of a model without segment memory), and of "random".
+        model: a model without gates.
+        text: the text; criteria that read text, and sizes, read `recipe.steps` batches of it.
+        recipe: a recipe with such a criterion and a budget.
+        seed: seed of the choice of batches (for a model without segment memory), and of "random".
         first_segment: where in the text to begin, for a model with segment memory.
-        latency: of this model on this machine, for a recipe with a speedup; None measures it.
-        progress: told how much of the text is read.
+        latency: latency of this model on this machine, for a recipe with a speedup; None measures it.
+        progress: called with how much of the text is read.
 
     Raises:
         InputError: the criterion trains gates, the budget cannot be reached, or the text is too short.
@@ -73,20 +73,20 @@ def rank_each(
     latency: Latency | None = None,
     progress: Progress = lambda *_: None,
 ) -> Iterator[HeadPlan]:
-    """Yield for each of several values of a recipe's budget what `rank` chooses, from one look at the text.
+    """Yield what `rank` chooses for each of several values of a recipe's budget, from one pass over the text.
 
-    Sizes begin where those of the value before ended, and make half as many steps from there.
+    Sizes start from those of the previous value, and take half as many steps.
 
     Args:
-        model: without gates.
-        text: that is looked at, or learned from.
-        recipe: with such a criterion, and a budget whose own value is no matter.
-        values: of the budget, each stricter than the one before.
+        model: a model without gates.
+        text: the text to score units on, or to learn sizes from.
+        recipe: a recipe with such a criterion, and a budget whose own value does not matter.
+        values: values of the budget, each stricter than the one before.
         after: the plan of the value before the first; None if there is none.
         seed: as for `rank`.
         first_segment: as for `rank`.
         latency: as for `rank`.
-        progress: told how much of the text is read, and of each value's steps.
+        progress: called with how much of the text is read, and with the steps for each value.
 
     Raises:
         InputError: as `rank` does.
@@ -123,7 +123,7 @@ def _each_by_sizes(
     latency: Latency | None,
     progress: Progress,
 ) -> Iterator[HeadPlan]:
-    """Yield what learned sizes choose for each of several budgets of a kind, none of which is a share of heads."""
+    """Yield what learned sizes choose for several values of a budget that is not a share of heads."""
     first = recipes[0]
     # A budget that cannot be reached is told of before any text is read.
     found = [each for each in (budget_costs(model, asked, latency=latency) for asked in recipes) if each is not None]
@@ -152,23 +152,23 @@ def _each_by_sizes(
 
 
 def later(steps: int) -> int:
-    """Return how many steps sizes make that begin near where they end."""
+    """Return the number of steps for sizes that start close to where they will end."""
     return -(-steps // 2)
 
 
 def for_cost(
     model: PreTrainedModel, scores: HeadScores, recipe: PruneRecipe, *, latency: Latency | None = None
 ) -> HeadScores:
-    """Return a criterion's scores by what units are worth for their cost, where a recipe's budget says what they cost.
+    """Return a criterion's scores divided by the units' costs, if a recipe's budget says what units cost.
 
-    Scores that are an order alone stay as they are, and so do all for a share of heads.
+    Scores that are only an order stay unchanged, and so do all scores for a share of heads.
     """
     found = budget_costs(model, recipe, latency=latency)
     return scores if found is None or _look(recipe)[0] in STANDARDISED else scores.over(found[1])
 
 
 def _look(recipe: PruneRecipe) -> tuple[OneShot, int]:
-    """Return the criterion by which a recipe ranks units, or lets gates lean, and how many batches it reads."""
+    """Return the criterion that ranks units or initialises gates for a recipe, and how many batches it reads."""
     if recipe.is_ranked:
         return cast(OneShot, recipe.criterion), recipe.steps
     return cast(OneShot, recipe.start_from), recipe.start_batches
@@ -177,7 +177,7 @@ def _look(recipe: PruneRecipe) -> tuple[OneShot, int]:
 def _told(
     batches: Iterable[dict[str, Tensor]], count: int, report: Callable[[int, int], None]
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches, and report how many of so many are done as the next is asked for."""
+    """Yield batches, and report how many are done whenever the next one is requested."""
     for done, batch in enumerate(batches):
         report(done, count)
         yield batch
@@ -194,9 +194,9 @@ def score(
     progress: Progress,
     shares: Shares = ALONE,
 ) -> HeadScores:
-    """Score heads by the recipe's one-shot criterion, or the one that gates begin to lean by.
+    """Score heads by the recipe's one-shot criterion, or by the one that initialises gates.
 
-    Where several processes score the same model together, each reads its share of the text.
+    If several processes score the same model together, each reads its share of the text.
     """
     criterion, count = _look(recipe)
     batches: Iterable[dict[str, Tensor]] = ()
@@ -222,10 +222,10 @@ def score_together(
     first_segment: int,
     progress: Progress,
 ) -> HeadScores:
-    """Score heads as `score` does, for all processes that train together, which all call this.
+    """Score heads as `score` does, in all processes that train together; all of them call this.
 
-    Each reads its share of the text, unless there is none to share out: a model with segment memory reads every batch
-    behind the one before, which only the main process does.
+    Each process reads its share of the text. With a model with segment memory, which reads each batch after the one
+    before it, only the main process reads.
     """
     where: dict[str, Any] = {"seed": seed, "first_segment": first_segment, "progress": progress}
     if _look(recipe)[0] in READS_TEXT and not hasattr(model.config, "memory_length"):
@@ -243,9 +243,9 @@ def rank_together(
     latency: Latency | None,
     progress: Progress,
 ) -> HeadPlan:
-    """Choose the units that stay as `rank` does, for all processes that train together, which all call this.
+    """Choose the units that stay as `rank` does, in all processes that train together; all of them call this.
 
-    Scores are those of `score_together`; sizes are learned by the main process alone.
+    Scores are those of `score_together`; only the main process learns sizes.
     """
     where: dict[str, Any] = {"seed": seed, "first_segment": first_segment, "progress": progress}
     if recipe.criterion == "sizes":

@@ -1,4 +1,4 @@
-"""After a loss or gradient that is not finite: back to the last good checkpoint, once, with a smaller step."""
+"""Rolling back, once, to the last good checkpoint with a smaller step, after a loss or gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ FACTOR = 0.5
 
 
 def rolled_back(folder: Path) -> dict[str, Any] | None:
-    """Return how a phase rolled back, by the folder of its checkpoints, or None if it never did.
+    """Return how a phase rolled back, given the folder of its checkpoints, or None if it never did.
 
-    That is the `step` that failed, `to_step`, the checkpoint's, the `reason`, and the learning rate's `factor` since.
+    The result has the `step` that failed, the checkpoint's step (`to_step`), the `reason`, and the `factor` that the
+    learning rate is multiplied by since then.
     """
     path = folder / _FILE
     return dict(read_object(path, what="note of a phase that rolled back")) if path.exists() else None
 
 
 def roll_back(folder: Path, error: DivergenceError) -> None:
-    """Note that the phase goes on from its last good checkpoint with a smaller step; the main process calls this.
+    """Record that the phase continues from its last good checkpoint with a smaller step; the main process calls this.
 
-    If it did so before, or there is no checkpoint, the error is raised.
+    If the phase rolled back before, or there is no checkpoint, raise the error.
     """
     before = rolled_back(folder)
     if before is not None:
@@ -53,10 +54,10 @@ def roll_back(folder: Path, error: DivergenceError) -> None:
 
 
 class SmallerStep(TrainerCallback):
-    """Multiplies the learning rate that a checkpoint from before the failure brings along."""
+    """Reduces the learning rate that a checkpoint from before the failure contains."""
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-        """Scale optimizer and schedule; checkpoints that are written from now on have it in them."""
+        """Scale the optimizer and the schedule; checkpoints written from now on include the change."""
         for group in kwargs["optimizer"].param_groups:
             group["lr"] *= FACTOR
             group["initial_lr"] *= FACTOR
@@ -68,7 +69,7 @@ class SmallerStep(TrainerCallback):
 
 
 def smaller_step(folder: Path, checkpoint: Path | None) -> list[TrainerCallback]:
-    """Return what makes the step smaller for a phase that goes on from `checkpoint`, if it is to be and is not yet."""
+    """Return the callback that makes the step smaller for a phase resumed from `checkpoint`, if it is still needed."""
     before = rolled_back(folder)
     is_due = before is not None and checkpoint is not None and checkpoint_step(checkpoint) <= before["to_step"]
     return [SmallerStep()] if is_due else []

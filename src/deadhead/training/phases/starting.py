@@ -1,4 +1,4 @@
-"""What gates begin with: a criterion's scores, by which they lean, and blocks of hidden units of like scores."""
+"""Initial state of gates: log_alpha by a criterion's scores, and blocks of hidden units with similar scores."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ _LEAN = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where gates begin.
+    """Initial state of gates.
 
     Args:
-        scores: of each gate, (H,), by key; over what its units cost, where a budget says that and they compare so.
-        blocks: the hidden units of each gate, by layer; empty without gates of them.
+        scores: the score of each gate, (H,), by key; divided by the cost of its units if a budget defines a cost and
+            the scores can be compared that way.
+        blocks: the hidden units of each gate, by layer; empty if hidden units have no gates.
     """
 
     scores: dict[UnitKey, Tensor]
     blocks: Blocks
 
     def lean(self, gates: HeadGates) -> None:
-        """Let gates begin in the order of the scores."""
+        """Initialise gates in the order of the scores."""
         gates.lean(HeadScores(scores=self.scores, choices=gates.choices), spread=_LEAN)
 
 
@@ -57,20 +58,20 @@ def start_of(
     resume: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Start:
-    """Score a model's units by the criterion that the gates of a recipe begin to lean by; all processes call this.
+    """Score a model's units by the criterion that initialises a recipe's gates; all processes call this.
 
-    Without gates there, hidden units of like scores are put into blocks; gates that are there keep theirs.
+    If the model has no gates yet, hidden units with similar scores are grouped into blocks; existing gates keep theirs.
 
     Args:
-        model: not changed.
-        text: `recipe.start_batches` batches of it are read.
-        recipe: with `start_from`.
-        seed: of the choice of batches.
+        model: the model; it is not changed.
+        text: the text, of which `recipe.start_batches` batches are read.
+        recipe: a recipe with `start_from`.
+        seed: seed of the choice of batches.
         first_segment: where in the text to begin, for a model with segment memory.
-        latency: of this model on this machine, for a recipe with a speedup; None measures it.
-        folder: where the scores are kept; None keeps none.
-        resume: take those that are kept, so that a phase that goes on has the same gates wherever it runs.
-        progress: told how much of the text is read.
+        latency: latency of this model on this machine, for a recipe with a speedup; None measures it.
+        folder: folder to keep the scores in; None keeps none.
+        resume: use the scores that were kept, so that a resumed phase has the same gates on any machine.
+        progress: called with how much of the text is read.
     """
     path = None if folder is None else folder / _START_FILE
     if (kept := on_main(lambda: _read(path) if resume and path is not None and path.exists() else None)) is not None:
@@ -80,7 +81,7 @@ def start_of(
 
 
 def _noted(scores: HeadScores, path: Path | None) -> Start:
-    """Return where gates begin by some scores, and keep it."""
+    """Return the initial state of gates for given scores, and keep it."""
     blocks = {key.layer: members for key, members in scores.choices.hidden.items()}
     start = Start(scores={key: values.double() for key, values in scores.scores.items()}, blocks=blocks)
     # What is not finite is told when gates lean by it.

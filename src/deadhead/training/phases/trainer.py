@@ -1,4 +1,4 @@
-"""transformers' Trainer and its arguments: segment memory, guards against divergence, checkpoints known to be whole."""
+"""transformers' Trainer and its arguments: segment memory, guards against divergence, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear":
 
 
 def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name: str | None) -> TrainingArguments:
-    """Return the arguments for one phase, whose recipe has a learning rate, with checkpoints in a folder.
+    """Return the Trainer's arguments for one phase, whose recipe has a learning rate, with checkpoints in a folder.
 
-    The seed is that of dropout, and of the order of texts for a model without segment memory.
+    The seed sets dropout, and for a model without segment memory the order of texts.
     """
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise InputError("The recipe asks for bf16, but this GPU does not support it; leave it out.")
@@ -78,7 +78,7 @@ def training_arguments(recipe: PhaseRecipe, folder: Path, *, seed: int, run_name
 
 
 class _Finishing(TrainerCallback):
-    """Notes that a checkpoint is whole, after the callbacks that write into it, as that of gates does."""
+    """Marks a checkpoint as complete, after callbacks that write into it, such as that of the gates."""
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
@@ -93,10 +93,10 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 class LanguageModelTrainer(FrozenWeightsTrainer):
-    """Trains a language model on contiguous segments, each after the true text before it.
+    """Trains a language model on contiguous segments, each of which follows the text before it.
 
-    Those of ours get the memory of the segment before, so the data set, a `deadhead.data.SegmentDataset`, has as many
-    rows as a batch over all processes. A teacher may add to the loss; the newest `keep` checkpoints stay.
+    Deadhead's own models get the memory of the segment before, so the data set, a `deadhead.data.SegmentDataset`, has
+    as many rows as a batch over all processes. A teacher may add to the loss; the newest `keep` checkpoints are kept.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Return how many tokens count in all batches of a step, of all processes; None where all do."""
+        """Return how many tokens count in the batches of a step over all processes; None if all count."""
         if not batch_samples or "scored" not in batch_samples[0]:
             return None
         own = torch.stack([_counted(batch) for batch in batch_samples]).sum().to(device)
@@ -137,9 +137,9 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean negative log-likelihood of a batch of segments, and remember their hidden states.
+        """Return the mean negative log-likelihood of a batch of segments, and store their hidden states.
 
-        Where not every token counts it is weighted, so that a step's loss is the mean over all tokens that do.
+        If not every token counts, the loss is weighted so that a step's loss is the mean over all tokens that count.
         """
         found = self.segment_loss(model, inputs)
         loss = found.loss if self.distillation is None else self.distillation.loss(found, inputs)
@@ -150,10 +150,10 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         return (loss, found.read.outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run forward and backward of one batch, unless its loss is not finite.
+        """Run the forward and backward pass of one batch; raise DivergenceError if its loss is not finite.
 
-        Several processes look at their losses together, before the step of the optimizer: one that stopped alone would
-        leave the others waiting for it.
+        Several processes check their losses together, before the optimizer's step: a process that stopped alone would
+        leave the others waiting.
         """
         loss: Tensor = super().training_step(*args, **kwargs)
         self.logged_loss = self.logged_loss + loss
@@ -189,7 +189,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as transformers does, with the share of steps whose gradient was clipped since the last time."""
+        """Log as transformers does, and add the share of steps whose gradient was clipped since the last log."""
         if "loss" in logs and self.steps_since_log:
             # Transformers' own mean begins anew where a stopped run goes on; this one is of all steps since the last
             # line, so that lines are equal wherever it was stopped.
@@ -220,7 +220,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
         self.accelerator.wait_for_everyone()
 
     def _require_finite_weights(self) -> None:
-        """Let no checkpoint pass for good that would lose the run: its loss was that of the weights before the step."""
+        """Refuse to checkpoint weights that are not finite: the last loss was that of the weights before the step."""
         weights = [parameter.detach() for parameter in cast(nn.Module, self.model).parameters()]
         bad = torch.tensor(float(sum(not bool(torch.isfinite(weight).all()) for weight in weights)))
         # All processes, which may hold different parts of the weights, stop together.
@@ -228,7 +228,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
             raise self._divergence("weights' largest value", math.nan, step=self.state.global_step)
 
     def _rank_state(self) -> dict[str, Tensor]:
-        """Return what this process must remember, as tensors."""
+        """Return the state that this process must save, as tensors."""
         sums = {"logged_loss": self.logged_loss, "clipped_steps": self.clipped_steps}
         sums["steps_since_log"] = self.steps_since_log
         memories = {"segment": self.segment_loss.memory}
@@ -254,7 +254,7 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
             self.distillation.memory = memory("teacher")
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from `checkpoint` to the same weights, bit for bit, as a run that was never stopped."""
+        """Resume from `checkpoint`, and reach the same weights, bit for bit, as a run that was never stopped."""
         require_tensors(checkpoint)
         path = checkpoint / _RANK_FILE.format(rank=self.args.process_index)
         try:
@@ -278,5 +278,5 @@ class LanguageModelTrainer(FrozenWeightsTrainer):
 
 
 def _counted(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return how many tokens of a batch are learned from; nothing tells of a row's first."""
+    """Return how many tokens of a batch are learned from; the first of a row is never predicted."""
     return batch["scored"][:, 1:].sum()

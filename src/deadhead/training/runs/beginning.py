@@ -1,4 +1,4 @@
-"""What a phase on its own begins with: its model, its text, which the model may write, and its recipe's criterion."""
+"""The start of a single phase: its model, its text (which the model may write), and its recipe's criterion."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ Model = PreTrainedModel | str | Path | ModelRecipe
 
 
 def announcing_once(options: Options) -> Options:
-    """Return options that check the memory that pruning takes, if it may not take all, before they announce the parts.
+    """Return options that check the parts of pruning against max_memory, if it is set, before they announce them.
 
-    They do so for the first parts alone: who writes a text has announced all the rest.
+    Only the first parts are announced: if a text is written, the other parts were announced together with it.
     """
     if options.announce is None and options.max_memory is None:
         return options
@@ -72,9 +72,9 @@ def begin(
     cut: bool,
     budgets: int = 1,
 ) -> tuple[PreTrainedModel, Text, PhaseRecipe]:
-    """Return the model to begin with, the text, none where units are ranked without, and a recipe with a criterion.
+    """Return the model, the text (None if units are ranked without one), and a recipe with a criterion.
 
-    If the model writes the text, what will be done for so many `budgets` is announced before.
+    If the model writes the text, announce first what will be done for this number of `budgets`.
     """
     network = None
     if is_self(data):
@@ -137,7 +137,7 @@ def _written(
     cut: bool,
     budgets: int,
 ) -> Text:
-    """Return the text that a model writes before it is pruned, or else the teacher that is named."""
+    """Return the text that a model writes before it is pruned, or that the teacher writes if one is named."""
     writer = None
     if not isinstance(recipe, PruneRecipe):
         writer = load_ungated(options.teacher) if isinstance(options.teacher, str | Path) else options.teacher
@@ -163,12 +163,12 @@ def _written(
 
 
 def _for_model(recipe: PhaseRecipe, model: PreTrainedModel, options: Options) -> PhaseRecipe:
-    """Return a recipe with a criterion, if it is one for pruning."""
+    """Return the recipe; if it is for pruning, with a criterion."""
     return with_criterion(recipe, model, recovers=options.recover > 0) if isinstance(recipe, PruneRecipe) else recipe
 
 
 def base_of(model: Model) -> str | Path | None:
-    """Return where a model came from: its folder or name, if it was given by that or its folder is still there."""
+    """Return the folder or name that a model was loaded from, if it was given or its folder still exists."""
     if isinstance(model, str | Path):
         return model
     name = model.name_or_path if isinstance(model, PreTrainedModel) else ""

@@ -1,4 +1,4 @@
-"""What a phase with gates would do, before it does it: its budget on paper, and roughly what it needs of memory."""
+"""A forecast of a phase with gates: its budget on paper, and roughly the memory that it needs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class DryRun:
 
     Args:
         length: positions before the token whose FLOPs and cache are counted.
-        unit: what a gate of a head opens and closes.
-        block_size: the most hidden units that a gate opens and closes; None where they have no gates.
-        costs: of the model as it is ("dense"), without any unit that has a gate ("least"), and cut by the example
-            ("pruned").
-        example: a plan that meets the budget by taking the same share of every layer; training chooses otherwise.
-            None where λ decides how much goes.
-        reached: what that plan reaches of the budget, counted, or for a speedup predicted.
-        memory: of training, as the recipe has it; None where units are ranked and nothing is trained.
+        unit: the unit that a gate of heads opens and closes.
+        block_size: the most hidden units that one gate opens and closes; None if hidden units have no gates.
+        costs: costs of the model as it is ("dense"), without any unit that has a gate ("least"), and cut by the
+            example ("pruned").
+        example: a plan that meets the budget by removing the same share from every layer; training chooses another.
+            None if λ decides how much is removed.
+        reached: the value of the budget that the example reaches, counted, or predicted for a speedup.
+        memory: memory of training by the recipe, in bytes; None if units are ranked and nothing is trained.
     """
 
     length: int
@@ -41,7 +41,7 @@ class DryRun:
     memory: TrainingMemory | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
+        """Return the forecast as plain JSON values."""
         values = {name: getattr(self, name) for name in ("length", "unit", "block_size", "reached")}
         costs = {name: asdict(cost) for name, cost in self.costs.items()}
         plan = None if self.example is None else self.example.to_dict()

@@ -1,10 +1,10 @@
-"""What pruning will do, how long that takes, roughly, and how much memory it needs.
+"""What pruning will do, roughly how long it takes, and how much memory it needs.
 
-Time is what is computed over what this machine does; memory is that of `part_memory.py`.
+Time is the computation divided by the speed of this machine; memory is that of `part_memory.py`.
 
-Each part of it is worth so many forward passes of the dense model over the tokens that it reads. A forward pass does
-not reach the speed of one large product; by how much it falls short, and what parts are worth, was measured on
-SmolLM2-135M (docs/llm.md), so expect other models and machines to be off by half.
+Each part of pruning costs a number of forward passes of the dense model over the tokens that it reads. A forward pass
+does not reach the speed of one large matrix product. How far it falls short, and the cost of each part, were measured
+on SmolLM2-135M (docs/llm.md), so estimates for other models and machines may be off by half.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Part:
     """One part of pruning.
 
     Args:
-        what: it does.
-        seconds: that may take.
-        memory: the most bytes that tensors may hold at any time.
-        remedy: what needs less memory.
+        what: what the part does.
+        seconds: the time that it may take, in seconds.
+        memory: the most memory that tensors may hold at any time, in bytes.
+        remedy: how to use less memory.
     """
 
     what: str
@@ -73,15 +73,15 @@ def forecast(
     budgets: int = 1,
     streamed: bool = False,
 ) -> list[Part]:
-    """Return the parts of pruning a model, in order; it may be on the meta device.
+    """Return the parts of pruning a model, in order; the model may be on the meta device.
 
     Args:
-        model: a language model, without gates.
-        recipe: with a criterion.
-        recover: steps after the cut.
-        cut: whether it is cut.
-        writes: whether the model writes the text before.
-        budgets: how many models are made, from one look at the text; `recipe` has the first of their budgets.
+        model: a language model without gates.
+        recipe: a recipe with a criterion.
+        recover: steps of training after the cut.
+        cut: whether the model is cut.
+        writes: whether the model writes the text first.
+        budgets: number of models that are made from one pass over the text; `recipe` has the first of their budgets.
         streamed: whether one layer of the model is in memory at a time.
     """
     written = sum(rows_to_write(model, recipe, recover=recover if cut else 0)) if writes else 0
@@ -130,7 +130,7 @@ def forecast(
 
 
 def require_estimated(model: PreTrainedModel) -> None:
-    """Check that the memory of pruning a model is estimated, where it may not take all; InputError if it is not."""
+    """Check that the memory of pruning a model can be estimated, if it is limited; raise InputError if not."""
     if not model.can_generate():
         raise InputError(
             f"max_memory is for models that predict the next token, whose memory is estimated, but "
@@ -139,7 +139,7 @@ def require_estimated(model: PreTrainedModel) -> None:
 
 
 def require_memory(parts: Sequence[Part], most: int) -> None:
-    """Check that no part of pruning takes more memory than it may; InputError if one does."""
+    """Check that no part of pruning takes more than `most` bytes of memory; raise InputError if one does."""
     for part in parts:
         if part.memory > most:
             raise InputError(
@@ -149,7 +149,7 @@ def require_memory(parts: Sequence[Part], most: int) -> None:
 
 
 def _thrift(phase: PhaseRecipe) -> str:
-    """Return what would need less memory than training as a recipe has it."""
+    """Return how to use less memory than training by this recipe."""
     frozen = isinstance(phase, PruneRecipe) and phase.freeze_weights
     ways = [
         *(["gradient_checkpointing"] if not phase.gradient_checkpointing else []),
@@ -161,12 +161,12 @@ def _thrift(phase: PhaseRecipe) -> str:
 
 
 def _passes(phase: PhaseRecipe) -> float:
-    """Return what a token of a training step's batch is worth."""
+    """Return the cost of a training step for each token of its batch, in forward passes of the dense model."""
     return phase.gradient_accumulation * (_TRAINING + _TEACHER * (phase.distill > 0))
 
 
 def speed(dtype: torch.dtype) -> float:
-    """Return the FLOPs a second that this machine reaches in one large product of a precision."""
+    """Return the FLOPs a second that this machine reaches in one large matrix product of a precision."""
     device = best_device()
     left, right = (torch.ones(_PRODUCT, _PRODUCT, dtype=dtype, device=device) for _ in range(2))
     times = []

@@ -1,4 +1,4 @@
-"""What a run begins from: its text and tokenizer, its model, fresh or trained before, and whether they fit it."""
+"""The inputs of a run: its text, tokenizer and model (new or trained before), and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def prepare_text(
     tokenizer_of: str | Path | PreTrainedTokenizerBase | None,
     progress: Callable[[int, int], None],
 ) -> tuple[TokenizedCorpus, PreTrainedTokenizerBase]:
-    """Return a text in tokens and its tokenizer, both kept in `folder` to be found again there by other processes.
+    """Return a text in tokens and its tokenizer; both are kept in `folder`, where other processes find them.
 
-    The tokenizer is the one given, or that of a checkpoint, or the one kept, or it is made as `data` says. `progress`
-    is called with the kB of text done and to do.
+    The tokenizer is the one given, that of a checkpoint, the one kept in `folder`, or a new one made as `data` says.
+    `progress` is called with the kB of text that are done and the kB in total.
     """
     kept = folder / "tokenizer"
 
@@ -84,7 +84,7 @@ def prepare_text(
 
 
 class Text(NamedTuple):
-    """What a phase reads: the text it learns from, that models are measured on, if any, and its tokenizer, if known."""
+    """The texts of a phase: to learn from and, if any, to measure models on; with the tokenizer, if it is known."""
 
     train: TokenStream
     valid: TokenStream | None
@@ -93,7 +93,7 @@ class Text(NamedTuple):
 
 
 def require_default_text(model_type: str | None) -> None:
-    """Check that a model of this type, or one that is yet to be made, learns from the default text, stdlib."""
+    """Check that the default text, stdlib, suits a model of this type, or one that is yet to be made."""
     if model_type is not None and model_type not in OWN_TYPES:
         raise InputError(
             f"A text was expected for a model of type {model_type}, but none was given; name one with data (--data): a "
@@ -103,7 +103,7 @@ def require_default_text(model_type: str | None) -> None:
 
 
 def is_named(data: Data | Text | None) -> bool:
-    """Tell whether a text was given, rather than left to the default."""
+    """Return whether a text was given rather than left to the default."""
     return data is not None and not (isinstance(data, DataRecipe) and "source" not in data.model_fields_set)
 
 
@@ -111,7 +111,7 @@ NO_TEXT = TokenStream(tokens=np.zeros(0, np.uint16), num_bytes=0, num_words=0)
 
 
 def known_tokenizer(tokenizer_of: str | Path | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    """Return a tokenizer that is only to be saved beside a model: None if there is none."""
+    """Return the tokenizer to save with a model, or None if it is not known."""
     if tokenizer_of is None or isinstance(tokenizer_of, PreTrainedTokenizerBase):
         return tokenizer_of
     try:
@@ -121,7 +121,7 @@ def known_tokenizer(tokenizer_of: str | Path | PreTrainedTokenizerBase | None) -
 
 
 def load_ungated(path: str | Path, **how: Any) -> PreTrainedModel:
-    """Load a model to begin with, or to learn from, which must have no gates: they would be lost."""
+    """Load a model to start with or to learn from; it must have no gates, because they would be lost."""
     require_ungated(path)
     return checkpoint.load(path, **how)
 
@@ -136,11 +136,11 @@ def require_ungated(path: str | Path) -> None:
 
 
 def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
-    """Check that a phase can begin on a model: it has no gates yet, and a loss on text unless units are ranked without.
+    """Check that a phase can start on a model: it has no gates, and a loss on text unless ranking needs no text.
 
     Raises:
-        InputError: it has gates, or too few positions for the texts that a speedup is measured on.
-        UnsupportedModel: its heads cannot be told, or it has no such loss.
+        InputError: the model has gates, or too few positions for the texts that a speedup is measured on.
+        UnsupportedModel: the model's heads are not known, or it has no such loss.
     """
     if gates_of(unwrapped(model)) is not None:
         raise InputError(
@@ -161,15 +161,15 @@ def require_trainable(model: PreTrainedModel, recipe: PhaseRecipe) -> None:
 
 
 def reads_text(recipe: PhaseRecipe) -> bool:
-    """Tell whether a phase learns from a text, or ranks units by one; by some criteria weights alone do."""
+    """Return whether a phase learns from a text or ranks units by one; some criteria need only the weights."""
     return not isinstance(recipe, PruneRecipe) or recipe.criterion not in ONE_SHOT or recipe.criterion in READS_TEXT
 
 
 def is_without_text(model: PreTrainedModel, data: Data | Text | None, recipe: PhaseRecipe) -> bool:
-    """Tell whether a phase goes on without a text: none was given and none is needed, or the model has no loss on one.
+    """Return whether a phase runs without a text: none is given and none is needed, or the model has no loss on text.
 
     Raises:
-        InputError: none was given, though the phase needs one, and a model of its kind has no default.
+        InputError: no text is given, but the phase needs one, and a model of its kind has no default.
     """
     if not model.can_generate():
         return True
@@ -188,10 +188,10 @@ def read_data(
     tokenizer_of: str | Path | PreTrainedTokenizerBase | None,
     progress: Callable[[int, int], None],
 ) -> Text:
-    """Return a text in tokens, whatever form it was given in; see `prepare_text`.
+    """Return a text in tokens from any form of `data`; see `prepare_text`.
 
-    A model without a type yet will be made for the tokenizer; of others the tokenizer must be known, and only those of
-    deadhead's own have a default text.
+    A model without a type is yet to be made for the tokenizer. For other models the tokenizer must be known, and only
+    deadhead's own models have a default text.
     """
     if not is_named(data):
         require_default_text(model_type)
@@ -214,7 +214,7 @@ def read_data(
 
 
 def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: Any) -> AllAttentionConfig:
-    """Return the configuration of a recipe's model, given its vocabulary; its sizes may not fit each other."""
+    """Return the configuration of a recipe's model for a vocabulary; raise InputError if its sizes do not fit."""
     make: Any = AllAttentionConfig
     inner: dict[str, int] = {"num_persistent": recipe.persistent or 128}
     if recipe.architecture == "transformer_xl":
@@ -234,7 +234,7 @@ def model_config(recipe: ModelRecipe, vocab_size: int, **special_tokens: Any) ->
 
 
 def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
-    """Return a fresh model for a tokenizer's vocabulary."""
+    """Return a new model for a tokenizer's vocabulary."""
     config = model_config(recipe, len(tokenizer), **special_token_ids(tokenizer))
     set_seed(seed)
     return AutoModelForCausalLM.from_config(config)
@@ -250,7 +250,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def dense_folder(path: str) -> Path:
-    """Return the folder of the dense model that a recipe begins from, which must be one of deadhead's own."""
+    """Return the folder of the dense model that a recipe starts from, which must be one of deadhead's own."""
     folder = checked_path(path)
     if not folder.is_dir():
         raise InputError(
@@ -273,10 +273,10 @@ def dense_folder(path: str) -> Path:
 
 
 def require_same_training(recipe: Path, train: PhaseRecipe, sha256: str) -> None:
-    """Check that a dense model was trained as this run would have trained it, where the run that did left a word of it.
+    """Check that a dense model was trained as this run would have trained it, if the other run's records exist.
 
-    Otherwise later phases would read what it has read already, or be measured on what it was trained on. `train` and
-    `sha256` are this run's dense phase and the hash of its text.
+    Otherwise, later phases would read text that the model has read already, or would be measured on text that it was
+    trained on. `train` and `sha256` are this run's dense phase and the hash of its text.
     """
     noted = read_summary(recipe.parent)
     if not recipe.is_file() or not noted:
@@ -295,7 +295,7 @@ def require_same_training(recipe: Path, train: PhaseRecipe, sha256: str) -> None
 
 
 def load_dense(path: str, expected: PreTrainedConfig) -> PreTrainedModel:
-    """Return the dense model that a recipe begins from, whose configuration must be that of the recipe's own."""
+    """Return the dense model that a recipe starts from; its configuration must match the recipe's [model]."""
     model = checkpoint.load(dense_folder(path))
     for name, value in expected.to_dict().items():
         if name not in _NOT_COMPARED and (found := getattr(model.config, name, None)) != value:
@@ -307,9 +307,9 @@ def load_dense(path: str, expected: PreTrainedConfig) -> PreTrainedModel:
 
 
 def require_fitting(recipe: Recipe, config: PreTrainedConfig, text: TokenStream) -> None:
-    """Check that every phase of a run can begin, on its model without its weights: found before hours of training.
+    """Check on a model without weights that every phase of a run can start, before hours of training.
 
-    A speedup is measured, so whether it can be reached shows only then.
+    Whether a speedup can be reached is known only later, when it is measured.
     """
     model = skeleton(config)
     require_language_model(model, "A run")
@@ -332,9 +332,9 @@ def teacher_of(
     network: PreTrainedModel,
     recipe: PhaseRecipe,
 ) -> PreTrainedModel | None:
-    """Return what is distilled from: the teacher asked for, or the dense model, where a phase has one of its own.
+    """Return the model to distil from: the teacher asked for, or the dense model if the phase has one.
 
-    A model that is to be changed is copied; where its weights stay, they are the copy's too.
+    A model that will be changed is copied; weights that stay unchanged are shared with the copy.
     """
     if not recipe.distill or not recipe.training_steps:
         return None

@@ -1,4 +1,4 @@
-"""What a phase on its own may be given beside its recipe."""
+"""Options of a single phase, besides its recipe."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from deadhead.training.runs.forecast import Part
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a phase may be given beside its recipe.
+    """Options of a single phase, besides its recipe.
 
     Args:
-        tokenizer: the model's, if it does not lie beside it.
-        teacher: the model to distil from with `distill`; None: in `deadhead.prune` the model itself as it is now.
+        tokenizer: the model's tokenizer, if it is not saved with the model.
+        teacher: the model to distil from with `distill`; None: in `deadhead.prune`, the model itself as it is now.
         recover: steps of training after a cut by `deadhead.prune`, in which the model learns from the dense one.
-        seed: of dropout, gate noise, LoRA adapters and first weights.
+        seed: seed of dropout, gate noise, LoRA adapters and initial weights.
         out: folder of the checkpoint to write; None writes none.
-        resume: go on from the last checkpoint in `OUT.work`.
-        progress: told of the name of what goes on, how much is done, how much there is, and the last numbers.
-        announce: told what `deadhead.prune` will do, part by part, before it begins, and how long each may take.
+        resume: continue from the last checkpoint in `OUT.work`.
+        progress: called with the name of the current work, how much is done, how much there is in total, and the last
+            numbers.
+        announce: called before `deadhead.prune` starts, with the parts of its work and how long each may take.
         report_to: trackers that transformers knows, such as "wandb".
-        device: where to run, such as "cpu"; None: the accelerator there is.
-        dtype: of the weights of a model that is loaded, such as "bfloat16"; None: as they were saved.
+        device: device to run on, such as "cpu"; None: the accelerator, if any.
+        dtype: dtype to load a model's weights in, such as "bfloat16"; None: the one they were saved in.
         evaluation_tokens: tokens of the validation text to measure on; None: all.
-        max_memory: what `deadhead.prune` may take of memory, in bytes or as "24GiB"; where the estimate for one of its
-            parts is more, it is refused before it begins. None: as much as there is.
+        max_memory: the most memory that `deadhead.prune` may take, in bytes or as "24GiB"; if the estimate for one of
+            its parts is higher, it is refused before it starts. None: no limit.
 
     Raises:
         InputError: the seed, or a number of steps or tokens, is out of range.

@@ -1,7 +1,6 @@
-"""What pruning does to a model, one after the other: choose units, cut, compensate, and recover from the dense model.
+"""The steps of pruning a model: choose units, cut, compensate, and recover by learning from the dense model.
 
-What is left after cut and compensation is kept while it recovers, which may take hours: a phase that is resumed goes on
-from there.
+The cut and compensated model is kept while it recovers, which may take hours: a resumed phase continues from there.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ _FOUND = "found.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What was found before a phase that is one of several, and is not found again.
+    """Results that were found before a phase that is one of several, and are not computed again.
 
     Args:
-        plan: what a ranking chose.
-        before: what the model is worth on the validation text; None without one.
+        plan: the plan that a ranking chose.
+        before: the model's results on the validation text; None without one.
     """
 
     plan: HeadPlan
@@ -66,18 +65,18 @@ def prune_in_place(
     """Prune a model as a recipe says, in place.
 
     Args:
-        model: without gates.
-        text: to choose, compensate and recover by.
-        recipe: with a criterion.
-        run: for a phase of gates.
-        options: how many steps it recovers, and from whom.
-        work: where what a resumed phase needs is kept.
+        model: a model without gates.
+        text: the text to choose, compensate and recover by.
+        recipe: a recipe with a criterion.
+        run: arguments of a phase with gates.
+        options: give the steps of the recovery, and the teacher.
+        work: folder for what a resumed phase needs.
         cut: False leaves the gates on.
-        measured: returns what the model is worth on the validation text now, told what to call that.
-        plan: what a ranking has chosen, if that is known.
+        measured: measures the model on the validation text, given a name for the progress, and returns the result.
+        plan: the plan that a ranking chose before, if it is known.
 
     Returns:
-        What `Pruned` has beyond `Trained`: plan, gates, budget, compensation, and what it was worth unrecovered.
+        The fields of `Pruned` that `Trained` lacks: plan, gates, budget, compensation, and the unrecovered result.
     """
     recovers = cut and options.recover > 0
     is_resumed = recovers and (work / CUT).is_dir()
@@ -140,13 +139,13 @@ def _recover(
     options: Options,
     folder: Path,
 ) -> None:
-    """Train a pruned model in place, on the dense model's distribution if no other teacher was named."""
+    """Train a pruned model in place, on the dense model's distribution unless another teacher is named."""
     teacher = teacher_of(options.teacher, dense, model, recipe)
     train(model, text.train, recipe, replace(run, folder=folder, phase="recover", teacher=teacher))
 
 
 def _keep(model: PreTrainedModel, folder: Path, found: dict[str, Any]) -> None:
-    """Keep what a cut and a compensation left."""
+    """Save the cut and compensated model."""
     compensation: Compensation | None = found["compensation"]
     noted = {
         "plan": found["plan"].to_dict(),
@@ -159,7 +158,7 @@ def _keep(model: PreTrainedModel, folder: Path, found: dict[str, Any]) -> None:
 
 
 def _restore(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
-    """Make a model what `_keep` kept of it, in place; return what was found."""
+    """Restore a model in place from what `_keep` saved; return the results that were saved with it."""
     noted = read_json(folder.with_name(_FOUND), what="list of what a cut left")
     plan = HeadPlan.from_dict(noted["plan"])
     compensation = None

@@ -1,4 +1,4 @@
-"""What a recipe's model costs before anything is trained, beside what others state of models of its shape."""
+"""The cost of a recipe's model before anything is trained, next to published numbers for models of its shape."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _VOCABULARIES = {"byte": 257, "bpe": 8192}
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeCost:
-    """What a model of a recipe's shape costs with some of its heads.
+    """The cost of a model of a recipe's shape with some of its heads.
 
     Args:
-        heads: heads left, one number a layer; None where only their share is known: the numbers are then interpolated,
-            as if every head were as large as the mean one.
+        heads: heads left, one number a layer; None if only their share is known: the other numbers are then
+            interpolated, as if all heads had the mean size.
         sparsity: share of the heads that are gone, in [0, 1].
-        parameters: without embeddings and output layer.
-        head_parameters: those of them that belong to heads.
-        layer_flops_per_token: of one forward pass over a token, without embeddings and output layer; see `Cost`.
-        flops_per_token: with the output layer; None where the vocabulary is not known.
-        stated_parameters: without embeddings and output layer, as its authors count them; None if they don't say.
+        parameters: parameters without embeddings and output layer.
+        head_parameters: the parameters among them that belong to heads.
+        layer_flops_per_token: FLOPs of a forward pass for one token, without embeddings and output layer; see `Cost`.
+        flops_per_token: the same with the output layer; None if the vocabulary is not known.
+        stated_parameters: parameters without embeddings and output layer as the authors count them; None if they do
+            not state them.
     """
 
     name: str
@@ -40,16 +41,16 @@ class ShapeCost:
 
 
 def expected_vocabulary(data: DataRecipe) -> int | None:
-    """Return how many tokens a recipe's tokenizer will have, or None if its text decides."""
+    """Return the size of a recipe's vocabulary, or None if it depends on the text."""
     return data.vocab_size or _VOCABULARIES.get(data.tokenizer)
 
 
 def recipe_costs(
     recipe: Recipe, *, vocab_size: int | None = None, length: int | None = None, layouts: Sequence[Sequence[int]] = ()
 ) -> list[ShapeCost]:
-    """Count what a recipe's model costs: dense, as others have published it, and with further numbers of heads a layer.
+    """Count the cost of a recipe's model: dense, in published versions, and with other numbers of heads per layer.
 
-    By default its vocabulary is as `expected_vocabulary` says, and the positions before a token are the model's memory.
+    By default the vocabulary is that of `expected_vocabulary`, and `length` is the length of the model's memory.
     """
     if recipe.model.from_ is not None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What the models of a sweep reply to prompts: kept in its folder, and compared with what the dense model replies."""
+"""The replies of a sweep's models to prompts: kept in its folder, and compared with those of the dense model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _FILE, _DENSE = "replies.json", "dense"
 
 
 def kept_replies(out: Path) -> dict[str, tuple[Reply, ...]]:
-    """Return what models replied by their names, the dense one's first, from a sweep's folder; nothing where none did.
+    """Return the models' replies from a sweep's folder by model name, the dense one first; empty if there are none.
 
     Raises:
-        InputError: the file is no such list.
+        InputError: the file is not such a list.
     """
     path = out / _FILE
     if not path.exists():
@@ -40,17 +40,17 @@ def kept_replies(out: Path) -> dict[str, tuple[Reply, ...]]:
 
 
 class Replying:
-    """Lets models reply to prompts, and compares them with the dense one.
+    """Has models reply to prompts, and compares them with the dense model.
 
     Args:
-        out: the sweep's folder.
-        dense: the model that the others are made of.
-        tokenizer: that of all of them.
-        progress: told how far it is.
+        out: folder of the sweep.
+        dense: the model that the others are made from.
+        tokenizer: the tokenizer of all models.
+        progress: called with the progress.
 
     Raises:
         InputError: there is no tokenizer, or the dense model cannot reply or be compared.
-        UnsupportedModel: the dense model predicts no next token.
+        UnsupportedModel: the dense model does not predict the next token.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class Replying:
         self._kept = kept_replies(out)
 
     def has(self, name: str) -> bool:
-        """Tell whether a model's replies are kept."""
+        """Return whether a model's replies are kept."""
         return name in self._kept
 
     def of_dense(self) -> dict[str, Any]:
-        """Return what the dense model's replies say of it; they are written once."""
+        """Return the measurements of the dense model's replies; the replies are written once."""
         return replies_of(self._expected()).values
 
     def of(self, name: str, model: PreTrainedModel) -> dict[str, Any]:
-        """Return what a pruned model's replies say of it."""
+        """Return the measurements of a pruned model's replies."""
         written = self._write(name, model)
         report = counted(self._progress, f"{name}: comparing replies")
         return replies_of(written, reply_likeness(model, self._dense, self._expected(), progress=report)).values

@@ -1,4 +1,4 @@
-"""What a phase gives back: the model, and what was found of it before and after."""
+"""The result of a phase: the model, and its measurements before and after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Change(Generic[T]):
-    """What something was before a phase, and is after it."""
+    """A value before and after a phase."""
 
     before: T
     after: T
@@ -29,13 +29,13 @@ class Trained:
     """A model after a phase.
 
     Args:
-        model: it, in evaluation mode.
-        tokenizer: its own, if it is known.
-        plan: which units of the dense model it has; None for one that was never cut.
+        model: the model, in evaluation mode.
+        tokenizer: the model's tokenizer, if it is known.
+        plan: the units of the dense model that the model has; None for a model that was never cut.
         costs: parameters, FLOPs and cache, before and after.
-        measured: on the validation text, before and after; None without one.
-        steps: of the optimizer.
-        rolled_back: how training went back after a loss that was not finite, or None.
+        measured: results on the validation text, before and after; None without one.
+        steps: steps of the optimizer.
+        rolled_back: how training rolled back after a loss that was not finite, or None.
     """
 
     model: PreTrainedModel
@@ -60,14 +60,14 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned(Trained):
-    """A model after units were chosen and, unless the gates were to be kept, cut.
+    """A model after units were chosen and, unless the gates are kept, cut.
 
     Args:
-        plan: which units stay.
-        budget: its `kind`, what was `asked` for and what was `reached`; None where λ decided.
-        gates: on the model, where it was not cut; its costs are then those of the whole model.
-        compensation: what was fitted after the cut; None where nothing was tried.
-        unrecovered: on the validation text, after the cut and before it recovered; None where it did not.
+        plan: the units that stay.
+        budget: its `kind`, and the values `asked` for and `reached`; None if λ decided.
+        gates: the gates on the model, if it was not cut; the costs are then those of the whole model.
+        compensation: what was fitted after the cut; None if nothing was tried.
+        unrecovered: results on the validation text after the cut and before the recovery; None without a recovery.
     """
 
     plan: HeadPlan
@@ -89,7 +89,7 @@ class Pruned(Trained):
 
 
 def measured_values(cost: Cost, measured: Evaluation | None, *, steps: int) -> dict[str, Any]:
-    """Return what a run's summary and a phase's result say of a model, as plain JSON values."""
+    """Return the measurements of a model in a run's summary and a phase's result, as plain JSON values."""
     values = {"heads": cost.heads, "parameters": cost.parameters, "flops_per_token": cost.flops_per_token}
     if measured is not None:
         names = ("perplexity", "word_perplexity", "bits_per_byte", "tokens_per_second")

@@ -1,4 +1,4 @@
-"""A run: a folder in which a recipe's phases leave dense, gated and pruned models, and what was measured of them."""
+"""A run: a folder in which a recipe's phases write dense, gated and pruned models and their measurements."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ _BEHIND |= {"dense": 1, "gated": 2, "cut": 2, "finetuned": 3, "control": 3}
 
 @dataclass
 class Run:
-    """A run's folder and recipe. `Run.start` makes or reopens one, `execute` does whatever is left of it.
+    """A run's folder and recipe. `Run.start` creates or reopens a run, and `execute` does what is left of it.
 
-    Under torchrun or `accelerate launch` every process calls both. All of them train; what writes to the folder,
-    measures and times is done by the main one.
+    Under torchrun or `accelerate launch` every process calls both. All processes train; only the main one writes to the
+    folder, measures and times.
 
     Args:
-        folder: where everything goes.
-        recipe: what to do.
-        progress: told of what goes on, in the main process.
-        fresh: whether the folder was made just now.
+        folder: folder of all results.
+        recipe: the recipe to run.
+        progress: called with the progress, in the main process.
+        fresh: whether the folder was just created.
         report_to: trackers that every phase reports to; see `PhaseRun`.
     """
 
@@ -88,11 +88,11 @@ class Run:
         progress: Progress | None = None,
         report_to: Sequence[str] = (),
     ) -> Run:
-        """Make a run's folder, or reopen it.
+        """Create a run's folder, or reopen it.
 
         Raises:
-            InputError: the folder holds something else, holds a run and `resume` was not asked for, or holds a run of
-                another recipe, or a tracker is not there.
+            InputError: the folder holds something else, holds a run and `resume` is False, or holds a run of another
+                recipe, or a tracker is not installed.
         """
         require_trackers(report_to)
         folder = checked_path(folder)
@@ -101,7 +101,7 @@ class Run:
 
     @staticmethod
     def _open(recipe: Recipe, folder: Path, *, resume: bool) -> bool:
-        """Make or check the folder; return whether it is new."""
+        """Create or check the folder; return whether it is new."""
         require_replaceable(folder, (RECIPE_FILE,))
         if not (folder / RECIPE_FILE).exists():
             if folder.is_dir():
@@ -125,12 +125,12 @@ class Run:
         return False
 
     def execute(self) -> dict[str, Any]:
-        """Run what is left of dense training, gates, cut and fine-tuning; return the summary.
+        """Run what is left of dense training, gates, cut and fine-tuning, and return the summary.
 
-        Every stage starts from what the one before left on disk, so a run that was stopped goes on to the same weights.
+        Every stage starts from the files of the stage before it, so a resumed run reaches the same weights.
 
         Raises:
-            InputError: the text or a checkpoint cannot be used. A folder of which nothing was used yet is gone again.
+            InputError: the text or a checkpoint cannot be used. A new folder without results is removed again.
             DivergenceError: training diverged.
         """
         try:
@@ -185,7 +185,7 @@ class Run:
         return self.summary()
 
     def _compensate(self, model: PreTrainedModel) -> None:
-        """Fit what a cut left to the dense model's outputs, if the recipe, or its default, asks for it."""
+        """Fit the cut model to the dense model's outputs, if the recipe, or its default, asks for it."""
         text = self._text.splits["train"]
         if batches := calibration_of(model, text, self.recipe.prune, seed=self.recipe.seed):
             compensating = Compensating(self._load_dense(), batches, f"text {self._text.sha256[:12]}")
@@ -198,7 +198,7 @@ class Run:
         return checkpoint.load_config(model.from_) if model.from_ else model_config(model, len(self._tokenizer))
 
     def _make_dense(self) -> None:
-        """Train the dense model, or take one that was trained before."""
+        """Train the dense model, or use one that was trained before."""
         recipe = self.recipe
         if recipe.dense is not None:
             require_same_training(Path(recipe.dense).parent / RECIPE_FILE, recipe.train, self._text.sha256)
@@ -218,7 +218,7 @@ class Run:
         self._finish(model, "dense")
 
     def _load_dense(self) -> PreTrainedModel:
-        """Return the dense model, which, if it lies outside the run, must still be the same."""
+        """Return the dense model; check that one outside the run has not changed."""
         if self.recipe.dense_phase is not None:
             return checkpoint.load(self.folder / "dense")
         model = checkpoint.load(str(self.recipe.model.from_))
@@ -230,7 +230,7 @@ class Run:
         return model
 
     def _note_beginning(self) -> None:
-        """Check that a run goes on as it began, and note how that was."""
+        """Record how a run started, and check that it is resumed in the same way."""
         text = self._text
         source, summary, processes = self.recipe.data.source, self.summary(), count()
         before = summary.get("data", {}).get("sha256", text.sha256)
@@ -257,7 +257,7 @@ class Run:
         write_summary(self.folder, {**summary, "data": data, "processes": processes, "versions": versions})
 
     def _require_plan_of(self, gates: HeadGates, plan: HeadPlan) -> None:
-        """Check that head_plan.json is what the gates learned: a changed digit would cut other heads."""
+        """Check that head_plan.json is the plan of the gates, because a changed digit would cut other heads."""
         if plan != gates.plan():
             raise InputError(
                 f"{self.folder / checkpoint.PLAN_FILE} is not the plan of the gates in {self.folder / 'gated'}, "
@@ -265,7 +265,7 @@ class Run:
             )
 
     def _choose_units(self, model: PreTrainedModel) -> HeadGates:
-        """Attach gates and close those of the units that go; note what became of the budget."""
+        """Attach gates and close those of the units to remove; record the value that the budget reached."""
         recipe, (_, run) = self.recipe.prune, self._phase_run("prune")
         latency = on_main(lambda: latency_in(self.folder, model, recipe, self.progress))
         gates, budget = choose_units(model, self._text.splits["train"], recipe, replace(run, latency=latency))
@@ -287,12 +287,12 @@ class Run:
         write_summary(self.folder, {**self.summary(), key: value})
 
     def _behind(self, name: str) -> list[PhaseRecipe]:
-        """Return the phases that a phase goes on after, or that a measured model has had."""
+        """Return the phases before a phase, or those of a measured model."""
         phases = (self.recipe.dense_phase, self.recipe.prune, self.recipe.finetune)
         return [phase for phase in phases[: _BEHIND[name]] if phase is not None]
 
     def _phase_run(self, phase: str) -> tuple[PhaseRecipe, PhaseRun]:
-        """Return a phase's recipe and place; it goes on in the text behind those before it, so none reads it twice."""
+        """Return a phase's recipe and arguments; its text begins after that of earlier phases, so none reads twice."""
         recipe: PhaseRecipe = getattr(self.recipe, phase.removeprefix("control_"))
         segments = sum(
             each.training_steps * each.gradient_accumulation * each.batch_size for each in self._behind(phase)
@@ -326,7 +326,7 @@ class Run:
     def _finish(self, model: PreTrainedModel, name: str, *, stage: str | None = None) -> None:
         """Measure and save a model, in the main process.
 
-        Its folder appears last: whoever sees it finds the summary complete too.
+        Its folder appears last, so the summary is complete once the folder exists.
         """
 
         def measure_and_save() -> None:
@@ -343,7 +343,7 @@ class Run:
         on_main(measure_and_save)
 
     def _measure(self, model: PreTrainedModel, stage: str) -> dict[str, Any]:
-        """Measure a model, and note what was found."""
+        """Measure a model, and record the results."""
         progress = counted(self.progress, f"evaluating {stage}")
         result = evaluate(model, self._text.splits["valid"], limit=self.recipe.evaluation_tokens, progress=progress)
         cost = model_cost(model, unit=self.recipe.prune.unit)
@@ -359,7 +359,7 @@ class Run:
         return values
 
     def _compare(self) -> None:
-        """Time the stages side by side, and let dense and pruned model continue the same text."""
+        """Time the stages in turn, and let the dense and the pruned model continue the same text."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.progress("timing", 0, 1, {})
         dense = self._load_dense()
@@ -386,6 +386,6 @@ class Run:
 
 
 def sample_prompt(source: str) -> str:
-    """Return what models that learned from a text are given to continue."""
+    """Return the beginning that models trained on a text are asked to continue."""
     # Ends before white space: tokenizers of byte pairs join it to what follows.
     return {"stdlib": "def read(self, size=-1):"}.get(source, "The")

@@ -1,7 +1,7 @@
-"""The text `self`: what a model that is about to be pruned writes, for those who have no text; kept to be read again.
+"""The text `self`, which a model writes before it is pruned, for users who have no text; it is kept and read again.
 
-There is as much of it as the phase will read, up to a limit, beyond which rows come again; and an eighth more to
-measure on. The teacher writes it for a model that was pruned before.
+It is as long as the phase needs, up to a limit, beyond which rows are repeated, plus an eighth to measure on. For a
+model that was pruned before, the teacher writes it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _STREAMS = 32
 
 
 def is_self(data: Data | Text | None) -> bool:
-    """Tell whether the text is the one that a model writes itself; a file of that name is "./self".
+    """Return whether the text is the one that a model writes itself; a file of that name is "./self".
 
     Raises:
-        InputError: it is, but a setting says how to read a text.
+        InputError: it is, but a setting for reading a text was given too.
     """
     if isinstance(data, TokenizedCorpus | TokenStream | Text | None):
         return False
@@ -60,7 +60,7 @@ def is_self(data: Data | Text | None) -> bool:
 
 
 def require_writer(phase: str, teacher: PreTrainedModel | str | Path | None) -> None:
-    """Check that there is somebody to write a text for a phase: the model while it is whole, or else its teacher."""
+    """Check that a phase has a model to write the text: the model before it is pruned, or else its teacher."""
     if phase == "train" or (phase == "finetune" and teacher is None):
         raise InputError(
             f"{SELF} is text that a model writes before it is pruned, but a model learns nothing from its own text; "
@@ -70,12 +70,12 @@ def require_writer(phase: str, teacher: PreTrainedModel | str | Path | None) -> 
 
 
 def rows_to_write(model: PreTrainedModel, recipe: PhaseRecipe, *, recover: int = 0) -> tuple[int, int]:
-    """Return how many rows a phase learns from, and how many it is measured on; the model may be on the meta device.
+    """Return how many rows a phase learns from and how many it is measured on; the model may be on the meta device.
 
     Args:
-        model: that the phase begins with.
-        recipe: with a criterion, if it is for pruning.
-        recover: steps after the cut.
+        model: the model that the phase starts with.
+        recipe: the recipe, with a criterion if it is for pruning.
+        recover: steps of training after the cut.
     """
     recipe = with_defaults(recipe, model)
     batch = recipe.batch_size * count()
@@ -99,21 +99,21 @@ def self_text(
     begin: Callable[[], None],
     progress: Progress,
 ) -> Text:
-    """Return the text that a model has written, or writes now; all processes get the main one's.
+    """Return the text that a model wrote before, or writes now; all processes get that of the main one.
 
     Args:
-        model: that reads it.
-        tokenizer: its own.
-        recipe: with a criterion, if it is for pruning.
-        folder: where it is kept, and found again.
-        writer: writes it; None: the model.
-        recover: steps after the cut.
-        seed: of what is written.
-        begin: called before it is written, but not where it was found.
-        progress: told how much is written.
+        model: the model that reads the text.
+        tokenizer: the tokenizer of the model.
+        recipe: the recipe, with a criterion if it is for pruning.
+        folder: folder to keep the text in and to read it from.
+        writer: the model that writes the text; None: `model`.
+        recover: steps of training after the cut.
+        seed: seed of the writing.
+        begin: called before the text is written, but not if it was found.
+        progress: called with how much is written.
 
     Raises:
-        InputError: there is no tokenizer, or what was kept is damaged, or was written for something else.
+        InputError: there is no tokenizer, or the kept text is damaged or was written for something else.
     """
     if tokenizer is None:
         raise InputError(
@@ -159,7 +159,7 @@ def self_text(
 
 
 def _kept(path: Path, asked: dict[str, Any]) -> np.ndarray:
-    """Return the tokens that were kept, if they are whole and what is asked for."""
+    """Return the kept tokens, if they are complete and match the request."""
     damaged = InputError(f"The text in {path} is damaged; delete {path.parent}, and start again without resume.")
     try:
         with safe_open(path, "np") as file:
@@ -179,7 +179,7 @@ def _kept(path: Path, asked: dict[str, Any]) -> np.ndarray:
 
 
 def _stream(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, prefix: tuple[int, ...]) -> TokenStream:
-    """Return tokens with the bytes and words that they stand for, of what the template writes too, but not of ends."""
+    """Return tokens with the bytes and words they stand for; text of the template counts, ends of texts do not."""
     text = str(tokenizer.decode(tokens, skip_special_tokens=turns_of(tokenizer) is None))
     words = len(tokens) if Encoder(tokenizer).is_words else len(text.split())
     kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32

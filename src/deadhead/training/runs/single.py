@@ -1,4 +1,4 @@
-"""One phase on its own: a model (or the sizes of one) in, a model and what was measured of it out, in one call."""
+"""A single phase in one call: it takes a model (or the sizes of one), and returns a model and its measurements."""
 
 from __future__ import annotations
 
@@ -57,27 +57,29 @@ def prune(
     cut: bool = True,
     **settings: Any,
 ) -> Pruned:
-    """Choose the units of a model that matter least, by gates or a criterion, and cut them off.
+    """Find the units of a model that matter least, by gates or a criterion, and cut them off.
 
         pruned = deadhead.prune("gpt2", "my.txt", params=0.8, steps=500)
         pruned.model, pruned.plan, pruned.costs.after.parameters, pruned.measured.after.perplexity
 
-    It does what `deadhead prune` does. How much goes is one budget, in shares of the model as it is, or learned under
-    `l0`.
+    It does what `deadhead prune` does. One budget says how much to cut, in shares of the model as it is; with `l0`,
+    training finds how much.
 
     Args:
-        model: in memory, and changed in place; or a checkpoint folder, a GGUF file, or a name on the Hugging Face hub.
+        model: a model in memory, which is changed in place; or a checkpoint folder, a GGUF file, or a name on the
+            Hugging Face hub.
         data: a `TokenizedCorpus` or `TokenStream`; or a text file, a directory, "stdlib" or "hf:NAME[:CONFIG]", read
             by the model's tokenizer; or "self", which the model writes before it is pruned. None takes "stdlib" for a
-            model of deadhead's own; others are then ranked by "magnitude" or "random" alone, and not measured.
-        recipe: settings that are not given by themselves; None: the defaults.
+            model of deadhead's own; other models can then be ranked by "magnitude" or "random" only, and are not
+            measured.
+        recipe: values of settings that are not given as arguments; None: the defaults.
         cut: False keeps the gates on the model.
         settings: fields of `PruneRecipe`, such as `params`, `sparsity`, `criterion`, `steps`, `batch_size`, and of
             `Options`: `tokenizer`, `teacher`, `seed`, `out`, `resume`, `progress`, `report_to`, `device`, `dtype`,
             `evaluation_tokens`.
 
     Raises:
-        InputError: something given cannot be used; an unknown setting is told with the nearest that there is.
+        InputError: an argument cannot be used; for an unknown setting the message names the nearest known one.
         UnsupportedModel: the model has no heads that could be cut.
         DivergenceError: training diverged.
     """
@@ -93,18 +95,18 @@ def finetune(
     recipe: PhaseRecipe | None = None,
     **settings: Any,
 ) -> Trained:
-    """Train a model, to recover what a cut cost or for any other reason.
+    """Train a model further, to recover what a cut cost or for any other reason.
 
         tuned = deadhead.finetune(pruned.model, "my.txt", steps=500, teacher="gpt2", distill=0.5)
 
     Args:
         model: as for `prune`.
         data: as for `prune`, but "self" is written by the `teacher`.
-        recipe: settings that are not given by themselves; None: the defaults.
+        recipe: values of settings that are not given as arguments; None: the defaults.
         settings: fields of `PhaseRecipe`, such as `steps`, `learning_rate`, `lora_rank`, and of `Options`.
 
     Raises:
-        InputError: something given cannot be used; an unknown setting is told with the nearest that there is.
+        InputError: an argument cannot be used; for an unknown setting the message names the nearest known one.
         DivergenceError: training diverged.
     """
     asked, options = divided(recipe, PhaseRecipe, settings)
@@ -112,7 +114,7 @@ def finetune(
 
 
 def divided(recipe: _P | None, kind: type[_P], settings: dict[str, Any]) -> tuple[_P, Options]:
-    """Return the recipe that was given, or the defaults, with the settings that are its own, and the others."""
+    """Return the given recipe, or the default one, with the settings that belong to it, and the other settings."""
     if recipe is not None and type(recipe) is not kind:
         raise InputError(
             f"The recipe of this phase must be a {kind.__name__} of deadhead.training, but got a "
@@ -138,12 +140,12 @@ def run_single(
     cut: bool = True,
     known: Known | None = None,
 ) -> Trained:
-    """Run one phase; write its checkpoint, if it is to have a place.
+    """Run one phase; write its checkpoint if `out` is given.
 
-    Checkpoints to resume from lie in `OUT.work` beside it until the phase is done. Under torchrun or
-    `accelerate launch` every process calls this; all train, and the main one does the rest. A model in memory is
-    changed in place. A `PruneRecipe` chooses units, which are cut unless the gates are to be kept, for a `Pruned`; a
-    plan that is `known` already is taken as it is.
+    Checkpoints to resume from are in `OUT.work` until the phase is done. Under torchrun or `accelerate launch` every
+    process calls this; all train, and the main one does the rest. A model in memory is changed in place. With a
+    `PruneRecipe`, units are chosen and cut, unless the gates are kept, and the result is a `Pruned`; a plan that is
+    `known` already is used unchanged.
     """
     require_trackers(options.report_to)
     if recipe.lora_rank:
@@ -177,9 +179,10 @@ def run_single(
 
 @contextmanager
 def _gone_on_failure(work: Path) -> Iterator[None]:
-    """Remove `work` if the block made it and fails, unless there is something to resume in it.
+    """Remove `work` if the block created it and fails, unless it holds something to resume.
 
-    A text that was written is that only where someone interrupts: it takes minutes, but what was refused stays refused.
+    A text that was written, which takes minutes, is kept only after an interruption: a phase that was refused would be
+    refused again.
     """
     fresh = not work.exists()
     try:
@@ -272,12 +275,12 @@ def _run(
 
 
 def _own_teacher(phase: Phase, model: Model) -> PreTrainedModel | str | Path | None:
-    """Return what a phase learns from where no teacher is named: in pruning, the model as it was."""
+    """Return the teacher of a phase if none is named: in pruning, the model as it was."""
     return model if phase == "prune" and not isinstance(model, ModelRecipe) else None
 
 
 def check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
-    """Check that a phase's folders may be written, and that there is something to resume if and only if it is asked."""
+    """Check that a phase's folders may be written, and that there is work to resume if and only if it is asked for."""
     if isinstance(model, str | Path) and Path(model).resolve() == out:
         raise InputError(
             f"The checkpoint must not overwrite the model it is made of, {model}; choose another out (--out)."
@@ -297,7 +300,7 @@ def check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
 def _settings(
     phase: Phase, recipe: PhaseRecipe, model: Model, data: Data | Text | None, options: Options, text: Text
 ) -> dict[str, Any]:
-    """Return what a phase that is resumed must have been begun with."""
+    """Return the settings that a resumed phase must have been started with."""
     return {
         "phase": phase,
         "recipe": recipe.model_dump(),
@@ -320,7 +323,7 @@ def _named(model: PreTrainedModel | str | Path) -> str:
 
 
 def keep_settings(work: Path, settings: dict[str, Any]) -> None:
-    """Write a phase's settings beside its checkpoints, or check that it goes on with those it began with."""
+    """Write a phase's settings beside its checkpoints, or check that it is resumed with those it started with."""
     path = work / SETTINGS_FILE
     anew = f"delete {work} to begin anew"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Prune a checkpoint that need not fit into memory: scored, compensated and cut layer by layer."""
+"""Prune a checkpoint that need not fit into memory: score, compensate and cut it layer by layer."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ _NOT_STREAMED = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedCheckpoint:
-    """What pruning a checkpoint did.
+    """The result of pruning a checkpoint.
 
     Args:
-        plan: which units stay.
-        budget: its `kind`, what was `asked` for and what was `reached`.
-        cut: what the model costs before and after, and the bytes that were read and written.
-        compensation: what was fitted after the cut; None where nothing was tried.
+        plan: the units that stay.
+        budget: its `kind`, and the values `asked` for and `reached`.
+        cut: the costs of the model before and after, and the bytes that were read and written.
+        compensation: what was fitted after the cut; None if nothing was tried.
     """
 
     plan: HeadPlan
@@ -84,7 +84,7 @@ class PrunedCheckpoint:
     compensation: Compensation | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was done as plain JSON values."""
+        """Return the result as plain JSON values."""
         after = self.cut.after
         found: dict[str, Any] = {
             "heads": after.heads,
@@ -111,31 +111,31 @@ def prune_checkpoint(
 
         deadhead.prune_checkpoint("Llama-3.1-8B", "my.txt", out="small", params=0.8, criterion="flap")
 
-    All of the text goes through one layer before the next is read, so that each weight is read once for the scores, and
-    once more, of the dense and of the cut model, for compensation. The same units go as by `deadhead.prune`, and the
-    weights are the same but for rounding. What is done is kept layer by layer in `OUT.work` until all is.
+    The whole text goes through one layer before the next layer is read, so each weight is read once for the scores, and
+    for compensation once more from the dense and from the cut model. `deadhead.prune` removes the same units, and the
+    weights are the same except for rounding. Finished layers are kept in `OUT.work` until all layers are done.
 
     Args:
-        source: a checkpoint folder of a language model, one of those that `cut_checkpoint` cuts shard by shard.
+        source: a checkpoint folder of a language model that `cut_checkpoint` can cut shard by shard.
         data: as for `prune`, but not "self".
-        out: the new folder; a checkpoint of ours that is there already is replaced as a whole.
-        recipe: settings that are not given by themselves; None: the defaults. Without a criterion units are ranked by
-            "reconstruction".
+        out: the new folder; if it holds a checkpoint that deadhead wrote, that is replaced as a whole.
+        recipe: values of settings that are not given as arguments; None: the defaults. Without a criterion, units are
+            ranked by "reconstruction".
         settings: fields of `PruneRecipe` and, of `Options`, `tokenizer`, `seed`, `resume`, `progress`, `announce`
             and `max_memory`.
 
     Raises:
-        InputError: something given cannot be used, the checkpoint is damaged or can only be pruned in memory, or there
-            is nothing to resume, or something that was not asked for.
+        InputError: an argument cannot be used, the checkpoint is damaged or can only be pruned in memory, `resume` is
+            set but there is nothing to resume, or there is work to resume but `resume` is not set.
         UnsupportedModel: the model has no heads that could be cut.
-        CutError: the cut model computes something else; what was done is kept.
+        CutError: the cut model computes something else; finished work is kept.
     """
     asked, options = divided(recipe, PruneRecipe, {**settings, "out": out})
     return run_streamed(checked_path(source), data, asked, options)
 
 
 def run_streamed(source: Path, data: Data | None, recipe: PruneRecipe, options: Options) -> PrunedCheckpoint:
-    """Do what `prune_checkpoint` does."""
+    """Prune a checkpoint as `prune_checkpoint` describes, given a recipe and options."""
     recipe, options = streamable(data, recipe, options), announcing_once(options)
     out = checked_path(Path(str(options.out))).resolve()
     work = checked_path(out.with_name(out.name + ".work"))
@@ -155,7 +155,7 @@ def run_streamed(source: Path, data: Data | None, recipe: PruneRecipe, options: 
 
 @contextmanager
 def _work_folder(work: Path) -> Iterator[None]:
-    """Hold a work folder for this process; where the block is refused before anything was done, it goes again."""
+    """Lock a work folder for this process; remove it if the block is refused before any work was done."""
     fresh = not work.exists()
     with no_space_is_input_error(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def _work_folder(work: Path) -> Iterator[None]:
 
 
 def streamable(data: Data | None, recipe: PruneRecipe, options: Options) -> PruneRecipe:
-    """Return the recipe with a criterion; refuse what goes with training or with a model in memory alone."""
+    """Return the recipe with a criterion; refuse settings that need training or a model in memory."""
     recipe = changed(recipe, criterion=FAST) if recipe.criterion is None else recipe
     if recipe.criterion not in ONE_SHOT:
         raise InputError(
@@ -198,7 +198,7 @@ def streamable(data: Data | None, recipe: PruneRecipe, options: Options) -> Prun
 
 @dataclass(frozen=True, kw_only=True)
 class _Pruning:
-    """One pruning: of a checkpoint that was opened, by a recipe with a criterion, into a place."""
+    """One pruning of an opened checkpoint, by a recipe with a criterion, into a folder."""
 
     opened: StoredModel
     source: Path
@@ -208,7 +208,7 @@ class _Pruning:
     work: Path
 
     def run(self, data: Data | None) -> PrunedCheckpoint:
-        """Choose, compensate and cut, or go on with it."""
+        """Choose units, compensate and cut, or continue doing so."""
         recipe, seed = self.recipe, self.options.seed
         model = self.opened.without_weights()
         require_trainable(model, recipe)
@@ -246,7 +246,7 @@ class _Pruning:
             self.options.progress(name, done, total, {})
 
     def _text(self, model: PreTrainedModel, data: Data | None) -> Text:
-        """Return the text, none where units are ranked without one and none was given."""
+        """Return the text; None if none was given and units are ranked without one."""
         tokenizer_of = self.options.tokenizer or self.source
         if is_without_text(model, data, self.recipe):
             return Text(NO_TEXT, None, "", known_tokenizer(tokenizer_of))
@@ -261,7 +261,7 @@ class _Pruning:
         return text
 
     def _settings(self, text: Text) -> dict[str, Any]:
-        """Return what a pruning that is resumed must have been begun with."""
+        """Return the settings that a resumed pruning must have been started with."""
         stats = {name: (self.source / name).stat() for name in (*self.opened.stored.files, "config.json")}
         return {
             "phase": "prune layer by layer",
@@ -272,7 +272,7 @@ class _Pruning:
         }
 
     def _plan(self, model: PreTrainedModel, text: Text) -> HeadPlan:
-        """Return the plan, kept from before or chosen now."""
+        """Return the plan that was kept, or choose one now."""
         recipe, seed, path = self.recipe, self.options.seed, self.work / _PLAN_FILE
         if path.exists():
             return HeadPlan.from_json(path)

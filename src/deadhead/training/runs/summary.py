@@ -1,4 +1,4 @@
-"""summary.json: what a run has measured so far, checked when it is read: runs go on from it."""
+"""summary.json: a run's measurements so far, checked when they are read because runs resume from them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class _Summary(TypedDict, total=False):
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what a run has measured, by stage and otherwise; an empty dictionary if there is nothing yet."""
+    """Return a run's measurements, by stage and otherwise; an empty dictionary if there are none yet."""
     path = folder / SUMMARY_FILE
     if not path.exists():
         return {}
@@ -92,7 +92,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def write_summary(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write a run's summary.json, whole or not at all, with a checksum of what it says."""
+    """Write a run's summary.json, completely or not at all, with a checksum of its contents."""
     write_json(folder / SUMMARY_FILE, {**values, _CHECKSUM: _checksum(values)})
 
 

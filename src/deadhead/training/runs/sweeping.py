@@ -1,4 +1,4 @@
-"""Several budgets in one go: a model pruned to each, from one look at the text, and what each of them is worth."""
+"""Several budgets in one call: a model is pruned to each, from one pass over the text, and each result is measured."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ SWEPT: tuple[BudgetKind, ...] = tuple(kind for kind in BUDGET_KINDS if kind != "
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What several budgets leave of a model.
+    """The result of pruning a model to several budgets.
 
     Args:
-        kind: of the budgets.
-        of: of which parameters "params" are shares.
-        dense: what the dense model costs and is worth: `heads`, `hidden_units`, `parameters`, `flops_per_token` and,
-            where there is a validation text, `perplexity` and `bits_per_byte`; with replies `replies`, as
-            `deadhead.measure.replies.Replies.values` says.
-        points: the same of each pruned model, the largest first, with what was `asked` and `reached`, the `path` of its
-            checkpoint, its `speedup` on a batch of text (both models in turn), its `loss`, by what share its perplexity
-            is above the dense model's, and, where it recovered, its `unrecovered_perplexity`.
-        max_loss: that is tolerated, as a share; None where nothing was said of it.
-        picked: what was asked for the smallest point within it; None if there is none.
+        kind: kind of the budgets.
+        of: which parameters the shares of "params" refer to.
+        dense: cost and quality of the dense model: `heads`, `hidden_units`, `parameters`, `flops_per_token` and, with
+            a validation text, `perplexity` and `bits_per_byte`; with replies also `replies`, as
+            `deadhead.measure.replies.Replies.values` describes.
+        points: the same for each pruned model, the largest first, with the values `asked` for and `reached`, the `path`
+            of its checkpoint, its `speedup` on a batch of text (both models in turn), its `loss` (the share by which
+            its perplexity is above the dense model's) and, after a recovery, its `unrecovered_perplexity`.
+        max_loss: the loss that is tolerated, as a share; None if none was given.
+        picked: the value asked for the smallest point within `max_loss`; None if there is none.
     """
 
     kind: BudgetKind
@@ -88,26 +88,27 @@ def sweep(
     replies: bool = False,
     **settings: Any,
 ) -> Sweep:
-    """Prune a model to several budgets, each as `deadhead.prune` does, and measure what each of them is worth.
+    """Prune a model to several budgets, each as `deadhead.prune` does, and measure each result.
 
         found = deadhead.sweep("gpt2", "my.txt", params=[0.9, 0.8, 0.7], max_loss=0.05, out="smaller")
         found.points[0]["perplexity"], found.picked
 
-    Text is looked at once; sizes of layers' parts go on from one budget to the next. Each pruned model is a checkpoint
-    in `out`, such as `out/params-0.8`, and `out/sweep.json` holds what is returned.
+    Units are scored once for all budgets; learned sizes of layers' parts continue from one budget to the next. Each
+    pruned model is a checkpoint in `out`, such as `out/params-0.8`, and `out/sweep.json` holds the returned result.
 
     Args:
-        model: as for `prune`; not changed.
+        model: as for `prune`, but not changed.
         data: as for `prune`.
-        recipe: settings that are not given by themselves; None: the defaults.
-        max_loss: by what share the perplexity may be above the dense model's, for the smallest model to be picked.
-        replies: also let every model reply to 50 prompts, and compare it with the dense one on the dense one's replies
-            (`deadhead.measure.replies`); what they replied is kept in `out/replies.json`. A sweep that is done may be
-            resumed for them.
-        settings: as for `prune`, with a list of values for one budget; a place, `out`, is needed.
+        recipe: values of settings that are not given as arguments; None: the defaults.
+        max_loss: the share by which the perplexity of the picked model may be above the dense model's; the smallest
+            such model is picked.
+        replies: also have every model reply to 50 prompts, and compare it with the dense one on the dense one's replies
+            (`deadhead.measure.replies`); the replies are kept in `out/replies.json`. A finished sweep may be resumed to
+            add them.
+        settings: as for `prune`, with a list of values for one budget; `out` is required.
 
     Raises:
-        InputError: something given cannot be used, such as a criterion that trains gates.
+        InputError: an argument cannot be used, such as a criterion that trains gates.
         UnsupportedModel: the model has no heads that could be cut.
         DivergenceError: a recovery diverged.
     """
@@ -124,7 +125,7 @@ def sweep(
 
 
 def _ordered(kind: BudgetKind, values: Any) -> list[float]:
-    """Return a budget's values, the one that leaves most first."""
+    """Return a budget's values, the one that leaves the most first."""
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
     if not is_list or not values or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise InputError(f"A sweep's {kind} must be a list of numbers, as in [0.9, 0.8], but got {values!r}.")
@@ -141,7 +142,7 @@ def run_sweep(
     max_loss: float | None = None,
     replies: bool = False,
 ) -> Sweep:
-    """Prune a model to several values of a recipe's budget, the one that leaves most first; see `sweep`."""
+    """Prune a model to several values of a recipe's budget, the one that leaves the most first; see `sweep`."""
     assert recipe.budget is not None
     if max_loss is not None and not 0 <= max_loss < _MOST_LOSS:
         raise InputError(f"max_loss must be a share of at least 0, such as 0.05, but got {max_loss}.")
@@ -181,14 +182,14 @@ def _require_place(out: Path, model: PreTrainedModel | str | Path, *, resume: bo
 
 
 class _Sweeping:
-    """A sweep that goes on in its folder.
+    """A sweep in its folder.
 
     Args:
         out: the folder.
-        recipes: one for each budget, the one that leaves most first.
-        model: that is pruned.
-        data: a text.
-        options: see `sweep`.
+        recipes: one recipe for each budget, the one that leaves the most first.
+        model: the model to prune.
+        data: the text.
+        options: options of the phases; see `sweep`.
         replies: whether models reply to prompts.
     """
 
@@ -219,7 +220,7 @@ class _Sweeping:
             options.announce(forecast(self._dense, self._recipes[0], recover=options.recover, budgets=budgets))
 
     def run(self, max_loss: float | None) -> Sweep:
-        """Choose, prune and measure what is missing; pick a point."""
+        """Choose, prune and measure the points that are missing; pick one."""
         plans, path = self._choose(), self._out / SWEEP_FILE
         points, dense, before = [], {}, None
         if path.exists():
@@ -254,7 +255,7 @@ class _Sweeping:
         )
 
     def _choose(self) -> list[HeadPlan]:
-        """Return a plan for each budget; each is kept as soon as it is found."""
+        """Return a plan for each budget; each plan is kept as soon as it is found."""
         path = self._out / _PLANS
         kept = read_object(path, what="list of a sweep's plans")["plans"] if path.exists() else []
         plans = [HeadPlan.from_dict(plan) for plan in kept]
@@ -285,7 +286,7 @@ class _Sweeping:
         return evaluate(self._dense, self._text.valid, limit=self._options.evaluation_tokens, progress=report)
 
     def _pruned(self, recipe: PruneRecipe, known: Known) -> dict[str, Any]:
-        """Prune a copy of the model by a plan, keep it, and return what it is worth."""
+        """Prune a copy of the model by a plan, save it, and return its measurements."""
         budget = _budget(recipe)
         name = f"{budget.kind}-{budget.value:g}"
         place = self._out / name
@@ -324,7 +325,7 @@ def _budget(recipe: PruneRecipe) -> Budget:
 
 
 def _values(cost: Cost, measured: Evaluation | None) -> dict[str, Any]:
-    """Return what a model costs and is worth, as plain JSON values."""
+    """Return the cost and the quality of a model, as plain JSON values."""
     values = {name: getattr(cost, name) for name in ("heads", "hidden_units", "parameters", "flops_per_token")}
     names = () if measured is None else ("perplexity", "bits_per_byte")
     return values | {name: getattr(measured, name) for name in names}
