@@ -1,1 +1,1 @@
-"""Cut checkpoints that are larger than memory: tensors go from file to file, a few megabytes at a time."""
+"""Cut checkpoints that are larger than memory: tensors are copied from file to file, a few megabytes at a time."""

@@ -31,10 +31,10 @@ _WAITING = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """What is left of a tensor when rows go along a dimension.
+    """The rows that a cut keeps of a tensor along a dimension.
 
-    `index` (n,) has the rows that stay, in their new order, one perhaps several times, `factor` (n,) what they are
-    multiplied by, or None.
+    `index` (n,) holds the rows that stay, in their new order, possibly with repetitions; `factor` (n,) holds what they
+    are multiplied by, or is None.
     """
 
     dim: int
@@ -44,9 +44,9 @@ class Keep:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One tensor of the new file: where it comes from, and what stays of it (None: all).
+    """One tensor of the new file: its source, and the part of it that stays (None: all).
 
-    `fitted` has new values of what stays, and the file that they lie in.
+    `fitted` names the new values of that part and the file that holds them.
     """
 
     source: StoredTensor
@@ -55,18 +55,18 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its new shape."""
+        """Shape of the new tensor."""
         shape, keep = self.source.shape, self.keep
         return shape if keep is None else (*shape[: keep.dim], len(keep.index), *shape[keep.dim + 1 :])
 
     @property
     def nbytes(self) -> int:
-        """Its new size in bytes."""
+        """Size of the new tensor, in bytes."""
         return prod(self.shape) * self.source.torch_dtype.itemsize
 
 
 def read_piece(folder: Path, piece: Piece) -> Tensor:
-    """Return what stays of a tensor of a checkpoint in this folder.
+    """Return the part that stays of a tensor of a checkpoint in this folder.
 
     Raises:
         InputError: the file ended early.
@@ -82,19 +82,19 @@ def read_piece(folder: Path, piece: Piece) -> Tensor:
 
 
 class Stopped(Exception):
-    """The copy was asked to stop."""
+    """Raised when a copy was asked to stop."""
 
 
 def copy_pieces(
     source: Path, target: Path, pieces: Sequence[Piece], *, progress: Callable[[int], None], stop: threading.Event
 ) -> str:
-    """Write a safetensors file of tensors of another; return the SHA-256 of what was written, in hexadecimal.
+    """Write a safetensors file from tensors of another one; return the SHA-256 of the new file, in hexadecimal.
 
-    `progress` is called with bytes of the source as they are done with; `stop` ends the copy when it is set.
+    `progress` is called with the number of source bytes that are newly done; setting `stop` ends the copy.
 
     Raises:
         InputError: the source ended early.
-        OSError: the device is full, say.
+        OSError: the file cannot be written, for instance because the device is full.
         Stopped: `stop` was set.
     """
     # In the order of the source, wider types first, so that all are aligned.
@@ -142,7 +142,7 @@ def _header(pieces: Sequence[Piece]) -> bytes:
 
 
 def send_to_disk(path: Path) -> None:
-    """Send a file to the disk, and let it go from the page cache: other files of the cut need the room."""
+    """Flush a file to disk and drop it from the page cache, which other files of the cut need."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
@@ -150,7 +150,7 @@ def send_to_disk(path: Path) -> None:
 
 
 def _parts(file: FileIO, path: Path, piece: Piece) -> Iterator[tuple[memoryview, int]]:
-    """Yield the bytes of what is left of a tensor, and how many of the source's they took."""
+    """Yield the bytes of a new tensor, each time with the number of source bytes that they used."""
     if piece.fitted is not None:
         path, stored = piece.fitted
         with path.open("rb", buffering=0) as other:

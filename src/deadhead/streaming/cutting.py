@@ -1,4 +1,4 @@
-"""Cut a checkpoint on disk: shard by shard where that can be, else in memory."""
+"""Cut a checkpoint on disk: shard by shard if possible, otherwise in memory."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ _FILES_AT_ONCE = 2
 _ROOM = 1 << 20
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much: bytes of "copying", layers of "checking"."""
+"""Called with the current work, how much is done and how much in total: bytes of "copying", layers of "checking"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointCut:
-    """What a cut of a checkpoint did.
+    """The result of cutting a checkpoint.
 
     Args:
-        before: what the model cost.
-        after: what the cut model costs.
-        streamed: whether it was cut shard by shard.
-        why_in_memory: why it was not, though it was large; None otherwise.
+        before: cost of the model before the cut.
+        after: cost of the cut model.
+        streamed: whether the checkpoint was cut shard by shard.
+        why_in_memory: why a large checkpoint was not cut shard by shard; None otherwise.
         why_not_stock: why the cut model has modelling code of its own; None if it is one of transformers' own.
         read_bytes: bytes of the source's tensors.
         written_bytes: bytes of the new checkpoint's tensors.
@@ -85,26 +85,28 @@ def cut_checkpoint(
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> CheckpointCut:
-    """Write the checkpoint that `load`, `cut` and `save` would, without holding more of the model than a layer.
+    """Write the checkpoint that `load`, `cut` and `save` would write, with at most one layer of the model in memory.
 
-    Tensors go from file to file, each into the file of the name that it comes from. Meanwhile each layer that loses
-    something is checked on random hidden states, gates closed against cut. Files are hashed as they are written; those
-    of a stopped cut are read again and compared with that. Until all is done they lie in `OUT.work` beside `out`.
+    Tensors are copied from file to file, each into a file of the same name. Meanwhile each layer that loses units is
+    checked on random hidden states: closed gates against the cut. Files are hashed as they are written; a resumed cut
+    reads the files of the stopped one again and compares their hashes. Until the cut is complete, the files are in
+    `OUT.work` beside `out`.
 
     Args:
         source: a checkpoint folder; or a GGUF file, or a name on the Hugging Face hub, which is cut in memory.
-        plan: the heads, and hidden units, that stay.
-        out: the new folder; a checkpoint of ours that is there already is replaced as a whole.
-        stream: whether to go shard by shard; None: if the checkpoint has several shards, or one of 2 GiB or more, and
-            is one of which that can be done.
-        resume: go on with what a stopped cut left in `OUT.work`.
-        device: where to cut in memory; None: the CPU.
-        dtype: of the weights, such as "bfloat16", for a cut in memory; None: as they were saved.
+        plan: the heads and hidden units that stay.
+        out: the new folder; if it holds a checkpoint that deadhead wrote, that is replaced as a whole.
+        stream: whether to cut shard by shard; None: if the checkpoint has several shards, or one of 2 GiB or more, and
+            can be cut that way.
+        resume: continue a stopped cut from `OUT.work`.
+        device: device of a cut in memory; None: the CPU.
+        dtype: dtype of the weights, such as "bfloat16", for a cut in memory; None: the one they were saved in.
         progress: see `Progress`; called from several threads.
 
     Raises:
-        InputError: the checkpoint is damaged, cannot be cut that way, or not within this memory; the plan is not one
-            for it; `out` cannot be written; or there is nothing to resume, or something that was not asked for.
+        InputError: the checkpoint is damaged, cannot be cut that way, or not within this memory; the plan does not fit
+            it; `out` cannot be written; `resume` is set but there is nothing to resume, or there is a stopped cut but
+            `resume` is not set.
         UnsupportedModel: the model has no prunable heads.
         CutError: the cut model computes something else; nothing was left behind.
 
@@ -181,7 +183,7 @@ def _streamed(source: Path, plan: HeadPlan, out: Path, *, resume: bool, progress
 def write_cut(
     planned: StreamedCut, source: Path, out: Path, work: Path, *, tokenizer: Any, resume: bool, progress: Progress
 ) -> CheckpointCut:
-    """Write a cut of which one layer was checked, or go on with what a stopped one left in `work`."""
+    """Write a cut of which one layer was checked, or continue a stopped one from `work`."""
     if planned.cache_growth:
         warn_of_cache(planned.cache_growth, stacklevel=6)
     with no_space_is_input_error(out), _work_folder(work, planned, source) as manifest:
@@ -202,7 +204,7 @@ def write_cut(
 
 
 class _Manifest:
-    """What a work folder says of itself: which cut it is of, and which files are finished, by their hash."""
+    """The manifest of a work folder: its cut, and the finished files with their hashes."""
 
     def __init__(self, work: Path, identity: dict[str, Any]) -> None:
         self.work, self.identity = work, identity
@@ -210,7 +212,7 @@ class _Manifest:
         self._lock = threading.Lock()
 
     def begin(self, names: Collection[str]) -> None:
-        """Read it, or write it; forget, and remove, what is not a file of these as it was when it was finished."""
+        """Read or write the manifest; remove files that it does not list or that changed since they were finished."""
         path = self.work / MANIFEST_FILE
         if not path.exists():
             self._write()
@@ -241,7 +243,7 @@ class _Manifest:
 
 @contextmanager
 def _work_folder(work: Path, planned: StreamedCut, source: Path) -> Iterator[_Manifest]:
-    """Yield the manifest of a work folder, which goes if nothing in it is worth resuming, or the cut is a wrong one."""
+    """Yield the manifest of a work folder; remove the folder if it holds nothing to resume or the cut is wrong."""
     work.mkdir(parents=True, exist_ok=True)
     manifest = _Manifest(work, _identity(planned, source))
     try:
@@ -281,7 +283,7 @@ def _require_room(out: Path, planned: StreamedCut, manifest: _Manifest) -> None:
 
 
 def _copy_and_check(planned: StreamedCut, manifest: _Manifest, progress: Progress) -> None:
-    """Copy files in threads of their own, and check layers in this one."""
+    """Copy files in separate threads, and check layers in this one."""
     stored, layers = planned.stored, sorted(planned.check.sites)
     stop, lock, done = threading.Event(), threading.Lock(), 0
 
@@ -321,7 +323,7 @@ def _copy_and_check(planned: StreamedCut, manifest: _Manifest, progress: Progres
 
 
 def _publish(planned: StreamedCut, manifest: _Manifest, source: Path, tokenizer: Any, out: Path) -> None:
-    """Put the files, and all that goes beside them, in the place of `out`."""
+    """Move the files, and the other files of a checkpoint, to `out`."""
     model: Any = planned.model
     # What emptied modules return was seen when their layers were checked.
     emptied: list[Any] = [module for module in planned.check.model.modules() if hasattr(module, "num_outputs")]

@@ -1,8 +1,8 @@
-"""Check a cut layer by layer: one layer's real tensors in a model without weights, gates closed against cut.
+"""Check a cut layer by layer: one layer's real tensors in a model without weights, closed gates against the cut.
 
-Random hidden states come from a table in the place of the embeddings, and go through the text stack, in which all other
-layers hand on what they get. Of the layer, the modules that are cut have their real weights, and so has whatever is
-small; large matrices of the rest of it give zeros.
+Random hidden states come from a table in place of the embeddings and go through the text stack, in which all other
+layers pass on their input. Within the layer, the modules that are cut and all small parameters have their real weights;
+other large matrices give zeros.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _TABLE = 97
 
 
 class NotStreamable(Exception):
-    """This checkpoint cannot be cut shard by shard; the message is a clause that says why."""
+    """Raised for a checkpoint that cannot be cut shard by shard; the message is a clause that says why."""
 
 
 def stub(parameter: Tensor) -> nn.Parameter:
-    """Return zeros of a parameter's shape and type that take no memory."""
+    """Return zeros of a parameter's shape and dtype that take no memory."""
     return nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
 
 
 class LayerCheck:
-    """The check of a model's layers, in any order, each once.
+    """Checks a model's layers, in any order, each once.
 
-    The model has no weights, and gates closed by the plan; layers that were checked are cut in it. `names` are those of
-    tensors in files, by those in memory; `sites` what each layer that is to be checked loses, by its place.
+    The model has no weights, and its gates are closed by the plan; layers that were checked are cut in it. `names` maps
+    names of tensors in memory to names in files; `sites` holds what each layer to check loses, by its index.
 
     Raises:
-        NotStreamable: the model's layers do not lie in one list.
+        NotStreamable: the model's layers are not in one list.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LayerCheck:
             self._fill_rest(stack)
 
     def check(self, place: int) -> None:
-        """Check a layer, or raise a CutError, or NotStreamable if it does not run alone."""
+        """Check a layer; raise CutError if it differs, NotStreamable if it does not run alone."""
         layers, sites = list(self._layers), self.sites[place]
         layer = layers[place]
         self._fill(layer, sites)

@@ -1,4 +1,4 @@
-"""Compensate a model that is never whole in memory: one layer of the dense and of the cut model at a time."""
+"""Compensate a model with only one layer of the dense and of the cut model in memory at a time."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def fit_layers(
 
     Args:
         dense: the model before the cut.
-        cut: the one behind it.
-        batches: of text.
-        work: folder in which what is done is kept; a pass that was stopped goes on from there.
-        progress: told what is done to layers, how many are done, and of how many.
+        cut: the model after it.
+        batches: batches of text.
+        work: folder of finished work, from which a stopped pass continues.
+        progress: called with the current work, how many layers are done, and how many there are.
 
     Returns:
-        What was done, and for each parameter with new numbers, by its name in memory, the file that has them.
+        What was done, and for each parameter with new values, by its name in memory, the file that holds them.
 
     Raises:
         InputError: there are fewer than two rows of text.
-        NotStreamable: the layers of one do not compute by themselves what they do in it.
+        NotStreamable: the layers of one model compute something else alone than within the model.
     """
     steps, count = Steps(work / "fits"), len(cut.layers)
     with uncompiled(), seeded():

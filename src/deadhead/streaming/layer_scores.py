@@ -1,7 +1,7 @@
-"""Score the units of a model that is never whole in memory: one layer's weights at a time, on all of the text.
+"""Score the units of a model with one layer's weights in memory at a time, on the whole text.
 
-Criteria that need gradients go through the layers twice: forwards, with the hidden states before each layer kept on the
-disk, and backwards, each layer run once more.
+Criteria that need gradients go through the layers twice: forwards, with the hidden states before each layer kept on
+disk, and backwards, where each layer runs once more.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class LayerReading:
     """Runs one layer over the hidden states before it; see `Reading`.
 
     Args:
-        stream: of the model, before the layer.
-        index: of the layer.
-        batches: of the text.
-        behind: for each batch the gradient of its loss, a mean over tokens, behind the layer; None computes none.
+        stream: hidden states before the layer.
+        index: index of the layer.
+        batches: batches of the text.
+        behind: for each batch, the gradient of its loss (a mean over tokens) with respect to the layer's output; None
+            computes no gradients.
     """
 
     def __init__(self, stream: Stream, index: int, batches: Sequence[Batch], behind: Sequence[Tensor] | None) -> None:
@@ -89,14 +90,14 @@ def score_layers(
 
     Args:
         model: a language model without segment memory.
-        scoring: of it.
-        batches: of text; none where the criterion looks at none.
-        work: folder in which what is done is kept; a pass that was stopped goes on from there.
-        seed: of "random".
-        progress: told what is done to layers, how many are done, and of how many.
+        scoring: the scoring of the model.
+        batches: batches of text; none if the criterion reads no text.
+        work: folder of finished work, from which a stopped pass continues.
+        seed: seed of "random".
+        progress: called with the current work, how many layers are done, and how many there are.
 
     Raises:
-        NotStreamable: the model's layers do not compute by themselves what they do in it.
+        NotStreamable: the model's layers compute something else alone than within the model.
     """
     criterion = scoring.criterion
     if criterion == "random":
@@ -199,7 +200,7 @@ def layered_stream(model: ResidentLayers, batches: Sequence[Batch]) -> Stream:
     """Return the hidden states before the first layer, and how the layers are called.
 
     Raises:
-        NotStreamable: layers do not compute by themselves what they do in the model.
+        NotStreamable: layers compute something else alone than within the model.
     """
     given = [dict(batch) for batch in batches]
     calibration = Calibration(batches=given, is_held=[False] * len(given), has_memory=False)

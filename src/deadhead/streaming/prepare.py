@@ -1,4 +1,4 @@
-"""What a cut of a stored checkpoint will do, worked out from headers and configuration before a byte is written."""
+"""Plan a cut of a stored checkpoint from its headers and configuration, before a byte is written."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from deadhead.streaming.stored_model import StoredModel, stored_shapes, take_wei
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedCut:
-    """A cut that is about to be made.
+    """A planned cut.
 
-    `pieces` has by file what of its tensors goes into the new file of that name; files of which nothing stays are left
-    out. `model` is the cut model without weights, in the type it is loaded in. `cache_growth` is the share by which the
+    `pieces` lists for each new file the parts of tensors that go into it; files of which nothing stays are left out.
+    `model` is the cut model without weights, in the dtype it is loaded in. `cache_growth` is the share by which the
     key/value cache grows; 0 if it does not.
     """
 
@@ -43,16 +43,16 @@ class StreamedCut:
 
     @property
     def written_bytes(self) -> int:
-        """Bytes of all tensors of the new checkpoint."""
+        """Size of all tensors of the new checkpoint, in bytes."""
         return sum(piece.nbytes for pieces in self.pieces.values() for piece in pieces)
 
     def check_one(self) -> None:
-        """Check one of the layers that lose something, if any does: whether layers of this kind can be checked."""
+        """Check one of the layers that lose units, if any, to see whether layers of this kind can be checked."""
         for place in sorted(self.check.sites)[:1]:
             self.check.check(place)
 
     def resident(self, opened: StoredModel) -> ResidentLayers:
-        """Return the model that the cut leaves of a checkpoint, with the weights of a layer at a time."""
+        """Return the cut model of a checkpoint, with the weights of one layer at a time."""
         model = opened.without_weights()
         model = cut_skeleton(find_layout(model), model, self.plan)
         take_weights(model)
@@ -60,11 +60,11 @@ class StreamedCut:
         return opened.resident(model, pieces)
 
     def fitted(self, files: Mapping[str, Path], names: Mapping[str, str]) -> StreamedCut:
-        """Return the cut with new values for some tensors of what stays.
+        """Return the cut with new values for some of the tensors that stay.
 
         Args:
-            files: that have them, by the names of tensors in memory, under which they are there.
-            names: of tensors in files of the checkpoint, by those in memory.
+            files: files with the new values, by the names of tensors in memory, which the files use too.
+            names: names of tensors in the checkpoint's files, by their names in memory.
         """
         there = {names[name]: (path, name) for name, path in files.items()}
         headers = {path: {tensor.name: tensor for tensor in read_header(path)} for path in set(files.values())}
@@ -80,7 +80,7 @@ class StreamedCut:
 
 
 def prepare(opened: StoredModel, plan: HeadPlan) -> StreamedCut:
-    """Work out a cut; raise NotStreamable if the checkpoint can only be cut in memory."""
+    """Plan a cut; raise NotStreamable if the checkpoint can only be cut in memory."""
     stored, names, dtype = opened.stored, opened.names, opened.dtype
     dense = skeleton(opened.config).to(dtype)  # type: ignore[arg-type]
     # In float32 the check is as sharp as for a model of that precision.

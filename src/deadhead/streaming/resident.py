@@ -1,4 +1,4 @@
-"""Models without weights, of which one layer at a time gets its own while it is run: read from files as stored."""
+"""Models without weights, of which one layer at a time gets its weights, read from files, while it runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Read = Callable[[Iterable[str]], Mapping[str, Tensor]]
 
 
 class ResidentLayers:
-    """Keeps the real weights of one layer of a model in memory: of the one that was run, or asked for, last.
+    """Keeps the real weights of one layer of a model in memory: the layer that was run or requested last.
 
-    What lies outside the layers has its weights while `outside` runs.
+    Modules outside the layers have their weights while `outside` runs.
 
     Args:
-        model: on the CPU, with stand-ins for all parameters.
-        path: of the list of its layers.
-        read: returns those of some parameters and buffers that are stored, by their names.
+        model: a model on the CPU, with stand-ins for all parameters.
+        path: path of the list of its layers.
+        read: returns the stored ones of some parameters and buffers, by their names.
 
     Raises:
         NotStreamable: a parameter is not stored under its name in memory.
@@ -41,20 +41,20 @@ class ResidentLayers:
             layer.forward = self._loading(index, layer.forward)
 
     def load(self, index: int) -> None:
-        """Read a layer's weights, if it does not have them; those of another go."""
+        """Read a layer's weights unless they are in memory; release those of another layer."""
         if index != self._resident:
             self.release()
             self._stand_ins = self._fill(self.layers[index].named_modules(prefix=f"{self.path}.{index}"))
             self._resident = index
 
     def release(self) -> None:
-        """Let the weights of the layer go that has some."""
+        """Release the weights of the layer that has them."""
         _put_back(self._stand_ins)
         self._stand_ins, self._resident = [], None
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Let a layer have its weights while the block runs, and no longer."""
+        """Load a layer's weights for the block only."""
         self.load(index)
         try:
             yield
@@ -63,7 +63,7 @@ class ResidentLayers:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Give what lies outside the layers, such as embeddings, its weights while the block runs."""
+        """Load the weights of modules outside the layers, such as embeddings, for the block only."""
         before = self._fill(self._rest())
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a pass over a model's layers has done, kept layer by layer, so that a stopped one goes on to the same end."""
+"""The results of a pass over a model's layers, kept layer by layer, so that a stopped pass resumes to the same end."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Streams = Mapping[str, Sequence[Tensor]]
 
 
 class Steps:
-    """The steps of one pass, in a folder of its own: what each found, and the hidden states before the next.
+    """The steps of one pass in a folder: the results of each step, and the hidden states before the next.
 
     Args:
-        folder: made if it is not there.
-        keeps_states: whether the states before every step stay, rather than those before the next alone.
+        folder: the folder; it is created if it does not exist.
+        keeps_states: whether the states before every step are kept, rather than only those before the next step.
     """
 
     def __init__(self, folder: Path, *, keeps_states: bool = False) -> None:
@@ -33,14 +33,14 @@ class Steps:
 
     @property
     def done(self) -> int:
-        """How many steps are."""
+        """Number of steps that are done."""
         count = 0
         while self._found(count).exists():
             count += 1
         return count
 
     def states(self, step: int) -> dict[str, list[Tensor]]:
-        """Return the hidden states that were kept before a step."""
+        """Return the hidden states before a step."""
         streams: dict[str, list[Tensor]] = {}
         with _opened(self._states(step)) as file:
             for name in sorted(file.keys()):
@@ -48,16 +48,16 @@ class Steps:
         return streams
 
     def found(self, step: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what a step found: tensors, and words about them."""
+        """Return the results of a step: tensors, and metadata about them."""
         with _opened(self._found(step)) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
     def path(self, step: int) -> Path:
-        """Return the file of what a step found."""
+        """Return the file of a step's results."""
         return self._found(step)
 
     def keep(self, step: int, found: Mapping[str, Tensor], words: Mapping[str, str], states: Streams) -> None:
-        """Keep what a step found, and the states behind it; only then does the step count as done."""
+        """Keep a step's results and the states after it; the step counts as done only after this."""
         named = {f"{name}.{place:06}": state for name, each in states.items() for place, state in enumerate(each)}
         _save(self._states(step + 1), named, {})
         _save(self._found(step), found, words)
@@ -73,7 +73,7 @@ class Steps:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a file that was kept; an InputError says that it is damaged."""
+    """Open a kept file; raise InputError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -85,7 +85,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file completely or not at all."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
     try:

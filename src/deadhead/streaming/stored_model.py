@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors lie in files one by one, as in memory: what it holds, and its model a layer at a time."""
+"""A checkpoint whose files hold the same tensors as the model in memory, and its model, one layer at a time."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A checkpoint that can be taken apart.
+    """A checkpoint that can be read tensor by tensor.
 
     Args:
-        stored: its files.
+        stored: the files of the checkpoint.
         config: its configuration.
-        dtype: that it is loaded in.
-        names: of tensors in files, by those in memory, of those that are in both the same.
+        dtype: the dtype that it is loaded in.
+        names: names of tensors in files, by their names in memory, for tensors that are the same in both.
     """
 
     stored: StoredCheckpoint
@@ -63,11 +63,11 @@ class StoredModel:
         return model.eval()
 
     def resident(self, model: PreTrainedModel, pieces: Mapping[str, Piece] | None = None) -> ResidentLayers:
-        """Return a model, with stand-ins for its parameters, that has the weights of a layer at a time.
+        """Return a model with stand-ins for its parameters that loads the weights of one layer at a time.
 
         Args:
-            model: that of the checkpoint, or what a cut left of it.
-            pieces: what stays of each tensor, by its name in the files; None: all of all.
+            model: the model of the checkpoint, or the cut model.
+            pieces: the part of each tensor that stays, by its name in the files; None: all tensors as a whole.
         """
         layout = find_layout(model)
         paths = {id(module): path for path, module in model.named_modules()}
@@ -115,7 +115,7 @@ class StoredModel:
 
 
 def open_stored(source: Path) -> StoredModel:
-    """Read what a checkpoint says of itself; raise NotStreamable if it can only be had whole, in memory."""
+    """Read the configuration and headers of a checkpoint; raise NotStreamable if it must be loaded as a whole."""
     if gguf_file(source) is not None:
         raise NotStreamable("a GGUF file is read as a whole")
     config = checkpoint.load_config(source)
@@ -140,7 +140,7 @@ def open_stored(source: Path) -> StoredModel:
 
 
 def take_weights(model: PreTrainedModel) -> None:
-    """Put stand-ins in the place of all parameters."""
+    """Replace all parameters of a model by stand-ins."""
     stubs: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -150,7 +150,7 @@ def take_weights(model: PreTrainedModel) -> None:
 
 
 def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the tensors that `save_pretrained` writes of a model."""
+    """Return the names and shapes of the tensors that `save_pretrained` writes for a model."""
     return {name: tuple(value.shape) for name, value in _as_stored(model)[1].items()}
 
 

@@ -1,1 +1,1 @@
-"""What a Trainer calls: the sparsity loss, logs, signals, validation."""
+"""Callbacks of a Trainer: the sparsity loss, logs, signals, validation."""

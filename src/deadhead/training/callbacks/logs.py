@@ -1,4 +1,4 @@
-"""What is logged while a phase goes on: metrics.jsonl, validation perplexity, steps for a progress bar."""
+"""Logs of a running phase: metrics.jsonl, validation perplexity, steps for a progress bar."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from deadhead.training.callbacks.metrics import parsed_line
 
 
 def add_to_log(state: TrainerState, logs: dict[str, Any], values: Mapping[str, float]) -> None:
-    """Add numbers to what is being logged, in a callback's on_log; callbacks that come later in the list see them."""
+    """Add numbers to the current log from a callback's on_log; callbacks later in the list see them."""
     logs.update(values)
     state.log_history[-1].update(values)
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one JSON object to metrics.jsonl for each log: the Trainer's numbers and, with gates, those of each."""
+    """Appends one JSON object to metrics.jsonl for each log: the Trainer's numbers and those of each gate, if any."""
 
     def __init__(self, path: Path, phase: str, gates: HeadGates | None = None) -> None:
         self.path = path
@@ -33,7 +33,7 @@ class MetricsFile(TrainerCallback):
         self.begin = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Drop what a stopped run wrote of this phase after the checkpoint it goes on from."""
+        """Drop the lines that a stopped run wrote for this phase after the checkpoint that it resumes from."""
         self.begin = time.perf_counter()
         if not state.is_world_process_zero:
             return
@@ -44,12 +44,12 @@ class MetricsFile(TrainerCallback):
         write_text(self.path, "".join(line for line in lines if _is_before(line, self.phase, state.global_step)))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the last step of a phase too."""
+        """Make the Trainer log the last step of a phase too."""
         if state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Append a line."""
+        """Append a line for this log."""
         logs = kwargs["logs"]
         if not state.is_world_process_zero or "loss" not in logs:
             return
@@ -74,10 +74,10 @@ def _is_before(line: str, phase: str, step: int) -> bool:
 
 
 class Validation(TrainerCallback):
-    """Adds ``eval_perplexity`` to the log of every n-th step, and of the last; the training is the same without it.
+    """Adds ``eval_perplexity`` to the log of every n-th step and of the last; it does not change the training.
 
-    Of several processes each measures for itself, as sharded models must run everywhere at once. With gates, those that
-    are open now count.
+    Each of several processes measures, because sharded models must run in all of them at once. With gates, the model is
+    measured with those that are open now.
     """
 
     def __init__(self, model: PreTrainedModel, text: TokenStream, *, every: int, tokens: int) -> None:
@@ -88,29 +88,29 @@ class Validation(TrainerCallback):
         self.perplexity: float | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure, and have it logged."""
+        """Measure the perplexity, and make the Trainer log it."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             self.perplexity = evaluate(self.model, self.text, limit=self.tokens).perplexity
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the number to the training log."""
+        """Add the perplexity to the training log."""
         if "loss" in kwargs["logs"] and self.perplexity is not None:
             add_to_log(state, kwargs["logs"], {"eval_perplexity": self.perplexity})
             self.perplexity = None
 
 
 class StepReporter(TrainerCallback):
-    """Tells a function how many steps are done, of how many in all, with the last logged numbers."""
+    """Calls a function with the number of steps done, the number in total, and the last logged numbers."""
 
     def __init__(self, report: Callable[[int, int, dict[str, Any]], None]) -> None:
         self.report = report
         self.last: dict[str, Any] = {}
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remember the numbers."""
+        """Store the logged numbers."""
         self.last = dict(kwargs["logs"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report."""
+        """Report the step."""
         self.report(state.global_step, state.max_steps, self.last)

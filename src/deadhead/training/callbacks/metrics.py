@@ -1,4 +1,4 @@
-"""Read what a run has logged in its metrics.jsonl. It needs no torch."""
+"""Read a run's metrics.jsonl, without torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _LAST_STEP = 10**9
 
 
 def parsed_line(line: str | bytes) -> dict[str, Any] | None:
-    """Return what a line of a metrics.jsonl says, or None of one that no run of deadhead wrote whole.
+    """Return a line of a metrics.jsonl as a dictionary, or None if no run of deadhead wrote that whole line.
 
-    What is said of gates are lists of numbers by layer; other values of a line may be anything.
+    Values of gates are lists of numbers by layer; other values of a line may be anything.
     """
     try:
         values = json.loads(line)
@@ -37,7 +37,7 @@ def _is_row(row: Any) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl as dictionaries, up to the first that was cut short or is none of ours."""
+    """Return the lines of a metrics.jsonl as dictionaries, up to the first that is truncated or not deadhead's."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         values = parsed_line(line)

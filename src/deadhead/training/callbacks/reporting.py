@@ -1,4 +1,4 @@
-"""Where a phase's numbers go besides metrics.jsonl: TensorBoard, and trackers through the Trainer's integrations."""
+"""Reports of a phase besides metrics.jsonl: TensorBoard, and trackers through the Trainer's integrations."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _IMAGES = 20
 
 @contextmanager
 def tensorboard_callbacks(folder: Path, gates: HeadGates | None, *, begin: int) -> Iterator[list[TrainerCallback]]:
-    """Yield what writes TensorBoard events: the scalars of every log and, with gates, the head map as an image.
+    """Yield callbacks that write TensorBoard events: the scalars of every log and, with gates, the head map.
 
-    Nothing is yielded or written where TensorBoard is not installed. What a stopped run wrote of steps later than
-    `begin`, the one that is gone on from, is hidden.
+    Without TensorBoard nothing is yielded or written. Events of a stopped run for steps later than `begin`, the step it
+    resumes from, are hidden.
     """
     if not is_installed("tensorboard"):
         yield []
@@ -48,7 +48,7 @@ def tensorboard_callbacks(folder: Path, gates: HeadGates | None, *, begin: int) 
 
 @contextmanager
 def _thread_speaks_through_its_writer() -> Iterator[None]:
-    """Keep TensorBoard's thread from printing why it could not write: its writer raises the same when next used."""
+    """Keep TensorBoard's thread from printing write errors, because its writer raises the same when used next."""
     from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
     usual = threading.excepthook
@@ -82,7 +82,7 @@ class _HeadMapImage(TrainerCallback):
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Check that transformers knows these trackers and that they are installed."""
+    """Check that transformers knows these trackers and that they are installed; raise InputError if not."""
     if not names:
         return  # looking for what is installed takes a moment
     known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
@@ -100,7 +100,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def _require_wandb() -> None:
-    """Check that wandb can begin a run without asking anything: it is logged in, or offline."""
+    """Check that wandb can start a run without a prompt: it is logged in or offline."""
     import wandb
 
     # Older versions cannot be asked without their asking the user.
@@ -115,9 +115,9 @@ def _require_wandb() -> None:
 
 @contextmanager
 def tracker_callbacks(names: Sequence[str]) -> Iterator[list[TrainerCallback]]:
-    """Yield the Trainer's own integrations of some trackers; they come last, to see what ours add to a log.
+    """Yield the Trainer's own integrations of trackers; they come last, to see what deadhead's callbacks add to a log.
 
-    TensorBoard is written anyhow.
+    TensorBoard is left out, because it is written in any case.
     """
     others = [name for name in names if name != "tensorboard"]
     try:

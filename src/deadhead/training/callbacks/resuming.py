@@ -1,4 +1,4 @@
-"""Whether the weights that a Trainer resumes from have gates, as the model has."""
+"""A check that the weights a Trainer resumes from have gates if, and only if, its model has."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from deadhead.errors import InputError
 
 
 class SameGates:
-    """Refuses weights with gates for a model without, and all of a model's weights without its gates.
+    """Refuses weights with gates for a model without gates, and complete weights without gates for a model with gates.
 
-    A Trainer loads weights, then the state of its optimizer, and only then calls its callbacks; torch refuses a state
-    that was made without the gates, or with them, and names neither. Weights come in parts where a checkpoint is
-    in shards; adapters come without gates in any case.
+    A Trainer loads weights, then the state of its optimizer, and only then calls its callbacks. If that state was made
+    with other gates, torch refuses it without naming the gates. Weights are loaded in parts if a checkpoint is in
+    shards; adapters never contain gates.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -23,11 +23,11 @@ class SameGates:
         self._hook = model.register_load_state_dict_post_hook(self._check)
 
     def remove(self) -> None:
-        """Let the model take any weights again."""
+        """Remove the check from the model."""
         self._hook.remove()
 
     def _check(self, model: nn.Module, keys: Any) -> None:
-        """Raise if the keys that were `missing_keys` and `unexpected_keys` of a load say that gates do not fit."""
+        """Raise InputError if the `missing_keys` and `unexpected_keys` of a load show that gates do not fit."""
         names = dict(model.named_parameters(remove_duplicate=False))
         has_gates = any(map(is_gate, names))
         if not has_gates and any(map(is_gate, keys.unexpected_keys)):

@@ -42,42 +42,43 @@ _HAS_BEGUN = "_deadhead_gates_begun"
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
-    """Trains gates under the sparsity loss, beside the Trainer's own optimizer, and draws their noise from the step.
+    """Trains gates under the sparsity loss, next to the Trainer's own optimizer, with noise that depends on the step.
 
-    The sparsity loss does not depend on the batch, so the language-modelling loss stays as it is: reported losses are
-    pure, clipping sees the language model's gradient only, and gradient accumulation counts the penalty once. Gates
-    are kept out of weight decay without any change to the Trainer's optimizer.
+    The sparsity loss does not depend on the batch, so it is not added to the language-modelling loss: reported losses
+    are those of the language model, clipping sees only its gradient, and gradient accumulation counts the penalty once.
+    Gates get no weight decay, without any change to the Trainer's optimizer.
 
-    After the Trainer's last step exactly what was asked for is closed: `gates.plan()` is `gates.plan(sparsity=…)`, or
-    within the budget. Gates go into every checkpoint of the Trainer, which `deadhead.load_gated` opens too, and come
-    back from the one that is resumed or, with `load_best_model_at_end`, is the best.
+    After the Trainer's last step, exactly what was asked for is closed: `gates.plan()` equals `gates.plan(sparsity=…)`,
+    or is within the budget. Every checkpoint of the Trainer contains the gates, and `deadhead.load_gated` can open it.
+    Gates are restored from the checkpoint that is resumed or, with `load_best_model_at_end`, from the best one.
 
     Args:
-        gates: what `deadhead.attach` returned for the model being trained; None: those that the Trainer's model has
-            when training begins, as a `model_init` has to attach them.
-        l0: λ, what an open head costs, in nats a token; None is 0.01. It goes with neither `sparsity` nor `budget`.
-        warmup_steps: λ rises linearly from 0 over so many steps (paper, warm-up); 0 switches it off, None takes two
-            thirds of the training's, and at most 1,000. For `l0` alone, too.
-        sparsity: close this share of the gates, along a ramp, instead of paying λ for the open ones.
-        ramp_steps: steps until the ramp reaches `sparsity`; None takes two thirds of the training's. A ramp ends with
-            the training at the latest.
-        budget: hold what the gates cost at a share of what the dense model costs (see `BudgetTarget`), instead.
-        weighting: "plain" L0, or "output_difference": heads whose removal changes their layer's output least are
-            pushed hardest.
-        gate_lr: the rate of the gates' own optimizer (see `GateOptimizer`); None chooses it by the number of steps.
-            0: they learn in the Trainer's, at `GateConfig.lr_scale` times the model's rate, as in the paper.
-        ranking: with `sparsity`, "global" closes that share of all gates, "layer" of each layer's.
-        exact: with `sparsity`, every draw leaves out exactly that share: differentiable subset pruning.
-        track_difference: measure output differences also where they do not weight the loss (`gates.difference()`).
+        gates: the gates that `deadhead.attach` returned for the model to train; None: those that the Trainer's model
+            has when training begins, because a `model_init` has to attach them.
+        l0: λ, the cost of an open head, in nats a token; None is 0.01. Not with `sparsity` or `budget`.
+        warmup_steps: steps in which λ rises linearly from 0 (paper, warm-up); 0 switches the warm-up off, None takes
+            two thirds of the training's steps, at most 1,000. For `l0` only.
+        sparsity: close this share of the gates, along a ramp, instead of paying λ for open gates.
+        ramp_steps: steps until the ramp reaches `sparsity`; None takes two thirds of the training's steps. A ramp ends
+            with the training at the latest.
+        budget: instead, hold the cost of the open gates at a share of the dense model's cost (see `BudgetTarget`).
+        weighting: "plain" L0, or "output_difference", which pushes those heads hardest whose removal changes the
+            output of their layer least.
+        gate_lr: the learning rate of the gates' own optimizer (see `GateOptimizer`); None chooses it by the number of
+            steps. 0: the Trainer's optimizer trains the gates, at `GateConfig.lr_scale` times the model's rate, as in
+            the paper.
+        ranking: with `sparsity`, "global" closes that share of all gates, "layer" that share of each layer's gates.
+        exact: with `sparsity`, every draw closes exactly that share: differentiable subset pruning.
+        track_difference: measure output differences even if they do not weight the loss (`gates.difference()`).
 
     Raises:
-        InputError: an argument is out of range; at the start of training: the model has no gates, they are not among
-            the parameters that the optimizer trains, DeepSpeed steps inside backward, where no gradient can be
-            added, or the checkpoint that is resumed has gates where the model has none, or none where it has some.
+        InputError: an argument is out of range; at the start of training: the model has no gates, the optimizer does
+            not train the gates, DeepSpeed is used (it steps inside backward, where no gradient can be added), or only
+            one of the model and the resumed checkpoint has gates.
 
     Warns:
-        RunWarning: training ended before its last step, or the best model is of an earlier one, with less closed than
-            was asked for.
+        RunWarning: fewer gates are closed than was asked for, because training ended before its last step or the best
+            model is that of an earlier step.
     """
 
     @typed
@@ -140,7 +141,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self._take(HeadGates({}, choices=nothing, config=GateConfig()) if gates is None else gates)
 
     def _take(self, gates: HeadGates, steps: int = 1) -> None:
-        """Begin to train these gates, for so many steps."""
+        """Start to train these gates for a number of steps."""
         if self.target is not None and self.target.exact and not gates.config.hard:
             raise InputError(
                 "exact draws need hard gates, which are open or closed, but got soft ones, which are partly open; "
@@ -152,9 +153,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
             gates.track_difference()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold; transformers writes it into trainer_state.json.
+        """Return the state that a checkpoint must hold; transformers writes it into trainer_state.json.
 
-        The gates are in it too: PEFT's checkpoints hold adapters only. JSON keeps every bit of a float32.
+        It includes the gates, because PEFT's checkpoints hold adapters only. JSON keeps every bit of a float32.
         """
         # And in files beside it (see `on_save`): a Trainer that resumes, or loads its best model, tells callbacks no
         # folder, only this state; `load_gated` needs constants, unit and blocks as well, and no Trainer.
@@ -168,7 +169,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return {"args": {**self.given, **budget}, "attributes": {"saved": {"gates": values, **states}}}
 
     def metrics(self) -> dict[str, float]:
-        """Return the last step's numbers: λ, L0, shares of closed gates, share of the budget, units open a layer."""
+        """Return the last step's numbers: λ, L0, shares of closed gates, share of the budget, open units per layer."""
         values = {"lambda": self.strength, "l0": self.last_l0, "sparsity": self.gates.sparsity}
         if self.gates.choices.has_blocks:
             values["block_sparsity"] = self.gates.block_sparsity
@@ -179,13 +180,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return values
 
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
-        """Check the weights that the Trainer may resume from, as it calls this object only after it has loaded them."""
+        """Install the check of weights to resume from, because the Trainer loads them before its other callbacks."""
         if self.same_gates is not None:
             self.same_gates.remove()
         self.same_gates = SameGates(kwargs["model"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Check that the gates will learn, and go on where a checkpoint left off."""
+        """Check that the gates will learn, and continue from a checkpoint if there is one."""
         if self.same_gates is not None:
             self.same_gates.remove()
         require_supported(args)
@@ -220,7 +221,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 )
 
     def _gates_in(self, model: nn.Module) -> HeadGates:
-        """Return the gates to train of the Trainer's model, which may be wrapped."""
+        """Return the gates to train in the Trainer's model, which may be wrapped."""
         found, modules = gates_of(model), set(model.modules())
         if found is None and not any(gate in modules for _, gate in self.gates):
             if getattr(getattr(model, "config", None), "head_plan", None) is not None:
@@ -235,7 +236,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return found if self.finds_gates and found is not None else self.gates
 
     def restore(self, state: TrainerState) -> None:
-        """Go on where the checkpoint that `state` was read from left off; a fresh state changes nothing."""
+        """Continue from the checkpoint that `state` was read from; a new state changes nothing."""
         # A dictionary when it was read from a checkpoint; declared as the list it is made of.
         saved = cast(dict[str, Any], state.stateful_callbacks or {}).get(type(self).__name__)
         if not state.global_step or not saved:
@@ -257,13 +258,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
                     gate.difference.copy_(torch.tensor(values["difference"]))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Let the noise of this step depend on its number alone."""
+        """Make the noise of this step depend on its number only."""
         self.gates.begin_step(state.global_step)
         if self.target is not None:
             self.target.prepare(self.gates, state.global_step)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Add λ(t) · ∂L0 to the gates' gradients, after clipping, and let their optimizer step."""
+        """Add λ(t) · ∂L0 to the gates' gradients after clipping, and run a step of their optimizer."""
         if state.global_step == 0 and all(gate.log_alpha_bias.grad is None for _, gate in self.gates):
             raise InputError(
                 "No gradient of the loss reached the gates; train the model that they are attached to, not a copy."
@@ -282,7 +283,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             gate.log_alpha_bias.grad = gradient if found is None else found + gradient
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Hold the target."""
+        """Move the gates towards the target."""
         if self.optimizer is None:
             self.gates.gather()
         else:
@@ -292,7 +293,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self.target.project(self.gates, state.global_step, self.weighting, is_last=is_last)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Write the gates' own files beside what the Trainer has saved."""
+        """Write the gates' files next to the files that the Trainer saved."""
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         # In a search of hyperparameters each trial has a folder of its own.
         found = list(Path(str(args.output_dir)).glob(f"*/{name}" if state.is_hyper_param_search else name))
@@ -302,7 +303,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let each gate decide alone again; take those of the best model, where that was loaded."""
+        """Stop exact draws; restore the gates of the best model, if it was loaded."""
         self.gates.draw_exactly(())
         is_main = state.is_world_process_zero
         best = Path(state.best_model_checkpoint or "") / TRAINER_STATE_NAME

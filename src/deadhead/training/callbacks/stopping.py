@@ -1,4 +1,4 @@
-"""Training that is told to stop, by Ctrl-C or SIGTERM, finishes its step and leaves a checkpoint to go on from."""
+"""Training that is stopped by Ctrl-C or SIGTERM finishes its step and writes a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _PASSED_ON = 2.0
 
 
 class Stopping(TrainerCallback):
-    """Ends the training after the step in which a signal came, with a checkpoint of that step.
+    """Ends the training after the step in which a signal arrives, with a checkpoint of that step.
 
-    Several processes agree on the step: each tells the others whether it was told. It comes after all callbacks that
-    ask for a log or a checkpoint. It `saves` where there is a place for that.
+    Several processes agree on the step: each tells the others whether it got a signal. Add it after all callbacks that
+    ask for a log or a checkpoint. `saves` says whether there is a folder for the checkpoint.
     """
 
     def __init__(self, *, saves: bool) -> None:
@@ -37,7 +37,7 @@ class Stopping(TrainerCallback):
         self.has_stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop, if this process or another was told to."""
+        """Stop if this process or another one got a signal."""
         told = self.signal or 0
         if args.world_size > 1:
             numbers = torch.tensor(told, device=args.device)
@@ -50,10 +50,10 @@ class Stopping(TrainerCallback):
 
     @contextmanager
     def heeding_signals(self) -> Iterator[None]:
-        """Wait for the step to end when a signal comes in the block; once the block has ended, deliver it.
+        """Delay a signal that arrives in the block until the step, and with it the block, has ended; then deliver it.
 
-        A second signal is delivered at once, but for the same one that a launcher passes on. Signals are left alone
-        outside of the main thread, and where they are ignored, as Ctrl-C is in what a shell runs in the background.
+        A second signal is delivered at once, except for the same signal passed on by a launcher. Signals are not
+        handled outside the main thread, or if they are ignored, as Ctrl-C is in a shell's background jobs.
 
         Raises:
             KeyboardInterrupt: after SIGINT, or after another signal that its handler lets pass.
