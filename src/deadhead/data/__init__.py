@@ -1,4 +1,4 @@
-"""The data's path: a corpus, a tokenizer, token ids on disk, and segments in the order of the text."""
+"""The path of data: a corpus, a tokenizer, token ids on disk, and segments in the order of the text."""
 
 from deadhead.data.corpus import Corpus, open_corpus
 from deadhead.data.segments import RowDataset, SegmentDataset

@@ -1,4 +1,4 @@
-"""Conversations as text, by a chat template, and where in the text the answers stand."""
+"""Conversations as text, by a chat template, and the positions of the answers in the text."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Written(NamedTuple):
-    """A conversation as text, and the ranges of its characters that are answers, if they were asked for."""
+    """A conversation as text, and the character ranges of its answers, if they were asked for."""
 
     text: str
     answers: Spans | None
 
 
 class _Talk(NamedTuple):
-    """What goes with the messages of a conversation."""
+    """Data of a conversation besides its messages."""
 
     label: str
     tools: list[Any] | None
 
 
 class Chat:
-    """Writes conversations as the template says.
+    """Writes conversations by a chat template.
 
-    What a tokenizer puts before every text, such as BOS, is left out where the template writes it too: rows get it
-    where they begin.
+    If the template also writes what a tokenizer puts before every text, such as BOS, it is left out, because every row
+    begins with it anyway.
 
     Args:
-        template: in Jinja.
-        special: the special tokens by the names that templates have for them, such as `eos_token`.
+        template: the chat template, in Jinja.
+        special: the special tokens, by their names in templates, such as `eos_token`.
         begin: what the tokenizer puts before a text.
-        answers: whether it is told where the answers stand.
-        tool_template: of conversations with tools, where it is another.
+        answers: whether to return the ranges of the answers.
+        tool_template: the template of conversations with tools, if it is another one.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class Chat:
         self._begin = begin
 
     def write(self, messages: Sequence[Any], label: str, tools: Any = None) -> Written:
-        """Return a conversation as text; errors call it by the label.
+        """Return a conversation as text.
 
         Args:
-            messages: mappings with a role, a content, and tool calls if any. Their arguments may be JSON text.
-            label: what errors call the conversation.
+            messages: mappings with a role, a content, and tool calls, if any, whose arguments may be JSON text.
+            label: name of the conversation in errors.
             tools: a list of descriptions of the tools that may be called, or such a list as JSON text.
 
         Raises:
-            InputError: it is no list of messages, or not one that the template takes, or the template does not let
-                answers be told apart, or the tools are no list.
+            InputError: `messages` is not a list of messages, the template does not accept it or does not allow answers
+                to be told apart, or the tools are not a list.
         """
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -89,10 +89,10 @@ class Chat:
         return self._written(plain, talk)
 
     def ask(self, prompt: str) -> str:
-        """Return a conversation of one prompt as text, up to where its answer begins.
+        """Return a conversation of one prompt as text, up to the beginning of its answer.
 
         Raises:
-            InputError: the template does not take it.
+            InputError: the template does not accept the prompt.
         """
         text = self._render([{"role": "user", "content": prompt}], _Talk("a prompt", None), add_generation_prompt=True)
         return text.removeprefix(self._begin)
@@ -124,7 +124,7 @@ class Chat:
         return tuple(found)
 
     def _marked(self, messages: list[dict[str, Any]], talk: _Talk) -> Spans:
-        """Return what the template itself marks as generated."""
+        """Return the ranges that the template itself marks as generated."""
         spans = self._called(messages, talk, return_assistant_tokens_mask=True)[1][0]
         return tuple((start, stop) for start, stop in spans)
 

@@ -26,9 +26,9 @@ _Part = Rows | Documents
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Text in three splits, never held in memory as a whole: for each a reader, which opens it as a stream of pieces.
+    """Text in three splits, each with a reader that opens it as a stream of pieces; it is never in memory as a whole.
 
-    The name is what the user wrote: "stdlib", a path, "hf:...". Conversations are a `chat`.
+    `name` is the source as the user wrote it: "stdlib", a path, "hf:...". `chat` is set for conversations.
     """
 
     name: str
@@ -40,23 +40,23 @@ class Corpus:
         """Yield the text of a split, piece by piece.
 
         Raises:
-            InputError: there is no such split, or the text can't be read.
+            InputError: there is no such split, or the text cannot be read.
         """
         if split not in self.readers:
             raise InputError(f"A split was expected ({', '.join(SPLITS)}), but got {split!r}.")
         return self.readers[split]()
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yield the text of a split, as `pieces` does: documents, or pieces of at most 256 KiB of longer ones."""
+        """Yield the text of a split as `pieces` does: documents, or pieces of at most 256 KiB of longer documents."""
         return (piece.text for piece in self.pieces(split))
 
     def sha256(self) -> str:
-        """The hash of all text in order, including where splits, documents and answers end."""
+        """Hash of the whole text in order, including the ends of splits, documents and answers."""
         return self._hash_and_size[0]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all text in UTF-8."""
+        """Size of the whole text in UTF-8, in bytes."""
         return self._hash_and_size[1]
 
     @cached_property
@@ -86,29 +86,30 @@ def open_corpus(
     valid_share: float = 0.05,
     test_share: float = 0.05,
 ) -> Corpus:
-    """Open a text and divide it in train, valid and test, always in the same way.
+    """Open a text and divide it into train, valid and test, always in the same way.
 
-    Splits that a data set or a directory has are used; one for validation or test that is missing is taken from the
-    one for training. Of 40 documents or more, whole ones go to valid and test, every 20th each by default; fewer are
-    each cut in three, at line ends, but conversations stay whole where there are three.
+    Splits that a data set or a directory has are used; a missing split for validation or test is taken from the
+    training split. Of 40 or more documents, whole documents go to valid and test, by default every 20th to each. Fewer
+    documents are each cut in three at line ends, except for conversations, which stay whole if there are at least
+    three.
 
     Args:
         source: a file of UTF-8 text, JSON, JSON Lines, CSV or Parquet, packed with gzip or zstd or not; a directory of
             such files; `stdlib` (the Python standard library's own source) or `hf:NAME[:CONFIG]`, a data set.
-        text_column: of data with fields: the column with the text, or with lists of messages.
-        split: of a data set: the one split to take and divide.
-        data_format: of files: "text", "json", "csv" or "parquet"; None tells by their endings.
+        text_column: for data with fields: the column with the text, or with lists of messages.
+        split: for a data set: the single split to use and divide.
+        data_format: format of files: "text", "json", "csv" or "parquet"; None detects it by their endings.
         chat: writes conversations as text.
-        valid_share: share of the text for validation where it has no such split.
+        valid_share: share of the text for validation, if the data has no such split.
         test_share: the same for test.
 
     Raises:
-        InputError: the source is not there, or is "self", which nobody has written; it is not what it was expected to
-            be, looks like data with fields but is not named like it, or has conversations without `chat`; or the shares
-            leave nothing for training.
+        InputError: the source does not exist, or is "self", which is not written yet; it has an unexpected format,
+            looks like data with fields but is not named like it, or has conversations but `chat` is None; or the
+            shares leave nothing for training.
 
     Warns:
-        RunWarning: files of a directory are left out, as they hold another format, or no UTF-8 text.
+        RunWarning: files of a directory are left out because they have another format or hold no UTF-8 text.
     """
     if not (valid_share >= 0 and test_share >= 0 and valid_share + test_share < 1):
         raise InputError(
@@ -153,9 +154,9 @@ def _refuse(option: str, value: str | None, what: str, source: str) -> None:
 
 
 def _divided(part: _Part, valid_share: float, test_share: float) -> dict[str, _Part]:
-    """Divide documents: whole ones, without reading them, if there are many, else each of them in three.
+    """Divide documents: many as whole documents, without reading them; few by cutting each in three.
 
-    Of few conversations each split gets one at least.
+    Of few conversations, each split gets at least one.
     """
     if isinstance(part, Rows) and part.chat is not None and len(SPLITS) <= len(part) < _FEW_DOCUMENTS:
         least = 1 / len(part)
@@ -172,7 +173,7 @@ def _divided(part: _Part, valid_share: float, test_share: float) -> dict[str, _P
 
 
 def _spread(count: int, valid_share: float, test_share: float) -> dict[str, np.ndarray]:
-    """The indices of the documents of each split: those held out lie evenly, and so do those for test among them."""
+    """Return the document indices of each split: held-out documents are spread evenly, and test evenly among them."""
     # In whole numbers, since 0.05 is no binary fraction and the choice must not hang on rounding.
     valid, test = (Fraction(share).limit_denominator(1000) for share in (valid_share, test_share))
     index = np.arange(count, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""From pieces of text to token ids."""
+"""Encoding of pieces of text as token ids."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BATCH_PIECES = 4096
 
 
 class Encoder:
-    """Gives a tokenizer's ids of texts, without special tokens around them; those of a chat template are in the text.
+    """Encodes texts by a tokenizer, without adding special tokens; those of a chat template are in the text already.
 
-    The ids of the tokenizer of `build_tokenizer("byte", …)` (`is_bytes`) are the bytes themselves, which takes a
-    thirtieth of the time of running it. Where each token is a word (`is_words`), texts must not be cut within one, and
-    tokens are counted as words, as in the WikiText papers, where a line end is one.
+    For the tokenizer of `build_tokenizer("byte", …)` (`is_bytes`), the ids are the bytes themselves, which takes a
+    thirtieth of the time of running it. If each token is a word (`is_words`), texts must not be cut within a word, and
+    tokens are counted as words, as in the WikiText papers, where a line end counts as one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool = False) -> None:
@@ -51,7 +51,7 @@ class Encoder:
         return [np.asarray(ids, dtype=np.uint32) for ids in encoded["input_ids"]]
 
     def located(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the ids of a text, and the characters where each begins and ends."""
+        """Return the ids of a text, and the characters at which each begins and ends."""
         if self._backend is None:
             raise InputError(
                 "answers_only needs a fast tokenizer, but got a slow one; leave answers_only out to learn from the "
@@ -65,8 +65,8 @@ class Encoder:
 def encode_pieces(encoder: Encoder, pieces: Iterable[Piece], separator: int | None) -> Iterator[np.ndarray]:
     """Yield the ids of a text, some at a time.
 
-    The separator is put where a document ends, unless its last token is that already: a line that ends in a line end
-    has its `<eos>` from a tokenizer of words.
+    The separator follows each document, unless the document already ends with that token: a tokenizer of words gives
+    `<eos>` for a line end.
     """
     last: int | None = None  # the last token of the document so far
     for batch in _batches(whole_words(pieces) if encoder.is_words else pieces):
@@ -85,7 +85,7 @@ def encode_pieces(encoder: Encoder, pieces: Iterable[Piece], separator: int | No
 def encode_answers(
     encoder: Encoder, pieces: Iterable[Piece], separator: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the ids of each conversation, and whether each is of an answer, or ends one."""
+    """Yield the ids of each conversation, and for each id whether it belongs to an answer or ends one."""
     for piece in pieces:
         ids, starts, stops = encoder.located(piece.text)
         scored = np.zeros(len(ids), dtype=np.bool_)
@@ -97,7 +97,7 @@ def encode_answers(
 
 
 def text_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids that a tokenizer puts before those of a text, and those it puts behind them."""
+    """Return the ids that a tokenizer puts before a text, and those that it puts after it."""
     whole, own = (tokenizer("a", add_special_tokens=framed, verbose=False)["input_ids"] for framed in (True, False))
     for start in range(len(whole) - len(own), -1, -1):
         if own and whole[start : start + len(own)] == own:
@@ -106,14 +106,14 @@ def text_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tup
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token that a tokenizer has to part documents: the end of a text, or what it puts behind one."""
+    """Return the token that separates documents: a tokenizer's end of text, or the token it puts after a text."""
     if isinstance(tokenizer.eos_token_id, int):
         return tokenizer.eos_token_id
     return next(iter(text_frame(tokenizer)[1]), None)
 
 
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides about a tokenizer's ids, and about what stands around a text."""
+    """Return a hash of everything that determines a tokenizer's ids and the tokens it puts around a text."""
     backend = _backend(tokenizer)
     if backend is not None:
         content = backend.to_str() + str(backend.encode_special_tokens)
@@ -136,5 +136,5 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The tokenizer of the tokenizers library within, if it is one of those."""
+    """Return the underlying tokenizer of the tokenizers library, if there is one."""
     return getattr(tokenizer, "backend_tokenizer", None)

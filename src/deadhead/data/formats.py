@@ -1,4 +1,4 @@
-"""What a file holds, text or rows with fields, by its ending and its first bytes; packed files are unpacked."""
+"""Detection of a file's format (text or rows with fields) by its ending and first bytes; packed files are unpacked."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _JSON = re.compile(rb'\s*(\[\s*)?\{\s*"(\\.|[^"\\\n])*"\s*:')
 class Found:
     """A file of text or rows.
 
-    `looks` says that its ending does not tell its format, but its first bytes do. `path` is the file itself, or, where
-    it was packed, what was unpacked of it, which goes with the `place` it lies in.
+    `looks` is True if the format was detected by the first bytes rather than by the ending. `path` is the file itself
+    or, if it was packed, the unpacked file, which is deleted together with its `place`.
     """
 
     label: str
@@ -52,14 +52,14 @@ class Found:
 
 
 class Unpacked:
-    """A folder for what is unpacked, which goes with the object."""
+    """A folder for unpacked files, which is deleted with this object."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="deadhead-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def unpack(self, path: Path, packing: str) -> Path:
-        """Unpack a file here; return where, under the name that it had before it was packed."""
+        """Unpack a file into this folder; return its path, with the name that it had before it was packed."""
         name = path.name[: -len(packing)] if path.name.lower().endswith(packing) else path.name
         target = Path(tempfile.mkdtemp(dir=self.folder)) / (name or "text")
         with no_space_is_input_error(target), readable(path):
@@ -90,7 +90,7 @@ def _damaged(path: Path, packing: str) -> InputError:
 
 
 def is_packed(path: Path) -> bool:
-    """Tell whether a file is packed in a way that is unpacked here, or is named so."""
+    """Return whether a file is packed in a supported way, by its contents or its name."""
     try:
         return path.suffix.lower() in _PACKED.values() or _head(path).startswith(tuple(_PACKED))
     except InputError:
@@ -98,10 +98,10 @@ def is_packed(path: Path) -> bool:
 
 
 def found_in(path: Path, place: Callable[[], Unpacked]) -> Found:
-    """Tell what a file holds; `place` is where it is unpacked, if it is packed.
+    """Return what a file holds; `place` is the folder to unpack it into, if it is packed.
 
     Raises:
-        InputError: the file can't be read or unpacked.
+        InputError: the file cannot be read or unpacked.
     """
     unpacked: Unpacked | None = None
     file = path
@@ -138,7 +138,7 @@ def found_in(path: Path, place: Callable[[], Unpacked]) -> Found:
 
 
 def _looks_json(head: bytes) -> bool:
-    """Tell whether a file is JSON by its beginning: one value, or an object on every line."""
+    """Return whether a file is JSON, by its beginning: one value, or an object on every line."""
     head = head.removeprefix(BOM_UTF8)
     if not _JSON.match(head):
         return False
@@ -157,7 +157,7 @@ def _head(path: Path) -> bytes:
 
 
 def refuse_looks(found: Found) -> InputError:
-    """Return what is said of a file that looks like rows, but is not named like them."""
+    """Return the error for a file that looks like rows but is not named like them."""
     return InputError(
         f"Text was expected in {found.label}, but it looks like JSON; choose data_format (--data-format) json to read "
         "its fields, or text to read it as plain text."

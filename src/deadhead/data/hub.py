@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing it takes seconds, and most texts don't need it
 
 
 def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: Chat | None) -> dict[str, Rows]:
-    """Load a data set: the splits it has, or else the rows that are to be divided as "train". Its code is never run.
+    """Load the splits of a data set; without splits, all rows are returned as "train". Its code is never run.
 
     NAME in `hf:NAME[:CONFIG]` may be a local folder. See `rows_of` for the columns.
     """
@@ -57,7 +57,7 @@ def hub_rows(source: str, *, text_column: str | None, split: str | None, chat: C
 
 
 def _load(source: str, name: str, config: str | None, *, is_saved: bool) -> dict[str, Dataset]:
-    """All splits of a data set by name."""
+    """Return all splits of a data set by name."""
     from datasets import Dataset, load_dataset, load_from_disk
 
     try:
@@ -71,7 +71,7 @@ def _load(source: str, name: str, config: str | None, *, is_saved: bool) -> dict
 
 @contextmanager
 def datasets_offline(is_offline: bool) -> Iterator[None]:
-    """Let the datasets library ask no server while the block runs, if it is said to be offline."""
+    """Keep the datasets library from contacting a server while the block runs, if offline mode is set."""
     import datasets
 
     # It read this setting of huggingface_hub's when it was imported.

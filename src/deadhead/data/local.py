@@ -26,7 +26,7 @@ ReadRows = Callable[[Mapping[str, Sequence[Found]], Format, Path], Mapping[str, 
 
 
 class Sized(NamedTuple):
-    """A file, the document or the table that it is, and its bytes."""
+    """A file, its document or table, and its size in bytes."""
 
     found: Found
     document: Document | Found
@@ -59,21 +59,21 @@ _STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-pa
 
 
 def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dict[str, Documents | Rows]:
-    """Find the documents at a path, by the split that the files' names tell, or else all as "train".
+    """Find the documents at a path, grouped by the split that the files' names give, otherwise all as "train".
 
-    Of a directory these are the files below it, sorted by their relative path, hidden ones left out. Files that hold
-    UTF-8 text, JSON, CSV or Parquet do not go together: the format with the most bytes is read. Its own splits count
-    when there is one for training and another, and the files whose names tell no split are the smaller part of all
-    bytes (a licence, a note): those are then left out.
+    For a directory, these are the files below it, sorted by their relative path, without hidden ones. UTF-8 text, JSON,
+    CSV and Parquet are not mixed: the format with the most bytes is read. Splits in names are used if there is one for
+    training and another one, and if the files whose names give no split (a licence, a note) are the smaller part of all
+    bytes; those files are then left out.
 
     Args:
-        path: of a file or a directory.
-        data_format: of the file, whatever it is named and looks like; of a directory's files only those that are of
-            this format are read, or all of them where none is, or it is "text". None tells by names and looks.
-        read: reads files with fields.
+        path: path of a file or a directory.
+        data_format: format of the file, whatever its name and contents; of a directory, only files of this format are
+            read, or all of them if none has it or it is "text". None detects formats by names and contents.
+        read: function that reads files with fields.
 
     Warns:
-        RunWarning: files of another format, or of no text, are left out.
+        RunWarning: files of another format, or without text, are left out.
     """
     checked_path(path)
     try:
@@ -133,9 +133,9 @@ def path_parts(path: Path, *, data_format: Format | None, read: ReadRows) -> dic
 def _by_format(
     path: Path, files: Sequence[Path], data_format: Format | None, place: Callable[[], Unpacked]
 ) -> tuple[dict[Format, list[Sized]], list[Path]]:
-    """Return the files below a directory that hold something, by their format, and those that hold no text.
+    """Return the non-empty files below a directory by their format, and those that hold no text.
 
-    A packed file that cannot be read is refused, as no one can tell what is in it.
+    A packed file that cannot be read is refused, because its contents are unknown.
     """
     everything: list[Found] = []
     lost: list[Path] = []
@@ -163,7 +163,7 @@ def _by_format(
 
 
 def _as_asked(found: Found, data_format: Format | None) -> Found:
-    """Return a file in the format that is asked for; refuse one that only looks like what it is if none is."""
+    """Return a file in the format asked for; if none is, refuse a file whose format shows only in its contents."""
     if data_format is not None:
         return replace(found, format=data_format)
     if found.looks:
@@ -172,7 +172,7 @@ def _as_asked(found: Found, data_format: Format | None) -> Found:
 
 
 def stdlib_documents() -> Documents:
-    """Find the source files of the standard library, sorted by relative path, without tests."""
+    """Return the source files of the standard library, sorted by relative path, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
     files: list[Path] = []
     for name in _STDLIB_NAMES.split():
@@ -195,7 +195,7 @@ def stdlib_documents() -> Documents:
 
 
 def _checked(found: Found) -> Document:
-    """A document of a whole file, after reading it once to see that it is text, or else an InputError."""
+    """Return the document of a whole file after reading it once; raise InputError if it is not text."""
     path = found.path
     with readable(found.label), path.open("rb") as stream:
         size, head = os.fstat(stream.fileno()).st_size, stream.read(PROBE_BYTES)
@@ -210,12 +210,12 @@ def _checked(found: Found) -> Document:
 
 
 def _open(found: Found) -> BinaryIO:
-    """Open a file; what was unpacked stays as long as this can be called."""
+    """Open a file; an unpacked file is kept as long as this can be called."""
     return found.path.open("rb")
 
 
 def _files_below(root: Path) -> Iterator[Path]:
-    """Regular files below a directory that are not hidden; each folder once, so that links can't make a loop."""
+    """Yield the regular files below a directory that are not hidden; each folder once, so that links make no loop."""
 
     def refuse(error: OSError) -> None:
         if error.filename == str(root):
@@ -234,7 +234,7 @@ def _files_below(root: Path) -> Iterator[Path]:
 
 
 def _own_splits(files: Sequence[Sized]) -> dict[str, list[Sized]]:
-    """Sort files by the split that their names tell, if those are the greater part of the text."""
+    """Group files by the split that their names give, if those files are the greater part of the text."""
     splits: dict[str, list[Sized]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", Path(file.found.label).name.lower())
@@ -248,7 +248,7 @@ def _own_splits(files: Sequence[Sized]) -> dict[str, list[Sized]]:
 
 
 def _missing(path: Path) -> str:
-    """The sentence for a path where nothing is, with the nearest name there is."""
+    """Return the message for a path that does not exist, with the nearest name that does."""
     names = ["stdlib", "self"] if path.parent == Path() else []
     with suppress(OSError):
         names += os.listdir(path.parent)

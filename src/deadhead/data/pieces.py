@@ -1,4 +1,4 @@
-"""Text as a stream of pieces: documents read in bounded memory, cut where a cut does no harm.
+"""Text as a stream of pieces: documents are read in bounded memory and cut where a cut does no harm.
 
 A document is a range of bytes of a UTF-8 file (or of a string in memory). It is read as pieces of at most
 `PIECE_BYTES` whose concatenation is the document's text, unchanged. All cuts are made on bytes.
@@ -23,7 +23,7 @@ _CONTINUATION = bytes(range(0x80, 0xC0))
 
 @contextmanager
 def readable(label: str | Path) -> Iterator[None]:
-    """Turn what keeps a text from being read into one sentence."""
+    """Turn an error that keeps a text from being read into an InputError of one sentence."""
     try:
         yield
     except OSError as error:
@@ -31,10 +31,10 @@ def readable(label: str | Path) -> Iterator[None]:
 
 
 class Piece(NamedTuple):
-    """At most `PIECE_BYTES` of text, and whether it ends one of several documents, so that a separator follows.
+    """At most `PIECE_BYTES` of text, and whether it ends one of several documents and is followed by a separator.
 
-    Of a conversation, which is one piece however long it is, `answers` are the ranges of characters that are answers,
-    if they were asked for.
+    A conversation of any length is one piece; its `answers` are the character ranges of the answers, if they were asked
+    for.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """The bytes from `start` up to `stop` of something that `open` opens; `label` is what errors call it."""
+    """The bytes from `start` up to `stop` of what `open` opens; `label` is its name in errors."""
 
     label: str
     open: Callable[[], BinaryIO]
@@ -52,10 +52,10 @@ class Document:
     stop: int
 
     def pieces(self, *, separated: bool = False) -> Iterator[Piece]:
-        """Yield the text in pieces; the last says that it ends a document if this one is to be `separated` from others.
+        """Yield the text in pieces; if the document is to be `separated` from others, the last piece is marked.
 
         Raises:
-            InputError: the bytes can't be read, or are not UTF-8 (the message gives the offset).
+            InputError: the bytes cannot be read, or are not UTF-8 (the message gives the offset).
         """
         position = self.start
         with readable(self.label), self.open() as stream:
@@ -80,7 +80,7 @@ class Document:
                 yield Piece(text, separated and position == self.stop)
 
     def cut(self, valid_share: float, test_share: float) -> tuple[Document, Document, Document]:
-        """Cut in three contiguous documents, for training, validation and test."""
+        """Cut the document into three contiguous ones, for training, validation and test."""
         length = self.stop - self.start
         with readable(self.label), self.open() as stream:
             valid_target = self._character_at(stream, self.stop - int(length * (valid_share + test_share)))
@@ -93,10 +93,10 @@ class Document:
         return replace(self, stop=valid), replace(self, start=valid, stop=test), replace(self, start=test)
 
     def _cut_near(self, stream: BinaryIO, target: int, *, first: int, last: int) -> int:
-        """Where to cut: the first line end from `target` on, or the last one before it, or at the target itself.
+        """Return where to cut: the first line end from `target` on, the last one before it, or the target itself.
 
-        Line ends count between `first` and `last`, but not at these, where a part would be empty. Where the target is
-        the document's beginning or end, an empty part is what is wanted.
+        Line ends count between `first` and `last`, but not at these positions, where a part would be empty. If the
+        target is the document's beginning or end, an empty part is intended.
         """
         if target in (self.start, self.stop):
             return target
@@ -112,7 +112,7 @@ class Document:
         return low + found + 1 if found >= 0 else target
 
     def _character_at(self, stream: BinaryIO, position: int) -> int:
-        """The beginning of a character at `position` or after."""
+        """Return the beginning of the first character at or after `position`."""
         stream.seek(position)
         data = stream.read(min(4, self.stop - position))
         return position + len(data) - len(data.lstrip(_CONTINUATION))
@@ -122,7 +122,7 @@ class Documents(list[Document]):
     """Several documents, which are separated from each other."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces of all."""
+        """Yield the pieces of all documents."""
         for document in self:
             yield from document.pieces(separated=len(self) > 1)
 
@@ -132,7 +132,7 @@ class Documents(list[Document]):
 
 
 def whole_words(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield the same text cut so that no word, no run of characters without whitespace, lies in two pieces."""
+    """Yield the same text, cut so that no word (a run of characters without whitespace) is split between pieces."""
     held: list[str] = []
     for text, ends_document, _ in pieces:
         words = text.rsplit(None, 1)

@@ -1,4 +1,4 @@
-"""One long text in rows: of segments, so that each batch continues the one before it, or each for itself."""
+"""One long text in rows: rows of segments, in which each batch continues the one before it, or independent rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from deadhead.errors import InputError, typed
 
 
 def require_ids(tokens: np.ndarray) -> None:
-    """Check that an array holds tokens one after the other.
+    """Check that an array holds a sequence of tokens.
 
     Raises:
-        InputError: it does not.
+        InputError: the array is not one-dimensional, or does not hold whole numbers.
     """
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise InputError(
@@ -27,18 +27,18 @@ def require_ids(tokens: np.ndarray) -> None:
 class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
     """Cuts a flat stream into contiguous rows of equal length, and each row into consecutive segments.
 
-    Item i is segment i // rows of row i % rows. So where W processes take batches of B items in turn and rows = B · W,
-    each row of a batch continues the same row of the batch that the process had before, whose hidden states are its
-    memory.
+    Item i is segment i // rows of row i % rows. If W processes take batches of B items in turn and rows = B · W, each
+    row of a batch continues the same row of the process's previous batch, whose hidden states are its memory.
 
     Args:
-        tokens: (n,), ids. What is left after the last whole segment of all rows is dropped.
-        rows: rows that are read side by side, the batch size over all processes.
+        tokens: (n,), ids. Tokens after the last whole segment of all rows are dropped.
+        rows: number of rows in a batch over all processes.
         segment_length: T, tokens that a model sees at once.
-        first_segment: the segment of every row to begin with, in a later phase; after the last come those before it.
+        first_segment: the segment of every row to start with, in a later phase; after the last segment, reading
+            continues at the first.
 
     Raises:
-        InputError: the text is shorter than one segment a row, or a number is not positive.
+        InputError: the text is shorter than one segment per row, or a number is not positive.
     """
 
     @typed
@@ -65,7 +65,7 @@ class SegmentDataset(Dataset[dict[str, torch.Tensor]]):
         return self._rows * self._segments_per_row
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One segment: `input_ids` (T,), `labels` (T,), the token after each, and `is_first` (), bool: begins its row.
+        """Return a segment: `input_ids` (T,), `labels` (T,), the next tokens, and `is_first` (), bool: begins its row.
 
         Raises:
             IndexError: there is no such segment.
@@ -84,13 +84,13 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
     """Cuts a flat stream into rows for a model without memory, each of which begins as a tokenizer begins a text.
 
     Args:
-        tokens: (n,), ids. What is left after the last whole row is dropped.
-        length: T, tokens that a model sees at once: those of the prefix, and the next of the stream.
+        tokens: (n,), ids. Tokens after the last whole row are dropped.
+        length: T, tokens that a model sees at once: those of the prefix, and the next ones of the stream.
         prefix: the tokens that every row begins with.
-        scored: (n,), whether a token counts; None: all do. Rows in which none counts are left out.
+        scored: (n,), whether a token counts; None: all count. Rows in which no token counts are left out.
 
     Raises:
-        InputError: the text is shorter than a row, or the prefix leaves no place in one, or no token counts.
+        InputError: the text is shorter than a row, the prefix leaves no room in a row, or no token counts.
     """
 
     @typed
@@ -132,7 +132,7 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One row: `input_ids` (T,), `scored` (T,), bool: is of the text and counts, and `is_first` (): True.
+        """Return a row: `input_ids` (T,), `scored` (T,), bool: is of the text and counts, and `is_first` (): True.
 
         Raises:
             IndexError: there is no such row.

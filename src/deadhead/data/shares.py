@@ -17,9 +17,9 @@ _T = TypeVar("_T")
 
 
 class Shares:
-    """The share of one process of what several do; of one alone, everything.
+    """One process's share of the work of several; a single process does everything.
 
-    All processes call the same methods in the same order, but for `is_own`.
+    All processes call the same methods in the same order, except for `is_own`.
     """
 
     count = 1
@@ -27,32 +27,32 @@ class Shares:
     index = 0
 
     def dealing(self) -> Dealing:
-        """Return what says, batch by batch, which are this process's own."""
+        """Return an object that says, batch by batch, which batches are this process's own."""
         return Dealing(self.count, self.index)
 
     def total(self, *sums: Tensor) -> None:
-        """Add to some tensors those of the other processes, in place: all then have the same numbers, to the bit."""
+        """Add the other processes' tensors to these in place; all processes then have the same numbers, bit for bit."""
 
     def of_main(self, work: Callable[[], _T]) -> _T:
-        """Return in all processes what `work` returns in the main one, which alone runs it; no tensors on a GPU."""
+        """Run `work` in the main process only, and return its result in all; it must hold no tensors on a GPU."""
         return work()
 
     def agreed(self, value: _T) -> _T:
-        """Return in all processes the value that the main one has."""
+        """Return the main process's value in all processes."""
         return self.of_main(lambda: value)
 
     def undivided(self) -> Shares:
-        """Return shares in which every process has everything, and only what `of_main` returns is the main one's."""
+        """Return shares in which every process does everything, and only `of_main` returns the main one's result."""
         return self
 
     def any(self, value: bool) -> bool:
-        """Tell whether a value is true in some process."""
+        """Return whether a value is true in any process."""
         found = torch.tensor(float(value))
         self.total(found)
         return self.agreed(bool(found))
 
     def joined(self, rows: Tensor) -> Tensor:
-        """Return the rows (R, …) of all processes, (P, …), those of the main one first."""
+        """Return the rows (R, …) of all processes as (P, …), those of the main process first."""
         if self.count == 1:
             return rows
         lengths = torch.zeros(self.count, dtype=torch.int64)
@@ -67,13 +67,13 @@ class Shares:
 
 
 class Dealing:
-    """Deals out batches one by one, each to the process that has least so far, so that all have about as much to do."""
+    """Assigns batches one by one, each to the process with the least work so far, so that all have about the same."""
 
     def __init__(self, count: int, index: int) -> None:
         self._sizes, self._index = [0] * count, index
 
     def is_own(self, size: int) -> bool:
-        """Tell whether the next batch, of so many tokens, is this process's own."""
+        """Return whether the next batch, with this number of tokens, is this process's own."""
         least = self._sizes.index(min(self._sizes))
         self._sizes[least] += size
         return least == self._index

@@ -1,4 +1,4 @@
-"""Rows of data with fields: those of a data set's text column, or of its conversations, each a document."""
+"""Rows of data with fields: each row of a text column, or each conversation, is a document."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _TOOLS = "tools"
 
 
 class Rows:
-    """The rows of a data set, each a document; those that are null, or have no message, are passed over.
+    """The rows of a data set, each a document; rows that are null or have no message are skipped.
 
     Args:
-        dataset: with the columns.
-        columns: one of strings or of lists of messages, or two: what is asked and what is answered.
-        label: what errors call the data set.
-        chat: writes conversations, with the tools of a column that is named so; None where the column is of strings.
-        holds: what the data set's files lie in, kept as long as the rows are.
+        dataset: the data set with the columns.
+        columns: one column of strings or of lists of messages, or two: the question and the answer.
+        label: name of the data set in errors.
+        chat: writes conversations, with the tools of a column named `tools`; None for a column of strings.
+        holds: the place of the data set's files, kept as long as the rows are.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Rows:
         return len(self._dataset)
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the text of all rows; each row ends a document if there is more than one."""
+        """Yield the text of all rows; each row ends a document if there are several."""
         separated = len(self) > 1
         for text, answers in self._written():
             if self.chat is not None or 4 * len(text) <= PIECE_BYTES:
@@ -68,7 +68,7 @@ class Rows:
         return Rows(self._dataset.select(indices), self._columns, self._label, self.chat, self._holds)
 
     def __iter__(self) -> Iterator[Document]:
-        """One document a row that is not empty, for data sets of few rows: each is read when it is opened."""
+        """Yield a document for each row that is not empty, for data sets of few rows; it is read when it is opened."""
         for row in range(len(self)):
             if size := self._open(row).getbuffer().nbytes:
                 yield Document(label=f"row {row} of {self._label}", open=partial(self._open, row), stop=size)
@@ -118,13 +118,13 @@ def rows_of(
     holds: object = None,
     is_csv: bool = False,
 ) -> Rows:
-    """Find what to read of a data set, which errors call `source`.
+    """Find the columns to read of a data set, which errors call `source`.
 
-    Without a column's name it is text, messages, prompt and completion, or the only one of strings. The first line of a
-    CSV file may be none of names, so the only one does not do there.
+    If no column is named, these are text, messages, prompt and completion, or the only column of strings. For a CSV
+    file the only column is not used, because its first line may not hold names.
 
     Raises:
-        InputError: there is no such column, or conversations came without a chat template.
+        InputError: there is no such column, or there are conversations but no chat template.
     """
     kinds = {name: _kind(dataset, name) for name in dataset.column_names}
     columns = _columns(kinds, is_csv=is_csv) if text_column is None else [text_column]
@@ -156,7 +156,7 @@ def rows_of(
 
 
 def _columns(kinds: Mapping[str, str], *, is_csv: bool) -> list[str]:
-    """Return the columns that are read where none is named; one of an expected name goes before others."""
+    """Return the columns to read if none is named; columns with an expected name come first."""
     usual = {"text": "string", "messages": "list"}
     if found := [name for name, kind in usual.items() if kinds.get(name) == kind]:
         return found[:1]
@@ -184,7 +184,7 @@ def _kind(dataset: Dataset, name: str) -> str:
 
 
 def _without_fillers(value: Any, feature: Any) -> Any:
-    """Return a value without the nulls of fields that a table has for other rows; those of JSON are its own."""
+    """Return a value without the nulls of fields that only other rows of the table have; JSON's own nulls stay."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
         return [_without_fillers(item, inner) for item in value]
@@ -194,7 +194,7 @@ def _without_fillers(value: Any, feature: Any) -> Any:
 
 
 def _held(feature: Any) -> str:
-    """Say what a column holds whose values cannot be read."""
+    """Return a description of the contents of a column whose values cannot be read."""
     name, dtype = type(feature).__name__, getattr(feature, "dtype", "")
     if name == "Value":
         return "nothing but nulls" if dtype == "null" else f"values of type {dtype}"
@@ -204,7 +204,7 @@ def _held(feature: Any) -> str:
 def file_rows(
     files: Mapping[str, Sequence[Found]], kind: Format, source: str, *, text_column: str | None, chat: Chat | None
 ) -> dict[str, Rows]:
-    """Read files of one kind by the split that each belongs to; errors call them `source`. See `rows_of`.
+    """Read files of one format, grouped by split; errors call them `source`. See `rows_of`.
 
     Raises:
         InputError: `datasets` is not installed, or cannot read a file, or see `rows_of`.
@@ -256,7 +256,7 @@ def _decoding(label: str) -> Iterator[None]:
 
 
 def _csv_settings(path: Path) -> dict[str, Any]:
-    """Return how a CSV file is read, by its first line: all values are text as it stands there, such as None or 01."""
+    """Return the settings to read a CSV file with, by its first line; values such as None or 01 are read as text."""
     import pandas  # type: ignore[import-untyped]
     from datasets import Features, Value
 
@@ -272,7 +272,7 @@ def _csv_settings(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep `datasets` from writing bars and log lines, and from telling a server that a file on this disk is read."""
+    """Keep `datasets` from writing bars and log lines, and from reporting to a server that a local file is read."""
     import datasets
 
     level, has_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
@@ -289,7 +289,7 @@ def _silent() -> Iterator[None]:
 
 
 def require_text(rows: Mapping[str, Rows], source: str) -> None:
-    """Check that no split is without text."""
+    """Check that every split has text."""
     for split, part in rows.items():
         if not any(piece.text for piece in part.pieces()):
             raise InputError(f"Text was expected in {source}, but its split {split} has none; choose another split.")

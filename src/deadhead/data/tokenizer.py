@@ -1,6 +1,6 @@
 """Tokenizers made from a text: bytes, byte pairs, and the words of the WikiText papers.
 
-All three are ordinary fast tokenizers of transformers, saved and loaded by its own functions. A text can't forge an end
+All three are ordinary fast tokenizers of transformers, saved and loaded by its functions. A text cannot forge an end
 of document: "<eos>" within it is cut like any other text (of words, see `_word`), so byte and bpe give every string
 back exactly. Once special tokens are added, each special token within a text is one id, as in other tokenizers.
 """
@@ -29,7 +29,7 @@ _BPE_VOCABULARY = 8192
 
 
 class TokenizersBackend(PreTrainedTokenizerFast):
-    """A tokenizer of ours; it is saved under this name, which is that of transformers' own class."""
+    """A tokenizer that deadhead made; it is saved under this name, which is that of transformers' own class."""
 
     def _add_tokens(self, new_tokens: list[Any], special_tokens: bool = False) -> int:
         if special_tokens and any(str(token) not in (EOS, UNK) for token in new_tokens):
@@ -40,17 +40,17 @@ class TokenizersBackend(PreTrainedTokenizerFast):
 
 @typed
 def build_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
-    """Make a tokenizer, from the text for training where it has to learn.
+    """Make a tokenizer; if it has to learn, it learns from the training text.
 
     Args:
-        kind: "byte" (the 256 bytes and `<eos>`), "bpe" (byte pairs, learned) or "word" (what stands between
+        kind: "byte" (the 256 bytes and `<eos>`), "bpe" (learned byte pairs) or "word" (runs of characters between
             whitespace; `<eos>` for each line end, `<unk>` for words that are not in the vocabulary).
-        corpus: the text; it is streamed.
-        vocab_size: tokens in all, special ones included. None: 8192 for bpe, every word for word. A text too short
+        corpus: the text, which is streamed.
+        vocab_size: number of tokens, including special ones. None: 8192 for bpe, every word for word. A short text
             gives fewer.
 
     Returns:
-        The same tokenizer for the same text, always. Its `<eos>` also serves as padding and as beginning.
+        The tokenizer, which is always the same for the same text. Its `<eos>` also serves as padding and as beginning.
 
     Raises:
         InputError: an unknown kind, a vocabulary too small for the kind, or a text without a word.
@@ -79,16 +79,16 @@ _LOADED_BY = ("is_local", "local_files_only")
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Tell whether a model's folder has its tokenizer beside it, as GGUF files and models of the hub are taken to."""
+    """Return whether a model's folder contains its tokenizer; for GGUF files and models of the hub this is assumed."""
     return not path.is_dir() or (path / "tokenizer_config.json").exists() or gguf_file(path) is not None
 
 
 @typed
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a saved tokenizer, that of a GGUF file, or one of the hub by its name.
+    """Load a saved tokenizer, that of a GGUF file, or one of the hub by name.
 
     Raises:
-        InputError: there is none, or it can't be loaded.
+        InputError: there is no tokenizer, or it cannot be loaded.
     """
     if (file := gguf_file(path)) is not None:
         with reading_gguf(file, "tokenizer") as (folder, of_gguf):
@@ -123,7 +123,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _without_more(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Take off what transformers adds to the tokens of a GGUF file, <|endoftext|>, for which the model has no row."""
+    """Remove <|endoftext|>, which transformers adds to the tokens of a GGUF file, but the model has no row for it."""
     written = json.loads(tokenizer.backend_tokenizer.to_str())
     written["added_tokens"] = [token for token in written["added_tokens"] if token["id"] < tokenizer.vocab_size]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(written))
@@ -132,12 +132,12 @@ def _without_more(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
 @typed
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the numbers of a tokenizer's special tokens, by the names that a model's configuration has for them."""
+    """Return the ids of a tokenizer's special tokens, by their names in a model's configuration."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the tokenizer whose ids are the bytes of UTF-8, and `<eos>`."""
+    """Make the tokenizer whose ids are the bytes of UTF-8 and `<eos>`."""
     vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, EOS: _BYTES}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -160,10 +160,10 @@ def _bpe(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def _word(corpus: Corpus, vocab_size: int | None) -> Tokenizer:
-    """A vocabulary in the order of falling frequency (then of the alphabet), so that a token's number is its rank.
+    """Make a tokenizer of words, sorted by falling frequency, then alphabetically, so that an id is a rank.
 
-    The special tokens take the ranks that their frequency gives them: `<eos>` counts line ends, `<unk>` what is left
-    out. Where the text has "<unk>" or "<eos>" for a word, as WikiText does, that is the special token.
+    Special tokens have the ranks that their frequency gives them: `<eos>` counts line ends, `<unk>` counts the words
+    that are left out. If the text has "<unk>" or "<eos>" as a word, as WikiText does, it is the special token.
     """
     counts: Counter[str] = Counter()
     for text, *_ in whole_words(corpus.pieces("train")):

@@ -1,8 +1,8 @@
-"""A corpus as token ids on disk: one flat file a split, mapped into memory, made once and used again.
+"""A corpus as token ids on disk: one flat file per split, mapped into memory, made once and reused.
 
 A folder of the cache holds `train.bin`, `valid.bin`, `test.bin` (little-endian, 16 bits an id if the vocabulary fits,
-else 32), `meta.json` and checksums; where answers alone count, also `train.scored` and so on, a byte a token. It is
-written beside and moved in whole: several processes may make the same one.
+otherwise 32), `meta.json` and checksums; if only answers count, also `train.scored` and so on, one byte a token. It is
+written to a temporary folder and moved as a whole, so several processes may make the same one.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class TokenStream:
     """The tokens of one split.
 
     Attributes:
-        tokens: (n,), mapped from a file, not to be written to.
-        num_bytes: of the text in UTF-8, for bits per byte. Separators between documents are no text.
-        num_words: of the text, for perplexity per word; with a tokenizer of words the number of tokens.
+        tokens: (n,), ids, mapped read-only from a file.
+        num_bytes: size of the text in UTF-8, for bits per byte; separators between documents do not count.
+        num_words: number of words, for perplexity per word; with a tokenizer of words, the number of tokens.
         prefix: the tokens that the tokenizer begins a text with, such as BOS. They are not in `tokens`: every row that
             a model without segment memory reads begins with them.
-        scored: (n,), whether a token is learned from and measured on, as answers are; None: all are. Bytes and words
-            are those of what is scored.
+        scored: (n,), whether a token counts in training and measurement, as those of answers do; None: all count.
+            `num_bytes` and `num_words` are those of the scored text.
     """
 
     tokens: np.ndarray
@@ -67,7 +67,7 @@ class TokenStream:
 class TokenizedCorpus:
     """Token streams of "train", "valid" and "test" (`splits`), which may be empty, and the hash of the text.
 
-    They lie in a finished folder of the cache.
+    They are in a finished folder of the cache.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
@@ -103,28 +103,28 @@ def load_text(
     cache_dir: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TokenizedCorpus, PreTrainedTokenizerBase]:
-    """Read a text and turn it into tokens.
+    """Read a text and tokenise it.
 
     Args:
         source: a file of text, JSON, JSON Lines, CSV or Parquet, packed with gzip or zstd or not; a directory of such
             files; "stdlib" or "hf:NAME[:CONFIG]".
-        tokenizer: "byte", "bpe" or "word" to make one for this text, or a tokenizer that exists.
-        vocab_size: of a "bpe" or "word" tokenizer.
-        text_column: of data with fields: the column with the text, or with lists of messages; None takes "text",
-            "messages", "prompt" and "completion", or the only one of strings.
-        split: the one split of a data set to use.
-        data_format: of files: "text", "json", "csv" or "parquet"; None tells by their endings.
-        chat_template: a file with the template that conversations are written by; the tokenizer returned has it. None:
-            the tokenizer's own.
-        answers_only: learn from, and measure on, the answers of conversations alone.
-        cache_dir: where tokens are kept on disk to be used again; None keeps them as long as the result lives.
-        progress: called with the kB of text done and to do, while it is tokenised.
+        tokenizer: "byte", "bpe" or "word" to make one for this text, or an existing tokenizer.
+        vocab_size: size of the vocabulary of a "bpe" or "word" tokenizer.
+        text_column: for data with fields: the column with the text, or with lists of messages; None takes "text",
+            "messages", "prompt" and "completion", or the only column of strings.
+        split: the single split of a data set to use.
+        data_format: format of files: "text", "json", "csv" or "parquet"; None detects it by their endings.
+        chat_template: file with the template that writes conversations; the returned tokenizer has it. None: the
+            tokenizer's own template.
+        answers_only: learn from, and measure on, only the answers of conversations.
+        cache_dir: folder to keep tokens in and reuse them from; None keeps them as long as the result exists.
+        progress: called while the text is tokenised, with the kB of text that are done and the kB in total.
 
     Returns:
         The train, valid and test streams, and the tokenizer.
 
     Raises:
-        InputError: the text or the tokenizer cannot be used; the message says why.
+        InputError: the text or the tokenizer cannot be used.
     """
     template = None if chat_template is None else read_text(Path(chat_template), what="chat template")
     chat = chat_of(tokenizer, template, answers=answers_only)
@@ -146,9 +146,9 @@ def load_text(
 
 
 def chat_of(tokenizer: str | PreTrainedTokenizerBase, template: str | None, *, answers: bool) -> Chat | None:
-    """Return what writes conversations for a tokenizer, or one of a kind that is not made yet; None without template.
+    """Return the writer of conversations for a tokenizer, or a kind that is yet to be made; None without a template.
 
-    A template that is given goes before the tokenizer's own.
+    A given template takes precedence over the tokenizer's own.
     """
     if isinstance(tokenizer, str):
         special, begin, tool_template = dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS), "", None
@@ -174,14 +174,15 @@ def tokenize_corpus(
     progress: Callable[[int, int], None] = lambda done, total: None,
     answers_only: bool = False,
 ) -> TokenizedCorpus:
-    """Turn a corpus into token ids, streaming, unless the cache has them. Tokenizers of subwords use all cores.
+    """Stream a corpus into token ids, unless the cache has them. Tokenizers of subwords use all cores.
 
-    Where a split has several documents, each is followed by the token that ends a text, if the tokenizer has one.
-    Without a cache the ids lie in a temporary folder, which goes with the object returned. `progress` is called with
-    the kB of text done and to do. With `answers_only` it is noted which tokens are of answers, which the corpus tells.
+    If a split has several documents, each is followed by the token that ends a text, if the tokenizer has one. Without
+    a cache, the ids are in a temporary folder, which is deleted with the returned object. `progress` is called with the
+    kB of text that are done and the kB in total. With `answers_only`, the tokens of answers are marked; the corpus must
+    give the answers.
 
     Raises:
-        InputError: the text can't be read, or the folder can't be written; then nothing half-written is left.
+        InputError: the text cannot be read, or the folder cannot be written; no incomplete files are left.
     """
     if cache_dir is None:
         temporary = Path(tempfile.mkdtemp(prefix="deadhead-"))
@@ -226,7 +227,7 @@ def _write_splits(
     progress: Callable[[int, int], None],
     answers_only: bool,
 ) -> dict[str, dict[str, int]]:
-    """Write the files of all splits; return the numbers of tokens, bytes and words of each."""
+    """Write the files of all splits; return the number of tokens, bytes and words of each."""
     encoder, separator = Encoder(tokenizer, is_chat=corpus.is_chat), separator_of(tokenizer)
     write = _write_answers if answers_only else _write_text
     counts = {name: {"tokens": 0, "bytes": 0, "words": 0} for name in SPLITS}
@@ -242,7 +243,7 @@ def _write_splits(
 def _write_text(
     path: Path, pieces: Iterable[Piece], encoder: Encoder, separator: int | None, dtype: str, count: dict[str, int]
 ) -> Iterator[int]:
-    """Write the ids of a split; yield how many, some at a time, and count its bytes and words."""
+    """Write the ids of a split and count its bytes and words; yield the number of ids written, some at a time."""
     with path.open("wb") as file:
         for ids in encode_pieces(encoder, _counted(pieces, count), separator):
             file.write(ids.astype(dtype).data)  # unlike ndarray.tofile, this says why it fails
@@ -252,7 +253,7 @@ def _write_text(
 def _write_answers(
     path: Path, pieces: Iterable[Piece], encoder: Encoder, separator: int | None, dtype: str, count: dict[str, int]
 ) -> Iterator[int]:
-    """Write the ids of a split of conversations as `_write_text` does, and beside them which are of answers."""
+    """Write the ids of a split of conversations as `_write_text` does, and mark those of answers in a second file."""
     with path.open("wb") as file, path.with_suffix(_SCORED).open("wb") as marks:
         for ids, scored in encode_answers(encoder, _counted(pieces, count), separator):
             file.write(ids.astype(dtype).data)
@@ -261,7 +262,7 @@ def _write_answers(
 
 
 def _move_in(temporary: Path, folder: Path, fingerprint: str) -> None:
-    """Give a finished folder its place, unless another process was first or the place holds something damaged."""
+    """Move a finished folder to its place, unless another process was first; replace a damaged one."""
     try:
         temporary.rename(folder)
     except OSError as error:
@@ -273,7 +274,7 @@ def _move_in(temporary: Path, folder: Path, fingerprint: str) -> None:
 
 
 def _usable(folder: Path, fingerprint: str) -> TokenizedCorpus | None:
-    """What a folder of the cache holds, if it is whole and of this text and tokenizer."""
+    """Return the contents of a folder of the cache, if it is complete and belongs to this text and tokenizer."""
     with suppress(InputError, OSError, KeyError, TypeError, ValueError):
         # The text itself is hashed at each start too, so this takes no longer than that.
         if read_checksums(folder) and changed_file(folder) is None:
@@ -283,9 +284,9 @@ def _usable(folder: Path, fingerprint: str) -> TokenizedCorpus | None:
 
 
 def _counted(pieces: Iterable[Piece], count: dict[str, int]) -> Iterator[Piece]:
-    """Count bytes and words of pieces that pass through; a word cut in two by a piece's end counts once.
+    """Count the bytes and words of pieces that pass through; a word that is split between two pieces counts once.
 
-    Where it is known what answers are, they alone count.
+    If the answers are known, only they count.
     """
     is_within_word = False
     for piece in pieces:

@@ -10,10 +10,10 @@ from deadhead.errors import InputError
 
 
 def tools_of(value: Any, label: str) -> list[Any] | None:
-    """Return the tools of a conversation, which may be JSON text, as a list; None if there are none.
+    """Return the tools of a conversation, which may be given as JSON text, as a list; None if there are none.
 
     Raises:
-        InputError: they are no list of objects; the message calls the conversation by its label.
+        InputError: they are not a list of objects; the message names the conversation by its label.
     """
     tools = _parsed(value) if isinstance(value, str) else value
     if value is None or value == "" or tools == []:
@@ -27,7 +27,7 @@ def tools_of(value: Any, label: str) -> list[Any] | None:
 
 
 def with_mappings(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose tool calls have their arguments as mappings, where they came as JSON text."""
+    """Return a message whose tool calls have their arguments as mappings instead of JSON text."""
     calls = message.get("tool_calls")
     return {**message, **({"tool_calls": list(map(_with_mapping, calls))} if isinstance(calls, list) else {})}
 

@@ -1,4 +1,4 @@
-"""What a chat template writes around the turns of a conversation, as tokens, for a model that is to go on with them."""
+"""The tokens that a chat template writes around the turns of a conversation, for a model that continues them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MARKS = ("QUESTIONxJ7", "ANSWERxJ7", "AGAINxJ7")
 
 
 class Turns(NamedTuple):
-    """What stands around turns, in tokens.
+    """The tokens around turns.
 
     Attributes:
-        begin: before the first question, a system prompt of the template's own among it; without what the tokenizer
-            puts before every text.
-        answer: between a question and its answer, if it begins with a special token.
-        again: between an answer and the next question, likewise.
+        begin: tokens before the first question, including the template's own system prompt, but without those that the
+            tokenizer puts before every text.
+        answer: tokens between a question and its answer, if the first is a special token.
+        again: tokens between an answer and the next question, if the first is a special token.
     """
 
     begin: Ids
@@ -32,7 +32,7 @@ class Turns(NamedTuple):
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """Return what a tokenizer's chat template writes around turns; None without one that writes a single question."""
+    """Return the tokens that a chat template writes around turns; None without a template for a single question."""
     chat = chat_of(tokenizer, None, answers=False)
     if chat is None:
         return None
@@ -58,7 +58,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
 
 
 def _parts(chat: Chat, count: int) -> list[str] | None:
-    """Return what a template writes before, between and behind so many turns; None if it does not write them."""
+    """Return what a template writes before, between and after a number of turns; None if it does not write them."""
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)][:count]
     try:

@@ -1,1 +1,1 @@
-"""What people look at: the head map, the tables of a run, and its page in a browser, written or served live."""
+"""Reports for people: the head map, the tables of a run, and its page for a browser, as a file or live."""

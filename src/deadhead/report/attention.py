@@ -1,4 +1,4 @@
-"""Where each head of a model looks while it reads a sentence."""
+"""The attention of each head of a model while it reads a sentence."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SIGNS = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
 def run_attention(
     folder: Path, sentence: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Return the attention patterns on a sentence of a run's dense and pruned model, as far as they are there.
+    """Return the attention patterns of a run's dense and pruned model, if they exist, on a sentence.
 
-    `folder` may be a checkpoint too; `progress` is told of models done and to do.
+    `folder` may also be a checkpoint; `progress` is called with the number of models done and in total.
     """
     found = checkpoints_in(folder, ATTENTION_OF)
     patterns: dict[str, Any] = {}
@@ -42,15 +42,15 @@ def run_attention(
 
 
 def attention_patterns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentence: str) -> dict[str, Any]:
-    """Return the attention weights of every head, dense, gated or cut, on a sentence; of a long one on the beginning.
+    """Return the attention weights of every head, dense, gated or cut, on a sentence, or the beginning of a long one.
 
     Returns:
-        ``tokens``; ``columns``, the tokens and, if the model has them, one for all persistent vectors together; and
-        ``layers``: by layer the ``heads`` there are, by the numbers of the dense model's query heads, of the ``total``
-        it had, and ``weights``, bytes (H, T, columns) in base64, 255 standing for 1.
+        ``tokens``; ``columns``: the tokens and, if the model has persistent vectors, one column for all of them; and
+        ``layers``: for each layer its ``heads``, by the indices of the dense model's query heads, the ``total`` that
+        the dense model had, and ``weights``, bytes (H, T, columns) in base64, where 255 stands for 1.
 
     Raises:
-        InputError: the sentence is empty, or the model does not tell its attention.
+        InputError: the sentence is empty, or the model does not return its attention.
     """
     layout = find_layout(model)
     plan = layout.recorded_plan(model)

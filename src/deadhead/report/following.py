@@ -1,4 +1,4 @@
-"""Follow a metrics.jsonl while it grows, in memory that stays small however long the run is."""
+"""Follow a growing metrics.jsonl in little memory, however long the run is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST_LINE = 1 << 26
 
 
 class Frames:
-    """Rows of numbers at growing steps, at most `most` and the newest: when they are more, every other one goes."""
+    """Rows of numbers at growing steps, at most `most` plus the newest: beyond that, every other row is dropped."""
 
     def __init__(self, most: int = _MOST_FRAMES) -> None:
         self.most = most
@@ -38,7 +38,7 @@ class Frames:
 
 
 class PhaseMetrics:
-    """What a phase has logged: scalars by name, and of its gates, by layer, open probability and output difference."""
+    """The logs of a phase: scalars by name, and the gates' open probability and output difference by layer."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -47,7 +47,7 @@ class PhaseMetrics:
         self.difference: dict[str, list[float]] = {}
 
     def add(self, line: dict[str, Any]) -> None:
-        """Take in one line."""
+        """Add one line of the log."""
         step = line["step"]
         self.steps.append(step)
         numbers = {
@@ -63,7 +63,7 @@ class PhaseMetrics:
 
 
 class MetricsFollower:
-    """Reads what has been added to a metrics.jsonl, which may not be there yet, since the last time."""
+    """Reads the lines added to a metrics.jsonl since the last read; the file need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,9 +72,9 @@ class MetricsFollower:
         self._identity: tuple[int, int] | None = None
 
     def update(self) -> bool:
-        """Read on; return whether anything is new.
+        """Read new lines; return whether there are any.
 
-        A file that was replaced, as by a resumed run, which drops what it will do again, is read from its beginning.
+        A replaced file is read from its beginning: a resumed run replaces it to drop the steps that it repeats.
         """
         changed = False
         with suppress(OSError), self.path.open("rb") as file:
@@ -95,9 +95,9 @@ class MetricsFollower:
 
 
 def thin(steps: list[int], values: list[float | None], most: int = 1500) -> tuple[list[int], list[float | None]]:
-    """Return at most about `most` points of a curve that draw the same picture: of each stretch its lowest and highest.
+    """Return at most about `most` points of a curve that draw the same picture: the extremes of each stretch.
 
-    Steps at which nothing was logged, whose value is None, are left out.
+    Steps without a logged value (None) are left out.
     """
     known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
     if len(known) > most:

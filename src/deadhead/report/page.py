@@ -1,4 +1,4 @@
-"""A run's page: one HTML file that holds all it needs and asks for nothing."""
+"""The page of a run: one self-contained HTML file without network requests."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SCRIPTS = ("text.js", "head_map.js", "drawing.js", "charts.js", "run_view.js", 
 
 
 def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
-    """Return the page as HTML; if it is `live`, it asks the server that gave it out for news.
+    """Return the page as HTML; a `live` page asks its server for updates.
 
-    Of each run it takes the ``facts`` (see `RunFacts`), the ``others``' points (see `sibling_points`), and by model the
-    ``attention`` patterns, or None.
+    Each run has ``facts`` (see `RunFacts`), the points of ``others`` (see `sibling_points`), and ``attention`` patterns
+    by model, or None.
     """
     return rendered(
         "page.html",
@@ -36,7 +36,7 @@ def render_page(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
 
 
 def rendered(name: str, **values: Any) -> str:
-    """Return a page whose template has this name, with the style that all have."""
+    """Return a page made from the template of this name, with the common style."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     style = Markup(_asset("page.css"))
     return environment.from_string(_asset(name)).render(style=style, version=__version__, **values)
@@ -44,7 +44,7 @@ def rendered(name: str, **values: Any) -> str:
 
 @cache
 def page_policy(*, live: bool) -> str:
-    """Return the content security policy: only the page's own script runs, and requests go to a live server only."""
+    """Return the content security policy: only the page's own script runs, and only a live page sends requests."""
     digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     connect = "'self'" if live else "'none'"
     return (
@@ -55,7 +55,7 @@ def page_policy(*, live: bool) -> str:
 
 @cache
 def _script() -> str:
-    """Return the page's script as it stands in the page."""
+    """Return the page's script in the form that the page contains."""
     # What would end the element can only stand in strings and comments.
     return "\n".join(_asset(name) for name in _SCRIPTS).replace("</script", "<\\/script")
 
@@ -66,6 +66,6 @@ def _asset(name: str) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """Return JSON that can stand in a script element: nothing in it begins a tag or ends a line of the script."""
+    """Return JSON that is safe in a script element: nothing in it begins a tag or ends a line of the script."""
     text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     return text.translate({ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})

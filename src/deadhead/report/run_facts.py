@@ -1,4 +1,4 @@
-"""What a run's folder tells, finished or not, as the plain values that its page draws."""
+"""The contents of a run's folder, finished or not, as plain values for its page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ATTENTION_OF = {**_COMPARED, "model": "."}
 
 
 def checkpoints_in(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
-    """Return those of some checkpoints in a run's folder that are there; `names` are their folders, by name."""
+    """Return the checkpoints in a run's folder that exist; `names` maps names to their folders."""
     found = {name: folder / inner for name, inner in names.items()}
     return {name: path for name, path in found.items() if (path / "config.json").is_file()}
 
@@ -50,15 +50,15 @@ def plan_in(folder: Path) -> HeadPlan | None:
 
 
 class RunFacts:
-    """The facts of a run, a checkpoint that a single phase wrote, or the `.work` beside one that goes on.
+    """The facts of a run, of a checkpoint that a single phase wrote, or of the `.work` folder of a running phase.
 
-    Files are read again only where they have changed.
+    Files are read again only if they have changed.
 
     Attributes:
-        facts: what the last `update` found, as JSON values; numbers may be infinite or NaN. `recipe` (TOML), `summary`,
-            `verdict`, `phases` (name, title, first step, steps done and planned, scalars as [steps, values]), `gates`
-            (steps, and of each layer's heads or blocks the total, those kept, the open probability at these steps as
-            bytes in base64 and the last output difference), `unit`, `costs` and `points`.
+        facts: the result of the last `update`, as JSON values; numbers may be infinite or NaN. `recipe` (TOML),
+            `summary`, `verdict`, `phases` (name, title, first step, steps done and planned, scalars as [steps,
+            values]), `gates` (steps, and for each layer's heads or blocks the total, those kept, the open probability
+            at these steps as bytes in base64 and the last output difference), `unit`, `costs` and `points`.
 
     Raises:
         InputError: the folder is none of these.
@@ -78,7 +78,7 @@ class RunFacts:
         self.facts: dict[str, Any] = {}
 
     def update(self) -> bool:
-        """Read what is new; return whether anything is."""
+        """Read what has changed; return whether anything has."""
         changed = self._metrics.update()
         names = (RECIPE_FILE, SUMMARY_FILE, PLAN_FILE)
         seen = (*(_modified(self.folder / name) for name in names), *checkpoints_in(self.folder, _CHECKPOINTS))
@@ -175,9 +175,9 @@ class RunFacts:
 
 
 def _kept_runs(key: str, units: Sequence[int], total: int, last: Sequence[float]) -> dict[str, Sequence[int]]:
-    """Return, by `key`, which blocks a plan keeps, if they are runs of equal size as the last draw had them.
+    """Return the blocks that a plan keeps, by `key`, if they are runs of equal size as in the last draw.
 
-    Gates of a model that was cut before, or in blocks of other units, are not; then the last draw itself is shown.
+    Otherwise (for a model that was cut before, or blocks of other units), the last draw itself is shown.
     """
     size, stays = max(1, total // len(last)), set(units)
     kept = [place for place in range(len(last)) if set(range(place * size, (place + 1) * size)) <= stays]
@@ -186,7 +186,7 @@ def _kept_runs(key: str, units: Sequence[int], total: int, last: Sequence[float]
 
 
 def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[dict[str, Any]]:
-    """Return a run's models as points of a plot of perplexity against size: dense, pruned, and the dense control."""
+    """Return a run's models (dense, pruned and the dense control) as points of a plot of perplexity against size."""
     kept = ("parameters", "flops_per_token", "perplexity", "steps")
     return [
         {"run": name, "stage": stage, "this": is_this, **{key: summary[stage][key] for key in kept}}
@@ -196,10 +196,10 @@ def size_points(name: str, summary: dict[str, Any], *, is_this: bool) -> list[di
 
 
 def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> list[dict[str, Any]]:
-    """Return the points of other runs that can be compared with one: of the same text, in as many tokens.
+    """Return the points of other runs that can be compared with this one: same text, same number of tokens.
 
     Raises:
-        InputError: one of `others` is not a run's folder.
+        InputError: one of `others` is not the folder of a run.
     """
     here, text = facts.folder.resolve(), facts.facts["summary"].get("data", {})
     if others is None:
@@ -218,14 +218,14 @@ def sibling_points(facts: RunFacts, others: Sequence[Path] | None = None) -> lis
 
 
 def packed(shares: np.ndarray) -> str:
-    """Return numbers in [0, 1] as a byte each, 255 standing for 1, in base64: a page shows no finer steps."""
+    """Return numbers in [0, 1] as one byte each in base64, where 255 stands for 1; a page shows no finer steps."""
     steps = np.rint(np.nan_to_num(shares).clip(0, 1) * 255).astype(np.uint8)
     return base64.b64encode(steps.tobytes()).decode("ascii")
 
 
 @lru_cache(maxsize=64)
 def _kept_costs(folder: Path, modified: int | None) -> dict[str, Any]:
-    """Return what a checkpoint costs on paper, counted again only once its configuration was modified."""
+    """Return the cost of a checkpoint on paper; it is counted again only if its configuration was modified."""
     found = folder_cost(folder)
     if found is None:
         # These load torch.

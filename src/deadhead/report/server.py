@@ -1,4 +1,4 @@
-"""The live page: the same page, given out on this machine alone, with news of the run and a model to try."""
+"""The live page: the page of a run, served on this machine only, with updates of the run and a model to try."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _MOST_BYTES = 1 << 20
 
 
 class WatchedRun:
-    """A run that the page shows: its facts, read again when they change, and its models.
+    """A run that the page shows: its facts, which are read again when they change, and its models.
 
-    `sentence` is what attention is first shown on, `prompt` what the models are first given to continue.
+    `sentence` is the first sentence whose attention is shown; `prompt` is the first text that the models continue.
     """
 
     def __init__(self, folder: Path, trial: Trial, *, sentence: str, prompt: str) -> None:
@@ -49,7 +49,7 @@ class WatchedRun:
         self._text = b""
 
     def read(self) -> bytes:
-        """Return what the page is to know, as JSON."""
+        """Return the data of the page as JSON."""
         with self._lock:
             if self.facts.update() or not self._text:
                 models = checkpoints_in(self.facts.folder, ATTENTION_OF)
@@ -71,7 +71,7 @@ class WatchedRun:
 
 
 def _guard(token: str) -> DispatchFunction:
-    """Let in only requests that know the token, and say what browsers may do with the answers."""
+    """Accept only requests with the token, and set the security headers of the answers."""
 
     async def guarded(request: Request, answer: RequestResponseEndpoint) -> Response:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -97,9 +97,9 @@ def _guard(token: str) -> DispatchFunction:
 
 
 def make_app(runs: Sequence[WatchedRun], *, token: str) -> Starlette:
-    """Return the application that serves the page of some runs, side by side.
+    """Return the application that serves a page with several runs side by side.
 
-    Every request must bring the token along: that for the page in its address, the page's own in a header.
+    Every request must carry the token: the request for the page in its address, requests from the page in a header.
     """
 
     def page(request: Request) -> Response:
@@ -168,12 +168,12 @@ def _numbered(runs: Sequence[WatchedRun], number: str) -> WatchedRun:
 
 
 def serve(runs: Sequence[WatchedRun], *, port: int | None, ready: Callable[[str], None]) -> None:
-    """Serve the page on 127.0.0.1 until interrupted; without a port on 6007, or any that is free.
+    """Serve the page on 127.0.0.1 until interrupted; without a port, on 6007 or any free one.
 
-    `ready` is called with the page's address, token included, once it can be opened.
+    `ready` is called with the page's address, including the token, once it can be opened.
 
     Raises:
-        InputError: the port is taken or not allowed.
+        InputError: the port is in use or not allowed.
     """
     token = secrets.token_urlsafe(24)
     listening = socket.socket()

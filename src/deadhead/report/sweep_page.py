@@ -1,4 +1,4 @@
-"""What a sweep found, for people to choose by: the terminal's table, and a page."""
+"""The result of a sweep, to choose a model by: a table for the terminal, and a page."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _TICKS = 5
 
 
 def _budget_of(found: Mapping[str, Any]) -> str:
-    """Return what the budgets of a sweep are shares of."""
+    """Return what the budgets of a sweep refer to."""
     return "the blocks' parameters" if found["of"] == "blocks" else _LEFT_OF[found["kind"]]
 
 
 def _point_rows(found: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
-    """Return the cells of each point, the dense model first, under `_NAMES`; and whether it is the one picked."""
+    """Return the cells of each point under `_NAMES`, the dense model first, and whether it is the picked one."""
     rows = []
     for point in _points(found):
         is_picked = point["asked"] is not None and point["asked"] == found["picked"]
@@ -58,7 +58,7 @@ def _point_rows(found: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
 
 
 def _reply_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Return the cells of each point under `_REPLY_NAMES`; none where no model replied."""
+    """Return the cells of each point under `_REPLY_NAMES`; empty if no model replied."""
 
     def cell(value: float | None, kind: str) -> str:
         # JSON has null for what is not finite.
@@ -82,7 +82,7 @@ def _number(value: float | None) -> str:
 
 
 def _picked_sentence(found: Mapping[str, Any]) -> str:
-    """Return which point is the smallest within the loss that is tolerated; nothing where nothing was said of it."""
+    """Return a sentence on the smallest point within the tolerated loss; empty if no loss was given."""
     if found["max_loss"] is None:
         return ""
     most = f"a perplexity at most {found['max_loss']:.1%} above the dense model's"
@@ -92,7 +92,7 @@ def _picked_sentence(found: Mapping[str, Any]) -> str:
 
 
 def sweep_table(found: Mapping[str, Any], place: str) -> Table:
-    """Return what several budgets leave of a model: what it costs, how fast it is and what it is worth."""
+    """Return a table of a sweep's models: cost, speed and quality."""
     lines = [
         _picked_sentence(found),
         f"The number in each name refers to {_budget_of(found)}.",
@@ -102,7 +102,7 @@ def sweep_table(found: Mapping[str, Any], place: str) -> Table:
 
 
 def replies_table(found: Mapping[str, Any]) -> Table | None:
-    """Return how near models are to the dense one in what they reply; None where they did not."""
+    """Return a table of how close the models' replies are to the dense model's; None if there are no replies."""
     rows = _reply_rows(found)
     return _table(_REPLY_NAMES, rows, _replies_sentence(found)) if rows else None
 
@@ -117,7 +117,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
 
 
 def _replies_sentence(found: Mapping[str, Any]) -> str:
-    """Return what the columns of replies are."""
+    """Return the explanation of the columns on replies."""
     return (
         f"KL, in nats a token, and how often both models predict the same token: on the dense model's "
         f"{found['dense']['replies']['count']} replies. Repetition: 4-grams that occurred before in the same reply, in "
@@ -126,9 +126,9 @@ def _replies_sentence(found: Mapping[str, Any]) -> str:
 
 
 def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Sequence[Reply]]) -> str:
-    """Return a sweep's page as HTML, which runs no script and asks for nothing.
+    """Return a sweep's page as HTML, without scripts and without network requests.
 
-    `replies` are those of each model by its name, of which the first few are shown.
+    `replies` holds the replies of each model by its name; the first few are shown.
     """
     reply_rows = _reply_rows(found)
     measured = [point for point in _points(found) if math.isfinite(point.get("perplexity", math.inf))]
@@ -153,7 +153,7 @@ def render_sweep(found: Mapping[str, Any], title: str, replies: Mapping[str, Seq
 
 
 def _shown(replies: Mapping[str, Sequence[Reply]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the first prompts, each with what every model replied; without what is no character of a page."""
+    """Return the first prompts with the models' replies, without characters that a page cannot contain."""
     prompts = [reply.asked for reply in next(iter(replies.values()), ())][:_SHOWN]
     by_model = {name: {reply.asked: reply.text for reply in written} for name, written in replies.items()}
     return [
@@ -168,7 +168,7 @@ def _shown(replies: Mapping[str, Sequence[Reply]]) -> list[tuple[str, list[tuple
 def _chart(
     found: Mapping[str, Any], points: Sequence[Mapping[str, Any]], across: Sequence[float], name: str
 ) -> dict[str, Any]:
-    """Return a chart of perplexity against something else, in the units of its picture."""
+    """Return a chart of perplexity against another number, in the units of its picture."""
     up = [point["perplexity"] for point in points]
     limit = None
     if found["max_loss"] is not None and found["dense"].get("perplexity") is not None:
@@ -205,7 +205,7 @@ def _chart(
 def _scaled(
     values: Sequence[float], further: Sequence[float], begin: float, end: float
 ) -> tuple[list[float], list[tuple[float, str]]]:
-    """Return where values stand between two ends of an axis, and its ticks with their texts."""
+    """Return the positions of values between two ends of an axis, and its ticks with their texts."""
     everything = [*values, *further]
     low, high = min(everything, default=0.0), max(everything, default=1.0)
     span = high - low or 1.0

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: the table of its stages, that of a dry run, and sentences on what was reached."""
+"""Terminal output for a run: the table of its stages, that of a dry run, and sentences on what was reached."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEFT_OF = {"params": "parameters", "flops": "FLOPs a token", "kv_cache": "key/v
 
 
 def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> str:
-    """Return what was asked for of a budget, and what was reached, or what would be where nothing was cut yet."""
+    """Return a sentence on the budget that was asked for and reached, or would be reached if nothing is cut yet."""
     kind, asked, reached = budget["kind"], budget["asked"], budget["reached"]
     if kind == "speedup":
         return f"Asked for {asked:g} times the speed; {'predicted' if predicted else 'measured'} {reached:.3f} times."
@@ -35,11 +35,11 @@ def budget_sentence(budget: Mapping[str, Any], *, predicted: bool = False) -> st
 
 
 def forecast_sentence(parts: Sequence[Part], free: int) -> str:
-    """Return what pruning will do, one thing after the other, how long it may take, and in how much memory.
+    """Return a sentence on the steps of pruning, how long they may take, and how much memory.
 
     Args:
-        parts: of it.
-        free: bytes of memory that can still be had.
+        parts: the parts of pruning.
+        free: free memory, in bytes.
     """
     *first, last = [f"{part.what} ({_duration(part.seconds)}, {_size(part.memory)} of memory)" for part in parts]
     doing = f"{', '.join(first)}, then {last}" if first else last
@@ -58,7 +58,7 @@ def _duration(seconds: float) -> str:
 
 
 def stages_table(summary: Mapping[str, Any]) -> Table:
-    """Return a table of a run's summary: dense, gated, cut, fine-tuned and, if it was trained, the dense control."""
+    """Return a table of a run's summary: dense, gated, cut, fine-tuned and, if there is one, the dense control."""
     table = Table(title="What was cut, and what it cost", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("steps", "heads", "parameters", "MFLOP/tok", "perplexity", "bits/byte", "tokens/s"):
@@ -99,7 +99,7 @@ def _number(value: float | None) -> str:
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """Say in a few lines what was gained and lost: heads, FLOPs against measured speed, perplexity against control."""
+    """Return a few lines on gains and losses: heads, FLOPs against measured speed, perplexity against the control."""
     dense, final = summary["dense"], summary["finetuned"]
     gone = 1 - sum(final["heads"]) / max(sum(dense["heads"]), 1)
     flops = 1 - final["flops_per_token"] / dense["flops_per_token"]
@@ -123,7 +123,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def dry_run_table(found: DryRun, recipe: PruneRecipe) -> Table:
-    """Return what a phase would do: the model as it is, for instance once it is pruned, and without any unit."""
+    """Return a table of what a phase would do: the model as it is, an example after pruning, and without any unit."""
     table = Table(box=None, pad_edge=False)
     titles = {"as it is": "dense", "for instance": "pruned", "without any": "least"}
     columns = {title: found.costs[name] for title, name in titles.items() if name in found.costs}

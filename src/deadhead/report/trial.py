@@ -1,4 +1,4 @@
-"""A model whose heads can be switched off and on: what it makes of held-out text and of a prompt."""
+"""A model whose heads can be switched off and on: its perplexity on held-out text and its continuation of a prompt."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class _Loaded:
 
 
 class Trial:
-    """The models of a run, or a checkpoint, with gates for whoever clicks.
+    """The models of a run, or a checkpoint, with gates that the page's user can switch.
 
-    One model is held at a time, and one request served at a time. Of the text's held-out part so many `tokens` are
-    scored; in `cache` it may lie in tokens already. All methods raise InputError for what a request cannot ask for.
+    One model is in memory at a time, and one request is served at a time. `tokens` of the text's held-out part are
+    scored; `cache` may hold its tokens already. All methods raise InputError for an invalid request.
     """
 
     def __init__(self, folder: Path, data: DataRecipe, *, cache: Path | None = None, tokens: int = 2048) -> None:
@@ -58,11 +58,11 @@ class Trial:
 
     @property
     def models(self) -> dict[str, Path]:
-        """The folders of the models there are, by name; those with gates first."""
+        """Folders of the models that exist, by name; those with gates come first."""
         return checkpoints_in(self.folder, {"gated": "gated", "dense": "dense", "model": "."})
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Load a model; return its folder, its unit and, by layer, the units there are and those of the plan."""
+        """Load a model; return its folder, its unit and, by layer, its units and those that the plan keeps."""
         with self._lock:
             gates = self._load(name).gates
             plan = plan_in(self.folder)
@@ -84,9 +84,9 @@ class Trial:
             }
 
     def measure(self, name: str, kept: Mapping[str, Sequence[int]], prompt: str) -> dict[str, Any]:
-        """Switch all heads off but some; return the perplexity, the continuation of a prompt and the head plan.
+        """Switch off all units except some; return the perplexity, the continuation of a prompt and the head plan.
 
-        Of a key that is not named in `kept` all units are on.
+        For a key that is not in `kept`, all units are on.
         """
         if len(prompt) > _LONGEST_PROMPT:
             raise InputError(
@@ -108,7 +108,7 @@ class Trial:
             }
 
     def attention(self, sentence: str) -> dict[str, Any]:
-        """Return the attention patterns of every model there is, by the name that the page has for it."""
+        """Return the attention patterns of every model that exists, by its name on the page."""
         with self._lock:
             return run_attention(self.folder, sentence)
 
@@ -143,9 +143,9 @@ class Trial:
 
 
 def _places(choices: Choices, plan: HeadPlan) -> dict[UnitKey, list[int]]:
-    """Return what a plan of this model keeps, as the page counts: heads of the dense model, and blocks by place.
+    """Return the units that a plan of this model keeps, as the page counts: heads of the dense model, blocks by index.
 
-    Where it keeps a part of a block, nothing is said of hidden units.
+    If the plan keeps a part of a block, hidden units are left out.
     """
     units = choices.kept_units(plan)
     heads = {key: list(kept) for key, kept in units.items() if key.kind == "head"}
@@ -156,7 +156,7 @@ def _places(choices: Choices, plan: HeadPlan) -> dict[UnitKey, list[int]]:
 
 
 def _units(choices: Choices, asked: Mapping[UnitKey, Sequence[int]]) -> dict[UnitKey, Sequence[int]]:
-    """Return the units that stay, of heads and blocks as the page counts them."""
+    """Return the units that stay, from heads and blocks as the page counts them."""
     found: dict[UnitKey, Sequence[int]] = {}
     for key, places in asked.items():
         if key not in choices.members:

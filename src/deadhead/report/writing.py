@@ -1,4 +1,4 @@
-"""Write a run's page to disk."""
+"""Write the page of a run to disk."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _CODE = "def read(self, size=-1):\n    return self.file.read(size)"
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written.
+    """The result of writing a page.
 
     Args:
         path: the HTML file.
         bytes: its size.
-        runs_beside: the names of the runs it is compared with.
+        runs_beside: names of the runs that it is compared with.
         lacks: why the page shows no attention, or "".
     """
 
@@ -53,19 +53,19 @@ def report_run(
     attention: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Write a run's page: one HTML file that opens from disk and needs no network.
+    """Write the page of a run: one HTML file that opens from disk and needs no network.
 
     Args:
         run: a run's folder, finished or not, or a checkpoint that a single phase wrote.
         path: the HTML file; None takes report.html in the folder.
-        others: runs to compare with; None takes those beside it that were measured on the same text.
-        sentence: what attention is shown on; None takes one of ours.
-        attention: whether the models are loaded to show where their heads look.
-        progress: told of the models read and to read.
+        others: runs to compare with; None takes the runs beside it that were measured on the same text.
+        sentence: the sentence whose attention is shown; None takes a default one.
+        attention: whether to load the models and show where their heads attend.
+        progress: called with the number of models read and in total.
 
     Raises:
-        InputError: `run` or one of `others` is not a run's folder, the sentence cannot be read, or the page cannot be
-            written.
+        InputError: `run` or one of `others` is not the folder of a run, the sentence cannot be read, or the page cannot
+            be written.
     """
     folder = checked_path(run)
     path = folder / REPORT_FILE if path is None else checked_path(path)
@@ -92,7 +92,7 @@ def report_run(
 
 
 def _attention(folder: Path, sentence: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Return attention patterns, see `run_attention`: those that were kept, if models and sentence are still these."""
+    """Return attention patterns (see `run_attention`): the kept ones, if the models and the sentence are the same."""
     models = {name: read_checksums(path) for name, path in checkpoints_in(folder, ATTENTION_OF).items()}
     if not models:
         return {}
@@ -111,11 +111,11 @@ def _attention(folder: Path, sentence: str, progress: Callable[[int, int], None]
 
 
 def text_of(folder: Path) -> DataRecipe:
-    """Return what text a run has learned from, or the one that commands take where none is named."""
+    """Return the text that a run has learned from, or the default text of the commands."""
     recipe = checked_path(folder) / RECIPE_FILE
     return load_recipe(recipe).data if recipe.is_file() else DataRecipe()
 
 
 def default_sentence(data: DataRecipe) -> str:
-    """Return a sentence of the kind that a text consists of."""
+    """Return a default sentence that suits a text."""
     return _CODE if data.source == "stdlib" else _SENTENCE
