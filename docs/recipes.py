@@ -18,9 +18,11 @@ _HEAD = """<!-- Written by `python docs/recipes.py` from the fields of recipes; 
 
 # Recipe fields
 
-A recipe is a TOML file that decides a run ([an example](training.md#one-recipe-all-phases)). Every field may be left
-out. A field with an option can also be given to `deadhead train`, `prune` or `finetune`; their `--help` shows the same
-text. From Python the sections are classes, and `help(deadhead.training.PruneRecipe)` describes their fields:
+This page lists every field of a recipe, the TOML file that describes a run
+([an example](training.md#one-recipe-all-phases)). All fields are optional, except those whose default is "required".
+
+You can also set a field that has an option with `deadhead train`, `prune` or `finetune`; their `--help` shows the same
+text. In Python the sections are classes, and `help(deadhead.training.PruneRecipe)` describes their fields:
 
 ```python
 from deadhead.training import PruneRecipe
@@ -34,8 +36,12 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`[model]`", "", ModelRecipe),
     ("`[data]`", "", DataRecipe),
     ("`[train]`, `[prune]`, `[finetune]`", "", PhaseRecipe),
-    ("`[prune]` only", "At most one budget: sparsity, params, flops, kv_cache, memory or speedup.", PruneRecipe),
-    ("`[[published]]`", "One table for each published model; only `deadhead inspect` reads them.", PublishedModel),
+    ("`[prune]` only", "Set at most one budget: sparsity, params, flops, kv_cache, memory or speedup.", PruneRecipe),
+    (
+        "`[[published]]`",
+        "One table for each published model; only `deadhead inspect` reads them.",
+        PublishedModel,
+    ),
 )
 
 
@@ -48,7 +54,7 @@ def page() -> str:
             for name, field in own_fields(section).items()
             if not isinstance(field.default, (BaseModel, list))
         ]
-        rows = ["| field | values | default | what | option |", "|---|---|---|---|---|"]
+        rows = ["| field | values | default | description | option |", "|---|---|---|---|---|"]
         rows += [f"| {' | '.join(_row(name, field))} |" for name, field in fields]
         parts.append(
             "\n\n".join(
@@ -82,7 +88,7 @@ def _values(field: FieldInfo) -> str:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "must be given"
+        return "required"
     return about(field, "unset") or "none" if field.default is None else f"`{json.dumps(field.default)}`"
 
 

@@ -45,11 +45,11 @@ class _Section(BaseModel):
 
 
 class ModelRecipe(_Section):
-    """The model: one of deadhead's own that is trained from scratch, or one that exists."""
+    """The model: one of deadhead's own, trained from scratch, or an existing one."""
 
     from_: str | None = _optional(
-        "A model that exists, by its folder or its name on the hub, in place of all other fields of this section.",
-        unset="a fresh model of these sizes",
+        "An existing model, by its folder or its name on the hub, in place of all other fields of this section.",
+        unset="a new model of these sizes",
         option="",
         alias="from",
         min_length=1,
@@ -60,19 +60,19 @@ class ModelRecipe(_Section):
         first=True,
     )
     layers: int = _count(4, "Number of layers.", first=True, le=1000)
-    width: int = _count(128, "Width of the hidden states, a multiple of the heads.", first=True, le=65536)
-    heads: int = _count(8, "Attention heads of a layer.", first=True, le=1024)
+    width: int = _count(128, "Width of the hidden states, a multiple of the number of heads.", first=True, le=65536)
+    heads: int = _count(8, "Attention heads of each layer.", first=True, le=1024)
     persistent: int | None = _count(
-        None, "Persistent vectors of a head, in an All-attention Transformer.", unit="vectors", unset="128", le=65536
+        None, "Persistent vectors of each head, in an All-attention Transformer.", unit="vectors", unset="128", le=65536
     )
     feed_forward: int | None = _count(
         None, "Width of the feed-forward layers of a Transformer-XL.", unset="four times the model's width", le=2**20
     )
-    memory_length: int = _tokens(64, "Tokens before its own that a token attends to.", first=True, le=65536)
-    segment_length: int = _tokens(64, "Tokens of a row that a training step reads.", first=True, le=65536)
-    position: Literal["learned", "sinusoidal", "rotary"] = setting("learned", "How positions are told apart.")
+    memory_length: int = _tokens(64, "Number of earlier tokens that a token attends to.", first=True, le=65536)
+    segment_length: int = _tokens(64, "Tokens that a training step reads from each row.", first=True, le=65536)
+    position: Literal["learned", "sinusoidal", "rotary"] = setting("learned", "How positions are encoded.")
     adaptive_cutoffs: list[int] | None = _optional(
-        "Ranks at which the vocabulary is cut into parts of falling width, for adaptive input and softmax.",
+        "Ranks at which the vocabulary is split into parts of decreasing width, for adaptive input and softmax.",
         unset="plain embeddings",
         option="",
     )
@@ -101,28 +101,29 @@ class DataRecipe(_Section):
 
     source: str = setting(
         "stdlib",
-        "The text: a file or a directory of text, JSON, JSON Lines, CSV or Parquet, packed (.gz, .zst) or not, "
-        "hf:NAME[:CONFIG], 'stdlib' (Python's own source, the default for deadhead's own models only), or 'self', in "
-        "deadhead prune: what the model itself writes before (a file of one of these names is './self').",
+        "The text: a file or a directory of text, JSON, JSON Lines, CSV or Parquet, compressed (.gz, .zst) or not; "
+        "hf:NAME[:CONFIG]; 'stdlib' (Python's own source code, the default for deadhead's own models only); or, in "
+        "deadhead prune, 'self', text that the model itself writes first (for a file with one of these names, write "
+        "'./self').",
         option="--data",
         first=True,
     )
-    tokenizer: Literal["byte", "bpe", "word"] = setting("byte", "How the text is cut into tokens.", first=True)
+    tokenizer: Literal["byte", "bpe", "word"] = setting("byte", "How the text is split into tokens.", first=True)
     vocab_size: int | None = _tokens(
-        None, "Tokens of the vocabulary, special ones included.", unset="8192 for bpe, every word for word", le=2**24
+        None, "Size of the vocabulary, with its special tokens.", unset="8192 for bpe, all words for word", le=2**24
     )
     text_column: str | None = _optional(
-        "The column with the text, or with lists of messages, of data with fields.",
-        unset="text, messages, prompt and completion, or the only one of strings",
+        "The column that contains the text, or lists of messages, in data with fields.",
+        unset="text, else messages, else prompt and completion, else the only column of strings",
     )
-    split: str | None = _optional("The one split of an hf: data set to use.")
+    split: str | None = _optional("Use only this split of an hf: data set.")
     data_format: Literal["text", "json", "csv", "parquet"] | None = _optional(
-        "What files hold, whatever they are named; text takes them as they stand.", unset="by their endings"
+        "Format of the files, whatever their names; text reads them unchanged.", unset="by their suffixes"
     )
     chat_template: str | None = _optional(
-        "File with the template that conversations are written by.", unset="the tokenizer's own", min_length=1
+        "File with the chat template for conversations.", unset="the tokenizer's own", min_length=1
     )
-    answers_only: bool = setting(False, "Learn from, and measure on, the answers of conversations alone.")
+    answers_only: bool = setting(False, "Train and measure only on the answers of conversations.")
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -133,10 +134,10 @@ class DataRecipe(_Section):
 class PhaseRecipe(_Section):
     """One phase of training."""
 
-    steps: int = _steps(300, "Steps of the optimizer.", first=True, scaled_from=1, ge=1)
+    steps: int = _steps(300, "Optimizer steps.", first=True, scaled_from=1, ge=1)
     batch_size: int = _count(16, "Rows of a batch in each process.", unit="rows", first=True, le=_MOST_ROWS)
     sequence_length: int | None = _optional(
-        "Tokens of a row, for models without segment memory.",
+        "Tokens of each row, for models without segment memory.",
         unit="tokens",
         unset="256, or all positions of the model if it has fewer",
         ge=2,
@@ -144,24 +145,26 @@ class PhaseRecipe(_Section):
     )
     learning_rate: float | None = _optional(
         "Peak learning rate of the weights.",
-        unset="2e-3 for deadhead's own models, 5e-5 for others; 2e-4 for these to recover from a cut",
+        unset="2e-3 for deadhead's own models, 5e-5 for others, 2e-4 for others that recover from a cut",
         first=True,
         gt=0,
         le=_FASTEST,
     )
     schedule: Literal["constant", "cosine", "linear"] = setting(
-        "constant", "How the learning rate goes on after the warm-up."
+        "constant", "Schedule of the learning rate after the warm-up."
     )
     warmup_steps: int = _steps(0, "Steps over which the learning rate rises to its peak.", scaled_from=0)
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=_FASTEST)
     adam_beta2: float = _share(0.999, "Decay of AdamW's second moment.", lt=1)
-    max_grad_norm: float = setting(1.0, "Norm to which larger gradients are clipped; 0 clips none.", ge=0, le=1e9)
-    gradient_accumulation: int = _count(1, "Batches of a step.", unit="batches", le=_MOST_ROWS)
-    gradient_checkpointing: bool = setting(False, "Save memory: compute activations again in the backward pass.")
+    max_grad_norm: float = setting(
+        1.0, "Norm to which larger gradients are clipped; 0 disables clipping.", ge=0, le=1e9
+    )
+    gradient_accumulation: int = _count(1, "Batches in each optimizer step.", unit="batches", le=_MOST_ROWS)
+    gradient_checkpointing: bool = setting(False, "Save memory by computing activations again in the backward pass.")
     bf16: bool = setting(False, "Train in bfloat16 mixed precision.")
     lora_rank: int = setting(
         0,
-        "Rank of LoRA adapters that learn in place of the weights and are merged at the end; 0 trains the weights.",
+        "Rank of LoRA adapters that are trained in place of the weights and merged at the end; 0 trains the weights.",
         first=True,
         ge=0,
         le=65536,
@@ -171,12 +174,12 @@ class PhaseRecipe(_Section):
     log_every: int = _steps(10, "Steps between two logged lines.", ge=1)
     save_every: int = _steps(100, "Steps between two checkpoints to resume from; 0 saves none.")
     save_total_limit: int = _count(
-        2, "Checkpoints that are kept; more than one, so that a damaged one is no loss.", le=_MOST_STEPS
+        2, "Number of checkpoints to keep; with more than one, a damaged checkpoint is no loss.", le=_MOST_STEPS
     )
     eval_every: int = _steps(
         0, "Steps between two measurements of validation perplexity; 0 measures none.", scaled_from=1
     )
-    eval_tokens: int = _tokens(16384, "Tokens that are scored in one such measurement.", le=_MOST_TOKENS)
+    eval_tokens: int = _tokens(16384, "Tokens that each measurement of validation perplexity scores.", le=_MOST_TOKENS)
 
     @property
     def training_steps(self) -> int:
@@ -185,83 +188,87 @@ class PhaseRecipe(_Section):
 
 
 class PruneRecipe(PhaseRecipe):
-    """The phase that chooses heads: gates learn which go, or a criterion ranks them."""
+    """The phase that chooses heads: gates learn which heads to remove, or a criterion ranks heads."""
 
-    sparsity: float | None = _share(None, "Budget: the share of the heads that goes.", first=True, lt=1)
-    params: float | None = _left("Budget: the share of the parameters that is left.")
+    sparsity: float | None = _share(None, "Budget: the share of the heads to remove.", first=True, lt=1)
+    params: float | None = _left("Budget: the share of the parameters to keep.")
     of: Of = setting(
-        "all", "Whether `params` is a share of all parameters, or of the blocks', without embeddings and output layer."
+        "all",
+        "Whether `params` is a share of all parameters, or of those of the blocks, without embeddings and output "
+        "layer.",
     )
-    flops: float | None = _left("Budget: the share of a token's FLOPs that is left.")
-    kv_cache: float | None = _left("Budget: the share of the key/value cache that is left.")
+    flops: float | None = _left("Budget: the share of the FLOPs of a token to keep.")
+    kv_cache: float | None = _left("Budget: the share of the key/value cache to keep.")
     memory: str | None = _optional(
-        "Budget: the memory that weights, as they are loaded, and the cache of `budget_batch_size` texts of "
+        "Budget: the most memory that the weights, as loaded, and the cache of `budget_batch_size` texts of "
         "`budget_length` tokens may take, such as 4GiB or 500MB.",
         unit="size",
         first=True,
         max_length=40,
     )
     speedup: float | None = _optional(
-        "Budget: how many times as fast the model is to be on this machine.", first=True, ge=1, le=1000
+        "Budget: the speedup of the model on this machine, as a factor.", first=True, ge=1, le=1000
     )
     l0: float = setting(
         0.01,
-        "λ: what an open head costs, in nats a token; it decides how many heads go if there is no budget.",
+        "λ: the price of an open head, in nats a token; without a budget, it decides how many heads are removed.",
         unit="nats",
         first=True,
         ge=0,
         le=_FASTEST,
     )
     criterion: Criterion | None = _optional(
-        "How heads are chosen: gates and topk learn it; sizes learns, in `steps` steps (80 unless stated), how much of "
-        "each sublayer stays, by batches of 4 rows unless stated; others rank heads without training, from `steps` "
-        "batches (8 unless stated).",
-        unset="sizes where deadhead prune is given a language model that is not deadhead's own, and a budget of "
-        "params, flops, kv_cache, memory or speedup, but nothing that only gates or training need; else, and in a run, "
-        "gates",
+        "How heads are chosen: gates and topk learn which heads to keep; sizes learns how much of each sublayer to "
+        "keep, in `steps` steps (80 if not set) on batches of 4 rows (if not set); the others rank heads without "
+        "training, from `steps` batches (8 if not set).",
+        unset="sizes if deadhead prune gets a language model that is not deadhead's own and a budget of params, flops, "
+        "kv_cache, memory or speedup, but nothing that only gates or training need; otherwise, and in a run, gates",
         first=True,
     )
-    freeze_weights: bool = setting(False, "Train the gates alone, as a probe for dead heads.", first=True)
+    freeze_weights: bool = setting(False, "Train only the gates, as a probe for dead heads.", first=True)
     start_from: OneShot | None = _optional(
-        "Criterion by whose scores gates begin to lean, with a budget; blocks are then of units of like scores.",
-        unset="all gates begin alike",
+        "With a budget, the criterion whose scores set the gates at the start; blocks are then of units with similar "
+        "scores.",
+        unset="all gates start with the same value",
     )
     start_batches: int = _count(
-        _LOOK, "Batches from which the scores of `start_from` are taken.", unit="batches", le=_MOST_STEPS
+        _LOOK, "Batches from which the scores of `start_from` are computed.", unit="batches", le=_MOST_STEPS
     )
-    ranking: Ranking = setting("global", "Whether the share goes of all heads together or of each layer's.")
+    ranking: Ranking = setting("global", "Whether the share is that of all heads together or of each layer.")
     budget_length: int | None = _tokens(
         None,
         "Length of the text for which FLOPs, cache and time are counted.",
-        unset="the model's memory, or a row",
+        unset="that of the model's memory, or of a row",
         le=_LONGEST,
     )
-    budget_batch_size: int = _count(8, "Texts at once for which time is measured.", unit="texts", le=_MOST_ROWS)
-    budget_workload: Literal["prefill", "decode", "train"] = setting("prefill", "The work that `speedup` makes faster.")
+    budget_batch_size: int = _count(8, "Texts in the batch for which time is measured.", unit="texts", le=_MOST_ROWS)
+    budget_workload: Literal["prefill", "decode", "train"] = setting("prefill", "The workload that `speedup` measures.")
     blocks: bool | None = _optional(
-        "Choose among hidden units of feed-forward layers, or persistent vectors, too.",
-        unset="on with params, flops, memory and speedup where there are such layers, off otherwise",
+        "Also choose among the hidden units of feed-forward layers, or among persistent vectors.",
+        unset="on with params, flops, memory and speedup if the model has such layers, off otherwise",
     )
     block_size: int | None = _count(
         None,
-        "Hidden units of a block, which go or stay together: of like scores, or neighbours for gates that begin alike.",
+        "Hidden units of a block, which are kept or removed together: units with similar scores, or neighbours where "
+        "gates start with the same value.",
         unit="units",
-        unset="by the layers' width, at most 128 for neighbours and 32 for others",
+        unset="depends on the width of the layers, at most 128 for neighbours and 32 for others",
         le=_LONGEST,
     )
     ramp_steps: int = _steps(
-        0, "Steps over which a budget is approached; 0 takes two thirds of the phase.", scaled_from=0
+        0, "Steps over which a budget is approached; 0 uses two thirds of the phase.", scaled_from=0
     )
     l0_warmup_steps: int = _steps(0, "Steps over which λ rises to its value.", scaled_from=0)
     gate_lr: float | None = _optional(
-        "Learning rate of the gates' own optimizer; with 0 they learn in the model's.",
+        "Learning rate of the gates' own optimizer; with 0, gates learn in the model's optimizer.",
         unset="by the number of steps",
         ge=0,
         le=_FASTEST,
     )
     gate_lr_scale: float | None = _optional(
-        "How many times as fast as the weights gates learn in the model's optimizer, with a gate_lr of 0.",
-        unset="10; for models that are not deadhead's own, so that their rate is 0.02",
+        "With a gate_lr of 0, the learning rate of the gates in the model's optimizer, as a multiple of that of the "
+        "weights.",
+        unset="10; for models that are not deadhead's own, the multiple that makes their rate 0.02",
         gt=0,
         le=1e9,
     )
@@ -271,19 +278,22 @@ class PruneRecipe(PhaseRecipe):
     )
     hard: bool = setting(True, "Draw gates of exactly 0 or 1, with a straight-through gradient.", option="")
     weighting: Literal["plain", "output_difference"] = setting(
-        "plain", "Push all heads alike, or those hardest whose removal changes their layer's output least."
+        "plain",
+        "Whether all heads are pushed alike, or hardest those whose removal changes the output of their layer least.",
     )
     track_difference: bool = setting(
-        False, "Measure output differences for the run's page where they do not weight the loss."
+        False, "Measure output differences for the run's page even where they do not weight the loss."
     )
     compensate: bool | None = _optional(
-        "Fit what a cut leaves of each layer to the dense model's outputs, on rows of the same text.",
+        "After the cut, fit what is left of each layer to the outputs of the dense model, on rows of the same text.",
         unset="on for models that are not deadhead's own, off for others",
     )
-    compensate_rows: int = _count(512, "Rows of text that it is fitted and judged on.", unit="rows", le=_MOST_ROWS)
+    compensate_rows: int = _count(
+        512, "Rows of text on which the fits are made and checked.", unit="rows", le=_MOST_ROWS
+    )
     unit: Unit | None = _optional(
         "What a gate closes: a query head, or a key/value head with its query heads.",
-        unset="kv_group where key/value heads are shared, else head",
+        unset="kv_group if key/value heads are shared, head otherwise",
     )
 
     @property
@@ -372,15 +382,15 @@ GATES_ONLY = (
 
 
 class PublishedModel(_Section):
-    """A model of a recipe's shape that others have published: what they say of it."""
+    """Published figures of a model with the shape of the recipe's model."""
 
-    name: str = Field(description="Its name.")
+    name: str = Field(description="Name of the model.")
     heads: list[int] | None = _optional("Heads left in each layer.", unset="all, or as `sparsity` says", option="")
     sparsity: float | None = _share(
-        None, "Share of the heads that is gone, where no heads are stated.", option="", le=1
+        None, "Share of the heads that is removed, if `heads` is not given.", option="", le=1
     )
     parameters: int | None = _count(
-        None, "Parameters without embeddings and output layer, as its authors count them.", le=10**15
+        None, "Parameters without embeddings and output layer, as the authors count them.", le=10**15
     )
 
 
@@ -391,15 +401,16 @@ class Recipe(_Section):
     seed: int = setting(0, "Seed of everything random.", ge=0, lt=2**31)
     control: bool = setting(
         False,
-        "Train the dense model on without gates, for as many steps in all as the pruned one, for a fair comparison.",
+        "Also train the dense model further without gates, for as many steps in total as the pruned one, for a fair "
+        "comparison.",
         option="",
     )
     evaluation_tokens: int | None = _tokens(
         None, "Tokens that each stage is scored on.", unset="all of the held-out text", option="", le=_MOST_TOKENS
     )
     dense: str | None = _optional(
-        "Folder of a model that the `train` section trained in an earlier run; the run begins from a copy of it, and "
-        "in the text behind that section's steps.",
+        "Folder of a model that an earlier run trained by the same `train` section; the run begins from a copy of it, "
+        "at the place in the text that follows the steps of that section.",
         unset="the run trains its own",
         option="",
         min_length=1,
