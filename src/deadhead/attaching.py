@@ -1,4 +1,4 @@
-"""Attach gates to a model's heads, and to blocks of hidden units, through its layout, and take them off again."""
+"""Attach gates to a model's heads and blocks of hidden units through its layout, and detach them again."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _GateInput:
-    """Multiplies the units' outputs, side by side in the output projection's input, by their gates.
+    """Multiplies the units' outputs by their gates; the outputs lie side by side in the output projection's input.
 
-    An object, not a closure, so that a deep copy of the model points at the copy's gates.
+    It is an object rather than a closure, so that a deep copy of the model refers to the copy's gates.
     """
 
     def __init__(self, gate: HeadGate, head_dim: int, skipping: Skipping | None = None) -> None:
@@ -75,9 +75,9 @@ class _GateInput:
 
 @torch.no_grad()
 def output_squares(output: nn.Module, heads_RHE: Tensor, z_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the sums over tokens of ‖W_O^h a_h‖², (H,), and of ‖Σ_open W_O a‖², 0-dim.; all are open without z_H.
+    """Return the sums over tokens of ‖W_O^h a_h‖², (H,), and of ‖Σ_open W_O a‖², 0-dim.; without z_H all are open.
 
-    ‖W a‖² summed over tokens is the inner product of W^T W and a's second moments, so the layer is not run twice.
+    Σ ‖W a‖² over tokens is the inner product of W^T W and the second moments of a, so the layer need not run again.
     """
     rows_RHE = heads_RHE.float()
     weight_HED = head_columns(output).detach().float().T.unflatten(0, heads_RHE.shape[1:])
@@ -108,25 +108,27 @@ def attach(
     unit: Unit | None = None,
     blocks: bool | int | Blocks = False,
 ) -> HeadGates:
-    """Add a trainable gate to every prunable head of `model`, and to blocks of hidden units if asked.
+    """Add a trainable gate to every prunable head of `model`, and to blocks of hidden units if `blocks` is set.
 
-    The All-attention Transformer's hidden units are its persistent vectors, in every head of a layer at once.
+    In the All-attention Transformer the hidden units are persistent vectors; a gate closes a vector in all heads of a
+    layer at once.
 
     Args:
-        model: a model with a layout, or PEFT's wrapper of one; changed in place. With adapters, wrap first: PEFT
-            freezes what it finds, gates too.
-        config: the gates' constants; the default has no output scaling, as pretrained models need it. Blocks are never
-            scaled.
-        unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
-        blocks: whether hidden units have gates too, or how many neighbours share one, or by layer the units of each
-            gate, such as ``{0: [[0, 2], [1, 3]]}``.
+        model: a supported model, or PEFT's wrapper around one; it is changed in place. If you train adapters, wrap the
+            model before you attach gates: PEFT freezes all parameters it finds, gates included.
+        config: the gates' constants. By default there is no output scaling, which is right for pretrained models.
+            Blocks are never scaled.
+        unit: "head" or "kv_group" (a key/value head with its query heads). None chooses "kv_group" if the model has
+            such groups.
+        blocks: True gives hidden units gates too; a number sets how many neighbouring units share a gate; a mapping
+            lists the units of each gate by layer, such as `{0: [[0, 2], [1, 3]]}`.
 
     Returns:
-        The gates, which learn with the model's other parameters.
+        The gates. They learn together with the model's other parameters.
 
     Raises:
-        UnsupportedModel: there is no head that could be pruned, or no block; the message says why.
-        InputError: the model has gates already, the blocks do not fit its layers, or soft gates are asked for on
+        UnsupportedModel: the model has no head, or no block, that can be pruned; the message says why.
+        InputError: the model already has gates, the blocks do not fit its layers, or soft gates were requested for
             persistent vectors.
     """
     model = unwrapped(model)
@@ -145,7 +147,7 @@ def attach(
         )
     require_runnable(model)
     costs = _relative_costs(there, choices)
-    # What is made under torch.inference_mode() could never learn.
+    # Tensors that are made under torch.inference_mode() can never learn.
     with torch.inference_mode(False):
         gates = {
             site.key: HeadGate(
@@ -161,7 +163,7 @@ def attach(
         for site in there:
             site.module.add_module(site.gate_name, gates[site.key].train(model.training))
         _hang(sites)
-        # PEFT calls the model's forward itself, past its hooks, but the base model always runs as a module.
+        # PEFT calls the model's forward directly, which skips its hooks, but the base model always runs as a module.
         text_stack(model).register_forward_pre_hook(_DrawNoise(head_gates))
         setattr(model, _GATES_ATTRIBUTE, head_gates)
     _log.info("attached %d gates to %s", sum(choices.counts[site.key] for site in there), type(model).__name__)
@@ -193,7 +195,11 @@ def _weight(site: Site) -> Tensor:
 
 
 def has_blocks(layout: Layout, model: PreTrainedModel, blocks: bool | int | Blocks) -> bool:
-    """Tell whether a model's hidden units are to have gates as `attach` is asked; UnsupportedModel if it has none."""
+    """Return whether `blocks`, as given to `attach`, gives hidden units gates.
+
+    Raises:
+        UnsupportedModel: the model has no hidden units that can be cut.
+    """
     if blocks is False:
         return False
     if not layout.hidden_sites(model):
@@ -205,7 +211,7 @@ def has_blocks(layout: Layout, model: PreTrainedModel, blocks: bool | int | Bloc
 
 
 def choices_of(sites: Sequence[Site], unit: Unit, blocks: bool | int | Blocks) -> Choices:
-    """Return what gates on some sites open, their hidden units in blocks as `attach`, which raises alike, is asked."""
+    """Return what the gates of some sites open; `blocks` divides hidden units, and is checked, as in `attach`."""
     hidden = [site for site in sites if site.is_hidden]
     members: dict[UnitKey, Sequence[Sequence[int]]]
     members = {site.key: [(head,) for head in site.units] for site in sites if not site.is_hidden}
@@ -213,7 +219,7 @@ def choices_of(sites: Sequence[Site], unit: Unit, blocks: bool | int | Blocks) -
         layers = [site.layer for site in hidden]
         if unknown := [layer for layer in blocks if layer not in layers]:
             raise InputError(f"Blocks were given for layer {unknown[0]!r}, but layers with hidden units are {layers}.")
-        # What is not named stays or goes as a whole.
+        # The units of a layer that is not named stay or go together.
         members |= {site.key: [tuple(block) for block in blocks.get(site.layer, [site.units])] for site in hidden}
         for site in hidden:
             owners(site.units, members[site.key])
@@ -230,9 +236,13 @@ def choices_of(sites: Sequence[Site], unit: Unit, blocks: bool | int | Blocks) -
 
 
 def attach_for(model: PreTrainedModel, plan: HeadPlan) -> HeadGates:
-    """Attach gates that can stand for a plan: of each layer's hidden units that stay one, and of those that go one.
+    """Attach gates that can represent a plan, and set them to it.
 
-    They are closed by the plan. It raises as `attach` does, and an InputError if the plan is not one for this model.
+    Of each layer's hidden units, those that stay share one gate and those that go share another.
+
+    Raises:
+        UnsupportedModel: see `attach`.
+        InputError: see `attach`, or the plan is not for this model.
     """
     layout = find_layout(model)
     hidden = has_blocks(layout, model, plan.hidden_units is not None)
@@ -249,7 +259,7 @@ def attach_for(model: PreTrainedModel, plan: HeadPlan) -> HeadGates:
 
 
 def _relative_costs(sites: Sequence[Site], choices: Choices) -> dict[UnitKey, float]:
-    """Return what an open gate costs: 1 for heads, for blocks their parameters over those of the mean head."""
+    """Return the cost of an open gate: 1 for a head; for a block, its parameters over those of the mean head."""
     numbers = {s.key: sum(s.module.get_parameter(part.path).numel() for part in s.selections(s.units)) for s in sites}
     sizes = {key: count / choices.counts[key] for key, count in numbers.items()}
     heads = [size for site in sites if not site.is_hidden for size in [sizes[site.key]] * len(site.units)]
@@ -258,7 +268,7 @@ def _relative_costs(sites: Sequence[Site], choices: Choices) -> dict[UnitKey, fl
 
 
 def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
-    """Return the model of transformers in PEFT's wrapper, or `model` itself; UnsupportedModel if it is none."""
+    """Return the transformers model inside PEFT's wrapper, or `model` itself; UnsupportedModel if there is none."""
     require_no_prefix(model)
     wrapper: Any = model
     inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
@@ -267,7 +277,7 @@ def unwrapped(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
 
 
 def rehang(model: PreTrainedModel | nn.Module) -> None:
-    """Move gates to the output projections there are now, after PEFT has put adapters around them or merged them."""
+    """Hook gates to the current output projections, after PEFT has wrapped them in adapters or merged adapters."""
     model = unwrapped(model)
     gates = gates_of(model)
     if gates is None:
@@ -289,13 +299,13 @@ def _hang(sites: Sequence[Site]) -> None:
             site.output.register_forward_pre_hook(_GateInput(gate, site.unit_dim, skipping))
             if skipping is not None:
                 skipping.hang()
-    # Code that was compiled without these hooks, or with others, would go on without them.
+    # Code that was compiled without these hooks, or with others, would keep running without them.
     torch.compiler.reset()
 
 
 def _remove_hooks(module: nn.Module, *kinds: type, gate: nn.Module | None = None) -> None:
-    """Take hooks of some kinds off a module, of all gates or one."""
-    # By type, not by handle: handles of a deep copy would point at the original.
+    """Remove a module's hooks of the given kinds: those of all gates, or of one."""
+    # By type, not by handle: the handles of a deep copy refer to the original.
     tables: tuple[dict[int, Any], ...] = module._forward_pre_hooks, module._forward_hooks
     for hooks in tables:
         found = {key: cast(Any, hook) for key, hook in hooks.items() if isinstance(hook, kinds)}
@@ -305,7 +315,7 @@ def _remove_hooks(module: nn.Module, *kinds: type, gate: nn.Module | None = None
 
 
 def take_off(site: Site) -> None:
-    """Take the gate off one site; the model's other gates stay."""
+    """Remove the gate of one site; the model's other gates stay."""
     if site.output_path is not None:
         _remove_hooks(site.output, _GateInput)
         _remove_hooks(site.module, *SKIPPING_HOOKS, gate=site.module._modules.get(site.gate_name))
@@ -313,27 +323,43 @@ def take_off(site: Site) -> None:
 
 
 def is_gate(name: str) -> bool:
-    """Tell whether a parameter or buffer of a gated model, by its name, is a gate's."""
+    """Return whether a parameter or buffer with this name, in a gated model, belongs to a gate."""
     return not set(_GATE_NAMES).isdisjoint(name.split("."))
 
 
 @typed
 def gates_of(model: nn.Module) -> HeadGates | None:
-    """Return the gates of `model`, or of the model in a wrapper such as DataParallel; None if there are none."""
+    """Return the gates of `model`, or of the model inside a wrapper such as DataParallel.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The gates, or None if the model has none.
+    """
     found = (vars(module).get(_GATES_ATTRIBUTE) for module in model.modules())
     return next((gates for gates in found if gates is not None), None)
 
 
 @typed
 def detach(model: _Module) -> _Module:
-    """Take the gates off; the model is as it was before `attach`. Does nothing to a model without gates."""
+    """Remove the gates, so that the model is as it was before `attach`.
+
+    A model without gates is left alone.
+
+    Args:
+        model: a gated model; changed in place.
+
+    Returns:
+        `model`.
+    """
     with restored_on_failure(model):
         for module in model.modules():
             _remove_hooks(module, _GateInput, _DrawNoise, *SKIPPING_HOOKS)
             for name in _GATE_NAMES:
                 if isinstance(module._modules.get(name), HeadGate):
                     del module._modules[name]
-            # PEFT's wrapper shows its model's gates as its own.
+            # PEFT's wrapper exposes its model's gates as its own attribute.
             vars(module).pop(_GATES_ATTRIBUTE, None)
         torch.compiler.reset()
     return model

@@ -42,28 +42,30 @@ CHECK_TEXTS, _CHECK_LENGTH = 3, 16
 
 @typed_but("model", "plan")
 def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
-    """Delete the heads, and hidden units, that `plan` drops, in place.
+    """Delete the heads and hidden units that `plan` drops, in place.
 
-    The model is first run with their gates closed; the cut model must compute the same function, or everything
-    is put back. Gates that are attached are used for that and then taken off; values of soft gates and the output
-    scale are folded into the output projection.
+    The model first runs with the gates of these units closed. The cut model must compute the same function; otherwise
+    the model is put back as it was. Attached gates are used for this check and then removed. The values of soft gates
+    and the output scale are folded into the output projections.
 
     Args:
-        model: with or without gates, and the whole of it: of a cut of its inner model alone (`model.model`, say) its
-            configuration knows nothing, so that its own `save_pretrained` would write what does not reload, and
-            `deadhead.save` refuses. Cuts compose: indices always refer to the original dense model.
-        plan: the heads that stay; hidden units of which it says nothing stay too.
+        model: the whole model, with or without gates. If you cut an inner model alone (such as `model.model`), the
+            outer configuration does not record the cut: the outer model's `save_pretrained` would write a checkpoint
+            that does not reload, and `deadhead.save` refuses. A model can be cut several times: indices always refer
+            to the original dense model.
+        plan: the heads that stay. If the plan says nothing of hidden units, they all stay.
 
     Returns:
-        `model`, smaller; a plain `save_pretrained` writes a checkpoint that reloads.
+        `model`, now smaller. A plain `save_pretrained` writes a checkpoint that reloads.
 
     Raises:
-        InputError: the plan is not one for this model, or the model's own outputs are not finite.
-        UnsupportedModel: the model has no prunable heads, or cannot be cut; the message says why, as that of `attach`.
+        InputError: the plan is not for this model, or the model's own outputs are not finite.
+        UnsupportedModel: the model has no prunable heads, or cannot be cut; the message says why, as in `attach`.
         CutError: the cut model computed something else; the model was put back as it was.
 
     Warns:
-        RunWarning: the key/value cache grows, as single query heads are cut out of groups that share keys and values.
+        RunWarning: the key/value cache grows, because single query heads are cut out of groups that share keys and
+            values.
     """
     if not isinstance(plan, HeadPlan):
         raise InputError(f"A deadhead.HeadPlan was expected, but a {type(plan).__name__} came; gates.plan() makes one.")
@@ -128,7 +130,7 @@ def _cut_once(
 
 
 def warn_of_cache(growth: float, *, stacklevel: int) -> None:
-    """Warn that the key/value cache of a cut model is larger, by a share of what it was."""
+    """Warn that the cut makes the key/value cache larger; `growth` is a share of its size before."""
     warnings.warn(
         f"The key/value cache grows by {growth:.0%}: where groups are left with different numbers of query heads, "
         "their keys and values are repeated. Plans of whole groups (unit 'kv_group') keep it small.",

@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each carries one sentence: what was expected, what came, how to mend it."""
+"""The errors a user can cause. Each message is one sentence: what was expected, what was given, how to mend it."""
 
 from __future__ import annotations
 
@@ -12,35 +12,41 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-# Where wrappers, of PEFT, of parallel training and of torch.compile, have their model.
+# Where the wrappers of PEFT, of parallel training and of torch.compile keep their model.
 _WRAPPED = ("get_base_model", "module", "_orig_mod")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Characters of another library's sentence that one of ours may hold.
+# The most characters of another library's message that are quoted.
 _LONGEST = 120
 
 
 class InputError(ValueError):
-    """Bad input: a recipe, path, text, plan or checkpoint that cannot be used. The command line exits with 2."""
+    """A recipe, path, text, plan, checkpoint or argument cannot be used.
+
+    The message says what was expected, what was given and how to mend it. The command line exits with code 2.
+    """
 
 
 class UnsupportedModel(InputError):
-    """The model has no attention head that deadhead can prune; the message says why."""
+    """The model is not supported, for example because no head of it can be pruned; the message says why."""
 
 
 class CutError(RuntimeError):
-    """A cut model did not compute what the model with closed gates computes. The model was put back as it was."""
+    """The cut model did not compute what the model with closed gates computes. The model was put back as it was."""
 
 
 class ExportError(RuntimeError):
-    """An exported model did not run, or did not compute what PyTorch computes. Nothing was left in its place."""
+    """The exported model did not run, or did not compute what PyTorch computes. The export was removed."""
 
 
 class DivergenceError(RuntimeError):
-    """Training met a loss, gradient or weight that is not finite. The message names the step and what to try.
+    """A loss, gradient or weight became infinite or NaN in training. The message names the step and what to try.
 
-    The optimizer's steps are counted from 1; the reason is a clause, such as "loss is nan".
+    Args:
+        message: the whole message.
+        step: the optimizer step, counted from 1.
+        reason: a clause, such as "loss is nan".
     """
 
     def __init__(self, message: str, step: int = 0, reason: str = "") -> None:
@@ -50,22 +56,22 @@ class DivergenceError(RuntimeError):
 
 
 class FailedElsewhere(RuntimeError):
-    """Another process of this training failed, and says why."""
+    """Another process of this training failed; that process reports the reason."""
 
 
 class RunWarning(UserWarning):
-    """Something a run met and went on from, which its user should know. The command line prints it."""
+    """Something that the user of a run should know, though the run went on. The command line prints it."""
 
 
 def own_sentence(error: ValueError) -> str:
-    """Return what a check of our own configurations said: transformers wraps its sentence in a line of its own."""
+    """Return the message of a check in our own configurations, without the line that transformers puts around it."""
     return str(error.__cause__ or error).strip().splitlines()[-1].strip()
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what another library's error says, or its type, without the full stop.
+    """Return the first line of another library's error message, or its type, without the full stop.
 
-    Where that line only begins a list, what follows is added; it never is longer than 120 characters.
+    If that line ends in a colon, the lines that follow are added. The text has at most 120 characters.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     said = " ".join(lines) if lines[0].endswith(":") else lines[0]
@@ -73,26 +79,26 @@ def first_line(error: BaseException) -> str:
 
 
 def is_installed(*modules: str) -> bool:
-    """Return whether all these top-level modules can be imported; none is imported."""
+    """Return whether all these top-level modules can be imported, without importing them."""
     return all(find_spec(name) is not None for name in modules)
 
 
 def require_extra(extra: str, *modules: str, what: str) -> None:
-    """Check that the modules that an extra brings, and `what` needs, are installed; InputError if one is not."""
+    """Raise an InputError if a module that `what` needs, and the extra installs, is missing."""
     if missing := [name for name in modules if not is_installed(name)]:
         raise InputError(f"{what} needs {' and '.join(missing)}; install with: pip install 'deadhead[{extra}]'.")
 
 
 def typed(function: _F) -> _F:
-    """Let a public function refuse, by an InputError, arguments that are not of the types in its signature.
+    """Decorate a public function so that it raises an InputError if an argument is not of its annotated type.
 
-    Numbers of NumPy are numbers.
+    NumPy's numbers count as numbers.
     """
     return typed_but()(function)
 
 
 def typed_but(*names: str) -> Callable[[_F], _F]:
-    """Do as `typed` does, but leave some arguments to the function, which has a better sentence for them."""
+    """Decorate as `typed` does, but leave out some arguments, for which the function has a better message."""
 
     def door(function: _F) -> _F:
         signature, hints = inspect.signature(function), functools.cache(lambda: get_type_hints(function))
@@ -116,13 +122,13 @@ def typed_but(*names: str) -> Callable[[_F], _F]:
 
 
 def require_fields(value: Any, whose: str = "") -> None:
-    """Check a dataclass's fields by their types, or raise an InputError that begins with `whose` field is wrong."""
+    """Raise an InputError if a dataclass's field is not of its type; the message begins with `whose` and its name."""
     for name, hint in get_type_hints(type(value)).items():
         require_type(getattr(value, name), hint, f"{whose}{name} must be")
 
 
 def require_type(value: Any, hint: Any, expected: str) -> None:
-    """Check that a value is of a type, or raise an InputError that begins with what was expected."""
+    """Raise an InputError if a value is not of a type; the message begins with `expected`."""
     if isinstance(hint, TypeVar):
         hint = hint.__bound__
     if not _fits(value, hint):
@@ -147,7 +153,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, str | bytes) and origin is not None:
         return False
     if not isinstance(value, origin or hint):
-        # The function itself says what is to be done with a model in a wrapper.
+        # The function's own message says what to do with a wrapped model.
         return getattr(hint, "__name__", "") == "PreTrainedModel" and any(hasattr(value, name) for name in _WRAPPED)
     if origin is not None and isinstance(value, Mapping):
         return all(_fits(each, inner[-1]) for each in value.values())

@@ -1,4 +1,4 @@
-"""Where and how modules run: the device there is and its memory, evaluation for a while, undone failures, denormals."""
+"""How modules run: device and free memory, temporary evaluation mode, restoring after failures, denormals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _chosen: ContextVar[torch.device | None] = ContextVar("chosen_device", default=N
 
 @contextmanager
 def on_device(device: torch.device | None) -> Iterator[None]:
-    """Let `best_device` return `device` while the block runs; None leaves the choice to it."""
+    """Make `best_device` return `device` while the block runs; None changes nothing."""
     before = _chosen.set(device or _chosen.get())
     try:
         yield
@@ -28,7 +28,7 @@ def on_device(device: torch.device | None) -> Iterator[None]:
 
 
 def best_device() -> torch.device:
-    """Return the device that `on_device` has chosen, else the accelerator of this machine, or the CPU."""
+    """Return the device set by `on_device`, or this machine's accelerator, or the CPU if it has none."""
     if (chosen := _chosen.get()) is not None:
         return chosen
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -36,7 +36,7 @@ def best_device() -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return how many bytes can still be had on a device; in a container no more than it may have."""
+    """Return how many bytes are free on a device, within the limit of the container if there is one."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -49,8 +49,8 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Take denormal numbers for zero on the CPU, which they can slow down several times, and stop that afterwards."""
-    # There is no way to ask but to try: the smallest normal float, halved.
+    """Flush denormal numbers to zero on the CPU while the block runs; they can slow it down several times."""
+    # torch does not report the setting, so try it: halve the smallest normal float.
     was_on = bool(torch.tensor(torch.finfo(torch.float32).tiny) * 0.5 == 0)
     torch.set_flush_denormal(True)
     try:
@@ -61,7 +61,7 @@ def flushing_denormals() -> Iterator[None]:
 
 @contextmanager
 def evaluating(*roots: nn.Module) -> Iterator[None]:
-    """Put `roots` into evaluation mode; each of their modules gets its own mode back afterwards."""
+    """Put `roots` into evaluation mode while the block runs; afterwards each module has its own mode again."""
     modes = [(module, module.training) for root in roots for module in root.modules()]
     try:
         for root in roots:
@@ -74,7 +74,7 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter learn while the block runs, so that nothing is kept for gradients of theirs."""
+    """Freeze all parameters while the block runs, so that autograd keeps nothing for their gradients."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:
@@ -87,14 +87,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run models that were compiled as if they were not while the block runs."""
+    """Run compiled models eagerly while the block runs."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Let what models draw at random be the same each time while the block runs; afterwards all goes on as before."""
+    """Seed torch's random numbers while the block runs; afterwards the random state is as before."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
@@ -103,13 +103,13 @@ def seeded() -> Iterator[None]:
 
 @contextmanager
 def restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Put a model back as it was if the block raises: classes, attributes, hooks, parameters, what learns, modes.
+    """Put a model back as it was if the block raises: classes, attributes, hooks, parameters, `requires_grad`, modes.
 
-    Parameters go back to their device. Tensors and configurations are put back, but what is written into one stays, and
-    so does what is written into the buffers of a model that was moved.
+    Parameters go back to their device. Tensors and configurations that were replaced are put back, but values that were
+    written into one stay, and so do values that were written into the buffers of a model that was moved.
     """
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    # The tables themselves, not copies: the handles of hooks refer to them.
+    # The tables themselves, not copies, because the handles of hooks refer to them.
     tables = [value for _, _, values in modules for value in values.values() if isinstance(value, dict | set | list)]
     contents = [(table, copy.copy(table)) for table in tables]
     buffers = [(module, name, b) for module, _, _ in modules for name, b in module._buffers.items() if b is not None]
@@ -120,7 +120,7 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
         for module, name, buffer in buffers:
             now = module._buffers.get(name)
             if now is not None and now is not buffer and now.shape == buffer.shape:
-                # A move, unlike that of parameters, makes new buffers, and training goes on in those.
+                # Moving a model makes new buffers (but no new parameters), and training goes on in those.
                 with suppress(RuntimeError), torch.no_grad():
                     buffer.copy_(now)
         for module, kind, values in modules:
@@ -133,7 +133,7 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
             put(before)
         for parameter, device, learns, gradient in parameters:
             if parameter.device != device:
-                with suppress(RuntimeError):  # a device that has failed gives nothing back
+                with suppress(RuntimeError):  # a device that has failed returns nothing
                     parameter.data = parameter.data.to(device)
             parameter.requires_grad_(learns)
             parameter.grad = gradient

@@ -389,7 +389,7 @@ def test_a_sparsity_that_is_no_share_is_refused(sparsity: float) -> None:
         ("plan", {"sparsity": "a"}, r"HeadGates.plan takes sparsity as float \| None, but 'a' came"),
         ("plan", {"sparsity": True}, "takes sparsity as .*, but True came"),
         ("plan", {"ranking": "x"}, "takes ranking as .*, but 'x' came"),
-        ("plan", {"ranking": "layer"}, "ranking says how a share .*; give sparsity too"),
+        ("plan", {"ranking": "layer"}, "ranking says how a share .*; set sparsity too"),
         ("settle", {"plan": None}, "takes plan as HeadPlan, but None came"),
         ("set_plan", {"plan": "plan.json"}, "HeadGates.set_plan takes plan as HeadPlan, but 'plan.json' came"),
         ("load_state_dict", {"state": None}, "takes state as Mapping"),
@@ -515,5 +515,5 @@ def test_constants_out_of_range_are_refused(field: str, value: float) -> None:
 )
 def test_gates_without_values_say_so(read: Any) -> None:
     gates = attach(tiny_model().to("meta"))
-    with pytest.raises(InputError, match="The gates have no values, as their model is on the meta device"):
+    with pytest.raises(InputError, match="The gates have no values because their model is on the meta device"):
         read(gates)

@@ -1,4 +1,4 @@
-"""Save and load models, dense, gated or cut: safetensors, one folder, complete or absent."""
+"""Save and load dense, gated and cut models: one folder with safetensors, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from deadhead.measure.cost import skeleton
 
 _log = logging.getLogger(__name__)
 
-# What decides what a model computes; people may edit the rest.
+# The files that decide what a model computes; people may edit the others.
 _VERIFIED = {".safetensors", ".json", ".model", ".txt"}
 _NOT_VERIFIED = {"generation_config.json"}
 _ENDINGS = {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt", ".model"}
@@ -65,25 +65,26 @@ def save(
     files: Sequence[Path] = (),
     about: str | None = None,
 ) -> None:
-    """Write a checkpoint folder that transformers' Auto class for the model loads; its card says which.
+    """Write a model to a checkpoint folder that an Auto class of transformers loads; the model card says which.
 
-    It holds the weights, the configuration, the modelling files (for places without deadhead), the head plan of a cut
-    model, the gates of a gated one (whose weights are then those of the ungated model), tokenizer and model card.
+    The folder holds weights, configuration, tokenizer, model card, and the modelling files for machines without
+    deadhead. A cut model adds its head plan. A gated model adds its gates; the weights are then those of the ungated
+    model.
 
     Args:
-        model: dense, gated or cut.
-        path: the folder; a checkpoint that is there already is replaced as a whole.
-        tokenizer: written beside the model.
-        metrics: measured numbers for the model card, such as {"perplexity": 5.9}.
-        base: folder or name of the model it was made of; its licence and name go into the card, its licence files
-            beside it.
-        files: files and folders to copy; those that don't exist are left out.
-        about: what the card says the model is; by default whether deadhead has cut it.
+        model: a dense, gated or cut model.
+        path: the folder. A checkpoint that is already there is replaced as a whole.
+        tokenizer: is saved beside the model.
+        metrics: measured numbers for the model card, such as `{"perplexity": 5.9}`.
+        base: folder or name of the model that this one was made from. The card gets its name and licence, and the
+            folder gets its licence files.
+        files: files and folders to copy into the checkpoint; those that don't exist are left out.
+        about: the card's description of the model; by default it says whether deadhead has cut the model.
 
     Raises:
-        InputError: `path` holds something else, cannot be written, or the device is full; or the weights are not whole
-            in this process, or only a model inside of `model` was cut.
-        UnsupportedModel: two places in the model share a weight, and its configuration does not say so.
+        InputError: `path` holds something else, cannot be written, or the disk is full; or this process does not have
+            the whole weights, or only an inner model of `model` was cut.
+        UnsupportedModel: two places in the model share a weight, but the configuration does not say so.
     """
     path = checked_path(path)
     require_model(model)
@@ -98,7 +99,7 @@ def save(
     require_ours_or_free(path)
     if base is not None:
         checked_path(base)
-    # A cut that the configuration does not tell of is no model to be loaded again.
+    # A cut that the configuration does not record could not be loaded again.
     find_layout(model).recorded_plan(model)
     gates = gates_of(model)
     with replaced_folder(path) as folder:
@@ -119,7 +120,7 @@ def save(
 def save_beside(
     model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase | None, base: str | Path | None, **card: Any
 ) -> None:
-    """Write what `save` writes besides what `save_pretrained` does, which needs no weights; arguments as there."""
+    """Write the files that `save` adds to those of `save_pretrained`; they need no weights. Arguments as in `save`."""
     plan = find_layout(model).recorded_plan(model)
     if plan is not None:
         plan.to_json(path / PLAN_FILE)
@@ -130,10 +131,10 @@ def save_beside(
 
 
 def require_no_model(work: Path, source: Path | None) -> None:
-    """Check that the folder of unfinished work, which goes at the end, is not, and does not hold, a model.
+    """Check that the folder of unfinished work, which is removed at the end, neither is nor holds a model.
 
     Raises:
-        InputError: it is the model that is read, the model lies in it, or it holds another.
+        InputError: the folder is the source model, contains it, or holds another model.
     """
     place = None if source is None else source.resolve()
     if place is not None and (place == work or work in place.parents):
@@ -146,10 +147,10 @@ def require_no_model(work: Path, source: Path | None) -> None:
 
 
 def require_ours_or_free(path: Path) -> None:
-    """Check that a checkpoint may be written to `path`: nothing is there, or a checkpoint that deadhead wrote.
+    """Check that a checkpoint may be written to `path`: it is free, or holds a checkpoint that deadhead wrote.
 
     Raises:
-        InputError: something else is there, other programs' models included.
+        InputError: `path` holds something else, such as a model that another program wrote.
     """
     require_replaceable(path, ("config.json",))
     card = path / "README.md"
@@ -162,10 +163,10 @@ def require_ours_or_free(path: Path) -> None:
 
 
 def named_device(device: str | torch.device) -> torch.device:
-    """Return a device by its name, such as "cpu" or "cuda".
+    """Return the device with a name such as "cpu" or "cuda".
 
     Raises:
-        InputError: there is no such device on this machine.
+        InputError: this machine has no such device.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     known = ["cpu", *([accelerator.type] if accelerator is not None else [])]
@@ -181,10 +182,10 @@ def named_device(device: str | torch.device) -> torch.device:
 
 
 def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a type of weights by its name, such as "bfloat16".
+    """Return the dtype of weights with a name such as "bfloat16".
 
     Raises:
-        InputError: there is no such type.
+        InputError: weights cannot have this dtype.
     """
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     found = types.get(dtype) if isinstance(dtype, str) else dtype
@@ -197,21 +198,25 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def load(
     path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """Load a model from a checkpoint folder, a GGUF file, or by its name on the Hugging Face hub, in evaluation mode.
+    """Load a model in evaluation mode, from a checkpoint folder, a GGUF file or the Hugging Face hub.
 
-    Its class is the one that its configuration names, of a language model, an encoder or a classifier, say. It never
-    runs code that a checkpoint brings along. A gated checkpoint that `save` wrote gives the ungated model; `load_gated`
-    gives both.
+    The model gets the class that its configuration names, for example a language model, an encoder or a classifier.
+    Code that comes with a checkpoint never runs. From a gated checkpoint that `save` wrote, this function loads the
+    ungated model; `load_gated` loads model and gates.
 
     Args:
-        path: the folder, file or name. Weights of a GGUF file, quantised ones too, become plain numbers again.
-        dtype: of the weights, such as "bfloat16"; None: as they were saved, or float32 for those of a GGUF file.
-        device: where they go, such as "cuda"; None: the CPU.
+        path: the folder, the file, or the model's name on the hub. The weights of a GGUF file become plain numbers
+            again, quantised ones too.
+        dtype: dtype of the weights, such as "bfloat16". None keeps the saved one, or takes float32 for a GGUF file.
+        device: where the model goes, such as "cuda". None is the CPU.
+
+    Returns:
+        The model.
 
     Raises:
-        InputError: there is no checkpoint, it is cut short, its tensors are not those its configuration asks for, or a
+        InputError: there is no checkpoint, it is damaged or cut short, its tensors do not fit its configuration, or a
             Trainer wrote it with gates on.
-        UnsupportedModel: transformers has no class for it.
+        UnsupportedModel: transformers has no class for the model.
     """
     model, is_gated = _load(path, dtype, device)
     if is_gated:
@@ -229,7 +234,7 @@ def _with_gates_on(path: str | Path) -> InputError:
 def _load(
     path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, bool]:
-    """Load as `load` does, and tell whether there are gates among the weights, which are left out."""
+    """Load as `load` does, and return whether there were gates among the weights, which are left out."""
     dtype = None if dtype is None else named_dtype(dtype)
     device = None if device is None else named_device(device)
     if (file := gguf_file(path)) is not None:
@@ -287,7 +292,7 @@ def _load(
 
 
 def _of_other_heads(model: PreTrainedModel, wanted: bool) -> set[str]:
-    """Return the tensors that the model's type had in pre-training, which files of BERT, say, hold beside its own."""
+    """Return the names of the tensors that the model's type has in pre-training, which BERT's files hold, say."""
     config = model.config
     if not wanted or type(config) not in AutoModelForPreTraining._model_mapping:
         return set()
@@ -296,7 +301,7 @@ def _of_other_heads(model: PreTrainedModel, wanted: bool) -> set[str]:
 
 
 def _require_unchanged(folder: Path) -> None:
-    """Check weights, configuration, plan, gates and tokenizer against the checksums saved with them, if any."""
+    """Check weights, configuration, plan, gates and tokenizer against the checksums in the folder, if it has any."""
     names = [name for name in read_checksums(folder) if Path(name).suffix in _VERIFIED and name not in _NOT_VERIFIED]
     changed = changed_file(folder, among=names)
     if changed is not None:
@@ -307,10 +312,10 @@ def _require_unchanged(folder: Path) -> None:
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """Load a model's configuration from a checkpoint folder, its file, a GGUF file, or by its name on the hub.
+    """Load a model's configuration from a checkpoint folder, its config.json, a GGUF file, or the hub.
 
     Raises:
-        InputError: there is none, it cannot be used, or it is of a model that cannot be.
+        InputError: there is no configuration, it cannot be used, or it describes an impossible model.
     """
     if (file := gguf_file(path)) is not None:
         return read_gguf_config(file)
@@ -328,11 +333,11 @@ def load_config(path: str | Path) -> PreTrainedConfig:
 
 
 def load_skeleton(path: str | Path) -> PreTrainedModel:
-    """Load a model without its weights, by which much can be told before they are read.
+    """Make a model without weights, on the meta device, from a checkpoint's configuration.
 
     Raises:
         InputError: see `load_config`.
-        UnsupportedModel: the weights are quantised, and cannot be read here.
+        UnsupportedModel: the weights are quantised and cannot be read here.
     """
     config = load_config(path)
     require_readable(config, path)
@@ -356,15 +361,20 @@ def _no_such_name(path: str | Path, error: Exception) -> InputError:
 def load_gated(
     path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, HeadGates]:
-    """Load a model and its gates from a folder that was saved with gates on, by `save`, a Trainer or `save_pretrained`.
+    """Load a model and its gates from a folder that was saved with gates on.
+
+    `save`, a Trainer and `save_pretrained` all write such folders.
 
     Args:
         path: the folder.
-        dtype: of the weights, as in `load`; gates stay float32.
-        device: where both go, as in `load`.
+        dtype: dtype of the weights, as in `load`; gates stay float32.
+        device: where model and gates go, as in `load`.
+
+    Returns:
+        The model with its gates attached, and the gates.
 
     Raises:
-        InputError: the folder has no gates, or it cannot be loaded.
+        InputError: the folder has no gates, or cannot be loaded.
     """
     path = checked_path(path)
     if path.is_dir() and not has_gates(path):

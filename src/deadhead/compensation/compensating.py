@@ -1,4 +1,4 @@
-"""Compensation: the output projections of a cut model are fitted to what the dense model computes, layer by layer.
+"""Compensation: fit the output projections of a cut model to the dense model's outputs, layer by layer.
 
 For each projection W, with inputs x and targets y, tokens weighted by w: W ← (Σ w y xᵀ + λ W)(Σ w x xᵀ + λ)⁻¹.
 """
@@ -36,30 +36,32 @@ def compensate(
     text: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compensation:
-    """Fit the output projections of a cut model, and their biases, to what the dense model computes, in place.
+    """Fit the output projections of a cut model, and their biases, to the dense model's outputs, in place.
 
-    Layer by layer, each on what those before it now give. Ridge and target of each fit are chosen on every eighth row
-    of the text, which no fit sees; projections that do not gain there are left alone, bit for bit, and so is the whole
-    model if its held-out loss does not fall.
+    Layers are fitted in order; each fit sees the outputs of the fitted layers before it. Every eighth row of the text
+    is held out: no fit sees it, and the ridge and the target of each fit are chosen on it. A projection that does not
+    improve on held-out text is left alone, bit for bit. So is the whole model if its held-out loss does not fall.
 
         dense = deadhead.load(folder)
         model = deadhead.cut(deadhead.load(folder), plan)
         deadhead.compensate(model, dense, batches)
 
     Args:
-        model: cut from `dense`, by whatever plan.
-        dense: the model before the cut, of the same dtype and on the same device; not changed.
-        batches: of calibration text: dictionaries with `input_ids` (B, T), and what `score_heads` takes beside them;
-            for a model that predicts no next token, whatever it reads.
-        text: what the calibration text is called in the model's configuration.
+        model: cut from `dense`, by any plan.
+        dense: the model before the cut, in the same dtype and on the same device. It is not changed.
+        batches: calibration text: dictionaries with `input_ids` (B, T) and the other inputs that `score_heads` takes.
+            For a model that does not predict the next token, the inputs that it reads.
+        text: a name for the calibration text, which goes into the model's configuration.
         progress: called with the number of projections done and to do.
 
     Returns:
-        What was done, and what it brought. If the fits stayed, `model.config.compensation` says so too.
+        What was fitted, and how much it improved the model. If the fits were kept, `model.config.compensation` records
+            them too.
 
     Raises:
-        UnsupportedModel: one of the models is quantised, offloaded, wrapped, or none of transformers.
-        InputError: one has gates or adapters, they do not fit each other, or there are fewer than two rows of text.
+        UnsupportedModel: one of the models is quantised, offloaded or wrapped, or is not a transformers model.
+        InputError: a model has gates or adapters, the models do not fit each other, or there are fewer than two rows
+            of text.
     """
     return compensate_from(model, dense, batches, text=text, progress=progress, consume=False)
 
@@ -74,14 +76,14 @@ def compensate_from(
     consume: bool,
     shares: Shares = ALONE,
 ) -> Compensation:
-    """Do as `compensate` does; with `consume` layers of the dense model are freed once they have been passed.
+    """Do as `compensate` does; with `consume`, each layer of the dense model is freed once it is no longer needed.
 
-    Where several processes compensate the same model together, each runs it on its share of the batches, and all get
-    the weights that the main one fits.
+    If several processes compensate the same model together, each runs its share of the batches, and all of them get the
+    weights that the main process fits.
     """
     _require_pair(model, dense)
     sublayers = find_sublayers(model, dense)
-    # What is made under torch.inference_mode() could never learn.
+    # Tensors that are made under torch.inference_mode() can never learn.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -143,7 +145,7 @@ def _require_pair(model: PreTrainedModel, dense: PreTrainedModel) -> None:
 
 
 def _judge(model: PreTrainedModel, dense: PreTrainedModel, calibration: Calibration) -> tuple[Callable[[], float], str]:
-    """Return what measures how far off the model is on held-out text now, in all processes, and what it is called."""
+    """Return a function that measures the model's error on held-out text in all processes, and the error's name."""
     shares = calibration.shares
     if model.can_generate():
         return (lambda: shares.agreed(held_out_loss(model, calibration))), "loss"
@@ -160,7 +162,7 @@ def _fit_all(
     *,
     consume: bool,
 ) -> tuple[list[FittedLayer], tuple[int, int]]:
-    """Fit every projection; return what became of each, and the tokens that were fitted to and held out."""
+    """Fit every projection; return the result for each, and the numbers of tokens fitted to and held out."""
     stream, other = _streams(model, dense, sublayers, calibration)
     found: dict[str, FittedLayer] = {}
     tokens = (0, 0)

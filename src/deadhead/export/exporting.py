@@ -1,4 +1,4 @@
-"""Write a model in a runtime's format, run what was written, and leave it only if it computes what the model does."""
+"""Write a model in a runtime's format, run it there, and keep it only if it computes what the model computes."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from deadhead.modes import evaluating
 _log = logging.getLogger(__name__)
 
 FORMATS = ("gguf", "onnx", "openvino", "padded", "vllm")
-# Checkpoints of transformers, which have the precision that the model has.
+# Formats that are checkpoints of transformers, which keep the model's precision.
 _CHECKPOINTS = ("padded", "vllm")
-# max|Δ| / max|reference| of logits that is taken for the same function, by the type of the weights. llama.cpp rounds
-# what it multiplies with quantised weights too; of what its own quantiser makes only numbers are asked.
+# Largest max|Δ| / max|reference| of logits that counts as the same function, by the type of the weights. llama.cpp
+# also rounds the numbers that it multiplies by quantised weights; its own quantiser need only give finite numbers.
 _TOLERANCE = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1, "q8_0": 0.25}
 _OPENVINO = "openvino_model.xml"
 _Base = str | Path | None
@@ -50,16 +50,16 @@ _Base = str | Path | None
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported model, and how far it was checked.
 
     Args:
         path: the file or folder.
-        form: one of `FORMATS`.
+        form: the format, one of `FORMATS`.
         kind: type of the weights.
-        detail: the architecture it was written as.
-        num_bytes: of the model alone.
-        agreements: what each runtime computed.
-        unchecked: why none did; None if one did.
+        detail: the architecture that it was written as.
+        num_bytes: size of the model alone, in bytes.
+        agreements: how near each runtime came to PyTorch.
+        unchecked: why no runtime was tried; None if one was.
     """
 
     path: Path
@@ -82,24 +82,29 @@ def export_model(
     base: str | Path | None = None,
     python: Path | None = None,
 ) -> Exported:
-    """Write a model for a runtime, and run it there where the runtime is installed.
+    """Write a model in the format of a runtime, and check it in that runtime if it is installed.
 
     Args:
-        model: dense or cut, on the CPU, in float32 or, for "padded" and "vllm", in any precision.
-        out: the new file for "gguf", the new folder for the others.
+        model: dense or cut, on the CPU. It must be in float32, except for "padded" and "vllm", which take any
+            precision.
+        out: the new file for "gguf", the new folder for the other formats.
         to: "gguf" (llama.cpp), "onnx", "openvino", "vllm" (a checkpoint as `deadhead.save` writes it, tried in vLLM) or
-            "padded" (the stock architecture, for servers that take no other).
-        kind: of "gguf" only, the weights' type: f32, f16 (the default), bf16, q8_0, or one of llama.cpp's quantiser.
+            "padded" (a checkpoint of the stock architecture, for servers that take no other).
+        kind: for "gguf" only, the type of the weights: f32, f16 (the default), bf16, q8_0, or a type that llama.cpp's
+            quantiser makes.
         tokenizer: goes into the file, or beside it.
-        base: the checkpoint that the model was loaded from, whose licence files go into the folder.
-        python: of "vllm" only, the Python of an environment that has vLLM; None: that of the environment variable
-            DEADHEAD_VLLM_PYTHON, or this one.
+        base: the checkpoint that the model was loaded from; its licence files go into the folder.
+        python: for "vllm" only, the Python of an environment with vLLM. None takes the one in the environment variable
+            DEADHEAD_VLLM_PYTHON, or the current one.
+
+    Returns:
+        What was written, and how near the runtimes came to PyTorch.
 
     Raises:
-        InputError: something is at `out` already, a library is missing, the disk is full, or the model has gates or
-            adapters, is on another device or in another precision.
-        UnsupportedModel: the model, or the tokenizer, cannot be written in this format; the message says why.
-        ExportError: what was written does not compute what the model does; it is gone again.
+        InputError: `out` already exists, a library is missing, the disk is full, or the model has gates or adapters,
+            or is on another device or in another precision.
+        UnsupportedModel: the model or the tokenizer cannot be written in this format; the message says why.
+        ExportError: the exported model does not compute what the model computes; the export was removed.
     """
     out = Path(out)
     require_exportable(out, to=to, kind=kind, python=python)
@@ -121,7 +126,7 @@ def export_model(
 
 
 def require_exportable(out: Path, *, to: str, kind: str | None, python: Path | None = None) -> None:
-    """Check what can be checked without the model, format, type, place and libraries, or raise an InputError."""
+    """Check format, type, place and libraries, which need no model; InputError if something is wrong."""
     if to not in FORMATS:
         raise InputError(f"A format was expected ({', '.join(FORMATS)}), but {to!r} came.")
     if python is not None and to != "vllm":
@@ -179,7 +184,7 @@ def _gguf(
         reason = "llama.cpp is not installed (pip install 'deadhead[llama-cpp]')"
         return Exported(out, "gguf", kind, plan.architecture, written.stat().st_size, (), reason)
     reference = make_reference(model)
-    # What the quantiser is given must be right; of what it makes no more can be asked than that it runs.
+    # The quantiser's input must be right; its output can only be asked to run.
     agreement = _in_llama_cpp(written, reference, _TOLERANCE.get(kind, _TOLERANCE["f16"]), tokenizer)
     if not is_ours:
         llama_cpp.quantize(written, place, kind)
@@ -232,7 +237,7 @@ def _flat(
 
 
 def _plain_config(model: PreTrainedModel) -> dict[str, object]:
-    """Return the configuration as programs know it that only read its numbers: of the stock type, without code."""
+    """Return the configuration for programs that only read its numbers: with the stock type, without code."""
     values: dict[str, object] = model.config.to_diff_dict()
     values.pop("auto_map", None)
     if isinstance(model, PrunedModel):
@@ -246,13 +251,13 @@ def _padded(
     stock, reference = pad_to_stock(model), make_reference(model)
     logits = _stock_logits(lambda: stock, model, reference.ids)
     checkpoint.save(stock, place, tokenizer=tokenizer, base=base, about=_ABOUT)
-    # As a server loads it: neither our classes nor code of the checkpoint's.
+    # As a server loads it: with neither our classes nor the checkpoint's code.
     load = partial(type(stock).from_pretrained, place, dtype=model.dtype)
     reloaded = _stock_logits(load, model, reference.ids)
     kind, tolerance = _precision(model)
     name = f"transformers {transformers.__version__}, {type(stock).__name__}"
     agreement = compare(reference, logits, runtime=name, tolerance=tolerance)
-    # Where a file's memory map lies decides the last bit.
+    # Compared with a tolerance, because the address of a file's memory map decides the last bit.
     compare(reference, reloaded, runtime=f"{name}, reloaded", tolerance=tolerance)
     size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     return Exported(out, "padded", kind, type(stock).__name__, size, (agreement,))
@@ -282,13 +287,13 @@ def _vllm(
 
 
 def _precision(model: PreTrainedModel) -> tuple[str, float]:
-    """Return the name of the type of a model's weights, and how far a runtime may be off in it."""
+    """Return the name of the weights' dtype, and the tolerance for a runtime in that dtype."""
     is_exact = model.dtype in (torch.float32, torch.float64)
     return str(model.dtype).removeprefix("torch."), _TOLERANCE["f32" if is_exact else "bf16"]
 
 
 def _stock_logits(load: Callable[[], Any], model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
-    """Run the padded `model`; what transformers' code raises at sizes that it was not made for becomes a refusal."""
+    """Run the padded `model`; an error of transformers' code, at sizes it was not made for, becomes a refusal."""
     try:
         stock = load().eval()
         with torch.inference_mode():

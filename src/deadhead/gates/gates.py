@@ -1,4 +1,4 @@
-"""All gates of a model: their noise, their sparsity loss, and the plan they stand for."""
+"""All gates of a model: their noise, their sparsity loss, and the plan that they represent."""
 
 from __future__ import annotations
 
@@ -19,20 +19,28 @@ from deadhead.plans.kinds import Ranking
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.scores import HeadScores
 
-# Forwards from one measurement of the output differences to the next.
+# Output differences are measured once in this many forward passes.
 _MEASURE_EVERY = 10
-# How far log_alpha is kept from the threshold of evaluation, where rounding could decide.
+# How far `settle` keeps log_alpha from the threshold of evaluation, where rounding could decide.
 _CLEAR = 0.01
 
 
 @dataclass(eq=False, repr=False)
 class HeadGates:
-    """All gates of one model, in the order of its layers. Made by `deadhead.attach`."""
+    """All gates of one model, in the order of its layers. `deadhead.attach` makes them.
+
+    `len(gates)` is the number of gates; iteration yields pairs of a `UnitKey` and the `HeadGate` of that layer.
+
+    Args:
+        gates: the gates of each layer's heads or blocks of hidden units, by key.
+        choices: what each gate opens and closes.
+        config: the gates' constants.
+    """
 
     gates: Mapping[UnitKey, HeadGate]
     _: KW_ONLY
-    choices: Choices  # what each gate opens and closes
-    config: GateConfig  # the gates' constants
+    choices: Choices
+    config: GateConfig
     _step: int = field(default=0, init=False)
     _micro_batch: int = field(default=0, init=False)
     _exactly: Sequence[tuple[list[HeadGate], int]] = field(default=(), init=False)
@@ -53,13 +61,16 @@ class HeadGates:
 
     @property
     def unit(self) -> Unit:
-        """What a gate of a head opens and closes: a query ``head`` or a ``kv_group``."""
+        """What a head's gate opens and closes: a query "head" or a "kv_group"."""
         return self.choices.unit
 
     def begin_step(self, step: int) -> None:
-        """Tell which optimizer step comes next: noise is a function of seed, step and forward within the step.
+        """Begin an optimizer step. Noise is a function of seed, step and forward pass within the step.
 
-        All processes must call this together, as it gathers sharded gates.
+        All processes must call this together, because it gathers sharded gates.
+
+        Args:
+            step: number of the step.
         """
         self._step, self._micro_batch = step, 0
         for gate in self.gates.values():
@@ -67,8 +78,8 @@ class HeadGates:
         self.gather()
 
     def draw(self) -> None:
-        """Draw fresh noise for every gate, equal on all ranks. Every forward in training mode begins with it."""
-        # torch's CPU generator takes 32 bits of a seed, so the three numbers are hashed into as many.
+        """Draw fresh noise for every gate, the same in all processes. Each forward pass in training mode calls this."""
+        # torch's CPU generator takes 32 bits of a seed, so the three numbers are hashed into 32 bits.
         key = f"{self.config.seed} {self._step} {self._micro_batch}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
         generator = torch.Generator().manual_seed(seed)
@@ -84,26 +95,31 @@ class HeadGates:
         self._micro_batch += 1
 
     def draw_exactly(self, groups: Sequence[tuple[list[HeadGate], int]]) -> None:
-        """Let draws open exactly so many gates of each group, until told otherwise; () lets each gate decide alone."""
+        """Make draws open exactly a given number of gates in each group, until the next call.
+
+        Args:
+            groups: pairs of gates and the number of heads that stay open in them. With () each gate is drawn alone.
+        """
         self._exactly = groups
 
     @typed
     def track_difference(self, on: bool = True) -> None:
-        """Measure each head's output difference in one training forward of ten, or stop that.
+        """Switch the measurement of each head's output difference on or off.
 
-        Measuring takes as long as a projection and does not change the training.
+        It is measured in one of ten training forward passes. A measurement takes as long as a projection and does not
+        change the training.
         """
         for gate in self.gates.values():
             gate.tracks_difference = on
 
     @property
     def tracks_difference(self) -> bool:
-        """Whether output differences are measured in training."""
+        """Whether training measures output differences."""
         return any(gate.tracks_difference for gate in self.gates.values())
 
     @torch.no_grad()
     def average_difference(self) -> None:
-        """Take the output differences of this step over the tokens of all processes, as one with all rows would.
+        """Compute this step's output differences from the tokens of all processes, as one process with all rows would.
 
         All processes must call this together, before the step ends.
         """
@@ -121,29 +137,32 @@ class HeadGates:
             gate.measured = []
 
     def gather(self) -> None:
-        """Let processes read sharded gates, until an optimizer changes them; all of them must call this together."""
+        """Gather sharded gates, so that each process can read them until an optimizer changes them.
+
+        All processes must call this together.
+        """
         for gate in self.gates.values():
             gate.gather()
 
     def log_alpha(self) -> dict[UnitKey, Tensor]:
-        """Return log_alpha by key, detached, on the CPU."""
+        """Return log_alpha of each gate, (H,) by key, detached, on the CPU."""
         self._require_values()
         return {key: gate.log_alpha.detach().cpu() for key, gate in self}
 
     def open_probability(self) -> dict[UnitKey, Tensor]:
-        """Return by key the chance that a unit is open in a training draw, on the CPU."""
+        """Return the probability that each gate is open in a training draw, (H,) by key, on the CPU."""
         self._require_values()
         return {key: gate.open_probability.cpu() for key, gate in self}
 
     def difference(self) -> dict[UnitKey, Tensor]:
-        """Return by key the running relative output difference d_h of each unit, on the CPU; 0 if never measured."""
+        """Return the running relative output difference d_h of each unit, (H,) by key, on the CPU; 0 if unmeasured."""
         self._require_values()
         return {key: gate.difference.cpu() for key, gate in self}
 
     def l0(self) -> Tensor:
-        """Return the L0 sparsity loss, Σ over layers and heads of P(z > 0), with gradient (0-dimensional).
+        """Return the L0 sparsity loss, the sum of P(z > 0) over layers and heads, with gradient (0-dimensional).
 
-        A block counts as much as its share of a head's parameters.
+        A block is weighted by its parameters over those of the mean head.
         """
         self._require_whole()
         summands = [l0_probability(gate.log_alpha, self.config).sum() * gate.cost for _, gate in self]
@@ -151,27 +170,27 @@ class HeadGates:
 
     @property
     def sparsity(self) -> float:
-        """Share of the heads' gates that are closed in evaluation, in [0, 1]."""
+        """The share of the heads' gates that are closed in evaluation, in [0, 1]."""
         self._require_values()
         return _closed_share([gate for key, gate in self if key.kind == "head"])
 
     @property
     def block_sparsity(self) -> float:
-        """Share of the blocks' gates that are closed in evaluation, in [0, 1]."""
+        """The share of the blocks' gates that are closed in evaluation, in [0, 1]."""
         self._require_values()
         return _closed_share([gate for key, gate in self if key.kind == "block"])
 
     def _require_values(self) -> None:
-        """Check that the gates have values, which those of a model on the meta device have not."""
+        """Check that the gates have values; those of a model on the meta device have none."""
         if any(gate.log_alpha_bias.is_meta for _, gate in self):
             raise InputError(
-                "The gates have no values, as their model is on the meta device, without weights; attach gates to a "
-                "model whose weights are loaded."
+                "The gates have no values because their model is on the meta device, without weights; attach gates to "
+                "a model whose weights are loaded."
             )
         self._require_whole()
 
     def _require_whole(self) -> None:
-        """Check that FSDP1 has not flattened the gates: outside of a forward they would be pieces, or of old values."""
+        """Check that FSDP1 has not flattened the gates: outside a forward pass they would be pieces, or outdated."""
         if not all(gate.is_whole for _, gate in self):
             raise InputError(
                 "The first FSDP has laid the gates among the numbers of one flat parameter, where they cannot learn "
@@ -180,35 +199,46 @@ class HeadGates:
 
     @typed
     def plan(self, *, sparsity: float | None = None, ranking: Ranking = "global") -> HeadPlan:
-        """Return the plan that keeps the heads open now.
+        """Return the head plan that keeps the heads whose gates are open now.
 
         Args:
-            sparsity: close exactly this share of the gates instead, those with the smallest log_alpha.
-            ranking: with `sparsity`, "global" compares the gates of all layers; "layer" closes the same share of each.
+            sparsity: drops exactly this share of the heads, in [0, 1], instead: those with the smallest log_alpha.
+            ranking: with `sparsity`, "global" compares the gates of all layers; "layer" drops the same share of each.
+
+        Raises:
+            InputError: `sparsity` is out of range, `ranking` is set without it, or the gates cannot be read here.
         """
         if sparsity is not None:
             return self.scores().plan(sparsity, ranking=ranking)
         if ranking != "global":
-            raise InputError("ranking says how a share of the gates is chosen; give sparsity too, or leave it out.")
+            raise InputError("ranking says how a share of the gates is chosen; set sparsity too, or leave ranking out.")
         self._require_values()
         kept = {key: gate.is_open.nonzero().flatten().tolist() for key, gate in self}
         return self.choices.plan(kept, output_scale=self.config.output_scale)
 
     def scores(self) -> HeadScores:
-        """Return log_alpha as scores."""
+        """Return log_alpha as the scores of heads and blocks."""
         return HeadScores(scores=self.log_alpha(), choices=self.choices, output_scale=self.config.output_scale)
 
     @typed
     def lean(self, scores: HeadScores, *, spread: float) -> None:
-        """Move log_alpha apart, in even steps in the order of the units' scores, by a standard deviation of `spread`.
+        """Spread log_alpha in even steps, in the order of the units' scores.
 
-        Gates then begin with an opinion, which training may change; draws differ where it is weakest.
+        Training then begins from the order of the scores and may change it; draws vary most for the units whose
+        log_alpha is nearest to 0.
+
+        Args:
+            scores: a score for every unit.
+            spread: standard deviation that the steps give log_alpha.
+
+        Raises:
+            InputError: a score is not a number, or `spread` is negative or not finite.
         """
         if not len(self):
             return
         values = torch.cat([scores.scores[key] for key in self.gates])
         if bool(values.isnan().any()):
-            raise InputError("Some heads have a score that is not a number, so gates cannot lean by it.")
+            raise InputError("Some heads have a score that is not a number, so gates cannot be ordered by it.")
         if not 0 <= spread < math.inf:
             raise InputError(f"The spread of log_alpha must be a number that is not negative, but it is {spread}.")
         ranks = values.argsort(stable=True).argsort().float()
@@ -219,10 +249,10 @@ class HeadGates:
     @typed
     @torch.no_grad()
     def settle(self, plan: HeadPlan) -> None:
-        """Move log_alpha to where evaluation closes the units that `plan` drops, and no others.
+        """Move log_alpha so that evaluation closes exactly the units that `plan` drops.
 
-        Those that go and those that stay move as two groups, each only if one of them is on the wrong side: all keep
-        their order where the plan drops those with the smallest log_alpha.
+        The units that go and those that stay move as two groups, and a group moves only if one of its units is on the
+        wrong side. So the order of all units is kept if the plan drops those with the smallest log_alpha.
         """
         kept = self.choices.kept(plan)
         stays = torch.cat([torch.empty(0, dtype=torch.bool), *(kept[key] for key in self.gates)])
@@ -238,24 +268,25 @@ class HeadGates:
 
     @typed
     def set_plan(self, plan: HeadPlan) -> None:
-        """Close the gates of the units that `plan` drops and open the others; take over its output scale.
+        """Close the gates of the units that `plan` drops, open the others, and use the plan's output scale.
 
-        Hidden units of which the plan says nothing stay.
+        If the plan says nothing of hidden units, their gates are opened.
 
         Raises:
-            InputError: the plan is of another model or unit, keeps a head that was cut before, or a part of a block.
+            InputError: the plan is for another model or unit, keeps a head that was cut before, or keeps only a part
+                of a block.
         """
         kept = self.choices.kept(plan)
         self.config = config = replace(self.config, output_scale=plan.output_scale)
         for key, gate in self:
-            # Beyond saturation soft gates are exactly 0 or 1 too, so the plan holds exactly for both kinds.
+            # Beyond saturation soft gates are exactly 0 or 1 too, so the plan is exact for both kinds.
             strength = max(abs(config.init), 3.0, config.saturation + 0.5)
             values_H = torch.where(kept[key], strength, -strength)
             gate.config = config.for_gate(of_blocks=key.kind == "block")
             gate.set_log_alpha(values_H.to(gate.log_alpha_bias.device))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return log_alpha and the measured output differences of every layer, for saving."""
+        """Return log_alpha and the measured output differences, (H,) each, of every layer, for saving."""
         self._require_values()
         return {
             f"{key}.{name}": value.detach().cpu().clone()
@@ -265,10 +296,10 @@ class HeadGates:
 
     @typed
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` returned.
+        """Load what `state_dict` returned.
 
         Raises:
-            InputError: the state is of other layers or numbers of heads, or has values that are not finite.
+            InputError: the state has other layers or numbers of heads, or values that are not finite.
         """
         expected: dict[str, Any] = {name: value.shape for name, value in self.state_dict().items()}
         if {name: value.shape for name, value in state.items()} != expected:
@@ -283,11 +314,11 @@ class HeadGates:
 
 
 def _subset_noise(noise: Mapping[HeadGate, Tensor], count: int, config: GateConfig) -> dict[HeadGate, Tensor]:
-    """Return noise u with which `count` of the gates are open: those with the largest log_alpha + Gumbel noise.
+    """Return noise u that opens exactly `count` gates: those with the largest log_alpha + Gumbel noise.
 
-    A hard gate is open where ln u − ln(1 − u) + log_alpha is above a constant, 0 by default, so u is σ of the Gumbel
-    noise minus a threshold between the last that is open and the first that is not; the gradient is that of the
-    hard-concrete gate with this noise (relaxed subset sampling with a straight-through estimator).
+    A hard gate is open if ln u − ln(1 − u) + log_alpha is above a constant, 0 by default. So u is σ(Gumbel noise −
+    threshold), with the threshold between the last gate that opens and the first that does not. The gradient is that of
+    the hard-concrete gate with this noise (relaxed subset sampling with a straight-through estimator).
     """
     gumbel = torch.cat([-(-u_H.log()).log() for u_H in noise.values()])
     values = torch.cat([gate.log_alpha.detach().cpu() for gate in noise])

@@ -1,4 +1,4 @@
-"""The gates of one layer: one hard-concrete variable for each of its heads, or of its blocks (see `hard_concrete`)."""
+"""The gates of one layer: a hard-concrete variable for each of its heads, or its blocks (see `hard_concrete`)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from deadhead.errors import InputError
 from deadhead.gates.hard_concrete import GateConfig, gate_values, soft_values
 from deadhead.gates.sharding import is_sharded, share_out, whole
 
-# Weight of the newest measurement in the running average.
+# The weight of the newest measurement in the running average.
 _RATE = 0.4
 
 
 class HeadGate(nn.Module):
-    """The gates of one layer's heads, or of blocks of its hidden units, to which all that is said of heads applies.
+    """The gates of one layer's heads, or of blocks of its hidden units. What is said of heads here applies to blocks.
 
-    Of blocks the buffer `owner`, (F,), says which gate each hidden unit has; of heads it is None.
+    The only parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate moves
+    log_alpha lr_scale times as fast. "bias" in its name keeps transformers' Trainer from decaying it. It stays float32
+    when the model is cast. Under FSDP2 each process holds a slice of the parameter, and a copy of the whole after
+    `gather`.
 
-    The one parameter is stored as log_alpha / lr_scale, so that an Adam-like optimizer with one learning rate would
-    move log_alpha lr_scale times as fast; "bias" in its name keeps it out of weight decay in transformers' Trainer. It
-    stays float32 whatever the model is cast to.
-
-    Under FSDP2 the parameter is a slice for each process, and every process has a copy of the whole (see `gather`).
-
-    The buffer `difference`, (H,), is the running average of the heads' output differences (see `relative_difference`),
-    measured in some training forwards; 0 if nothing was measured yet. With several processes each measures its own
-    batches, and `HeadGates.average_difference` puts their mean in place. `cost` is what an open gate costs in the
-    sparsity loss, where a head costs 1. `settings` is what all gates of a model have in common besides the
-    constants, and which of them these are.
+    - The buffer `owner`, (F,), is the gate of each hidden unit; None for heads.
+    - The buffer `difference`, (H,), is the running average of the heads' output differences (see
+      `relative_difference`), measured in some training forward passes; 0 before the first. If there are several
+      processes, each measures its own batches, and `HeadGates.average_difference` sets the mean.
+    - `cost` is the cost of an open gate in the sparsity loss; a head costs 1.
+    - `settings` holds what all gates of a model share besides the constants, and the key of these gates.
     """
 
     noise: Tensor
@@ -50,13 +48,13 @@ class HeadGate(nn.Module):
         self.register_buffer("difference", torch.zeros(num_heads))
         self.register_buffer("owner", owner_F, persistent=False)
         self.tracks_difference = False
-        # Whether the next forward measures.
+        # Whether the next forward pass measures.
         self.is_due = False
-        # With several processes: what this one measured in this step, and the average that the step began with.
+        # With several processes: what this process measured in this step, and the average at the step's start.
         self.measured: list[Tensor] = []
         self.before = self.difference
         self._computes_all = True
-        # All of a sharded parameter.
+        # The whole of a sharded parameter.
         self._gathered: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadGate:
@@ -68,12 +66,12 @@ class HeadGate(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Return, as bytes of JSON, what a file of weights must hold for gates to be attached again."""
+        """Return, as bytes of JSON, what a file of weights must hold so that gates can be attached again."""
         text = json.dumps({**asdict(self.config), **self.settings})
         return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
-        """Do nothing: the constants are those that the gates were attached with."""
+        """Do nothing: gates keep the constants that they were attached with."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         found = state_dict.get(f"{prefix}log_alpha_bias")
@@ -91,19 +89,19 @@ class HeadGate(nn.Module):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the parameter is there, of all gates or shared out by FSDP2, rather than flattened by FSDP1."""
+        """Whether the parameter is whole or sharded by FSDP2, rather than flattened by FSDP1."""
         return "log_alpha_bias" in self._parameters and self.num_heads == len(self.noise)
 
     def gather(self) -> None:
-        """Copy all of a sharded parameter, until an optimizer changes it; all processes must call this together."""
+        """Copy all of a sharded parameter, for use until an optimizer changes it; all processes must call this."""
         if is_sharded(self.log_alpha_bias):
             self._gathered = whole(self.log_alpha_bias).requires_grad_()
 
     @property
     def stored(self) -> Tensor:
-        """The parameter as it is stored, log_alpha / lr_scale, shape (H,); gradients can be taken by it.
+        """The parameter as it is stored, log_alpha / lr_scale, shape (H,), for taking gradients.
 
-        Of a sharded one, outside the layer's forward a slice, it is the copy that `gather` must have made.
+        Outside the layer's forward pass a sharded parameter is a slice; then this is the copy that `gather` made.
         """
         if not is_sharded(self.log_alpha_bias):
             return self.log_alpha_bias
@@ -121,28 +119,28 @@ class HeadGate(nn.Module):
 
     @property
     def open_probability(self) -> Tensor:
-        """Chance that a head is open in a training draw, shape (H,): σ(log_alpha) for hard gates, P(z > 0) for soft."""
+        """Probability that a head is open in a training draw, (H,): σ(log_alpha) if hard, P(z > 0) if soft."""
         return torch.sigmoid(self.log_alpha.detach() - self.config.beta * self.config.open_threshold)
 
     @property
     def is_open(self) -> Tensor:
         """Which heads are open in evaluation, bool, shape (H,)."""
-        # By the value itself, so that rounding at the threshold cannot make the plan differ from the forward pass.
+        # From the value itself, so that rounding at the threshold cannot make the plan differ from the forward pass.
         return gate_values(self.log_alpha.detach(), self.config) > 0
 
     @property
     def idle(self) -> tuple[int, ...]:
-        """Heads that need not be computed in this forward: in this training draw their z is 0 and has no gradient."""
+        """The heads that this forward pass need not compute: in this training draw their z is 0 and has no gradient."""
         if not self.training or self.noise.is_meta or self._computes_all:
             return ()
         z_H = soft_values(self.log_alpha.detach(), self.config, self.noise)
         return tuple((z_H == 0).nonzero().flatten().tolist())
 
     def draw(self, noise: Tensor, *, measure: bool) -> None:
-        """Take over the noise of a training draw, uniform in (0, 1), shape (H,).
+        """Set the noise of a training draw, uniform in (0, 1), shape (H,).
 
-        A forward that measures updates the output differences, if they are tracked. It computes every head, tracked or
-        not: skipped heads change rounding, and tracking must not change a bit of the training.
+        If `measure` is set, the forward pass updates the output differences, provided they are tracked. It computes
+        every head in either case: skipping heads changes rounding, and tracking must not change a bit of the training.
         """
         self.noise.copy_(noise)
         self._computes_all = measure
@@ -150,8 +148,8 @@ class HeadGate(nn.Module):
 
     @torch.no_grad()
     def measure(self, alone_H: Tensor, together: Tensor) -> None:
-        """Update the output differences by Σ ‖W_O^h a_h‖², (H,), and Σ ‖Σ_open W_O a‖² over this process's tokens."""
-        # Gradient checkpointing runs the forward again in the backward pass; one measurement a draw is enough.
+        """Update output differences from Σ ‖W_O^h a_h‖², (H,), and Σ ‖Σ_open W_O a‖², over this process's tokens."""
+        # Gradient checkpointing repeats the forward pass in the backward pass; one measurement a draw is enough.
         self.is_due = False
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
@@ -161,18 +159,18 @@ class HeadGate(nn.Module):
         self.add_difference(alone_H, together)
 
     def add_difference(self, alone_H: Tensor, together: Tensor) -> None:
-        """Let sums as for `measure` join the running average."""
+        """Add sums, as those of `measure`, to the running average."""
         first = not bool(self.difference.any())
         self.difference.lerp_(relative_difference(alone_H, together), 1.0 if first else _RATE)
 
     @torch.no_grad()
     def set_log_alpha(self, values: Tensor) -> None:
-        """Overwrite log_alpha, shape (H,); all processes write the same."""
+        """Overwrite log_alpha, shape (H,); all processes must write the same values."""
         self.set_stored(values / self.config.lr_scale)
 
     @torch.no_grad()
     def set_stored(self, values: Tensor) -> None:
-        """Overwrite the parameter as it is stored, shape (H,); all processes write the same."""
+        """Overwrite the stored parameter, shape (H,); all processes must write the same values."""
         parameter = self.log_alpha_bias
         parameter.copy_(share_out(values.to(parameter.device, parameter.dtype), parameter))
         if is_sharded(self.log_alpha_bias):
@@ -192,5 +190,5 @@ class HeadGate(nn.Module):
 
 @torch.no_grad()
 def relative_difference(alone_H: Tensor, together: Tensor) -> Tensor:
-    """Return d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, root mean squares over tokens, from the sums of squares, (H,)."""
+    """Return d_h = ‖W_O^h a_h‖ / ‖Σ_open W_O a‖, (H,), root mean squares over tokens, from sums of squares."""
     return (alone_H / together.clamp(min=1e-12)).clamp(min=0).sqrt().clamp(max=1e3)

@@ -1,4 +1,4 @@
-"""What a model costs on paper: parameters, FLOPs, key/value cache. Works on the meta device too."""
+"""What a model costs on paper: parameters, FLOPs, key/value cache. A model on the meta device will do."""
 
 from __future__ import annotations
 
@@ -30,17 +30,21 @@ Counted = Literal["params", "flops", "kv_cache", "memory"]
 def model_cost(
     model: PreTrainedModel, plan: HeadPlan | None = None, *, length: int | None = None, unit: Unit | None = None
 ) -> Cost:
-    """Count what `model` costs, as it is or once `plan` were applied.
+    """Count the parameters, FLOPs and cache of `model`, as it is or as it would be after a cut by `plan`.
 
     Args:
-        model: on any device, meta included; attached gates are not counted.
-        plan: heads that stay; None counts the heads there are.
+        model: on any device, meta included. Attached gates are not counted.
+        plan: the heads that stay; None counts the model as it is.
         length: positions before the token; by default the model's window, or 1024.
-        unit: what `heads` counts; by default what the model was cut by, else key/value groups where there are any.
+        unit: what `heads` counts. By default the unit that the model was cut by, else key/value groups if the model
+            has any.
+
+    Returns:
+        The counts.
 
     Raises:
-        UnsupportedModel: the model has no layout.
-        InputError: the plan is not one for this model.
+        UnsupportedModel: deadhead does not support the model's architecture.
+        InputError: the plan is not for this model, or `length` is negative.
     """
     if length is not None and length < 0:
         raise InputError(f"length must be at least 0, but is {length}.")
@@ -49,7 +53,7 @@ def model_cost(
         model = cut_skeleton(layout, model, plan)
     sites = layout.sites(model, unit or layout.units(model)[0])
     length = _default_length(model) if length is None else length
-    # Models that hear have no table of embeddings, and some that see; transformers says so by an error.
+    # Models of sound, and some of images, have no table of embeddings; transformers then raises an error.
     inputs, output = None, model.get_output_embeddings()
     with suppress(NotImplementedError):
         inputs = model.get_input_embeddings()
@@ -78,7 +82,7 @@ def model_cost(
 
 
 def _unit_parameters(site: Site) -> list[tuple[nn.Parameter, bool]]:
-    """Return the parameters with units in them, and whether each multiplies every token."""
+    """Return the parameters that contain units, and whether each multiplies every token."""
     parts = site.selections(site.units) if site.units else ()
     return [(site.module.get_parameter(part.path), part.per_token) for part in parts]
 
@@ -99,7 +103,7 @@ def cut_skeleton(layout: Layout, model: PreTrainedModel, plan: HeadPlan) -> PreT
 
 
 def _other_flops(model: PreTrainedModel, counted: set[int]) -> float:
-    """Count the multiply-adds of all matrices that are not counted yet, of experts those that a token goes through."""
+    """Count the FLOPs a token of all matrices not counted yet; of experts, only those that a token goes through."""
     total = 0.0
     config: Any = model.config.get_text_config()
     for name, module in model.named_modules():
@@ -124,14 +128,22 @@ def counted_costs(
     of: Of = "all",
     texts: int = 1,
 ) -> UnitCosts:
-    """Return what the units of a model cost in parameters, FLOPs a token, or bytes of cache or memory, layer by layer.
+    """Return what a model's units cost in parameters, FLOPs a token, or bytes of cache or memory, layer by layer.
 
-    Of single query heads that share keys and values, and of heads that share persistent vectors, the mean: `model_cost`
-    with a plan counts exactly. `hidden` says whether hidden units are units too, `of` which parameters are counted, and
-    `texts` how many have a cache in memory (see `cost_of_kind`).
+    Query heads that share keys and values, and heads that share persistent vectors, count with their mean cost;
+    `model_cost` with a plan counts exactly.
+
+    Args:
+        model: on any device, meta included.
+        kind: what to count.
+        unit: what a head's index names.
+        hidden: whether hidden units count as units too.
+        length: positions before the token; by default the model's window, or 1024.
+        of: which parameters are counted (see `cost_of_kind`).
+        texts: how many texts have a cache in memory (see `cost_of_kind`).
 
     Raises:
-        InputError: the cache is asked for of a model that keeps none.
+        InputError: `kind` is "kv_cache", but the model keeps no cache.
     """
     layout = find_layout(model)
     if kind == "kv_cache":
@@ -141,7 +153,7 @@ def counted_costs(
     sites = [site for site in layout.all_sites(model, unit, hidden=hidden) if site.units]
     parameters = {site.key: _unit_parameters(site) for site in sites}
     owners = Counter(id(parameter) for found in parameters.values() for parameter, _ in found)
-    # Of numbers that heads and hidden units both own, persistent vectors, half counts for either, as of their FLOPs.
+    # Persistent vectors belong to heads and to hidden units: half of their numbers, and FLOPs, counts for each.
     shares = {"persistent": 0.5} if any(count > 1 for count in owners.values()) else {}
     tables: dict[UnitKey, Tensor] = {}
     keeps_cache = layout.keeps_cache(model)
@@ -164,7 +176,7 @@ def counted_costs(
 
 
 def require_cache(model: PreTrainedModel) -> None:
-    """Check that a model keeps a key/value cache, of which a share may be left; InputError if it does not."""
+    """Raise an InputError if a model keeps no key/value cache, which a budget could limit."""
     if not find_layout(model).keeps_cache(model):
         raise InputError(
             f"A budget of kv_cache needs a model that keeps a key/value cache, but {type(model).__name__} keeps none; "
@@ -175,8 +187,12 @@ def require_cache(model: PreTrainedModel) -> None:
 def cost_of_kind(cost: Cost, kind: Counted, of: Of = "all", *, itemsize: int = 0, texts: int = 1) -> float:
     """Return one of the numbers of a cost.
 
-    Of "blocks" the parameters are those without embeddings and output layer; "memory" is bytes of the weights, of so
-    many a number, and of the cache of so many texts.
+    Args:
+        cost: of a model.
+        kind: which number. "memory" is the bytes of the weights and of the cache of `texts` texts.
+        of: "all" counts all parameters, "blocks" those without embeddings and output layer.
+        itemsize: bytes of each weight.
+        texts: texts that have a cache in memory.
     """
     parameters = cost.parameters - (cost.embedding_parameters if of == "blocks" else 0)
     memory = itemsize * cost.parameters + texts * cost.kv_cache_bytes
@@ -185,23 +201,27 @@ def cost_of_kind(cost: Cost, kind: Counted, of: Of = "all", *, itemsize: int = 0
 
 
 def config_cost(config: PreTrainedConfig, plan: HeadPlan | None = None, *, length: int | None = None) -> Cost:
-    """Count what a model of this configuration costs, without making its weights."""
+    """Count what a model with this configuration costs, without making its weights; arguments as in `model_cost`."""
     return model_cost(skeleton(config), plan, length=length)
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model of this configuration on the meta device, without weights."""
+    """Return a model with this configuration on the meta device, without weights."""
     with torch.device("meta"):
         return model_class(config)._from_config(config)
 
 
 def first_heads(config: PreTrainedConfig, counts: Sequence[int]) -> HeadPlan:
-    """Return the plan by which the first so many heads of each layer stay, or key/value groups where there are any.
+    """Return the plan that keeps the first heads of each layer, or the first key/value groups if the model has any.
 
-    Which heads stay makes no difference to what a model costs.
+    Which heads stay makes no difference to the cost.
+
+    Args:
+        config: of the model.
+        counts: how many heads, or groups, each layer keeps.
 
     Raises:
-        InputError: there are not as many numbers as layers, or one is not between 0 and its layer's heads.
+        InputError: there are more or fewer numbers than layers, or one is not between 0 and its layer's heads.
     """
     model = skeleton(config)
     layout = find_layout(model)

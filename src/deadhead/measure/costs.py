@@ -1,4 +1,4 @@
-"""The numbers that say what a model costs. They need no torch."""
+"""The numbers that make up a model's cost. This module does without torch."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Cost of a model with some of its heads, and hidden units.
+    """What a model costs with the heads and hidden units that it has left.
 
     Args:
-        heads: heads left, one number a layer; key/value groups where the model has them and was not cut by heads.
-        total_heads: heads of the original dense model, one number a layer.
-        parameters: all parameters, shared tensors counted once.
-        embedding_parameters: those of embeddings and output layer.
-        attention_parameters: those that belong to heads and go with them.
-        flops_per_token: of one forward pass over a token at the given length; a multiply-add counts as 2. Norms,
+        heads: heads left in each layer, or key/value groups if the model has them and was not cut by heads.
+        total_heads: heads, or groups, of each layer in the original dense model.
+        parameters: all parameters; shared tensors count once.
+        embedding_parameters: parameters of the embeddings and the output layer.
+        attention_parameters: parameters that belong to heads and go with them.
+        flops_per_token: FLOPs of one forward pass for a token at the given length; a multiply-add counts as 2. Norms,
             softmax and the once-per-pass projection of relative positions are not counted.
-        attention_flops_per_token: the heads' part of it.
-        kv_cache_bytes: cache of one text at the given length, in the model's precision; 0 where the model keeps none.
-        hidden_units: hidden units, or persistent vectors, left, one number a layer that has any.
-        total_hidden_units: those of the original dense model, one number a layer that has any.
-        hidden_parameters: those that belong to hidden units and go with them.
+        attention_flops_per_token: the heads' part of `flops_per_token`.
+        kv_cache_bytes: bytes of the cache of one text at the given length, in the model's precision; 0 if the model
+            keeps none.
+        hidden_units: hidden units, or persistent vectors, left in each layer that has any.
+        total_hidden_units: hidden units, or persistent vectors, of each such layer in the original dense model.
+        hidden_parameters: parameters that belong to hidden units and go with them.
     """
 
     heads: list[int]

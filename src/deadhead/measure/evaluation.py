@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of a language model: sliding memory, every token scored once."""
+"""Perplexity and bits per byte of a language model, by a sliding window or memory; every token is scored once."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Evaluation:
     """How well a model predicts a text.
 
     Args:
-        loss: mean negative log-likelihood, nats per token.
+        loss: mean negative log-likelihood, in nats per token.
         perplexity: exp(loss).
-        word_perplexity: the same per word: exp(total nats / words).
+        word_perplexity: perplexity per word: exp(total nats / words).
         bits_per_byte: total bits / bytes of the text.
-        tokens: tokens scored.
-        tokens_per_second: how fast.
-        rows: rows that the text was cut into to be read.
-        length: tokens that a row has at most; with segment memory, all tokens of a row, beginning with its memory.
-        context: tokens of the text that a scored one has before it at least, but for those at the text's beginning.
-        prefix: tokens that each row begins with, as the tokenizer begins a text; they are not scored.
+        tokens: number of tokens scored.
+        tokens_per_second: tokens scored per second.
+        rows: number of rows that the text was divided into.
+        length: the most tokens of a row; with segment memory, all tokens of a row, those of its memory included.
+        context: the fewest tokens of text before a scored token, except at the beginning of the text.
+        prefix: the tokens that the tokenizer puts before a text; each row begins with them, and they are not scored.
     """
 
     loss: float
@@ -52,7 +52,7 @@ class Evaluation:
 
     @property
     def cut(self) -> str:
-        """How the text was cut, in words."""
+        """How the text was divided, in words."""
         before = _counted(len(self.prefix), "token")
         begins = f", each with {before} that the tokenizer puts before a text" if self.prefix else ""
         rows = f"{_counted(self.rows, 'row')} of at most {_counted(self.length, 'token')}{begins}"
@@ -69,32 +69,35 @@ def evaluate(
     window: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Score every token of `text` once, each after the true text before it; the first one only after a prefix.
+    """Measure the perplexity of a language model on a text.
 
-    Of a text that says which tokens are `scored`, others are only read.
+    Every token is scored once, after the true text before it. The first token is scored only if the text has a prefix.
+    If the text says which tokens are `scored`, the others are only read.
 
-    A model with segment memory: the text is cut into `batch_size` contiguous rows that are read segment by segment
-    with a sliding cache; every row but the first begins one memory length early, without being scored there, so that
-    it starts with a full memory.
-    (What deeper layers know of the text before that is missing there; with `batch_size` 1 nothing is.)
+    A model with segment memory reads the text as `batch_size` contiguous rows, segment by segment, with a sliding
+    cache. Every row but the first begins one memory length early, without scores, so that its memory is full. (What
+    deeper layers would know of the text before that is missing; with `batch_size` 1 nothing is missing.)
 
-    Any other causal language model: a window slides along the text by half its length, and each token is scored in the
-    first window that reaches it, so after at least half a window of text where there is as much. Every window begins
-    with the text's `prefix`, as its tokenizer begins a text.
+    For any other causal language model, a window slides along the text by half its length. Each token is scored in the
+    first window that reaches it, so after at least half a window of text, except at the beginning. Every window begins
+    with the text's `prefix`, the tokens that its tokenizer puts before a text.
 
     Args:
-        model: a causal language model; switched to evaluation for the time.
-        text: tokens and the numbers of bytes and words they stand for.
+        model: a causal language model; it is in evaluation mode while it is measured.
+        text: tokens, and the numbers of bytes and words that they stand for.
         batch_size: rows read side by side; short texts take fewer.
         limit: score only this many tokens, from the beginning.
-        window: tokens seen at once by a model without memory, the prefix among them; by default 512, or all its
+        window: tokens that a model without memory sees at once, the prefix included; by default 512, or all its
             positions if it has fewer.
         progress: called with the number of segments done and to do.
+
+    Returns:
+        Loss, perplexity, bits per byte, and how the text was divided.
 
     Raises:
         InputError: the text has fewer than two tokens, or tokens that the model doesn't have, or the window does not
             fit the model.
-        UnsupportedModel: the model predicts no next token.
+        UnsupportedModel: the model does not predict the next token.
     """
     require_language_model(model, "Perplexity")
     require_weights(model, "Perplexity")
@@ -150,10 +153,10 @@ def evaluate(
 
 
 def require_known(model: PreTrainedModel, largest: int, *, of: str) -> None:
-    """Check that a model has all tokens of a text, by the largest: others would crash, or corrupt a process on a GPU.
+    """Check that a model has the largest token of a text: a larger one would crash it, or corrupt a process on a GPU.
 
     Raises:
-        InputError: the model's vocabulary ends before it; the message calls the text `of`.
+        InputError: the model's vocabulary ends before that token; the message calls the text `of`.
     """
     vocabulary = model.config.get_text_config().vocab_size
     if largest >= vocabulary:
@@ -172,7 +175,7 @@ def _slide_window(
     batch_size: int,
     progress: Callable[[int, int], None],
 ) -> tuple[float, dict[str, int]]:
-    """Return the nats of all tokens, each scored once, in the first window that reaches it, and how they were cut.
+    """Return the nats of all tokens, each scored in the first window that reaches it, and how the text was divided.
 
     Without a prefix the first token is not scored.
     """
@@ -209,11 +212,10 @@ def _slide_window(
 def _slide_memory(
     model: PreTrainedModel, tokens: np.ndarray, batch_size: int, progress: Callable[[int, int], None]
 ) -> tuple[float, dict[str, int]]:
-    """Return the nats of all tokens but the first, read in contiguous rows, side by side, with a sliding cache.
+    """Return the nats of all tokens but the first, and how the text was divided.
 
-    Beside them stands how the text was cut.
-
-    Row r scores the targets of inputs r·width … (r + 1)·width − 1. The memory's columns before them are only read.
+    Contiguous rows are read side by side with a sliding cache. Row r scores the targets of inputs
+    r·width … (r + 1)·width − 1; the memory's columns before them are only read.
     """
     segment, memory = model.config.segment_length, model.config.memory_length
     targets = len(tokens) - 1

@@ -1,4 +1,4 @@
-"""How fast models are on this machine: interleaved in one run, medians, so that noise hits all of them alike."""
+"""How fast models are on this machine: medians of interleaved repetitions, so that noise affects all models alike."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ NEW_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Time of one workload on one model.
+    """The time of one workload on one model.
 
     Args:
-        workload: "prefill" (a forward over batch × length tokens), "decode" (one token for each text at a time, after
-            a context of `length` that is not timed) or "train" (forward and backward over batch × length tokens).
-        seconds: median of one repetition.
-        tokens_per_second: tokens of the workload over `seconds`; of images and sounds patches and frames count.
+        workload: "prefill" (a forward pass over batch × length tokens), "decode" (one token at a time for each text,
+            after a context of `length` tokens that is not timed) or "train" (forward and backward pass over
+            batch × length tokens).
+        seconds: median time of one repetition.
+        tokens_per_second: tokens of the workload over `seconds`; for images and sounds, patches and frames.
     """
 
     workload: Workload
@@ -53,19 +54,22 @@ def bench(
     """Time a workload on several models, one repetition of each in turn.
 
     Args:
-        models: by name; the first is what others are compared with. Those that read images or sound are timed on
-            random ones of the size that their configuration declares, whatever `length` is.
-        workload: what to time.
-        batch_size: B, texts at once, or images or sounds.
+        models: models by name; the first is the one that others are compared with. Models of images or sound are timed
+            on random inputs of the size in their configuration, whatever `length` is.
+        workload: "prefill", "decode" or "train" (see `Timing`).
+        batch_size: B, texts (or images, or sounds) at once.
         length: T, tokens of each text.
         new_tokens: tokens that "decode" adds to each text.
-        repeats: repetitions that count, after one that doesn't.
+        repeats: repetitions that count; one before them does not.
+
+    Returns:
+        The time of each model, by name.
 
     Raises:
-        InputError: a number is below 1, the workload is not known, there is no model, or one has no weights or too few
-            positions.
-        UnsupportedModel: "decode" or "train" of a model that predicts no next token, or one that does not run on what
-            deadhead can make up.
+        InputError: a number is below 1, the workload is unknown, there is no model, or a model has no weights or too
+            few positions.
+        UnsupportedModel: "decode" or "train" was requested for a model that does not predict the next token, or a
+            model does not run on inputs that deadhead can make up.
     """
     given: Any = models
     if not isinstance(given, Mapping) or not given:
@@ -103,7 +107,7 @@ def bench(
 
 
 def require_timed(model: PreTrainedModel, workload: Workload, length: int, new_tokens: int = NEW_TOKENS) -> None:
-    """Check that a model does a workload, and has positions for its texts; its weights are not needed."""
+    """Check that a model can run a workload, and has positions for its texts; its weights are not needed."""
     if workload != "prefill":
         require_language_model(model, f"The workload {workload}")
     require_positions(model, length + (new_tokens if workload == "decode" else 0), of=f"A text of the {workload}")
@@ -112,9 +116,9 @@ def require_timed(model: PreTrainedModel, workload: Workload, length: int, new_t
 def _run(
     model: PreTrainedModel, batch_size: int, length: int, workload: Workload, new_tokens: int
 ) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Return what comes before a repetition, untimed, and the repetition, which takes what that returned.
+    """Return an untimed preparation, and the repetition, which takes what the preparation returns.
 
-    Of models that predict no next token only the part with the layers runs, as in the check of a cut.
+    Of models that do not predict the next token only the part with the layers runs, as in the check of a cut.
     """
     network: nn.Module = model
     if model.can_generate():
@@ -140,13 +144,13 @@ def _run(
     losses = SegmentLoss(model)
 
     def train(_: Any) -> None:
-        # Modes are put back as `evaluating` found them.
+        # `evaluating` restores the modes that it found.
         with evaluating(model):
             model.train()
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             begins = torch.ones(batch_size, dtype=torch.bool)
             loss = losses(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "is_first": begins}).loss
-            # Gradients are returned, not stored, so that the caller's stay as they are.
+            # Gradients are returned rather than stored, so that those of the caller stay as they are.
             torch.autograd.grad(loss, parameters, allow_unused=True)
 
     if workload == "decode":
@@ -155,5 +159,5 @@ def _run(
 
 
 def efficiency(dense_seconds: float, pruned_seconds: float, dense_flops: float, pruned_flops: float) -> float:
-    """Return measured speedup ÷ the speedup that the removed FLOPs allow; 1.0 means all of it was gained."""
+    """Return measured speedup ÷ the speedup that the removed FLOPs allow; 1.0 means that all of it was gained."""
     return (dense_seconds / pruned_seconds) / (dense_flops / pruned_flops)

@@ -1,7 +1,7 @@
-"""The head plan: which heads of each layer stay. The one noun that learned gates, heuristics and people share.
+"""The head plan: which heads of each layer stay. Learned gates, heuristics and people all express pruning as a plan.
 
-A plan may also say which hidden units of a layer's feed-forward part stay, or which persistent vectors. Heads and
-hidden units are units, which a `UnitKey` names by kind and layer.
+A plan may also say which hidden units of each feed-forward layer stay, or which persistent vectors. Heads and hidden
+units are called units; a `UnitKey` names them by kind and layer.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _BLOCKS = "blocks."
 
 
 class UnitKey(NamedTuple):
-    """The key of a layer's heads, or of its hidden units, which gates take in blocks. `str` gives it as files do."""
+    """The key of a layer's heads, or of its hidden units, which gates take in blocks; `str` gives the form in files."""
 
     kind: Literal["head", "block"]
     layer: Layer
 
     @classmethod
     def parse(cls, text: str) -> UnitKey:
-        """Read a key as files have it: ``3`` of heads, ``blocks.3`` of blocks."""
+        """Read a key in the form that files have: `3` for heads, `blocks.3` for blocks."""
         return cls("block" if text.startswith(_BLOCKS) else "head", layer_key(text.removeprefix(_BLOCKS)))
 
     def __str__(self) -> str:
@@ -43,18 +43,18 @@ class UnitKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPlan:
-    """Layer → indices of the heads that stay, counted in the original dense model.
+    """Which heads of each layer stay, by their indices in the original dense model.
 
     Args:
-        kept: the heads that stay, by layer; a layer that is not named keeps all of its heads.
-        total: how many heads each layer has in the dense model.
-        unit: what an index names: a query ``head`` or a ``kv_group`` (a key/value head with its query heads).
+        kept: the heads that stay, by layer. A layer that is not named keeps all of its heads.
+        total: the number of heads of each layer in the dense model.
+        unit: what an index names: a query "head" or a "kv_group" (a key/value head with its query heads).
         output_scale: whether each layer's output is multiplied by heads before / heads kept, as the gates that
-            learned the plan did (paper, section on attention output scaling). Plans made by hand leave it off.
-        hidden_units: the hidden units, or persistent vectors, that stay; None where a plan has no say in them.
+            learned the plan did (paper, section on attention output scaling). Leave it off in plans made by hand.
+        hidden_units: the hidden units, or persistent vectors, that stay. None if the plan says nothing of them.
 
     Raises:
-        InputError: a layer or a head is named that the totals don't have, or a head is named twice.
+        InputError: the plan names a layer or a head that the totals don't have, or names a head twice.
     """
 
     # Mappings are invariant in their keys: with `Layer` a type checker would refuse a plain dict[int, list[int]].
@@ -86,7 +86,7 @@ class HeadPlan:
 
     @property
     def units(self) -> dict[UnitKey, tuple[int, ...]]:
-        """The units that stay, heads and hidden units, by key."""
+        """The units that stay, both heads and hidden units, by key."""
         kept = {UnitKey("head", layer): tuple(heads) for layer, heads in self.kept.items()}
         if self.hidden_units is not None:
             kept |= {UnitKey("block", layer): tuple(units) for layer, units in self.hidden_units.kept.items()}
@@ -94,17 +94,21 @@ class HeadPlan:
 
     @property
     def heads(self) -> list[int]:
-        """How many heads stay, one number a layer."""
+        """The number of heads that stay in each layer."""
         return [len(heads) for heads in self.kept.values()]
 
     @property
     def sparsity(self) -> float:
-        """Share of the dense model's heads that go, in [0, 1]."""
+        """The share of the dense model's heads that the plan drops, in [0, 1]."""
         return 1.0 - sum(self.heads) / sum(self.total.values())
 
     @typed
     def cut(self, layer: Layer) -> tuple[int, ...]:
-        """Return the heads of `layer` that go; an InputError says that there is no such layer."""
+        """Return the heads of `layer` that the plan drops.
+
+        Raises:
+            InputError: the plan has no such layer.
+        """
         if layer not in self.kept:
             raise InputError(f"The head plan has the layers {shown(list(self.kept))[1:-1]}, but not {shown(layer)}.")
         kept = set(self.kept[layer])
@@ -126,7 +130,7 @@ class HeadPlan:
         """Read a plan from JSON values.
 
         Raises:
-            InputError: the values are not those of a head plan.
+            InputError: the values are not a head plan.
         """
         if not isinstance(values, dict) or "total" not in values or "kept" not in values:
             raise InputError('A head plan must be a JSON object with "version", "unit", "total" and "kept".')
@@ -154,13 +158,13 @@ class HeadPlan:
 
     @typed
     def to_json(self, path: str | Path) -> None:
-        """Write the plan to a file, whole or not at all."""
+        """Write the plan to a JSON file, completely or not at all."""
         write_json(Path(path), self.to_dict())
 
     @classmethod
     @typed
     def from_json(cls, path: str | Path) -> HeadPlan:
-        """Read a plan from a file.
+        """Read a plan from a JSON file.
 
         Raises:
             InputError: the file is missing, is not JSON or is not a head plan.
@@ -172,7 +176,7 @@ class HeadPlan:
 
 
 def _read_units(values: Mapping[str, Any]) -> UnitPlan | None:
-    """Return the hidden units that a plan's JSON keeps, as version 3 has them or in version 2's blocks."""
+    """Return the hidden units that a plan's JSON keeps, from version 3's units or version 2's blocks."""
     if values.get("hidden_units") is not None:
         return UnitPlan.from_dict(values["hidden_units"])
     if (blocks := values.get("blocks")) is None:

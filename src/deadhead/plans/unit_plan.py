@@ -1,4 +1,4 @@
-"""Which hidden units of a model's feed-forward layers stay, or which persistent vectors, and how files name them."""
+"""Which hidden units of feed-forward layers, or persistent vectors, stay, and how files write them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Layer = int | str
 """A layer's index, or its module path where a model has more than one stack of layers."""
 
 _KEYS = {"total", "kept"}
-# No model has as many heads, or hidden units, in a layer.
+# No model has more heads, or hidden units, in a layer.
 _MOST_HEADS, MOST_UNITS = 100_000, 1_000_000
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 
 def layer_key(key: Layer) -> Layer:
-    """Return a layer's key as it is in memory: JSON writes indices as strings."""
+    """Return a layer's key in memory; JSON writes indices as strings."""
     return int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) else key
 
 
 def is_count(value: Any) -> bool:
-    """Tell whether a value is a whole number from 0."""
+    """Return whether a value is a whole number that is not negative."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def checked_total(values: Mapping[Layer, Any], unit: str) -> dict[Layer, int]:
-    """Return by layer how many units there are, each at least 1; an InputError says what is wrong."""
+    """Return the number of units by layer, each at least 1; InputError if something is wrong."""
     total = _by_layer(values, "totals" if unit != "hidden unit" else "totals of hidden units")
     if not total:
         raise InputError("A head plan's totals must name at least one layer, but they are empty.")
@@ -45,7 +45,7 @@ def checked_total(values: Mapping[Layer, Any], unit: str) -> dict[Layer, int]:
 
 
 def checked_kept(values: Mapping[Layer, Any], total: Mapping[Layer, int], unit: str) -> dict[Layer, tuple[int, ...]]:
-    """Return the units that stay, ascending, of every layer in `total`; an InputError says what is wrong."""
+    """Return the units that stay, ascending, of every layer in `total`; InputError if something is wrong."""
     kept = {layer: tuple(range(count)) for layer, count in total.items()}
     for layer, indices in _by_layer(values, f"kept {unit}s").items():
         if layer not in total:
@@ -79,7 +79,7 @@ def _by_layer(values: Mapping[Layer, Any], what: str) -> dict[Layer, Any]:
 
 
 def ranges_text(indices: Iterable[int]) -> str:
-    """Return indices as text, runs of neighbours in their order as ranges: ``0-4,6,9-120``; "" for none."""
+    """Return indices as text, in their order, with runs of neighbours as ranges: `0-4,6,9-120`; "" for none."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:
@@ -90,7 +90,7 @@ def ranges_text(indices: Iterable[int]) -> str:
 
 
 def indices_in(text: Any, total: int, what: str) -> list[int]:
-    """Read what `ranges_text` wrote, of `total` units; an InputError says what is wrong with it, and of `what`."""
+    """Read what `ranges_text` wrote, for `total` units; an InputError says what is wrong and calls the text `what`."""
     found: list[int] = []
     for part in text.split(",") if text and isinstance(text, str) else ():
         match = _RANGE.fullmatch(part)
@@ -109,14 +109,14 @@ def indices_in(text: Any, total: int, what: str) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPlan:
-    """Layer → indices of the hidden units, or persistent vectors, that stay, counted in the original dense model.
+    """Which hidden units, or persistent vectors, of each layer stay, by their indices in the original dense model.
 
     Args:
-        kept: the units that stay, by layer; a layer that is not named keeps all of its units.
-        total: how many units each layer has in the dense model.
+        kept: the units that stay, by layer. A layer that is not named keeps all of its units.
+        total: the number of units of each layer in the dense model.
 
     Raises:
-        InputError: a layer or a unit is named that the totals don't have, or a unit is named twice.
+        InputError: the plan names a layer or a unit that the totals don't have, or names a unit twice.
     """
 
     kept: Mapping[Any, Sequence[int]]
@@ -132,14 +132,20 @@ class UnitPlan:
 
     @classmethod
     def of_blocks(cls, *, size: int, kept: Mapping[Any, Sequence[int]], total: Mapping[Any, int]) -> UnitPlan:
-        """Return the plan that keeps some blocks, each a run of `size` units; `kept` and `total` count blocks.
+        """Return the plan that keeps some blocks, each a run of `size` neighbouring units.
 
-        A layer that is not named in `kept` keeps all of its blocks.
+        Args:
+            size: the units of a block.
+            kept: the blocks that stay, by layer. A layer that is not named keeps all of its blocks.
+            total: the number of blocks of each layer in the dense model.
+
+        Raises:
+            InputError: as for the class, or `size` is not above 0.
         """
         if not is_count(size) or size == 0:
             raise InputError(f"A head plan's block size must be a number above 0, but it is {shown(size)}.")
         blocks = checked_total(total, "block")
-        # Before any list of so many is made.
+        # Check the totals before making lists of that length.
         totals = checked_total({layer: count * size for layer, count in blocks.items()}, "hidden unit")
         units = {
             layer: [block * size + unit for block in indices for unit in range(size)]
@@ -149,16 +155,16 @@ class UnitPlan:
 
     @property
     def counts(self) -> list[int]:
-        """How many units stay, one number a layer that has any."""
+        """The number of units that stay, for each layer that has any."""
         return [len(units) for units in self.kept.values()]
 
     @property
     def sparsity(self) -> float:
-        """Share of the dense model's units that go, in [0, 1]."""
+        """The share of the dense model's units that the plan drops, in [0, 1]."""
         return 1.0 - sum(self.counts) / sum(self.total.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain JSON values; the units that stay are ranges."""
+        """Return the plan as plain JSON values, with the units that stay as ranges."""
         return {
             "total": {str(layer): count for layer, count in self.total.items()},
             "kept": {str(layer): ranges_text(units) for layer, units in self.kept.items()},
@@ -169,7 +175,7 @@ class UnitPlan:
         """Read a plan from JSON values.
 
         Raises:
-            InputError: the values are not those of hidden units.
+            InputError: the values are not a plan of hidden units.
         """
         if not isinstance(values, dict) or set(values) != _KEYS:
             raise InputError('A head plan\'s "hidden_units" must be a JSON object with "total" and "kept".')
