@@ -89,7 +89,7 @@ def test_detach_does_nothing_to_what_never_had_gates() -> None:
     model = nn.Linear(2, 2)
     assert detach(model) is model
     for wrong in (5, None, "model"):
-        with pytest.raises(InputError, match=f"detach takes model as Module, but {wrong!r} came"):
+        with pytest.raises(InputError, match=f"detach takes model as Module, but got {wrong!r}"):
             detach(wrong)  # type: ignore[type-var]
 
 
@@ -440,5 +440,5 @@ def test_a_plan_of_wide_layers_is_attached_in_no_time() -> None:
 
 def test_a_plan_of_hidden_units_for_a_model_that_has_none() -> None:
     plan = HeadPlan(kept={}, total=TOTAL, hidden_units=UnitPlan(kept={}, total={0: 5}))
-    with pytest.raises(UnsupportedModel, match="no feed-forward layers, nor persistent vectors"):
+    with pytest.raises(UnsupportedModel, match="neither feed-forward layers nor persistent vectors"):
         cut(tiny_model(num_persistent=0), plan)

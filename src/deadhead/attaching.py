@@ -142,8 +142,8 @@ def attach(
     there = [site for site in sites if site.units]
     if not config.hard and any(site.output_path is None for site in there):
         raise InputError(
-            "Blocks of persistent vectors need hard gates, as a value between 0 and 1 in the softmax could not be "
-            "folded into a weight at the cut; use GateConfig(hard=True), or leave blocks out."
+            "Blocks of persistent vectors need hard gates, because a cut cannot fold a value between 0 and 1 in the "
+            "softmax into a weight; use GateConfig(hard=True), or leave blocks out."
         )
     require_runnable(model)
     costs = _relative_costs(there, choices)
@@ -204,8 +204,8 @@ def has_blocks(layout: Layout, model: PreTrainedModel, blocks: bool | int | Bloc
         return False
     if not layout.hidden_sites(model):
         raise UnsupportedModel(
-            f"The model, of type {model.config.model_type!r}, has no feed-forward layers, nor persistent vectors, "
-            "that could be cut; leave blocks out."
+            f"The model, of type {model.config.model_type!r}, has neither feed-forward layers nor persistent vectors "
+            "that can be cut; leave blocks out."
         )
     return True
 

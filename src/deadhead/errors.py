@@ -133,9 +133,9 @@ def require_type(value: Any, hint: Any, expected: str) -> None:
         hint = hint.__bound__
     if not _fits(value, hint):
         plain = value is None or isinstance(value, (bool, int, float, str, bytes))
-        came = reprlib.repr(value) if plain else f"an object of type {type(value).__name__}"
+        got = reprlib.repr(value) if plain else f"an object of type {type(value).__name__}"
         words = hint.__name__ if isinstance(hint, type) else re.sub(r"\b(\w+\.)+|~", "", str(hint))
-        raise InputError(f"{expected} {words}, but {came} came.")
+        raise InputError(f"{expected} {words}, but got {got}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -411,7 +411,7 @@ def test_one_flipped_bit_is_found_and_named(name: str, tokenizer: PreTrainedToke
         damaged = bytearray(good)
         damaged[place] ^= 1 << draw.randrange(8)
         (folder / name).write_bytes(damaged)
-        with pytest.raises(InputError, match=f"{name} is not what was saved there, so says its checksum") as caught:
+        with pytest.raises(InputError, match=f"{name} is not what was saved there, by its checksum") as caught:
             deadhead.load_gated(folder)
         assert "\n" not in str(caught.value)
     (folder / name).write_bytes(good)

@@ -54,14 +54,14 @@ def test_round_trip(unit: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model, gates: load_gates(model, 5), "load_gates takes path as .*, but 5 came"),
-        (lambda model, gates: load_gates(model, None), "load_gates takes path as .*, but None came"),
-        (lambda model, gates: save_gates(None, "o"), "save_gates takes gates as HeadGates, but None came"),
+        (lambda model, gates: load_gates(model, 5), "load_gates takes path as .*, but got 5"),
+        (lambda model, gates: load_gates(model, None), "load_gates takes path as .*, but got None"),
+        (lambda model, gates: save_gates(None, "o"), "save_gates takes gates as HeadGates, but got None"),
         (
             lambda model, gates: save_gates(model, "o"),
-            "save_gates takes gates as HeadGates, but an object of type Llama",
+            "save_gates takes gates as HeadGates, but got an object of type Llama",
         ),
-        (lambda model, gates: save_gates(gates, 5), "save_gates takes path as .*, but 5 came"),
+        (lambda model, gates: save_gates(gates, 5), "save_gates takes path as .*, but got 5"),
     ],
 )
 def test_what_is_of_another_type_is_refused(

@@ -231,7 +231,7 @@ def test_what_cannot_be_compensated_is_refused_in_a_sentence() -> None:
         for each, state in zip(args[:2], states, strict=False):
             assert_unchanged(each, state)
 
-    refused(InputError, "one model came for both", model, model, batches)
+    refused(InputError, "got one model for both", model, model, batches)
     refused(InputError, "at least 2", model, dense, [])
     refused(InputError, "at least 2", model, dense, [{"input_ids": batches[0]["input_ids"][:1]}])
     refused(InputError, "dtype", model, copy.deepcopy(dense).double(), batches)

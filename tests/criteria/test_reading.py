@@ -75,4 +75,4 @@ def test_no_text_is_told_by_all() -> None:
             score_heads(models[shares.index], "taylor", [], shares=shares)
         return str(caught.value)
 
-    assert shared_by(2, read) == ["This criterion looks at text, but no batch was given."] * 2
+    assert shared_by(2, read) == ["This criterion needs text, but got no batch; give it batches."] * 2

@@ -152,7 +152,7 @@ class TestRefused:
         model = dense_model("llama")
         with pytest.raises(InputError, match="Python of an environment with vLLM .*none is no program"):
             deadhead.export_model(model, tmp_path / "out", to="vllm", python=tmp_path / "none")
-        with pytest.raises(InputError, match="Another Python is for vllm only, not for padded"):
+        with pytest.raises(InputError, match="Another Python can be set for vllm only, not for padded"):
             deadhead.export_model(model, tmp_path / "out", to="padded", python=tmp_path / "none")
         monkeypatch.setenv(vllm.PYTHON, str(tmp_path / "named"))
         with pytest.raises(InputError, match="named is no program"):

@@ -88,12 +88,12 @@ def test_values_out_of_range_are_refused(kind: Any, value: float) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Budget(kind="bytes", value=0.5), "A budget's kind must be .*'params'.*, but 'bytes' came"),  # type: ignore[arg-type]
-        (lambda: Budget(kind="params", value="a"), "A budget's value must be float, but 'a' came"),  # type: ignore[arg-type]
-        (lambda: Budget(kind="params", value=True), "A budget's value must be float, but True came"),
-        (lambda: BudgetTarget("params", 0.5), "BudgetTarget takes costs as UnitCosts, but 'params' came"),  # type: ignore[arg-type]
-        (lambda: SparsityTarget("half"), "SparsityTarget takes sparsity as float, but 'half' came"),  # type: ignore[arg-type]
-        (lambda: SparsityTarget(0.5, ramp_steps=True), "takes ramp_steps as int .*, but True came"),
+        (lambda: Budget(kind="bytes", value=0.5), "A budget's kind must be .*'params'.*, but got 'bytes'"),  # type: ignore[arg-type]
+        (lambda: Budget(kind="params", value="a"), "A budget's value must be float, but got 'a'"),  # type: ignore[arg-type]
+        (lambda: Budget(kind="params", value=True), "A budget's value must be float, but got True"),
+        (lambda: BudgetTarget("params", 0.5), "BudgetTarget takes costs as UnitCosts, but got 'params'"),  # type: ignore[arg-type]
+        (lambda: SparsityTarget("half"), "SparsityTarget takes sparsity as float, but got 'half'"),  # type: ignore[arg-type]
+        (lambda: SparsityTarget(0.5, ramp_steps=True), "takes ramp_steps as int .*, but got True"),
     ],
 )
 def test_what_is_of_another_type_is_refused(make: Callable[[], Any], message: str) -> None:

@@ -386,17 +386,17 @@ def test_a_sparsity_that_is_no_share_is_refused(sparsity: float) -> None:
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        ("plan", {"sparsity": "a"}, r"HeadGates.plan takes sparsity as float \| None, but 'a' came"),
-        ("plan", {"sparsity": True}, "takes sparsity as .*, but True came"),
-        ("plan", {"ranking": "x"}, "takes ranking as .*, but 'x' came"),
+        ("plan", {"sparsity": "a"}, r"HeadGates.plan takes sparsity as float \| None, but got 'a'"),
+        ("plan", {"sparsity": True}, "takes sparsity as .*, but got True"),
+        ("plan", {"ranking": "x"}, "takes ranking as .*, but got 'x'"),
         ("plan", {"ranking": "layer"}, "ranking says how a share .*; set sparsity too"),
-        ("settle", {"plan": None}, "takes plan as HeadPlan, but None came"),
-        ("set_plan", {"plan": "plan.json"}, "HeadGates.set_plan takes plan as HeadPlan, but 'plan.json' came"),
+        ("settle", {"plan": None}, "takes plan as HeadPlan, but got None"),
+        ("set_plan", {"plan": "plan.json"}, "HeadGates.set_plan takes plan as HeadPlan, but got 'plan.json'"),
         ("load_state_dict", {"state": None}, "takes state as Mapping"),
         ("load_state_dict", {"state": {"0.log_alpha": [0.0]}}, "takes state as Mapping"),
         ("lean", {"scores": {}, "spread": 1.0}, "takes scores as HeadScores"),
         ("lean", {"scores": _gates().scores(), "spread": math.nan}, "spread of log_alpha must be .* but it is nan"),
-        ("track_difference", {"on": "yes"}, "takes on as bool, but 'yes' came"),
+        ("track_difference", {"on": "yes"}, "takes on as bool, but got 'yes'"),
     ],
 )
 def test_what_is_of_another_type_is_refused_and_changes_nothing(

@@ -124,7 +124,7 @@ def test_sites_name_the_units_there_are_and_those_there_were(kind: str) -> None:
 def test_models_without_anything_to_cut_in_blocks() -> None:
     model = tiny_model(num_persistent=0)
     assert AllAttentionLayout().hidden_sites(model) == []
-    with pytest.raises(UnsupportedModel, match="no feed-forward layers, nor persistent vectors"):
+    with pytest.raises(UnsupportedModel, match="neither feed-forward layers nor persistent vectors"):
         attach(model, blocks=True)
     assert gates_of(model) is None
     # The code that came with an older checkpoint would not read the gate.
@@ -286,7 +286,7 @@ def test_a_layout_whose_blocks_are_shifted_is_found_out_and_nothing_changes(
 def test_soft_gates_are_for_what_a_weight_can_take_up() -> None:
     model = MODELS["persistent"]()
     before = snapshot(model)
-    with pytest.raises(InputError, match="need hard gates, as a value between 0 and 1 in the softmax could not"):
+    with pytest.raises(InputError, match="need hard gates, because a cut cannot fold a value between 0 and 1"):
         attach(model, blocks=3, config=GateConfig(hard=False))
     assert_unchanged(model, before)
     attach(model, config=GateConfig(hard=False))
@@ -433,7 +433,9 @@ def test_taylor_is_the_derivative_by_the_blocks_weight(with_gates: bool) -> None
 
 def test_output_differences_are_not_for_persistent_vectors() -> None:
     batch = {"input_ids": IDS[:, :-1], "labels": IDS[:, 1:], "is_first": torch.tensor([True] * 2)}
-    with pytest.raises(InputError, match="no score by .output-difference., as a layer's output is no sum over them"):
+    with pytest.raises(
+        InputError, match="no score by .output-difference., because a layer's output is not a sum over them"
+    ):
         score_heads(MODELS["persistent"](), "output-difference", [batch], blocks=3)
     assert score_heads(MODELS["persistent"](), "output-difference", [batch]).plan(0.5).hidden_units is None
     assert UnitKey("block", 0) in score_heads(MODELS["feed-forward"](), "output-difference", [batch], blocks=3).scores

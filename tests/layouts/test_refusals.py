@@ -426,7 +426,7 @@ def test_gates_in_flat_parameters_are_not_read_but_when_they_are_whole(names: bo
         # As where there are several processes.
         next(iter(gates))[1].log_alpha_bias.data = torch.empty(0)
     for read in (gates.plan, gates.l0, gates.state_dict, lambda: gates.sparsity, gates.scores):
-        with pytest.raises(InputError, match="The first FSDP has laid the gates") as caught:
+        with pytest.raises(InputError, match="FSDP1 has flattened the gates") as caught:
             read()
         sentence(caught)
     if not names:

@@ -249,13 +249,13 @@ def test_a_prefix_of_another_tokenizer_is_refused() -> None:
     text = TokenStream(tokens=stream(9).tokens, num_bytes=9, num_words=9, prefix=(29,))
     with pytest.raises(InputError, match="has token 29"):
         evaluate(without_memory(), text)
-    with pytest.raises(InputError, match="must have 3 to 8 tokens, but 2 were asked for"):
+    with pytest.raises(InputError, match="must have 3 to 8 tokens, but got 2"):
         evaluate(without_memory(), TokenStream(tokens=text.tokens, num_bytes=9, num_words=9, prefix=(2,)), window=2)
 
 
 def test_a_window_must_fit_the_model() -> None:
     for window in (1, 9):
-        with pytest.raises(InputError, match=f"must have 2 to 8 tokens, but {window} were asked for"):
+        with pytest.raises(InputError, match=f"must have 2 to 8 tokens, but got {window}"):
             evaluate(without_memory(), stream(30), window=window)
     assert evaluate(without_memory(), stream(30)).tokens == 29
 

@@ -78,7 +78,7 @@ def test_at_most_so_many_tokens(model: AllAttentionForCausalLM, tokenizer: PreTr
         ("", {}, "A prompt of at least one token was expected, but it is empty"),
         ("a", {"temperature": -0.1}, "temperature must be 0 or lie between 0.001 and 1000, but it is -0.1"),
         ("a", {"temperature": float("nan")}, "temperature must be 0 or lie between 0.001 and 1000, but it is nan"),
-        ("a", {"max_new_tokens": 0}, "At least one new token must be asked for, but 0 were"),
+        ("a", {"max_new_tokens": 0}, "At least one new token is needed, but got 0"),
     ],
 )
 def test_bad_input(

@@ -105,8 +105,8 @@ def test_a_model_that_does_not_run_on_made_inputs_is_told() -> None:
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        ({}, "models must be given by name, as in {'dense': model}, but none came"),
-        (tiny_model(), "models must be given by name, .* but an object of type AllAttentionForCausalLM came"),
+        ({}, "models must be given by name, as in {'dense': model}, but got none"),
+        (tiny_model(), "models must be given by name, .* but got an object of type AllAttentionForCausalLM"),
         ({"a": None}, "A PreTrainedModel of transformers was expected, but a NoneType came"),
         ({"a": "gpt2"}, "a path or name came"),
         ({"a": tiny_model(), "b": torch.nn.Sequential(tiny_model())}, "but a Sequential came, which holds one"),
@@ -126,7 +126,7 @@ def test_what_is_no_model(models: Any, message: str) -> None:
         ({"length": -1}, "A benchmark's length must be at least 1, but it is -1"),
         ({"new_tokens": 0}, "A benchmark's new tokens must be at least 1, but it is 0"),
         ({"repeats": 0}, "A benchmark's repeats must be at least 1, but it is 0"),
-        ({"workload": "sleep"}, "takes workload as .*'prefill', 'decode', 'train'.*, but 'sleep' came"),
+        ({"workload": "sleep"}, "takes workload as .*'prefill', 'decode', 'train'.*, but got 'sleep'"),
     ],
 )
 def test_wrong_numbers(options: dict[str, Any], message: str) -> None:

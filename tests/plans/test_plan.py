@@ -107,15 +107,15 @@ BAD: dict[str, tuple[Any, str]] = {
     "version as a fraction": (valid(version=1.0), "version 1.0"),
     "blocks in version 1": (
         valid(version=1, blocks={"size": 4, "total": {"0": 2}, "kept": {}}),
-        "which are of version 2",
+        "which belong to version 2",
     ),
     "blocks of nothing": (valid(version=2, blocks={}), '"size", "total" and "kept"'),
     "blocks as a list": (valid(version=2, blocks=[]), '"size", "total" and "kept"'),
     "blocks as a number": (valid(version=2, blocks=0), '"size", "total" and "kept"'),
-    "hidden units in version 1": (valid(hidden_units={"total": {"0": 2}, "kept": {}}), "which are of version 3"),
+    "hidden units in version 1": (valid(hidden_units={"total": {"0": 2}, "kept": {}}), "which belong to version 3"),
     "blocks in version 3": (
         valid(version=3, blocks={"size": 4, "total": {"0": 2}, "kept": {}}),
-        "which are of version 2",
+        "which belong to version 2",
     ),
     "hidden units of nothing": (hidden({}), '"hidden_units" must be a JSON object with "total" and "kept"'),
     "hidden units as a list": (hidden([]), '"hidden_units" must be a JSON object'),
@@ -228,7 +228,7 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("units", ["x", {"kept": {}, "total": {"0": 2}}, HeadPlan.keep_all({0: 2})], ids=str)
 def test_hidden_units_of_another_type_are_refused(units: Any) -> None:
-    with pytest.raises(InputError, match=r"plan's hidden_units must be UnitPlan \| None, but .* came"):
+    with pytest.raises(InputError, match=r"plan's hidden_units must be UnitPlan \| None, but got .*"):
         HeadPlan(kept={}, total={0: 2}, hidden_units=units)
 
 

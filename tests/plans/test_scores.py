@@ -82,7 +82,7 @@ def test_a_share_out_of_range_is_refused(sparsity: float) -> None:
 
 
 def test_an_unknown_ranking_is_refused() -> None:
-    with pytest.raises(InputError, match="takes ranking as .*'global', 'layer'.*, but 'globl' came"):
+    with pytest.raises(InputError, match="takes ranking as .*'global', 'layer'.*, but got 'globl'"):
         scores({0: [1.0]}).plan(0.5, ranking="globl")  # type: ignore[arg-type]
 
 

@@ -1,1 +1,1 @@
-"""Models on disk, dense, gated or cut, and what is checked before one is loaded."""
+"""Dense, gated and cut models on disk, and the checks before one is loaded."""

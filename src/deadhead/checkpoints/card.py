@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights for people: its model card, and the licence files of the base model."""
+"""The files for people in a checkpoint: its model card, and the licence files of the base model."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from deadhead.layouts.classes import auto_name
 from deadhead.layouts.stock import why_not_stock
 from deadhead.measure.cost import model_cost
 
-# In every model card of ours; a folder without it is not overwritten.
-TAG = json.dumps(TAGS).strip("[]")
+# Every model card of ours has this tag; a folder without it is not overwritten.
+TAG = '"deadhead", "pruned-attention-heads"'
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-# What of the base model's card stays true of the cut model.
+# The parts of the base model's card that remain true for the cut model.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
 
 
 def copy_licences(base: str | Path | None, folder: Path) -> None:
-    """Copy the licence files of the checkpoint that a model was made of; none of one on the hub."""
+    """Copy the licence files of the folder that a model was made from; a model from the hub has none here."""
     for file in Path(base).iterdir() if base is not None and Path(base).is_dir() else ():
         if file.name.upper().startswith(LICENCES) and file.is_file():
             shutil.copy2(file, folder / file.name)
 
 
 def _origin(base: str | Path | None) -> dict[str, Any]:
-    """Return what of the base model's card goes into the new one: its licence, languages, and where it came from."""
+    """Return what the new card takes over from the base model's: licence, languages, and the model's origin."""
     if base is None:
         return {}
     name = str(base) if is_name(base) else None
     metadata: dict[str, Any] = {}
-    # A card that cannot be had, or is no YAML, is no reason to lose a model that was trained.
+    # A card that cannot be fetched, or is not YAML, is no reason to lose a trained model.
     with suppress(Exception), quick(base):
         card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
         metadata = metadata_load(card) or {}
@@ -55,7 +55,7 @@ def model_card(
     metrics: Mapping[str, float] | None = None,
     about: str | None = None,
 ) -> str:
-    """Return the text of a model's card; arguments as for `checkpoint.save`."""
+    """Return the text of a model's card; arguments as in `checkpoint.save`."""
     cost, plan = model_cost(model), find_layout(model).recorded_plan(model)
     if about is None:
         what = "Attention heads" if plan is None or plan.hidden_units is None else "Heads and hidden units"
@@ -89,7 +89,7 @@ def model_card(
         "```python",
         *code,
         "```",
-        *(["", f"It has modelling code of its own, as {why}."] if (why := why_not_stock(model)) else []),
+        *(["", f"It has modelling code of its own, because {why}."] if (why := why_not_stock(model)) else []),
         "",
     ]
     return "\n".join(lines)

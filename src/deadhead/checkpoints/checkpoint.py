@@ -175,9 +175,7 @@ def named_device(device: str | torch.device) -> torch.device:
     except RuntimeError:
         found = None
     if found is None or found.type not in known or (found.index or 0) >= max(1, torch.accelerator.device_count()):
-        raise InputError(
-            f"A device was expected ({' or '.join(known)} on this machine), but {str(device)!r} was given."
-        )
+        raise InputError(f"A device was expected ({' or '.join(known)} on this machine), but got {str(device)!r}.")
     return found
 
 
@@ -190,7 +188,7 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     found = types.get(dtype) if isinstance(dtype, str) else dtype
     if found not in (*types.values(), torch.float64):
-        raise InputError(f"A dtype was expected ({', '.join(types)}), but {str(dtype)!r} was given.")
+        raise InputError(f"A dtype was expected ({', '.join(types)}), but got {str(dtype)!r}.")
     return found
 
 
@@ -306,7 +304,7 @@ def _require_unchanged(folder: Path) -> None:
     changed = changed_file(folder, among=names)
     if changed is not None:
         raise InputError(
-            f"{folder / changed} is not what was saved there, so says its checksum in {CHECKSUMS_FILE}: it is damaged "
+            f"{folder / changed} is not what was saved there, by its checksum in {CHECKSUMS_FILE}: it is damaged "
             f"or was changed; restore it, or, if the change is meant, delete {CHECKSUMS_FILE}."
         )
 

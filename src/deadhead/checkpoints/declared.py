@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of itself: its configuration, checked without torch, and what lies beside it."""
+"""What a checkpoint folder declares: its configuration, checked without torch, and the files beside it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ PLAN_FILE = "head_plan.json"
 GATES_FILE = "head_gates.safetensors"
 
 MOST_LAYERS = 10_000
-# Of heads, experts, widths, words and positions.
+# The largest number of heads, experts, widths, words and positions.
 _MOST = 2**32
 _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|\w*_?layers|num_hidden_groups|num_(layer|hidden)_repeats?|layer_types")
 _COUNTS = re.compile(
     r"(num|n)_.*|.*(_size|_dim|_heads|_experts|_positions|_embeddings|_length|_rank)|n?_?(head|embd|inner|ctx)|d_\w+"
 )
-# Where a configuration may name a kernel, which transformers would fetch and run.
+# Keys under which a configuration may name a kernel, which transformers would fetch and run.
 _KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
 
 
 def has_gates(path: str | Path) -> bool:
-    """Tell whether there are saved gates in a folder."""
+    """Return whether a folder has saved gates."""
     return (checked_path(path) / GATES_FILE).exists()
 
 
 def declared_config(path: Path) -> dict[str, Any]:
-    """Return the JSON values of the configuration in a folder, or of its config.json; `path` is that of either.
+    """Return the JSON values of a configuration; `path` is a folder or its config.json.
 
     Raises:
-        InputError: it is none, declares what cannot be or names code of others, or the folder links to files elsewhere.
+        InputError: it is not a configuration, describes an impossible model or names foreign code, or the folder links
+            to files elsewhere.
     """
     if path.is_dir():
         require_config(path)
@@ -53,12 +54,12 @@ def declared_config(path: Path) -> dict[str, Any]:
             f"{shown(named)}."
         )
     for keys, value in _values(values):
-        # A kernel may be named for each part of a model.
+        # Each part of a model may name a kernel.
         kernel = next((key for key in keys if key in _KERNELS), None)
         if kernel is not None and isinstance(value, str) and "/" in value:
             raise InputError(
                 f"The model configuration {file} wants {kernel} {shown(value)}, which is code of the Hugging Face hub; "
-                f"deadhead runs none that a checkpoint names: take {kernel} out."
+                f"deadhead runs none that a checkpoint names: remove {kernel}."
             )
         if not isinstance(value, int) or isinstance(value, bool):
             continue
@@ -72,9 +73,9 @@ def declared_config(path: Path) -> dict[str, Any]:
 
 
 def require_config(folder: Path) -> None:
-    """Check that a folder has a configuration; the InputError names the models in the folder of a run or Trainer."""
+    """Check that a folder has a configuration; if it has models in folders instead, the InputError names them."""
     if not (folder / "config.json").is_file():
-        # Of a Trainer's checkpoints the last two.
+        # The last two of a Trainer's checkpoints.
         steps = sorted(
             int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()
         )
@@ -92,7 +93,7 @@ def require_config(folder: Path) -> None:
 
 
 def _values(value: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the values of a configuration, and the lengths of its lists, with the keys that lead there."""
+    """Yield the values of a configuration, and the lengths of its lists, with the keys that lead to them."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _values(inner, *keys, str(key))
@@ -105,9 +106,9 @@ def _values(value: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _require_own_files(folder: Path) -> None:
-    """Check that no link leads out of a folder: what it leads to would be loaded, or copied beside a cut model.
+    """Check that no link leads out of a folder, because its target would be loaded, or copied beside a cut model.
 
-    The Hugging Face hub's cache, whose folders hold links to files beside them, is one folder in this.
+    The Hugging Face hub's cache, whose folders hold links to files beside them, counts as one folder.
     """
     places = [folder.resolve()]
     if places[0].parent.name == "snapshots":

@@ -1,7 +1,7 @@
 """What the model in a checkpoint folder costs, from its configuration and its tensors' names and shapes, without torch.
 
-Of each kind of model below it is known which tensors a configuration makes. Where a folder holds exactly these, in the
-configuration's precision, the numbers are those of `measure.cost.model_cost`. Of any other folder there are none here.
+For each kind of model below, the tensors that a configuration makes are known. If a folder holds exactly these, in the
+configuration's precision, the numbers are those of `measure.cost.model_cost`. For other folders there are none here.
 
 Dimensions: D model width, V words, L layers, H query heads, G key/value heads, E width of a head, F hidden units of a
 feed-forward layer, N persistent vectors of a head, M positions of memory.
@@ -28,12 +28,12 @@ _CUT, _DENSE_SIZES = "deadhead_", "dense_sizes"
 
 
 class _Unfamiliar(Exception):
-    """The folder is not one of those whose cost is known here."""
+    """The folder is not one whose cost is known here."""
 
 
 class _Tensor(NamedTuple):
     shape: tuple[int, ...]
-    # What it goes with: "" nothing, "table" embeddings and output layer, "head", "hidden" or "head hidden".
+    # What it goes with: "" for nothing, "table" for embeddings and output layer, "head", "hidden" or "head hidden".
     owner: str = ""
     # Whether each of its numbers takes part in a multiply-add for every token.
     multiplies: bool = False
@@ -41,7 +41,7 @@ class _Tensor(NamedTuple):
 
 @dataclass
 class _Model:
-    """What is known of a model: the values of its configuration, and the plan by which it was cut, or None.
+    """A model by its configuration's values and the plan that it was cut by, or None.
 
     `units` are the numbers of heads and hidden units, by their names in `Cost`.
     """
@@ -67,19 +67,19 @@ class _Model:
         return value
 
     def add(self, name: str, *shape: int, owner: str = "", multiplies: bool = False) -> None:
-        """Add a tensor, if none of its sizes is 0."""
+        """Add a tensor, unless one of its sizes is 0."""
         if all(shape):
             self.tensors[name] = _Tensor(shape, owner, multiplies)
 
     def linear(self, name: str, outputs: int, inputs: int, *, owner: str, bias: bool, conv1d: bool = False) -> None:
-        """Add a projection into units, whose bias is theirs too."""
+        """Add a projection into units; its bias belongs to them too."""
         shape = (inputs, outputs) if conv1d else (outputs, inputs)
         self.add(f"{name}.weight", *shape, owner=owner, multiplies=True)
         if bias:
             self.add(f"{name}.bias", outputs, owner=owner)
 
     def back(self, name: str, outputs: int, inputs: int, *, owner: str, bias: bool, conv1d: bool = False) -> None:
-        """Add a projection out of units, whose bias stays when they go."""
+        """Add a projection out of units; its bias stays when they go."""
         self.linear(name, outputs, inputs, owner=owner, bias=False, conv1d=conv1d)
         if bias:
             self.add(f"{name}.bias", outputs)
@@ -99,7 +99,7 @@ class _Model:
             self.add("lm_head.bias", words, owner="table")
 
     def take_heads(self, layers: int, num_heads: int, num_kv_heads: int) -> list[tuple[int, int]]:
-        """Return the query and the key/value heads left in each layer, see `models.pruned.shrinking.heads_of`."""
+        """Return the query and key/value heads left in each layer (see `models.pruned.shrinking.heads_of`)."""
         shares = 1 < num_kv_heads < num_heads
         unit: Unit = self.plan.unit if self.plan is not None else "kv_group" if shares else "head"
         total = dict.fromkeys(range(layers), num_heads if unit == "head" else num_kv_heads)
@@ -114,7 +114,7 @@ class _Model:
         return [(sum(found.values()), sum(found.values()) // (math.gcd(*found.values()) or 1)) for found in groups]
 
     def take_hidden_units(self, layers: int, width: int) -> list[int]:
-        """Return the hidden units, or persistent vectors, left in each layer of so many."""
+        """Return the number of hidden units, or persistent vectors, left in each layer."""
         if not width:
             return [0] * layers
         total = dict.fromkeys(range(layers), width)
@@ -145,13 +145,13 @@ class _Model:
 def _llama(model: _Model, kind: str, length: int) -> None:
     width, layers = model.number("hidden_size"), model.number("num_hidden_layers")
     num_heads = model.number("num_attention_heads")
-    # Where some types do not say these numbers, theirs are others than the usual.
+    # Types whose defaults differ from the usual ones if their configuration does not give these numbers.
     has_usual = kind in ("llama", "granite")
     num_kv_heads = model.number("num_key_value_heads", num_heads if has_usual else None)
     if width % num_heads or num_heads % num_kv_heads:
         raise _Unfamiliar
     head_dim = model.number("head_dim", None if kind in ("qwen3", "gemma") else width // num_heads)
-    # Windows are of some layers only.
+    # Only some layers have windows.
     layer_types = model.values.get("layer_types")
     if model.values.get("use_sliding_window") or layer_types not in (None, ["full_attention"] * layers):
         raise _Unfamiliar
@@ -179,7 +179,7 @@ def _llama(model: _Model, kind: str, length: int) -> None:
 
 def _gpt2(model: _Model, kind: str, length: int) -> None:
     width, layers, num_heads = model.number("n_embd"), model.number("n_layer"), model.number("n_head")
-    # Sizes may go by two names; where both are there, torch must tell which one counts.
+    # Sizes may have two names; if both are there, torch must decide which one counts.
     has_others = any(name in model.values for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
     if width % num_heads or has_others or model.flag("add_cross_attention", False):
         raise _Unfamiliar
@@ -227,7 +227,7 @@ def _own(model: _Model, kind: str, length: int) -> None:
             model.linear(f"{path}.{name}_proj", inner, width, owner="head", bias=bias)
         if is_relative:
             model.linear(f"{path}.r_proj", inner, width, owner="head", bias=bias)
-            # It is applied once a pass to the table of positions, not to tokens.
+            # It is applied to the table of positions once a pass, not to tokens.
             model.add(f"{path}.r_proj.weight", inner, width, owner="head")
         for name in ("content_bias", "position_bias") if is_relative and not shares else ():
             model.add(f"{path}.{name}", heads, head_dim, owner="head")
@@ -254,12 +254,12 @@ _KINDS: dict[str, Callable[[_Model, str, int], None]] = {
 
 
 def folder_cost(folder: Path, *, length: int | None = None) -> tuple[Cost, HeadPlan | None] | None:
-    """Return what the model in a folder costs, and the plan that it was cut by, if any; None where torch must tell.
+    """Return what the model in a folder costs, and the plan that it was cut by, if any; None if torch is needed.
 
     `length` is the number of positions before the token; by default the model's window, or 1024.
 
     Raises:
-        InputError: the folder's configuration declares what cannot be.
+        InputError: the folder's configuration describes an impossible model.
     """
     has_config = (checked_path(folder) / "config.json").is_file()
     if not has_config or (folder / WEIGHTS_FILE).is_file() == (folder / INDEX_FILE).is_file():
@@ -268,7 +268,7 @@ def folder_cost(folder: Path, *, length: int | None = None) -> tuple[Cost, HeadP
     try:
         return _folder_cost(folder, values, length)
     except (_Unfamiliar, InputError, TypeError):
-        # Torch's way says what is wrong, where anything is.
+        # If anything is wrong, torch's way reports it.
         return None
 
 
@@ -277,13 +277,13 @@ def _folder_cost(folder: Path, values: Mapping[str, Any], length: int | None) ->
     is_cut = kind not in _KINDS and kind.startswith(_CUT)
     stock = kind[len(_CUT) :] if is_cut else kind
     if recorded is not None and stock in _KINDS and not is_cut and _KINDS[stock] is not _own:
-        # A stock model that was cut has the dense one's numbers beside its own.
+        # The configuration of a stock model that was cut has the dense model's numbers beside its own.
         if not isinstance(sizes := values.get(_DENSE_SIZES), dict):
             raise _Unfamiliar
         values = {**values, **sizes}
     has_others = any(name in values for name in ("quantization_config", "transformers_weights"))
     has_others |= "dtype" in values and "torch_dtype" in values
-    # There is a plan where the type says so.
+    # There is a plan if the type says so.
     if stock not in _KINDS or has_others or (is_cut and recorded is None):
         raise _Unfamiliar
     stored = read_stored(folder).tensors
@@ -292,7 +292,7 @@ def _folder_cost(folder: Path, values: Mapping[str, Any], length: int | None) ->
     if plan is not None and plan.to_dict() != recorded:
         raise _Unfamiliar
     model = _Model(values, plan)
-    # A layer has tensors, so that no more are looked for than there are.
+    # Every layer has tensors, so their number limits that of the layers.
     if model.number("n_layer" if stock == "gpt2" else "num_hidden_layers") > len(stored):
         raise _Unfamiliar
     if length is None:

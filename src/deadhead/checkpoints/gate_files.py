@@ -1,4 +1,4 @@
-"""Gates in a folder, alone (values as safetensors, constants as JSON) or among a model's weights."""
+"""Gates in a folder: alone (values as safetensors, constants as JSON), or among a model's weights."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ _LARGEST = 2**63
 
 @typed
 def save_gates(gates: HeadGates, path: str | Path) -> None:
-    """Write the gates, without the model they were trained on, into a folder; other files in it stay.
+    """Write gates into a folder, without the model that they were trained on. Other files in the folder stay.
+
+    Args:
+        gates: the gates.
+        path: the folder; it is made if it does not exist.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the folder cannot be written.
     """
     folder = Path(path)
     write_bytes(folder / GATES_FILE, save(gates.state_dict()))
@@ -44,10 +48,17 @@ def save_gates(gates: HeadGates, path: str | Path) -> None:
 
 @typed_but("model")
 def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
-    """Attach gates that `save_gates` wrote into a folder to `model`, the one they were trained on.
+    """Attach the gates that `save_gates` wrote to the model that they were trained on.
+
+    Args:
+        model: the model; changed in place.
+        path: the folder.
+
+    Returns:
+        The gates.
 
     Raises:
-        InputError: the folder has no gates, they are damaged, or they are another model's.
+        InputError: the folder has no gates, they are damaged, or they belong to another model.
     """
     folder = Path(path)
     if not has_gates(folder):
@@ -64,15 +75,15 @@ def load_gates(model: PreTrainedModel, path: str | Path) -> HeadGates:
 
 
 def has_gates_among_weights(path: str | Path) -> bool:
-    """Tell whether a folder's weights were saved with gates on by other means than `save`, such as a Trainer's."""
+    """Return whether a folder's weights were saved with gates among them, as a Trainer does (`save` does not)."""
     return any(is_gate(tensor.name) for file in Path(path).glob("*.safetensors") for tensor in read_header(file))
 
 
 def load_gates_among_weights(model: PreTrainedModel, path: str | Path) -> HeadGates:
-    """Attach the gates that lie among a folder's weights to `model`, which was loaded from there.
+    """Attach the gates among a folder's weights to `model`, which was loaded from there.
 
     Raises:
-        InputError: they have no settings, are damaged, or are another model's.
+        InputError: the gates have no settings, are damaged, or belong to another model.
     """
     found: dict[str, Tensor] = {}
     for file in Path(path).glob("*.safetensors"):
@@ -85,7 +96,7 @@ def load_gates_among_weights(model: PreTrainedModel, path: str | Path) -> HeadGa
         key = values.pop("key", None)
         scale: Any = values.get("lr_scale")
         blocks = {**settings.get("blocks", {}), **_by_layer(values.pop("blocks", {}), Path(path))}
-        # What makes up for closed heads is no matter of hidden units.
+        # Output scaling makes up for closed heads; hidden units have none.
         has_scale = bool(settings.get("output_scale")) | (values.get("output_scale") is True)
         settings |= {**values, "output_scale": has_scale, **({"blocks": blocks} if blocks else {})}
         if _is_number(scale, float):
@@ -108,13 +119,13 @@ def _settings_of(stored: Tensor | None, path: str | Path) -> dict[str, Any]:
 
 
 def _put_on(model: PreTrainedModel, values: dict[str, Any], state: dict[str, Tensor], path: Path) -> HeadGates:
-    """Attach gates with settings and a state that were read from `path`."""
+    """Attach gates with the settings and the state that were read from `path`."""
     unit, blocks = values.pop("unit", None), values.pop("blocks", None)
     if unit not in (None, "head", "kv_group"):
         raise InputError(
             f"The gate configuration {path} must have a unit, head or kv_group, if any, but has {shown(unit)}."
         )
-    # Before blocks were of any units, they were runs of one size.
+    # In older files, blocks are runs of neighbours of one size.
     size = values.pop("block_size", None)
     if not (size is None or _is_number(size, int)):
         raise InputError(f"The gate configuration {path} must have a number as block_size, but has {shown(size)}.")
@@ -136,7 +147,7 @@ def _by_layer(blocks: Any, path: Path) -> dict[str, Any]:
 
 
 def _checked_blocks(blocks: dict[str, Any], path: Path) -> Blocks:
-    """Return the units of each block, which a file has as ranges."""
+    """Return the units of each block, which files store as ranges."""
     found: dict[Layer, list[list[int]]] = {}
     for key, texts in blocks.items():
         what = f"The blocks of layer {key} in the gate configuration {path}"

@@ -15,12 +15,12 @@ from deadhead.layouts.classes import model_class
 
 
 def read_gguf_config(file: Path) -> PreTrainedConfig:
-    """Return a configuration of the caller's own; InputError if it cannot be read."""
+    """Return a new copy of the configuration; InputError if it cannot be read."""
     found = file.stat()
     return copy.deepcopy(_read_config(file, found.st_mtime_ns, found.st_size))
 
 
-# A command asks for it before it loads the weights, and again then; it takes seconds, as all tokens are parsed for it.
+# A command reads it before it loads the weights, and again then; it takes seconds, because all tokens are parsed.
 @functools.lru_cache(maxsize=2)
 def _read_config(file: Path, mtime_ns: int, size: int) -> PreTrainedConfig:
     with reading_gguf(file, "configuration") as (folder, of_gguf):
@@ -29,7 +29,7 @@ def _read_config(file: Path, mtime_ns: int, size: int) -> PreTrainedConfig:
 
 
 def read_gguf_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Return the model, in float32 if no other dtype is asked for.
+    """Return the model, by default in float32.
 
     Raises:
         InputError: it cannot be read.
@@ -39,7 +39,7 @@ def read_gguf_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     kind = model_class(config)
     with reading_gguf(file, "model") as (folder, of_gguf):
         model: Any = kind.from_pretrained(folder, config=config, dtype=dtype or torch.float32, **of_gguf)
-    # Else `save_pretrained` would refuse it as quantised.
+    # Otherwise `save_pretrained` would refuse the model as quantised.
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)

@@ -1,6 +1,6 @@
-"""Refuse a checkpoint folder that declares what cannot be, before memory or time is spent on it.
+"""Refuse a checkpoint folder that describes an impossible model, before memory or time is spent on it.
 
-Transformers makes whatever a configuration describes: a few kilobytes could ask for all the memory there is.
+Transformers makes whatever a configuration describes: a few kilobytes could request all the memory of a machine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from deadhead.errors import InputError, first_line
 from deadhead.measure.cost import skeleton
 
 MOST_PARAMETERS = 10**13
-# New weights that a checkpoint may ask for beside those it holds: 256 MiB in float32. What is missing is named later.
+# Weights that a model may have beyond those in the checkpoint: 256 MiB in float32. Missing ones are named later.
 _MOST_NEW = 2**26
-# In how many parts a number of a quantised checkpoint may be taken apart.
+# The most parts that a number of a quantised checkpoint may be divided into.
 _MOST_PACKED = 16
-# Each takes some kilobytes; the largest models there are have a tenth, or less.
+# Each module takes some kilobytes; the largest existing models have a tenth of this number, or less.
 _MOST_MODULES = 200_000
 _ADAPTER = "adapter_config.json"
 # Small files that transformers reads whole.
@@ -32,24 +32,24 @@ _SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map
 
 
 def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """Return the configuration in a folder, or in its config.json, and the model it describes, without weights.
+    """Return the configuration in a folder, or in its config.json, and the model that it describes, without weights.
 
-    Nothing is fetched, and no code that comes with it runs.
+    Nothing is fetched, and no code that comes with the folder runs.
 
     Raises:
-        InputError: it is no configuration that can be used, or one of a model that cannot be.
+        InputError: the configuration cannot be used, or describes an impossible model.
     """
     file = path / "config.json" if path.is_dir() else path
     values = declared_config(path)
     kind = values.get("model_type")
-    # Old checkpoints have none, and transformers guesses it from the folder's name.
+    # Old checkpoints have no type, and transformers guesses it from the folder's name.
     is_told = "auto_map" in values or "model_type" in values
     if is_told and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise InputError(
             f"The model configuration {file} has model type {shown(kind)} and cannot be used: neither deadhead nor "
             "transformers knows it, and deadhead never runs code that a checkpoint brings along."
         )
-    # Whatever makes a model is stopped once it has more modules than any.
+    # Stop making the model once it has more modules than any real one.
     modules = count(1)
 
     def count_one(*_: Any) -> None:
@@ -77,11 +77,11 @@ def guarded_config(path: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
 
 
 def require_sound(folder: Path) -> PreTrainedConfig:
-    """Return a checkpoint folder's configuration, checked against the files there are, without reading a weight.
+    """Return a checkpoint folder's configuration, checked against the folder's files, without reading a weight.
 
     Raises:
-        InputError: the configuration is none, the weights are missing, pickled, damaged, of another shape or far too
-            few for it, or an index names files outside the folder.
+        InputError: there is no usable configuration; the weights are missing, pickled, damaged, of another shape or far
+            too few for it; or an index names files outside the folder.
         UnsupportedModel: weights are integers.
     """
     for name in _SMALL:
@@ -111,7 +111,7 @@ def require_sound(folder: Path) -> PreTrainedConfig:
 
 
 def misshapen(folder: Path) -> str:
-    """Return a clause that names a tensor whose shape is not the one that the configuration asks for, or ""."""
+    """Return a clause that names a tensor whose shape does not fit the configuration, or ""."""
     config, model = guarded_config(folder)
     stored = {tensor.name: tensor for file in _weight_files(folder, config) for tensor in read_header(file)}
     for name, parameter in model.named_parameters():
@@ -121,7 +121,7 @@ def misshapen(folder: Path) -> str:
 
 
 def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
-    """Return the files that transformers reads weights from, none if there are none: one is preferred to shards."""
+    """Return the files that transformers reads weights from: a single file comes before shards."""
     named = getattr(config, "transformers_weights", None) or WEIGHTS_FILE
     if not isinstance(named, str) or set("/\\\0") & set(named) or not named.endswith((".safetensors", INDEX_FILE)):
         raise InputError(
@@ -134,6 +134,6 @@ def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
 
 
 def _reason(error: Exception) -> str:
-    # All the types that transformers knows are no reason.
+    # The list of all types that transformers knows is not part of the reason.
     lines = [line for line in str(error).strip().splitlines() if not line.startswith("Model type should be one of")]
     return first_line(ValueError((lines or [type(error).__name__])[-1]))

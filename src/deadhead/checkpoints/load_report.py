@@ -1,4 +1,4 @@
-"""Transformers' table of the tensors that a model lacks or leaves, which `checkpoint.load` tells in a sentence."""
+"""Transformers' table of missing and unexpected tensors, which `checkpoint.load` reports in a sentence instead."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# States of a tensor at which transformers raises an error that says no more than where to look.
+# States of a tensor for which transformers raises an error that only refers to the table.
 _POINTED_TO = "MISMATCH", "CONVERSION"
 
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Let transformers load a model in this thread without the table, unless an error is going to point to it."""
+    """Make transformers load models in this thread without the table, unless an error will refer to it."""
     logger, here = logging.getLogger("transformers.modeling_utils"), threading.get_ident()
 
     def passes(record: logging.LogRecord) -> bool:

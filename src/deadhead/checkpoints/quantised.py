@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are quantised: by its configuration it is told whether one can be read here."""
+"""Checkpoints with quantised weights: whether one can be read here, by its configuration."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from deadhead.errors import UnsupportedModel, first_line
 
 
 def require_readable(config: PreTrainedConfig, path: str | Path) -> None:
-    """Check that weights which a configuration declares quantised can be read here, before one is.
+    """Check, before weights are read, that those which a configuration declares quantised can be read here.
 
-    Where transformers can make plain numbers of them, the configuration tells it to.
+    If transformers can turn them into plain numbers, the configuration is changed to request this.
 
     Raises:
-        UnsupportedModel: a package is missing, or transformers does not know how they were quantised.
+        UnsupportedModel: a package is missing, or transformers does not know the quantisation.
     """
     owner = _owner(config)
     if owner is None:
@@ -39,10 +39,10 @@ def require_readable(config: PreTrainedConfig, path: str | Path) -> None:
 
 
 def require_numbers(model: PreTrainedModel, stored: Iterable[StoredTensor], folder: Path) -> None:
-    """Check that no parameter of a model is stored as integers: those are codes, which would be taken for its values.
+    """Check that no parameter is stored as integers, which are codes and would be mistaken for its values.
 
     Raises:
-        UnsupportedModel: one is.
+        UnsupportedModel: a parameter is stored as integers.
     """
     names = {name for name, _ in model.named_parameters()}
     for tensor in stored:
@@ -55,13 +55,13 @@ def require_numbers(model: PreTrainedModel, stored: Iterable[StoredTensor], fold
 
 
 def forget_dequantised(config: PreTrainedConfig) -> None:
-    """Let a configuration say nothing of a quantisation that `require_readable` had undone."""
+    """Remove from a configuration the quantisation that `require_readable` requested to undo."""
     owner = _owner(config)
     if owner is not None and owner.quantization_config.get("dequantize"):
         del owner.quantization_config
 
 
 def _owner(config: PreTrainedConfig) -> Any:
-    """Return what declares a quantisation, the configuration or that of the part which reads text; None if neither."""
+    """Return the configuration that declares a quantisation: the whole model's or the text part's, or None."""
     owners = config, config.get_text_config(decoder=True)
     return next((each for each in owners if getattr(each, "quantization_config", None) is not None), None)

@@ -1,1 +1,1 @@
-"""Compensation: after a cut, output projections are fitted to what the dense model computes, never for the worse."""
+"""Compensation: after a cut, fit output projections to the dense model's outputs; fits that do not help are undone."""

@@ -1,4 +1,4 @@
-"""Calibration text: the batches that projections are fitted to, those that are held out, and how far off a model is."""
+"""Calibration text: the batches that projections are fitted to, held-out batches, and a model's error on those."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from deadhead.layouts.inputs import run, runner
 from deadhead.measure.losses import SegmentLoss
 from deadhead.models.pruned.structure import text_stack
 
-# One row, or one batch of a model with segment memory, of so many is held out, the second first: two are enough.
+# One of this many rows (batches, with segment memory) is held out, beginning with the second: two are enough.
 _HELD_OUT_OF = 8
-# Tokens that are run at once, if a row is no longer, and tokens whose logits are held at a time.
+# Tokens that run at once, unless a row is longer, and tokens whose logits are held at a time.
 _MOST_TOKENS, _MOST_LOGITS = 1024, 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What a process reads of a text: batches in its order, and for each whether it is held out.
+    """The part of a text that a process reads: batches in the text's order, some of them held out.
 
     Args:
-        batches: of this process.
-        is_held: for each of them.
+        batches: the batches of this process.
+        is_held: whether each batch is held out.
         has_memory: whether the model has segment memory.
-        held_tokens: how many tokens are held out, by all processes; infinite for what is no text.
-        shares: of the processes that read the text together.
+        held_tokens: number of held-out tokens of all processes; infinite if the inputs are not text.
+        shares: the shares of the processes that read the text together.
     """
 
     batches: list[dict[str, Tensor]]
@@ -48,13 +48,13 @@ class Calibration:
 
 
 def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], shares: Shares = ALONE) -> Calibration:
-    """Hold out every eighth row of some batches, or, of a model with segment memory, every eighth batch.
+    """Hold out every eighth row of some batches, or every eighth batch for a model with segment memory.
 
-    Which rows they are does not depend on the processes. Each process reads its share of what there is; it reads
-    everything for a model with segment memory, and where there is too little for each to have some.
+    The held-out rows do not depend on the number of processes. Each process reads its share of the rows. It reads all
+    rows if the model has segment memory, or if there are too few rows for all processes.
 
     Raises:
-        InputError: there are fewer than two of them.
+        InputError: there are fewer than two rows, or batches.
     """
     has_memory = hasattr(model.config, "memory_length")
     found: list[dict[str, Tensor]] = []
@@ -78,13 +78,13 @@ def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], sha
         what = "batches" if has_memory else "rows of text"
         raise InputError(
             f"Compensation fits to some {what} and is judged on others, so at least 2 are needed, but "
-            f"{len(found) if has_memory else row} came."
+            f"got {len(found) if has_memory else row}."
         )
     sizes = [batch["input_ids"].numel() if "input_ids" in batch else math.inf for batch in found]
     if has_memory or len(found) < shares.count:
         shares = shares.undivided()
     dealing = shares.dealing()
-    # What is no text counts alike.
+    # Inputs that are not text all count the same.
     is_own = [dealing.is_own(int(size) if size < math.inf else 1) for size in sizes]
     own = [{name: value.to(model.device) for name, value in batch.items()} for batch in compress(found, is_own)]
     return Calibration(
@@ -97,7 +97,7 @@ def divided(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], sha
 
 
 def run_stack(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Run the part of a model that has its layers; return its last hidden states."""
+    """Run the part of a model that contains its layers, and return its last hidden states."""
     if not model.can_generate():
         return run(runner(model), batch)[0]
     return run(text_stack(model), {"input_ids": batch["input_ids"], "use_cache": False})[0]
@@ -106,14 +106,14 @@ def run_stack(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
 def held_out_loss(
     model: PreTrainedModel, calibration: Calibration, begin: Callable[[int, int], None] = lambda batch, row: None
 ) -> float:
-    """Return the mean negative log-likelihood of a held-out token.
+    """Return the mean negative log-likelihood of a held-out token, in nats.
 
-    `begin` is told, before the model runs on some rows of a batch, its index and that of the first of the rows.
+    Before the model runs on some rows of a batch, `begin` is called with the indices of the batch and the first row.
     """
     loss = SegmentLoss(model)
     loss.try_out()
     total = tokens = 0.0
-    # The memory of a held-out batch is what comes before it.
+    # A held-out batch's memory is the text before it.
     pairs = [*zip(calibration.batches, calibration.is_held, strict=True)]
     pairs = pairs if calibration.has_memory else [(batch, True) for batch in calibration.held]
     for index, (batch, is_held) in enumerate(pairs):
@@ -130,12 +130,12 @@ def held_out_loss(
 
 
 def held_out_states(model: PreTrainedModel, calibration: Calibration) -> list[Tensor]:
-    """Return the last hidden states of held-out batches, for models that predict no next token."""
+    """Return the last hidden states of held-out batches, for models that do not predict the next token."""
     return [run_stack(model, batch).float() for batch in calibration.held]
 
 
 def distance(states: list[Tensor], goal: list[Tensor], shares: Shares = ALONE) -> float:
-    """Return Σ ‖h − g‖² over Σ ‖g‖² of the states of all processes."""
+    """Return Σ ‖h − g‖² / Σ ‖g‖² over the states of all processes."""
     lost = sum(float((h - g.to(h)).square().sum()) for h, g in zip(states, goal, strict=True))
     sums = torch.tensor([lost, sum(float(g.square().sum()) for g in goal)], dtype=torch.float64)
     shares.total(sums)
@@ -143,7 +143,7 @@ def distance(states: list[Tensor], goal: list[Tensor], shares: Shares = ALONE) -
 
 
 def _parts(batch: dict[str, Tensor], most: int) -> Iterable[dict[str, Tensor]]:
-    """Yield a batch in parts of at most so many tokens, but of a whole row at least; whole if it has no tokens."""
+    """Yield a batch in parts of a limited number of tokens, but at least one row; whole if it has no tokens."""
     if "input_ids" not in batch:
         yield batch
         return
@@ -154,7 +154,7 @@ def _parts(batch: dict[str, Tensor], most: int) -> Iterable[dict[str, Tensor]]:
 
 
 def _scored(batch: Mapping[str, Tensor], has_memory: bool) -> int:
-    """Return how many tokens of a batch the loss is a mean of."""
+    """Return the number of a batch's tokens that the loss is a mean of."""
     if has_memory:
         return int((batch["labels"] != -100).sum())
     ids = batch["input_ids"]

@@ -136,7 +136,7 @@ def _require_pair(model: PreTrainedModel, dense: PreTrainedModel) -> None:
                 "model = model.merge_and_unload()."
             )
     if model is dense:
-        raise InputError("Compensation needs the model before the cut beside the cut one, but one model came for both.")
+        raise InputError("Compensation needs the cut model and the model before the cut, but got one model for both.")
     if model.dtype != dense.dtype or model.device != dense.device:
         raise InputError(
             f"The dense model must be of the cut one's dtype and on its device ({model.dtype}, {model.device}), but it "

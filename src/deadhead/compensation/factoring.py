@@ -1,4 +1,4 @@
-"""A symmetric matrix and its Cholesky factor in the room of one: the factor lies below the diagonal blocks."""
+"""A symmetric matrix and its Cholesky factor in the memory of one: the factor lies below the diagonal blocks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# A wider matrix is factored block by block; for others the room of a factor is little.
+# A wider matrix is factored block by block; for smaller ones the memory of a factor is small.
 _WHOLE = 4096
 _BLOCK = 1024
 
 
 @contextmanager
 def factored(matrix_NN: Tensor, ridge_N: Tensor) -> Iterator[Callable[[Tensor], Tensor] | None]:
-    """Factor A + diag r in A's own room while the block runs; yield what solves X (A + diag r) = Y, or None.
+    """Factor A + diag r in A's own memory while the block runs; yield a solver of X (A + diag r) = Y, or None.
 
-    What is yielded overwrites Y, (M, N), and returns it. None is yielded where A + diag r is not positive definite.
-    A is symmetric: its blocks above the diagonal stay, and those below are mirrored from them at the end, so that A is
-    then what it was. Meanwhile it must not be read.
+    The solver overwrites Y, (M, N), and returns it. None is yielded if A + diag r is not positive definite. A is
+    symmetric: its blocks above the diagonal stay, and those below are restored from them at the end. Until then A must
+    not be read.
     """
     width = len(matrix_NN)
     step = width if width <= _WHOLE else _BLOCK
@@ -39,7 +39,7 @@ def _factor(matrix_NN: Tensor, ridge_N: Tensor, places: list[slice]) -> list[Ten
     for at in places:
         before, below = slice(0, at.start), slice(at.stop, None)
         left = matrix_NN[at, before]
-        # In its own place, column by column as LAPACK has it, so that no copy is made.
+        # In place, and column by column as LAPACK stores it, so that no copy is made.
         block = matrix_NN[at, at].clone().T
         block.diagonal().add_(ridge_N[at])
         if at.start:

@@ -1,4 +1,4 @@
-"""The projections of one layer, fitted one after the other: each on what those before it now give."""
+"""Fitting the projections of one layer in order: each fit sees the outputs of the fitted projections before it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from deadhead.compensation.streams import Stream
 from deadhead.compensation.sublayers import Sublayer, install, projection
 from deadhead.data.shares import Shares
 
-# A fit must take away this share of the target's power at least; less is rounding.
+# A fit must remove at least this share of the target's power; less is rounding.
 _LEAST_GAIN = 1e-5
 
 
 @dataclass(frozen=True)
 class LayerFits:
-    """What became of a layer's projections.
+    """The results for a layer's projections.
 
     Args:
-        layers: by their paths, in the order in which they run.
-        tokens: that were fitted to, and held out; None where nothing was gathered.
-        advance: lets the cut model's stream go on to the next layer.
+        layers: results by path, in the order in which the projections run.
+        tokens: numbers of tokens fitted to and held out; None if nothing was gathered.
+        advance: moves the cut model's stream to the next layer.
     """
 
     layers: dict[str, FittedLayer]
@@ -46,17 +46,17 @@ def fit_layer(
     *,
     needed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> LayerFits:
-    """Fit the projections of one layer of a cut model, in place; the dense model's stream goes on to the next.
+    """Fit the projections of one layer of a cut model, in place, and move the dense model's stream to the next layer.
 
     Args:
-        stream: of the cut model, before the layer.
-        dense: of the dense model, before the layer.
-        index: of the layer.
-        sublayers: of the whole model.
+        stream: the cut model's stream before the layer.
+        dense: the dense model's stream before the layer.
+        index: index of the layer.
+        sublayers: the sublayers of the whole model.
         calibration: the text.
-        report: called with how many of the layer's projections are done.
-        needed: while what it returns is entered, the dense layer's weights must be there; solving needs memory, not
-            them.
+        report: called with the number of the layer's projections that are done.
+        needed: returns a context in which the dense layer's weights must be in memory; solving happens outside of it,
+            because it needs the memory but not the weights.
     """
     within = [sublayer for sublayer in sublayers if sublayer.is_within(stream.paths[index])]
     with needed():
@@ -69,31 +69,31 @@ def fit_layer(
         with needed():
             moments = layer.moments(place) if projection(output).numel() else None
         if passed.residuals is not None:
-            # Nothing reads it again.
+            # Nothing reads it afterwards.
             passed.residuals[place].clear()
         if moments is not None:
             tokens = moments[0].tokens, moments[1].tokens
         found[sublayer.path] = _fitted(output, sublayer.path, moments, calibration.shares)
-        # They are large, and those of the next projection are gathered first and named then.
+        # They are large, and would otherwise be kept while those of the next projection are gathered.
         del moments
         report(place + 1)
     return LayerFits(found, tokens, layer.advance)
 
 
 def never_run(sublayers: Iterable[Sublayer], run: Collection[str]) -> list[FittedLayer]:
-    """Return what becomes of projections that no layer ran, given the paths of those that one did."""
+    """Return the results for projections that no layer ran, given the paths of those that were run."""
     return [FittedLayer(path=s.path, fitted=False, reason="it did not run") for s in sublayers if s.path not in run]
 
 
 def _on_cpu(fit: Fit | None) -> Fit | None:
-    # Other processes know no tensor on this one's GPU.
+    # Other processes cannot use a tensor on this process's GPU.
     return None if fit is None else replace(fit, weight_DN=fit.weight_DN.cpu())
 
 
 def _fitted(
     output: nn.Module, path: str, moments: tuple[Moments, Moments | HeldRows] | None, shares: Shares
 ) -> FittedLayer:
-    """Fit one projection, unless that would gain nothing; all processes get the main one's fit, to the bit."""
+    """Fit one projection, unless that gains nothing; all processes get the main process's fit, bit for bit."""
     if moments is None:
         return FittedLayer(path=path, fitted=False, reason="nothing is left of it that could be fitted")
     fitted, held = moments

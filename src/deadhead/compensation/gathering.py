@@ -1,4 +1,4 @@
-"""One layer of the cut and the dense model side by side: what the projections in it read, and what they should give.
+"""One layer of the cut and the dense model side by side: the inputs of its projections, and their targets.
 
 Dimensions: B rows, T tokens, R = B · T, N inputs of a projection, D width.
 """
@@ -26,12 +26,12 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Passed:
-    """What the dense model did in one layer.
+    """What the dense model computed in one layer.
 
     Args:
-        order: its sublayers, as they were run.
-        residuals: for each of them and each batch the residual stream behind it, (B, T, D); None where the layer's
-            output is not its input and its projections' outputs added up.
+        order: its sublayers, in the order in which they ran.
+        residuals: for each sublayer and batch, the residual stream after it, (B, T, D); None if the layer's output is
+            not the sum of its input and its projections' outputs.
     """
 
     order: list[Sublayer]
@@ -39,9 +39,9 @@ class Passed:
 
 
 def pass_dense(stream: Stream, index: int, sublayers: Sequence[Sublayer], shares: Shares = ALONE) -> Passed:
-    """Run a layer of the dense model on all batches, so that its stream goes on to the next; look at its sublayers.
+    """Run a layer of the dense model on all batches, which moves its stream to the next layer; observe its sublayers.
 
-    Where `shares` of the text are in several processes, all come to the same.
+    If several processes have `shares` of the text, all of them get the same result.
     """
     order: list[Sublayer] = []
     states: list[Tensor | None] = []
@@ -82,19 +82,19 @@ def _noting(run: list[tuple[Sublayer, Tensor]], sublayer: Sublayer) -> Callable[
 
 
 def _sums(hidden: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return hidden states, and what they are after each of some outputs is added; at least in float32."""
+    """Return hidden states, and the states after each of some outputs is added; in at least float32."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     parts = [output.to(wide).reshape(hidden.shape) for output in outputs if output.numel() == hidden.numel()]
     return [*accumulate(parts, initial=hidden.to(wide))]
 
 
 class CutLayer:
-    """A layer of the cut model, whose projections are fitted one by one, each on what those before it now give.
+    """A layer of the cut model, whose projections are fitted in order, each on the outputs of those before it.
 
     Args:
-        stream: of the cut model, before the layer.
-        index: of the layer.
-        passed: what the dense model did in it.
+        stream: the cut model's stream before the layer.
+        index: index of the layer.
+        passed: what the dense model computed in the layer.
         dense: the dense model.
         calibration: the text.
     """
@@ -102,20 +102,23 @@ class CutLayer:
     def __init__(self, stream: Stream, index: int, passed: Passed, dense: nn.Module, calibration: Calibration) -> None:
         self._stream, self._index, self._passed = stream, index, passed
         self._dense, self._calibration = dense, calibration
-        # What each projection so far reads, (R, N) a batch, where the layer adds up what they make of it.
+        # The inputs of the projections so far, (R, N) for each batch, if the layer adds up their outputs.
         self._read: list[tuple[nn.Module, list[Tensor]]] = []
 
     def moments(self, place: int) -> tuple[Moments, Moments | HeldRows] | None:
-        """Return the moments of one projection, of the text to fit to and of what is held out.
+        """Return the moments of one projection, on the text to fit to and on held-out text.
 
-        The first target is what the dense sublayer makes of the same input. Where the layer adds up what its sublayers
-        give, the second is what the dense model's residual stream has behind it, but for what the cut model's has
-        before. A token counts 1 / ‖h‖², h that dense residual: a norm follows, so only a relative error matters.
-        Elsewhere it counts by what the sublayer gives. None is returned where the projection was not run. Tokens are
-        those of all processes that share the text.
+        The first target is the dense sublayer's output for the same input. If the layer adds up its sublayers'
+        outputs, there is a second target: the dense model's residual stream after the sublayer minus the cut model's
+        before it. Tokens are then weighted by 1 / ‖h‖², with h that dense residual: a norm follows, so only relative
+        errors matter. In other layers they are weighted by the sublayer's output. Tokens of all processes that share
+        the text count.
 
         Args:
-            place: of its sublayer in the order in which they run; those before it are done.
+            place: place of the projection's sublayer in the order in which they run; those before it are done.
+
+        Returns:
+            The moments, or None if the projection did not run.
         """
         found = self._own_moments(place)
         shares = self._calibration.shares
@@ -152,7 +155,7 @@ class CutLayer:
                 fitted = Moments(*sizes, has_bias=has_bias, device=y_RD.device)
                 is_few = self._calibration.held_tokens < x_RN.shape[1] and y_RD.device.type != "mps"
                 held = HeldRows(has_bias=has_bias) if is_few else Moments(*sizes, has_bias=has_bias, device=y_RD.device)
-                # All that are held out may be other processes'.
+                # All held-out rows may be in other processes.
                 held.add(x_RN[:0], [target_RD[:0] for target_RD in targets], square_R[:0])
             weight_R = _is_text(self._calibration.batches[batch], square_R) / square_R.clamp(min=_TINY)
             (held if self._calibration.is_held[batch] else fitted).add(x_RN, targets, weight_R)
@@ -162,7 +165,7 @@ class CutLayer:
         return fitted, held
 
     def advance(self) -> None:
-        """Let the cut model's stream go on to the next layer, by what the projections now make of what they read."""
+        """Move the cut model's stream to the next layer, with the outputs of the fitted projections."""
         stream = self._stream
         if self._passed.residuals is None or not self._is_sum():
             stream.advance(self._index)
@@ -173,22 +176,22 @@ class CutLayer:
         ]
 
     def _behind(self, batch: int) -> Tensor:
-        """Return the residual stream of a batch behind the sublayers that are done, (B, T, D), at least in float32."""
+        """Return a batch's residual stream after the sublayers that are done, (B, T, D), in at least float32."""
         hidden = self._stream.states[batch]
         assert hidden is not None
         return _sums(hidden, [output(read[batch]) for output, read in self._read])[-1]
 
     def _is_sum(self) -> bool:
-        """Tell whether the layer, on the first batch, adds up what is known of its projections, and nothing else."""
+        """Return whether the layer's output, on the first batch, is the sum of input and projections' outputs."""
         args, kwargs = next(self._stream.inputs(self._index))
         state = first(self._stream.layers[self._index](*args, **kwargs))
         return is_near(self._behind(0).to(state.dtype), state)
 
     def _seen(self, sublayer: Sublayer, output: nn.Module) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """Yield for each batch what a projection reads, (R, N), and what the dense sublayer gives there, (R, D).
+        """Yield, for each batch, a projection's inputs, (R, N), and the dense sublayer's outputs for them, (R, D).
 
-        A sublayer with fewer units computes the same numbers for those that it has. So one run of the dense one tells
-        both, if the first batch shows that it is so: the model may have learned since it was cut.
+        A sublayer with fewer units computes the same numbers for the units that it has. So one run of the dense
+        sublayer gives both. This is checked on the first batch, because the model may have learned since it was cut.
         """
         columns = None if sublayer.columns is None else torch.tensor(sublayer.columns, dtype=torch.long)
         for batch, (args, kwargs) in enumerate(self._stream.inputs(self._index)):
@@ -211,14 +214,14 @@ class CutLayer:
     def _run(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], output: nn.Module
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Run the layer up to a projection; return what that reads, (R, N), and gives, (R, D)."""
+        """Run the layer up to a projection; return the projection's inputs, (R, N), and outputs, (R, D)."""
         read: list[Tensor] = []
         given: list[Tensor] = []
 
         def note(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> None:
             read.append(inputs[0].flatten(0, -2))
             given.append(result.flatten(0, -2))
-            # A whole stack may not bear to be left in the middle.
+            # A whole stack may not tolerate being left in the middle.
             if not self._stream.is_whole:
                 raise _Enough
 
@@ -228,10 +231,10 @@ class CutLayer:
 
 
 class _Enough(Exception):
-    """Ends the run of a layer of which no more is needed."""
+    """Ends the run of a layer once nothing more is needed of it."""
 
 
 def _is_text(batch: Mapping[str, Tensor], like_R: Tensor) -> Tensor:
-    """Return 0 for tokens that are padding, 1 for others."""
+    """Return 0 for padding, 1 for other tokens."""
     mask = batch.get("attention_mask")
     return torch.ones_like(like_R) if mask is None or mask.numel() != len(like_R) else mask.flatten().to(like_R)

@@ -1,4 +1,4 @@
-"""Weighted second moments of a projection's inputs and of what it should give, gathered batch by batch.
+"""Weighted second moments of a projection's inputs and targets, gathered batch by batch.
 
 Dimensions: R tokens, N inputs of the projection (and a constant 1 where it has a bias), D outputs, K targets.
 """
@@ -13,26 +13,26 @@ from torch import Tensor
 from deadhead.data.shares import Shares
 
 _TINY = 1e-300
-# Blocks on the diagonal of a matrix of moments: four save three eighths of its FLOPs.
+# Blocks on the diagonal of a matrix of moments; four blocks save three eighths of the FLOPs.
 _BLOCKS = 4
-# Outputs, or inputs, whose products with all inputs are made, or made float64, at once.
+# Outputs, or inputs, whose products with all inputs are computed, or converted to float64, at once.
 _OUTPUTS = 1024
-# Numbers of Σ w y xᵀ whose sums are float64: a quarter of a gigabyte.
+# The largest Σ w y xᵀ (in numbers) that is summed in float64: a quarter of a gigabyte.
 _MOST_PRECISE = 1 << 25
 
 
 class Moments:
     """Σ w x xᵀ, Σ w y xᵀ and Σ w yᵀy over tokens: all that a least-squares fit, and its error on a text, depend on.
 
-    Products of a batch are float32 at least, and their sums float64, but for Σ w y xᵀ of very large projections. The
-    memory taken does not grow with the text.
+    Products within a batch are at least float32, and their sums float64, except Σ w y xᵀ of very large projections. The
+    memory needed does not grow with the text.
 
     Args:
-        inputs: N without the constant.
+        inputs: N, without the constant.
         outputs: D.
-        targets: K, how many things a projection could be fitted to.
+        targets: K, the number of targets that a projection could be fitted to.
         has_bias: whether inputs end with a constant 1, whose column of the weight is the bias.
-        device: where sums lie; the CPU for a device without float64.
+        device: the device of the sums; the CPU for a device without float64.
     """
 
     def __init__(self, inputs: int, outputs: int, targets: int, *, has_bias: bool, device: torch.device) -> None:
@@ -66,10 +66,10 @@ class Moments:
         """Return Σ w ‖y − W x‖² over Σ w ‖y‖² for mixes W of some weights, (M,).
 
         Args:
-            weights_LDN: of any type; products are float64.
-            mixes_ML: how much of each weight is in each W.
-            goal_K: how much of each target is in y; shares that sum to 1.
-            outputs: which of all D the weights give; the errors are then but for a constant.
+            weights_LDN: weights of any dtype; products are float64.
+            mixes_ML: the share of each weight in each W.
+            goal_K: the share of each target in y; shares sum to 1.
+            outputs: the outputs, of all D, that the weights compute; errors are then exact up to a constant.
         """
         total = goal_K @ self.yy_KK @ goal_K
         across_L = goal_K.new_zeros(len(weights_LDN))
@@ -90,9 +90,9 @@ class Moments:
 
 
 class HeldRows:
-    """What a weight's error on a text depends on, as `Moments` has it, for fewer tokens than inputs: the tokens.
+    """The tokens themselves, with the interface of `Moments`, for texts with fewer tokens than a projection has inputs.
 
-    They take less memory then, and errors less time.
+    In this case they need less memory than moments, and errors need less time.
 
     Args:
         has_bias: whether inputs end with a constant 1, whose column of the weight is the bias.
@@ -112,7 +112,7 @@ class HeldRows:
         self.tokens += len(x_RN)
 
     def add_others(self, shares: Shares) -> None:
-        """Add the tokens of the other processes; `add` was called before, if with no token."""
+        """Add the tokens of the other processes; `add` must have been called before, if only with no token."""
         if shares.count > 1:
             self._x = [shares.joined(torch.cat(self._x))]
             self._y = [shares.joined(torch.cat(self._y, dim=1).transpose(0, 1)).transpose(0, 1)]
@@ -133,17 +133,17 @@ class HeldRows:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all numbers are."""
+        """Whether all numbers are finite."""
         return all(map(_is_finite, (*self._x, *self._y)))
 
 
 def _is_finite(values: Tensor) -> bool:
-    # What is not finite makes a sum so; for a float64 sum torch makes a float64 copy of what it sums.
+    # If a number is not finite, neither is the sum; for a float64 sum, torch would copy what it sums to float64.
     return all(bool(part.sum(dtype=torch.float64).isfinite()) for part in values.flatten(0, -2).split(_OUTPUTS))
 
 
 def _weighted(x_RN: Tensor, targets: Sequence[Tensor], weight_R: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor]:
-    """Return inputs, with the constant where there is one, and targets (K, R, D), times the roots of the weights."""
+    """Return inputs, with the constant if there is one, and targets (K, R, D), times the weights' square roots."""
     wide = torch.promote_types(x_RN.dtype, torch.float32)
     root_R1 = weight_R.to(wide).sqrt()[:, None]
     x_RN = x_RN.to(wide) * root_R1
@@ -153,7 +153,7 @@ def _weighted(x_RN: Tensor, targets: Sequence[Tensor], weight_R: Tensor, *, has_
 
 
 def _add_gram(total_NN: Tensor, x_RN: Tensor) -> None:
-    """Add xᵀx, of which what lies below a few diagonal blocks is not computed, but mirrored."""
+    """Add xᵀx; what lies below a few diagonal blocks is mirrored rather than computed."""
     width = x_RN.shape[1]
     step = max(1, -(-width // _BLOCKS))
     for start in range(0, width, step):

@@ -1,4 +1,4 @@
-"""What compensation did to a model, as its caller, its configuration and its card are told."""
+"""The record of a compensation, for its caller, the model's configuration and the model card."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class FittedLayer:
-    """What became of one output projection.
+    """The result for one output projection.
 
     Args:
-        path: of the projection in the model.
-        fitted: whether it has new numbers.
-        reason: why not; empty if it has.
+        path: the projection's path in the model.
+        fitted: whether the projection has new weights.
+        reason: why it was not fitted; empty if it was.
         ridge: λ, as a share of the mean square of the projection's inputs; None if it was not fitted.
-        share: how much of the target was what the dense model's residual stream has, the rest being what the dense
-            sublayer makes of the same input; None if it was not fitted.
-        before: error on held-out text against half of each target, as a share of its power; None where it could not be
-            measured.
-        after: the same of the fit; None if it was not fitted.
+        share: the share of the dense model's residual stream in the target; the rest is the dense sublayer's output for
+            the same input. None if the projection was not fitted.
+        before: error on held-out text against half of each target, as a share of its power, before the fit; None if it
+            could not be measured.
+        after: the same error after the fit; None if the projection was not fitted.
     """
 
     path: str
@@ -34,17 +34,18 @@ class FittedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Compensation:
-    """What compensation did to a model.
+    """The result of a compensation.
 
     Args:
-        layers: for each output projection, in the order of the model.
-        measure: what `before` and `after` are: "loss", the mean negative log-likelihood of a held-out token, or
-            "distance", ‖h − g‖² / ‖g‖² of last hidden states to the dense model's, for models that predict no token.
-        before: on held-out text, of the model as it came.
-        after: of the model with all fits.
-        kept: whether the fits stayed: they are taken back unless `after` is less than `before`.
-        tokens: that were fitted to.
-        held_out: tokens that decided.
+        layers: the result for each output projection, in the order of the model.
+        measure: what `before` and `after` are: "loss" is the mean negative log-likelihood of a held-out token, in nats;
+            "distance" is ‖h − g‖² / ‖g‖² from the model's last hidden states h to the dense model's g, for models that
+            do not predict tokens.
+        before: the measure on held-out text before the fits.
+        after: the measure with all fits.
+        kept: whether the fits were kept; they are taken back unless `after` is less than `before`.
+        tokens: number of tokens fitted to.
+        held_out: number of held-out tokens, on which the choices were made.
     """
 
     layers: tuple[FittedLayer, ...]
@@ -56,7 +57,7 @@ class Compensation:
     held_out: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a model's configuration says of it, as plain JSON values."""
+        """Return what a model's configuration records of the compensation, as plain JSON values."""
         return {
             "measure": self.measure,
             "before": self.before,
@@ -69,15 +70,15 @@ class Compensation:
 
 
 def taken_back(layers: Sequence[FittedLayer]) -> list[FittedLayer]:
-    """Return what becomes of projections where all fits together are not better."""
+    """Return the projections' results, given that the fits are taken back because they are not better together."""
     why = "all fits together are not better on held-out text"
     return [replace(layer, fitted=False, reason=why) if layer.fitted else layer for layer in layers]
 
 
 def card_line(noted: Mapping[str, Any]) -> str:
-    """Return what a model's card says of what its configuration notes under `compensation`, or of what was in vain."""
+    """Return the model card's line on a compensation, given what `to_dict` returned."""
     if not noted["fitted"]:
-        return f"compensated: nothing, as no fit lowers the held-out {noted['measure']} of {noted['before']:.4g}"
+        return f"compensated: nothing, because no fit lowers the held-out {noted['measure']} of {noted['before']:.4g}"
     text = f"tokens of {noted['text']}" if "text" in noted else "tokens"
     return (
         f"compensated: {noted['fitted']} of {noted['projections']} output projections fitted to the dense model on "

@@ -15,24 +15,24 @@ from torch import Tensor
 from deadhead.compensation.factoring import factored
 from deadhead.compensation.moments import HeldRows, Moments
 
-# Shares of the mean of diag C. The first is for what the inputs that are left can give exactly.
+# Ridges, as shares of the mean of diag C. The first is for targets that the remaining inputs can reproduce exactly.
 RIDGES = (1e-5, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Shares of the last target in the mix.
 SHARES = (0.0, 0.5, 1.0)
-# Outputs by which ridge and target are chosen, at most.
+# The most outputs by which ridge and target are chosen.
 JUDGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A projection that was fitted.
+    """A fitted projection.
 
     Args:
-        weight_DN: float64, or float32 of a smaller type's many outputs; the bias its last column where there is one.
+        weight_DN: float64, or float32 if there are many outputs of a smaller dtype. A bias is the last column.
         ridge: λ, as a share of the mean of diag C.
-        share: how much of the target was the second one.
-        before: held-out error of the projection as it was; see `Moments.error`.
-        after: that of this one.
+        share: the share of the second target.
+        before: held-out error before the fit; see `Moments.errors`.
+        after: held-out error after the fit.
     """
 
     weight_DN: Tensor
@@ -43,10 +43,10 @@ class Fit:
 
 
 def ridge_fits(moments: Moments, weight_DN: Tensor, ridge: float, outputs: slice = slice(None)) -> Tensor | None:
-    """Return (R_k + W Λ)(C + Λ)⁻¹ for each target k, (K, D, N); None where C + Λ cannot be inverted.
+    """Return (R_k + W Λ)(C + Λ)⁻¹ for each target k, (K, D, N); None if C + Λ cannot be inverted.
 
-    Λ = ridge · mean diag C for the inputs, 0 for the constant: a bias is free, as if all were centred. The fit is drawn
-    to the weight that there is, not to 0. Of all outputs, some may be fitted alone.
+    Λ is ridge · mean diag C for the inputs and 0 for the constant: a bias is free, as if all inputs were centred. The
+    fit is drawn to the present weight, not to 0. It is possible to fit only some of the outputs.
     """
     with _solver(moments, ridge) as solve:
         return None if solve is None else solve(moments.yx_KDN[:, outputs], weight_DN[outputs])
@@ -54,9 +54,9 @@ def ridge_fits(moments: Moments, weight_DN: Tensor, ridge: float, outputs: slice
 
 @contextmanager
 def _solver(moments: Moments, ridge: float) -> Iterator[Callable[[Tensor, Tensor], Tensor] | None]:
-    """Yield what solves for some outputs, given R_k, (K, D, N), and W, (D, N); None where that cannot be.
+    """Yield a function that solves for some outputs, given R_k, (K, D, N), and W, (D, N); None if it cannot be solved.
 
-    Meanwhile C lies in ruins; see `factored`.
+    While the block runs, C is overwritten; see `factored`.
     """
     xx_NN = moments.xx_NN
     scale_N = torch.zeros(len(xx_NN), dtype=xx_NN.dtype, device=xx_NN.device)
@@ -72,18 +72,19 @@ def _solver(moments: Moments, ridge: float) -> Iterator[Callable[[Tensor, Tensor
 
 
 def best_fit(fitted: Moments, held: Moments | HeldRows, weight_DN: Tensor) -> Fit | None:
-    """Fit a projection to some tokens; choose ridge and target by its error on others.
+    """Fit a projection to some tokens; choose ridge and target by the error on held-out tokens.
 
-    Where there are many outputs, ridge and target are chosen by every n-th of them.
+    If there are many outputs, ridge and target are chosen by every n-th of them.
 
     Args:
-        fitted: moments of the tokens that are fitted to. Of two targets mixes are tried, and all are judged by their
-            error against half of each: judged by either one, or by both errors' mean, a real model came out worse.
-        held: of held-out tokens.
-        weight_DN: the projection as it is, with its bias as the last column.
+        fitted: moments of the tokens to fit to. If there are two targets, mixes of them are tried, and all fits are
+            judged by their error against half of each. (Judging by either target, or by the mean of both errors, gave
+            worse results on a real model.)
+        held: moments of held-out tokens.
+        weight_DN: the present weight, with the bias as the last column.
 
     Returns:
-        The best fit; None where none is better than the projection as it is.
+        The best fit; None if none is better than the present weight.
     """
     if not (fitted.is_finite and held.is_finite):
         return None
@@ -116,7 +117,7 @@ def best_fit(fitted: Moments, held: Moments | HeldRows, weight_DN: Tensor) -> Fi
 
 
 def _all_outputs(fitted: Moments, weight_DN: Tensor, ridge: float, mix_K: Tensor) -> Tensor:
-    """Return the fit of all outputs to a mix of the targets, (D, N), made some at a time."""
+    """Return the fit of all outputs to a mix of the targets, (D, N), computed for some outputs at a time."""
     found_DN = weight_DN.new_empty(weight_DN.shape, dtype=torch.promote_types(weight_DN.dtype, torch.float32))
     with _solver(fitted, ridge) as solve:
         assert solve is not None, "this ridge was chosen"
@@ -128,6 +129,6 @@ def _all_outputs(fitted: Moments, weight_DN: Tensor, ridge: float, mix_K: Tensor
 
 
 def _mixes(count: int, shares: Sequence[float], like: Tensor) -> Tensor:
-    """Return for shares of the last of one or two targets how much of each target is in the mix, (M, K)."""
+    """Return the shares of each of one or two targets in the mixes, (M, K), given the shares of the last."""
     values = [[1.0]] if count == 1 else [[1.0 - share, share] for share in shares]
     return torch.tensor(values, dtype=like.dtype, device=like.device)

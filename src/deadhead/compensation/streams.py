@@ -1,7 +1,7 @@
-"""The hidden states of a model between its layers, batch by batch, and its layers run by themselves on them.
+"""The hidden states of a model between its layers, batch by batch, and running single layers on them.
 
-How the model calls each layer (positions, masks) is noted once a batch, while the layers do nothing; so a whole pass
-through all layers costs about one forward of the model.
+The arguments with which the model calls each layer (positions, masks) are recorded once for each batch, while the
+layers do nothing. So a pass through all layers costs about one forward pass of the model.
 
 Dimensions: B rows, T tokens, P tokens of memory, D width.
 """
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from deadhead.compensation.calibration import Calibration, run_stack
 
-# How far layers run by themselves may be from the model as a whole, as root mean squares.
+# How far layers that are run alone may be from the whole model, as root mean squares.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _TOLERANCE_HALF = 2e-2
 
@@ -28,14 +28,14 @@ Form = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Call:
-    """What a model gives a layer besides the hidden states, and where those stand; None where they are not taken."""
+    """The arguments that a model gives a layer besides the hidden states, and the places of these (None: not taken)."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     hidden_at: int | str | None
 
     def placed(self, hidden: Tensor | None, memory: tuple[Tensor | None] | None) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments with other hidden states and, behind them, the memory of a layer that has one."""
+        """Return the arguments with other hidden states, and with memory after them if the layer has one."""
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(self.hidden_at, str):
             kwargs[self.hidden_at] = hidden
@@ -50,14 +50,14 @@ class Stream:
     """One model's hidden states before a layer.
 
     Args:
-        model: it.
-        layers: its layers, in order; the stack as a whole is one layer where they cannot be run by themselves.
-        paths: of the layers in the model.
-        calls: for each layer and batch.
-        states: hidden states before the first layer, of each batch.
-        begins: for each batch of a model with segment memory whether it has none; None for other models.
-        forms: for each layer what gives hidden states the form in which it returns them.
-        is_whole: whether the stack as a whole is the only layer.
+        model: the model.
+        layers: its layers, in order. If layers cannot be run alone, the whole stack counts as one layer.
+        paths: the layers' paths in the model.
+        calls: the call of each layer for each batch.
+        states: each batch's hidden states before the first layer.
+        begins: for a model with segment memory, whether each batch begins without memory; None for other models.
+        forms: for each layer, a function that puts hidden states in the form in which the layer returns them.
+        is_whole: whether the whole stack is the only layer.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Stream:
         self.calls, self.states, self.begins, self.is_whole = calls, states, begins, is_whole
 
     def inputs(self, index: int) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-        """Yield what a layer is called with, batch by batch."""
+        """Yield the arguments of a layer, batch by batch."""
         memory: Tensor | None = None
         for batch, (call, hidden) in enumerate(zip(self.calls[index], self.states, strict=True)):
             if self.begins is None:
@@ -90,19 +90,19 @@ class Stream:
             memory = kept[:, -self.model.config.memory_length :]
 
     def advance(self, index: int) -> None:
-        """Run a layer on all batches: the hidden states are then those before the next."""
+        """Run a layer on all batches; afterwards the hidden states are those before the next layer."""
         layer = self.layers[index]
         self.states = [first(layer(*args, **kwargs)) for args, kwargs in self.inputs(index)]
 
     def of(self, places: Sequence[int]) -> Stream:
-        """Return the stream of some of the batches alone, of a model without segment memory."""
+        """Return the stream of some of the batches, for a model without segment memory."""
         calls = [[called[place] for place in places] for called in self.calls]
         states = [self.states[place] for place in places]
         return Stream(self.model, self.layers, self.paths, calls, states, None, self.forms)
 
     @contextmanager
     def ending(self) -> Iterator[Ending]:
-        """Let the model run as if its layers ended in given hidden states, while the block runs."""
+        """Make the model run, while the block runs, as if its layers returned given hidden states."""
         ending = Ending()
 
         def given(index: int) -> Callable[..., Any]:
@@ -119,44 +119,44 @@ class Stream:
             yield ending
 
     def release(self, index: int) -> None:
-        """Forget a layer that was passed, in the model too."""
+        """Free a layer that is no longer needed, in the model too."""
         self.layers[index], self.calls[index] = nn.Identity(), []
         self.model.set_submodule(self.paths[index], nn.Identity())
 
 
 @dataclass
 class Ending:
-    """The hidden states behind the last layer, of the rows that come at least; None: those that come in."""
+    """The hidden states after the last layer, at least for the rows that are run; None stands for the inputs."""
 
     states: Tensor | None = None
 
 
 def stream_of(model: PreTrainedModel, calibration: Calibration, layers: str | None) -> Stream:
-    """Return the stream of a model before its first layer, given the path of the list of its layers, if it has one."""
+    """Return the stream of a model before its first layer, given the path of its list of layers, if it has one."""
     found = None if layers is None else _layered(model, calibration, layers)
     return found or whole_stream(model, calibration)
 
 
 def whole_stream(model: PreTrainedModel, calibration: Calibration) -> Stream:
-    """Return a stream of which the stack as a whole is the only layer."""
+    """Return a stream whose only layer is the whole stack."""
     calls = [Call((model, batch), {}, None) for batch in calibration.batches]
     return Stream(model, [_Stack()], [""], [calls], [None] * len(calls), None, is_whole=True)
 
 
 class _Stack(nn.Module):
-    """Runs a model's stack on a batch, as a layer would be."""
+    """Runs a model's stack on a batch, with the interface of a layer."""
 
     def forward(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         return run_stack(model, batch)
 
 
 def _layered(model: PreTrainedModel, calibration: Calibration, path: str) -> Stream | None:
-    """Return a model's stream, or None where its layers do not compute by themselves what they do in it."""
+    """Return a model's stream, or None if its layers, run alone, compute something else than in the model."""
     holder = model.get_submodule(path)
     names, layers = zip(*holder.named_children(), strict=True)
     paths = [f"{path}.{name}" for name in names]
     outputs: list[Any] = []
-    # One row is enough to compare by, where rows know nothing of each other.
+    # One row is enough for the comparison, if rows do not depend on each other.
     tried = calibration.batches[0]
     tried = tried if calibration.has_memory else {name: value[:1] for name, value in tried.items()}
     with ExitStack() as hooks:
@@ -192,7 +192,7 @@ def _layered(model: PreTrainedModel, calibration: Calibration, path: str) -> Str
 
 @contextmanager
 def _idle(layers: Sequence[nn.Module], forms: Sequence[Form]) -> Iterator[list[tuple[int, Call, Tensor]]]:
-    """Let layers return what they are given, in their forms, and note how they are called."""
+    """Make layers return their inputs, in the form of their outputs, and record how they are called."""
     noted: list[tuple[int, Call, Tensor]] = []
 
     def idle(index: int) -> Callable[..., Any]:
@@ -209,7 +209,7 @@ def _idle(layers: Sequence[nn.Module], forms: Sequence[Form]) -> Iterator[list[t
 
 
 def _form(output: Any) -> Form:
-    """Return what puts hidden states in the place of those in what a layer returned."""
+    """Return a function that replaces the hidden states in a layer's output."""
     if isinstance(output, Tensor):
         return lambda hidden: hidden
     kind, rest = type(output), output[1:]
@@ -218,7 +218,7 @@ def _form(output: Any) -> Form:
 
 @contextmanager
 def _forwards(layers: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Let layers compute something else, made for each by its index, while the block runs."""
+    """Replace the layers' forward functions while the block runs; each gets one made for its index."""
     before = [vars(layer).get("forward") for layer in layers]
     try:
         for index, layer in enumerate(layers):
@@ -232,7 +232,7 @@ def _forwards(layers: Sequence[nn.Module], make: Callable[[int], Callable[..., A
 
 
 def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int | str | None) -> Call:
-    """Return a call without the hidden states, which would be held as long as it."""
+    """Return a call without the hidden states, which would otherwise be kept as long as the call."""
     bare = (None, *args[1:]) if at == 0 else args
     return Call(bare, {name: None if name == at else value for name, value in kwargs.items()}, at)
 
@@ -246,7 +246,7 @@ def _hidden_at(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | 
 def _is_replayed(
     layers: Sequence[nn.Module], calls: Sequence[Call], hidden: Tensor | None, calibration: Calibration, goal: Tensor
 ) -> bool:
-    """Tell whether layers, one after the other, give for hidden states before the first what the whole model gave."""
+    """Return whether the layers, run one after the other, reproduce the whole model's last hidden states."""
     for layer, call in zip(layers, calls, strict=True):
         args, kwargs = call.placed(hidden, (call.args[1],) if calibration.has_memory else None)
         hidden = first(layer(*args, **kwargs))
@@ -254,12 +254,12 @@ def _is_replayed(
 
 
 def first(output: Any) -> Tensor:
-    """Return the hidden states of what a layer returns: itself, or its first value."""
+    """Return the hidden states in a layer's output: the output itself, or its first value."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
 
 
 def is_near(found: Tensor, goal: Tensor) -> bool:
-    """Tell whether every position of some hidden states (…, D) is what it should be but for rounding."""
+    """Return whether every position of some hidden states (…, D) is as expected, except for rounding."""
     lost = (found.float() - goal.float()).norm(dim=-1)
     return bool((lost <= _TOLERANCE.get(goal.dtype, _TOLERANCE_HALF) * goal.float().norm(dim=-1) + 1e-30).all())

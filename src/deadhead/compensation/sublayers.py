@@ -1,4 +1,4 @@
-"""What is fitted: the output projections that a cut model shares with the dense one, and how dense parts stand in."""
+"""What is fitted: the output projections that a cut model shares with the dense model; running dense parts instead."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from deadhead.models.pruned.structure import OutputBias, weight_of
 
 @dataclass(frozen=True, kw_only=True)
 class Sublayer:
-    """Attention, or the feed-forward part, of a layer.
+    """The attention, or the feed-forward part, of a layer.
 
     Args:
-        path: of its output projection, in either model.
-        parts: paths of the modules that make it dense when the dense model's stand in their place.
-        columns: which of the dense projection's inputs the cut one reads; None if that is not known.
+        path: path of the output projection in both models.
+        parts: paths of the modules to replace by the dense model's, which makes the sublayer dense.
+        columns: the inputs of the dense projection that the cut projection reads; None if they are not known.
     """
 
     path: str
@@ -30,7 +30,7 @@ class Sublayer:
     columns: tuple[int, ...] | None = None
 
     def is_within(self, layer: str) -> bool:
-        """Tell whether it lies in a module, by its path."""
+        """Return whether the sublayer is part of the module with this path."""
         return not layer or self.path.startswith(f"{layer}.")
 
 
@@ -38,10 +38,10 @@ def find_sublayers(model: PreTrainedModel, dense: PreTrainedModel) -> list[Subla
     """Return the sublayers that have an output projection, or its bias, in both models.
 
     Raises:
-        InputError: a projection of one has no like in the other.
+        InputError: a projection of one model does not fit the other's.
     """
     layout = find_layout(dense)
-    # Of what the model was cut by, where the dense one could have been.
+    # By the unit that the model was cut by, if the dense model knows it.
     units = layout.units(dense)
     unit = next(unit for unit in [*find_layout(model).units(model), *units] if unit in units)
     sites = [site for site in layout.all_sites(dense, unit, hidden=True) if site.output_path is not None and site.units]
@@ -52,7 +52,7 @@ def find_sublayers(model: PreTrainedModel, dense: PreTrainedModel) -> list[Subla
     for site, owner in zip(sites, owners, strict=True):
         path = f"{owner}.{site.output_path}"
         _require_alike(model, dense, path)
-        # A module may hold other sublayers too; then only the projections are this one's.
+        # A module may contain other sublayers too; then only the projections belong to this one.
         shared = any(other.startswith(f"{owner}.") for other in owners) or owners.count(owner) > 1
         inner = dict.fromkeys(part.path.rpartition(".")[0] for part in site.selections(site.units))
         parts = [f"{owner}.{name}" for name in inner] if shared else [owner]
@@ -86,7 +86,7 @@ def _outputs(output: nn.Module) -> int | None:
 
 
 def layers_path(model: nn.Module, paths: Iterable[str]) -> str | None:
-    """Return the path of the one list of layers that all modules of these paths lie in, or None if there is none."""
+    """Return the path of the list of layers that contains all modules of these paths, or None if there is none."""
     found = {_first_list(model, path) for path in paths}
     return found.pop() if len(found) == 1 else None
 
@@ -99,7 +99,7 @@ def _first_list(model: nn.Module, path: str) -> str | None:
 
 @contextmanager
 def dense_in_place(model: nn.Module, dense: nn.Module, sublayer: Sublayer) -> Iterator[nn.Module]:
-    """Let a sublayer compute what the dense model's does while the block runs; yield the output projection then."""
+    """Make a sublayer compute what the dense one does while the block runs; yield its present output projection."""
     before = {path: model.get_submodule(path) for path in sublayer.parts}
     try:
         for path in sublayer.parts:
@@ -111,7 +111,7 @@ def dense_in_place(model: nn.Module, dense: nn.Module, sublayer: Sublayer) -> It
 
 
 def projection(output: nn.Module) -> Tensor:
-    """Return the weight of an output projection (D, N), its bias, if it has one, as the last column."""
+    """Return an output projection's weight, (D, N), with its bias, if it has one, as the last column."""
     bias = getattr(output, "bias", None)
     columns = [] if isinstance(output, OutputBias) else [head_columns(output).detach()]
     columns += [] if bias is None else [bias.detach()[:, None]]
@@ -121,9 +121,9 @@ def projection(output: nn.Module) -> Tensor:
 
 
 def install(output: nn.Module, weight_DN: Tensor) -> bool:
-    """Give a projection new numbers, in new parameters, as others may hold the old; False if its type cannot hold them.
+    """Give a projection new weights; return False if its dtype cannot hold them.
 
-    The bias is the last column, as `projection` returns it.
+    They are in new parameters, because others may hold the old. The bias is the last column, as in `projection`.
     """
     parts: dict[str, Tensor] = {}
     if getattr(output, "bias", None) is not None:

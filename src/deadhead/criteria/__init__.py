@@ -1,1 +1,1 @@
-"""One-shot criteria: a score for every unit from one look at a trained model, without training anything."""
+"""One-shot criteria: a score for every unit of a trained model, without any training."""

@@ -71,7 +71,7 @@ class WholeReading:
                 begin(inputs)
                 yield self.losses(self.model, inputs), inputs
         if not read:
-            raise InputError("This criterion looks at text, but no batch was given.")
+            raise InputError("This criterion needs text, but got no batch; give it batches.")
         # Whoever reads again gets the same, though they came one by one.
         self._batches = read
 

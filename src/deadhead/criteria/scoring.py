@@ -1,20 +1,20 @@
 """Score every unit of a model by a one-shot criterion.
 
-What people would use instead of learned gates; behind the same head plan, cut and fine-tuning:
+These are the usual alternatives to learned gates. Head plan, cut and fine-tuning are the same for both:
 
 - magnitude: the sum of squares of all of the unit's weights,
 - taylor: E_x |∂L(x) / ∂ξ_h|, where ξ_h = 1 multiplies the unit's output (Michel, Levy, Neubig 2019, arXiv 1905.10650,
   equation 2; without their normalisation by layer, which `ranking="layer"` makes irrelevant); of a persistent vector ξ
   multiplies e^score,
-- output-difference: ‖W_O^h a_h‖² / ‖Σ W_O a‖², by how much the layer's output changes without the unit,
-- wanda, flap: how large its activations are, how much they vary (`activations.py`),
-- second-order, reconstruction: what the loss, or the layer's output, loses if other units make up for it
+- output-difference: ‖W_O^h a_h‖² / ‖Σ W_O a‖², how much the layer's output changes without the unit,
+- wanda, flap: how large the unit's activations are, and how much they vary (`activations.py`),
+- second-order, reconstruction: what the loss, or the layer's output, loses if other units make up for the unit
   (`second_order.py`),
-- influence: how far its whole sublayer turns the residual stream (`influence.py`),
-- random: as a floor for all others.
+- influence: how far the unit's whole sublayer turns the residual stream (`influence.py`),
+- random: a floor for all others.
 
-A block of hidden units scores what its units score together, by `taylor` with one ξ for all of them, so that heads and
-blocks compare by what is lost for what they cost. Where scores are an order alone (`STANDARDISED`), it is their mean.
+The score of a block of hidden units is that of its units together, by `taylor` with one ξ for all of them, so that
+heads and blocks compare by what is lost for their cost. If scores are only an order (`STANDARDISED`), it is their mean.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from deadhead.plans.scores import HeadScores
 
 _log = logging.getLogger(__name__)
 
-# Those that need no output projection to look at.
+# Criteria that need no output projection.
 _OF_ANY_UNIT = ("magnitude", "taylor", "random")
 
 
@@ -57,27 +57,29 @@ def score_heads(
     seed: int = 0,
     shares: Shares = ALONE,
 ) -> HeadScores:
-    """Score every head of a model by a one-shot criterion, and blocks of hidden units if asked.
+    """Score every head of a model by a one-shot criterion, and blocks of hidden units if `blocks` is set.
 
-    Hidden units are scored one by one and ordered by their scores; a block is so many neighbours in that order.
+    Hidden units are scored one by one and ordered by their scores; a block is a run of neighbours in that order.
 
     Args:
-        model: without gates, or with all of them open; not changed.
-        criterion: which.
-        batches: what criteria that look at text read: dictionaries with `input_ids` (B, T); for a model with segment
-            memory `labels` (B, T) and `is_first` (B,), in the order of the text, for others `scored` (B, T), where not
-            every token counts.
-        unit: "head" or "kv_group" (a key/value head with its query heads); None takes the groups where there are any.
-        blocks: whether hidden units are scored too, or how many make a block, or by layer the units of each block.
-        seed: of "random".
-        shares: which of the batches this process reads, where several score the same model together.
+        model: without gates, or with all gates open. It is not changed.
+        criterion: the criterion.
+        batches: text for the criteria that need it: dictionaries with `input_ids` (B, T). For a model with segment
+            memory also `labels` (B, T) and `is_first` (B,), in the order of the text; for other models perhaps `scored`
+            (B, T), if not every token counts.
+        unit: "head" or "kv_group" (a key/value head with its query heads). None chooses "kv_group" if the model has
+            such groups.
+        blocks: True scores hidden units too; a number sets the units of a block; a mapping lists the units of each
+            block by layer.
+        seed: seed of the criterion "random".
+        shares: which of the batches this process reads, if several processes score the same model together.
 
     Returns:
-        The scores; `.plan(sparsity)` drops the lowest.
+        The scores; `.plan(sparsity)` drops the units with the lowest.
 
     Raises:
-        UnsupportedModel: there is no head that could be pruned, or the criterion cannot follow the model's stream.
-        InputError: the criterion needs text and got none, is not one of persistent vectors, a gate is closed, or an
+        UnsupportedModel: no head can be pruned, or the criterion cannot follow the model's residual stream.
+        InputError: the criterion needs text and got none, or cannot score persistent vectors; a gate is closed; or an
             argument is not allowed.
     """
     model = unwrapped(model)
@@ -91,9 +93,9 @@ def score_heads(
 
 
 class Scoring:
-    """What is scored of a model, and how what each unit scores becomes the scores of what goes or stays together.
+    """Scores a model's units, and combines their scores to those of heads and blocks.
 
-    Args: as for `score_heads`, which also says what is raised.
+    Arguments and errors are those of `score_heads`.
     """
 
     def __init__(
@@ -102,29 +104,29 @@ class Scoring:
         layout = find_layout(model)
         unit = layout.choose_unit(model, unit, what="heads are cut by")
         sites = layout.all_sites(model, unit, hidden=has_blocks(layout, model, blocks))
-        # Those that have units.
+        # The sites that have units.
         self.sites = [site for site in sites if site.units]
-        # Units one by one; blocks that do not fit are told of before any text is read.
+        # Units one by one. Blocks that do not fit are refused before any text is read.
         self._choices, self._asked = choices_of(sites, unit, 1), choices_of(sites, unit, blocks)
         self.criterion, self._blocks = criterion, blocks
         if criterion not in ONE_SHOT:
             raise InputError(f"The criterion must be one of {', '.join(ONE_SHOT)}, but it is {criterion!r}.")
         if criterion not in _OF_ANY_UNIT and any(site.output_path is None for site in self.sites):
             raise InputError(
-                f"Persistent vectors have no score by {criterion!r}, as a layer's output is no sum over them; "
+                f"Persistent vectors have no score by {criterion!r}, because a layer's output is not a sum over them; "
                 "use 'taylor' or 'magnitude', or leave blocks out."
             )
 
     def of_units(self, sites: Sequence[Site], reading: Reading | None, seed: int) -> dict[UnitKey, Tensor]:
-        """Return for some sites a score of each unit, (H,), or of each row of the text too, (R, H), on the CPU.
+        """Return, for each site, the score of each unit, (H,), or of each row of text and unit, (R, H), on the CPU.
 
-        "random" is only the same if all sites are scored at once. Criteria that look at no text need no reading.
+        Score all sites at once for "random" to be reproducible. Criteria that do not need text need no reading.
         """
         found = _scores(self.criterion, sites, reading, seed) if sites else []
         return {site.key: values for site, values in zip(sites, found, strict=True)}
 
     def scores(self, found: Mapping[UnitKey, Tensor]) -> HeadScores:
-        """Return the scores of heads and blocks, given those of all units."""
+        """Return the scores of heads and blocks, given the scores of all units."""
         scores = HeadScores(scores={key: _total(values) for key, values in found.items()}, choices=self._choices)
 
         def together(key: UnitKey, owner_F: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class Scoring:
 
 
 def _total(scores: Tensor) -> Tensor:
-    """Return scores, (H,), or what they are of rows with a sign, (R, H)."""
+    """Return scores, (H,); those of rows with a sign, (R, H), are added up without it."""
     return scores.abs().sum(0) if scores.dim() == 2 else scores
 
 

@@ -95,7 +95,7 @@ class SizesCourse:
         sites = [site for site in found if site.units]
         if any(site.output_path is None for site in sites):
             raise InputError(
-                "Persistent vectors have no sizes that could be learned, as a layer's output is no sum over them; use "
+                "Persistent vectors have no sizes to learn, because a layer's output is not a sum over them; use "
                 "criterion 'gates' or 'taylor', or leave blocks out."
             )
         # Blocks that do not fit are told of before any text is read.

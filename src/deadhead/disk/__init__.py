@@ -1,1 +1,1 @@
-"""Bytes, safely: files that are whole or absent, JSON that is checked, hashes, stored tensors."""
+"""Safe access to files: files that are whole or absent, checked JSON, hashes, stored tensors."""

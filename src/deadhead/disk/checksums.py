@@ -1,4 +1,4 @@
-"""SHA-256 of a folder's files, as `sha256sum` writes and checks them: a file that changed since is found and named."""
+"""SHA-256 of a folder's files, in the format of `sha256sum`, to find and name a file that has changed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _LINE = re.compile(r"(?P<sha256>[0-9a-f]{64}) [ *](?P<name>.+)")
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return sha_fileobj(file).hex()
 
 
 def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Write the list of all files below `folder`; `known` are hashes by relative path that need not be computed again.
+    """Write the checksums of all files below `folder`; `known` are hashes, by relative path, that need no computing.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the list cannot be written.
     """
     known = known or {}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -35,7 +35,7 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Return the hashes that a folder's list has, by relative path; an empty dictionary if there is no list.
+    """Return the hashes in a folder's list, by relative path; an empty dictionary if there is no list.
 
     Raises:
         InputError: the list is damaged, or names files outside the folder.
@@ -57,9 +57,9 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def changed_file(folder: Path, *, among: Collection[str] | None = None) -> str | None:
-    """Return the first file of a folder's list that is missing or changed, or None: without a list, none has.
+    """Return the first file of a folder's list that is missing or has changed; None if there is none, or no list.
 
-    With `among`, only those of these files count that are there.
+    With `among`, only these files are checked, and those that are missing are ignored.
 
     Raises:
         InputError: the list itself is damaged.

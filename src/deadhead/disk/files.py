@@ -17,22 +17,22 @@ from typing import Any
 from deadhead.disk.places import checked_path
 from deadhead.errors import InputError
 
-# What safetensors, NumPy and torch's own writer say of a disk that is full.
+# The messages of safetensors, NumPy and torch's own writer for a full disk.
 _NATIVE_WORDS = ("No space left", "os error 28", "iostream error", "unexpected pos", "PytorchStreamWriter failed")
 
 
-# The names that `tempfile` makes of the prefixes below; a replaced folder is moved aside under one of them.
+# The names that `tempfile` makes from the prefixes below; a replaced folder is moved aside under such a name.
 _BEING_WRITTEN = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<aside>\.old)?")
 
 
 @contextmanager
 def no_space_is_input_error(path: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only place or a missing permission into one sentence that names `path`."""
+    """Turn the error of a full disk, a read-only place or a missing permission into an InputError that names `path`."""
     full = InputError(f"No space is left on the device while writing {path}; free some and try again.")
     try:
         yield
     except OSError as error:
-        # NumPy counts what it could write, and gives no number.
+        # NumPy reports how much it could write, without an error number.
         is_cut_short = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
         if is_cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise full from error
@@ -41,10 +41,10 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
         failed = Path(str(error.filename))
         is_of_place = failed in (path, *path.parents) or failed.name.startswith(f".{path.name}.")
         if error.errno == errno.ENOENT and is_of_place:
-            # A place such as /proc, where nothing can be made.
+            # A place such as /proc, where nothing can be created.
             raise InputError(f"{path} cannot be written: nothing can be made there; choose another place.") from error
         if error.errno == errno.ENAMETOOLONG:
-            # That of the temporary file or folder beside it.
+            # The name of the temporary file or folder beside it.
             raise InputError(f"{path} cannot be written: its name is too long; choose a shorter one.") from error
         if error.errno in (errno.EBUSY, errno.EINVAL):
             raise InputError(f"{path} cannot be replaced by another folder; choose another place.") from error
@@ -60,12 +60,12 @@ def no_space_is_input_error(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old content or the new one, never a part."""
+    """Write `text` to `path`, so that a reader sees either the old content or the new one, never a part."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old content or the new one, never a part."""
+    """Write `data` to `path`, so that a reader sees either the old content or the new one, never a part."""
     checked_path(path)
     with no_space_is_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, completely or not at all."""
     write_text(path, json_text(value) + "\n")
 
 
@@ -93,7 +93,7 @@ def json_text(value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return a JSON value with null in place of numbers that are not finite, which JSON does not have."""
+    """Return a JSON value with null in place of numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -102,7 +102,7 @@ def finite(value: Any) -> Any:
 
 
 def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
-    """Refuse to write a folder over something that is not ours: every folder of ours has one of the `markers`.
+    """Check that a folder may be replaced: it is free, or has one of the `markers` of deadhead's folders.
 
     Raises:
         InputError: `path` is a file, or a folder that holds other things.
@@ -112,7 +112,7 @@ def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
         raise InputError(f"{path} is a file, but a folder is to be written there; choose another place.")
     if not path.is_dir() or any((path / marker).exists() for marker in markers):
         return
-    # What a killed process was writing is no reason.
+    # What a killed process was writing does not count.
     left_overs = (_BEING_WRITTEN.fullmatch(entry.name) for entry in path.iterdir())
     if any(match is None or match["name"] not in markers for match in left_overs):
         raise InputError(
@@ -122,20 +122,20 @@ def require_replaceable(path: Path, markers: tuple[str, ...]) -> None:
 
 
 def remove_left_overs(folder: Path, name: str | None = None) -> None:
-    """Remove what a killed process was writing in a folder, for `name` or for any; what it moved aside comes back."""
+    """Remove what a killed process was writing in a folder, for `name` or any; put back what it had moved aside."""
     for entry in folder.iterdir():
         match = _BEING_WRITTEN.fullmatch(entry.name)
         if match is None or name not in (None, match["name"]):
             continue
         if match["aside"] and not (folder / match["name"]).exists():
-            # Killed between the two moves of `replaced_folder`.
+            # The process was killed between the two moves of `replaced_folder`.
             entry.rename(folder / match["name"])
         else:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def remove_folder(folder: Path, *, last: str) -> None:
-    """Remove a folder, and in it the file named `last` at the end: whoever finds it half removed knows whose it was."""
+    """Remove a folder, its file `last` at the end, so that a half removed folder can still be recognised."""
     for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
@@ -146,9 +146,9 @@ def remove_folder(folder: Path, *, last: str) -> None:
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; when the block ends well it takes the place of `path`, else it goes.
+    """Yield an empty folder beside `path`, which replaces `path` if the block succeeds, and else is removed.
 
-    A replaced folder is moved aside before the new one is moved in, so that a reader never sees a mixture.
+    The old folder is moved aside before the new one is moved in, so that a reader never sees a mixture.
     """
     path = checked_path(path).resolve()  # "." has no name to write beside
     with no_space_is_input_error(path):
@@ -165,7 +165,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 os.replace(old, path)
             if isinstance(error, InputError) and temporary.name in str(error):
-                # The place that was being written in has a name that says nothing to anybody.
+                # The name of the temporary folder would mean nothing to the user.
                 raise InputError(re.sub(rf"\S*{re.escape(temporary.name)}\S*", str(path), str(error))) from error
             raise
         finally:

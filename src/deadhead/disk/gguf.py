@@ -1,4 +1,4 @@
-"""GGUF files as models to begin with: where one lies, and reading it by transformers, weights as numbers again."""
+"""GGUF files as models to begin with: finding one, and reading it by transformers, with weights as plain numbers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def gguf_file(path: str | Path) -> Path | None:
-    """Return the GGUF file that `path` is, or that lies alone in a folder without a config.json; None for others.
+    """Return the GGUF file at `path`, or the only one in a folder without a config.json; None for other paths.
 
     Raises:
-        InputError: the file is missing, is no GGUF file or a part of one, or the folder holds several.
+        InputError: the file is missing, is not a GGUF file or only a part of one, or the folder holds several.
     """
     path = checked_path(path)
     if path.suffix.lower() != ".gguf" or path.is_dir():
@@ -47,10 +47,10 @@ def gguf_file(path: str | Path) -> Path | None:
 
 @contextmanager
 def reading_gguf(file: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the folder and the argument by which `from_pretrained` reads `what` of a GGUF file.
+    """Yield the folder and the argument with which `from_pretrained` reads `what` from a GGUF file.
 
     Raises:
-        InputError: the package gguf is missing; or what the block raised, as transformers cannot read the file.
+        InputError: the package gguf is missing, or transformers, in the block, could not read the file.
     """
     require_extra("gguf", "gguf", what=f"Reading {file}")
     try:

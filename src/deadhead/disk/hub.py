@@ -1,6 +1,6 @@
-"""Names on the Hugging Face hub. Where it does not answer, only its cache on this disk is asked: a no takes seconds.
+"""Names on the Hugging Face hub. If the hub does not answer, only its cache on this disk is used, within seconds.
 
-Whoever has set how long huggingface_hub is to wait, or to retry, is not helped to a quick no.
+If the user has set how long huggingface_hub should wait or retry, those settings apply instead.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from deadhead.errors import InputError
 
 # Seconds.
 _PATIENCE = 1.5
-# Seconds for which an answer, or none, is taken to hold.
+# Seconds for which an answer, or its absence, is remembered.
 _HOLDS = 60.0
 _PATIENT = re.compile(r"HF_\w*(TIMEOUT|RETR)\w*")
 _asked: dict[str, tuple[float, bool]] = {}
 _lock = threading.Lock()
-# How many blocks of `quick` there are now, and what was set before the first.
+# The number of active blocks of `quick`, and the settings before the first.
 _quick: dict[str, int] = {"inside": 0, "before": 0}
 
 
 def is_name(path: str | Path) -> bool:
-    """Tell whether `path`, where nothing lies, may be a name on the hub: NAME or ORG/NAME."""
+    """Return whether `path`, where there is no file, may be a name on the hub: NAME or ORG/NAME."""
     return not checked_path(path).exists() and bool(re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(path)))
 
 
 def answers() -> bool:
-    """Tell whether the hub can be asked: whether it answers within seconds, or the user wants to wait longer."""
+    """Return whether the hub can be used: it answers within seconds, or the user wants to wait longer."""
     if constants.is_offline_mode() or any(map(_PATIENT.fullmatch, os.environ)):
         return not constants.is_offline_mode()
     place = constants.ENDPOINT
     when, found = _asked.get(place, (0.0, False))
     if not when or time.monotonic() - when > _HOLDS:
         heard = threading.Event()
-        # Looking a host up cannot be stopped, so it is not waited for.
+        # Looking up a host cannot be stopped, so do not wait for it.
         threading.Thread(target=_ask, args=(place, heard, asked := threading.Event()), daemon=True).start()
         asked.wait(_PATIENCE)
         found = heard.is_set()
@@ -62,10 +62,10 @@ def _ask(place: str, heard: threading.Event, asked: threading.Event) -> None:
 
 
 def require_had(name: str | Path, *, kind: Literal["model", "dataset"] = "model") -> None:
-    """Check that what a name on the hub stands for may be had: the hub answers, or its cache holds something of it.
+    """Check that a name on the hub may be available: the hub answers, or its cache holds files of that name.
 
     Raises:
-        InputError: it cannot.
+        InputError: it is not available.
     """
     if not is_name(name) or answers():
         return
@@ -84,9 +84,9 @@ def require_had(name: str | Path, *, kind: Literal["model", "dataset"] = "model"
 
 @contextmanager
 def quick(name: str | Path) -> Iterator[None]:
-    """Let what the block asks of the hub come from its cache alone where the hub does not answer.
+    """Make requests in the block use only the hub's cache if the hub does not answer.
 
-    For what lies on this disk under that name the hub is not asked at all.
+    If the name is a path on this disk, the hub is not contacted at all.
     """
     if not is_name(name):
         yield
@@ -97,8 +97,8 @@ def quick(name: str | Path) -> Iterator[None]:
 
 @contextmanager
 def from_cache(is_down: bool) -> Iterator[None]:
-    """Let what the block asks of the hub come from its cache alone, if the hub does not answer."""
-    # Threads may be in here at the same time: the first notes what was set, the last puts it back.
+    """Make requests in the block use only the hub's cache, if the hub does not answer."""
+    # Several threads may be here at the same time: the first stores the settings, the last restores them.
     with _lock:
         if not _quick["inside"]:
             _quick["before"] = constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""Paths as users give them: those that no file system can have are refused before one is asked."""
+"""Paths from users: those that no file system can have are refused before one is asked."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from deadhead.errors import InputError
 
-# Bytes of a name, and of a whole path, of the usual file systems.
+# The most bytes of a name, and of a whole path, in the usual file systems.
 _MOST_OF_NAME, _MOST = 255, 4095
 
 
 def checked_path(path: str | Path) -> Path:
-    """Return a path; InputError if no file system can have it: it is too long, or holds what no name can."""
+    """Return a path; InputError if no file system can have it, because of its length or its characters."""
     try:
         names = os.fsencode(path).split(b"/")
         longest, whole = max(map(len, names)), len(os.fsencode(os.path.abspath(path)))
@@ -32,13 +32,13 @@ def checked_path(path: str | Path) -> Path:
 
 @contextmanager
 def empty_parents_gone(place: Path) -> Iterator[None]:
-    """Remove the folders above a place that the block made, if it fails and has left nothing in them."""
+    """Remove the parent folders that the block made, if it fails and has left nothing in them."""
     made = [folder for folder in place.parents if not folder.exists()]
     try:
         yield
     except BaseException:
         for folder in made:
-            # There is something in it, or it was not made.
+            # The folder is not empty, or was not made.
             with suppress(OSError):
                 folder.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""Read files that others may have written: never more than a bound, and one sentence where they are not as expected."""
+"""Read files that others may have written: at most up to a limit, and with one sentence if they are not as expected."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 from deadhead.disk.places import checked_path
 from deadhead.errors import InputError
 
-# The longest file of settings, plans or configurations that is read; those of real models have kilobytes. A tokenizer,
-# which is read by its own library, may be longer.
+# The longest file of settings, plans or configurations that is read; real ones have kilobytes. A tokenizer, which its
+# own library reads, may be longer.
 MOST_BYTES = 64 * 2**20
 
 
 def read_text(path: Path, *, what: str) -> str:
-    """Return the text of a small file, or of a pipe that a shell made, as for `<(jq …)`; `what` it is, for messages.
+    """Return the text of a small file, or of a shell's pipe such as `<(jq …)`; messages call it `what`.
 
     Raises:
         InputError: it is missing, is a named pipe, cannot be read, is longer than 64 MiB or is not UTF-8.
     """
     checked_path(path)
     try:
-        # Opening a named pipe would wait for whoever writes into it. One of a shell has no name in any folder.
+        # Opening a named pipe would wait for a writer. A shell's pipe has no name in any folder.
         if stat.S_ISFIFO(path.stat().st_mode) and os.path.exists(os.path.realpath(path)):
             raise InputError(f"The {what} {path} cannot be read as text: it is a named pipe, not a file.")
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def read_object(path: Path, *, what: str) -> dict[str, Any]:
     """Return the JSON object in a small file.
 
     Raises:
-        InputError: see `read_json`, or the JSON is no object.
+        InputError: see `read_json`, or the JSON value is not an object.
     """
     found = read_json(path, what=what)
     if not isinstance(found, dict):
@@ -66,11 +66,11 @@ _KINDS: dict[type, str] = {list: "list", str: "string", bool: "truth value", typ
 
 
 def parse_json(text: str | bytes, *, name: str) -> Any:
-    """Return the value of JSON text in UTF-8; `name` begins the sentence of what is wrong.
+    """Return the value of JSON text in UTF-8; error messages begin with `name`.
 
     Raises:
-        InputError: it is not JSON, is nested too deep, has a number of thousands of digits or names a key twice: two
-            programs would read such a file in two ways.
+        InputError: the text is not JSON, is nested too deep, has a number with thousands of digits, or names a key
+            twice, which different programs would read differently.
     """
 
     def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,10 +95,10 @@ def parse_json(text: str | bytes, *, name: str) -> Any:
 
 
 def shown(value: Any, most: int = 120) -> str:
-    """Return a value as messages show it: at most `most` characters, whatever it is."""
+    """Return any value as messages show it, in at most `most` characters."""
     try:
         text = repr(value).replace("\n", " ")
     except (ValueError, RecursionError):
-        # Python writes no decimal number of thousands of digits, but a hexadecimal one can be read.
+        # Python writes no decimal number with thousands of digits, but it can read a hexadecimal one.
         return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 20]} … {text[-10:]}"

@@ -1,4 +1,4 @@
-"""What a safetensors checkpoint holds: its files, and where in them each tensor lies. Nothing of a tensor is read."""
+"""What a safetensors checkpoint holds: its files, and the place of each tensor in them. No tensor is read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Of what else a folder may hold weights in, the ends of names.
+# Endings of the names of other files that may hold weights.
 _OTHER_FORMATS = (".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx")
 
-# Of each type of the format, the name in torch and the bytes of a number.
+# For each type of the format, its name in torch and the bytes of a number.
 _TYPES: Mapping[str, tuple[str, int]] = {
     **{f"U{bits}": (f"uint{bits}", bits // 8) for bits in (8, 16, 32, 64)},
     **{f"I{bits}": (f"int{bits}", bits // 8) for bits in (8, 16, 32, 64)},
@@ -31,17 +31,17 @@ _TYPES: Mapping[str, tuple[str, int]] = {
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
 }
-# Bytes of a tensor that are read at once.
+# Bytes of a tensor that are read at a time.
 _READ = 4 << 20
-# As the format's own reader has it; a longer header is a lie.
+# The limit of the format's own reader; a longer header is invalid.
 _LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a file: its name, the file's, and its bytes from `begin` up to `end`, counted in the file.
+    """One tensor of a file: its name, the file's name, and its bytes in the file, from `begin` up to `end`.
 
-    `dtype` is the format's own word, such as "BF16".
+    `dtype` is the format's own name, such as "BF16".
     """
 
     name: str
@@ -53,7 +53,7 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     @property
@@ -63,7 +63,7 @@ class StoredTensor:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Its type in torch."""
+        """Its dtype in torch."""
         import torch
 
         return getattr(torch, _TYPES[self.dtype][0])
@@ -83,11 +83,11 @@ class StoredCheckpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors)
 
     def read_into(self, tensor: StoredTensor, out: torch.Tensor) -> None:
-        """Read a tensor's values, a few megabytes at a time, into a contiguous one of its shape, of any type.
+        """Read a tensor's values, a few megabytes at a time, into a contiguous tensor of its shape and any dtype.
 
         Raises:
             InputError: the file has become shorter.
@@ -107,10 +107,10 @@ class StoredCheckpoint:
 
 
 def read_exactly(file: FileIO, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill `buffer` from the bytes at `offset` of a file that no other thread reads from.
+    """Fill `buffer` with the bytes at `offset` of a file that no other thread reads from.
 
     Raises:
-        InputError: the file ends before.
+        InputError: the file ends too early.
     """
     file.seek(offset)
     while buffer:
@@ -121,12 +121,12 @@ def read_exactly(file: FileIO, buffer: memoryview, offset: int, path: Path) -> N
 
 
 def weights_size(folder: Path) -> int:
-    """Return how many bytes a folder's safetensors files have; 0 if there are none."""
+    """Return the bytes of a folder's safetensors files; 0 if there are none."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def weight_files(folder: Path, index: Path) -> list[Path]:
-    """Return the files that an index names, or none if neither it nor pickled weights are there.
+    """Return the files that an index names; none if there is neither an index nor pickled weights.
 
     Raises:
         InputError: a file is missing, or the weights are pickled.
@@ -147,7 +147,7 @@ def weight_files(folder: Path, index: Path) -> list[Path]:
 
 
 def no_weights(folder: Path) -> InputError:
-    """Return the error of a folder without weights, which says what it has in their place."""
+    """Return the error for a folder without weights, which names what the folder has instead."""
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     ours = next((name for name in names if name.endswith((".safetensors", ".gguf"))), None)
     other = next((name for name in names if name.endswith(_OTHER_FORMATS)), None)
@@ -160,10 +160,10 @@ def no_weights(folder: Path) -> InputError:
 
 
 def read_stored(folder: Path) -> StoredCheckpoint:
-    """Read the headers of a folder's safetensors files, and check that they and the index say the truth.
+    """Read the headers of a folder's safetensors files, and check that they and the index are correct.
 
     Raises:
-        InputError: there are none, one is missing, cut short or damaged, or the index names other tensors or files
+        InputError: there are no files, one is missing, cut short or damaged, or the index names other tensors, or files
             outside the folder.
     """
     index = folder / INDEX_FILE
@@ -191,7 +191,7 @@ def read_stored(folder: Path) -> StoredCheckpoint:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Return which file each tensor of a sharded checkpoint is in, by an index that names files of its own folder."""
+    """Return the file of each tensor of a sharded checkpoint, from an index that names files in its own folder."""
     weight_map = read_object(path, what="index of weights").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f'The index {path} must have a "weight_map" from names of tensors to names of files.')
@@ -204,10 +204,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> tuple[StoredTensor, ...]:
-    """Return the tensors of a safetensors file in the order of their bytes, which they must cover without a gap.
+    """Return the tensors of a safetensors file in the order of their bytes, which must leave no gap.
 
     Raises:
-        InputError: the file is cut short, or its header is none.
+        InputError: the file is cut short, or has no valid header.
     """
     try:
         size = path.stat().st_size

@@ -128,15 +128,15 @@ def export_model(
 def require_exportable(out: Path, *, to: str, kind: str | None, python: Path | None = None) -> None:
     """Check format, type, place and libraries, which need no model; InputError if something is wrong."""
     if to not in FORMATS:
-        raise InputError(f"A format was expected ({', '.join(FORMATS)}), but {to!r} came.")
+        raise InputError(f"A format was expected ({', '.join(FORMATS)}), but got {to!r}.")
     if python is not None and to != "vllm":
-        raise InputError(f"Another Python is for vllm only, not for {to}; leave {python} out.")
+        raise InputError(f"Another Python can be set for vllm only, not for {to}; leave {python} out.")
     if to == "vllm":
         vllm.find_python(python)
     if kind is not None and to != "gguf":
-        raise InputError(f"A type of weights is chosen for gguf only, not for {to}; leave {kind!r} out.")
+        raise InputError(f"A type of weights can be set for gguf only, not for {to}; leave {kind!r} out.")
     if to == "gguf" and out.suffix != ".gguf":
-        raise InputError(f"A file name that ends in .gguf was expected, but {out} came.")
+        raise InputError(f"A file name that ends in .gguf was expected, but got {out}.")
     if checked_path(out).exists() or out.is_symlink():
         raise InputError(f"There is something at {out} already; remove it or choose another place.")
     if to == "gguf":

@@ -1,4 +1,4 @@
-"""Run an ONNX file in ONNX Runtime or OpenVINO: a session that keeps the cache.
+"""Run an ONNX file in ONNX Runtime or OpenVINO, in a session that keeps the key/value cache.
 
 Dimensions: B texts, T new tokens, S tokens so far, V vocabulary.
 """
@@ -16,17 +16,21 @@ from deadhead.errors import ExportError, first_line, require_extra
 from deadhead.export.agreement import Agreement, Reference, compare
 
 _PAST, _PRESENT = "past_key_values.", "present."
-# Left padding of the second text of a check.
+# Padding tokens on the left of a check's second text.
 _PADDING = 3
 
 
 class FlatSession:
-    """A model with its cache, from a file that `write_onnx` wrote, or for OpenVINO its own `.xml`.
+    """An exported model and its key/value cache in a runtime.
 
-    The runtime is "onnxruntime" or "openvino"; with 0 threads it chooses their number.
+    Args:
+        path: the ONNX file that `export_model` wrote, or for OpenVINO its `.xml` file.
+        runtime: "onnxruntime" or "openvino".
+        threads: threads that the runtime uses; with 0 it chooses their number.
 
     Raises:
         InputError: the runtime is not installed.
+        ExportError: the runtime cannot load the file.
     """
 
     def __init__(self, path: Path, runtime: str = "onnxruntime", *, threads: int = 0) -> None:
@@ -43,9 +47,14 @@ class FlatSession:
         self._mask_BS: np.ndarray | None = None
 
     def read(self, ids_BT: np.ndarray, mask_BT: np.ndarray | None = None) -> np.ndarray:
-        """Read more tokens after those read before, and return the logits of each, (B, T, V).
+        """Read more tokens, which continue those read before, and return their logits.
 
-        The mask is 0 where a token is padding, all on the left of a text.
+        Args:
+            ids_BT: int64 (B, T), the tokens.
+            mask_BT: int64 (B, T), 0 for padding, which must be on the left of a text; None if there is none.
+
+        Returns:
+            Logits of each token, (B, T, V).
         """
         batch, new = ids_BT.shape
         mask_BT = np.ones((batch, new), dtype=np.int64) if mask_BT is None else mask_BT
@@ -78,7 +87,7 @@ def _onnxruntime(path: Path, threads: int) -> tuple[Any, dict[str, list[Any]]]:
 def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, list[Any]]]:
     import openvino
 
-    # By default it may round to bfloat16, where the processor has it.
+    # By default it may round to bfloat16 if the processor supports that.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -95,7 +104,9 @@ def _openvino(path: Path, threads: int) -> tuple[Any, dict[str, list[Any]]]:
 
 
 def check(path: Path, reference: Reference, runtime: str, tolerance: float) -> Agreement:
-    """Run the reference's text, whole and padded on the left side by side, in two pieces and then token by token.
+    """Check a file in its runtime: run the reference's text, in two pieces and then token by token.
+
+    A second text, padded on the left, runs beside it.
 
     Raises:
         ExportError: the runtime cannot run the file, or computes something else.
@@ -112,7 +123,7 @@ def check(path: Path, reference: Reference, runtime: str, tolerance: float) -> A
     except Exception as error:
         raise ExportError(f"{session.name} cannot run the file: {first_line(error)}.") from error
     logits = np.concatenate(parts, axis=1)
-    # The padded text's tokens stand so much further right; those that it lost at the end are taken from the other.
+    # The padded text's tokens are shifted right; those that it lost at the end are taken from the other text.
     padded = np.concatenate([logits[1, padding:], logits[0, len(ids) - padding :]])
     found = [compare(reference, row, runtime=session.name, tolerance=tolerance) for row in (logits[0], padded)]
     return max(found, key=lambda agreement: agreement.logit_difference)

@@ -34,7 +34,7 @@ def require_quantizer(kind: str) -> None:
     names = [name.removeprefix(prefix).lower() for name in dir(llama_cpp) if name.startswith(prefix)]
     types = [name for name in names if name != "f16" and not name.startswith(_NOT_MADE)]
     if kind not in types:
-        raise InputError(f"A type was expected (f32, f16, {', '.join(types)}), but {kind!r} came.")
+        raise InputError(f"A type was expected (f32, f16, {', '.join(types)}), but got {kind!r}.")
 
 
 def read_logits(

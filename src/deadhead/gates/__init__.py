@@ -1,1 +1,1 @@
-"""What learns: hard-concrete gates, their penalty, their targets and their optimizer. Knows nothing of models."""
+"""Hard-concrete gates, their penalty, their targets and their optimizer. Nothing here depends on models."""

@@ -1,4 +1,4 @@
-"""Budgets: how much of a dense model's parameters, FLOPs, cache or time may be left, and what holds gates there."""
+"""Budgets: how much of a dense model's parameters, FLOPs, cache or time may be left, and the target that holds it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,37 @@ from deadhead.plans.plan import HeadPlan, UnitKey
 from deadhead.plans.scores import HeadScores
 from deadhead.plans.unit_costs import UnitCosts
 
-# 2^-50 of the interval in which the multiplier is looked for is less than a float32 can tell.
+# After 50 halvings the interval that contains the multiplier is narrower than float32 resolves.
 _HALVINGS = 50
-# Share of what units cost that a target leaves, and takes, in expectation at least: else all would end at their bound.
+# The least share of the units' cost that a target keeps, and removes, in expectation; else gates end at their bound.
 _LEAST = 0.02
-# Units whose cost seems to be nothing, as noise has it, are pushed like those of so much of the mean cost.
+# Units whose measured cost is near zero, by noise, are pushed as if they had this share of the mean cost.
 _LEAST_SLOPE = 0.05
-# How often a plan is made anew where a model's true cost is above what the sum over its layers says.
+# How many plans are tried at most, since a model's true cost may differ from the sum over its layers.
 _TRIES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What of the dense model may be left; an InputError if that is out of range."""
+    """How much of the dense model may be left.
 
-    kind: BudgetKind  # all parameters, FLOPs of a token, bytes of a text's cache, measured speedup, or heads' sparsity
-    # The share of the dense model's that may be left, in (0, 1]; of "sparsity" the share that goes, in [0, 1); of
-    # "speedup" how many times as fast the model is to be, from 1; of "memory" bytes.
+    Args:
+        kind: what is limited: "params", "flops" (FLOPs of a token), "kv_cache" (bytes of a text's cache), "memory",
+            "speedup" (measured) or "sparsity" (of heads).
+        value: the share of the dense model's cost that may be left, in (0, 1]. For "sparsity", the share of heads that
+            goes, in [0, 1); for "speedup", how many times as fast the model must become, at least 1; for "memory",
+            bytes.
+        of: for "params" only: "all" for a share of all parameters, "blocks" for a share of those of the Transformer's
+            blocks, without embeddings and output layer.
+        whole: for "memory" only: bytes that the dense model takes; None if they are not counted yet.
+
+    Raises:
+        InputError: the value is out of range.
+    """
+
+    kind: BudgetKind
     value: float
-    # Of which parameters "params" is a share: all, or those of the Transformer's blocks, without embeddings and output
-    # layer.
     of: Of = "all"
-    # What the dense model takes, in bytes, of "memory" alone; None where it is not known yet.
     whole: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,12 +63,12 @@ class Budget:
             raise InputError(f"A budget of {self.kind} must be {rule}, but it is {self.value}.")
         if self.of == "blocks" and self.kind != "params":
             raise InputError(
-                f"Only a budget of params can be of the blocks' parameters, but this one is of {self.kind}."
+                f"Only a budget of params can count the blocks' parameters alone, but this one is of {self.kind}."
             )
 
     @property
     def words(self) -> dict[str, Any]:
-        """The budget as reports have it: its kind, what was asked for, and of which parameters if not of all."""
+        """The budget as reports show it: its kind, its value, and `of` if that is not "all"."""
         return {"kind": self.kind, "asked": self.value, **({} if self.of == "all" else {"of": self.of})}
 
     @property
@@ -71,13 +80,13 @@ class Budget:
         return {"sparsity": 1.0 - self.value, "speedup": 1.0 / self.value}.get(self.kind, self.value)
 
     def reached(self, share: float) -> float:
-        """Return what a model reaches of the budget, in the budget's own terms, given the share of the cost left."""
+        """Return what a model reaches, in the budget's own terms, if this share of the cost is left."""
         speedup = 1.0 / share if share else math.inf
         found = {"sparsity": 1.0 - share, "speedup": speedup, "memory": share * (self.whole or 0.0)}
         return found.get(self.kind, share)
 
     def require_reachable(self, costs: UnitCosts, *, has_blocks: bool) -> None:
-        """Check that the model without any unit costs no more than may be left; the InputError says what can be had."""
+        """Check that a model without any unit is within the budget; the InputError says what can be reached."""
         least = costs.fixed / costs.total if costs.total else 0.0
         if self.share < least:
             what = "heads and blocks" if has_blocks else "heads"
@@ -87,35 +96,42 @@ class Budget:
                 asked, reached = size_text(self.value), size_text(self.reached(least))
             raise InputError(
                 f"The budget {self.kind} {asked} cannot be reached: without any {what} the model would be at "
-                f"{reached}; ask for less{hint}."
+                f"{reached}; ask for less pruning{hint}."
             )
         if self.kind == "memory" and self.share >= 1:
             raise InputError(
                 f"The budget memory {size_text(self.value)} leaves nothing to prune: the model takes "
-                f"{size_text(self.whole or 0.0)}; ask for less memory."
+                f"{size_text(self.whole or 0.0)}; set a smaller budget."
             )
 
 
 class BudgetTarget(Target):
-    """Holds what gates cost in expectation on a straight ramp to a budget.
+    """Holds the expected cost of the open units on a straight ramp to a budget.
 
-    The sparsity loss is Σ c_u P(open_u) with c_u what unit u costs, and its λ a Lagrange multiplier: after each step
-    log_alpha of every unit moves by w_u c_u times one number, the one that makes the expected cost what the ramp asks
-    for. So units go that are worth least for what they cost; which those are the language-modelling loss decides. The
-    share, in (0, 1], is of the dense cost; `costs` has the keys of the gates. After the last step what stays open in
-    evaluation costs no more.
+    The sparsity loss is Σ c_u P(open_u), where c_u is the cost of unit u, and its λ is a Lagrange multiplier: after
+    each step, log_alpha of every unit u moves by w_u c_u times one number, chosen to put the expected cost on the ramp.
+    So the units that are worth least for their cost go; the language-modelling loss decides which those are. After the
+    last step, the units that stay open in evaluation cost no more than the budget.
+
+    Args:
+        costs: what units cost, with the keys of the gates.
+        share: the share of the dense cost to keep, in (0, 1].
+        ramp_steps: steps of the ramp; by default two thirds of the training.
+
+    Raises:
+        InputError: the share is out of range or cannot be reached.
     """
 
     @typed
     def __init__(self, costs: UnitCosts, share: float, *, ramp_steps: int | None = None) -> None:
         if not 0 < share <= 1:
-            raise InputError(f"The share of the cost that is to be left must be above 0 and at most 1, but is {share}.")
+            raise InputError(f"The share of the cost to keep must be above 0 and at most 1, but it is {share}.")
         super().__init__(share, ramp_steps)
         self.costs = costs
         if self._limit < costs.fixed:
             raise InputError(
                 f"A share of {share:g} of the cost cannot be reached: without any of its units the model would still "
-                f"cost {costs.fixed / costs.total:.3g} of it; ask for less to go."
+                f"cost {costs.fixed / costs.total:.3g} of it; choose a larger share."
             )
 
     @property
@@ -124,7 +140,7 @@ class BudgetTarget(Target):
         return self.share * self.costs.total * (1 + 1e-9)
 
     def begin(self, gates: HeadGates, steps: int) -> None:
-        """Begin a ramp where the gates are; an InputError says if their units are not those of the costs."""
+        """Begin a ramp at the gates' present cost; InputError if their units are not those of the costs."""
         sizes = {key: len(table) - 1 for key, table in self.costs.tables.items()}
         gated = {key: len(gates.choices.units[key]) for key in gates.gates}
         if any(gated.get(key) != size for key, size in sizes.items()):
@@ -135,11 +151,11 @@ class BudgetTarget(Target):
         super().begin(gates, steps)
 
     def plan(self, gates: HeadGates) -> HeadPlan:
-        """Return the plan that closes units until the others cost no more than the share."""
+        """Return the plan that closes units until the others cost at most the share."""
         return gates.scores().within(self.costs, self.share * self.costs.total)
 
     def shortfall(self, gates: HeadGates) -> str:
-        """Return a clause that names the share that is left and the one asked for, if it is more, or ""."""
+        """Return a clause that compares the share left with the one asked for, or "" if it is no larger."""
         sizes = gates.choices.sizes
         cost = self.costs.of(
             {key: float((gates.gates[key].is_open.cpu() * sizes[key]).sum()) for key in self.costs.tables}
@@ -152,7 +168,7 @@ class BudgetTarget(Target):
         )
 
     def expected(self, gates: HeadGates) -> float:
-        """Return what draws cost in expectation."""
+        """Return the expected cost of a training draw."""
         return self.costs.of(self._counts(gates))
 
     def _first_share(self, gates: HeadGates) -> float:
@@ -160,7 +176,7 @@ class BudgetTarget(Target):
 
     @torch.no_grad()
     def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
-        """Move all log_alpha, after `step` steps (counted from 1), to where the wanted cost is expected."""
+        """Move all log_alpha after step number `step` (counted from 1), so that the expected cost is on the ramp."""
         held = {key: gates.gates[key] for key in self.costs.tables}
         sizes = [gate.num_heads for gate in held.values()]
         if not sum(sizes):
@@ -175,7 +191,7 @@ class BudgetTarget(Target):
             gates.settle(self.plan(gates))
 
     def _moved(self, values: Tensor, weights: Tensor, sizes: list[int], share: float, gates: HeadGates) -> Tensor:
-        """Return values + μ · weights, μ such that the expected cost is a share of the dense one."""
+        """Return values + μ · weights, with μ such that the expected cost is a share of the dense cost."""
         offset, bound = gates.config.beta * gates.config.open_threshold, gates.config.bound
         variable = self.costs.total - self.costs.fixed
         least, most = self.costs.fixed + _LEAST * variable, self.costs.total - _LEAST * variable
@@ -199,14 +215,14 @@ class BudgetTarget(Target):
         return moved((low + high) / 2)
 
     def _prices(self, gates: HeadGates) -> dict[UnitKey, Tensor]:
-        """Return by key what the units of each gate cost at the expected counts, (H,), 1 on average over all gates."""
+        """Return the cost of each gate's units at the expected counts, (H,) by key, scaled to a mean of 1."""
         slopes, sizes = self.costs.slopes(self._counts(gates)), gates.choices.sizes
         variable = self.costs.total - self.costs.fixed
         mean = variable / max(sum(len(sizes[key]) for key in slopes), 1)
         if not mean > 0:
             return {key: torch.zeros(len(sizes[key])) for key in slopes}
         found = {
-            # What costs nothing at all, as hidden units cost no cache, is not pushed.
+            # Units that cost nothing at all are not pushed: hidden units need no cache, for example.
             key: (sizes[key] * slope / mean).clamp(min=_LEAST_SLOPE) * (float(self.costs.tables[key][-1]) > 0)
             for key, slope in slopes.items()
         }
@@ -223,11 +239,16 @@ def plan_within(
 ) -> tuple[HeadPlan, float]:
     """Return the plan that keeps the units with the highest scores within a share of the dense cost.
 
-    `true_share` says what share a plan's model really costs, which the sum of `costs` may miss: a module may lose more
-    than its units, and a machine is no sum. It may exceed `share` by so much of it as `slack` says.
+    Args:
+        scores: the units' scores.
+        costs: what units cost.
+        share: of the dense cost.
+        true_share: returns the true share for a plan. It may differ from the sum of `costs`: a module may lose more
+            than its units, and times do not add up exactly.
+        slack: how far the true share may exceed `share`, as a share of it.
 
     Returns:
-        The plan, and its model's true share. That of the last try if none comes within the budget.
+        The plan and its model's true share; those of the last try if none is within the budget.
     """
     known: dict[HeadPlan, float] = {}
     allowed, low, high = share, costs.fixed / costs.total, 1.0
@@ -241,13 +262,13 @@ def plan_within(
             if best is None or found > known[best]:
                 best = plan
             counts = {key: len(units) for key, units in plan.units.items() if key in costs.tables}
-            # What is measured is not come up to: the clock differs by more from one time to the next.
+            # A measured share is not approached further: the clock varies by more than the difference.
             if slack or abs(found - costs.of(counts) / costs.total) < 1e-6:
                 break
             low = allowed
         else:
             high = allowed
-        # By the difference at first, then between what was enough and what was too much.
+        # Step by the difference at first, then halve the interval between too little and too much.
         step = allowed + share - found
         allowed = step if low < step < high and len(known) <= 2 else (low + high) / 2
     best = plan if best is None else best

@@ -193,8 +193,8 @@ class HeadGates:
         """Check that FSDP1 has not flattened the gates: outside a forward pass they would be pieces, or outdated."""
         if not all(gate.is_whole for _, gate in self):
             raise InputError(
-                "The first FSDP has laid the gates among the numbers of one flat parameter, where they cannot learn "
-                "sparsity; shard the model by FSDP2 (fully_shard), or read them in FSDP.summon_full_params(model)."
+                "FSDP1 has flattened the gates into one parameter with other weights, so that they cannot learn "
+                "sparsity; use FSDP2 (fully_shard), or read the gates in FSDP.summon_full_params(model)."
             )
 
     @typed

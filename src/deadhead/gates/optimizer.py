@@ -13,33 +13,33 @@ from deadhead.gates.gates import HeadGates
 from deadhead.gates.head_gate import HeadGate
 from deadhead.gates.sharding import is_sharded, whole
 
-# The rate of a short phase, and how far a gate with gradients of typical size may move in all in a longer one.
+# The rate of a short phase, and how far in all a gate with gradients of typical size may move in a longer one.
 _HIGHEST_RATE, _WAY = 0.3, 45.0
 
 
 def default_rate(steps: int) -> float:
-    """Return the gates' rate for a phase of so many steps: long ones decide by more, and so by quieter, steps."""
+    """Return the gates' learning rate for a phase of `steps` steps: long phases take more and smaller steps."""
     return min(_HIGHEST_RATE, _WAY / max(steps, 1))
 
 
 class GateOptimizer:
-    """Gradient descent with momentum for all gates of a model, at a rate that one number for all of them divides.
+    """Gradient descent with momentum for all gates of a model, at a rate divided by one number for all gates.
 
-    With g_h the gradient by log_alpha of head h and p_h that of the sparsity loss,
+    With g_h the gradient of the loss with respect to log_alpha of head h, and p_h that of the sparsity loss,
 
         m_h ← 0.9 m_h + 0.1 g_h,   v ← 0.99 v + 0.01 mean_h g_h²,   log_alpha_h ← log_alpha_h − η (m_h + p_h) / √v,
 
-    m and v without the bias of their first steps, log_alpha within ± `GateConfig.bound`.
+    where m and v are corrected for the bias of their first steps, and log_alpha stays within ± `GateConfig.bound`.
 
-    Adam would divide each gate's gradient by that gate's own noise: then a head that matters much and one that
-    matters little move alike, and λ works against noise. Divided by one number, gradients keep their proportions: a
-    gate comes to rest where what its head is worth about balances λ, which is in nats a token, whatever the state of
-    training. (About: the straight-through gradient is 0.5 to 2.4 times as steep as the loss's in expectation, and
-    clipping makes it smaller.)
+    Adam would divide each gate's gradient by that gate's own noise. A head that matters much and one that matters
+    little would then move alike, and λ would act against noise. Here gradients are divided by one number, so they keep
+    their proportions: a gate comes to rest where the worth of its head about balances λ, which is in nats a token,
+    at any state of the training. ("About", because the straight-through gradient is 0.5 to 2.4 times as steep as that
+    of the expected loss, and clipping makes it smaller.)
 
     Args:
-        gates: what learns; their gradients are taken away from the model's own optimizer.
-        lr: η, how far log_alpha of a head with a gradient of mean size moves in a step.
+        gates: the gates that learn; the model's own optimizer does not see their gradients.
+        lr: η, how far log_alpha moves in a step if its head's gradient has mean size.
     """
 
     momentum = 0.9
@@ -55,20 +55,20 @@ class GateOptimizer:
 
     @torch.no_grad()
     def step(self, penalty: Sequence[Tensor]) -> None:
-        """Move all gates, and leave none of their gradients; `penalty` is that of the sparsity loss, (H,) by layer."""
+        """Move all gates and clear their gradients; `penalty` is the sparsity loss's gradient, (H,) by layer."""
         gradients = []
         for _, gate in self.gates:
             parameter = gate.log_alpha_bias
             gradient = torch.zeros_like(gate.stored) if parameter.grad is None else whole(parameter.grad)
             # The stored parameter is log_alpha / lr_scale.
             gradients.append(gradient.float() / gate.config.lr_scale)
-            # FSDP2's checkpoints want a state of every parameter in the model's own optimizer: it gets one there by a
-            # gradient of 0, and what it does to the gates all the same `hold` undoes.
+            # FSDP2's checkpoints need a state of every parameter in the model's own optimizer. A gradient of 0 makes
+            # one, and `hold` undoes what that optimizer nevertheless does to the gates.
             parameter.grad = torch.zeros_like(parameter) if is_sharded(parameter) else None
         if not gradients:
             return
         square = float(torch.cat([gradient.cpu() for gradient in gradients]).square().mean())
-        # Also where nothing moves, in a step that is left out.
+        # Also in a step that is skipped, in which nothing moves.
         self._moved = [
             (gate, gate.stored.detach().clone()) for _, gate in self.gates if is_sharded(gate.log_alpha_bias)
         ]
@@ -88,16 +88,16 @@ class GateOptimizer:
         self._moved = [(gate, gate.stored.detach().clone()) for gate, _ in self._moved]
 
     def hold(self) -> None:
-        """Undo what the model's own optimizer, such as its weight decay, did to gates that FSDP2 shares out."""
+        """Undo what the model's own optimizer did to gates that FSDP2 shards, such as weight decay."""
         for gate, values in self._moved:
             gate.set_stored(values)
         self._moved = []
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold; JSON keeps every bit."""
+        """Return what a checkpoint must hold, as JSON values that keep every bit."""
         return {"steps": self.steps, "square": self.square, "means": [mean.tolist() for mean in self.means]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.steps, self.square = state["steps"], state["square"]
         self.means = [torch.tensor(mean) for mean in state["means"]]

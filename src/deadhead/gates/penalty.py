@@ -1,4 +1,4 @@
-"""The sparsity loss: L0 plain or weighted by output difference, its warm-up, and a target for the open share."""
+"""The sparsity loss (plain L0, or weighted by output difference), its warm-up, and a target for the closed share."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from deadhead.plans.plan import HeadPlan
 
 Weighting = Literal["plain", "output_difference"]
 
-# 2^-40 of the interval in which the shift is looked for is less than a float32 can tell.
+# After 40 halvings the interval that contains the shift is narrower than float32 resolves.
 _HALVINGS = 40
-# Share of the gates that a target leaves open, and closed, in expectation at least.
+# The least share of the gates that a target keeps open, and closed, in expectation.
 _LEAST = 0.02
 
 
 def difference_weights(difference_H: Tensor) -> Tensor:
     """Return the weights w of a layer's heads in the sparsity loss, shape (H,), mean 1.
 
-    w falls as exp(−d / mean d) with the relative output difference d: a head whose removal hardly changes its layer's
-    output is pushed up to e times as hard as an average one. Bounded on purpose: with 1 / d a single dead head
-    would take the whole layer's share.
+    w is proportional to exp(−d / mean d), where d is the relative output difference: a head whose removal hardly
+    changes its layer's output is pushed up to e times as hard as an average one. The weight is bounded on purpose: with
+    1 / d a single dead head would take the whole layer's share.
     """
     mean = difference_H.mean()
     if not mean > 0:
@@ -43,7 +43,7 @@ def unit_weights(gate: HeadGate, weighting: Weighting) -> Tensor:
 
 
 def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
-    """Return Σ w P(z > 0) over all heads (paper, the L0 term), and blocks by their cost, with gradient (0-dim.)."""
+    """Return Σ w P(z > 0) over heads (paper, the L0 term), and blocks times their cost, with gradient (0-dim.)."""
     if weighting == "plain" or not len(gates):
         return gates.l0()
     chances = [unit_weights(gate, weighting) * l0_probability(gate.log_alpha, gate.config) for _, gate in gates]
@@ -51,25 +51,25 @@ def l0_loss(gates: HeadGates, weighting: Weighting = "plain") -> Tensor:
 
 
 def linear_warmup(step: int, warmup_steps: int) -> float:
-    """Return the share of λ in force at `step` (counted from 0): a straight line from 0 to 1 (paper, warm-up)."""
+    """Return the share of λ that applies at `step` (counted from 0): a straight line from 0 to 1 (paper, warm-up)."""
     return 1.0 if warmup_steps <= 0 else min(1.0, step / warmup_steps)
 
 
 def steps_within(asked: int | None, steps: int) -> int:
-    """Return how many of a training's `steps` a ramp takes: as many as are asked for, by default two thirds."""
+    """Return how many of a training's `steps` a ramp takes: the number asked for, by default two thirds."""
     return max(1, steps * 2 // 3) if asked is None else min(asked, steps)
 
 
 def require_steps(name: str, steps: int | None) -> None:
-    """Check that a number of steps, if one is given, is not negative; `name` is what the InputError calls it."""
+    """Raise an InputError, which calls it `name`, if a number of steps is given but negative."""
     if steps is not None and steps < 0:
-        raise InputError(f"{name} must be a number of steps from 0, or None, but it is {steps}.")
+        raise InputError(f"{name} must be a number of steps that is at least 0, or None, but it is {steps}.")
 
 
 class Target:
-    """A straight ramp from the share where the gates are to a given one.
+    """A straight ramp from the gates' present share to a given one.
 
-    It takes `ramp_steps`; in a training (see `begin`) no more than that has, and with None two thirds of them.
+    The ramp takes `ramp_steps`, but at most the steps of the training (see `begin`); None is two thirds of those.
     """
 
     exact = False
@@ -79,27 +79,27 @@ class Target:
         self.share = share
         self.asked_steps = ramp_steps
         self.ramp_steps = ramp_steps or 0
-        # The share where the ramp begins.
+        # The share at which the ramp begins.
         self.start: float | None = None
 
     def begin(self, gates: HeadGates, steps: int) -> None:
-        """Begin a ramp where the gates are, for a training of so many steps."""
+        """Begin a ramp at the gates' present share, for a training of `steps` steps."""
         self.ramp_steps = steps_within(self.asked_steps, steps)
         self.start = None
 
     def plan(self, gates: HeadGates) -> HeadPlan:
-        """Return the plan that closes what is asked for: the units with the smallest log_alpha."""
+        """Return the plan that reaches the target by closing the units with the smallest log_alpha."""
         raise NotImplementedError
 
     def shortfall(self, gates: HeadGates) -> str:
-        """Return what the gates close in evaluation if it is not what is asked for, and how to get that, or ""."""
+        """Return a clause on what the gates close in evaluation and how to reach the target, or "" if they do."""
         raise NotImplementedError
 
     def _first_share(self, gates: HeadGates) -> float:
         raise NotImplementedError
 
     def wanted(self, step: int, gates: HeadGates) -> float:
-        """Return the share that draws are to have after `step` steps."""
+        """Return the share that draws should have after `step` steps."""
         if self.start is None:
             self.start = self._first_share(gates)
         return self.start + (self.share - self.start) * linear_warmup(step, self.ramp_steps)
@@ -108,26 +108,32 @@ class Target:
         """Do nothing before a step's draws: each gate decides alone."""
 
     def state(self) -> dict[str, Any]:
-        """Return what must be saved to go on exactly here."""
+        """Return what must be saved to continue exactly here."""
         return {"start": self.start, "ramp_steps": self.ramp_steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.start = state["start"]
-        # A training that now goes on for longer does not open again what is closed.
+        # A training that now continues for longer does not reopen closed units.
         self.ramp_steps = min(self.ramp_steps, state.get("ramp_steps", self.ramp_steps))
 
 
 class SparsityTarget(Target):
-    """Holds the share of heads that draws leave out, in expectation, on a straight ramp to a target.
+    """Holds the expected share of closed heads on a straight ramp to a target.
 
-    A multiplier in place of a fixed λ: after each step log_alpha of all heads moves by w times one number, the one that
-    makes Σ P(open) what the ramp asks for, so there is no λ to tune.
-    What the language-modelling loss says of each head decides which of them go.
+    A Lagrange multiplier takes the place of a fixed λ: after each step, log_alpha of every head moves by w times one
+    number, chosen so that Σ P(open) is on the ramp. So there is no λ to tune, and the language-modelling loss decides
+    which heads go.
 
-    The share, in [0, 1), is of heads' gates, and of blocks' if there are any: the ranking "global" holds it over all
-    gates, "layer" in each layer. With `exact`, which is subset pruning (Li, Cotterell, Sachan 2021), each draw leaves
-    out exactly that share, those with the smallest log_alpha after Gumbel noise.
+    Args:
+        sparsity: the share, in [0, 1), of the heads' gates to close, and of the blocks' gates if there are any.
+        ranking: "global" holds the share over all gates, "layer" in each layer.
+        ramp_steps: steps of the ramp; by default two thirds of the training.
+        exact: each draw closes exactly the share: the gates with the smallest log_alpha after Gumbel noise. This is
+            subset pruning (Li, Cotterell, Sachan 2021).
+
+    Raises:
+        InputError: a value is out of range.
     """
 
     @typed
@@ -145,7 +151,7 @@ class SparsityTarget(Target):
         return gates.plan(sparsity=self.share, ranking=self.ranking)
 
     def shortfall(self, gates: HeadGates) -> str:
-        """Return a clause that names the share closed and the one asked for, if they differ, or ""."""
+        """Return a clause that compares the share closed with the one asked for, or "" if they are equal."""
         if gates.plan() == self.plan(gates):
             return ""
         blocks = f" and {gates.block_sparsity:.3g} of the blocks" if gates.choices.has_blocks else ""
@@ -162,17 +168,17 @@ class SparsityTarget(Target):
         return min(1.0 - float(open_now.mean()), self.share)
 
     def prepare(self, gates: HeadGates, step: int) -> None:
-        """Tell the gates, before the draws of `step` (counted from 0), how many of them are to be open."""
+        """Set how many gates the draws of `step` (counted from 0) open."""
         if self.exact and len(gates):
             share = self.wanted(step + 1, gates)
             gates.draw_exactly([(group, _count(group, share)) for group in self._groups(gates)])
 
     @torch.no_grad()
     def project(self, gates: HeadGates, step: int, weighting: Weighting = "plain", *, is_last: bool = False) -> None:
-        """Move all log_alpha, after `step` steps (counted from 1), to where the wanted share is left out.
+        """Move all log_alpha after step number `step` (counted from 1), so that the expected share is on the ramp.
 
-        Exact draws depend on differences only: there the mean is held, so that no gate runs into its bound. After the
-        last step evaluation closes exactly that share too.
+        Exact draws depend only on differences of log_alpha, so with `exact` its mean is held, which keeps gates away
+        from their bound. After the last step evaluation, too, closes exactly the share.
         """
         if not len(gates):
             return
@@ -202,9 +208,9 @@ def _count(group: Sequence[HeadGate], share: float) -> int:
 
 
 def _moved_to(values: Tensor, weights: Tensor, count: float, gate: HeadGate) -> Tensor:
-    """Return values + μ · weights, μ such that `count` gates are expected to be open."""
+    """Return values + μ · weights, with μ such that `count` gates are open in expectation."""
     offset, bound = gate.config.beta * gate.config.open_threshold, gate.config.bound
-    # Beyond these shares all gates would end at their bound, alike.
+    # Beyond these shares all gates would end at their bound, and be equal.
     count = min(max(count, _LEAST * len(values)), (1 - _LEAST) * len(values))
 
     def moved(shift: float) -> Tensor:
@@ -219,17 +225,17 @@ def _moved_to(values: Tensor, weights: Tensor, count: float, gate: HeadGate) -> 
 
 
 def _split_at(values: Tensor, count: int, gate: HeadGate) -> Tensor:
-    """Return the values moved so that the `count` largest are open in evaluation and, but for ties, no others."""
+    """Return the values, moved so that evaluation opens the `count` largest and, except for ties, no others."""
     ordered = values.sort(descending=True).values
     ordered = torch.cat([ordered[:1] + 2, ordered, ordered[-1:] - 2])
     return values - (ordered[count] + ordered[min(count, len(values)) + 1]) / 2 + gate.config.open_threshold
 
 
 def penalty_gradient(gates: HeadGates, strength: float, weighting: Weighting = "plain") -> list[Tensor]:
-    """Return λ · ∂L0 / ∂gate of every layer, of the parameter as it is stored.
+    """Return λ · ∂L0 / ∂gate of every layer, with respect to the parameter as it is stored.
 
     The penalty does not depend on the batch, so its gradient is added once for each optimizer step, after clipping,
-    and the reported loss stays the language model's own. `torch.autograd.grad` leaves hooks of data parallelism alone.
+    and the reported loss is the language model's alone. `torch.autograd.grad` does not run data parallelism's hooks.
     """
     parameters = [gate.stored for _, gate in gates]
     return list(torch.autograd.grad(l0_loss(gates, weighting) * strength, parameters)) if parameters else []

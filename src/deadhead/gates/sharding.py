@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 shares out among processes, each of which holds a slice: a DTensor, read and written whole."""
+"""Parameters that FSDP2 shards, so that each process holds a slice (a DTensor): reading and writing them whole."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _REMEDY = (
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a process holds a slice of `tensor` only."""
-    # By what it can do: the class's module takes a while to load, and is not there in every build of torch.
+    """Return whether this process holds only a slice of `tensor`."""
+    # Recognised by its methods: the class's module is slow to load, and some builds of torch lack it.
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor. One that is sharded is gathered, detached, so all processes must call this together."""
+    """Return the whole of a tensor. If it is sharded, it is gathered and detached: all processes must call this."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def share_out(values: Tensor, like: Tensor) -> Tensor:
-    """Return `values`, which every process has whole, sharded as `like` is; nothing is sent."""
+    """Return `values`, which every process has whole, sharded as `like` is; nothing is communicated."""
     if not is_sharded(like):
         return values
     from torch.distributed.tensor import distribute_tensor
@@ -34,11 +34,11 @@ def share_out(values: Tensor, like: Tensor) -> Tensor:
 
 
 def require_whole(model: nn.Module, what: str, remedy: str = _REMEDY) -> None:
-    """Check that no parameter is sharded; if one is, the InputError begins with `what`, which is to be done."""
+    """Raise an InputError if a parameter is sharded; its message begins with `what`, the task that needs it whole."""
     # FSDP1 has flattened the parameters, or shows slices of them under their names.
     is_managed = any(hasattr(module, "_is_fsdp_managed_module") for module in model.modules())
     if is_managed or any(is_sharded(parameter) for parameter in model.parameters()):
         raise InputError(
-            f"{what} needs whole tensors, but those of this model are shared out among processes (by FSDP or tensor "
+            f"{what} needs whole tensors, but those of this model are sharded across processes (by FSDP or tensor "
             f"parallelism): {remedy}."
         )

@@ -1,8 +1,8 @@
-"""Units that are shut in a draw are not computed while gates alone learn.
+"""Skip the units that are closed in a draw, while only gates learn.
 
-Where no weight of a module learns, what shut units would give is of no use: their z is 0, and so is its gradient. For
-one forward the module is then shrunk to the others, as a cut would, and put back. It computes what it does with all of
-them, but for rounding. Deadhead's own attention leaves shut heads out by itself, also while weights learn.
+If no weight of a module learns, the outputs of closed units are not needed: their z is 0, and so is its gradient. For
+one forward pass the module is shrunk to the open units, as a cut would do, and then put back. Except for rounding it
+computes the same as with all units. Deadhead's own attention skips closed heads itself, also while weights learn.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from deadhead.gates.sharding import is_sharded
 from deadhead.layouts import Site
 from deadhead.layouts.temporary import shrink_for_now
 
-# Of a module's units so many must be shut: to gather what is left of weights takes time too.
+# The share of a module's units that must be closed: gathering the weights that are left takes time too.
 _LEAST = 1 / 8
 
 
 class Skipping:
     """Shrinks one site's module before it runs and puts it back afterwards.
 
-    An object, not a closure, so that a deep copy of the model points at the copy's modules.
+    It is an object rather than a closure, so that a deep copy of the model refers to the copy's modules.
     """
 
     def __init__(self, site: Site, gate: HeadGate) -> None:
@@ -35,13 +35,13 @@ class Skipping:
         self._put_back: Callable[[], None] | None = None
 
     def hang(self) -> None:
-        """Hook on to the module."""
+        """Register the hooks on the module."""
         self.site.module.register_forward_pre_hook(_Shrink(self))
         # Also where gradient checkpointing leaves a module in the middle.
         self.site.module.register_forward_hook(_PutBack(self), always_call=True)
 
     def shrink(self, module: nn.Module) -> None:
-        """Leave out the units that are shut in this draw, if there are enough of them and no weight learns."""
+        """Leave out the units that are closed in this draw, if there are enough of them and no weight learns."""
         if torch.compiler.is_compiling() or module is not self.site.module or not (idle := self.gate.idle):
             return
         owners = range(len(self.site.units)) if self.gate.owner is None else self.gate.owner.tolist()
@@ -61,7 +61,7 @@ class Skipping:
         self._put_back = self.computed = None
 
     def _is_frozen(self, module: nn.Module) -> bool:
-        """Tell whether the weights lie there whole and plain, and none of them learns."""
+        """Return whether the weights are whole and plain, and none of them learns."""
         gates = {id(each.log_alpha_bias) for each in module.modules() if isinstance(each, HeadGate)}
         named = {name: p for name, p in module.named_parameters() if id(p) not in gates}
         learns = any(parameter.requires_grad or is_sharded(parameter) for parameter in named.values())

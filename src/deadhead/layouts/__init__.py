@@ -1,4 +1,4 @@
-"""Layouts: one file for each way in which architectures keep their heads, listed here."""
+"""Layouts: a file for each way in which architectures store their heads. They are listed here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
     """Return the layout of `model`.
 
     Raises:
-        UnsupportedModel: it is none of transformers.
+        UnsupportedModel: it is not a transformers model.
     """
     require_model(model)
     return next(layout for layout in _LAYOUTS if layout.matches(model))

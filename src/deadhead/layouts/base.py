@@ -1,6 +1,6 @@
-"""What deadhead must know of an architecture: where its units are, and which slices of which tensors they own.
+"""What deadhead must know of an architecture: where its units are, and which slices of which tensors belong to them.
 
-Units are heads (or key/value groups), and hidden units: a feed-forward layer's, or persistent vectors.
+Units are heads (or key/value groups), and hidden units: those of a feed-forward layer, or persistent vectors.
 """
 
 from __future__ import annotations
@@ -33,90 +33,107 @@ TAGS = ("deadhead", "pruned-attention-heads")
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is left of one tensor of a module when some of its units go."""
+    """The part of one of a module's tensors that stays when some of its units go.
 
-    path: str  # name of the parameter, from the module, such as q_proj.weight
-    dim: int  # along which units lie
-    index: Tensor  # (n,) the rows along `dim` that stay, in their new order
-    per_token: bool  # whether every number in it takes part in one multiply-add for each token, as a projection's do
+    Args:
+        path: name of the parameter within the module, such as `q_proj.weight`.
+        dim: dimension along which units lie.
+        index: (n,), the rows along `dim` that stay, in their new order.
+        per_token: whether each number of the tensor takes part in one multiply-add for each token, as in a projection.
+    """
+
+    path: str
+    dim: int
+    index: Tensor
+    per_token: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site(ABC):
-    """One module with units, heads or hidden units, that can be gated and cut."""
+    """One module whose units (heads or hidden units) can be gated and cut.
+
+    Args:
+        layer: the layer's index, or its path if an index is not enough.
+        module: the attention or feed-forward module.
+        output_path: name of the output projection in `module`. Its input is the units' outputs side by side, which the
+            gates multiply. None if the module reads its gate itself.
+        unit_dim: E, width of one unit in that input: the width of a head, or 1 for a hidden unit.
+        units: the present units, by their indices in the dense model; () if none is left.
+        total: number of units in the dense model.
+        is_hidden: whether the units are hidden units, which gates take in blocks, rather than heads.
+        is_headless: whether the units went with the last head of their layer. A plan that keeps some is accepted
+            nevertheless.
+    """
 
     layer: Layer
     module: nn.Module
-    # Name of the output projection in `module`; its input is the units' outputs side by side, which the gates multiply.
-    # None where the module reads its gate itself.
     output_path: str | None
-    unit_dim: int  # E, width of one unit in that input: of a head; 1 of a hidden unit
-    units: tuple[int, ...]  # indices, in the dense model, of the units there are now; () for an emptied one
-    total: int  # units of the dense model
-    # Whether the module itself leaves out what a gate shuts in a draw.
+    unit_dim: int
+    units: tuple[int, ...]
+    total: int
+    # Whether the module itself skips the units that are closed in a draw.
     leaves_out_shut: ClassVar[bool] = False
-    is_hidden: bool = False  # whether its units are hidden units, which gates take in blocks, not heads
-    # Whether its units went with the last head of its layer. A plan that keeps some is obeyed all the same.
+    is_hidden: bool = False
     is_headless: bool = False
 
     @abstractmethod
     def selections(self, units: tuple[int, ...]) -> Sequence[Selection]:
-        """Return what is left of every tensor with units in it, the output projection included, if `units` stay."""
+        """Return what stays of each tensor that contains units, the output projection included, if `units` stay."""
 
     def observe(self) -> Callable[[], None]:
-        """Begin to watch the module, which is about to run, for what `shrink` must know; return what ends it."""
+        """Begin to watch the module's next run for what `shrink` must know; return a function that ends this."""
         return lambda: None
 
     @torch.no_grad()
     def shrink(self, units: tuple[int, ...]) -> None:
-        """Take all but `units` out of the module, in place."""
+        """Remove all units but `units` from the module, in place."""
         for part in self.selections(units):
             keep_rows(self.module, part.path, part.dim, part.index)
 
     def context_flops(self, length: int) -> Mapping[str, float]:
-        """Return the FLOPs of all units outside their projections, by what spends them, for a query behind `length`."""
+        """Return the FLOPs outside projections, by what needs them, of all units for a query after `length` tokens."""
         return {}
 
     def cache_values(self, length: int) -> int:
-        """Return how many numbers of keys and values `length` positions have, as a key/value cache keeps them."""
+        """Return how many numbers the module keeps in the key/value cache for `length` positions."""
         return 0
 
     def rows(self, units: tuple[int, ...]) -> Tensor:
-        """Return the places that some units' rows have among those there are now, (units · unit_dim,)."""
+        """Return the indices of some units' rows among the present rows, (units · unit_dim,)."""
         place = {unit: index for index, unit in enumerate(self.units)}
         return wide_rows([place[unit] for unit in units], self.unit_dim)
 
     @property
     def key(self) -> UnitKey:
-        """The key of its units."""
+        """The key of the site's units."""
         return UnitKey("block" if self.is_hidden else "head", self.layer)
 
     @property
     def gate_name(self) -> str:
-        """The name that its gate has in the module; an attention module may have one of each."""
+        """The name of the site's gate in the module; an attention module may have both kinds."""
         return HEAD_GATE if self.output_path is not None else BLOCK_GATE
 
     @property
     def output(self) -> nn.Module:
-        """The output projection, where there is one."""
+        """The output projection, if there is one."""
         assert self.output_path is not None, "units that the module itself gates have no output projection"
         return self.module.get_submodule(self.output_path)
 
 
 def head_columns(output: nn.Module) -> Tensor:
-    """Return an output projection's weight W_O as (D, H·E), a view where the module keeps it the other way round."""
+    """Return an output projection's weight W_O as (D, H·E); it is a view if the module stores it transposed."""
     weight = weight_of(output)
     return weight.T if output_dim(output, heads=True) == 0 else weight
 
 
 def own_config(model: PreTrainedModel) -> None:
-    """Give a model and its modules a copy of their configuration, which other models may share."""
+    """Give a model and its modules a copy of their configuration, because other models may share the original."""
     memo: dict[int, Any] = {}
     model.config = copy.deepcopy(model.config, memo)
     copies = {place: value for place, value in memo.items() if isinstance(value, PreTrainedConfig)}
     for module in model.modules():
         for name, value in vars(module).items():
-            # A layer with heads of its own has a view of the shared configuration.
+            # A layer that differs from the others has its own view of the shared configuration.
             view = vars(value) if type(value).__name__ == "LayerConfig" else {}
             if id(value) in copies:
                 vars(module)[name] = copies[id(value)]
@@ -125,18 +142,22 @@ def own_config(model: PreTrainedModel) -> None:
 
 
 class Layout(ABC):
-    """One way in which architectures keep their heads. A subclass is listed in `deadhead.layouts`."""
+    """One way in which architectures store their heads. Subclasses are listed in `deadhead.layouts`."""
 
     @abstractmethod
     def matches(self, model: PreTrainedModel) -> bool:
-        """Tell whether this layout describes `model`."""
+        """Return whether this layout describes `model`."""
 
     def units(self, model: PreTrainedModel) -> tuple[Unit, ...]:
-        """Return what a gate of this model can open and close, the default first."""
+        """Return the units that a gate of this model can open and close, the default first."""
         return ("head",)
 
     def choose_unit(self, model: PreTrainedModel, asked: Unit | None, *, what: str) -> Unit:
-        """Return the unit asked for, or the default one; an InputError says `what` units do ("heads are cut by")."""
+        """Return the unit asked for, or the default one.
+
+        Raises:
+            InputError: the model has no such unit; `what` ("heads are cut by", say) goes into the message.
+        """
         units = self.units(model)
         if asked is not None and asked not in units:
             raise InputError(f"This model's {what} {' or '.join(units)}, but the unit {asked!r} was asked for.")
@@ -151,25 +172,25 @@ class Layout(ABC):
         """
 
     def hidden_sites(self, model: PreTrainedModel) -> list[Site]:
-        """Return the modules of `model` with hidden units that can be cut, emptied ones included; none by default."""
+        """Return the modules with hidden units that can be cut, emptied ones included; by default there are none."""
         return []
 
     def all_sites(self, model: PreTrainedModel, unit: Unit, *, hidden: bool) -> list[Site]:
-        """Return the sites of heads, and those of hidden units if asked."""
+        """Return the sites of heads, and with `hidden` those of hidden units."""
         return [*self.sites(model, unit), *(self.hidden_sites(model) if hidden else ())]
 
     def keeps_cache(self, model: PreTrainedModel) -> bool:
-        """Tell whether a model keeps keys and values of a text that goes on; encoders do not."""
+        """Return whether a model keeps keys and values while it continues a text; encoders do not."""
         return True
 
     def require_reloadable(self, model: PreTrainedModel) -> None:
-        """Check that a checkpoint of the cut model could be loaded; UnsupportedModel if not."""
+        """Raise an UnsupportedModel if a checkpoint of the cut model could not be loaded."""
         return
 
     def record_plan(self, model: PreTrainedModel, plan: HeadPlan) -> None:
-        """Write the plan into the model's configuration, its own by then, so that the model reloads as it is.
+        """Write the plan into the model's configuration, which no other model may share, so that it reloads as it is.
 
-        Where it says nothing of hidden units, those are recorded that earlier cuts left.
+        If the plan says nothing of hidden units, those that earlier cuts left are recorded.
         """
         before = self.recorded_plan(model)
         if plan.hidden_units is None and before is not None:
@@ -178,10 +199,10 @@ class Layout(ABC):
         model.add_model_tags([*TAGS])
 
     def recorded_plan(self, model: PreTrainedModel) -> HeadPlan | None:
-        """Return the plan the model was cut by, which is its configuration's `head_plan`; None for a dense model.
+        """Return the plan that the model was cut by, from its configuration's `head_plan`; None for a dense model.
 
         Raises:
-            InputError: only a model inside of it was cut.
+            InputError: only an inner model was cut.
         """
         require_recorded(model)
         recorded = getattr(model.config, "head_plan", None)

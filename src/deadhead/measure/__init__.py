@@ -1,1 +1,1 @@
-"""What a model is worth: costs on paper, times, perplexity."""
+"""Measurements of a model: costs on paper, times, perplexity, replies, tasks."""

@@ -1,7 +1,7 @@
 """Sums over the rows of a tensor, a chunk of rows at a time, and their gradients without a second forward pass.
 
-PyTorch's own `linear_cross_entropy` (from 2.13 on) does this for one linear layer and one loss. Here any function
-will do: output layers cap and scale their logits, and distillation compares two models.
+PyTorch's own `linear_cross_entropy` (from 2.13 on) does this for one linear layer and one loss. This module takes any
+function, because output layers cap and scale their logits, and distillation compares two models.
 
 Dimensions: N rows, D width, K sums.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers of a row's function that are held at once: 64 MiB in float32.
+# Numbers that are held at once for all rows of a chunk: 64 MiB in float32.
 AT_ONCE = 2**24
 
 # Takes (n, D) and n rows of every other tensor, and returns K sums over them.
@@ -24,24 +24,24 @@ Sums = Callable[..., Tensor]
 
 
 def fits_at_once(rows: int, width: int) -> bool:
-    """Return whether `width` numbers of each row are few enough to be held at once."""
+    """Return whether `width` numbers for each row are few enough to hold at once."""
     return rows * width <= AT_ONCE
 
 
 def sum_in_chunks(
     sums: Sums, rows_ND: Tensor, others: Sequence[Tensor] = (), *, width: int, weights: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Return the first of K sums over all rows, with its gradients, and the others, (K − 1,), without.
+    """Return the first of K sums over all rows, with gradient, and the other sums, (K − 1,), without.
 
-    Rows that fit at once are one chunk, of which autograd keeps what it needs. For more, gradients are computed along
-    with the sums, chunk by chunk, so that nothing of a chunk is kept. Backward only scales them; it can be called once.
+    Rows that fit at once are one chunk, for which autograd works as usual. For more rows, gradients are computed along
+    with the sums, chunk by chunk, so that nothing of a chunk is kept. Backward only scales them; call it once.
 
     Args:
-        sums: of some rows.
-        rows_ND: gets a gradient, as far as it needs one.
-        others: with N rows each; without gradient.
-        width: how many numbers `sums` makes of a row; a chunk has `AT_ONCE` of them at most.
-        weights: leaves that `sums` uses, of which those that learn get a gradient.
+        sums: computes K sums over some rows.
+        rows_ND: the rows; they get a gradient if they need one.
+        others: tensors with N rows each, without gradient.
+        width: how many numbers `sums` makes of a row; a chunk has at most `AT_ONCE` of them.
+        weights: leaves that `sums` uses; those that learn get a gradient.
     """
     most = max(1, AT_ONCE // width)
     if fits_at_once(len(rows_ND), width):
@@ -55,13 +55,13 @@ def sum_in_chunks(
 
 
 def _chunks(count: int, most: int) -> list[slice]:
-    """Return slices of equal size, as far as they can be, of `most` rows at most."""
+    """Return slices of at most `most` rows, as equal in size as possible."""
     size = -(-count // -(-count // most))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
 class _SumInChunks(torch.autograd.Function):
-    """The first sum and the others; gradients are there before backward is called."""
+    """Returns the first sum and the others; gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -105,7 +105,7 @@ class _SumInChunks(torch.autograd.Function):
 
 
 def _added(total: Tensor | None, part: Tensor | None, parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the sum of a gradient's parts so far, which is written into, and another; None if there is none yet."""
+    """Add a part to a gradient, in place, and return the sum; None if there is neither."""
     if total is None and part is not None:
         # In half precision a long sum would stop growing.
         total = part.to(torch.promote_types(part.dtype, torch.float32))

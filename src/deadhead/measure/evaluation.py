@@ -119,8 +119,8 @@ def evaluate(
         )
     if text.scored is not None and (has_memory or not counted):
         raise InputError(
-            "Answers are measured alone (answers_only) of models without segment memory, and of texts with answers; "
-            "leave answers_only out."
+            "Answers can be measured alone (answers_only) only for models without segment memory and texts with "
+            "answers; leave answers_only out."
         )
     tokens = text.tokens if counted == len(places) else text.tokens[: places[counted - 1] + 1 + first]
     require_known(model, max(int(tokens.max()), *prefix, 0), of="text")
@@ -136,7 +136,7 @@ def evaluate(
             least = 2 + len(prefix)
             if window < least or (most is not None and window > most):
                 allowed = f"{least} to {most or 'any number of'} tokens"
-                raise InputError(f"The window must have {allowed}, but {window} were asked for.")
+                raise InputError(f"The window must have {allowed}, but got {window}.")
             total, cut = _slide_window(model, tokens, text.scored, prefix, window, batch_size, progress)
     seconds = time.perf_counter() - begin
     share = counted / len(places)

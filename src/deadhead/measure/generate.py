@@ -1,4 +1,4 @@
-"""Continue a text."""
+"""Continuing a text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def generate_text(
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
-    """Return `prompt` and its continuation; a temperature of 0 takes the likeliest token, more is more varied.
+    """Return `prompt` and its continuation. Temperature 0 takes the most likely token; higher is more varied.
 
     Raises:
         InputError: the prompt is empty or has tokens that the model doesn't have, a number is out of range, or the
@@ -33,7 +33,7 @@ def generate_text(
     """
     require_language_model(model, "Continuing a text")
     own = tokenizer(prompt, add_special_tokens=False).input_ids
-    # As the tokenizer begins a text; what it puts behind one would end the text here.
+    # Only what the tokenizer puts before a text: what it puts after one would end the text here.
     ids = torch.tensor([[*text_frame(tokenizer)[0], *own]], dtype=torch.int64)
     if not own:
         raise InputError("A prompt of at least one token was expected, but it is empty.")
@@ -41,7 +41,7 @@ def generate_text(
     if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
         raise InputError(f"The temperature must be 0 or lie between 0.001 and 1000, but it is {temperature}.")
     if max_new_tokens < 1:
-        raise InputError(f"At least one new token must be asked for, but {max_new_tokens} were.")
+        raise InputError(f"At least one new token is needed, but got {max_new_tokens}.")
     require_positions(model, ids.shape[1] + max_new_tokens, of="The prompt with the new tokens")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     with torch.random.fork_rng(), torch.inference_mode():
@@ -58,10 +58,10 @@ def generate_text(
 
 @contextmanager
 def plain_generation(model: Any) -> Iterator[None]:
-    """Let a model generate without its own settings of that (where to stop, penalties, cuts) while the block runs."""
+    """Make a model generate without its own settings (stop tokens, penalties, filters) while the block runs."""
     before = model.generation_config
     try:
-        # What a call is not given is taken from here.
+        # Settings that a call does not give are taken from here.
         model.generation_config = GenerationConfig()
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Greedy replies of many rows at once: padded on the left where a model is indifferent to that, else by length.
+"""Greedy replies for many rows at once: padded on the left if that changes nothing for a model, else by length.
 
 Dimensions: B rows, T tokens, V vocabulary.
 """
@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 
 class Told(StoppingCriteria):
-    """Tells how many new tokens there are, and stops nothing."""
+    """A stopping criterion that never stops, and only reports the number of new tokens."""
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         self._tell, self._steps = tell, 0
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        """Tell, after each new token of all rows."""
+        """Report after each new token of all rows."""
         self._steps += 1
         self._tell(self._steps)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -34,7 +34,7 @@ class Writer:
     Args:
         model: a language model.
         ends: tokens that end a reply.
-        pad: what stands before shorter prompts.
+        pad: the token that pads shorter prompts on the left.
     """
 
     def __init__(self, model: PreTrainedModel, ends: Sequence[int], pad: int) -> None:
@@ -43,7 +43,7 @@ class Writer:
         self._takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
 
     def is_indifferent_to_padding(self, prompts: Sequence[Sequence[int]]) -> bool:
-        """Tell whether the model computes the same of a prompt alone and padded, by trying the shortest two lengths."""
+        """Return whether padding changes nothing for the model, by a trial with the two shortest lengths."""
         lengths = sorted({len(prompt) for prompt in prompts})
         if not self._takes_mask or len(lengths) < 2:
             return False
@@ -61,7 +61,7 @@ class Writer:
         )
 
     def write(self, prompts: Sequence[Sequence[int]], room: int, told: Told) -> list[tuple[int, ...]]:
-        """Return a reply of at most `room` tokens to each prompt, with its end if there is one."""
+        """Return a reply of at most `room` tokens to each prompt, with the token that ends it if there is one."""
         width = max(map(len, prompts))
         ends = {"eos_token_id": self._ends} if self._ends else {}
         rows: list[list[int]] = self._run(prompts, room, stopping_criteria=[told], **ends)[:, width:].tolist()
@@ -69,7 +69,7 @@ class Writer:
         return [tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True)]
 
     def _logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the logits (B, 2, V) of the first two new tokens: the second is computed with a cache."""
+        """Return the logits (B, 2, V) of the first two new tokens; the second is computed with a cache."""
         output = self._run(prompts, 2, return_dict_in_generate=True, output_logits=True)
         return torch.stack(output.logits, dim=1).float()
 
@@ -87,7 +87,7 @@ class Writer:
 
 
 def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a reply: those of the model's settings, and the tokenizer's end of a text."""
+    """Return the tokens that end a reply: those in the model's settings, and the tokenizer's end of a text."""
     own = getattr(model.generation_config, "eos_token_id", None)
     several = own if isinstance(own, list | tuple) else [own]
     return sorted({int(end) for end in (*several, tokenizer.eos_token_id) if end is not None})
@@ -96,10 +96,10 @@ def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def groups_of(
     lengths: Sequence[int], rooms: Sequence[int], most: int, batch_size: int, *, padded: bool
 ) -> Iterator[list[int]]:
-    """Yield which prompts go together: all have the same room, and without padding the same length too."""
+    """Yield the prompts that run together: they have the same room, and without padding the same length."""
 
     def together(index: int) -> tuple[int, int]:
-        # Room that is short differs with the length.
+        # Where room is short, it depends on the length.
         return (0, 0) if padded and rooms[index] == most else (lengths[index], rooms[index])
 
     order = sorted(range(len(lengths)), key=lambda index: (together(index), lengths[index]))

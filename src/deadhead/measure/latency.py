@@ -1,8 +1,8 @@
-"""A cost model of this machine: how long a model takes as a function of the units that each of its layers keeps.
+"""A cost model of this machine: the time that a model takes, as a function of the units that each layer keeps.
 
-Every layer's units are thinned out together, heads and hidden units apart, and the whole model is timed each time
-beside the dense one: so a layer's time includes all that goes with it, memory traffic too, and no layer has to be
-called by itself. What a unit saves is shared out among layers by the FLOPs that they lose.
+The units of all layers are thinned out together, heads and hidden units separately, and the whole model is timed each
+time beside the dense one. So a layer's time includes everything that goes with it, such as memory traffic, and no layer
+has to run alone. The time saved is divided among layers by the FLOPs that they lose.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from deadhead.measure.timing import NEW_TOKENS, Workload, bench, require_timed
 from deadhead.plans.plan import HeadPlan, Unit, UnitKey
 from deadhead.plans.unit_costs import UnitCosts
 
-# Shares of its units that every layer keeps in the models that are timed, beside the dense one.
+# The shares of its units that every layer keeps, in the models that are timed beside the dense one.
 _SHARES = (0.0, 0.25, 0.5, 0.75)
-# Seconds that the measuring is to take, and how often each model is timed, at least and at most.
+# Seconds that the measurement should take, and how often each model is timed, at least and at most.
 _SECONDS = 40.0
 _REPEATS = (4, 60)
 # Layers have fewer heads, and texts fewer tokens.
 _MOST = 2**24
 _Count = Annotated[int, Field(ge=1, le=_MOST)]
-# A UnitKey, which JSON text has as a string.
+# A UnitKey, which is a string in JSON.
 _Key = Annotated[Any, BeforeValidator(UnitKey.parse)]
 _Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Measured times of a model as its units go, on one machine, for one workload.
+    """Measured times of a model with fewer and fewer units, on one machine, for one workload.
 
     Args:
-        device: where it was measured: the processor's or GPU's name.
-        threads: of the CPU.
+        device: name of the processor or GPU that ran the model.
+        threads: threads of the CPU.
         dtype: precision of the weights.
         model_type: transformers' name of the architecture.
         unit: what a head's index names.
         workload: see `deadhead.measure.timing`.
         batch_size: texts at once.
         length: tokens of a text.
-        new_tokens: that "decode" adds to each.
+        new_tokens: tokens that "decode" adds to each text.
         dense: median seconds of the model as it is.
-        seconds: by "heads" and "blocks" (of hidden units), median seconds by the share of units that every layer keeps.
-        units: by key, how many units there are; hidden units only where they were thinned out too.
-        weights: by key, what share of the time that goes with all heads, or all hidden units, goes with this layer's.
+        seconds: for "heads" and "blocks" (of hidden units), median seconds by the share of units that each layer keeps.
+        units: number of units by key; hidden units only if they were thinned out too.
+        weights: by key, the layer's share of the time that goes with all heads, or all hidden units.
     """
 
     device: str
@@ -78,14 +78,14 @@ class Latency:
     weights: Mapping[_Key, _Number]
 
     def costs(self) -> UnitCosts:
-        """Return seconds as a sum over layers, a straight line between two measured shares, never falling."""
+        """Return seconds as a sum over layers: linear between measured shares, and never less for more units."""
         tables: dict[UnitKey, torch.Tensor] = {}
         for key, count in self.units.items():
             measured = sorted((float(share), seconds) for share, seconds in self.seconds[f"{key.kind}s"].items())
             shares = torch.tensor([*(share for share, _ in measured), 1.0], dtype=torch.float64)
             seconds = torch.tensor([*(value for _, value in measured), self.dense], dtype=torch.float64)
-            # More units do not take less time: what looks like it is noise. Counted back from the dense model's time,
-            # the surest of them.
+            # More units cannot take less time; if they seem to, it is noise. So make times monotonic, beginning with
+            # the dense model's, which is the most reliable.
             seconds = seconds.clamp(max=self.dense).flip(0).cummin(0).values.flip(0)
             saved = seconds - seconds[0]
             kept = torch.arange(count + 1, dtype=torch.float64) / count
@@ -96,12 +96,12 @@ class Latency:
         return UnitCosts(fixed=self.dense - sum(float(table[-1]) for table in tables.values()), tables=tables)
 
     def predict(self, plan: HeadPlan) -> float:
-        """Return the seconds that the model cut by a plan will take."""
+        """Return the predicted seconds of the model after a cut by a plan."""
         kept = plan.units
         return self.costs().of({key: len(kept.get(key, range(count))) for key, count in self.units.items()})
 
     def speedup(self, plan: HeadPlan) -> float:
-        """Return how many times as fast the model cut by a plan will be."""
+        """Return how many times as fast the model is predicted to be after a cut by a plan."""
         return self.dense / self.predict(plan)
 
     def require(
@@ -114,10 +114,10 @@ class Latency:
         batch_size: int,
         length: int,
     ) -> None:
-        """Check that this was measured of `model`, on this machine and in this way.
+        """Check that the times were measured for `model`, on this machine and with these settings.
 
         Raises:
-            InputError: it was not; the message names the first difference.
+            InputError: they were not; the message names the first difference.
         """
         asked = {"workload": workload, "batch_size": batch_size, "length": length}
         for name, value in (_setting(model, unit, hidden=hidden) | asked).items():
@@ -131,19 +131,19 @@ class Latency:
                 )
 
     def to_json(self, path: str | Path) -> None:
-        """Write it to a file, whole or not at all."""
+        """Write the latencies to a JSON file, completely or not at all."""
         write_json(Path(path), asdict(self) | {name: _written(getattr(self, name)) for name in ("units", "weights")})
 
     @classmethod
     def from_json(cls, path: str | Path) -> Latency:
-        """Read it from a file.
+        """Read latencies from a JSON file.
 
         Raises:
             InputError: the file is missing, is not JSON or holds something else.
         """
         values = read_object(Path(path), what="list of latencies")
         try:
-            # Of JSON text even a strict check makes a dataclass.
+            # From JSON text, even a strict check makes a dataclass.
             found = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
             shares = [float(share) for curve in found.seconds.values() for share in curve]
             are_in_bounds = all(0 <= share < 1 for share in shares) and sum(found.units.values()) <= _MOST
@@ -156,7 +156,7 @@ class Latency:
 
 
 def _written(values: Mapping[UnitKey, Any]) -> dict[str, Any]:
-    """Return values by key as a file has them."""
+    """Return values by key in the form that files have."""
     return {str(key): value for key, value in values.items()}
 
 
@@ -172,14 +172,15 @@ def measure_latency(
     repeats: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Latency:
-    """Measure how long a model takes as the units of its layers go.
+    """Measure how long a model takes with fewer and fewer units in its layers.
 
-    The model is timed on the device it is on, and not changed. The workload is one of `bench`. Each model is repeated
-    as often as fits into most of a minute, if `repeats` does not say. `progress` is told rounds done, and in all.
+    The model is timed on the device that it is on, and is not changed. The workload is one of those of `bench`. Unless
+    `repeats` is set, models are repeated as often as fits into most of a minute. `progress` is called with the rounds
+    done and to do.
 
     Raises:
-        InputError: a number is below 1, the model has too few positions, or the unit is not its own.
-        UnsupportedModel: there is nothing to thin out.
+        InputError: a number is below 1, the model has too few positions, or it has no such unit.
+        UnsupportedModel: the model has no units to thin out.
     """
     require_timed(model, workload, length, new_tokens)
     layout = find_layout(model)
@@ -192,7 +193,7 @@ def measure_latency(
         for share in _SHARES:
             thinned = {site.key: round(share * len(site.units)) for site in sites if site.key.kind == kind}
             kept = {site.key: site.units[: thinned.get(site.key)] for site in sites}
-            # Few units cannot be halved exactly.
+            # A small number of units cannot be divided exactly.
             true = sum(weights[key] * count / setting["units"][key] for key, count in thinned.items() if key in weights)
             if thinned and true < 1:
                 models[f"{kind}s {true}"] = pruned_copy(model, choices.plan_of(kept))
@@ -200,7 +201,7 @@ def measure_latency(
     if repeats is None:
         once = bench({"dense": models["dense"]}, repeats=1, **how)["dense"].seconds * len(models)
         repeats = min(max(round(_SECONDS / max(once, 1e-6)), _REPEATS[0]), _REPEATS[1])
-        # A slow spell then spoils one round of three; where a time is long, one round is all that can be afforded.
+        # A slow period then spoils one round of three; if a round takes long, there is time for one only.
         rounds = [repeats // 3] * 3 if repeats >= 3 * _REPEATS[0] else [repeats]
     else:
         rounds = [repeats]
@@ -219,7 +220,7 @@ def measure_latency(
 
 
 def _weights(model: PreTrainedModel, unit: Unit, length: int, *, hidden: bool) -> dict[UnitKey, float]:
-    """Return each layer's share of what all layers' heads cost, or all their hidden units, in FLOPs."""
+    """Return each layer's share of the FLOPs of all heads, or of all hidden units."""
     costs = counted_costs(model, "flops", unit=unit, hidden=hidden, length=max(1, length // 2))
     whole = {key: float(table[-1]) for key, table in costs.tables.items()}
     sums = {kind: sum(value for key, value in whole.items() if key.kind == kind) for kind in ("head", "block")}
@@ -227,7 +228,7 @@ def _weights(model: PreTrainedModel, unit: Unit, length: int, *, hidden: bool) -
 
 
 def _setting(model: PreTrainedModel, unit: Any, *, hidden: bool) -> dict[str, Any]:
-    """Return what measured times depend on, of the model and the machine."""
+    """Return the properties of model and machine that measured times depend on."""
     layout = find_layout(model)
     unit = layout.choose_unit(model, unit, what="heads are cut by")
     has_blocks(layout, model, hidden)

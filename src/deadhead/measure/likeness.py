@@ -1,4 +1,4 @@
-"""How near a model is to another: the distance of what they expect after each token, and how often they agree."""
+"""How near one model is to another: KL divergence of their predictions after each token, and how often they agree."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from deadhead.modes import evaluating
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness:
-    """How near a model is to another on a text.
+    """How near a model is to a reference model on a text.
 
     Args:
-        divergence: mean KL(reference ‖ model), nats a token.
-        agreement: share of the tokens for which both hold the same next token to be the likeliest.
-        tokens: that were compared.
+        divergence: mean KL(reference ‖ model), in nats per token.
+        agreement: share of the tokens after which both models predict the same most likely token.
+        tokens: number of tokens compared.
     """
 
     divergence: float
@@ -39,18 +39,21 @@ def likeness(
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Likeness:
-    """Compare what two models expect after each token of a text.
+    """Compare what two language models predict after each token of a text.
 
     Args:
         model: a language model.
-        reference: another, with the same vocabulary; it is moved to the first one's device.
-        batches: dictionaries with `input_ids` (B, T), and what `score_heads` takes beside them; of tokens that are not
-            `scored`, what is expected for them does not count.
+        reference: another one with the same vocabulary; it is moved to the device of `model`.
+        batches: dictionaries with `input_ids` (B, T) and the other inputs that `score_heads` takes. Predictions of
+            tokens that are not `scored` do not count.
         progress: called with the number of batches done.
 
+    Returns:
+        KL divergence, agreement, and the number of tokens compared.
+
     Raises:
-        InputError: their vocabularies are not of the same size, or a softmax is adaptive, or there is no text.
-        UnsupportedModel: one of them predicts no next token.
+        InputError: the vocabularies have different sizes, a softmax is adaptive, or there is no text.
+        UnsupportedModel: one of the models does not predict the next token.
     """
     for each in (model, reference):
         require_language_model(each, "Comparing")
@@ -76,7 +79,7 @@ def likeness(
 
 
 def _compared(ours: SegmentOutputs, theirs: SegmentOutputs) -> tuple[float, float, int]:
-    """Return the sum of KL(theirs ‖ ours) over a batch's tokens, how often both agree, and how many tokens count."""
+    """Return the sum of KL(theirs ‖ ours) over a batch's tokens, the number of agreements, and that of the tokens."""
     if ours.read.is_adaptive or theirs.read.is_adaptive:
         raise InputError("Whole distributions are compared, which an adaptive softmax does not compute.")
 

@@ -28,9 +28,7 @@ def require_language_model(model: PreTrainedModel, what: str) -> None:
         UnsupportedModel: it does not.
     """
     if not hasattr(model, "can_generate"):
-        raise UnsupportedModel(
-            f"{what} needs a model of transformers, but an object of type {type(model).__name__} came."
-        )
+        raise UnsupportedModel(f"{what} needs a transformers model, but got an object of type {type(model).__name__}.")
     if not model.can_generate():
         raise UnsupportedModel(
             f"{what} needs a model that predicts the next token, but {type(model).__name__} has no such loss; it can "

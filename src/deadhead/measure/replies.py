@@ -1,8 +1,8 @@
-"""Is it still the same assistant? What models reply to prompts, how they repeat themselves, and how near they are.
+"""What models reply to prompts, how much they repeat themselves, and how near they are to a reference model.
 
-Every reply is greedy: the likeliest token each time, and nothing that a model's own generation settings add to that.
-How near a model is to another is measured on the other's replies, not on its own, so that one early difference counts
-once (`measure/likeness.py`).
+Every reply is greedy: each token is the most likely one, and the model's own generation settings have no effect. How
+near a model is to a reference is measured on the reference's replies rather than its own, so that one early difference
+counts once (`measure/likeness.py`).
 
 Dimensions: B rows, T tokens.
 """
@@ -32,7 +32,7 @@ from deadhead.modes import evaluating
 _GRAM = 4
 # A prompt that leaves room for fewer tokens is left out.
 _LEAST = 8
-# Rows of which replies are written, or compared, side by side.
+# Rows whose replies are written, or compared, side by side.
 _ROWS, _COMPARED = 25, 8
 
 
@@ -42,8 +42,8 @@ class Reply:
 
     Args:
         asked: the prompt.
-        prompt: its tokens, with what a chat template and the tokenizer put around it.
-        tokens: of the reply, with the token that ends it if the model came to one.
+        prompt: the prompt's tokens, with those that the chat template and the tokenizer add.
+        tokens: the reply's tokens, with the token that ends it if the model wrote one.
         text: the reply, without special tokens.
     """
 
@@ -55,13 +55,13 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Replies:
-    """What a model replied, and what that says of it.
+    """A model's replies, and what was measured on them.
 
     Args:
-        replies: in the order of the prompts.
-        repetition: see `repetition`.
-        likeness: to the first model, on the first one's replies; None for the first, and for models that have other
-            tokens.
+        replies: the replies, in the order of the prompts.
+        repetition: the share of repeated 4-grams (see `repetition`).
+        likeness: how near the model is to the first model, on the first model's replies. None for the first model, and
+            for models with other tokens.
     """
 
     replies: tuple[Reply, ...]
@@ -70,14 +70,14 @@ class Replies:
 
     @property
     def tokens(self) -> int:
-        """How many tokens all replies have."""
+        """The number of tokens of all replies."""
         return sum(len(reply.tokens) for reply in self.replies)
 
     @property
     def values(self) -> dict[str, float | int]:
-        """What was found, as plain JSON values: `repetition`, the `count` of replies and of their `tokens`.
+        """The measurements as plain JSON values: `repetition`, the `count` of replies and of their `tokens`.
 
-        With likeness there are its `divergence` and `agreement` too.
+        If there is a likeness, its `divergence` and `agreement` are added.
         """
         found: dict[str, float | int] = {"repetition": self.repetition}
         found |= {"count": len(self.replies), "tokens": self.tokens}
@@ -87,7 +87,7 @@ class Replies:
 
     @property
     def said(self) -> str:
-        """What was found, in words."""
+        """The measurements, in words."""
         near = ""
         if self.likeness is not None:
             near = (
@@ -107,15 +107,18 @@ def compare_replies(
     max_new_tokens: int = 200,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Replies]:
-    """Let models reply to the same prompts, and compare each with the first on the first one's replies.
+    """Let models reply to the same prompts, and compare each with the first model on the first model's replies.
 
     Args:
-        models: by name; the first is the reference.
-        tokenizers: one for each model.
-        prompts: what is asked.
-        max_new_tokens: tokens of a reply at most; where one of the models has too few positions for a prompt with so
-            many, the reply is as long as it can be, and prompts that leave no room for 8 tokens are left out.
-        progress: called with what goes on, how much is done and how much there is.
+        models: models by name; the first is the reference.
+        tokenizers: each model's tokenizer, by the same names.
+        prompts: the prompts.
+        max_new_tokens: the most tokens of a reply. If a model has too few positions for a prompt with such a reply, the
+            reply is as long as it can be; prompts that leave no room for 8 tokens are left out.
+        progress: called with a description of the present work, how much of it is done and how much there is.
+
+    Returns:
+        Each model's replies, by name.
 
     Raises:
         InputError: `write_replies` or `likeness` refuses a model.
@@ -123,7 +126,7 @@ def compare_replies(
     if not models or models.keys() != tokenizers.keys():
         raise InputError("Models by name were expected, and a tokenizer for each; give both mappings the same names.")
     first, *others = models
-    # The same room for all, that none repeats itself more because it may write more.
+    # The same room for all, so that no model repeats itself more because it may write more.
     known = [most for model in models.values() if (most := max_positions(model)) is not None]
     written = {
         name: write_replies(
@@ -152,7 +155,7 @@ def compare_replies(
 
 
 def replies_of(replies: Sequence[Reply], like: Likeness | None = None) -> Replies:
-    """Return what the replies of a model say of it, which may have been compared with another."""
+    """Return a model's replies with their measurements, given a comparison with another model if there is one."""
     return Replies(replies=tuple(replies), repetition=repetition(replies), likeness=like)
 
 
@@ -169,23 +172,24 @@ def write_replies(
 ) -> tuple[Reply, ...]:
     """Let a model reply to prompts, greedily, each up to a token that ends a text.
 
-    A prompt goes through the tokenizer's chat template if it has one. Rows are padded on the left where the model is
-    found to be indifferent to that, else prompts of one length go together. The model is put back as it was.
+    A prompt goes through the tokenizer's chat template if it has one. Rows are padded on the left if a trial shows that
+    padding does not change the model's outputs; otherwise only prompts of one length run together. Afterwards the model
+    is as it was.
 
     Args:
         model: a language model.
-        tokenizer: the model's.
-        prompts: what is asked.
-        max_new_tokens: tokens of a reply at most.
-        positions: tokens of a prompt with its reply at most; by default as many as the model has positions. Replies are
-            shorter where they must be, and prompts that leave no room for 8 tokens (or `max_new_tokens`) are left out.
-        batch_size: rows side by side at most.
-        progress: called with how many tokens a row are done and to do, over all batches.
+        tokenizer: the model's tokenizer.
+        prompts: the prompts.
+        max_new_tokens: the most tokens of a reply.
+        positions: the most tokens of a prompt with its reply; by default the model's positions. Replies are shorter if
+            they must be, and prompts that leave no room for 8 tokens (or `max_new_tokens`) are left out.
+        batch_size: the most rows side by side.
+        progress: called with the tokens of a row done and to do, over all batches.
 
     Raises:
         InputError: no prompt leaves room for a reply, a number is below 1, or a prompt has tokens that the model does
             not have.
-        UnsupportedModel: the model predicts no next token.
+        UnsupportedModel: the model does not predict the next token.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -195,7 +199,7 @@ def write_replies(
     ids = [prompt for _, prompt in asked]
     ends = ends_of(model, tokenizer)
     vocabulary = model.config.get_text_config().vocab_size
-    # Any token will do: padding is masked, and cut off behind an end.
+    # Any token will do: padding is masked, and removed after the end of a reply.
     pad = next((one for one in (tokenizer.pad_token_id, *ends) if one is not None and one < vocabulary), 0)
     writer = Writer(model, ends, pad)
     with torch.inference_mode(), evaluating(model), plain_generation(model):
@@ -223,11 +227,11 @@ def write_replies(
 
 @typed
 def require_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a model can reply to the prompts, and be compared with another that replies, before hours are spent.
+    """Check, before a long run, that a model can reply to the prompts and be compared with another model.
 
     Raises:
-        InputError: no prompt leaves room for a reply or can be asked, or the softmax is adaptive.
-        UnsupportedModel: the model predicts no next token.
+        InputError: no prompt leaves room for a reply, a prompt cannot be used, or the softmax is adaptive.
+        UnsupportedModel: the model does not predict the next token.
     """
     _askable(model, tokenizer, PROMPTS, max_positions(model), _LEAST)
     if isinstance(model.get_output_embeddings(), AdaptiveSoftmax):
@@ -239,7 +243,7 @@ def require_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def _askable(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None, new: int
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the prompts that a model can reply to, with their tokens; what cannot be asked is refused."""
+    """Return the prompts that a model can reply to, with their tokens; prompts that cannot be used are refused."""
     require_language_model(model, "Replying")
     require_weights(model, "Replying")
     asked = _fitting(list(zip(prompts, prompt_tokens(tokenizer, prompts), strict=True)), limit, new)
@@ -255,18 +259,18 @@ def reply_likeness(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Likeness:
-    """Compare what two models expect at each token of replies, after the prompt and the true reply before it.
+    """Compare what two models predict for each token of replies, after the prompt and the true reply before it.
 
-    Only the replies' tokens count, those that end them among them.
+    Only the replies' tokens count, including those that end a reply.
 
     Args:
         model: a language model.
-        reference: another with the same vocabulary, which wrote the replies; put back to its device afterwards.
-        replies: in the tokens of both.
-        progress: called with how many batches are done and to do.
+        reference: the model that wrote the replies, with the same vocabulary; afterwards it is on its device again.
+        replies: the replies, in tokens that both models share.
+        progress: called with the number of batches done and to do.
 
     Raises:
-        InputError: `likeness` refuses the models, or a prompt with its reply has more tokens than a model positions.
+        InputError: `likeness` refuses the models, or a prompt with its reply is longer than a model's positions.
     """
     rows = sorted(replies, key=lambda reply: len(reply.prompt) + len(reply.tokens))
     if rows:
@@ -281,10 +285,10 @@ def reply_likeness(
 
 
 def repetition(replies: Sequence[Reply]) -> float:
-    """Return the share of the 4-grams of tokens of all replies that occurred in the same reply before.
+    """Return the share of all replies' 4-grams of tokens that occurred earlier in the same reply.
 
-    0 where none repeats itself; a reply that only says one token again and again comes near to 1. 4-grams of all
-    replies are counted together, so long replies weigh more; one of fewer than four tokens has none.
+    It is 0 if no reply repeats itself, and near 1 if a reply only repeats one token. The 4-grams of all replies are
+    counted together, so long replies weigh more; a reply of fewer than four tokens has none.
     """
     repeated, total = 0, 0
     for reply in replies:
@@ -315,7 +319,7 @@ def _fitting(
 def _forced(rows: Sequence[Reply]) -> dict[str, Tensor]:
     """Return a batch, (B, T), of prompts with their replies, for models with segment memory and without.
 
-    Padding stands behind, where no earlier token sees it.
+    Padding comes last, where no token before it sees it.
     """
     width = max(len(row.prompt) + len(row.tokens) for row in rows)
     ids_BT = torch.zeros(len(rows), width, dtype=torch.long)

@@ -1,7 +1,7 @@
-"""Self-generated text: rows that a language model samples from its own distribution, to calibrate and recover by.
+"""Self-generated text: rows that a language model samples from its own distribution, for calibration and recovery.
 
-Where no text is at hand that is like what a model learned from, its own comes nearest (Williams, Chrysostomou, Aletras
-2024, arXiv 2410.17170). A model that was trained on conversations writes the user's questions too, if its row begins as
+If you have no text that is like the model's training text, its own text comes nearest (Williams, Chrysostomou, Aletras
+2024, arXiv 2410.17170). A model that was trained on conversations also writes the user's questions, if a row begins as
 its chat template begins a user's turn (Magpie: Xu et al. 2024, arXiv 2406.08464).
 
 Dimensions: B rows, T tokens, V vocabulary.
@@ -35,13 +35,13 @@ from deadhead.measure.positions import require_positions
 from deadhead.models.all_attention.cache import Room
 from deadhead.modes import evaluating
 
-# Rows that are written side by side, and bytes that their keys and values may take: on a CPU more rows bring no more.
+# Rows written side by side, and bytes that their keys and values may take; on a CPU more rows are no faster.
 _ROWS = {"cpu": 64}
 _MOST_ROWS, _MOST_BYTES = 256, 2 * 10**9
 
 
 def rows_at_once(model: PreTrainedModel, length: int, device: torch.device) -> tuple[int, int]:
-    """Return how many rows a model writes side by side on a device, and the bytes of their keys and values."""
+    """Return the number of rows that a model writes side by side on a device, and the bytes of their cache."""
     each = model_cost(model, length=length).kv_cache_bytes
     rows = max(1, min(_ROWS.get(device.type, _MOST_ROWS), _MOST_BYTES // max(each, 1)))
     return rows, rows * each
@@ -57,33 +57,33 @@ def write_text(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Let a model write rows of text, each token drawn from its distribution as it is (temperature 1, no token barred).
+    """Let a model write rows of text, each token drawn from its full distribution (temperature 1, no token excluded).
 
-    A row begins as the tokenizer begins a text (with BOS, say), and goes on as its chat template begins a user's turn,
-    if it has one; without both it begins with the token that ends a text, or begins one, or else with any. The end of a
-    turn or a text ends no row: in a conversation the tokens that the template puts between two turns follow, or those
-    of a new conversation, and other texts go on as the model goes on.
+    A row begins with the tokens that the tokenizer puts before a text (BOS, say), followed by those that begin a user's
+    turn if it has a chat template. With neither, a row begins with the token that ends a text, or begins one, or else
+    with any token. A row goes on after the end of a turn or text: in a conversation with the tokens that the template
+    puts between two turns, or those of a new conversation; otherwise with what the model writes next.
 
     Args:
-        model: a causal language model; it runs where it is, and is left as it was.
-        tokenizer: its own.
-        rows: how many.
-        length: tokens of a row, what it begins with among them.
-        seed: of all draws; the same gives the same rows, on a machine and with a version of torch.
+        model: a causal language model. It runs on the device that it is on; afterwards it is as it was.
+        tokenizer: the model's tokenizer.
+        rows: number of rows.
+        length: tokens of a row, including those that it begins with.
+        seed: seed of all draws. The same seed gives the same rows on one machine with one version of torch.
         progress: called with the tokens written, and those to write.
 
     Returns:
         The tokens, int64 (rows, length), on the CPU.
 
     Raises:
-        InputError: a number is out of range, a row has no place for more than its beginning, the model has too few
+        InputError: a number is out of range, `length` leaves no room after a row's beginning, the model has too few
             positions, or its logits are not finite.
-        UnsupportedModel: the model predicts no next token.
+        UnsupportedModel: the model does not predict the next token.
     """
     require_language_model(model, "Writing a text")
     require_weights(model, "Writing a text")
     if rows < 1:
-        raise InputError(f"At least one row must be asked for, but {rows} were.")
+        raise InputError(f"At least one row is needed, but got {rows}.")
     require_positions(model, length, of="A row")
     turns, prefix = turns_of(tokenizer), text_frame(tokenizer)[0]
     begin = (*prefix, *turns.begin) if turns else prefix
@@ -98,8 +98,8 @@ def write_text(
     least = max(len(begin), 1)
     if length <= least:
         raise InputError(
-            f"Rows of more than {least} tokens were expected, as many as a row begins with before the model goes on, "
-            f"but a length of {length} (--sequence-length) came; choose a longer one."
+            f"A row must be longer than the {least} tokens that it begins with before the model goes on, but got a "
+            f"length of {length} (--sequence-length); choose a longer one."
         )
     draws = torch.Generator().manual_seed(seed)
     at_once, _ = rows_at_once(model, length, model.device)
@@ -127,14 +127,14 @@ def write_text(
                 **_growing_cache(model, length),
             )
             written.append(ids_BT.cpu())
-    # Tensors that were made in inference mode cannot be learned from.
+    # Tensors that were made in inference mode cannot be used in training.
     return torch.cat(written).clone()
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return what a text is taken to begin with where its tokenizer puts nothing before it.
+    """Return a token to begin a text with, for a tokenizer that puts nothing before a text.
 
-    What parts texts stands before each, and a model has learned what comes after it.
+    It is the token that separates texts, if there is one: the model has learned what follows it.
     """
     for one in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if isinstance(one, int):
@@ -143,9 +143,9 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _growing_cache(model: PreTrainedModel, length: int) -> dict[str, Cache]:
-    """Return a cache with room for whole rows, where transformers' own would be copied at every step.
+    """Return a cache with room for whole rows; transformers' own cache would be copied at every step.
 
-    It is for models whose layers all keep everything; others get the one that they make themselves.
+    It is for models whose layers all keep every position; other models get the cache that they make themselves.
     """
     supports: Any = getattr(model, "_supports_default_dynamic_cache", lambda: False)
     if not supports():
@@ -158,7 +158,7 @@ def _growing_cache(model: PreTrainedModel, length: int) -> dict[str, Cache]:
 
 
 class _GrowingLayer(DynamicLayer):
-    """transformers' layer of a cache, the same to its users; `keys` and `values` are views of longer tensors."""
+    """A cache layer with transformers' interface whose `keys` and `values` are views of longer tensors."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class _GrowingLayer(DynamicLayer):
         self._room = {"keys": Room(), "values": Room()}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new positions; return those of all."""
+        """Append the keys and values of new positions; return those of all positions."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, _ = self._room["keys"].append(self.keys, key_states, self._length)
@@ -175,9 +175,9 @@ class _GrowingLayer(DynamicLayer):
 
 
 class _Sampler(LogitsProcessor):
-    """Draws each row's next token, or gives the one that the template has; all others get a score of −∞.
+    """Draws each row's next token, or takes the template's; all other tokens get a score of −∞.
 
-    So a search for the likeliest token finds it, and the process's own random state is not touched.
+    So greedy decoding finds the token, and the process's own random state is not used.
     """
 
     def __init__(
@@ -196,19 +196,19 @@ class _Sampler(LogitsProcessor):
         self._end = end
         self._known = known
         self._progress = progress
-        # Of each row the tokens that the template has still to write, and whether the answer is being written.
+        # For each row, the template's tokens that are still to be written, and whether the answer is being written.
         self._waiting: list[list[int]] = [[] for _ in range(rows)]
         self._is_answer = [False] * rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (B, V) in which one token of each row is left."""
+        """Return scores (B, V) that leave one token for each row."""
         logits_BV = scores.float()
         logits_BV[:, self._known :] = -torch.inf
         sums_BV = logits_BV.softmax(-1).cumsum(-1)
         if not bool(sums_BV[:, -1].isfinite().all()):
             raise InputError(
-                "A model that can write was expected, but its logits are not finite numbers; check its weights, or "
-                "name a text."
+                "The model cannot write text, because its logits are not finite numbers; check its weights, or name a "
+                "text."
             )
         drawn_B1 = torch.rand(len(scores), 1, generator=self._draws).to(scores.device)
         next_B = torch.searchsorted(sums_BV, drawn_B1 * sums_BV[:, -1:], right=True).squeeze(-1)
@@ -220,7 +220,7 @@ class _Sampler(LogitsProcessor):
         return torch.full_like(logits_BV, -torch.inf).scatter_(1, next_B[:, None], 0.0)
 
     def _led(self, row: int, token: int) -> int:
-        """Return the next token of a conversation: the template's, if it has the word, else the one drawn."""
+        """Return the next token of a conversation: the template's while it has tokens left, else the one drawn."""
         assert self._turns is not None
         if self._waiting[row]:
             return self._waiting[row].pop(0)

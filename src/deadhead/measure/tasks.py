@@ -119,7 +119,7 @@ def _known(manager: Any, name: str) -> list[str]:
         return found
     near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.7)
     hint = f", such as {near[0]}" if near else ""
-    raise InputError(f"A task that lm-eval knows was expected{hint}, or a YAML file of one, but {name!r} came.")
+    raise InputError(f"A task that lm-eval knows was expected{hint}, or a YAML file of one, but got {name!r}.")
 
 
 def _task_of(path: Path) -> str:
@@ -196,7 +196,7 @@ def run_tasks(
                 raise
             raise InputError(
                 f"lm-eval could not run {_shortened(tasks.names)} ({type(error).__name__}: {first_line(error)}); check "
-                f"the task and its data{', which the hub, not answering, did not give' if is_down else ''}."
+                f"the task and its data{', which may be missing as the hub does not answer' if is_down else ''}."
             ) from error
     return tuple(_scores(results["results"]))
 

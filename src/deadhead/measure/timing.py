@@ -73,8 +73,8 @@ def bench(
     """
     given: Any = models
     if not isinstance(given, Mapping) or not given:
-        came = "none" if isinstance(given, Mapping) else f"an object of type {type(given).__name__}"
-        raise InputError(f"A benchmark's models must be given by name, as in {{'dense': model}}, but {came} came.")
+        got = "none" if isinstance(given, Mapping) else f"an object of type {type(given).__name__}"
+        raise InputError(f"A benchmark's models must be given by name, as in {{'dense': model}}, but got {got}.")
     for model in models.values():
         require_model(model)
         require_weights(model, "A benchmark")

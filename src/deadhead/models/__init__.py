@@ -1,7 +1,7 @@
-"""deadhead's models: its own, and those of transformers with heads cut off, registered with transformers' Auto classes.
+"""deadhead's models: its own, and transformers' models with heads cut off, registered with transformers' Auto classes.
 
-The latter are registered as stand-ins: making all the classes at once would import every model of transformers.
-The files in the folders travel with checkpoints, so they import torch, transformers and each other only.
+The latter are registered as stand-ins, because making all the classes at once would import every model of transformers.
+The files in the folders are saved with checkpoints, so they import only torch, transformers and each other.
 """
 
 from typing import Any
@@ -35,13 +35,13 @@ for _config, _model, _causal in (
 
 
 class _StandIn:
-    """Stands in AutoConfig's table for the configuration class of a cut model of one type."""
+    """A placeholder in AutoConfig's table for the configuration class of a cut model of one type."""
 
     stock_type: str
 
     @classmethod
     def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a configuration of the class itself."""
+        """Make a configuration of the class that this one stands for."""
         stock: type[PreTrainedConfig] = CONFIG_MAPPING[cls.stock_type]
         return pruned_config_class(stock).from_dict(*args, **kwargs)
 

@@ -1,1 +1,1 @@
-"""Which units stay: the head plan, scores that make one, and how a plan looks in characters."""
+"""Which units stay: the head plan, scores that make a plan, and the head map in characters."""

@@ -1,6 +1,6 @@
-"""Blocks: the hidden units of a layer that one gate opens and closes, or that go and stay together in a ranking.
+"""Blocks: hidden units of a layer that one gate opens and closes, or that go or stay together in a ranking.
 
-Hidden units can be exchanged, so a block may be any of them: a run of neighbours, or units of like worth.
+The order of hidden units means nothing, so a block may hold any of them: a run of neighbours, or units of like scores.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from deadhead.plans.unit_plan import Layer
 Blocks = Mapping[Layer, Sequence[Sequence[int]]]
 """By layer, the hidden units of each block, in the dense model's numbering; each unit there is belongs to one block."""
 
-# Matrices whose sides are multiples of 64 or 128 are the fastest; of units in an order of their own 32 is enough.
+# Matrices whose sides are multiples of 64 or 128 are the fastest; for units that are sorted by score 32 is enough.
 LARGEST_RUN, LARGEST_SORTED = 128, 32
-# So that a layer's width can be chosen in steps of an eighth at most.
+# A block has at most an eighth of a layer, so that its width can be chosen finely enough.
 _FEWEST_BLOCKS = 8
 _LEAST_COMMON = 16
 
 
 def choose_block_size(widths: Iterable[int], asked: int | None, *, largest: int = LARGEST_RUN) -> int:
-    """Return the size of the blocks of layers of these widths: as asked for.
+    """Return the block size for layers of these widths: `asked`, unless it is None.
 
-    Else it is the largest power of two that divides all widths, up to `largest` and an eighth of a layer. Widths that
-    have none such above `_LEAST_COMMON`, as an earlier cut may leave them, get one that divides not all.
+    By default it is the largest power of two that divides all widths, up to `largest` and an eighth of a layer. If
+    there is none above `_LEAST_COMMON`, as after an earlier cut, the size need not divide all widths.
 
     Raises:
-        InputError: the size is larger than every layer, or not above 0.
+        InputError: `asked` is larger than every layer, or not above 0.
     """
     widths = [width for width in widths if width]
     if asked is None:
@@ -48,14 +48,14 @@ def choose_block_size(widths: Iterable[int], asked: int | None, *, largest: int 
 
 
 def runs(units: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    """Return the units of a layer in blocks of `size` neighbours; the last has what is left."""
+    """Return the units of a layer in blocks of `size` neighbours; the last block has the rest."""
     return [tuple(units[start : start + size]) for start in range(0, len(units), size)]
 
 
 def sorted_blocks(units: Sequence[int], scores: Tensor, size: int) -> list[tuple[int, ...]]:
     """Return the units of a layer in blocks of like scores, the lowest first.
 
-    The first block has what `size` leaves over, so that what stays when any blocks go is a multiple of it.
+    If `size` does not divide the units, the first block has the rest, so that multiples of `size` stay when blocks go.
     """
     order = [units[place] for place in scores.argsort(stable=True).tolist()]
     left = len(order) % size
@@ -63,10 +63,10 @@ def sorted_blocks(units: Sequence[int], scores: Tensor, size: int) -> list[tuple
 
 
 def owners(units: Sequence[int], blocks: Sequence[Sequence[int]]) -> Tensor:
-    """Return by place of each of a layer's units the index of its block, (F,), int64.
+    """Return the index of the block of each of a layer's units, in their order, (F,), int64.
 
     Raises:
-        InputError: a unit is in no block or in two, or a block has one that the layer does not have.
+        InputError: a unit is in no block or in two, or a block has a unit that the layer does not have.
     """
     there = set(units)
     owner: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""What gates open and rankings choose among: heads one by one, and hidden units in blocks."""
+"""What gates open, and rankings choose from: single heads, and blocks of hidden units."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from deadhead.plans.unit_plan import Layer, UnitPlan, ranges_text
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """By key, the units that each choice stands for, in the dense model's numbering: one head, or a block's units."""
+    """The units that each choice stands for, by key, numbered as in the dense model: a head, or a block's units."""
 
     unit: Unit  # what a head's index names
     members: Mapping[UnitKey, Sequence[Sequence[int]]]  # () where no unit is left
     total: Mapping[UnitKey, int]  # units of the dense model; layers that have lost all of them are in it too
-    # Hidden units that went with the last head of their layer; what a plan says of them means nothing.
+    # Hidden units that went with the last head of their layer; what a plan says of them has no effect.
     headless: frozenset[UnitKey] = frozenset()
 
     @cached_property
     def counts(self) -> dict[UnitKey, int]:
-        """How many choices there are, by key."""
+        """The number of choices, by key."""
         return {key: len(members) for key, members in self.members.items()}
 
     @cached_property
     def sizes(self) -> dict[UnitKey, Tensor]:
-        """How many units each choice stands for, by key, (H,), float64."""
+        """The number of units of each choice, (H,) by key, float64."""
         return {
             key: torch.tensor([len(block) for block in blocks], dtype=torch.float64)
             for key, blocks in self.members.items()
@@ -39,12 +39,12 @@ class Choices:
 
     @cached_property
     def units(self) -> dict[UnitKey, tuple[int, ...]]:
-        """The units there are, ascending, by key."""
+        """All units, ascending, by key."""
         return {key: _united(members) for key, members in self.members.items()}
 
     @property
     def has_blocks(self) -> bool:
-        """Whether hidden units are among them."""
+        """Whether there are hidden units among the choices."""
         return bool(self.hidden)
 
     @property
@@ -58,12 +58,12 @@ class Choices:
         return {key.layer: [ranges_text(block) for block in blocks] for key, blocks in self.hidden.items()}
 
     def plan(self, kept: Mapping[UnitKey, Iterable[int]], *, output_scale: bool = False) -> HeadPlan:
-        """Return the plan that keeps some choices, by their places; of a key that is not named all stay."""
+        """Return the plan that keeps some choices, given their places by key; a key that is not named keeps all."""
         units = {key: _united(self.members[key][place] for place in places) for key, places in kept.items()}
         return self.plan_of(units, output_scale=output_scale)
 
     def plan_of(self, units: Mapping[UnitKey, Sequence[int]], *, output_scale: bool = False) -> HeadPlan:
-        """Return the plan that keeps some units, by key; of a key that is not named all there are stay."""
+        """Return the plan that keeps some units, given by key; a key that is not named keeps all."""
         units = {**self.units, **units}
 
         def of(kind: str, found: Mapping[UnitKey, int] | Mapping[UnitKey, Sequence[int]]) -> dict[Layer, object]:
@@ -79,7 +79,7 @@ class Choices:
         )
 
     def kept_units(self, plan: HeadPlan) -> dict[UnitKey, tuple[int, ...]]:
-        """Return the units that `plan` keeps, by key; hidden units too of which it says nothing, if there are heads.
+        """Return the units that `plan` keeps, by key, with all hidden units if it says nothing of them.
 
         Raises:
             InputError: its unit, layers or numbers are not this model's, or it keeps a unit that was cut before.
@@ -114,25 +114,25 @@ class Choices:
             )
 
     def kept(self, plan: HeadPlan) -> dict[UnitKey, Tensor]:
-        """Return by key which choices `plan` keeps, (H,), bool.
+        """Return which choices `plan` keeps, (H,) by key, bool.
 
         Raises:
-            InputError: as `kept_units` says, or the plan keeps a part of a block.
+            InputError: see `kept_units`, or the plan keeps only a part of a block.
         """
         found = self._shares(plan)
         if (parted := _parted(found)) is not None:
             raise InputError(
                 f"The head plan keeps some hidden units of a block of layer {parted.layer} and not the others, so "
-                "that no gate can stand for it; attach gates in the blocks that the plan was made of."
+                "that no gate can represent it; attach gates with the blocks that the plan was made from."
             )
         return {key: share_H == 1 for key, share_H in found.items()}
 
     def fits(self, plan: HeadPlan) -> bool:
-        """Tell whether no block is kept in part by a plan of this model."""
+        """Return whether a plan of this model keeps or drops every block as a whole."""
         return _parted(self._shares(plan)) is None
 
     def _shares(self, plan: HeadPlan) -> dict[UnitKey, Tensor]:
-        """Return by key what share of its units each choice keeps, (H,)."""
+        """Return the share of its units that each choice keeps, (H,) by key."""
         kept = {key: set(units) for key, units in self.kept_units(plan).items()}
         return {
             key: torch.tensor([sum(unit in kept[key] for unit in block) / len(block) for block in blocks])
@@ -141,7 +141,7 @@ class Choices:
 
 
 def _parted(shares: Mapping[UnitKey, Tensor]) -> UnitKey | None:
-    """Return the first key that has a choice of which only a part is kept, if any does."""
+    """Return the first key with a choice that is kept only in part, if there is one."""
     return next((key for key, share_H in shares.items() if bool(((share_H > 0) & (share_H < 1)).any())), None)
 
 

@@ -1,4 +1,4 @@
-"""The head map as characters: layers × heads, kept and cut."""
+"""The head map in characters: layers × heads, kept and cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from deadhead.plans.unit_plan import Layer
 
 
 def head_map_text(plan: HeadPlan) -> str:
-    """Return the head map as text: one line a layer, ■ a head that stays, · one that goes; hidden units are counted."""
+    """Return the head map as text, one line a layer: ■ a head that stays, · one that goes; hidden units are counted."""
     hidden = {} if plan.hidden_units is None else plan.hidden_units.total
     layers = [*plan.total, *(layer for layer in hidden if layer not in plan.total)]
     width = max(len(str(layer)) for layer in layers)
@@ -21,7 +21,7 @@ def head_map_text(plan: HeadPlan) -> str:
 
 
 def count_text(plan: HeadPlan, layer: Layer) -> str:
-    """Return how many heads and hidden units of a plan's layer stay, of how many."""
+    """Return how many of a layer's heads and hidden units the plan keeps, as text."""
     parts = [f"{len(plan.kept[layer])}/{plan.total[layer]}"] if layer in plan.total else []
     if plan.hidden_units is not None and layer in plan.hidden_units.total:
         parts.append(f"hidden units {len(plan.hidden_units.kept[layer])}/{plan.hidden_units.total[layer]}")

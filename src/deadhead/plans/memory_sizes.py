@@ -1,4 +1,4 @@
-"""Sizes of memory in words: "4GiB" as it is asked for, "3.971 GiB" as it is told."""
+"""Sizes of memory as text: "4GiB" in options, "3.971 GiB" in reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,6})?) ?([kKMGT]?B|[kKMGT]iB)?")
 
 
 def in_bytes(size: str) -> int:
-    """Return how many bytes a size is; without a unit it is in bytes.
+    """Return the bytes of a size such as "4GiB"; without a unit it is in bytes.
 
     Raises:
-        ValueError: it is not a size, or nothing.
+        ValueError: it is not a size, or it is 0.
     """
     found = _SIZE.fullmatch(size.strip())
     count = 0 if found is None else round(float(found[1]) * _UNITS[(found[2] or "B").replace("K", "k")])
@@ -24,5 +24,5 @@ def in_bytes(size: str) -> int:
 
 
 def size_text(count: float) -> str:
-    """Return a number of bytes in words."""
+    """Return a number of bytes as text."""
     return f"{count / 2**30:.3f} GiB" if count >= 2**30 else f"{count / 2**20:.3f} MiB"

@@ -1,4 +1,4 @@
-"""The head map as a picture: what stays and what is cut, and the course of each gate over the steps."""
+"""The head map as a picture: what stays, what is cut, and the course of each gate over the steps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _KEPT, _CUT = "#0072b2", "#e69f00"
 
 
 def gate_courses(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[list[float]]]]:
-    """Return the steps in lines of metrics.jsonl, and by layer the open probability of each head at each of them."""
+    """Return the steps in metrics.jsonl, and the open probability of each head at each step, by layer."""
     lines = [line for line in metrics if "open_probability" in line]
     layers = _sizes(lines[0]) if lines else {}
-    # Of gates on another model, or in blocks of another size, there is no course to show with these.
+    # Gates of another model, or of blocks of another size, have no course that fits this map.
     lines = [line for line in lines if _sizes(line) == layers]
     steps = [int(line["step"]) for line in lines]
     return steps, {layer: [line["open_probability"][layer] for line in lines] for layer in layers}
@@ -35,9 +35,9 @@ def _sizes(line: Mapping[str, Any]) -> dict[str, int]:
 
 
 def head_map_image(open_probability: Sequence[Sequence[float]], *, side: int = 16) -> np.ndarray:
-    """Return the gates as pixels, a row a layer: filled blue as they are open, framed in orange where they are shut.
+    """Return the gates as pixels, one row a layer: open gates are filled blue, closed gates are framed orange.
 
-    A gate is a square of `side` pixels: (layers · side, most gates · side, 3) bytes in all.
+    A gate is a square of `side` pixels; the shape is (layers · side, most gates · side, 3), in bytes.
     """
     kept, cut = (np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) for colour in (_KEPT, _CUT))
     image = np.full((len(open_probability) * side, max(map(len, open_probability)) * side, 3), 255, dtype=np.uint8)
@@ -50,7 +50,7 @@ def head_map_image(open_probability: Sequence[Sequence[float]], *, side: int = 1
 
 
 def save_head_map(plan: HeadPlan, metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the head map and, if the metrics have them, the courses of the gates, into a PNG.
+    """Draw the head map into a PNG, with the courses of the gates if the metrics have them.
 
     Raises:
         InputError: the file cannot be written.

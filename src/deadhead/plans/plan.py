@@ -146,7 +146,7 @@ class HeadPlan:
         for name, of in {"blocks": 2, "hidden_units": 3}.items():
             if values.get(name) is not None and version != of:
                 raise InputError(
-                    f'The head plan has "{name}", which are of version {of}, but its version is {version}.'
+                    f'The head plan has "{name}", which belong to version {of}, but its version is {version}.'
                 )
         return cls(
             kept=values["kept"],

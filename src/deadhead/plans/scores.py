@@ -19,7 +19,7 @@ from deadhead.plans.unit_costs import UnitCosts
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScores:
-    """How much each head of a model is worth, and each block of hidden units, by whatever criterion; the lowest go."""
+    """The score of each head of a model, and of each block of hidden units, by any criterion; the lowest go."""
 
     scores: Mapping[UnitKey, Tensor]  # a number for each choice, (H,), on the CPU. −∞: it must go
     choices: Choices
@@ -27,12 +27,12 @@ class HeadScores:
 
     @typed
     def plan(self, sparsity: float, *, ranking: Ranking = "global") -> HeadPlan:
-        """Return the plan that drops a share of the heads there are now, those with the lowest scores.
+        """Return the plan that drops a share of the present heads: those with the lowest scores.
 
-        The same share goes of the blocks, if they have scores.
+        If blocks have scores, the same share of them goes too.
 
         Args:
-            sparsity: the share, in [0, 1]; heads that must go are among them, even if they are more.
+            sparsity: the share, in [0, 1]. Heads that must go (a score of −∞) count, and go even if they are more.
             ranking: "global" compares the heads of all layers; "layer" drops the same share of each.
 
         Raises:
@@ -56,12 +56,11 @@ class HeadScores:
     def bundled(
         self, blocks: Mapping[UnitKey, Sequence[Sequence[int]]], together: Callable[[UnitKey, Tensor], Tensor]
     ) -> HeadScores:
-        """Return the scores of blocks of hidden units; heads keep theirs.
+        """Return scores for blocks of hidden units in place of single units; heads keep their scores.
 
         Args:
-            blocks: by key.
-            together: returns for a key, and the index of the block that each of its units is in, (F,), the blocks'
-                scores, (H,).
+            blocks: the units of each block, by key.
+            together: given a key and the index of each unit's block, (F,), returns the blocks' scores, (H,).
         """
         members, scores = dict(self.choices.members), dict(self.scores)
         for key, found in blocks.items():
@@ -71,7 +70,7 @@ class HeadScores:
         return replace(self, scores=scores, choices=replace(self.choices, members=members))
 
     def in_blocks(self, asked: bool | int, together: Callable[[UnitKey, Tensor], Tensor]) -> HeadScores:
-        """Return the scores of blocks of hidden units of like scores, if there are any units.
+        """Return scores for blocks of hidden units with like scores, if there are hidden units.
 
         See `sorted_blocks` and `bundled`; a bool leaves the size to `choose_block_size`, which raises.
         """
@@ -83,22 +82,25 @@ class HeadScores:
         return self.bundled({key: sorted_blocks(units[key], self.scores[key], size) for key in units}, together)
 
     def over(self, costs: UnitCosts) -> HeadScores:
-        """Return these scores, which are worth something as numbers, over what each choice costs."""
+        """Return these scores, which must mean something as numbers, divided by the cost of each choice."""
         slopes = costs.slopes({key: len(units) for key, units in self.choices.units.items()})
         prices = {key: self.choices.sizes[key] * slope for key, slope in slopes.items()}
         mean = sum(float(price_H.mean()) for price_H in prices.values() if len(price_H)) / max(len(prices), 1)
         scores = {
-            # What costs nothing is worth keeping whatever its score.
+            # A choice without cost is worth keeping, whatever its score.
             key: (values / (prices[key] / mean)).to(values.dtype) if slopes.get(key, 0.0) > 0 else values
             for key, values in self.scores.items()
         }
         return replace(self, scores=scores)
 
     def within(self, costs: UnitCosts, limit: float) -> HeadPlan:
-        """Return the plan that drops the choices with the lowest scores until what stays costs no more than a limit.
+        """Return the plan that drops the choices with the lowest scores until the rest costs at most `limit`.
 
-        What then still fits comes back, the highest scores first, so that the budget is used up. Where no plan comes so
-        low, everything goes that costs anything. A score that is not a number is an InputError.
+        Choices that still fit then come back, the highest scores first, so that the budget is used up. If no plan is
+        within the limit, everything that has a cost goes.
+
+        Raises:
+            InputError: a score is not a number.
         """
         self._require_numbers()
         left = {key: len(units) for key, units in self.choices.units.items()}

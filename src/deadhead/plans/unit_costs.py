@@ -1,6 +1,6 @@
-"""What a model costs as a function of how many units each of its layers keeps: parameters, FLOPs, bytes, seconds.
+"""The cost of a model (parameters, FLOPs, bytes or seconds) as a function of the units that each layer keeps.
 
-Which of a layer's units stay makes no difference to any of these, only how many.
+The cost depends only on how many of a layer's units stay, not on which.
 
 Dimensions: K keys (a layer's heads, or its hidden units), N most units of a key.
 """
@@ -19,10 +19,10 @@ from deadhead.plans.plan import UnitKey
 
 @dataclass(frozen=True, kw_only=True)
 class UnitCosts:
-    """A cost that is a sum over layers, each a function of its number of units."""
+    """A cost that is a sum over layers; the cost of each layer is a function of its number of units."""
 
     fixed: float  # what is left when all units are gone
-    # By key, what 0, 1, … all of its units cost together, (units + 1,), float64 on the CPU, from 0 upwards.
+    # By key, the cost of 0, 1, … all of its units together, (units + 1,), float64 on the CPU, beginning with 0.
     tables: Mapping[UnitKey, Tensor]
 
     @cached_property
@@ -31,11 +31,11 @@ class UnitCosts:
         return self.fixed + sum(float(table[-1]) for table in self.tables.values())
 
     def of(self, counts: Mapping[UnitKey, float]) -> float:
-        """Return the cost with so many units of each key; between whole numbers it is interpolated."""
+        """Return the cost for the given number of units by key; between whole numbers it is interpolated."""
         return self.of_counts(torch.tensor([float(counts[key]) for key in self.tables], dtype=torch.float64))
 
     def of_counts(self, counts_K: Tensor) -> float:
-        """Return the cost with so many units of each key, in the order of the tables, (K,)."""
+        """Return the cost for the given numbers of units, (K,), in the order of the tables."""
         if not self.tables:
             return self.fixed
         last_K = torch.tensor([len(table) - 1 for table in self.tables.values()])
@@ -48,7 +48,7 @@ class UnitCosts:
         return self.fixed + float((below_K + share_K * (above_K - below_K)).sum())
 
     def slopes(self, counts: Mapping[UnitKey, float]) -> dict[UnitKey, float]:
-        """Return by key what one unit more or less costs at these counts: the line through the neighbours."""
+        """Return, by key, the cost of one unit more or less at these counts: the slope through the neighbours."""
         found: dict[UnitKey, float] = {}
         for key, table in self.tables.items():
             low, high = max(0, round(counts[key]) - 1), min(len(table) - 1, round(counts[key]) + 1)
@@ -56,13 +56,13 @@ class UnitCosts:
         return found
 
     def saved(self, key: UnitKey, count: int, units: int = 1) -> float:
-        """Return what goes when so many of `count` units of a key do."""
+        """Return the cost that is saved when some of `count` units of a key go."""
         table = self._numbers[key]
         return table[count] - table[count - units]
 
     @cached_property
     def _numbers(self) -> dict[UnitKey, list[float]]:
-        # An entry of a tensor takes a hundred times as long to read, and rankings read one for each hidden unit.
+        # Reading a tensor's entry takes a hundred times as long, and rankings read one for each hidden unit.
         return {key: table.double().tolist() for key, table in self.tables.items()}
 
     @cached_property

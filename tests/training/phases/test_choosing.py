@@ -173,7 +173,7 @@ def test_a_share_of_the_blocks_leaves_embeddings_and_output_layer_out() -> None:
     assert recipe.budget is not None and recipe.budget.words == {"kind": "params", "asked": 0.7, "of": "blocks"}
     with pytest.raises(ValidationError, match="of says what params is a share of"):
         recipe_of(flops=0.7, of="blocks")
-    with pytest.raises(InputError, match="Only a budget of params can be of the blocks' parameters"):
+    with pytest.raises(InputError, match="Only a budget of params can count the blocks' parameters alone"):
         Budget(kind="flops", value=0.7, of="blocks")
 
 

@@ -1,1 +1,1 @@
-"""The All-attention Transformer as a Hugging Face model, and the Transformer-XL that it is compared with."""
+"""The All-attention Transformer as a Hugging Face model, and the Transformer-XL to compare it with."""

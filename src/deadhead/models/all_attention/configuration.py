@@ -1,4 +1,4 @@
-"""Configuration of the All-attention Transformer, and of the Transformer-XL that it is compared with."""
+"""Configurations of the All-attention Transformer, and of the Transformer-XL to compare it with."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 
 
 class AllAttentionConfig(PreTrainedConfig):
-    """An All-attention Transformer language model (Sukhbaatar et al. 2019) with segment memory (Dai et al. 2019).
+    """Configuration of an All-attention Transformer (Sukhbaatar et al. 2019) with segment memory (Dai et al. 2019).
 
     Args:
-        vocab_size: V, tokens in the vocabulary.
+        vocab_size: V, number of tokens in the vocabulary.
         hidden_size: D, width of the model.
-        num_hidden_layers: L.
+        num_hidden_layers: L, number of layers.
         num_attention_heads: H, heads of a layer before any cut; must divide D.
         num_persistent: N, persistent key/value vectors of each head, in place of a feed-forward layer; 0 for none.
-        feed_forward_size: width of a feed-forward layer behind each attention layer, 0 for none; with it and without
-            persistent vectors the model is a Transformer-XL (see `TransformerXLConfig`).
+        feed_forward_size: width of a feed-forward layer after each attention layer; 0 for none. With it, and without
+            persistent vectors, the model is a Transformer-XL (see `TransformerXLConfig`).
         memory_length: M; every query attends to itself and the M positions before it ("same length" attention).
-        segment_length: T, tokens a training step reads; evaluation uses it as its stride.
-        position: "learned" or "sinusoidal" relative positions, or "rotary" (our extension).
-        share_position_bias: whether u and v are shared by all layers.
+        segment_length: T, tokens that a training step reads; evaluation uses it as its stride.
+        position: "learned" or "sinusoidal" relative positions, or "rotary" ones (our extension).
+        share_position_bias: whether all layers share u and v.
         attend_initial_memory: whether the M positions before the first token count as zero hidden states that are
-            attended like any other (as in the authors' code), or are left out.
-        projection_bias: whether q, k, v and r projections have biases.
-        final_layer_norm: whether a layer norm stands before the output layer.
+            attended to like any other (as in the authors' code), or are left out.
+        projection_bias: whether the q, k, v and r projections have biases.
+        final_layer_norm: whether there is a layer norm before the output layer.
         lm_head_bias: whether the output layer has a bias.
-        adaptive_cutoffs: ranks at which the vocabulary is cut into a shortlist and tails of falling width
-            (adaptive input and softmax), or None for plain embeddings.
-        adaptive_factor: each tail's width is the one before divided by this.
-        attention_dropout: of the attention weights, persistent ones included.
-        hidden_dropout: of each layer's output, and within a feed-forward layer.
-        embedding_dropout: of the scaled embeddings.
-        output_dropout: of the last hidden states.
+        adaptive_cutoffs: ranks that divide the vocabulary into a shortlist and tails of decreasing width (adaptive
+            input and softmax), or None for plain embeddings.
+        adaptive_factor: the width of each tail is that of the previous one divided by this number.
+        attention_dropout: dropout of the attention weights, persistent ones included.
+        hidden_dropout: dropout of each layer's output, and within a feed-forward layer.
+        embedding_dropout: dropout of the scaled embeddings.
+        output_dropout: dropout of the last hidden states.
         layer_norm_eps: ε of the layer norms.
-        initializer_range: standard deviation of the projections' and (times √D) embeddings' first values; None
+        initializer_range: standard deviation of the initial values of projections and (times √D) embeddings; None
             stands for 1/√D.
-        head_plan: the plan this model was cut by, as in `head_plan.json`; None for a dense model. Its blocks are of
-            feed-forward layers, or where there are none of persistent vectors: block j is the j-th run of so many of
-            them in every head of the layer.
+        head_plan: the plan that this model was cut by, as in `head_plan.json`; None for a dense model. Its blocks are
+            of feed-forward layers, or, if there are none, of persistent vectors: block j is the j-th run of vectors in
+            every head of the layer.
     """
 
     model_type = "deadhead_all_attention"
@@ -85,10 +85,10 @@ class AllAttentionConfig(PreTrainedConfig):
         self.validate_architecture()
 
     def validate_architecture(self) -> None:
-        """Check the sizes against each other.
+        """Check that the sizes fit each other.
 
         Raises:
-            ValueError: one sentence that names the size that does not fit.
+            ValueError: a size does not fit; the message is one sentence that names it.
         """
         for name in (*_SIZES, "num_persistent", "feed_forward_size"):
             value, least = getattr(self, name), int(name in _SIZES)
@@ -151,7 +151,7 @@ class AllAttentionConfig(PreTrainedConfig):
                 raise ValueError(f"head_plan's hidden_units are not the {units} {what} of a layer.")
 
     def _validate_units(self, plan: Any, what: str, most: dict[str, int] | None = None) -> dict[str, int]:
-        """Check what a plan keeps in each layer against `most`, or else against its own total; return that total."""
+        """Check the units that a plan keeps in each layer against `most`, or its own total; return the latter."""
         kept, total = (plan.get(name) if isinstance(plan, dict) else None for name in ("kept", "total"))
         layers = {str(layer) for layer in range(self.num_hidden_layers)}
         if not (isinstance(kept, dict) and isinstance(total, dict) and set(kept) == set(total) == layers):
@@ -171,7 +171,7 @@ class AllAttentionConfig(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int:
-        """Positions a query attends to, itself included; transformers' caches keep one less."""
+        """Positions that a query attends to, its own included; transformers' caches keep one less."""
         return self.memory_length + 1
 
     @sliding_window.setter
@@ -180,25 +180,25 @@ class AllAttentionConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """None: relative positions and a sliding window set no limit to the length of a text."""
+        """None, because relative positions and a sliding window do not limit the length of a text."""
         return None
 
     def layer_heads(self, layer: int) -> tuple[int, ...]:
-        """Return the heads that `layer` still has, as indices of the dense model."""
+        """Return the heads that are left in `layer`, by their indices in the dense model."""
         if self.head_plan is None:
             return tuple(range(self.num_attention_heads))
         return tuple(self.head_plan["kept"][str(layer)])
 
     def layer_feed_forward(self, layer: int) -> int:
-        """Return how many hidden units the feed-forward part of `layer` still has."""
+        """Return the number of hidden units left in the feed-forward part of `layer`."""
         return self._left_of(layer, self.feed_forward_size) if self.feed_forward_size else 0
 
     def layer_persistent(self, layer: int) -> int:
-        """Return how many persistent vectors each head of `layer` still has, if it still has heads."""
+        """Return the number of persistent vectors left in each head of `layer`, if it has heads."""
         return self.num_persistent if self.feed_forward_size else self._left_of(layer, self.num_persistent)
 
     def _left_of(self, layer: int, dense: int) -> int:
-        """Return how many units a plan of any version leaves of a layer's `dense` ones."""
+        """Return how many of a layer's `dense` units a plan of any version keeps."""
         plan = self.head_plan or {}
         if (blocks := plan.get("blocks")) is not None:
             return len(blocks["kept"][str(layer)]) * int(blocks["size"])
@@ -208,7 +208,7 @@ class AllAttentionConfig(PreTrainedConfig):
 
 
 def _ranges(text: str) -> list[tuple[int, int]]:
-    """Return the first and the last index of each range in a text such as ``0-4,6``; a ValueError if it is no such."""
+    """Return the first and the last index of each range in a text such as `0-4,6`; ValueError for other texts."""
     parts = [part.partition("-") for part in text.split(",")] if text else []
     found = [(int(first), int(last or first)) for first, _, last in parts]
     ends = [index for pair in found for index in pair]
@@ -218,10 +218,10 @@ def _ranges(text: str) -> list[tuple[int, int]]:
 
 
 class TransformerXLConfig(AllAttentionConfig):
-    """A Transformer-XL language model; see `AllAttentionConfig` for every field.
+    """Configuration of a Transformer-XL language model; see `AllAttentionConfig` for all fields.
 
     Args:
-        num_persistent: 0.
+        num_persistent: must be 0.
         feed_forward_size: width of the feed-forward layers.
     """
 
@@ -231,7 +231,7 @@ class TransformerXLConfig(AllAttentionConfig):
     feed_forward_size: int = 512
 
     def validate_architecture(self) -> None:
-        """Check the sizes as `AllAttentionConfig` does, and that they are a Transformer-XL's."""
+        """Check the sizes as `AllAttentionConfig` does, and that they describe a Transformer-XL."""
         super().validate_architecture()
         if self.num_persistent or not self.feed_forward_size:
             raise ValueError(

@@ -1,18 +1,18 @@
 """The All-attention Transformer (Sukhbaatar et al. 2019) with relative positions and segment memory (Dai et al. 2019).
 
-A layer is  h ← h + Dropout(W_O · concat_h head_h(LN(h), LN(memory)) + b_O);  there is no feed-forward layer, instead
-every head owns N persistent key/value vectors that join the context's in one softmax. With r = W_R p:
+A layer is  h ← h + Dropout(W_O · concat_h head_h(LN(h), LN(memory)) + b_O).  There is no feed-forward layer. Instead
+every head owns N persistent key/value vectors, which share one softmax with the context. With r = W_R p:
 
     content (q + u)·k      position (q + v)·r_{i−j}      persistent q·(√E m^k)      all / √E,      values v and √N m^v
 
-Every query sees exactly memory + 1 positions ("same length" attention), so carrying hidden states from segment to
-segment (training) and carrying keys and values in a sliding cache (evaluation) compute the same function.
+Every query sees exactly memory + 1 positions ("same length" attention). So training, which carries hidden states from
+segment to segment, and evaluation, which carries keys and values in a sliding cache, compute the same function.
 
-With `feed_forward_size` and without persistent vectors the same model is a Transformer-XL, line by line. If its
-feed-forward layers are as wide as the persistent vectors would be many, both have the same number of weights but for
+With `feed_forward_size` and without persistent vectors the same code is a Transformer-XL. If its feed-forward layers
+have as many hidden units as there would be persistent vectors, both models have the same number of weights, except for
 those layers' biases and norms.
 
-Layers may differ in their number of heads, and of persistent vectors in each head, or of hidden units:
+Layers may differ in their numbers of heads, of persistent vectors in each head, and of hidden units:
 `config.head_plan` names those that are left. A layer without heads adds b_O.
 
 Dimensions: B batch, T queries, P past, S context = P + T, M memory, W window = M + 1, H heads, D width, E head width,
@@ -48,9 +48,9 @@ _ALIGNMENT = 64
 
 @dataclass
 class AllAttentionOutput(ModelOutput):
-    """What the model returns, and the language model. With an adaptive softmax `logits` are log-probabilities.
+    """The output of the model, and of the language model. With an adaptive softmax, `logits` are log-probabilities.
 
-    `memory` holds each layer's last M inputs (L tensors of (B, ≤ M, D)), without a cache.
+    Without a cache, `memory` holds each layer's last M inputs: L tensors of (B, ≤ M, D).
     """
 
     loss: Tensor | None = None
@@ -63,7 +63,7 @@ class AllAttentionOutput(ModelOutput):
 
 
 class AllAttentionPreTrainedModel(PreTrainedModel):
-    """Loading, saving and first values."""
+    """Loading, saving and initial values."""
 
     config: AllAttentionConfig
     config_class = AllAttentionConfig
@@ -149,19 +149,20 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
         output_hidden_states: bool | None = None,
         **_: Any,
     ) -> AllAttentionOutput:
-        """Run the layers. What is None is as the configuration says.
+        """Run the layers. For an option that is None, the configuration decides.
 
         Args:
-            input_ids: (B, T).
-            attention_mask: (B, ≥ T), 0 where a position is padding (left padding); None if none is.
+            input_ids: tokens, (B, T).
+            attention_mask: (B, ≥ T), 0 where a position is padding, which must be on the left; None if none is.
             past_key_values: keys and values of the positions before, for evaluation.
-            memory: `memory` of the segment before, for training; each layer's states of (B, P ≤ M, D).
-            inputs_embeds: (B, T, D) instead of `input_ids`, as the embedding layer gives them, not yet scaled by √D.
-            use_cache: whether to return a cache; by default in evaluation without memory.
-            output_attentions: whether to return each layer's weights (B, H, T, S + N).
+            memory: `memory` of the segment before, for training: each layer's states, (B, P ≤ M, D).
+            inputs_embeds: (B, T, D), in place of `input_ids`: outputs of the embedding layer, not yet scaled by √D.
+            use_cache: whether to return a cache; by default it is returned in evaluation without memory.
+            output_attentions: whether to return each layer's attention weights, (B, H, T, S + N).
             output_hidden_states: whether to return the embeddings and each layer's output.
 
-        With `return_dict=False` a tuple of all that is not None is returned.
+        Returns:
+            The output; with `return_dict=False` a tuple of all its values that are not None.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, one of the two.")
@@ -213,7 +214,7 @@ class AllAttentionModel(AllAttentionPreTrainedModel):
 
 
 def _padding(attention_mask: Tensor | None, columns: int) -> Tensor | None:
-    """Return where a column is padding, (B, ≥ columns), or None if none is; memory that the mask leaves out is not."""
+    """Return which columns are padding, (B, ≥ columns), or None if none is; memory beyond the mask is no padding."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return nn.functional.pad(attention_mask == 0, (max(0, columns - attention_mask.shape[1]), 0))
@@ -240,7 +241,7 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
-        """Leave the mask of padding as it is: the layers themselves know the window, static caches included."""
+        """Return the padding mask as it is: the layers apply the window themselves, also with static caches."""
         return attention_mask
 
     @can_return_tuple
@@ -257,12 +258,13 @@ class AllAttentionForCausalLM(AllAttentionPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> AllAttentionOutput:
-        """Return logits, and the mean negative log-likelihood where labels are given; see `AllAttentionModel.forward`.
+        """Return logits, and with labels the mean negative log-likelihood in nats; see `AllAttentionModel.forward`.
 
-        `labels`, (B, T), are the inputs themselves: they are shifted here, and −100 is ignored. `shift_labels`, (B, T),
-        are each position's next token, for texts that go on in the next segment; they go first. `logits_to_keep` says
-        how many of the last positions get logits (0: all), or which, by index. The summed loss is divided by
-        `num_items_in_batch` if that is given.
+        - `labels`, (B, T), are the inputs themselves: they are shifted here, and −100 is ignored.
+        - `shift_labels`, (B, T), are each position's next token, for texts that continue in the next segment; they
+          take precedence over `labels`.
+        - `logits_to_keep` is the number of last positions that get logits (0: all), or their indices.
+        - `num_items_in_batch`, if given, divides the summed loss.
         """
         outputs = self.model(
             input_ids, attention_mask, past_key_values, memory, inputs_embeds, return_dict=True, **kwargs
