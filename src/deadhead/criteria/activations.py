@@ -1,4 +1,4 @@
-"""Criteria that look at what output projections get: how large a unit's activations are, and how much they vary.
+"""Criteria on the inputs of output projections: how large a unit's activations are, and how much they vary.
 
 Dimensions: R positions that count, H units of a site, E width of a unit in the output projection's input, n = H·E,
 D model width.
@@ -23,7 +23,7 @@ from deadhead.layouts import Site, head_columns
 
 @torch.no_grad()
 def output_differences(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
-    """Return for each site the mean over batches of d_h², (H,)."""
+    """Return the mean over batches of d_h², (H,), for each site."""
     found = [torch.zeros(len(site.units)) for site in sites]
     count = torch.zeros((), dtype=torch.int64)
 
@@ -40,10 +40,10 @@ def output_differences(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
 
 
 def wanda(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
-    """Return for each site Σ_j ‖W_O,j‖₁ ‖x_j‖₂ over a unit's columns j, over the site's mean, (H,).
+    """Return Σ_j ‖W_O,j‖₁ ‖x_j‖₂ over a unit's columns j, divided by the site's mean, (H,), for each site.
 
-    Wanda (Sun, Liu, Bair, Kolter 2023, arXiv 2306.11695, equation 1) for whole columns. It compares weights of one
-    output alone; over the mean, sites compare.
+    This is Wanda (Sun, Liu, Bair, Kolter 2023, arXiv 2306.11695, equation 1) for whole columns. Wanda compares only
+    weights of one output; dividing by the mean makes sites comparable.
     """
     found = []
     for site, moments in zip(sites, _moments(reading, sites), strict=True):
@@ -54,13 +54,14 @@ def wanda(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
 
 
 def flap(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
-    """Return for each site Var(x_j) ‖W_O,j‖², standardised over its columns j, and its mean over a unit's, (H,).
+    """Return Var(x_j) ‖W_O,j‖², standardised over a site's columns j and averaged over a unit's, (H,), for each site.
 
-    FLAP (An, Zhao, Yu, Tang, Wang 2024, arXiv 2312.11983, equations 5 and 6). Its authors take the mean over a head's
-    columns first. Of a few units one is always far below the mean; of a few groups too many would go.
+    This is FLAP (An, Zhao, Yu, Tang, Wang 2024, arXiv 2312.11983, equations 5 and 6), except that its authors take the
+    mean over a head's columns first. Among few units one is always far below the mean, so too many would go in models
+    with few groups.
 
-    What stays constant could be put into a bias; its authors do that. Here it is left out: most models have no bias,
-    and least squares after the cut do more.
+    The constant part of an activation could be moved into a bias, as the authors do. Here it is not: most models have
+    no bias, and least squares after the cut do more.
     """
     found = []
     for site, moments in zip(sites, _moments(reading, sites), strict=True):
@@ -89,7 +90,7 @@ class _Moments:
         self.spread = torch.zeros(width, dtype=torch.float64)  # Σ (x − mean)²
 
     def add(self, rows_Rn: Tensor) -> None:
-        """Add rows; batch by batch, so that no difference of large sums is taken."""
+        """Add rows, batch by batch, so that no difference of large sums is taken."""
         if count := len(rows_Rn):
             variance, mean = (part.cpu().double() for part in torch.var_mean(rows_Rn.float(), 0, correction=0))
             self._merge(count, mean, variance * count)

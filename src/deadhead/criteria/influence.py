@@ -18,10 +18,10 @@ from deadhead.layouts import Site
 
 @torch.no_grad()
 def influence(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
-    """Return for each site the mean of 1 − cos(h before, h behind), shared out among its units, (H,).
+    """Return the mean of 1 − cos(h before, h after), divided among a site's units, (H,), for each site.
 
-    Block influence (Men et al. 2024, arXiv 2403.03853, equation 1), but of attention and feed-forward parts, not of
-    layers. All units of a site score alike, so it goes whole before the next begins.
+    This is block influence (Men et al. 2024, arXiv 2403.03853, equation 1), but of attention and feed-forward parts
+    rather than layers. All units of a site have the same score, so a site goes as a whole before the next begins.
     """
     totals = {site.key: torch.zeros((), dtype=torch.float64) for site in sites}
     tokens = torch.zeros((), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What criteria that look at text share: a model runs over batches, and which positions of a batch count."""
+"""What all criteria that need text share: running a model over batches, and the positions of a batch that count."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ Begin = Callable[[Mapping[str, Tensor]], None]
 
 
 class Reading(Protocol):
-    """Runs modules of a language model over a text while others watch them.
+    """Runs modules of a language model over a text while a criterion observes them.
 
-    Where processes share the text out, a reading is over this one's batches; whoever sums up over them lets `shares`
-    add that up afterwards, in every process.
+    If several processes share the text, a reading covers the batches of this process. A criterion that sums over
+    batches then adds up its sums over all processes by `shares`, in every process.
     """
 
     model: PreTrainedModel
     shares: Shares
 
     def over(self, begin: Begin = lambda inputs: None) -> Iterator[tuple[Any, Mapping[str, Tensor]]]:
-        """Run them over each batch, and yield what they made of it, and the batch, of which `begin` is told before.
+        """Run the modules over each batch; yield their outputs and the batch. `begin` is called before each batch.
 
         Raises:
-            InputError: there is no batch, in any process.
+            InputError: no process has a batch.
         """
 
     def gradients(self, made: Any, of: Sequence[Tensor], count: int) -> Sequence[Tensor]:
-        """Return the gradients of the sum of the losses of all `count` tokens that count, with respect to `of`."""
+        """Return the gradients of the summed losses of all `count` tokens that count, with respect to `of`."""
 
 
 class WholeReading:
-    """Runs a language model as a whole; made before anything hooks on to the model, which it first tries.
+    """Runs a language model as a whole. Make it before you register hooks, because it first runs the model on trial.
 
     Args:
-        model: it.
-        batches: those that `score_heads` takes, the same in every process.
-        shares: which of them this process reads.
+        model: the model.
+        batches: batches as `score_heads` takes them, the same in every process.
+        shares: which of the batches this process reads.
 
     Raises:
         UnsupportedModel: the model does not predict the next token.

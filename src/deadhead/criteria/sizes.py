@@ -1,15 +1,15 @@
-"""Learned sizes: how much of each sublayer stays is learned by gradients, with those that are gone made up for.
+"""Learned sizes: learn by gradients how many units each sublayer keeps, while the kept units make up for the others.
 
-Every sublayer's units stand in the order in which they are best removed (`second_order.py`, "reconstruction"), and its
-output projection is a function of how many are left (`nested.py`). So the whole model is a function of one size s for
-each sublayer, and with c(s) what it costs,
+The units of a sublayer are sorted in the order in which they are best removed (`second_order.py`, "reconstruction"),
+and its output projection is a function of the number that is left (`nested.py`). So the whole model is a function of
+one size s for each sublayer. With c(s) the cost of a size, gradient descent solves
 
-    min KL(dense ‖ model(s))   such that   Σ c(s) = budget
+    min KL(dense ‖ model(s))   such that   Σ c(s) = budget:
 
-is descended: a sublayer grows that gives more for what it costs than the others do, and one that gives less shrinks. A
-ranking instead adds up errors of single sublayers, and does not see what the others make of them.
+a sublayer that gives more for its cost than the others grows, and one that gives less shrinks. A ranking, in contrast,
+adds up the errors of single sublayers, and does not see what later sublayers make of them.
 
-The function is a stand-in: afterwards the model is cut as it is, and compensated as a step of its own.
+The function is only a model: afterwards the original model is cut, and compensated in a separate step.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _HALVINGS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedSizes:
-    """What was learned.
+    """The result of learning sizes.
 
     Args:
-        scores: how far inside of its sublayer's size each choice lies, in choices: from 1 it is wholly inside.
-        divergences: KL(dense ‖ model) of each step, in nats a token.
+        scores: how far each choice lies inside its sublayer's size, in choices: from 1 on it is wholly inside.
+        divergences: KL(dense ‖ model) at each step, in nats per token.
     """
 
     scores: HeadScores
@@ -61,21 +61,22 @@ class LearnedSizes:
 
 
 class SizesCourse:
-    """What sizes are learned from: what each projection of a model reads, and what the model makes of a text.
+    """The data that sizes are learned from: the inputs of each projection, and the model's outputs on a text.
 
-    It is gathered once, and several budgets may be learned by it, one after the other.
+    They are gathered once; sizes for several budgets can then be learned, one after the other.
 
     Args:
-        model: a language model without gates; not changed.
-        batches: of text, as `score_heads` takes them: all tell what projections read, and each step learns from one.
-        costs: what units cost; the keys without a cost are left as they are.
-        unit: "head" or "kv_group"; None takes the groups where there are any.
-        blocks: whether hidden units go too, or how many at a time.
-        progress: called with the number of batches read, and of all there are.
+        model: a language model without gates; it is not changed.
+        batches: text, as `score_heads` takes it. Projections' inputs are gathered on all batches, and each step learns
+            from one batch.
+        costs: what units cost; keys without a cost are left as they are.
+        unit: "head" or "kv_group". None chooses "kv_group" if the model has such groups.
+        blocks: True removes hidden units too; a number sets how many go at a time.
+        progress: called with the number of batches read, and of all batches.
 
     Raises:
-        UnsupportedModel: the criterion cannot follow the model's stream.
-        InputError: there is no text, the softmax is adaptive, or some of what would go are persistent vectors.
+        UnsupportedModel: the criterion cannot follow the model's residual stream.
+        InputError: there is no text, the softmax is adaptive, or persistent vectors would have to go.
     """
 
     def __init__(
@@ -136,13 +137,13 @@ class SizesCourse:
         start: Mapping[UnitKey, float] | None = None,
         progress: Callable[[int, float], None] = lambda done, divergence: None,
     ) -> LearnedSizes:
-        """Learn how much of each sublayer should stay for the model to cost a share of what it does.
+        """Learn how much of each sublayer to keep, so that the model costs a share of the dense model.
 
         Args:
-            share: of the dense cost, in (0, 1].
-            steps: of the descent; batches come again if they are fewer.
-            start: sizes to begin with, in units, such as those of a larger share; None begins as a ranking would cut.
-            progress: called with the number of steps done, and KL(dense ‖ model) in nats a token.
+            share: the share of the dense cost, in (0, 1].
+            steps: steps of the descent; batches are repeated if they are fewer.
+            start: sizes to begin with, in units, such as those of a larger share; None begins with those of a ranking.
+            progress: called with the number of steps done, and KL(dense ‖ model) in nats per token.
         """
         limit, model, nested = share * self._costs.total, self._model, self._nested
         if start is None:

@@ -1,7 +1,7 @@
 """The residual stream around each sublayer, as a model runs.
 
-A layer gets the stream h, and its attention and feed-forward parts each add what their output projections give, perhaps
-through a norm: h ← h + Δ.
+A layer gets the stream h. Its attention and feed-forward parts each add the output of their output projection, perhaps
+after a norm: h ← h + Δ.
 
 Dimensions: B batch, T tokens, D model width, n width of an output projection's input.
 """
@@ -26,7 +26,7 @@ _TOLERANCE = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """What one sublayer made of one batch, without gradients."""
+    """What one sublayer computed on one batch, without gradients."""
 
     site: Site
     inputs: Tensor  # (B, T, n) what the output projection got
@@ -35,7 +35,7 @@ class Passage:
 
 
 class _Part:
-    """What a site's output projection got, and what of its output reaches the stream, as far as that is seen."""
+    """A site's output projection: its input, and the part of its output that reaches the stream, as observed so far."""
 
     def __init__(self, site: Site, inputs: Tensor, output: Tensor) -> None:
         self.site, self.inputs = site, inputs.detach()
@@ -55,7 +55,7 @@ class _Part:
 
 @dataclass
 class _Layer:
-    """A layer that runs: what came in, and what its sites made of it."""
+    """A running layer: its input, and what its sites computed."""
 
     module: nn.Module
     sites: list[Site]
@@ -65,10 +65,10 @@ class _Layer:
 
 @contextmanager
 def watched(model: PreTrainedModel, sites: Sequence[Site], visit: Callable[[Passage], None]) -> Iterator[None]:
-    """Tell `visit`, as a layer ends, what each of its sites made of the stream, while the block runs.
+    """Call `visit` after each layer with what its sites did to the stream, while the block runs.
 
     Raises:
-        UnsupportedModel: a site lies in no layer, or when the model runs, a layer does something else to the stream.
+        UnsupportedModel: a site is in no layer, or, when the model runs, a layer does something else to the stream.
     """
     with ExitStack() as exits:
         for layer in _layers(model, sites):

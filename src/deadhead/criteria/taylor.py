@@ -18,9 +18,9 @@ from deadhead.layouts import Site
 
 
 class _Mask(nn.Module):
-    """Multiplies the units of every row of a batch by numbers of its own, to be derived by.
+    """Multiplies the units of every row of a batch by numbers of that row, for derivatives with respect to them.
 
-    It hooks on to the output projection. Where the module reads its gate itself, it stands in the gate's place.
+    It is a hook on the output projection. If the module reads its gate itself, it takes the gate's place.
     """
 
     # What an attention module asks of a gate that learns; here each unit has its own.
@@ -63,10 +63,10 @@ class _Mask(nn.Module):
 
 
 def taylor(reading: Reading, sites: Sequence[Site]) -> list[Tensor]:
-    """Return for each site ∂L / ∂ξ_h of every row, (R, H), L the mean loss of the row's tokens, as shares of a mean.
+    """Return ∂L / ∂ξ_h of every row, (R, H), for each site, where L is the mean loss of the row's tokens.
 
-    Rows weigh by the tokens of theirs that count. A unit's score is the sum over rows of what there is, without its
-    sign, and that of several units together the same of their sum: they may make up for each other.
+    Rows are weighted by their share of the tokens that count. The score of a unit is the sum of absolute values over
+    rows. The score of several units takes the absolute values of their sum, because they may make up for each other.
     """
     found: list[list[Tensor]] = [[] for _ in sites]
     masks = [_Mask(site) for site in sites]

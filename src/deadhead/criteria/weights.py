@@ -1,4 +1,4 @@
-"""Criteria that look at no text: the size of a unit's weights, and chance.
+"""Criteria that need no text: the size of a unit's weights, and chance.
 
 Dimensions: H units of a site.
 """
@@ -14,7 +14,7 @@ from deadhead.layouts import Site
 
 
 def magnitudes(sites: Sequence[Site]) -> list[Tensor]:
-    """Return for each site the sum of squares of all numbers that would go with each of its units, (H,)."""
+    """Return the sum of squares of all weights that would go with each unit, (H,), for each site."""
     return [_magnitude(site) for site in sites]
 
 
@@ -35,6 +35,6 @@ def _magnitude(site: Site) -> Tensor:
 
 
 def random(sites: Sequence[Site], seed: int) -> list[Tensor]:
-    """Return for each site numbers between 0 and 1 that follow the seed, (H,)."""
+    """Return random numbers between 0 and 1, determined by the seed, (H,), for each site."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(len(site.units), generator=generator) for site in sites]

@@ -1,4 +1,4 @@
-"""Hold what a runtime computes against what PyTorch computes: logits of a text, and a greedy continuation.
+"""Compare a runtime's outputs with PyTorch's: the logits of a text, and a greedy continuation.
 
 Dimensions: B texts, T positions of the prompt, C tokens of the continuation, V vocabulary.
 """
@@ -23,9 +23,9 @@ LIKELIEST = 20
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch computes: a prompt's greedy continuation, and logits of all but the last token, (T + C − 1, V).
+    """PyTorch's outputs: a prompt's greedy continuation, and the logits of all tokens but the last, (T + C − 1, V).
 
-    Of models that continue no texts: no continuation, and the first output for the prompt.
+    For models that do not continue texts: no continuation, and the first output for the prompt.
     """
 
     prompt_T: np.ndarray
@@ -40,11 +40,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a runtime, by name and version, came.
+    """How near the outputs of a runtime, given by name and version, are to PyTorch's.
 
-    `logit_difference` is max|Δ| / max|reference| of logits over all positions, where a runtime does not give them with
-    the Δ of the likeliest tokens' log-probabilities; `tolerance` is the most that was allowed. Of the C `tokens` of the
-    greedy continuation, `tokens_equal` are the same before the first that is not.
+    `logit_difference` is max|Δ| / max|reference| of logits over all positions. If a runtime does not return logits, Δ
+    is that of the most likely tokens' log-probabilities. `tolerance` is the largest difference allowed. `tokens_equal` is
+    the number of tokens before the first difference, of the C `tokens` of the greedy continuation.
     """
 
     runtime: str
@@ -80,10 +80,10 @@ def make_reference(model: PreTrainedModel, seed: int = 0) -> Reference:
 
 
 def compare(reference: Reference, logits: np.ndarray, *, runtime: str, tolerance: float) -> Agreement:
-    """Return how near `logits`, of the reference's shape, are.
+    """Return how near `logits`, in the reference's shape, are to the reference.
 
     Raises:
-        ExportError: not near enough, or not numbers.
+        ExportError: they are not near enough, or not finite.
     """
     if logits.shape != reference.logits.shape:
         raise ExportError(
@@ -98,12 +98,12 @@ def compare(reference: Reference, logits: np.ndarray, *, runtime: str, tolerance
 def compare_likeliest(
     reference: Reference, tokens: list[int], positions: list[dict[int, float]], *, runtime: str, tolerance: float
 ) -> Agreement:
-    """Return how near a runtime comes that gives its greedy tokens, and log-probabilities of the likeliest alone.
+    """Return how near a runtime is that returns only greedy tokens and the log-probabilities of the most likely ones.
 
-    Those of positions behind a token that differs are of another text, and not compared.
+    Positions after a token that differs belong to another text, and are not compared.
 
     Raises:
-        ExportError: not near enough, or not numbers.
+        ExportError: they are not near enough, or not finite.
     """
     found = np.array(tokens)
     expected = reference.continuation_C

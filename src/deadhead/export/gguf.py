@@ -1,8 +1,8 @@
 """Write a model of the Llama family, cut or not, as a GGUF file for llama.cpp.
 
-Where all layers are alike, it is the model's own architecture; where they differ, `deci` takes numbers of heads and
-hidden units for each layer, and `openelm` does so for models that norm queries and keys. A layer without heads stays
-one in `deci`, but for the first; elsewhere, and for a feed-forward layer without hidden units, stands one of zeros.
+If all layers are alike, the file has the model's own architecture. If they differ, `deci` takes the numbers of heads
+and hidden units of each layer, and `openelm` does so for models that norm queries and keys. In `deci` a layer may have no
+heads, except the first. Elsewhere, and for a feed-forward layer without hidden units, a layer of zeros is written.
 
 Dimensions: D width, H heads, G key/value heads, E head width, F hidden units.
 """
@@ -70,7 +70,7 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
     """Return how a model goes into a file.
 
     Raises:
-        UnsupportedModel: none of llama.cpp's architectures can say it; the message says why.
+        UnsupportedModel: none of llama.cpp's architectures can describe the model; the message says why.
     """
     config: Any = model.config
     kind = config.model_type.removeprefix(TYPE_PREFIX)
@@ -99,7 +99,7 @@ def plan_file(model: PreTrainedModel) -> GgufPlan:
 
 
 def _architecture(config: Any, kind: str, shapes: list[LayerShape], head_dim: int, *, has_factors: bool) -> str:
-    """Return the narrowest of llama.cpp's architectures that can say the model."""
+    """Return the most specific of llama.cpp's architectures that can describe the model."""
     first = shapes[0]
     alike = len(set(shapes)) == 1 and first.heads > 0 and first.units > 0
     # Llama.cpp's Qwen2 wants heads that fill the width.
@@ -135,14 +135,14 @@ def _shape(layer: Any, head_dim: int) -> LayerShape:
 
 
 def _written(shape: LayerShape, layer: Any, index: int, architecture: str) -> LayerShape:
-    """Return the numbers in the file, where some layers that do nothing must be there as zeros."""
+    """Return the numbers in the file, in which some layers that do nothing must be written as zeros."""
     if not shape.heads and (architecture != "deci" or index == 0 or layer.self_attn.o_proj.bias is not None):
         shape = replace(shape, heads=1, kv_heads=1)
     return replace(shape, units=shape.units or _BLOCK)
 
 
 def _rope_factors(model: PreTrainedModel, kind: str) -> Tensor | None:
-    """Return what the plain frequencies are divided by, from those that the model has."""
+    """Return the divisors of the plain frequencies, given the model's frequencies."""
     rotary: Any = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     parameters = model.config.rope_parameters
     is_known = parameters["rope_type"] in ("default", "linear", "llama3")

@@ -26,7 +26,7 @@ _NOT_MADE = ("iq1_", "iq2_", "q2_k_s", "mxfp4", "nvfp4", "q1_0")
 
 
 def require_quantizer(kind: str) -> None:
-    """Check that llama.cpp's quantiser is there and makes such a type, or raise an InputError."""
+    """Raise an InputError if llama.cpp's quantiser is not installed or does not make this type."""
     require_extra("llama-cpp", "llama_cpp", what=f"Type {kind}, which llama.cpp's quantiser makes,")
     import llama_cpp
 
@@ -40,7 +40,7 @@ def require_quantizer(kind: str) -> None:
 def read_logits(
     path: Path, prompt_T: np.ndarray, rest_C: np.ndarray, texts: Sequence[str] = ()
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Read a prompt at once and then token by token the rest, with a key/value cache in float32.
+    """Read a prompt at once and the rest token by token, with a key/value cache in float32.
 
     Returns:
         the logits of every position, (T + C, V), and the tokens that the file's tokenizer gives each text.
@@ -54,7 +54,7 @@ def read_logits(
 
 
 def quantize(path: Path, out: Path, kind: str) -> None:
-    """Let llama.cpp's own quantiser write `out` from a file in float16 or float32, in a type such as "q4_k_m"."""
+    """Write `out` with llama.cpp's own quantiser, from a file in float16 or float32, in a type such as "q4_k_m"."""
     _run({"task": "quantize", "path": str(path), "out": str(out), "kind": kind})
 
 
@@ -72,7 +72,7 @@ def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _reason(result: subprocess.CompletedProcess[str]) -> str:
-    """Return what llama.cpp said, which stands above what Python made of it."""
+    """Return llama.cpp's own message, which is printed before Python's."""
     if result.returncode < 0:
         return f"its process crashed ({signal.Signals(-result.returncode).name})"
     lines = [line.strip().rstrip(".!") for line in result.stderr.splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""A cut model as a checkpoint of its stock architecture, for servers that take no other: layers padded with zeros.
+"""A cut model as a checkpoint of its stock architecture, padded with zeros, for servers that take no other.
 
-All layers get as many heads and hidden units as the widest; those that are added are zeros, which add nothing. Where
-the stock configuration cannot say so few heads, there are as many as it can say, at most those of the dense model.
+All layers get as many heads and hidden units as the widest layer; the added ones are zeros, which add nothing. If the
+stock configuration cannot express so few heads, there are as many as it can express, at most those of the dense model.
 
 Dimensions: H query heads, G key/value heads (of one layer), E head width, F hidden units, L layers.
 """
@@ -31,11 +31,11 @@ from deadhead.models.pruned.structure import Attention, Key, find_attentions
 def pad_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the stock class that computes what `model` does, with weights of its own.
 
-    Llama's configuration wants heads that divide the width; where they do not, a Llama goes out as a Mistral without a
-    sliding window, which is the same but for that.
+    Llama's configuration requires that the number of heads divides the width. If it does not, a Llama is written as a
+    Mistral without a sliding window, which is otherwise the same.
 
     Raises:
-        UnsupportedModel: the model is no stock model that was cut.
+        UnsupportedModel: the model is not a stock model that was cut.
     """
     if isinstance(model, AllAttentionForCausalLM):
         raise UnsupportedModel(
@@ -95,7 +95,7 @@ def _candidates(
 
 
 def _probe(model_class: Any, config_class: Any, fields: dict[str, Any]) -> list[PreTrainedModel]:
-    """Return a model with these sizes on the meta device, or none where its configuration does not take them."""
+    """Return a model with these sizes on the meta device, or None if its configuration refuses them."""
     try:
         return [empty_model(model_class, config_class, fields)]
     except Exception:  # each class has its own way to refuse
@@ -105,7 +105,7 @@ def _probe(model_class: Any, config_class: Any, fields: dict[str, Any]) -> list[
 def _fits(
     probe: PreTrainedModel, model: PreTrainedModel, source: Mapping[Key, Attention], blocks: Mapping[Key, FeedForward]
 ) -> bool:
-    """Tell whether every layer's heads and hidden units have a place in a stock model, and all else is as it was."""
+    """Return whether a stock model has places for all layers' heads and hidden units, and is otherwise the same."""
     targets = {found.key: found for found in find_attentions(probe)[0]}
     wider = {found.key: found for found in find_feed_forwards(probe)}
     resized = {id(tensor) for tensor in _unit_tensors(probe)}

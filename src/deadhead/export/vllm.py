@@ -1,7 +1,7 @@
-"""Run a checkpoint in vLLM as it lies there, in a process of its own, and perhaps in an environment of its own.
+"""Run a checkpoint in vLLM, in a separate process and, if needed, a separate environment.
 
-vLLM wants other versions of what deadhead uses, so the process gets a program that imports nothing of deadhead's, and
-runs the checkpoint with the modelling files beside it, as a server does with `--trust-remote-code`.
+vLLM needs other versions of deadhead's dependencies. So the process runs a program that imports nothing of deadhead,
+and loads the checkpoint with the modelling files beside it, as a server does with `--trust-remote-code`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ _SETTINGS = {
 
 
 def find_python(given: Path | None) -> Path | None:
-    """Return the Python to run vLLM with: that given, that of the environment variable, this one; None without vLLM.
+    """Return the Python to run vLLM with: the given one, that of the environment variable, or this one.
+
+    None is returned if this one has no vLLM.
 
     Raises:
-        InputError: that given, or named, is no Python with vLLM.
+        InputError: the Python that is given, or named by the variable, has no vLLM.
     """
     named = given or (Path(os.environ[PYTHON]) if os.environ.get(PYTHON) else None)
     if named is None:
@@ -60,7 +62,7 @@ def find_python(given: Path | None) -> Path | None:
 
 
 def require_servable(model: PreTrainedModel) -> None:
-    """Check what vLLM's loader of transformers' models asks for, as far as it can be told here.
+    """Check what vLLM's loader of transformers' models requires, as far as this can be checked here.
 
     Raises:
         UnsupportedModel: vLLM cannot run the model; the message says why.
@@ -88,7 +90,7 @@ def require_servable(model: PreTrainedModel) -> None:
 def read_likeliest(
     python: Path, path: Path, reference: Reference, dtype: str
 ) -> tuple[str, list[int], list[dict[int, float]]]:
-    """Let vLLM read the reference's prompt and continue it greedily, in that precision: by itself it halves float32.
+    """Run the reference's prompt and greedy continuation in vLLM, in that precision (its default would halve float32).
 
     Returns:
         vLLM's version, its C tokens, and for each of the T + C − 1 positions the log-probabilities of the likeliest.
@@ -119,10 +121,10 @@ def likeliest_of(answer: dict[str, Any]) -> tuple[list[int], list[dict[int, floa
 
 
 def run(python: Path, jobs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Give jobs to a process with vLLM (see `vllm_process.py`); return what it answers to each, and vLLM's version.
+    """Run jobs in a process with vLLM (see `vllm_process.py`); return the result of each, and vLLM's version.
 
     Raises:
-        ExportError: it could not do one of them.
+        ExportError: vLLM could not run one of them.
     """
     program = files("deadhead.export").joinpath("vllm_process.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +148,7 @@ def run(python: Path, jobs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, An
 
 
 def _reason(result: subprocess.CompletedProcess[str]) -> str:
-    """Return vLLM's own last word on it."""
+    """Return the reason that vLLM gave last."""
     if result.returncode < 0:
         return f"its process ended by signal {-result.returncode}"
     lines = [line.strip() for line in result.stderr.splitlines()]
