@@ -1,12 +1,12 @@
 """A sublayer of any size: its units go in a given order, and its output projection makes up for those that are gone.
 
-With W the projection's weight and C the second moments of what it reads, the units S that are left come nearest to the
-whole sublayer's output, in squares weighed as C is, with
+With W the projection's weight and C the second moments of its inputs, the units S that are left come nearest to the
+whole sublayer's output, in squared error weighted as C is, with
 
     W_S = (W C_:S + λ W_:S) (C_SS + λ)⁻¹,    λ = ridge · mean diag C,
 
-drawn to the weight that there is. Units that stay longest come first here, so that S is always what comes first: with
-L Lᵀ = C + λ and L z = (W C + λ W)ᵀ, once for all sizes, L_SSᵀ W_Sᵀ = z_S.
+which is drawn to the present weight. Here the units that stay longest come first, so that S is always a beginning of
+the order: with L Lᵀ = C + λ and L z = (W C + λ W)ᵀ, computed once for all sizes, L_SSᵀ W_Sᵀ = z_S.
 
 Between two sizes the weight lies on the straight line from one fit to the other: a function of the size that is
 continuous and has a gradient. Units that neither of the two has are not computed.
@@ -73,15 +73,15 @@ class NestedSublayer:
 
     @property
     def units(self) -> int:
-        """How many units there are."""
+        """The number of units."""
         return self.counts[-1]
 
     def kept(self, count: int) -> tuple[int, ...]:
-        """Return the units of the last so many choices, ascending."""
+        """Return the units of the given number of choices that stay longest, ascending."""
         return tuple(sorted(unit for choice in self.choices[len(self.choices) - count :] for unit in choice))
 
     def fit(self, count: int) -> Tensor:
-        """Return the weight with so many choices left, (D, S): the columns of their units."""
+        """Return the weight for a given number of choices left, (D, S): the columns of their units."""
         if count == len(self.choices):
             return self.weight_Dn
         if count not in self._fits:
@@ -116,7 +116,7 @@ class NestedSublayer:
 
 @contextmanager
 def resized(sublayers: Sequence[NestedSublayer], sizes: Sequence[Tensor]) -> Iterator[None]:
-    """Let sublayers, whose own weights do not learn, have some sizes while the block runs."""
+    """Give sublayers, whose own weights do not learn, certain sizes while the block runs."""
     with ExitStack() as stack:
         for sublayer, size in zip(sublayers, sizes, strict=True):
             units, weight_DS = sublayer.at(size)
@@ -128,7 +128,7 @@ def resized(sublayers: Sequence[NestedSublayer], sizes: Sequence[Tensor]) -> Ite
 
 @contextmanager
 def _weight_in_place(output: nn.Module, weight_Dn: Tensor) -> Iterator[None]:
-    """Let a projection multiply by a weight that is a function of others, which no parameter can be."""
+    """Make a projection use a weight that is a function of other tensors, which no parameter can be."""
     is_view = head_columns(output) is not weight_of(output)
     # An attribute of the object itself is found before its parameters, which stay as they are.
     vars(output)["weight"] = weight_Dn.T if is_view else weight_Dn

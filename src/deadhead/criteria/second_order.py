@@ -1,4 +1,4 @@
-"""Second-order removal: what a sublayer's output loses with its units, if those that stay make up for it as they can.
+"""Second-order removal: what a sublayer's output loses with its units, if the units that stay make up for them.
 
 For a sublayer y = W x, a token's loss changes by about ½ (gᵀ δy)², g = ∂L/∂y. With C, the second moments of x, and G,
 those of g, as independent of each other, units R cost
@@ -11,8 +11,8 @@ those of g, as independent of each other, units R cost
 residual stream behind the sublayer. A norm follows it, so only relative errors count, and a few tokens with massive
 activations do not decide all.
 
-The cheapest units go first, one after the other, until none is left. A unit's score is the slope, there, of the lower
-convex hull of what has been lost: scores ascend in the order of removal, and those of all sublayers compare.
+The cheapest units go first, one after the other, until none is left. A unit's score is the slope, at its removal, of
+the lower convex hull of the loss so far: scores ascend in the order of removal and are comparable between sublayers.
 
 Dimensions: B batch, T tokens, R units or columns that go, S those that stay, H units of a site, E width of a unit in
 the output projection's input, n = H·E, D model width.
@@ -59,15 +59,15 @@ def second_order(
     with_gradients: bool,
     most_bytes: int | None = None,
 ) -> list[Tensor]:
-    """Return for each site the slopes of what its units cost, in the order in which they are best removed, (H,).
+    """Return, for each site, the slopes of its units' costs in the order in which they are best removed, (H,).
 
     Args:
-        reading: once for as many sites as fit into memory.
-        sites: with output projections.
-        with_gradients: whether outputs are weighed by the loss's gradients, in nats a token; else they all count alike,
-            relative to the stream.
-        most_bytes: what the moments of one pass may take, the same in all processes that share the text; None takes a
-            quarter of the memory that is free.
+        reading: the text; it is read once for as many sites as fit into memory.
+        sites: sites with output projections.
+        with_gradients: whether outputs are weighted by the gradients of the loss, in nats per token; otherwise all
+            outputs count the same, relative to the stream.
+        most_bytes: the most memory for the moments of one pass, the same in all processes that share the text; None is
+            a quarter of the free memory.
     """
     found: list[Tensor] = []
     most = _most_bytes(reading) if most_bytes is None else most_bytes
@@ -84,7 +84,7 @@ def second_order(
 
 
 def _most_bytes(reading: Reading) -> float:
-    """Return what the moments of one pass may take, the same in all processes."""
+    """Return the bytes that the moments of one pass may take, the same in all processes."""
     device, shares = reading.model.device, reading.shares
     least = float(shares.joined(torch.tensor([free_memory(device)])).min())
     # Processes on the CPU have one memory.
@@ -111,7 +111,7 @@ def measured(
 ) -> list[Moments]:
     """Return the moments of some sites, from one pass over a text, forward and, with gradients, backward.
 
-    `note` is told what was made of each batch that this process reads.
+    `note` is called with the outputs of each batch that this process reads.
     """
     found: dict[UnitKey, Moments] = {}
     for site in sites:
@@ -190,24 +190,24 @@ def slopes(site: Site, moments: Moments, *, ridge: float = RIDGE) -> Tensor:
 
 
 def exact(values: Tensor) -> Tensor:
-    """Return numbers in float64, on the CPU if they lie where there is none, as on Apple's GPUs."""
+    """Return numbers in float64, on the CPU if their device has no float64, such as Apple's GPUs."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def removal(
     weight_Dn: Tensor, inputs_nn: Tensor, width: int, *, ridge: float, steps: int = _STEPS
 ) -> tuple[Tensor, Tensor]:
-    """Remove units of `width` columns, the cheapest first, until none is left; those that stay make up for them.
+    """Remove units of `width` columns, the cheapest first, until none is left; the units that stay make up for them.
 
     Args:
-        weight_Dn: W, of which squared errors are counted.
-        inputs_nn: C, second moments of what it multiplies.
+        weight_Dn: W; errors are squared errors of its outputs.
+        inputs_nn: C, the second moments of its inputs.
         width: columns of a unit.
-        ridge: what is added to C's diagonal, as a share of each feature's own square.
-        steps: in how many rounds all units go; within a round, none makes up for the others' updates.
+        ridge: what is added to C's diagonal, as a share of each of its entries.
+        steps: number of rounds in which all units go; within a round, units do not make up for each other.
 
     Returns:
-        The units in the order in which they went, (H,), and what each added to the error, (H,), both on the CPU.
+        The units in the order of removal, (H,), and what each added to the error, (H,), both on the CPU.
     """
     # In units of each feature's own size, a feature that is always 0 weighs nothing.
     sizes_n = inputs_nn.diagonal().clamp(min=0).sqrt()
@@ -243,7 +243,7 @@ def removal(
 
 
 def _alone(weight_Dn: Tensor, inverse_nn: Tensor, width: int) -> Tensor:
-    """Return what each unit would cost if it went next, tr(W_R (C⁻¹_RR)⁻¹ W_Rᵀ), (H,)."""
+    """Return the cost of each unit if it went next, tr(W_R (C⁻¹_RR)⁻¹ W_Rᵀ), (H,)."""
     if width == 1:
         return weight_Dn.square().sum(0) / inverse_nn.diagonal()
     units_HED = weight_Dn.T.unflatten(0, (-1, width))

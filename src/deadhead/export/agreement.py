@@ -43,8 +43,8 @@ class Agreement:
     """How near the outputs of a runtime, given by name and version, are to PyTorch's.
 
     `logit_difference` is max|Δ| / max|reference| of logits over all positions. If a runtime does not return logits, Δ
-    is that of the most likely tokens' log-probabilities. `tolerance` is the largest difference allowed. `tokens_equal` is
-    the number of tokens before the first difference, of the C `tokens` of the greedy continuation.
+    is that of the most likely tokens' log-probabilities. `tolerance` is the largest difference allowed. `tokens_equal`
+    is the number of tokens before the first difference, of the C `tokens` of the greedy continuation.
     """
 
     runtime: str

@@ -1,8 +1,8 @@
 """Write a model of the Llama family, cut or not, as a GGUF file for llama.cpp.
 
 If all layers are alike, the file has the model's own architecture. If they differ, `deci` takes the numbers of heads
-and hidden units of each layer, and `openelm` does so for models that norm queries and keys. In `deci` a layer may have no
-heads, except the first. Elsewhere, and for a feed-forward layer without hidden units, a layer of zeros is written.
+and hidden units of each layer, and `openelm` does so for models that norm queries and keys. In `deci` every layer but
+the first may have no heads. Elsewhere, and for a feed-forward layer without hidden units, a layer of zeros is written.
 
 Dimensions: D width, H heads, G key/value heads, E head width, F hidden units.
 """

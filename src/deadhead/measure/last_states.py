@@ -1,8 +1,8 @@
-"""A language model run up to its output layer: logits of a whole batch, (tokens × vocabulary), are never made.
+"""Run a language model up to its output layer: the logits of a whole batch, (tokens × vocabulary), are never made.
 
-What a model does between its last hidden states and its logits (scales, caps, transforms, biases) is not repeated here:
-for each chunk of tokens the model's own forward runs once more, with given states in the place of its layers. That is
-tried on a few tokens before it is relied on. Models that it does not fit make their logits at once, as ever.
+What a model does between its last hidden states and its logits (scales, caps, transforms, biases) is not reimplemented:
+for each chunk of tokens the model's own forward runs again, with given states in place of its layers. This is first
+tried on a few tokens. Models for which it does not work compute all logits at once, as usual.
 
 Dimensions: B rows, T tokens, N tokens of all rows, D width, V vocabulary, K sums.
 """
@@ -35,7 +35,7 @@ _Place: TypeAlias = tuple[nn.Module, str]
 
 @dataclass(frozen=True, kw_only=True)
 class LastStates:
-    """What a model computed of a batch before its output layer, or with it where logits are no matter.
+    """What a model computed on a batch before its output layer, or with it if the logits are small.
 
     Args:
         outputs: what the model returned. Its logits are those of each row's first token, if `output_layer` is there.
@@ -99,15 +99,15 @@ def whole_logits(outputs: Any) -> LastStates:
 
 
 def few_tokens(model: PreTrainedModel) -> Tensor:
-    """Return what a model is tried on, (B, T)."""
+    """Return the tokens for a trial of a model, (B, T)."""
     return made_tokens(model, 2, 4)
 
 
 class StateReader:
-    """Runs a language model, in a wrapper or not, up to its output layer, where its logits would be large.
+    """Runs a language model, in a wrapper or not, up to its output layer if its logits would be large.
 
-    Models of which that is not the same function, compiled ones and those whose weights are shared out among processes
-    are run as they are; so is any wrapper but PEFT's and DDP's.
+    Compiled models, models with sharded weights, models in wrappers other than PEFT's and DDP's, and models for which
+    the result would differ are run as usual.
     """
 
     def __init__(self, model: PreTrainedModel | nn.Module) -> None:

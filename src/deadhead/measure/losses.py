@@ -22,7 +22,7 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 
 def require_language_model(model: PreTrainedModel, what: str) -> None:
-    """Check that a model predicts the next token, as `what` needs; encoders, alone or not, and classifiers do not.
+    """Check that a model predicts the next token, which `what` needs. Classifiers and models with encoders do not.
 
     Raises:
         UnsupportedModel: it does not.
@@ -44,7 +44,7 @@ def require_language_model(model: PreTrainedModel, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentOutputs:
-    """What a model made of a batch.
+    """A model's outputs on a batch.
 
     Args:
         read: its outputs and states; with the logits of all tokens, if `loss` was computed by the model.
@@ -70,7 +70,7 @@ class SegmentOutputs:
 
 
 class SegmentLoss:
-    """Computes losses of successive batches; a model with segment memory sees the segments before."""
+    """Computes the losses of successive batches; a model with segment memory sees the previous segments."""
 
     def __init__(self, model: PreTrainedModel | nn.Module) -> None:
         self.has_memory = hasattr(model.config, "memory_length")
@@ -79,10 +79,10 @@ class SegmentLoss:
         self._is_mean: bool | None = None
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> SegmentOutputs:
-        """Return what the model, or a wrapper, makes of a batch: `loss` is the mean negative log-likelihood of a token.
+        """Run the model, or a wrapper, on a batch; `loss` of the result is the mean negative log-likelihood of a token.
 
         The inputs are `input_ids` (B, T); with memory also `labels` (B, T), the next tokens, and `is_first` (B,).
-        Without memory there may be `scored` (B, T): whether a token counts, as all do otherwise.
+        Without memory there may be `scored` (B, T): whether each token counts. By default all do.
         """
         ids = inputs["input_ids"]
         given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -105,7 +105,7 @@ class SegmentLoss:
         return SegmentOutputs(read=read, wanted_BT=wanted, own_loss=loss)
 
     def try_out(self) -> None:
-        """Try once, before anything hooks on to the model and counts, what its losses can be computed from."""
+        """Find out by a trial how to compute the model's losses; call this before registering hooks that count."""
         self.reader.try_out()
         if self.reader.fits:
             self._is_mean_nll()

@@ -1,4 +1,4 @@
-"""How many positions a model has, and whether a text fits into them."""
+"""The number of a model's positions, and whether a text fits into them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TABLE = re.compile(r"(wpe|position_embeddings?|embed_positions|positions_embed)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions a model has, or None if its configuration does not say."""
+    """Return the number of positions of a model, or None if its configuration does not give it."""
     config = model.config.get_text_config()
     declared = next((n for name in _POSITIONS if isinstance(n := getattr(config, name, None), int) and n > 0), None)
     # Of what is declared RoBERTa leaves the first rows of its table unused.
@@ -24,12 +24,12 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def require_positions(model: PreTrainedModel, length: int, *, of: str) -> None:
-    """Check that a model has a position for each of `length` tokens, where it looks positions up in a table.
+    """Check that a model that looks up positions in a table has one for each of `length` tokens.
 
-    Those that compute positions, by rotations say, can be run on longer texts than they were trained on.
+    Models that compute positions, by rotations for example, can run on longer texts than they were trained on.
 
     Raises:
-        InputError: it has fewer; the message calls the text `of`.
+        InputError: the model has fewer positions; the message calls the text `of`.
     """
     rows = _table_rows(model)
     if rows and length > min(rows):

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval, by name or by a file of one's own, and what models score on them."""
+"""Tasks of EleutherAI's lm-eval, by name or from your own files, and models' scores on them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """What a model scores on a task.
+    """A model's score on a task.
 
     Args:
-        task: its name, or that of a group of tasks.
-        metric: as lm-eval calls it, such as "acc"; with the filter behind a comma where there is one.
-        value: of the metric.
-        stderr: its standard error; None where there is none.
+        task: name of the task, or of a group of tasks.
+        metric: lm-eval's name of the metric, such as "acc", with the filter after a comma if there is one.
+        value: the metric's value.
+        stderr: standard error of the value; None if there is none.
     """
 
     task: str
@@ -67,8 +67,8 @@ def find_tasks(asked: Sequence[str]) -> Iterator[Tasks]:
     """Find tasks, and keep them while the block runs.
 
     Args:
-        asked: names that lm-eval knows, of tasks, groups or tags, `*` standing for anything; YAML files of single
-            tasks, of which neither needs a network if its data lies on this disk; and folders of such files.
+        asked: lm-eval's names of tasks, groups or tags, in which `*` stands for anything; YAML files of single tasks;
+            and folders of such files. None of them needs a network if the task's data is on this disk.
 
     Raises:
         InputError: lm-eval is not installed, or there is no such task.
@@ -157,19 +157,19 @@ def run_tasks(
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
-    """Let lm-eval score a model on tasks, as its `hf` model does: no chat template, each task's own examples.
+    """Score a model on tasks by lm-eval, as its `hf` model does: without chat template, with each task's own examples.
 
     Args:
-        model: a language model; put back into its mode afterwards.
-        tokenizer: the model's.
-        tasks: that were found.
-        limit: examples of each task at most.
+        model: a language model; afterwards it is in its mode again.
+        tokenizer: the model's tokenizer.
+        tasks: the tasks, from `find_tasks`.
+        limit: the most examples of each task.
         batch_size: rows side by side.
-        progress: called with how many requests are done and to do, as far as is known.
+        progress: called with the number of requests done and to do, as far as it is known.
 
     Raises:
-        InputError: a task's data cannot be had, or lm-eval cannot run a task.
-        UnsupportedModel: the model predicts no next token.
+        InputError: a task's data is not available, or lm-eval cannot run a task.
+        UnsupportedModel: the model does not predict the next token.
     """
     require_language_model(model, "A task of lm-eval")
     require_weights(model, "A task of lm-eval")

@@ -1,8 +1,8 @@
-"""Transformers' own models with heads cut off: a class of ours for each of theirs, made when it is asked for.
+"""Transformers' models with heads cut off: a class of ours for each of theirs, made on demand.
 
-`DeadheadLlamaForCausalLM` is `LlamaForCausalLM` whose `__init__` takes out the heads that the plan in its configuration
-drops; so for every model and configuration class of transformers. This file travels with checkpoints, where the
-names in `auto_map` are looked up in it, and imports torch and transformers only.
+`DeadheadLlamaForCausalLM` is a `LlamaForCausalLM` whose `__init__` removes the heads that the plan in its configuration
+drops; the same holds for every model and configuration class of transformers. This file is saved with checkpoints, so
+that the names in their `auto_map` are found in it, and imports only torch and transformers.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class PrunedModel:
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Make transformers' manager of batches, which `generate_batch` uses too, for layers that differ.
 
-        A token takes as much of its cache in every layer as in the one with most key/value heads, which may be as
-        much as in the dense model; that of `generate` takes only what each layer has.
+        In its cache every layer takes as much memory a token as the layer with the most key/value heads, which may be
+        as much as in the dense model; the cache of `generate` takes only what each layer has.
         """
         manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
         pad_layers(manager, self)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Take heads out of an attention module: which rows stay, what the module must be told, what an empty one does."""
+"""Remove heads from an attention module: which rows stay, which numbers change, what a module without heads does."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Heads:
 def heads_of(unit: str, kept: Sequence[int], num_heads: int, num_kv_heads: int) -> Heads:
     """Return the heads that stay of H query and G key/value heads where `kept` units do, "kv_group" or "head".
 
-    Transformers' attention repeats every key/value head for as many query heads. Where single query heads go, groups
-    are left with different numbers of them; then key/value heads are kept several times, so that each serves the
-    greatest common divisor of those numbers.
+    Transformers' attention repeats every key/value head for the same number of query heads. If single query heads go,
+    groups are left with different numbers of them. Then key/value heads are stored several times, so that each serves
+    as many query heads as the greatest common divisor of those numbers.
     """
     repeat = num_heads // num_kv_heads
     if unit == "kv_group":
