@@ -22,7 +22,7 @@ from deadhead.layouts.stock import why_not_stock
 from deadhead.measure.cost import model_cost
 
 # Every model card of ours has this tag; a folder without it is not overwritten.
-TAG = '"deadhead", "pruned-attention-heads"'
+TAG = json.dumps(TAGS).strip("[]")
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 # The parts of the base model's card that remain true for the cut model.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
