@@ -12,6 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from tests.test_docs import ROOT, runnable_blocks
 
 # What a distribution may have in bytes: nothing but code and short text belongs in it.
 _MOST = 2_000_000
+# What a source distribution holds beside src/: what setuptools writes, and what a wheel is made of.
+_BESIDE = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
 
 
 def _run(*command: str | Path, cwd: Path, environment: dict[str, str] | None = None) -> str:
@@ -52,8 +55,22 @@ def _build(folder: Path) -> list[Path]:
     for path in found:
         if path.stat().st_size > _MOST:
             sys.exit(f"{path.name} has {path.stat().st_size:,} bytes; at most {_MOST:,} were expected.")
+    for path in found:
+        if path.suffix == ".gz":
+            _check_contents(path, tracked)
     _run(sys.executable, "-m", "twine", "check", "--strict", *found, cwd=folder)
     return found
+
+
+def _check_contents(distribution: Path, tracked: list[str]) -> None:
+    """Check that a source distribution holds every tracked file of src/, and beside it what it is built by alone."""
+    with tarfile.open(distribution) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    names = {name for name in names if ".egg-info/" not in name}
+    expected = {name for name in tracked if name.startswith("src/")} | _BESIDE
+    if names != expected:
+        what = "what was not expected" if names - expected else "not all that was expected"
+        sys.exit(f"{distribution.name} holds {what}: {', '.join(sorted(names ^ expected)[:10])}.")
 
 
 def _installed(distribution: Path, folder: Path, pip_args: list[str]) -> Path:
