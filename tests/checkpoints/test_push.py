@@ -54,7 +54,7 @@ def test_what_is_sent_is_the_model(program: str, kept: str, tmp_path: Path) -> N
     if program == _UPLOAD:
         assert names == {path.name for path in (tmp_path / "small").iterdir()}
     card = ModelCard.load(there / "README.md")
-    assert {"deadhead", "pruned-attention-heads"} <= set(card.data.tags or [])
+    assert {"deadhead", "pruned-attention-heads", "pruned"} <= set(card.data.tags or [])
     assert card.data.library_name == "transformers"
     if program == _UPLOAD:
         assert (card.data.base_model, card.data.pipeline_tag) == ("someone/large", "text-generation")

@@ -21,8 +21,9 @@ from deadhead.layouts.classes import auto_name
 from deadhead.layouts.stock import why_not_stock
 from deadhead.measure.cost import model_cost
 
-# Every model card of ours has this tag; a folder without it is not overwritten.
-TAG = json.dumps(TAGS).strip("[]")
+# Every model card of ours has these tags, also of a model that is not cut; a folder without them is not overwritten.
+_OURS = TAGS[:2]
+TAG = json.dumps(_OURS).strip("[]")
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 # The parts of the base model's card that remain true for the cut model.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")
@@ -45,8 +46,20 @@ def _origin(base: str | Path | None) -> dict[str, Any]:
     with suppress(Exception), quick(base):
         card = Path(base) / "README.md" if name is None else Path(hf_hub_download(name, "README.md"))
         metadata = metadata_load(card) or {}
-    kept = {key: metadata[key] for key in _KEPT_METADATA if key in metadata}
+    # YAML takes the code of Norwegian, no, for a truth value.
+    languages = metadata.get("language")
+    if isinstance(languages, list):
+        metadata["language"] = ["no" if each is False else each for each in languages]
+    elif languages is False:
+        metadata["language"] = "no"
+    kept = {key: metadata[key] for key in _KEPT_METADATA if _is_text(metadata.get(key))}
     return kept | ({} if name is None else {"base_model": name})
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is what the hub expects of what is kept: a text that is not empty, or a list of such."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(each, str) and each for each in values)
 
 
 def model_card(
@@ -68,12 +81,16 @@ def model_card(
         code[-1] = f'model = {auto}.from_pretrained("PATH", trust_remote_code=True)  # or import deadhead first'
     elif not is_stock:
         code = ["import deadhead", "", 'model = deadhead.load("PATH")']
-    front: dict[str, Any] = {**_origin(base), "library_name": "transformers", "tags": [*TAGS]}
+    front: dict[str, Any] = {
+        **_origin(base),
+        "library_name": "transformers",
+        "tags": [*(_OURS if plan is None else TAGS)],
+    }
     if auto == "AutoModelForCausalLM":
         front["pipeline_tag"] = "text-generation"
     lines = [
         "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
         "---",
         f"# {model.config.model_type}",
         "",

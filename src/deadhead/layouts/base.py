@@ -27,7 +27,7 @@ HEAD_GATE = "head_gate"
 BLOCK_GATE = "block_gate"
 """Name, in a module, of the gates of its blocks of hidden units."""
 
-TAGS = ("deadhead", "pruned-attention-heads")
+TAGS = ("deadhead", "pruned-attention-heads", "pruned")
 """Tags of cut models on the Hugging Face hub and in model cards."""
 
 
