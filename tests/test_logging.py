@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,13 @@ def test_the_logger_tells_each_step(tmp_path: Path, caplog: pytest.LogCaptureFix
         _prune(tmp_path, text)
     ours = [record for record in caplog.records if record.name.split(".")[0] == "deadhead"]
     info = "\n".join(record.getMessage() for record in ours if record.levelno == logging.INFO)
-    told = ("loaded", "scoring", "cut ", "held-out loss", "phase recover: training for 2 steps", "phase recover: done")
+    recovery = ("phase recover: training for 2 steps", "phase recover: done")
+    told = ("loaded", "prune begins", "scoring", "cut ", "held-out loss", *recovery, "prune is done")
     places = [info.index(each) for each in told]
     assert places == sorted(places)
+    # Gates do not count.
+    (whole,) = re.findall(r"prune begins: LlamaForCausalLM of (\d+) parameters", info)
+    (left,) = re.findall(rf"checked: (\d+) of {whole} parameters are left", info)
+    assert f"prune is done: {left} parameters" in info
     assert any(record.levelno == logging.DEBUG and ".down_proj: " in record.getMessage() for record in ours)
     assert max(record.levelno for record in ours) == logging.INFO

@@ -83,7 +83,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             gates = attach_for(detach(model), plan)
         before = gates.state_dict(), gates.config
         try:
-            before_cut = model.num_parameters()
+            before_cut = sum(each.numel() for name, each in model.named_parameters() if not is_gate(name))
             growth = _cut(model, layout, gates, plan)
             if growth > 0:
                 warn_of_cache(growth, stacklevel=4)

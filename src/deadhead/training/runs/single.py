@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ from deadhead.training.runs.pruning import CUT, RECOVERY, Known, prune_in_place
 from deadhead.training.runs.results import Change, Pruned, Trained
 from deadhead.training.runs.self_text import FILE
 from deadhead.training.runs.summary import METRICS_FILE
+
+_log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 # What a phase leaves once it has settings: checkpoints, a cut model, scores and fits of layers.
@@ -209,6 +212,7 @@ def _run(
     progress = told(options.progress)
     options = announcing_once(options)
     network, text, recipe = begin(phase, model, data, options, work, progress, recipe, cut=cut)
+    _log.info("%s begins: %s of %d parameters", phase, type(network).__name__, network.num_parameters())
     if options.out is not None:
         on_main(lambda: keep_settings(work, _settings(phase, recipe, model, data, options, text) | {"cut": cut}))
 
@@ -262,6 +266,7 @@ def _run(
         return model_cost(network), result, setback
 
     cost, result, setback = on_main(measure_and_save)
+    _log.info("%s is done: %d parameters", phase, cost.parameters)
     made = Pruned if isinstance(recipe, PruneRecipe) else Trained
     return made(
         model=network,

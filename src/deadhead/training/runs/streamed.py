@@ -219,6 +219,7 @@ class _Pruning:
         keep_settings(self.work, settings)
         if self.options.announce is not None:
             self.options.announce(forecast(model, recipe, streamed=True))
+        _log.info("pruning %s layer by layer begins: %d parameters", self.source, model.num_parameters())
         calibration = calibration_of(model, text.train, recipe, seed=seed)
         plan = self._plan(model, text)
         planned = prepare(self.opened, plan)
