@@ -74,8 +74,8 @@ def sweep(
 ) -> None:
     """Prune a model to several budgets, and show the cost and quality of each result.
 
-    Units are scored once for all budgets. Each pruned model is a checkpoint in OUT. By default, the sizes of layers
-    are learned, as in deadhead prune; where they cannot be learned, units are ranked by taylor.
+    One pass over the text serves all budgets. Each pruned model is a checkpoint in OUT. By default, the sizes of
+    layers are learned, as in deadhead prune; where they cannot be learned, units are ranked by taylor.
     """
     given = {"params": params, "flops": flops, "kv_cache": kv_cache, "sparsity": sparsity, "speedup": speedup}
     asked = {kind: value for kind, value in given.items() if value is not None}

@@ -93,7 +93,7 @@ def sweep(
         found = deadhead.sweep("gpt2", "my.txt", params=[0.9, 0.8, 0.7], max_loss=0.05, out="smaller")
         found.points[0]["perplexity"], found.picked
 
-    Units are scored once for all budgets; learned sizes of layers' parts continue from one budget to the next. Each
+    One pass over the text serves all budgets; learned sizes of layers' parts continue from one budget to the next. Each
     pruned model is a checkpoint in `out`, such as `out/params-0.8`, and `out/sweep.json` holds the returned result.
 
     Args:
