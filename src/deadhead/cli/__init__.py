@@ -16,10 +16,10 @@ import warnings
 from typing import Any
 
 _LONGEST_SENTENCE = 2000
-# What is wrong with a place that was named, and not with the program.
+# Errors of a path that the user named, not of the program.
 _OF_PLACES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO)
 _RESUMABLE = "complete checkpoints are kept, and --resume continues from the last one"
-# Seconds that a process waits before it says what went wrong: a launcher ends the others within one of the first end.
+# Seconds that a process waits before it reports an error: a launcher ends the others within one second of the first.
 _WAIT_OF_MAIN, _WAIT_OF_OTHERS = 2.0, 4.0
 
 
@@ -98,7 +98,7 @@ def _execute(arguments: list[str]) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # Torch says of a GPU that it is full in a class of its own, and of a CPU in words.
+    # For a full GPU torch has a class of exceptions; for a CPU it only has a message.
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator: can't allocate" in str(error)
 
@@ -141,7 +141,7 @@ def _speaks(error: BaseException, wait_of_main: float = 0.0) -> bool:
         # A launcher passes the same signal on once more.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        # One that was still starting has nothing to say; the process that failed does.
+        # A process that was still starting reports nothing; the one that failed does.
         begun = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
         return is_main and (begun or isinstance(error, KeyboardInterrupt))
     try:

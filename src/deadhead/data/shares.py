@@ -1,6 +1,6 @@
-"""A text's batches shared out among processes, and what they sum up over their own added up: here for one alone.
+"""Batches of a text shared among processes, whose sums are added up; this module has the case of one process.
 
-Several processes that read a text together are `deadhead.training.processes.together`.
+`deadhead.training.processes.together` is for several processes that read a text together.
 
 Dimensions: R rows of this process, P rows of all processes.
 """

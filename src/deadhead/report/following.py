@@ -11,7 +11,7 @@ import numpy as np
 
 from deadhead.training.callbacks.metrics import parsed_line
 
-# Of the gates so many moments are kept at most; beyond that every other one is dropped.
+# The most moments of the gates that are kept; beyond that every other one is dropped.
 _MOST_FRAMES = 512
 _LONGEST_LINE = 1 << 26
 

@@ -39,11 +39,11 @@ from deadhead.streaming.stored_model import open_stored
 MANIFEST_FILE = "cut.json"
 _LOCK_FILE = "lock"
 _VERSION = 1
-# From so many bytes on a single file is cut without being loaded.
+# A single file of at least this many bytes is cut without being loaded.
 STREAMED_FROM = 2 << 30
-# While one waits for the disk, or is hashed, another is read.
+# While one file waits for the disk or is hashed, another is read.
 _FILES_AT_ONCE = 2
-# Bytes of the manifest, the tokenizer and the like, for which there must be room beside the weights.
+# Bytes for the manifest, the tokenizer and similar files, which need room besides the weights.
 _ROOM = 1 << 20
 
 Progress = Callable[[str, int, int], None]

@@ -134,7 +134,7 @@ class LayerCheck:
         raise NotStreamable(f"a layer of a model of type {kind!r} cannot be run alone to check it") from failure
 
     def _fill(self, layer: nn.Module, sites: Sequence[Site]) -> None:
-        """Load what is cut of a layer, and what is small; the rest gives zeros."""
+        """Load the modules of a layer that are cut, and small parameters; the rest gives zeros."""
         cut = {id(module) for site in sites for module in site.module.modules() if site.module is not layer}
         for site in sites:
             for part in site.selections(site.units):
@@ -159,7 +159,7 @@ class LayerCheck:
         return owners
 
     def _load(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        """Put a stored tensor in the place of its stand-in."""
+        """Replace a stand-in by its stored tensor."""
         path = self._names.get(id(module))
         found = self._tensors.get(f"{path}.{name}")
         # Routers and the like of models whose files have other names stay so; what they are makes no difference.
@@ -171,7 +171,7 @@ class LayerCheck:
         module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
     def _fill_rest(self, stack: nn.Module) -> None:
-        """Load what is small beside the layers, and put random hidden states in the place of the embeddings."""
+        """Load small parameters outside the layers, and replace the embeddings by random hidden states."""
         inside = {id(module) for module in self._layers.modules()}
         embeddings: Any = cast(Any, stack).get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
         path = next((path for path, module in stack.named_modules() if module is embeddings), "")
@@ -183,7 +183,7 @@ class LayerCheck:
 
 
 class _StandIn(nn.Module):
-    """Stands in the place of a module, with its attributes, and without its parameters."""
+    """Replaces a module, with its attributes but without its parameters."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class _HiddenStates(_StandIn):
 
 
 class _HandOn(_StandIn):
-    """Hands on the hidden states in the form in which the layer that is checked does; the cache counts positions."""
+    """Passes on the hidden states in the form that the checked layer returns; the cache counts positions."""
 
     def __init__(self, original: nn.Module, place: int, check: LayerCheck) -> None:
         super().__init__(original)
@@ -232,7 +232,7 @@ class _HandOn(_StandIn):
 
 
 class _Zeros(_StandIn):
-    """Stands in the place of a large projection, or of experts: gives zeros (..., width), or of `hidden`'s width."""
+    """Replaces a large projection or experts: gives zeros (..., width), or of `hidden`'s width."""
 
     def __init__(self, original: nn.Module, width: int | None) -> None:
         super().__init__(original)

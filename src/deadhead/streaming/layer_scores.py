@@ -142,7 +142,7 @@ def _backwards(
     seed: int,
     progress: Callable[[str, int, int], None],
 ) -> None:
-    """Score layers from the last to the first, after a pass forwards; what is kept is numbered in that order."""
+    """Score layers from the last to the first, after a forward pass; kept steps are numbered in that order."""
     count = len(model.layers)
     forward = Steps(work / "forward", keeps_states=True)
     first_states = stream.states

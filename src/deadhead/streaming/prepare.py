@@ -116,7 +116,7 @@ def prepare(opened: StoredModel, plan: HeadPlan) -> StreamedCut:
 
 
 def _kept_parts(model: PreTrainedModel, gates: HeadGates) -> dict[str, Keep]:
-    """Return what is left of each tensor with units in it, by the parameter's name; of emptied modules nothing.
+    """Return the part that stays of each tensor with units, by the parameter's name; emptied modules have none.
 
     The gates, closed by the plan, have the values that are folded into the output projections.
     """

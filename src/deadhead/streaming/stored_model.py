@@ -162,7 +162,7 @@ def _stored_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _as_stored(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what is saved of a model, without values, as it is in memory and as it is in files."""
+    """Return the tensors that are saved of a model, without values, as they are in memory and as in files."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

@@ -157,8 +157,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
         It includes the gates, because PEFT's checkpoints hold adapters only. JSON keeps every bit of a float32.
         """
-        # And in files beside it (see `on_save`): a Trainer that resumes, or loads its best model, tells callbacks no
-        # folder, only this state; `load_gated` needs constants, unit and blocks as well, and no Trainer.
+        # The gates are also in files beside it (see `on_save`): a Trainer that resumes, or loads its best model, gives
+        # callbacks no folder, only this state; `load_gated` needs constants, unit and blocks as well, and no Trainer.
         values = {
             str(layer): {"log_alpha_bias": gate.stored.tolist(), "difference": gate.difference.tolist()}
             for layer, gate in self.gates

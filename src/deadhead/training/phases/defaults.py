@@ -21,8 +21,8 @@ from deadhead.training.recipes.recipe import GATES_ONLY, PhaseRecipe, PruneRecip
 # log_alpha's learning rate where the model's own is too small for gates to close in a short phase.
 _GATE_RATE = 0.02
 
-# Of a recovery's steps, those in which the rate rises; and to what, where all weights of a pretrained model learn
-# (docs/llm.md).
+# The share of a recovery's steps in which the learning rate rises, and the rate it rises to if all weights of a
+# pretrained model learn (docs/llm.md).
 _WARMUP, _RECOVERY_RATE = 0.1, 2e-4
 
 # Tokens of a row of a model without memory, unless the recipe says otherwise.

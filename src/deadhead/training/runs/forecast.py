@@ -36,10 +36,10 @@ from deadhead.training.runs.part_memory import (
 )
 from deadhead.training.runs.self_text import rows_to_write
 
-# Of a large product's speed, what a forward pass reaches.
+# The share of a large matrix product's speed that a forward pass reaches.
 _EFFICIENCY = 0.65
-# What a token is worth, in forward passes: read by a criterion, by one that needs gradients, in a step of sizes, in one
-# of training (a teacher reads it once more), in compensation, and written by the model itself, one after the other.
+# The cost of a token, in forward passes: read by a criterion, by one that needs gradients, in a step of sizes, in one
+# of training (a teacher reads it once more), in compensation, and written by the model itself, token after token.
 _READ, _WITH_GRADIENTS, _SIZES, _TRAINING, _TEACHER, _FIT, _WRITE = 1.0, 3.0, 2.3, 3.0, 1.0, 2.9, 3.3
 _GRADIENTS = ("taylor", "second-order")
 _PRODUCT = 1024

@@ -1,7 +1,7 @@
-"""What the parts of pruning take of memory, before they begin: weights counted, and formulas for what they work with.
+"""The memory that the parts of pruning take, before they start: counted weights, and formulas for working memory.
 
-They are of a process that runs on a CPU, of what tensors hold. A GPU holds the same but for some statistics, which lie
-in the memory of the machine.
+The numbers are bytes of tensors of a process on a CPU. A GPU holds the same except for some statistics, which are in
+the memory of the machine.
 
 Dimensions: n inputs of an output projection, D its outputs, R tokens of a batch.
 """
@@ -35,10 +35,10 @@ def ranking_memory(model: PreTrainedModel, recipe: PruneRecipe, *, free: int | N
     """Return the most bytes that are held at any time while units are ranked, weights among them.
 
     Args:
-        model: without gates, on any device, meta included.
-        recipe: with a criterion that ranks units, or learns sizes.
-        free: bytes that there are, by which moments are gathered in one pass over the text or in several; None asks
-            the device that pruning would take.
+        model: a model without gates, on any device, including meta.
+        recipe: a recipe with a criterion that ranks units or learns sizes.
+        free: free memory, in bytes, which decides whether moments are gathered in one pass over the text or in several;
+            None asks the device that pruning would use.
     """
     weights = weight_bytes(model)
     if recipe.criterion != "sizes" and recipe.criterion not in READS_TEXT:
@@ -65,9 +65,9 @@ def gates_memory(model: PreTrainedModel, recipe: PruneRecipe, *, keeps_dense: bo
     """Return the most bytes that are held while gates learn.
 
     Args:
-        model: without gates, on any device, meta included.
-        recipe: with a criterion that trains gates.
-        keeps_dense: whether the dense model is kept, as what follows the cut needs it.
+        model: a model without gates, on any device, including meta.
+        recipe: a recipe with a criterion that trains gates.
+        keeps_dense: whether the dense model is kept for the steps after the cut.
     """
     is_copied = (keeps_dense and not recipe.freeze_weights) or recipe.distill > 0
     return training_memory(model, recipe).total + is_copied * weight_bytes(model) + _taught(model, recipe)
@@ -77,15 +77,15 @@ def recovery_memory(model: PreTrainedModel, pruned: PreTrainedModel, recipe: Pha
     """Return the most bytes that are held while a pruned model learns from the dense one.
 
     Args:
-        model: the dense one, on any device, meta included.
-        pruned: the one that learns.
-        recipe: of the recovery.
+        model: the dense model, on any device, including meta.
+        pruned: the model that learns.
+        recipe: the recipe of the recovery.
     """
     return training_memory(pruned, recipe).total + weight_bytes(model) + _taught(model, recipe)
 
 
 def _taught(model: PreTrainedModel, recipe: PhaseRecipe) -> int:
-    """Return what a step holds of a teacher, besides its weights: states, and of a chunk its logits' distribution."""
+    """Return what a step holds of a teacher besides weights: its states, and the output distribution of a chunk."""
     config: Any = model.config.get_text_config()
     tokens = recipe.batch_size * segment_length(model, recipe)
     return int(recipe.distill > 0) * (tokens * config.hidden_size * 4 + 12 * min(tokens * config.vocab_size, AT_ONCE))
@@ -95,9 +95,9 @@ def fitting_memory(model: PreTrainedModel, pruned: PreTrainedModel, recipe: Prun
     """Return the most bytes that are held while a pruned model is compensated.
 
     Args:
-        model: the dense one, on any device, meta included.
-        pruned: the one that is fitted, whose embeddings are the dense one's.
-        recipe: says how many rows of text are read.
+        model: the dense model, on any device, including meta.
+        pruned: the model to fit, which shares the dense model's embeddings.
+        recipe: gives the number of rows of text to read.
     """
     cost = model_cost(pruned)
     blocks = model.dtype.itemsize * (cost.parameters - cost.embedding_parameters)
@@ -105,7 +105,7 @@ def fitting_memory(model: PreTrainedModel, pruned: PreTrainedModel, recipe: Prun
 
 
 def _fitting(model: PreTrainedModel, pruned: PreTrainedModel, recipe: PruneRecipe) -> int:
-    """Return what compensation holds besides weights."""
+    """Return the bytes that compensation holds besides weights."""
     size, shapes = model.dtype.itemsize, _shapes(pruned, recipe)
     if not shapes:
         return 0
@@ -122,8 +122,8 @@ def streamed_ranking_memory(model: PreTrainedModel, recipe: PruneRecipe) -> int:
     """Return the most bytes that are held while units are ranked with one layer in memory at a time.
 
     Args:
-        model: without gates, on any device, meta included.
-        recipe: with a criterion that ranks units.
+        model: a model without gates, on any device, including meta.
+        recipe: a recipe with a criterion that ranks units.
     """
     layer, outside = _layer_and_outside(model)
     if recipe.criterion not in READS_TEXT:
@@ -150,9 +150,9 @@ def streamed_fitting_memory(model: PreTrainedModel, pruned: PreTrainedModel, rec
     """Return the most bytes that are held while a model is compensated with one layer in memory at a time.
 
     Args:
-        model: the dense one, on any device, meta included.
-        pruned: the one that is fitted.
-        recipe: says how many rows of text are read.
+        model: the dense model, on any device, including meta.
+        pruned: the model to fit.
+        recipe: gives the number of rows of text to read.
     """
     (layer, outside), (cut_layer, _) = _layer_and_outside(model), _layer_and_outside(pruned)
     # The dense layer goes while a fit is solved.
@@ -160,7 +160,7 @@ def streamed_fitting_memory(model: PreTrainedModel, pruned: PreTrainedModel, rec
 
 
 def _share(model: PreTrainedModel, recipe: PruneRecipe) -> float:
-    """Return what share of the dense model's cost may be left."""
+    """Return the share of the dense model's cost that may be left."""
     budget = recipe.budget
     if budget is not None and budget.kind == "memory":
         found = budget_costs(model, recipe)
@@ -170,7 +170,7 @@ def _share(model: PreTrainedModel, recipe: PruneRecipe) -> float:
 
 
 def _layer_and_outside(model: PreTrainedModel) -> tuple[int, int]:
-    """Return how many bytes a model's largest layer has, and what is outside of layers."""
+    """Return the bytes of a model's largest layer, and of everything outside the layers."""
     layers: dict[str, int] = {}
     outside = 0
     for name, parameter in model.named_parameters():
@@ -192,7 +192,7 @@ def writing_memory(model: PreTrainedModel, length: int) -> int:
 
 
 def pruned_skeleton(model: PreTrainedModel, recipe: PruneRecipe) -> PreTrainedModel:
-    """Return what a pruned model may look like, without weights; the dense one if only a measurement could tell."""
+    """Return an example of the pruned model, without weights; the dense one if only a measurement could tell."""
     if recipe.budget is None or recipe.budget.kind == "speedup":
         return model
     plan, _ = even_plan(model, asked_choices(model, recipe), recipe)
@@ -200,12 +200,12 @@ def pruned_skeleton(model: PreTrainedModel, recipe: PruneRecipe) -> PreTrainedMo
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Return how many bytes a model's parameters and buffers have, as they are held."""
+    """Return the bytes of a model's parameters and buffers in memory."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _shapes(model: PreTrainedModel, recipe: PruneRecipe) -> list[tuple[int, int]]:
-    """Return the outputs and inputs, (D, n), of the output projections whose units may go."""
+    """Return the outputs and inputs, (D, n), of the output projections whose units may be removed."""
     layout = find_layout(model)
     unit = layout.choose_unit(model, recipe.unit, what="heads are cut by")
     hidden = has_blocks(layout, model, asked_blocks(recipe, model))
@@ -220,7 +220,7 @@ def _widest(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _forward(model: PreTrainedModel, tokens: int, *, widest: int) -> int:
-    """Return what one layer's run of a batch, without gradients, works with, and its loss."""
+    """Return the working memory of one layer for a batch without gradients, and of the loss."""
     config: Any = model.config.get_text_config()
     width, words, size = config.hidden_size, config.vocab_size, model.dtype.itemsize
     # States before and behind, a norm in float32, and of the widest sublayer what goes in and comes out.
@@ -230,7 +230,7 @@ def _forward(model: PreTrainedModel, tokens: int, *, widest: int) -> int:
 
 
 def _with_gradients(model: PreTrainedModel, recipe: PruneRecipe) -> int:
-    """Return what a batch leaves for gradients of what lies between frozen weights."""
+    """Return the memory that a batch keeps for gradients between frozen weights."""
     tokens, words = recipe.batch_size * segment_length(model, recipe), model.config.get_text_config().vocab_size
     # The logits of the batch before are still there, where those of a batch are whole.
     before = tokens * words * model.dtype.itemsize if fits_at_once(tokens, words) else 0
@@ -247,7 +247,7 @@ def _removal(most_D: int, most_n: int) -> int:
 
 
 def _sizes(model: PreTrainedModel, recipe: PruneRecipe, shapes: Sequence[tuple[int, int]]) -> int:
-    """Return what learning sizes holds beside the weights."""
+    """Return the bytes that learning sizes holds besides the weights."""
     most_D, most_n = _widest(shapes)
     tokens = recipe.batch_size * segment_length(model, recipe)
     states = 2 * recipe.steps * tokens * most_D

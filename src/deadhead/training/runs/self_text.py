@@ -32,8 +32,8 @@ from deadhead.training.runs.inputs import Data, Text, reads_text
 
 SELF = "self"
 FILE = "self_text.safetensors"
-# Rows that are written at most, for all that is learned from; and of those, one in so many more to be measured on, but
-# some at least.
+# The most rows that are written to learn from; one more row to measure on for each `_VALID_OF` of them; and the fewest
+# rows to measure on.
 _MOST_ROWS, _VALID_OF, _FEWEST_VALID = 1024, 8, 4
 # Rows that a model with segment memory writes side by side, each of them one long text.
 _STREAMS = 32

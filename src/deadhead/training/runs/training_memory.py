@@ -1,4 +1,4 @@
-"""What training takes of memory, before it begins: counted, and for activations a formula."""
+"""The memory that training takes, before it starts: counted, with a formula for activations."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class TrainingMemory:
     """Memory that training with gates takes, in bytes.
 
     Args:
-        weights: parameters and buffers as they are held while training, gates and adapters among them.
-        gradients: of all that learns, at the end of the backward pass.
-        optimizer: two moments of all that learns, for AdamW, and one of each gate, for its own optimizer.
-        activations: what a step holds besides the three above when its backward pass begins, and works with then.
-        total: the most that is held at any time. It is less than the sum: gradients come while activations go.
+        weights: parameters and buffers as they are held during training, including gates and adapters.
+        gradients: gradients of everything that learns, at the end of the backward pass.
+        optimizer: two moments of everything that learns, for AdamW, and one of each gate, for its own optimizer.
+        activations: what a step holds besides the three above when its backward pass begins, and its working memory.
+        total: the peak. It is less than the sum, because gradients are allocated while activations are freed.
     """
 
     weights: int
@@ -46,18 +46,18 @@ class TrainingMemory:
 
 
 def training_memory(model: PreTrainedModel, recipe: PhaseRecipe) -> TrainingMemory:
-    """Estimate what `deadhead.training.train` needs of memory to train a model, with gates if the recipe has some.
+    """Estimate the memory that `deadhead.training.train` needs for a model, with gates if the recipe has some.
 
     Weights, gradients and moments are counted. Activations are a formula of batch, length and the layers' widths, for
-    decoders in the manner of Llama and GPT-2 and for deadhead's own models, with the kernels of a CPU. It was within
-    25 % of the peak of allocated tensors for all of these (`benchmarks/memory.py`). A process takes more: libraries, a
-    GPU's context, and what its allocator wastes. A teacher is not counted, nor are accumulated batches, which keep the
+    decoders like Llama and GPT-2 and for deadhead's own models, with the kernels of a CPU. The estimate was within 25 %
+    of the peak of allocated tensors for all of these (`benchmarks/memory.py`). A process takes more: libraries, a GPU's
+    context, and what its allocator wastes. A teacher is not counted, and neither are accumulated batches, which keep
     gradients from one to the next (then the sum of the four parts is an upper bound). The model may be on any device,
-    meta included, and is not changed.
+    including meta, and is not changed.
 
     Raises:
-        UnsupportedModel: it has no head that could be pruned.
-        InputError: the model cannot be trained like that.
+        UnsupportedModel: the model has no head that could be pruned.
+        InputError: the model cannot be trained by this recipe.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
     empty = detach(copy.deepcopy(model, memo))
@@ -74,10 +74,10 @@ def training_memory(model: PreTrainedModel, recipe: PhaseRecipe) -> TrainingMemo
 
 
 def activations(model: PreTrainedModel, recipe: PhaseRecipe) -> tuple[int, int]:
-    """Return what a step holds besides weights as its backward pass begins, and besides gradients as it ends, in bytes.
+    """Return the bytes a step holds besides weights when its backward pass begins, and besides gradients when it ends.
 
-    Counted are the bytes of a token, over all layers: before each of two sublayers the state, its normed value and what
-    the projections read; queries, keys, values, the heads' outputs before and after their gates; the hidden units.
+    Counted are the bytes of a token over all layers: before each of two sublayers the state, its normed value and the
+    projections' input; queries, keys, values, the heads' outputs before and after their gates; the hidden units.
     """
     config: Any = model.config.get_text_config()
     layout, length = find_layout(model), segment_length(model, recipe)
@@ -130,7 +130,7 @@ def activations(model: PreTrainedModel, recipe: PhaseRecipe) -> tuple[int, int]:
 
 
 def _hidden_numbers(model: PreTrainedModel, *, frozen: bool) -> int:
-    """Return how many numbers of hidden units a token leaves for the backward pass."""
+    """Return how many numbers of hidden units a token keeps for the backward pass."""
     config: Any = model.config.get_text_config()
     found = [site for site in find_layout(model).hidden_sites(model) if isinstance(site, FeedForwardSite)]
     layers = [(site.feed_forward.width, len(site.feed_forward.inputs) * site.feed_forward.copies) for site in found]
