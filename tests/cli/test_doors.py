@@ -95,10 +95,10 @@ _CASES = {
     ),
     "a run's folder": Case("inspect run", "its models are in run/pruned", headless_run),
     "a run's folder to eval": Case("eval run --data ../given/prose.txt", "its models are in run/pruned", headless_run),
-    "rows without training": Case(f"inspect {_LLAMA} --batch-size 4", "--batch-size is of the memory of training"),
-    "bf16 without training": Case(f"inspect {_LLAMA} --bf16", "--bf16 is of the memory of training"),
+    "rows without training": Case(f"inspect {_LLAMA} --batch-size 4", "--batch-size is for the memory of training"),
+    "bf16 without training": Case(f"inspect {_LLAMA} --bf16", "--bf16 is for the memory of training"),
     "dry run on no device": Case(f"prune --model {_LLAMA} --dry-run --device tpu9", "A device was expected"),
-    "no place": Case(f"prune --model {_LLAMA} --data t", "give it with --out"),
+    "no place": Case(f"prune --model {_LLAMA} --data t", "add --out"),
     "a place in proc": Case("demo --out /proc/x --scale-steps 0.01", "nothing can be made there"),
     "a place below it": Case(f"export {_LLAMA} --to padded --out /proc/x/y", "/proc/x/y cannot be written"),
 }

@@ -140,7 +140,7 @@ _CASES = {
     "negative rank": Case(_LLAMA + " --lora-rank -1", "Invalid value for '--lora-rank'"),
     "too much distillation": Case(_LLAMA + " --distill 1.5", "Invalid value for '--distill'"),
     "cold distillation": Case(_LLAMA + " --distill 0.5 --distill-temperature 0", "distill_temperature"),
-    "teacher without weight": Case(_LLAMA + " --teacher {llama}", "distill, is 0; set it"),
+    "teacher without weight": Case(_LLAMA + " --teacher {llama}", "distill, is 0; set distill"),
     "distillation without teacher": Case(_TUNE + " --distill 0.5", "name one as teacher"),
     "teacher that is not there": Case(
         _TUNE + " --distill 0.5 --teacher nothing/at/all", "A checkpoint folder was expected at nothing/at/all"

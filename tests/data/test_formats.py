@@ -173,7 +173,7 @@ def test_a_directory_of_files_that_look_like_json_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "JSON was expected in .* could not be read: .*; mend it"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "JSON was expected in .* could not be read: .*; repair it"),
         ("a.parquet", b"PAR1 but cut short", "PARQUET was expected in .* could not be read"),
         ("a.json", b"", "the file is empty"),
         ("a.json", b"[]", "could not be read: it has no rows"),
@@ -204,8 +204,8 @@ def test_a_directory_of_files_that_look_like_json_is_refused(tmp_path: Path) -> 
         ("a.zst", zstd(b""), "the file is empty"),
         ("a.txt", b"\xef\xbb\xbf", "the file is empty"),
         ("a.zst", b"\x28\xb5\x2f\xfd", r"A whole \.zst file was expected, but .* is damaged"),
-        ("a.gz", gzip.compress(b"text\n" * 99, mtime=0)[:3], r"A whole \.gz file .* is damaged or cut short"),
-        ("a.gz", gzip.compress(b"text\n" * 99, mtime=0)[:-9], r"A whole \.gz file .* is damaged or cut short"),
+        ("a.gz", gzip.compress(b"text\n" * 99, mtime=0)[:3], r"A complete \.gz file .* is damaged or truncated"),
+        ("a.gz", gzip.compress(b"text\n" * 99, mtime=0)[:-9], r"A complete \.gz file .* is damaged or truncated"),
         ("a.zst", zstd(bytes(range(256)) * 9)[:-9], r"A whole \.zst file was expected, but .* is damaged"),
         ("a.zip", b"PK\x03\x04\0\0", "is packed with zip; unpack it first"),
         ("a.jsonl.bz2", bz2.compress(json_lines()), "is packed with bzip2; unpack it first"),
@@ -299,5 +299,5 @@ def test_a_path_is_no_pattern(tmp_path: Path) -> None:
 def test_a_packed_text_of_a_directory_that_cannot_be_unpacked_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text\n" * 20)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"text\n" * 99)[:-9])
-    with pytest.raises(InputError, match="b.txt.gz is damaged or cut short"):
+    with pytest.raises(InputError, match="b.txt.gz is damaged or truncated"):
         open_corpus(str(tmp_path))

@@ -177,7 +177,7 @@ def test_a_text_without_words_is_refused(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match=r"A tokenizer was expected at .*, but it has no files of one, such as"):
+    with pytest.raises(InputError, match=r"A tokenizer was expected at .*, but there are no files of one, such as"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{not json")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

@@ -101,10 +101,10 @@ def test_another_source_is_not_resumed(source: Path, tmp_path: Path) -> None:
         (place / path.name).write_bytes(path.read_bytes())
     assert _in_a_child(place, out, resume=False, kill_at=8, count_in=tmp_path / "count") == -signal.SIGKILL
     assert (tmp_path / "out.work" / "cut.json").exists()
-    with pytest.raises(InputError, match="left of a cut by another plan, or of a model that was changed since"):
+    with pytest.raises(InputError, match="left from a cut by another plan, or of a model that was changed since"):
         cut_checkpoint(place, HeadPlan.keep_all(_PLAN.total, unit="kv_group"), out, stream=True, resume=True)
     os.utime(place / "config.json", (0, 0))
-    with pytest.raises(InputError, match="left of a cut by another plan, or of a model that was changed since"):
+    with pytest.raises(InputError, match="left from a cut by another plan, or of a model that was changed since"):
         cut_checkpoint(place, _PLAN, out, stream=True, resume=True)
     assert not out.exists()
 

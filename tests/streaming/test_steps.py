@@ -63,5 +63,5 @@ def test_a_damaged_file_is_told_of(tmp_path: Path) -> None:
     steps = Steps(tmp_path / "out.work" / "pass")
     steps.keep(0, {"a": torch.ones(3)}, {}, _states(1.0))
     steps.path(0).write_bytes(b"x")
-    with pytest.raises(InputError, match="left, is damaged .*; delete .*out.work and begin anew"):
+    with pytest.raises(InputError, match="left, is damaged .*; delete .*out.work and start again"):
         steps.found(0)

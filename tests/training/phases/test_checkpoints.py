@@ -98,7 +98,7 @@ def test_an_older_one_is_taken_instead(name: str, killed: Path, whole: Path, tmp
     if file is None:
         run_phase(folder, _RECIPE, resume=True)
     else:
-        with pytest.warns(RunWarning, match="is passed over"):
+        with pytest.warns(RunWarning, match="is skipped"):
             run_phase(folder, _RECIPE, resume=True)
     for step in (4, 6):
         place = f"checkpoints/checkpoint-{step}"
@@ -111,7 +111,7 @@ def test_without_a_good_one_the_phase_begins_anew(killed: Path, whole: Path, tmp
     shutil.copytree(killed, folder)
     for step in (2, 4):
         _flip("model.safetensors")(folder / "checkpoints" / f"checkpoint-{step}")
-    with pytest.warns(RunWarning, match="is passed over") as said:
+    with pytest.warns(RunWarning, match="is skipped") as said:
         run_phase(folder, _RECIPE, resume=True)
     assert len(said) == 2
     last = "checkpoints/checkpoint-6"

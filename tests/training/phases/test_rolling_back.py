@@ -84,7 +84,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path) -> None:
     recipe = phase_recipe(steps=6, save_every=2)
     with (
         pytest.raises(DivergenceError, match="stopped at step 4: the weights' largest value is nan"),
-        pytest.warns(RunWarning, match="At step 4 the weights' largest value is nan; going on .* step 2"),
+        pytest.warns(RunWarning, match="At step 4 the weights' largest value is nan; continuing .* step 2"),
     ):
         run_phase(tmp_path, recipe, callbacks=(At(4, poison),))
     assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-2"

@@ -110,7 +110,7 @@ def test_what_would_take_too_much_is_refused_before_anything_is_done(tmp_path: P
     with pytest.raises(InputError, match="max_memory: a size such as 4GiB or 500MB was expected, but 'lots' was given"):
         deadhead.prune(model, text, max_memory="lots", **how)
     encoder = BertForSequenceClassification(BertConfig(**_SMALL_BERT))
-    with pytest.raises(InputError, match="that predict the next token, but BertForSequenceClassification does not"):
+    with pytest.raises(InputError, match="whose memory is estimated, but BertForSequenceClassification does not"):
         deadhead.prune(encoder, criterion="magnitude", sparsity=0.5, max_memory="4GiB")
     with pytest.raises(InputError, match="max_memory is for deadhead.prune"):
         deadhead.finetune(model, text, max_memory="4GiB", steps=1)

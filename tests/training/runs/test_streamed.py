@@ -203,9 +203,9 @@ def test_other_settings_are_not_resumed(sources: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(sources / "llama", stream(2000), params=0.7, progress=stop, **how)
-    with pytest.raises(InputError, match="left of a phase with other settings, another text"):
+    with pytest.raises(InputError, match="left from a phase with other settings, another text"):
         prune_checkpoint(sources / "llama", stream(2000), params=0.6, resume=True, **how)
-    with pytest.raises(InputError, match="left of a phase with other settings, another text"):
+    with pytest.raises(InputError, match="left from a phase with other settings, another text"):
         prune_checkpoint(sources / "llama", stream(2000, seed=1), params=0.7, resume=True, **how)
 
 
@@ -325,7 +325,9 @@ def test_texts_and_models_that_do_not_do(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         prune_checkpoint(tmp_path / "nowhere", stream(2000), out=out, **how)
     ours = save_small_model(tmp_path / "ours", write_prose(tmp_path))
-    with pytest.raises(InputError, match="cannot be pruned layer by layer, as models of type .*; prune it in memory"):
+    with pytest.raises(
+        InputError, match="cannot be pruned layer by layer, because models of type .*; prune it in memory"
+    ):
         prune_checkpoint(ours, stream(2000), out=out, sparsity=0.5, criterion="magnitude")
     assert not out.exists() and not (tmp_path / "out.work").exists()
 
