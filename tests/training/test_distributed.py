@@ -132,7 +132,7 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
     assert_same_tensors(weights(place / "ranked" / "dense"), weights(place / "whole" / "dense"))
     assert len(json.loads((place / "ranked" / "summary.json").read_text())["cut"]["heads"]) == 2
     assert deadhead.model_cost(deadhead.load(place / "single")).heads == ends[0]["single"]["heads"]
-    with pytest.raises(InputError, match="was started with 2 process(es), but resumed with 1"):
+    with pytest.raises(InputError, match=r"was started with 2 process\(es\), but resumed with 1"):
         Run.start(load_recipe(place / "whole.toml"), place / "stopped", resume=True).execute()
 
 
