@@ -168,7 +168,7 @@ class Outputs:
 def gated_outputs(
     model: PreTrainedModel, sites: Sequence[Site], *, texts: int = CHECK_TEXTS, in_float64: bool = False
 ) -> Outputs:
-    """Run the model, gates closed, on so many fixed examples; the sites watch for what `shrink` must know.
+    """Run the model, with gates closed, on fixed examples, while the sites observe what `shrink` must know.
 
     A model in half precision is run in float32 too, one in float32 if asked in float64.
 
@@ -235,7 +235,7 @@ def _in_higher_precision(model: PreTrainedModel) -> Iterator[bool]:
 
 
 def require_same_function(model: PreTrainedModel, expected: Outputs, *, texts: int = CHECK_TEXTS) -> None:
-    """Check that a cut model gives the outputs that the gated one gave; CutError if it does not.
+    """Check that a cut model's outputs are those of the gated model; CutError if they are not.
 
     In half precision it may be 1.5 times as far from what the gated one gives in float32 as that one itself is, as root
     mean squares. One in float32 is judged in float64, if the gated one was run in that.
@@ -290,14 +290,14 @@ def _root_mean_square(values: Tensor, reference: Tensor) -> float:
 
 
 def normal_plan(gates: HeadGates, plan: HeadPlan) -> HeadPlan:
-    """Return a plan, which must be one for this model, with every unit of the gates: those it does not name stay."""
+    """Return a plan for this model with all units of the gates filled in; units that it does not name stay."""
     return gates.choices.plan_of(gates.choices.kept_units(plan), output_scale=plan.output_scale)
 
 
 def remove_units(
     sites: Iterable[Site], units: Mapping[UnitKey, tuple[int, ...]], factors: Mapping[UnitKey, Tensor] | None = None
 ) -> None:
-    """Remove all but some units, by key, in place; the factors, (H,) by key, are folded into the output projections."""
+    """Remove all but the given units, by key, in place; fold factors, (H,) by key, into the output projections."""
     for site in sites:
         if not site.units:
             continue
@@ -309,12 +309,12 @@ def remove_units(
 
 
 def cache_values(layout: Layout, model: PreTrainedModel, sites: Sequence[Site], length: int = 1) -> int:
-    """Return how many numbers all sites of a model keep in the key/value cache after `length` positions."""
+    """Return how many numbers all sites of a model store in the key/value cache after `length` positions."""
     return sum(site.cache_values(length) for site in sites) if layout.keeps_cache(model) else 0
 
 
 def unit_factors(gate: HeadGate) -> Tensor:
-    """Return what a cut folds into the output projection for each unit of a gate, in evaluation, shape (units,)."""
+    """Return the factors that a cut folds into the output projection, one for each unit of a gate, (units,)."""
     with evaluating(gate), torch.no_grad():
         z_H, scale = gate()
         return z_H * scale if gate.owner is None else (z_H * scale)[gate.owner]

@@ -99,7 +99,7 @@ class SizesCourse:
                 "Persistent vectors have no sizes to learn, because a layer's output is not a sum over them; use "
                 "criterion 'gates' or 'taylor', or leave blocks out."
             )
-        # Blocks that do not fit are told of before any text is read.
+        # Blocks that do not fit are refused before any text is read.
         choices_of(found, unit, blocks)
         self._model, self._costs = model, costs
         self._batches = list(batches)

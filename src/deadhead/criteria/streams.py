@@ -46,7 +46,7 @@ class _Part:
         self.held, self.added = output.detach(), output.detach().clone()
 
     def is_given(self, value: Any) -> bool:
-        """Tell whether a value is the output, in whatever shape."""
+        """Return whether a value is the output, in whatever shape."""
         return isinstance(value, Tensor) and value.data_ptr() == self.held.data_ptr() and self.has_size_of(value)
 
     def has_size_of(self, value: Any) -> bool:

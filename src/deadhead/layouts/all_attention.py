@@ -105,7 +105,7 @@ class AllAttentionLayout(Layout):
     """Heads of `models.all_attention`."""
 
     def matches(self, model: PreTrainedModel) -> bool:
-        """Tell whether `model` is an All-attention Transformer or our Transformer-XL, with or without output layer."""
+        """Return whether `model` is our All-attention Transformer or Transformer-XL, with or without output layer."""
         # By name, not by class: a checkpoint loaded with remote code brings its own copy of the class.
         return getattr(getattr(model, "config", None), "model_type", None) in OWN_TYPES
 

@@ -16,9 +16,9 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class that a configuration's `architectures` names, or the one for a language model if it is silent.
+    """Return the class that a configuration's `architectures` names; by default the one for a language model.
 
-    Language models of others' code, or of another type, are taken for transformers' language model of this type.
+    For language models with foreign code, or of another type, it is transformers' language model of this type.
 
     Raises:
         UnsupportedModel: there is no such class for this type of model.

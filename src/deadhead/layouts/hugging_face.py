@@ -93,7 +93,7 @@ class HuggingFaceSite(Site):
 
 
 def has_encoder_and_decoder(model: PreTrainedModel) -> bool:
-    """Tell whether a model has two stacks of layers; either of them may be had alone."""
+    """Return whether a model has two stacks of layers; either of them may be had alone."""
     return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_decoder() is not model
 
 
@@ -110,7 +110,7 @@ class HuggingFaceLayout(Layout):
     """Heads of any model of transformers, found by `models.pruned.structure`."""
 
     def matches(self, model: PreTrainedModel) -> bool:
-        """Tell whether `model` is one of transformers, or one of those with heads cut off."""
+        """Return whether `model` is one of transformers, or one of those with heads cut off."""
         return isinstance(model, PreTrainedModel)
 
     def units(self, model: PreTrainedModel) -> tuple[Unit, ...]:
@@ -179,7 +179,7 @@ class HuggingFaceLayout(Layout):
         return feed_forward_sites(found, units)
 
     def keeps_cache(self, model: PreTrainedModel) -> bool:
-        """Tell whether the text stack takes a cache. Encoders that can be decoders say which of the two they are."""
+        """Return whether the text stack takes a cache. Encoders that can be decoders say which of the two they are."""
         stack: Any = text_stack(model)
         takes_cache = "past_key_values" in inspect.signature(stack.forward).parameters
         return takes_cache and bool(getattr(stack.config, "is_decoder", True))

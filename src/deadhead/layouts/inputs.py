@@ -1,4 +1,4 @@
-"""Random inputs that a model can be run on, made from what its class and configuration declare: text, images, sound.
+"""Random inputs to run a model on (text, images, sound), made from what its class and configuration declare.
 
 Dimensions: B examples, T tokens, F frames, C channels, M numbers a frame of sound.
 """
@@ -25,10 +25,10 @@ _FRAMES, _PATCHES = 16, 4
 
 @torch.no_grad()
 def require_runnable(model: PreTrainedModel) -> None:
-    """Check that a model can be run on made inputs, as a cut of it will be; where it reads text alone it can.
+    """Check that a model runs on made inputs, as the check of a cut needs; models of text alone do.
 
     Raises:
-        UnsupportedModel: it cannot.
+        UnsupportedModel: the model does not.
     """
     stack = runner(model)
     if _main_input(stack) != "input_ids" or _NO_TEXT & inspect.signature(stack.forward).parameters.keys():
@@ -37,13 +37,13 @@ def require_runnable(model: PreTrainedModel) -> None:
 
 
 def runner(model: PreTrainedModel) -> nn.Module:
-    """Return what a check runs: the part that has the heads, or the whole model if that part reads hidden states."""
+    """Return what a check runs: the part with the heads, or the whole model if that part reads hidden states."""
     stack = text_stack(model)
     return stack if _needed(stack).keys() <= _MAKERS.keys() else model
 
 
 def run(stack: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Run a model, and return its output, of which the first value is a tensor; UnsupportedModel if it is not."""
+    """Run a model and return its output; UnsupportedModel if it fails or its first value is not a tensor."""
     try:
         output = stack(**inputs)
     except (MemoryError, torch.OutOfMemoryError):
@@ -61,13 +61,13 @@ def run(stack: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def made_inputs(stack: nn.Module, count: int, length: int) -> dict[str, Tensor]:
-    """Return `count` random examples for each input that `stack` must be given, the same at every call.
+    """Return `count` random examples of each input that `stack` needs, the same at every call.
 
-    Those are the one it names as its main input and those without a default. Texts are of `length` tokens; images and
-    sounds of the size that the configuration declares, in the type and on the device of the weights.
+    It needs its main input and the inputs without a default. Texts have `length` tokens. Images and sounds have the
+    size in the configuration, and the dtype and device of the weights.
 
     Raises:
-        UnsupportedModel: there is one that cannot be made.
+        UnsupportedModel: an input cannot be made.
     """
     owner: Any = stack
     needed = _needed(stack)
@@ -95,7 +95,7 @@ def made_tokens(model: PreTrainedModel, count: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def positions_read(model: PreTrainedModel, length: int) -> int:
-    """Return how many positions the layers of a model have for one example: tokens of a text, or patches, or frames."""
+    """Return the number of positions in a model's layers for one example: tokens of a text, patches or frames."""
     if model.can_generate():
         return length
     stack = runner(model)

@@ -1,4 +1,4 @@
-"""What is no model that heads could be cut out of, whatever its architecture: each is refused for its own reason."""
+"""Refusals that do not depend on the architecture: why heads cannot be cut out of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CACHED = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def require_model(model: Any) -> None:
-    """Check that `model` is one of transformers, not something around one; UnsupportedModel if it is not."""
+    """Raise an UnsupportedModel if `model` is not a transformers model, or is a wrapper around one."""
     if isinstance(model, PreTrainedModel):
         return
     require_no_prefix(model)
@@ -53,7 +53,7 @@ def require_model(model: Any) -> None:
 
 
 def require_no_prefix(model: Any) -> None:
-    """Check that no wrapper of PEFT's keeps keys and values for a model's heads; UnsupportedModel if one does."""
+    """Raise an UnsupportedModel if a PEFT wrapper keeps keys and values for a model's heads."""
     configs = getattr(model, "peft_config", None)
     for config in configs.values() if isinstance(configs, dict) else ():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -66,10 +66,10 @@ def require_no_prefix(model: Any) -> None:
 
 
 def require_weights(model: PreTrainedModel, what: str, remedy: str = "load it whole, without offloading") -> None:
-    """Check that a model's weights are in memory, as `what` needs, which a message begins with.
+    """Check that a model's weights are in memory, which `what` needs; messages begin with `what`.
 
     Raises:
-        UnsupportedModel: some are offloaded, or were never loaded: they are on the meta device, without values.
+        UnsupportedModel: some weights are offloaded or were never loaded: they are on the meta device, without values.
     """
     if absent := _absent(model):
         raise UnsupportedModel(
@@ -106,12 +106,12 @@ def require_plain(model: PreTrainedModel, what: str, *, may_be_empty: bool = Fal
 
 
 def require_untied(model: PreTrainedModel, *, to_cut: bool = False) -> None:
-    """Check that every tensor with two places in a model has them in a checkpoint of it too.
+    """Check that a tensor with two places in a model has both of them in its checkpoint too.
 
-    To be cut, a model may have such tensors at its ends alone: its embeddings and its output layer.
+    A model to be cut may have such tensors only at its ends: its embeddings and its output layer.
 
     Raises:
-        UnsupportedModel: one has not.
+        UnsupportedModel: a tensor would lose one of its places.
     """
     places: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -137,10 +137,10 @@ def require_untied(model: PreTrainedModel, *, to_cut: bool = False) -> None:
 
 
 def require_recorded(model: PreTrainedModel) -> None:
-    """Check that no model inside of another was cut by itself: the outer configuration does not tell of such a cut.
+    """Check that no inner model was cut alone, because the outer configuration does not record such a cut.
 
     Raises:
-        InputError: one was, so that a checkpoint of the outer model would be loaded with the heads that are gone.
+        InputError: one was; a checkpoint of the outer model would be loaded with the heads that are gone.
     """
     configs = [model.config, *(value for value in vars(model.config).values() if isinstance(value, PreTrainedConfig))]
     plans = [None, *(getattr(config, "head_plan", None) for config in configs)]
@@ -154,7 +154,7 @@ def require_recorded(model: PreTrainedModel) -> None:
 
 
 def require_gradients(model: nn.Module, what: str) -> None:
-    """Check that `what`, which a message begins with, can learn here through a model's weights."""
+    """Check that `what` can learn here through a model's weights; messages begin with `what`."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         raise InputError(f"{what} cannot learn under torch.no_grad() or torch.inference_mode(); train outside of it.")
     if any(parameter.is_inference() for parameter in model.parameters()):

@@ -98,7 +98,7 @@ def take_own_class(model: PreTrainedModel) -> None:
 
 
 def why_not_stock(model: PreTrainedModel) -> str | None:
-    """Return a clause that says why a cut model has a class of ours; None if it has none, or need not have one."""
+    """Return a clause that says why a cut model has one of our classes; None if it has none, or needs none."""
     if not isinstance(model, PrunedModel) or model.config.head_plan is None:
         return None
     try:
@@ -109,7 +109,7 @@ def why_not_stock(model: PreTrainedModel) -> str | None:
 
 
 def stock_sizes(model: PreTrainedModel, plan: HeadPlan) -> dict[str, int]:
-    """Return what the stock configuration of a model's text stack must say for all layers to be as they are now.
+    """Return the values that the stock configuration of a model's text stack needs to describe its present layers.
 
     A stock model of these sizes has the same modules with the same numbers and tensors of the same shapes.
 
@@ -180,6 +180,6 @@ def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
 
 
 def _has_numbers(module: nn.Module, stock: nn.Module) -> bool:
-    """Tell whether a module has every number that a stock one has: of heads, of repeats, of its scaling."""
+    """Return whether a module has every number that a stock one has: of heads, of repeats, of its scaling."""
     numbers = {name: value for name, value in vars(stock).items() if type(value) in (int, float)}
     return all(vars(module).get(name) == value for name, value in numbers.items())

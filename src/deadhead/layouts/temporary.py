@@ -14,9 +14,9 @@ _NOTHING = object()
 
 
 def shrink_for_now(site: Site, units: tuple[int, ...]) -> Callable[[], None]:
-    """Take all but `units` out of a site's module, whose weights do not learn; return what puts them back.
+    """Remove all but `units` from a site's module, whose weights do not learn; return a function that restores them.
 
-    Several sites that are shrunk at a time are put back in the opposite order.
+    If several sites are shrunk at the same time, restore them in the opposite order.
 
     Args:
         site: whose module lies whole on one device.

@@ -13,7 +13,7 @@ _MOST_ROWS = 32
 
 
 def is_plain(projection: nn.Module) -> TypeIs[nn.Linear]:
-    """Tell whether a projection is its weight and bias alone: not adapted, hooked, offloaded or quantised."""
+    """Return whether a projection is its weight and bias alone: not adapted, hooked, offloaded or quantised."""
     module: Any = projection
     return (
         type(projection) is nn.Linear

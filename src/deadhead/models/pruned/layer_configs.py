@@ -33,7 +33,7 @@ class PrunedConfig:
 
     @property
     def plans_layers(self) -> bool:
-        """Tell whether the plan says how many heads each of the layers has of those that the configuration names.
+        """Return whether the plan says how many heads each of the layers has of those that the configuration names.
 
         It does not where the layers are those of a part, as in models that read images too, or differ in the dense
         model.
@@ -48,7 +48,7 @@ class PrunedConfig:
 
     @property
     def is_heterogeneous(self) -> bool:
-        """Tell whether layers may have numbers of their own, by the plan or as the dense model's have."""
+        """Return whether layers may have numbers of their own, by the plan or as the dense model's have."""
         return self.plans_layers or super().is_heterogeneous  # type: ignore[misc]
 
     @property
@@ -66,7 +66,7 @@ class PrunedConfig:
 
     @property
     def allow_global_per_layer_attribute_access(self) -> bool:
-        """Tell whether numbers may be read from the configuration itself: where the plan alone makes layers differ."""
+        """Whether numbers may be read from the configuration itself: if the plan alone makes layers differ."""
         return _OWN not in vars(self) or super().allow_global_per_layer_attribute_access  # type: ignore[misc]
 
     @allow_global_per_layer_attribute_access.setter

@@ -213,7 +213,7 @@ class EmptyAttention(nn.Module):
         return getattr(cache.layers[0], "q_group_size", 1) if cache.layers else 1
 
     def _returns_weights(self) -> bool:
-        """Tell whether the other layers return their attention weights, of which these have none: (B, 0, T, S).
+        """Return whether the other layers return their attention weights, of which these have none: (B, 0, T, S).
 
         Transformers lists what is no None, so that without them those of the layers above would move down.
         """

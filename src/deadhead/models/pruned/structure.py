@@ -288,7 +288,7 @@ def _linear(inner: nn.Module, name: str, order: str) -> list[Part]:
 
 
 def is_projection(module: Any, name: str) -> bool:
-    """Tell whether a module's child of that name is a projection: a matrix with perhaps a bias."""
+    """Return whether a module's child of that name is a projection: a matrix with perhaps a bias."""
     child = getattr(module, "_modules", {}).get(name)
     weight = getattr(child, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(child, nn.Embedding)
