@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
+_Module = TypeVar("_Module", bound=nn.Module)
 _chosen: ContextVar[torch.device | None] = ContextVar("chosen_device", default=None)
 
 
@@ -33,6 +34,13 @@ def best_device() -> torch.device:
         return chosen
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def moved(model: _Module, device: torch.device) -> _Module:
+    """Move a model to a device, and return it; one whose modules accelerate has given their devices stays there."""
+    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        model.to(device)
+    return model
 
 
 def free_memory(device: torch.device) -> int:

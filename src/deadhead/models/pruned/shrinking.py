@@ -250,11 +250,14 @@ def _empty(attention: Attention, outputs: int) -> None:
         for child in [child for child in table if child not in keep]:
             del table[child]
     layer_idx: Any = getattr(inner, "layer_idx", getattr(module, "layer_idx", attention.key))
-    # Where accelerate has put a module on a device, its old forward lies in the module itself.
-    vars(inner).pop("forward", None)
     empty = typing.cast(EmptyAttention, inner)
     empty.layer_idx = layer_idx
     empty.__class__ = _empty_class(type(inner))
+    if "_old_forward" in vars(inner):
+        # A hook of accelerate's goes on moving the inputs, and calls the forward that it keeps in the module itself.
+        vars(inner)["_old_forward"] = empty.__class__.forward.__get__(empty)
+    else:
+        vars(inner).pop("forward", None)
     empty.output_path = attention.output_path if inner is module else None
     empty.num_outputs = outputs
     # While a checkpoint loads, some types would initialise parameters of theirs, which are not there.

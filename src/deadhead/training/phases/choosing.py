@@ -18,7 +18,7 @@ from deadhead.layouts import find_layout
 from deadhead.measure.cost import cost_of_kind, counted_costs, model_cost
 from deadhead.measure.latency import Latency, measure_latency
 from deadhead.measure.timing import bench
-from deadhead.modes import best_device
+from deadhead.modes import best_device, moved
 from deadhead.plans.blocks import Blocks
 from deadhead.plans.choices import Choices
 from deadhead.plans.plan import HeadPlan, Unit
@@ -89,8 +89,8 @@ def budget_length(model: PreTrainedModel, recipe: PruneRecipe) -> int:
 def measure_budget_latency(
     model: PreTrainedModel, recipe: PruneRecipe, progress: Progress = lambda *_: None
 ) -> Latency:
-    """Measure how the time of a model depends on its units, for the workload that a recipe's speedup means."""
-    model.to(best_device())  # type: ignore[arg-type]
+    """Measure how a model's time depends on its units, in the way that a recipe's speedup is meant."""
+    moved(model, best_device())
     return measure_latency(model, **_measured(model, recipe), progress=counted(progress, "measuring latency"))
 
 
@@ -106,7 +106,7 @@ def latency_in(folder: Path, model: PreTrainedModel, recipe: PruneRecipe, progre
         measure_budget_latency(model, recipe, progress).to_json(path)
     # Read even if just written, so that a run that is resumed sees the same numbers.
     latency = Latency.from_json(path)
-    latency.require(model.to(best_device()), **_measured(model, recipe))  # type: ignore[arg-type]
+    latency.require(moved(model, best_device()), **_measured(model, recipe))
     return latency
 
 

@@ -17,7 +17,7 @@ from deadhead.data import TokenStream
 from deadhead.data.shares import ALONE, Shares
 from deadhead.errors import InputError
 from deadhead.measure.latency import Latency
-from deadhead.modes import best_device, flushing_denormals
+from deadhead.modes import best_device, flushing_denormals, moved
 from deadhead.plans.blocks import Blocks
 from deadhead.plans.kinds import READS_TEXT, STANDARDISED, OneShot
 from deadhead.plans.plan import HeadPlan
@@ -128,7 +128,7 @@ def _each_by_sizes(
     # A budget that cannot be reached is told of before any text is read.
     found = [each for each in (budget_costs(model, asked, latency=latency) for asked in recipes) if each is not None]
     batches = islice(batches_of(model, text, first, seed=seed, first_segment=first_segment), first.steps)
-    model.to(best_device())  # type: ignore[arg-type]
+    moved(model, best_device())
     todo = [first.steps if after is None else later(first.steps), *[later(first.steps)] * (len(recipes) - 1)]
 
     def reading(done: int, count: int) -> None:
@@ -203,7 +203,7 @@ def score(
     if criterion in READS_TEXT:
         batches = islice(batches_of(model, text, recipe, seed=seed, first_segment=first_segment), count)
         batches = _told(batches, count, counted(progress, "scoring units"))
-    model.to(best_device())  # type: ignore[arg-type]
+    moved(model, best_device())
     gates = gates_of(model)
     with flushing_denormals():
         unit = recipe.unit if gates is None else gates.unit

@@ -24,7 +24,7 @@ from deadhead.data.turns import turns_of
 from deadhead.disk.files import write_bytes
 from deadhead.errors import InputError
 from deadhead.measure.self_generated import write_text
-from deadhead.modes import best_device
+from deadhead.modes import best_device, moved
 from deadhead.training.phases.defaults import segment_length, with_defaults
 from deadhead.training.processes import Progress, count, counted, on_main
 from deadhead.training.recipes.recipe import DataRecipe, PhaseRecipe, PruneRecipe
@@ -137,11 +137,11 @@ def self_text(
             row = -(-(learned + measured) * length // rows)
         network = model if writer is None else writer
         report, before = counted(progress, "writing text, tokens"), network.device
-        network.to(best_device())  # type: ignore[arg-type]
+        moved(network, best_device())
         try:
             ids = write_text(network, tokenizer, rows=rows, length=row, seed=seed, progress=report)
         except BaseException:
-            network.to(before)  # type: ignore[arg-type]
+            moved(network, before)
             raise
         own = ids[:, len(text_frame(tokenizer)[0]) :] if prefix else ids
         tokens = own.flatten().numpy().astype(np.int32)

@@ -23,7 +23,7 @@ from deadhead.layouts import find_layout
 from deadhead.measure.cost import model_cost
 from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
-from deadhead.modes import best_device, on_device, restored_on_failure
+from deadhead.modes import best_device, moved, on_device, restored_on_failure
 from deadhead.training.callbacks.reporting import require_trackers
 from deadhead.training.phases.checkpoints import newest_finished
 from deadhead.training.phases.choosing import LATENCY_FILE
@@ -219,7 +219,7 @@ def _run(
     def measured(what: str) -> Evaluation | None:
         if text.valid is None or not network.can_generate():
             return None
-        network.to(best_device())  # type: ignore[arg-type]
+        moved(network, best_device())
         return evaluate(network, text.valid, limit=options.evaluation_tokens, progress=counted(progress, what))
 
     # Until the units are cut another try begins anew with a model in memory; what fails afterwards loses nothing.
