@@ -177,7 +177,7 @@ def test_licences_of_the_base_model_stay(tmp_path: Path) -> None:
         found = metadata_load(folder / "README.md")
         kept = {key: found[key] for key in ("license", "license_name", "language")}
         assert kept == {"license": "other", "license_name": "open-ish", "language": ["en", "fr"]}
-        assert (found["library_name"], "pipeline_tag" in found) == ("transformers", False)
+        assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "text-generation")
         assert "# Theirs" not in (folder / "README.md").read_text()
     # It is ours: written over without a word.
     deadhead.save(tiny_model(), tmp_path / "second")

@@ -73,7 +73,7 @@ _CASES = {
     "text column of a text file": Case(_TRAIN + " --text-column text", "text_column is for data with fields"),
     "damaged data": Case(_TRAIN.replace("{text}", "t.jsonl"), "JSON was expected in t.jsonl", write("t.jsonl", "{{{{")),
     "data named as text": Case(_TRAIN.replace("{text}", "t"), "looks like JSON", write("t", '{"text": "a"}\n' * 99)),
-    "damaged archive": Case(_TRAIN.replace("{text}", "t.gz"), "damaged or cut short", write("t.gz", b"\x1f\x8b\x08\0")),
+    "damaged archive": Case(_TRAIN.replace("{text}", "t.gz"), "damaged or truncated", write("t.gz", b"\x1f\x8b\x08\0")),
     "conversations without a template": Case(
         _TRAIN.replace("{text}", "t.jsonl"),
         "the tokenizer has no chat template",

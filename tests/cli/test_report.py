@@ -45,7 +45,7 @@ def test_a_report_lies_in_the_run_or_where_it_is_wanted(
         (["watch", "{run}", "{empty}"], "is not the folder of a run"),
         (["watch", "{run}", "--port", "{taken}"], "choose another with --port"),
         (["watch"], "Missing argument"),
-        (["run", "{run}/recipe.toml", "--out", "{nowhere}", "--report-to", "nonsense"], "'nonsense' was asked for"),
+        (["run", "{run}/recipe.toml", "--out", "{nowhere}", "--report-to", "nonsense"], "but got 'nonsense'"),
     ],
 )
 def test_bad_input(

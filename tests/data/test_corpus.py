@@ -177,7 +177,7 @@ def test_a_bad_byte_far_down_is_found_at_once(tmp_path: Path) -> None:
 
 def test_a_missing_path_names_its_nearest_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "shakespeare.txt", "text")
-    with pytest.raises(InputError, match=r"there is no .*shakespear\.txt; did you mean .*shakespeare\.txt\?"):
+    with pytest.raises(InputError, match=r"but .*shakespear\.txt does not exist; did you mean .*shakespeare\.txt\?"):
         open_corpus(str(tmp_path / "shakespear.txt"))
     with pytest.raises(InputError, match="check the path"):
         open_corpus(str(tmp_path / "no" / "such" / "folder"))

@@ -160,7 +160,7 @@ def test_a_model_with_segment_memory_writes_one_long_text() -> None:
     ("changes", "words"),
     [
         ({"rows": 0}, "At least one row"),
-        ({"length": 1}, "more than 1 tokens"),
+        ({"length": 1}, "longer than the 1 tokens"),
         ({"length": 65}, "64 positions"),
     ],
 )

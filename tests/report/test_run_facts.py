@@ -115,7 +115,7 @@ def test_only_runs_on_the_same_text_stand_beside(small_run: Path, tmp_path: Path
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="does not exist"):
         RunFacts(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"neither recipe\.toml nor metrics\.jsonl"):
         RunFacts(tmp_path)

@@ -80,7 +80,7 @@ def test_bad_requests(small_run: Path) -> None:
         trial.describe("nothing")
     with pytest.raises(InputError, match="no model"):
         trial.measure("../gated", {}, "the")
-    with pytest.raises(InputError, match="2001 characters"):
+    with pytest.raises(InputError, match="but got 2001"):
         trial.measure("gated", {}, "a" * 2001)
     with pytest.raises(InputError, match="empty"):
         trial.measure("gated", {}, "")

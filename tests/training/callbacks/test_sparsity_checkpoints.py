@@ -177,7 +177,7 @@ def test_a_training_that_is_made_shorter_still_reaches_the_share(tmp_path: Path)
 def test_gates_of_the_best_model_come_back_with_it(adapters: bool, tmp_path: Path) -> None:
     """Within the ramp they close less than was asked for, which is said; after it, exactly what was."""
     with pytest.warns(
-        RunWarning, match="The best model is of step 2 of 8, where the gates close .* but 0.5 .*eval_delay"
+        RunWarning, match="The best model is that of step 2 of 8, where the gates close .* but 0.5 .*eval_delay"
     ):
         _, gates, trainer = _train(tmp_path, best=2, adapters=adapters, arguments=_best(), sparsity=0.5)
     saved = load_gates(_model(adapters), tmp_path / "checkpoint-2")
@@ -192,7 +192,7 @@ def test_gates_of_the_best_model_come_back_with_it(adapters: bool, tmp_path: Pat
 
 def test_a_training_that_stops_early_on_its_ramp_says_so(tmp_path: Path) -> None:
     arguments = _best(save_total_limit=1)
-    with pytest.warns(RunWarning, match="The best model is of step 2 of 8, where the gates close"):
+    with pytest.warns(RunWarning, match="The best model is that of step 2 of 8, where the gates close"):
         _train(tmp_path, EarlyStoppingCallback(1), best=2, arguments=arguments, sparsity=0.5)
 
 

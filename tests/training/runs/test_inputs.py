@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama", "must be one of deadhead's own .* but its model type is 'llama'; name others in"),
         ("cut", "heads of that model are already cut"),
         ("wide", r"sets hidden_size to 32, but the dense model in .*wide has 64; copy the \[model\] of"),
-        ("transformer_xl", "num_persistent 8, but the dense model in .* has 0"),
+        ("transformer_xl", "sets num_persistent to 8, but the dense model in .* has 0"),
     ],
 )
 def test_one_sentence_and_nothing_written(place: Path, name: str, message: str, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_settings_that_read_a_text(
         said = capsys.readouterr().err
         assert (
             said
-            == f"deadhead: {name} is for a text that is read, but self is what the model writes; leave {name} out.\n"
+            == f"deadhead: {name} is for a text that is read, but self is text that the model writes; leave {name} out.\n"
         )
     assert not list(tmp_path.iterdir())
 
