@@ -201,7 +201,7 @@ def test_mistakes_fail_the_build_of_the_site(tmp_path: Path) -> None:
         "# Which option?\n\n[nowhere](index.md#nowhere)\n\n- one\n  - two\n\nText:\n- three\n",
     )
     change("docs/api/gates.md", "::: deadhead.gates_of\n", "")
-    change("src/deadhead/attaching.py", '    """Take the gates off; ', '    b"""Take the gates off; ')
+    change("src/deadhead/attaching.py", '    """Remove the gates, so ', '    b"""Remove the gates, so ')
     built = _build_site(tmp_path, tmp_path / "site")
     assert built.returncode == 1
     for sentence in (

@@ -140,7 +140,7 @@ def test_a_killed_process(place: Path, whole: subprocess.CompletedProcess[str]) 
     ("program", "sentence"),
     [
         # Found by the main process while the other waits for it, and by each as it begins.
-        (("run", "missing.toml", "--out", "missing"), "missing.txt; did you mean"),
+        (("run", "missing.toml", "--out", "missing"), "missing.txt does not exist; did you mean"),
         pytest.param(("run", "whole.toml", "--nosuch"), "No such option: --nosuch", marks=pytest.mark.full),
     ],
     ids=["in the recipe", "an option"],
