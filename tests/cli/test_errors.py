@@ -45,6 +45,8 @@ _CASES = {
     "too many arguments": Case("inspect {model} {model}", "unexpected extra argument"),
     "steps not a number": Case(_TRAIN + " --steps many", "Invalid value for '--steps'"),
     "negative steps": Case(_TRAIN + " --steps -5", "Invalid value for '--steps'"),
+    "too large a share": Case(_PRUNE + " --params=1.5", "for '--params': it must be less .* 1, but got '1.5'"),
+    "share that is no number": Case(_PRUNE + " --params 80%", "it must be a valid number, but got '80%'"),
     "no steps": Case(_TRAIN + " --steps 0", "Invalid value for '--steps'"),
     "negative seed": Case(_TRAIN + " --seed -1", "Invalid value for '--seed'"),
     "unknown schedule": Case(_TRAIN + " --schedule step", "Invalid value for '--schedule'.*'constant', 'cosine'"),

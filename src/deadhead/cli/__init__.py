@@ -9,16 +9,20 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 import time
 import warnings
+from itertools import pairwise
 from typing import Any
 
 _LONGEST_SENTENCE = 2000
 # Errors of a path that the user named, not of the program.
 _OF_PLACES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENXIO)
 _RESUMABLE = "complete checkpoints are kept, and --resume continues from the last one"
+# The option, and what typer expects of its value.
+_WRONG_VALUE = re.compile(r"Invalid value for '(-[\w-]+)[^']*': Input should be ([^;]+?)(?:, unable to .*)?$")
 # Seconds that a process waits before it reports an error: a launcher ends the others within one second of the first.
 _WAIT_OF_MAIN, _WAIT_OF_OTHERS = 2.0, 4.0
 
@@ -87,7 +91,7 @@ def _execute(arguments: list[str]) -> int:
     except Exception as error:
         # A wrong command or option. Some versions of typer raise click's own exceptions, others a private copy.
         if hasattr(error, "format_message"):
-            return _fail(error.format_message().rstrip("."), 2, error)
+            return _fail(_with_value(error.format_message().rstrip("."), arguments), 2, error)
         if isinstance(error, OSError) and error.filename and error.errno in _OF_PLACES:
             return _fail(f"{error.filename} cannot be used: {error.strerror}; choose another path", 2, error)
         if _is_out_of_memory(error):
@@ -95,6 +99,17 @@ def _execute(arguments: list[str]) -> int:
         if _speaks(error, _WAIT_OF_MAIN):
             raise
         return 1
+
+
+def _with_value(message: str, arguments: list[str]) -> str:
+    """Return what typer says of a wrong value, with the value that was given."""
+    found = _WRONG_VALUE.match(message)
+    if found is None:
+        return message
+    option, rule = found.groups()
+    given = [after for before, after in pairwise(arguments) if before == option]
+    given += [each.partition("=")[2] for each in arguments if each.startswith(f"{option}=")]
+    return f"Invalid value for '{option}': it must be {rule}" + (f", but got {given[-1]!r}" if given else "")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -53,7 +53,9 @@ def takes_settings(*sections: type[BaseModel], without: tuple[str, ...], also: C
     """
     named = [pair for section in sections for pair in own_fields(section).items()]
     named += [pair for section in sections for pair in section.model_fields.items() if pair not in named]
-    fields = {name: field for name, field in named if option_name(name, field) and name not in without}
+    # Help may speak of options that the command has in a form of its own.
+    spoken = {name: field for name, field in named if option_name(name, field)}
+    fields = {name: field for name, field in spoken.items() if name not in without}
 
     def decorate(command: Command) -> Command:
         hints = {**get_type_hints(also, include_extras=True), **get_type_hints(command, include_extras=True)}
@@ -62,7 +64,7 @@ def takes_settings(*sections: type[BaseModel], without: tuple[str, ...], also: C
         *own, _ = inspect.signature(command).parameters.values()
         for parameter in (*own, *inspect.signature(also).parameters.values()):
             if parameter.name == "settings":
-                parameters += [_parameter(name, field, fields) for name, field in fields.items()]
+                parameters += [_parameter(name, field, spoken) for name, field in fields.items()]
                 is_first = False
                 continue
             values, info = get_args(hints[parameter.name])

@@ -87,7 +87,7 @@ def parse_json(text: str | bytes, *, name: str) -> Any:
     except RecursionError:
         raise InputError(f"{name} is not JSON that can be read: it is nested too deep.") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{name} is not JSON: {error.msg} in line {error.lineno}.") from None
+        raise InputError(f"{name} is not JSON: {error.msg.removesuffix(' at')} in line {error.lineno}.") from None
     except UnicodeDecodeError:
         raise InputError(f"{name} is not JSON: it is not UTF-8.") from None
     except ValueError:

@@ -206,10 +206,8 @@ def test_settings_that_read_a_text(
         words = ["prune", "--model", str(place / "llama"), "--data", "self", "--params", "0.8", *option, *more]
         assert execute(words) == 2
         said = capsys.readouterr().err
-        assert (
-            said
-            == f"deadhead: {name} is for a text that is read, but self is text that the model writes; leave {name} out.\n"
-        )
+        sentence = f"{name} is for a text that is read, but self is text that the model writes; leave {name} out."
+        assert said == f"deadhead: {sentence}\n"
     assert not list(tmp_path.iterdir())
 
 

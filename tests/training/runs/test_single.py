@@ -251,6 +251,16 @@ def test_a_budget_replaces_the_recipes() -> None:
     assert found.budget is not None and found.budget["kind"] == "kv_cache"
 
 
+def test_a_file_in_the_place_of_the_work(tmp_path: Path) -> None:
+    (tmp_path / "out.work").write_text("mine")
+    text = write_prose(tmp_path)
+    model, data = save_small_model(tmp_path / "dense", text), DataRecipe(source=str(text))
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"kept in the folder .*out\.work, but a file is there; move it away"):
+            run_single("finetune", _PHASE, model, data, Options(out=tmp_path / "out", resume=resume))
+    assert (tmp_path / "out.work").read_text() == "mine"
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     text = write_prose(tmp_path)
     model = save_small_model(tmp_path / "dense", text)

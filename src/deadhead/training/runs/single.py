@@ -292,6 +292,8 @@ def check_places(out: Path, work: Path, model: Model, *, resume: bool) -> None:
         )
     checkpoint.require_ours_or_free(out)
     checkpoint.require_no_model(work, Path(model) if isinstance(model, str | Path) else None)
+    if work.exists() and not work.is_dir():
+        raise InputError(f"Unfinished work is kept in the folder {work}, but a file is there; move it away.")
     if work.exists() and not resume:
         raise InputError(f"{work} is left from a stopped phase; continue it with resume (--resume), or delete it.")
     if resume and not work.exists():
