@@ -68,7 +68,7 @@ def cut(model: PreTrainedModel, plan: HeadPlan) -> PreTrainedModel:
             values.
     """
     if not isinstance(plan, HeadPlan):
-        raise InputError(f"A deadhead.HeadPlan was expected, but a {type(plan).__name__} came; gates.plan() makes one.")
+        raise InputError(f"A deadhead.HeadPlan was expected, but got a {type(plan).__name__}; gates.plan() makes one.")
     layout = require_cuttable(model, "A cut")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise InputError(
@@ -205,7 +205,7 @@ def _half_precisions(model: PreTrainedModel) -> list[torch.dtype]:
 def _why_not_finite(model: PreTrainedModel) -> str:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
-            return f"{name} holds numbers that are not; load the weights anew"
+            return f"{name} holds values that are not finite; load the weights again"
     if torch.float16 in _half_precisions(model):
         return "they are too large for float16; load the model in bfloat16 or float32"
     return "its weights are finite, but so large that what they compute is not"

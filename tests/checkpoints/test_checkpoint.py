@@ -597,7 +597,7 @@ def test_code_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
 def test_a_wrapped_model_is_told_as_that_when_it_is_saved(wrap: Any, tmp_path: Path) -> None:
     wrapped = wrap(tiny_model())
     wrapped.module = wrapped[0] if isinstance(wrapped, torch.nn.ModuleList) else wrapped.module
-    with pytest.raises(InputError, match=f"a {type(wrapped).__name__} came, which holds one; give deadhead the model"):
+    with pytest.raises(InputError, match=f"got a {type(wrapped).__name__}, which holds one; give deadhead the model"):
         deadhead.save(wrapped, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

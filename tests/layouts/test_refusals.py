@@ -166,16 +166,16 @@ _SPEECH: dict[str, Any] = {
 
 # What is given, and what is said of it. `cut` says the same as `attach` but for PEFT's wrapper, which `attach` takes.
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "a path": (lambda: "some/folder", r"a path or name came \('some/folder'\); load it first"),
-    "a Path": (lambda: Path("folder"), "a path or name came .* load it first"),
-    "nothing": (lambda: None, "a NoneType came, with none in it"),
-    "a class": (lambda: GPT2LMHeadModel, "a type came"),
-    "a model of torch": (lambda: nn.Linear(2, 2), "a Linear came, with none in it"),
+    "a path": (lambda: "some/folder", r"got a path or name \('some/folder'\); load it first"),
+    "a Path": (lambda: Path("folder"), "got a path or name .* load it first"),
+    "nothing": (lambda: None, "got a NoneType that contains none"),
+    "a class": (lambda: GPT2LMHeadModel, "got a type"),
+    "a model of torch": (lambda: nn.Linear(2, 2), "got a Linear that contains none"),
     "torch.compile": (
         lambda: compiled(llama()),
-        r"wrapped by torch.compile came.*'_orig_mod'\), and compile",
+        r"wrapped by torch.compile.*'_orig_mod'\), and compile",
     ),
-    "DataParallel": (lambda: nn.DataParallel(llama()), r"a DataParallel came.* its get_submodule\('module'\)"),
+    "DataParallel": (lambda: nn.DataParallel(llama()), r"got a DataParallel.* its get_submodule\('module'\)"),
     "prefix tuning": (lambda: prompt_tuned("PrefixTuning"), r"\(PREFIX_TUNING\) has keys and values for every head"),
     "a cartridge": (lambda: prompt_tuned("Cartridge"), r"\(CARTRIDGE\) has keys and values for every head"),
     "two wrappers": (lambda: Around(Around(llama())), r"get_submodule\('auto_model.auto_model'\)"),
@@ -251,7 +251,7 @@ def test_a_prompt_tuned_model_has_gates_and_is_cut_as_the_refusal_of_its_wrapper
     gates = attach(model)
     gates.set_plan(gates.plan(sparsity=0.5))
     expected = model(input_ids=ids).logits
-    with pytest.raises(UnsupportedModel, match=r"came, which holds one.*its get_submodule\('base_model'\)"):
+    with pytest.raises(UnsupportedModel, match=r"but got a .*, which holds one.*its get_submodule\('base_model'\)"):
         cut(model, gates.plan())
     cut(model.get_submodule("base_model"), gates.plan())
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
@@ -290,14 +290,14 @@ def test_ends_that_share_by_the_configuration_are_no_reason(wrapped: dict[str, A
 def test_a_prompt_tuned_model_has_gates_but_is_not_cut_in_its_wrapper() -> None:
     model = prompt_tuned()
     plan = attach(model).plan()
-    with pytest.raises(UnsupportedModel, match=r"a PeftModelForCausalLM came, which holds one.*base_model"):
+    with pytest.raises(UnsupportedModel, match=r"got a PeftModelForCausalLM, which holds one.*base_model"):
         cut(model, plan)
     assert gates_of(model.get_base_model()) is not None
 
 
 @pytest.mark.parametrize("plan", [{0: [1]}, None, "plan.json"])
 def test_what_is_no_plan_is_refused(plan: Any) -> None:
-    with pytest.raises(InputError, match=r"A deadhead.HeadPlan was expected, but a \w+ came") as caught:
+    with pytest.raises(InputError, match=r"A deadhead.HeadPlan was expected, but got a \w+") as caught:
         cut(own_model(), plan)
     sentence(caught)
 
@@ -323,7 +323,7 @@ def _overflowing(dtype: torch.dtype, factor: float) -> Any:
         (lambda: _spoiled(float("nan")), "not finite, before anything is cut: model.layers.1.mlp.up_proj.weight holds"),
         (
             lambda: _spoiled(float("inf"), torch.bfloat16),
-            "model.layers.1.mlp.up_proj.weight holds numbers that are not",
+            "model.layers.1.mlp.up_proj.weight holds values that are not finite",
         ),
         (lambda: _overflowing(torch.float16, 6e4), "too large for float16; load the model in bfloat16 or float32"),
         (lambda: _overflowing(torch.float32, 1e38), "its weights are finite, but so large"),
@@ -401,7 +401,7 @@ def test_weights_that_are_shared_out_are_told_before_anything_is_written(how: st
         model.model.layers[0] = _flattened(model.model.layers[0], names=True)
     else:
         wrapper = _flattened(model, names="names" in how)
-        with pytest.raises(UnsupportedModel, match="FullyShardedDataParallel came, which shares") as refused:
+        with pytest.raises(UnsupportedModel, match="FullyShardedDataParallel, which shares") as refused:
             attach(wrapper)
         sentence(refused)
     for use, remedy in (

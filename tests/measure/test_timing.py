@@ -107,9 +107,9 @@ def test_a_model_that_does_not_run_on_made_inputs_is_told() -> None:
     [
         ({}, "models must be given by name, as in {'dense': model}, but got none"),
         (tiny_model(), "models must be given by name, .* but got an object of type AllAttentionForCausalLM"),
-        ({"a": None}, "A PreTrainedModel of transformers was expected, but a NoneType came"),
-        ({"a": "gpt2"}, "a path or name came"),
-        ({"a": tiny_model(), "b": torch.nn.Sequential(tiny_model())}, "but a Sequential came, which holds one"),
+        ({"a": None}, "A PreTrainedModel of transformers was expected, but got a NoneType"),
+        ({"a": "gpt2"}, "got a path or name"),
+        ({"a": tiny_model(), "b": torch.nn.Sequential(tiny_model())}, "but got a Sequential, which holds one"),
         ({"a": tiny_model().to("meta")}, "A benchmark needs a model with its weights"),
     ],
     ids=["none", "no mapping", "nothing", "name", "wrapped", "no weights"],

@@ -136,7 +136,7 @@ def weight_files(folder: Path, index: Path) -> list[Path]:
         if pickles:
             raise InputError(
                 f"The weights in {folder} are pickled ({pickles[0]}), and reading a pickle can run any code; where you "
-                "trust them, load them with transformers and save them anew with save_pretrained."
+                "trust them, load them with transformers and save them again with save_pretrained."
             )
         return []
     files = [folder / name for name in sorted(set(_read_index(index).values()))]

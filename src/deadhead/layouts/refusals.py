@@ -26,28 +26,28 @@ def require_model(model: Any) -> None:
     kind = type(model).__name__
     if isinstance(model, str) or hasattr(model, "__fspath__"):
         raise UnsupportedModel(
-            f"A model of transformers was expected, but a path or name came ({str(model)[:80]!r}); load it first: "
+            f"A model of transformers was expected, but got a path or name ({str(model)[:80]!r}); load it first: "
             "model = deadhead.load(...)."
         )
     inner = model.named_modules() if isinstance(model, nn.Module) else [("model", getattr(model, "model", None))]
     path = next((path for path, module in inner if isinstance(module, PreTrainedModel)), None)
     if path is None:
-        raise UnsupportedModel(f"A PreTrainedModel of transformers was expected, but a {kind} came, with none in it.")
+        raise UnsupportedModel(f"A PreTrainedModel of transformers was expected, but got a {kind} that contains none.")
     place = f"get_submodule({path!r})" if isinstance(model, nn.Module) else path
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise UnsupportedModel(
-            f"A model of transformers was expected, but a {kind} came, whose adapters a cut would not fit; merge them "
+            f"A model of transformers was expected, but got a {kind}, whose adapters a cut would not fit; merge them "
             "first: model = model.merge_and_unload()."
         )
     if kind == "FullyShardedDataParallel":
         raise UnsupportedModel(
-            f"A model of transformers was expected, but a {kind} came, which shares the weights of one out among "
+            f"A model of transformers was expected, but got a {kind}, which shares the weights of one out among "
             "processes; attach gates before the model is wrapped, and cut in one process, from a saved copy of them."
         )
     if kind == "OptimizedModule":
         kind, place = "model wrapped by torch.compile", f"{place}, and compile it afterwards"
     raise UnsupportedModel(
-        f"A model of transformers was expected, but a {kind} came, which holds one; give deadhead the model inside, "
+        f"A model of transformers was expected, but got a {kind}, which holds one; give deadhead the model inside, "
         f"which is its {place}."
     )
 

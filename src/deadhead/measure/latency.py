@@ -127,7 +127,7 @@ class Latency:
                     known, value = _written(known), _written(value)
                 raise InputError(
                     f"The latencies were measured with {name.replace('_', ' ')} {known!r}, but this is {value!r}; "
-                    "delete latency.json to measure anew."
+                    "delete latency.json to measure again."
                 )
 
     def to_json(self, path: str | Path) -> None:
