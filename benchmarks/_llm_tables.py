@@ -168,7 +168,8 @@ def draw(found: dict[Cell, dict[str, Any]], file: Path) -> None:
     none = perplexity(found[Cell(method=DENSE)]["losses"]["wikitext2"])
     plain = [cell for cell in found if not cell.heads_only and not cell.draw and cell.method != DENSE]
     for method in sorted({cell.method for cell in plain}, key=ORDER.index):
-        color = axes.plot([], [], "o-" if method in METHODS else "s--", label=_label(method))[0].get_color()
+        marker, line, width = ("o", "-", 2) if method in METHODS else ("s", "--", 1)
+        color = axes.plot([], [], marker=marker, linestyle=line, label=_label(method))[0].get_color()
         for steps in sorted({cell.recovered for cell in plain if cell.method == method}):
             mine = sorted(
                 (100 * (1 - cell.share), perplexity(found[cell]["losses"]["wikitext2"]))
@@ -176,10 +177,10 @@ def draw(found: dict[Cell, dict[str, Any]], file: Path) -> None:
                 if (cell.method, cell.recovered) == (method, steps)
             )
             places, values = zip(*mine if steps else [(0.0, none), *mine], strict=True)
-            look: dict[str, Any] = {"color": color, "linewidth": 1 + (method in METHODS)}
+            look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": line, "linewidth": width}
             if steps:
                 look |= {"markerfacecolor": "white", "linestyle": ":", "label": _label(method, steps)}
-            axes.plot(places, values, ("o-" if method in METHODS else "s--")[: 1 if steps else None], **look)
+            axes.plot(places, values, **look)
     axes.set(xlabel="share of the blocks' parameters removed, %", ylabel="perplexity, WikiText-2 test", yscale="log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")

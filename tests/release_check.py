@@ -55,7 +55,6 @@ def _build(folder: Path) -> list[Path]:
     for path in found:
         if path.stat().st_size > _MOST:
             sys.exit(f"{path.name} has {path.stat().st_size:,} bytes; at most {_MOST:,} were expected.")
-    for path in found:
         if path.suffix == ".gz":
             _check_contents(path, tracked)
     _run(sys.executable, "-m", "twine", "check", "--strict", *found, cwd=folder)

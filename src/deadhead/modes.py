@@ -36,9 +36,14 @@ def best_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Return whether accelerate has put hooks on a module of a model, as it does to give modules their devices."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
 def moved(model: _Module, device: torch.device) -> _Module:
     """Move a model to a device, and return it; one whose modules accelerate has given their devices stays there."""
-    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if not has_hooks(model):
         model.to(device)
     return model
 

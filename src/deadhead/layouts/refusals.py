@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deadhead.errors import InputError, UnsupportedModel
+from deadhead.modes import has_hooks
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Tensors that quantised layers keep in the place of a weight.
@@ -91,9 +92,7 @@ def require_plain(model: PreTrainedModel, what: str, *, may_be_empty: bool = Fal
             f"The model is quantised ({found}), and heads cannot be cut out of quantised weights; load it in its full "
             "precision, prune it, and quantise it then."
         )
-    is_empty = len(_absent(model)) == sum(1 for _ in model.parameters()) and not any(
-        hasattr(module, "_hf_hook") for module in model.modules()
-    )
+    is_empty = len(_absent(model)) == sum(1 for _ in model.parameters()) and not has_hooks(model)
     if not (is_empty and may_be_empty):
         by_command = "or cut its folder by the command deadhead cut, which takes little memory"
         require_weights(model, what, f"load it whole, without offloading, {by_command}")

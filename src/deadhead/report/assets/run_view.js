@@ -39,12 +39,13 @@ class Figure {
 
   /** Draw what `make` returns, now or when it comes into view; its room is kept from the beginning, so that nothing moves. */
   draw(make) {
-    if (!this.chart?.panels.length) {
-      this.take(make());
+    const made = this.chart?.panels.length ? null : make();
+    if (made) {
+      this.take(made);
       this.outline();
     }
     waiting.set(this.place, () => {
-      this.take(make());
+      if (!made) this.take(make());
       this.paint();
       this.fill();
     });

@@ -23,7 +23,7 @@ from deadhead.measure.costs import Cost
 from deadhead.measure.evaluation import Evaluation, evaluate
 from deadhead.measure.positions import max_positions
 from deadhead.measure.timing import bench
-from deadhead.modes import best_device, on_device
+from deadhead.modes import best_device, moved, on_device
 from deadhead.plans.kinds import BUDGET_KINDS, BudgetKind
 from deadhead.plans.plan import HeadPlan
 from deadhead.training.phases.choosing import latency_in
@@ -233,7 +233,7 @@ class _Sweeping:
             points.append(self._pruned(recipe, Known(plan=plan, before=before)))
             write_json(path, self._sweep(points, dense, None).to_dict())
         if self._replies is not None:
-            self._dense.to(best_device())  # type: ignore[arg-type]
+            moved(self._dense, best_device())
             dense["replies"] = self._replies.of_dense()
             for point in points:
                 if "replies" not in point or not self._replies.has(point["path"]):
@@ -281,7 +281,7 @@ class _Sweeping:
         """Measure the dense model on the validation text."""
         if self._text.valid is None or not self._dense.can_generate():
             return None
-        self._dense.to(best_device())  # type: ignore[arg-type]
+        moved(self._dense, best_device())
         report = counted(self._progress, "evaluating the dense model")
         return evaluate(self._dense, self._text.valid, limit=self._options.evaluation_tokens, progress=report)
 
